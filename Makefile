@@ -1,0 +1,42 @@
+# `make` alone prints this help.
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(VENV)/bin
+# A package index that has CPU builds of torch, where PyPI's is not one: make setup TORCH_INDEX=URL
+TORCH_INDEX ?=
+RECIPE ?= smollm2_eagle3
+ARGS ?=
+PIP := $(BIN)/python -m pip --disable-pip-version-check -q
+
+.PHONY: help setup demo test check fmt clean
+
+help: ## what each target does
+	@grep -hE '^[a-z]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 10
+
+setup: $(VENV)/.ready ## .venv from requirements-cpu.lock, exact versions, nothing resolved
+
+$(VENV)/.ready: requirements-cpu.lock pyproject.toml
+	$(PYTHON) -c 'import sys; sys.exit("error: Python 3.11 or newer is needed, this is " + sys.version.split()[0] if sys.version_info < (3, 11) else 0)'
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(PIP) install --no-deps --no-compile -r requirements-cpu.lock $(if $(TORCH_INDEX),--extra-index-url $(TORCH_INDEX))
+	$(PIP) install --no-deps --no-build-isolation -e .
+	touch $@
+
+demo: setup ## the main job: SmolLM2, ShareGPT, vLLM, an EAGLE-3 draft, measured; at most 30 minutes on 2 cores
+	$(BIN)/speculators-run recipe=$(RECIPE) $(ARGS)
+
+test: setup ## every test that needs no GPU, the whole pipeline on the real engine included
+	$(BIN)/python -m pytest $(ARGS)
+
+check: setup ## lint, format, types, layers, budgets
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/python -m pytest tests/test_layers.py tests/test_budgets.py
+
+fmt: setup ## format and mend what lint can mend
+	$(BIN)/ruff format .
+	$(BIN)/ruff check --fix .
+
+clean: ## remove .venv and caches; artifacts and runs stay
+	rm -rf $(VENV) .pytest_cache .ruff_cache .mypy_cache

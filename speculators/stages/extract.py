@@ -1,0 +1,104 @@
+"""extract: tokens -> hidden states. Run the target once over every row, keep what the draft needs.
+
+The server writes the states of a request to a file; they are checked against what was sent, converted to the stored
+type and appended to the shard being filled, always in row order. So shards hold the same rows whatever order answers
+came in and however often the stage was killed, and a new attempt goes on after the last sealed shard.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import time
+from pathlib import Path
+
+import torch
+from datasets import Dataset, load_from_disk
+
+from speculators.data.shards import ShardWriter, feature_contract
+from speculators.errors import ContractError, StageError
+from speculators.job import Job
+from speculators.targets.client import Client, StatesFile
+
+
+def main(job: Job) -> None:
+    """Extract every row of the tokens that no sealed shard has."""
+    tokens = load_from_disk(str(job.inputs["tokens"]))
+    writer = ShardWriter(
+        job.output,
+        feature_contract(
+            target=job.digests["target"],
+            tokens=job.digests["tokens"],
+            dtype=job.config.extract.dtype.name,
+            compute_dtype=job.config.target.dtype.name,
+            layer_ids=job.derived["capture_layer_ids"],
+            hidden_size=hidden_size(job.inputs["target"]),
+        ),
+        job.config.extract.shard_tokens,
+    )
+    resumed = len(writer.done)
+    start = time.monotonic()
+    extracted = asyncio.run(_extract(job, tokens, writer))
+    writer.close()
+    seconds = time.monotonic() - start
+    job.record |= {
+        "rows": len(tokens),
+        "resumed": resumed,
+        "tokens": sum(tokens["seq_len"]),
+        "bytes": sum(path.stat().st_size for path in job.output.iterdir()),
+        "seconds": round(seconds, 1),
+        "tokens_per_second": round(extracted / seconds, 1),
+    }
+
+
+async def _extract(job: Job, tokens: Dataset, writer: ShardWriter) -> int:
+    """Returns the number of tokens that were run through the target."""
+    config = job.config.extract
+    compute = getattr(torch, job.config.target.dtype.name)
+    waiting = [row for row in range(len(tokens)) if row not in writer.done]
+    client = Client(
+        job.services["target"], concurrency=config.concurrency, retries=config.retries, timeout=config.timeout
+    )
+    start, done = time.monotonic(), 0
+    async with client:
+
+        async def work(row: int) -> tuple[int, list[int], StatesFile]:
+            sent = list(tokens[row]["input_ids"])
+            return row, sent, await client.hidden_states(sent, item=f"row {row}")
+
+        def keep(row: int, sent: list[int], file: StatesFile) -> None:
+            token_ids, states = file.take()
+            check_states(row, sent, token_ids, states, compute)
+            writer.add(row, token_ids, states)
+
+        async for row, sent, file in client.map_in_order(work, waiting):
+            # In a thread: sealing hashes and writes a whole shard, and the server is to get its requests meanwhile.
+            await asyncio.to_thread(keep, row, sent, file)
+            done += len(sent)
+            speed = done / (time.monotonic() - start)
+            job.progress(row + 1, len(tokens), "rows", tokens_per_second=round(speed, 1))
+    job.record["retried_requests"] = client.retried
+    return done
+
+
+def check_states(
+    row: int, sent: list[int], token_ids: torch.Tensor, states: torch.Tensor, compute: torch.dtype
+) -> None:
+    """Raise where the states [T, L, H] are not those of the row that was sent."""
+    hint = "the server is not this run's, or is broken; look at its log"
+    if token_ids.tolist() != sent:
+        raise ContractError(f"row {row}: the server gave the states of other tokens than were sent", hint)
+    if states.dtype != compute:
+        raise ContractError(f"row {row}: the server computes in {states.dtype}, `target.dtype` is {compute}", hint)
+    if not bool(torch.isfinite(states).all()):
+        layers = (~torch.isfinite(states)).any(-1).any(0).nonzero().flatten().tolist()
+        raise StageError(
+            f"row {row}: the target's hidden states are not finite (captured layers number {layers})",
+            "a target in float16 overflows easily: set target.dtype=bfloat16",
+        )
+
+
+def hidden_size(target: Path) -> int:
+    """The width of the target's residual stream, from its `config.json`."""
+    config = json.loads((target / "config.json").read_text())
+    return int(config.get("text_config", config)["hidden_size"])

@@ -1,0 +1,73 @@
+"""prompts: data sets -> conversations to answer. Filter, hold out, draw, keep the user's turns."""
+
+from __future__ import annotations
+
+import hashlib
+import heapq
+import json
+from collections.abc import Iterator
+
+from speculators.data.conversations import (
+    Conversation,
+    Tally,
+    counts,
+    data_file,
+    held_out,
+    usable,
+    with_instruction,
+)
+from speculators.errors import RecipeError, SourceError
+from speculators.job import Job
+
+
+def main(job: Job) -> None:
+    """Write `conversations.jsonl`, one conversation a line, in the order in which they were drawn."""
+    options = job.config.prompts
+    if options.turns < 1 or not 0 <= options.hold_out < 1 or (options.count is not None and options.count < 1):
+        raise RecipeError(
+            f"impossible: prompts.count={options.count} turns={options.turns} hold_out={options.hold_out}",
+            "count and turns start at 1, hold_out lies in [0, 1)",
+        )
+    tallies: dict[str, Tally] = {}
+    candidates = _candidates(job, tallies)
+
+    def order(conversation: Conversation) -> bytes:
+        # By digest and not by a shuffle, so that a row more in a file displaces one conversation and not all.
+        return hashlib.sha256(f"{options.seed}/{conversation.id}".encode()).digest()
+
+    if options.count is None:
+        drawn = sorted(candidates, key=order)
+    else:
+        drawn = heapq.nsmallest(options.count, candidates, key=order)
+    job.record |= {"datasets": counts(tallies), "asked": options.count, "kept": len(drawn)}
+    job.record["kept_by_dataset"] = {name: sum(c.dataset == name for c in drawn) for name in tallies}
+    if not drawn:
+        raise SourceError(
+            f"no conversation is left of {sum(t.read for t in tallies.values())}: {job.record['datasets']}",
+            "loosen min_chars, max_chars or ascii_only of the data sets",
+        )
+    with (job.output / "conversations.jsonl").open("w", encoding="utf-8") as file:
+        for conversation in drawn:
+            file.write(json.dumps(_line(job, conversation), ensure_ascii=False) + "\n")
+    job.progress(len(drawn), len(drawn), "conversations")
+
+
+def _candidates(job: Job, tallies: dict[str, Tally]) -> Iterator[Conversation]:
+    """Every usable conversation that is not held out. Sets go by name: their order in a recipe means nothing."""
+    seen: set[bytes] = set()
+    for name, spec in sorted(job.config.data.items()):
+        tally = tallies[name] = Tally()
+        path = data_file(job.inputs[f"dataset.{name}"])
+        for conversation in usable(path, name, spec, tally, seen):
+            if held_out(conversation.first, job.config.prompts.hold_out):
+                tally.dropped["held out for evaluation"] += 1
+            else:
+                yield conversation
+
+
+def _line(job: Job, conversation: Conversation) -> dict[str, object]:
+    """A system message, if there is one, and the first `prompts.turns` user messages."""
+    messages = with_instruction(conversation, job.config.data[conversation.dataset].instruction)
+    system = [m for m in messages if m["role"] == "system"]
+    asked = [m for m in messages if m["role"] == "user"][: job.config.prompts.turns]
+    return {"id": conversation.id, "source": conversation.dataset, "messages": system + asked}

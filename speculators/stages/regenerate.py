@@ -1,0 +1,157 @@
+"""regenerate: conversations -> the same conversations answered by the target, with token ids as the server saw them.
+
+A draft learns to predict what the target itself would say, so every assistant turn is the target's own. The turns of a
+conversation are answered one after the other, many conversations at once. A finished conversation is appended to
+`scratch/answers.jsonl`; a killed attempt goes on with those that are not there.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import os
+import time
+from collections import Counter
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, TextIO
+
+from speculators.config import Regenerate
+from speculators.errors import StageError
+from speculators.job import Job
+from speculators.targets.client import Client
+
+SYNC_SECONDS = 1.0
+"""Answers that a crash of the machine may lose; a crash of this process loses none."""
+
+
+def main(job: Job) -> None:
+    """Answer every conversation, in any order; publish them in the order they came in."""
+    conversations = [json.loads(line) for line in _lines(job.inputs["prompts"] / "conversations.jsonl")]
+    log = job.scratch / "answers.jsonl"
+    finished = read_answers(log)
+    job.record["resumed"] = len(finished)
+    start = time.monotonic()
+    asyncio.run(_answer_all(job, conversations, finished, log))
+    seconds = time.monotonic() - start
+    kept = [finished[i] for i in range(len(conversations)) if finished[i]["turns"]]
+    if not kept:
+        raise StageError(
+            f"none of {len(conversations)} conversations was answered: {_dropped(finished)}",
+            "raise `train.sequence_length`, or choose other prompts",
+        )
+    with (job.output / "conversations.jsonl").open("w", encoding="utf-8") as file:
+        for answered in kept:
+            public = {key: value for key, value in answered.items() if key not in ("index", "dropped")}
+            file.write(json.dumps(public, ensure_ascii=False) + "\n")
+    turns = [turn for answered in kept for turn in answered["turns"]]
+    job.record |= {
+        "conversations": len(conversations),
+        "kept": len(kept),
+        "dropped": _dropped(finished),
+        "turns": len(turns),
+        "answer_tokens": sum(len(turn["answer_ids"]) for turn in turns),
+        "finish_reasons": dict(Counter(turn["finish_reason"] for turn in turns)),
+        "seconds": round(seconds, 1),
+    }
+
+
+def read_answers(log: Path) -> dict[int, dict[str, Any]]:
+    """What earlier attempts finished, by the conversation's place in the input.
+
+    A last line that a kill cut off is removed from the file, so that the next one starts on a line of its own.
+    """
+    if not log.exists():
+        return {}
+    data = log.read_bytes()
+    whole = data.rfind(b"\n") + 1
+    if whole < len(data):
+        os.truncate(log, whole)
+    answers = [json.loads(line) for line in data[:whole].splitlines()]
+    return {answer["index"]: answer for answer in answers}
+
+
+async def _answer_all(
+    job: Job, conversations: list[dict[str, Any]], finished: dict[int, dict[str, Any]], log: Path
+) -> None:
+    config = job.config.regenerate
+    waiting = [i for i in range(len(conversations)) if i not in finished]
+    client = Client(
+        job.services["target"], concurrency=config.concurrency, retries=config.retries, timeout=config.timeout
+    )
+    start, tokens, synced = time.monotonic(), 0, 0.0
+    with log.open("a", encoding="utf-8") as file:
+        async with client:
+
+            async def work(index: int) -> dict[str, Any]:
+                answered = await answer(client, conversations[index], config, job.config.train.sequence_length)
+                return {"index": index, **answered}
+
+            async for answered in client.map(work, waiting):
+                synced = _append(file, answered, synced)
+                finished[answered["index"]] = answered
+                tokens += sum(len(turn["answer_ids"]) for turn in answered["turns"])
+                speed = tokens / (time.monotonic() - start)
+                job.progress(len(finished), len(conversations), "conversations", tokens_per_second=round(speed, 1))
+        os.fsync(file.fileno())
+    job.record["retried_requests"] = client.retried
+    if waiting:
+        job.record["tokens_per_second"] = round(tokens / (time.monotonic() - start), 1)
+
+
+async def answer(client: Client, conversation: dict[str, Any], config: Regenerate, longest: int) -> dict[str, Any]:
+    """The conversation with the target's answers; `dropped` says why turns are missing, null if none is.
+
+    A prompt and its answer together have at most `longest` tokens: the answer is cut to that, and a prompt that leaves
+    no room ends the conversation, as an empty answer does. What was answered before is kept.
+    """
+    messages: list[dict[str, str]] = []
+    turns: list[dict[str, Any]] = []
+    dropped: str | None = None
+    kept = 0
+    item = f"conversation {conversation['id']}"
+    for message in conversation["messages"]:
+        messages.append(message)
+        if message["role"] != "user":
+            continue
+        prompt_ids = await client.tokenize(messages, item=item)
+        room = longest - len(prompt_ids)
+        if room <= 0:
+            dropped = "prompt_too_long"
+            break
+        said = await client.chat(
+            messages,
+            item=item,
+            max_tokens=min(config.max_tokens, room),
+            temperature=config.temperature,
+            top_p=config.top_p,
+            seed=config.seed,
+        )
+        if not said.text.strip():
+            dropped = "empty_answer"
+            break
+        messages.append({"role": "assistant", "content": said.text})
+        turns.append({"prompt_ids": said.prompt_ids, "answer_ids": said.token_ids, "finish_reason": said.finish_reason})
+        kept = len(messages)
+    return {**conversation, "messages": messages[:kept], "turns": turns, "dropped": dropped}
+
+
+def _append(file: TextIO, answered: dict[str, Any], synced: float) -> float:
+    """Write one line; returns when the file was last made durable."""
+    file.write(json.dumps(answered, ensure_ascii=False) + "\n")
+    file.flush()
+    now = time.monotonic()
+    if now - synced < SYNC_SECONDS:
+        return synced
+    os.fsync(file.fileno())
+    return now
+
+
+def _dropped(finished: dict[int, dict[str, Any]]) -> dict[str, int]:
+    """Conversations that lost a turn or more, by reason."""
+    return dict(Counter(answered["dropped"] for answered in finished.values() if answered["dropped"]))
+
+
+def _lines(path: Path) -> Iterator[str]:
+    with path.open(encoding="utf-8") as file:
+        yield from file

@@ -1,0 +1,131 @@
+"""train: tokens + hidden states + vocabulary -> speculator. Fit a draft to the target's own distributions.
+
+The artifact: `best/` and `last/` (checkpoints in the speculators format), `metrics.jsonl` (one line every
+`train.log_every` steps, one for each validation), `summary.json`.
+"""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+from safetensors.torch import load_file
+
+from speculators.config import Device, Eagle3
+from speculators.data.shards import ShardReader, check_contract
+from speculators.drafts import DRAFTS
+from speculators.drafts.base import TargetParts, Vocabulary
+from speculators.errors import ContractError, RecipeError, closest
+from speculators.job import Job, write_json
+from speculators.targets.hf import TargetCheckpoint, rope_parameters
+from speculators.training.corpus import Corpus
+from speculators.training.loop import METRICS, Loop
+from speculators.training.losses import Teacher
+
+
+def main(job: Job) -> None:
+    """Run the stage."""
+    train, options = job.config.train, job.config.speculator
+    if options.algorithm not in DRAFTS:
+        raise RecipeError(f"no draft named `{options.algorithm}`", closest(options.algorithm, DRAFTS))
+    target = TargetCheckpoint(job.inputs["target"])
+    features = ShardReader(job.inputs["features"])
+    wanted = {
+        "target": job.digests["target"],
+        "tokens": job.digests["tokens"],
+        "layer_ids": job.derived["capture_layer_ids"],
+        "hidden_size": target.hidden_size,
+        "normed": False,
+    }
+    check_contract(features.contract, wanted)
+    vocabulary = read_vocabulary(job, target)
+    corpus = Corpus(job.inputs["tokens"], features)
+    device = pick_device(train.device)
+
+    head = target.head(vocabulary.tokens)
+    parts = TargetParts(
+        name=target.name,
+        architectures=target.architectures,
+        config=target.config,
+        rope_parameters=rope_parameters(target.config),
+        embeddings=target.embeddings(),
+        head=head,
+    )
+    draft = DRAFTS[options.algorithm].build(parts, options, vocabulary, job.derived["layer_ids"], train.seed).to(device)
+    norm = target.final_norm()
+    teacher = Teacher(
+        norm_weight=norm.weight.to(device),
+        norm_eps=norm.eps,
+        head=draft.lm_head.weight,
+        scale=target.logit_scale,
+        softcap=target.logit_softcap,
+    )
+    decay = options.ttt_step_decay if isinstance(options, Eagle3) else 1.0
+    save_dtype = getattr(torch, job.config.target.dtype.name)
+
+    def report(done: int, total: int, note: dict[str, float]) -> None:
+        job.progress(done, total, "steps", **note)
+
+    loop = Loop(draft, teacher, corpus, train, decay, save_dtype, job.scratch, device, report)
+    with same_bytes_every_time():
+        loop.run()
+    publish(job, loop)
+
+
+def read_vocabulary(job: Job, target: TargetCheckpoint) -> Vocabulary:
+    """The draft's vocabulary, checked against the target's."""
+    tensors = load_file(job.inputs["vocab"] / "vocab.safetensors")
+    vocabulary = Vocabulary(d2t=tensors["d2t"], t2d=tensors["t2d"])
+    if len(vocabulary.t2d) != target.vocab_size or not torch.equal(vocabulary.t2d.nonzero()[:, 0], vocabulary.tokens):
+        raise ContractError(
+            f"the draft's vocabulary keeps {len(vocabulary.d2t)} of {len(vocabulary.t2d)} tokens; "
+            f"the target has {target.vocab_size}, or d2t and t2d differ",
+            "make the vocabulary again from this target's tokens",
+        )
+    return vocabulary
+
+
+def pick_device(wanted: Device) -> torch.device:
+    """The device asked for.
+
+    Raises:
+        RecipeError: it is not there.
+    """
+    if wanted is Device.cuda and not torch.cuda.is_available():
+        raise RecipeError("train.device is cuda, and torch finds no CUDA device", "set train.device=auto")
+    cuda = wanted is not Device.cpu and torch.cuda.is_available()
+    return torch.device("cuda" if cuda else "cpu")
+
+
+@contextmanager
+def same_bytes_every_time() -> Iterator[None]:
+    """Only operations that give the same bits every time; torch raises an error at any other."""
+    before = torch.are_deterministic_algorithms_enabled()
+    torch.use_deterministic_algorithms(True)
+    try:
+        yield
+    finally:
+        torch.use_deterministic_algorithms(before)
+
+
+def publish(job: Job, loop: Loop) -> None:
+    """Move what is finished into the artifact. Times go into the record: the artifact's bytes depend on none."""
+    shutil.rmtree(job.output / "best", ignore_errors=True)
+    shutil.copytree(job.scratch / "best", job.output / "best")
+    loop.draft.save(job.output / "last", loop.save_dtype)
+    shutil.copyfile(job.scratch / METRICS, job.output / METRICS)
+    rows, held = loop.corpus.split(loop.train.validation)
+    summary = {
+        "steps": loop.at.step,
+        "tokens": loop.at.tokens,
+        "rows": len(rows),
+        "validation_rows": len(held),
+        "best_step": loop.at.best_step,
+        "validation": loop.at.best,
+        "parameters": sum(p.numel() for p in loop.optimizers.parameters()),
+    }
+    write_json(job.output / "summary.json", summary)
+    speed = loop.attempt_tokens / loop.seconds if loop.seconds else 0.0
+    job.record |= summary | {"seconds_in_steps": round(loop.seconds, 1), "tokens_per_second": round(speed, 1)}

@@ -1,0 +1,205 @@
+"""A target's checkpoint directory in the Hugging Face layout, read tensor by tensor.
+
+A draft needs four things of its target: the text config, the embeddings, the final norm and the head. They are read
+out of the safetensors files by name; the model itself, which may be a hundred times larger, is never built.
+"""
+
+from __future__ import annotations
+
+import functools
+import json
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from safetensors import safe_open
+from torch import Tensor
+
+from speculators.errors import ContractError, SourceError
+
+PREFIXES = ("", "model.", *("model.language_model.", "language_model.model.", "language_model.", "transformer."))
+"""Where text models put their tensors, alone or inside a multimodal one; tried in this order."""
+
+EMBEDDINGS = ("embed_tokens.weight", "wte.weight", "tok_embeddings.weight", "embeddings.weight")
+FINAL_NORM = ("norm.weight", "final_layernorm.weight", "norm_f.weight", "ln_f.weight")
+HEAD = ("lm_head.weight", "output.weight")
+
+UNIT_OFFSET_NORMS = frozenset(
+    (
+        *("gemma", "gemma2", "gemma3", "gemma3_text", "recurrent_gemma", "vaultgemma"),
+        *("qwen3_next", "qwen3_5", "qwen3_5_text", "qwen3_5_moe", "qwen3_5_moe_text"),
+        *("step3p7", "step3p7_text", "minimax_m3_vl", "minimax_m3_vl_text"),
+    )
+)
+"""Model types whose RMSNorm multiplies by 1 + weight, so that a stored zero means one."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class FinalNorm:
+    """The RMSNorm between the last layer and the head; `weight` [H] float32 is what is multiplied by."""
+
+    weight: Tensor
+    eps: float
+
+
+class TargetCheckpoint:
+    """The parts of a checkpoint directory that training reads.
+
+    Raises:
+        SourceError: there is no such directory, no config.json or no safetensors file.
+        ContractError: a tensor that every target has is not there or has another shape.
+    """
+
+    def __init__(self, directory: Path) -> None:
+        self.directory = directory
+        self.raw: dict[str, Any] = _read_json(directory / "config.json")
+        self.config = text_config(directory)
+        self._files = _index(directory)
+
+    @property
+    def name(self) -> str:
+        """What the checkpoint calls itself; its architecture if it has no name."""
+        named = self.raw.get("_name_or_path") or self.raw.get("_model_name_or_path")
+        return str(named or next(iter(self.architectures), self.config["model_type"]))
+
+    @property
+    def architectures(self) -> list[str]:
+        """As in config.json."""
+        return list(self.raw.get("architectures") or [])
+
+    @property
+    def hidden_size(self) -> int:
+        """Width H of the residual stream."""
+        return int(self.config["hidden_size"])
+
+    @property
+    def vocab_size(self) -> int:
+        """Rows of the embeddings and of the head."""
+        return int(self.config["vocab_size"])
+
+    @property
+    def logit_scale(self) -> float:
+        """What the head's output is multiplied by (Cohere multiplies, Granite divides)."""
+        return float(self.config.get("logit_scale") or 1.0) / float(self.config.get("logits_scaling") or 1.0)
+
+    @property
+    def logit_softcap(self) -> float | None:
+        """c in c * tanh(logits / c), for targets that bound their logits (Gemma)."""
+        cap = self.config.get("final_logit_softcapping")
+        return float(cap) if cap else None
+
+    def embeddings(self) -> Tensor:
+        """Input embeddings [V, H] in the stored dtype."""
+        return self._matrix(self._find(EMBEDDINGS, "input embeddings"))
+
+    def head(self, rows: Tensor | None = None) -> Tensor:
+        """Output head [V, H], or its `rows` (int64), in the stored dtype; the embeddings where the two are tied."""
+        name = self._find(EMBEDDINGS, "input embeddings") if self._tied() else self._find(HEAD, "output head")
+        head = self._matrix(name)
+        return head if rows is None else head.index_select(0, rows)
+
+    def final_norm(self) -> FinalNorm:
+        """The norm that the head's input goes through."""
+        name = self._find(FINAL_NORM, "final norm")
+        if name.removesuffix("weight") + "bias" in self._files:
+            raise ContractError(
+                f"the final norm of {self.directory} has a bias: it is a LayerNorm, and only RMSNorm is known here",
+                "train for a target whose final norm is an RMSNorm",
+            )
+        weight = self._read(name).float()
+        if list(weight.shape) != [self.hidden_size]:
+            raise ContractError(f"{name} is {list(weight.shape)}, not [{self.hidden_size}]", "check the checkpoint")
+        offset = 1.0 if self.config["model_type"] in UNIT_OFFSET_NORMS else 0.0
+        eps = self.config.get("rms_norm_eps") or self.config.get("norm_eps") or 1e-6
+        return FinalNorm(weight=weight + offset, eps=float(eps))
+
+    def _tied(self) -> bool:
+        return bool(self.config.get("tie_word_embeddings", self.raw.get("tie_word_embeddings", False)))
+
+    def _find(self, names: Iterable[str], what: str) -> str:
+        tried = [prefix + name for name in names for prefix in PREFIXES]
+        for name in tried:
+            if name in self._files:
+                return name
+        raise ContractError(
+            f"{self.directory} has no {what}: none of {', '.join(tried[:3])}, ... is in its safetensors files",
+            "the target has to be a complete decoder checkpoint in the Hugging Face layout",
+        )
+
+    def _matrix(self, name: str) -> Tensor:
+        matrix = self._read(name)
+        if list(matrix.shape) != [self.vocab_size, self.hidden_size]:
+            raise ContractError(
+                f"{name} has the shape {list(matrix.shape)}, config.json says [{self.vocab_size}, {self.hidden_size}]",
+                "check that config.json and the weights are of one model",
+            )
+        return matrix
+
+    def _read(self, name: str) -> Tensor:
+        with safe_open(self._files[name], "pt") as file:
+            tensor: Tensor = file.get_tensor(name)
+        return tensor
+
+
+@functools.lru_cache(maxsize=8)
+def _auto_config(directory: Path) -> dict[str, Any]:
+    from transformers import AutoConfig
+
+    try:
+        config = AutoConfig.from_pretrained(str(directory), local_files_only=True)
+    except (OSError, ValueError, KeyError) as error:
+        raise SourceError(
+            f"transformers cannot read {directory}/config.json: {str(error).splitlines()[0]}",
+            "check its model_type; a newer transformers may know it",
+        ) from None
+    plain: dict[str, Any] = config.get_text_config().to_dict()
+    return plain
+
+
+def text_config(directory: Path) -> Mapping[str, Any]:
+    """The text part of config.json with the defaults that the file leaves out filled in."""
+    return _auto_config(directory)
+
+
+def _index(directory: Path) -> dict[str, Path]:
+    """Tensor name -> file, from the sharded checkpoint's index or from the files themselves."""
+    index = directory / "model.safetensors.index.json"
+    if index.exists():
+        return {name: directory / file for name, file in _read_json(index)["weight_map"].items()}
+    files = sorted(directory.glob("*.safetensors"))
+    if not files:
+        raise SourceError(f"{directory} holds no safetensors file", "give a checkpoint with weights in safetensors")
+    found: dict[str, Path] = {}
+    for path in files:
+        with safe_open(path, "pt") as file:
+            found.update(dict.fromkeys(file.keys(), path))
+    return found
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    try:
+        plain: dict[str, Any] = json.loads(path.read_text())
+    except FileNotFoundError:
+        hint = "give a checkpoint directory in the Hugging Face layout"
+        raise SourceError(f"{path.parent} has no {path.name}", hint) from None
+    except ValueError as error:
+        raise SourceError(f"{path} is not JSON: {error}", "fetch the target again") from None
+    return plain
+
+
+def rope_parameters(config: Mapping[str, Any]) -> dict[str, Any]:
+    """`rope_type`, `rope_theta` and what that type needs, for full attention over whole heads.
+
+    Targets that rotate only a part of each head, or by several axes, hand over their frequency base alone: a draft
+    rotates whole heads by the token's position, and both trainer and server read that from the draft's own config.
+    """
+    rope: Mapping[str, Any] = config.get("rope_parameters") or {}
+    if any(isinstance(value, Mapping) for value in rope.values()):
+        rope = rope.get("full_attention") or next(iter(rope.values()))
+    theta = rope.get("rope_theta") or config.get("rope_theta") or 10000.0
+    kind = rope.get("rope_type", "default")
+    if kind in ("default", "proportional") or "mrope_section" in rope:
+        return {"rope_type": "default", "rope_theta": float(theta)}
+    kept = {name: value for name, value in rope.items() if name != "partial_rotary_factor"}
+    return {**kept, "rope_theta": float(theta)}

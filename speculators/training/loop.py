@@ -1,0 +1,218 @@
+"""The loop: packs -> steps -> a trained draft, and everything that makes a killed run end in the same bytes.
+
+What the next step depends on is sealed every so often (`checkpoint`): parameters, momenta, moments, the generators'
+state, the number of steps done, and the sums that the next line of metrics is made of. Which rows come next follows
+from that number, since the packs of every epoch follow from the seed. Nothing that is kept holds a time of day.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import shutil
+import time
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from speculators.config import Dtype, Train
+from speculators.data.packing import training_batches, validation_batches
+from speculators.drafts.base import Draft, Pack
+from speculators.errors import StageError
+from speculators.training import checkpoint
+from speculators.training.corpus import Corpus
+from speculators.training.losses import Outcome, Tally, Teacher, distill
+from speculators.training.optim import Optimizers, rate
+
+METRICS = "metrics.jsonl"
+
+
+@dataclass(frozen=True, slots=True)
+class Schedule:
+    """Every step of the run, decided before the first."""
+
+    batches: list[list[int]]
+    """Rows of each step, all epochs one after the other."""
+    epoch_ends: list[int]
+    """Number of steps done when each epoch is over."""
+    validation: list[list[int]]
+    """Rows of each validation pack, always the same."""
+
+
+def schedule(corpus: Corpus, train: Train) -> Schedule:
+    """Split and pack.
+
+    Raises:
+        StageError: nothing is left to train on.
+    """
+    rows, held = corpus.split(train.validation)
+    if not rows:
+        raise StageError("no conversation is left to train on", "lower train.validation, or take more conversations")
+    batches: list[list[int]] = []
+    ends = []
+    for epoch in range(train.epochs):
+        batches += training_batches(rows, train.batch_tokens, train.seed, epoch)
+        ends.append(len(batches))
+    return Schedule(batches, ends, validation_batches(held, train.batch_tokens))
+
+
+@dataclass(slots=True)
+class Progress:
+    """Where the run is; with the tensors, all that it depends on."""
+
+    step: int
+    """Steps done."""
+    sums: Tally
+    """Over the steps since the last line of metrics."""
+    gradient_norm: float
+    """Sum over the same steps, before clipping."""
+    tokens: int
+    """Trained on since the beginning."""
+    metrics_bytes: int
+    """Length of the metrics file."""
+    best_step: int
+    """0 before the first validation."""
+    best: dict[str, float]
+    """Validation metrics of the best checkpoint."""
+
+
+class Loop:
+    """One run. `scratch` outlives a killed attempt; `report(progress, note)` is called after every step."""
+
+    def __init__(
+        self, draft: Draft, teacher: Teacher, corpus: Corpus, train: Train, step_decay: float, save_dtype: torch.dtype,
+        scratch: Path, device: torch.device, report: Callable[[int, int, dict[str, Any]], None],
+    ) -> None:  # fmt: skip
+        self.draft, self.teacher, self.corpus, self.train = draft, teacher, corpus, train
+        self.step_decay, self.save_dtype = step_decay, save_dtype
+        self.scratch, self.device, self.report = scratch, device, report
+        self.plan = schedule(corpus, train)
+        self.optimizers = Optimizers(draft, train)
+        self.at = Progress(0, Tally.empty(0), 0.0, 0, 0, 0, {})
+        self.seconds = 0.0
+        """Spent in steps by this attempt."""
+        self.attempt_tokens = 0
+        """Trained on by this attempt."""
+
+    def run(self) -> None:
+        """Train to the end, from wherever an earlier attempt left off."""
+        self._resume()
+        sealed = time.monotonic()
+        for index in range(self.at.step, len(self.plan.batches)):
+            self._step(index)
+            if self.at.step in self.plan.epoch_ends:
+                self._validate()
+            if self.at.step in self.plan.epoch_ends or time.monotonic() - sealed > self.train.checkpoint_seconds:
+                self._seal()
+                sealed = time.monotonic()
+
+    def _step(self, index: int) -> None:
+        began = time.monotonic()
+        total = len(self.plan.batches)
+        factor = rate(index, total, self.train.warmup, self.train.schedule)
+        pack = self.corpus.pack(self.plan.batches[index], self.device)
+        outcome, tally = self._forward(pack)
+        outcome.loss.backward()
+        norm = float(nn.utils.clip_grad_norm_(self.optimizers.parameters(), self.train.clip))
+        loss = outcome.loss.item()
+        if not math.isfinite(norm) or not math.isfinite(loss):
+            raise StageError(
+                f"step {index}: loss {loss}, norm of the gradient {norm}, on rows {self.corpus.name(pack.rows)}",
+                "look at these rows' hidden states; if they are finite, lower train.lr or train.clip",
+            )
+        self.optimizers.step(factor)
+        self.at.step += 1
+        self.at.tokens += len(pack.token_ids)
+        self.at.gradient_norm += norm
+        self.at.sums = tally if not self.at.sums.count else self.at.sums
+        if self.at.sums is not tally:
+            self.at.sums.add(tally)
+        self.seconds += time.monotonic() - began
+        self.attempt_tokens += len(pack.token_ids)
+        metrics = tally.metrics(self.step_decay)
+        if self.at.step % self.train.log_every == 0 or self.at.step == total:
+            self._log(factor)
+        best = round(self.at.best.get("acceptance", 0.0), 3)
+        speed = round(self.attempt_tokens / self.seconds)
+        self.report(
+            self.at.step, total, {"loss": round(metrics["loss"], 3), "held_out": best, "tokens_per_second": speed}
+        )
+
+    def _forward(self, pack: Pack) -> tuple[Outcome, Tally]:
+        with self._autocast():
+            predictions = self.draft(pack)
+            outcome = distill(predictions, pack.states[:, -1], self.draft.lm_head.weight, self.teacher)
+        return outcome, Tally.of(predictions.valid, outcome)
+
+    def _autocast(self) -> AbstractContextManager[Any]:
+        if self.train.precision is Dtype.float32:
+            return nullcontext()
+        return torch.autocast(self.device.type, getattr(torch, self.train.precision.name))
+
+    @torch.no_grad()
+    def validate(self) -> dict[str, float]:
+        """Metrics over all validation packs, every prediction counting the same."""
+        tally: Tally | None = None
+        for rows in self.plan.validation:
+            _, counted = self._forward(self.corpus.pack(rows, self.device))
+            tally = counted if tally is None else tally
+            if tally is not counted:
+                tally.add(counted)
+        return {} if tally is None else tally.metrics(self.step_decay)
+
+    def _validate(self) -> None:
+        metrics = self.validate()
+        epoch = self.plan.epoch_ends.index(self.at.step) + 1
+        if metrics:
+            self._write({"step": self.at.step, "epoch": epoch, "validation": metrics})
+        if not metrics or not self.at.best or metrics["acceptance"] > self.at.best["acceptance"]:
+            self.at.best, self.at.best_step = metrics, self.at.step
+            beside = self.scratch / "best.new"
+            shutil.rmtree(beside, ignore_errors=True)
+            self.draft.save(beside, self.save_dtype)
+            shutil.rmtree(self.scratch / "best", ignore_errors=True)
+            beside.rename(self.scratch / "best")
+
+    def _log(self, factor: float) -> None:
+        lines = (self.at.step - 1) % self.train.log_every + 1
+        facts = {"step": self.at.step, "tokens": self.at.tokens, "lr": self.train.lr * factor}
+        self._write(facts | {"gradient_norm": self.at.gradient_norm / lines} | self.at.sums.metrics(self.step_decay))
+        self.at.sums, self.at.gradient_norm = Tally.empty(0), 0.0
+
+    def _write(self, line: dict[str, Any]) -> None:
+        with (self.scratch / METRICS).open("ab") as file:
+            file.write(json.dumps(line).encode() + b"\n")
+            self.at.metrics_bytes = file.tell()
+
+    def _seal(self) -> None:
+        tensors: dict[str, torch.Tensor] = {f"draft.{name}": p for name, p in self.draft.named_parameters()}
+        tensors |= {f"optimizer.{name}": t for name, t in self.optimizers.state().items()}
+        tensors["random.cpu"] = torch.get_rng_state()
+        if self.device.type == "cuda":
+            tensors["random.cuda"] = torch.cuda.get_rng_state(self.device)
+        checkpoint.seal(self.scratch, self.at.step, tensors, asdict(self.at))
+
+    def _resume(self) -> None:
+        """Go on from the newest sealed state, or begin."""
+        found = checkpoint.newest(self.scratch)
+        if found is None:
+            (self.scratch / METRICS).write_bytes(b"")
+            torch.manual_seed(self.train.seed)
+            return
+        tensors, facts = found
+        self.at = Progress(**{**facts, "sums": Tally(**facts["sums"])})
+        os.truncate(self.scratch / METRICS, self.at.metrics_bytes)
+        with torch.no_grad():
+            for name, p in self.draft.named_parameters():
+                p.copy_(tensors[f"draft.{name}"])
+        prefix = "optimizer."
+        self.optimizers.load({n.removeprefix(prefix): t for n, t in tensors.items() if n.startswith(prefix)})
+        torch.set_rng_state(tensors["random.cpu"])
+        if self.device.type == "cuda":
+            torch.cuda.set_rng_state(tensors["random.cuda"], self.device)

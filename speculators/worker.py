@@ -1,0 +1,202 @@
+"""`python -m speculators.worker REQUEST.json`: one attempt at one stage, from the claim to the published artifact.
+
+This is the only unit that is ever started, whatever starts it, and the one module on the line: it knows the store
+on the left and calls the stage on the right. Run by hand it does the same as under a run.
+
+Exit codes: 0 the artifact (or this phase of it) is there; 1 a `RunError`, said on standard error and in
+`failure.json`; 2 anything else, with a traceback; 143 or 130 asked to stop. Except on success the work directory
+stays, and the next attempt goes on in it. With `--held`, standard input is a pipe whose end means that the runner
+is gone: then this process ends too.
+"""
+
+from __future__ import annotations
+
+import argparse
+import datetime
+import errno
+import importlib
+import json
+import os
+import platform
+import signal
+import socket
+import sys
+import threading
+import time
+import traceback
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+from speculators.errors import RunError, StoreError
+from speculators.job import Job, read_request, write_json
+from speculators.runner.store import Store
+
+HEARTBEAT_SECONDS = 10.0
+GRACE = 30.0
+"""Seconds from asking ourselves to stop to being killed, once the runner is gone."""
+
+
+def main(arguments: list[str]) -> int:
+    """Do what a request says; returns the exit code."""
+    parser = argparse.ArgumentParser(prog="speculators.worker", description="Make one artifact.")
+    parser.add_argument("request", type=Path, help="written by the runner")
+    parser.add_argument("--held", action="store_true", help="end when standard input does")
+    options = parser.parse_args(arguments)
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, _stop)
+    if options.held:
+        threading.Thread(target=_die_with_the_runner, name="runner-watch", daemon=True).start()
+    request = json.loads(options.request.read_text())
+    job = read_request(options.request)
+    try:
+        _attempt(request, job)
+    except RunError as error:
+        print(f"error: {error.message}\n\nhint: {error.hint}", file=sys.stderr)
+        _write_failure(job, error.message, error.hint, type(error).__name__)
+        return 1
+    except Exception as error:
+        traceback.print_exc()
+        _write_failure(
+            job, f"{type(error).__name__}: {error}", "this is a defect; its traceback is in the log", "defect"
+        )
+        return 2
+    return 0
+
+
+def _attempt(request: dict[str, Any], job: Job) -> None:
+    """Claim, look again, run the stage, publish."""
+    store = Store(Path(request["store"]))
+    with store.claim(job.stage, job.key, _say_waiting, run=request["provenance"].get("run", "")):
+        if store.find(job.stage, job.key) is not None:
+            store.discard_work(job.stage, job.key)
+            return
+        aside = store.set_aside(job.stage, job.key)
+        if aside is not None:
+            print(f"warning: an artifact that is not whole was set aside: {aside}", file=sys.stderr)
+        phase_done = job.scratch / f"phase-{request['phase']}.done"
+        if phase_done.exists():
+            return
+        _make_directories(job)
+        started, clock = _now(), time.monotonic()
+        with _Heartbeat(job.work, started):
+            _run_stage(job)
+        seconds = round(time.monotonic() - clock, 3)
+        if request["phase"] + 1 < request["phases"]:
+            write_json(phase_done, {"seconds": seconds, "record": job.record})
+            return
+        store.publish(
+            job.stage,
+            job.key,
+            preimage=request["preimage"],
+            record={**job.record, "seconds": seconds},
+            provenance={**request["provenance"], **_machine(), "started": started, "finished": _now()},
+            digest=request["digest"],
+        )
+
+
+def _make_directories(job: Job) -> None:
+    """data/ and scratch/ may hold what an earlier attempt left; what it said about itself is over."""
+    for directory in (job.output, job.scratch):
+        directory.mkdir(parents=True, exist_ok=True)
+    for name in ("failure.json", "progress.json"):
+        (job.work / name).unlink(missing_ok=True)
+
+
+def _run_stage(job: Job) -> None:
+    stage = importlib.import_module(f"speculators.stages.{job.stage}")
+    try:
+        stage.main(job)
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+            raise
+        where = error.filename or job.work
+        hint = "make room, then run the same command again: what is finished is kept"
+        raise StoreError(f"{job.node}: no space is left for {where}", hint) from error
+
+
+class _Heartbeat:
+    """Rewrites heartbeat.json while the stage runs, for those who cannot see this process."""
+
+    def __init__(self, work: Path, started: str) -> None:
+        self._path = work / "heartbeat.json"
+        self._plain = {"pid": os.getpid(), "host": socket.gethostname(), "started": started}
+        self._over = threading.Event()
+        self._thread = threading.Thread(target=self._beat, name="heartbeat", daemon=True)
+
+    def __enter__(self) -> None:
+        self._thread.start()
+
+    def __exit__(self, *_: object) -> None:
+        self._over.set()
+        self._thread.join()
+        self._path.unlink(missing_ok=True)
+
+    def _beat(self) -> None:
+        while True:
+            write_json(self._path, {**self._plain, "beat": _now()})
+            if self._over.wait(HEARTBEAT_SECONDS):
+                return
+
+
+def _machine() -> dict[str, Any]:
+    """What this attempt ran on and with: not part of any key, but of every answer to "why does this differ?"."""
+    plain: dict[str, Any] = {
+        "host": socket.gethostname(),
+        "python": platform.python_version(),
+        "platform": platform.platform(),
+        "cpu": _cpu(),
+        "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
+    }
+    # Only what the stage itself has imported: nothing is loaded to be written down.
+    for name in ("torch", "transformers", "datasets"):
+        version = getattr(sys.modules.get(name), "__version__", None)
+        if version is not None:
+            plain[name] = str(version)
+    return plain
+
+
+def _cpu() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        return platform.processor()
+    return next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), platform.machine())
+
+
+def _write_failure(job: Job, message: str, hint: str, kind: str) -> None:
+    """For the runner to quote. Where even that cannot be written, standard error has it."""
+    try:
+        job.work.mkdir(parents=True, exist_ok=True)
+        write_json(job.work / "failure.json", {"message": message, "hint": hint, "kind": kind})
+    except OSError as error:
+        print(f"warning: failure.json could not be written: {error}", file=sys.stderr)
+
+
+def _say_waiting(holder: str) -> None:
+    print(f"waiting: {holder} is making this", file=sys.stderr)
+
+
+def _stop(number: int, frame: FrameType | None) -> None:
+    """Unwind: `finally` blocks run, the claim ends, the work directory stays."""
+    signal.signal(number, signal.SIG_IGN)
+    raise SystemExit(128 + number)
+
+
+def _die_with_the_runner() -> None:
+    """Wait for the end of standard input; then stop, and if that takes too long, kill the whole group."""
+    while os.read(0, 512):
+        pass
+    os.kill(os.getpid(), signal.SIGTERM)
+    time.sleep(GRACE)
+    if os.getpgrp() == os.getpid():
+        os.killpg(0, signal.SIGKILL)
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def _now() -> str:
+    return datetime.datetime.now(datetime.UTC).isoformat(timespec="milliseconds").replace("+00:00", "Z")
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

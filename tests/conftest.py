@@ -1,0 +1,61 @@
+"""Worlds that tests are built in."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from speculators import recipe
+from speculators.config import Config
+from speculators.runner.plan import Planner
+from speculators.runner.store import Store
+
+
+@pytest.fixture(autouse=True)
+def _own_store(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """No test sees or touches the store of whoever runs it."""
+    monkeypatch.setenv("SPECULATORS_STORE", str(tmp_path / "store"))
+
+
+@pytest.fixture
+def store(tmp_path: Path) -> Store:
+    return Store(tmp_path / "store")
+
+
+@pytest.fixture
+def config() -> Config:
+    return recipe.compose(["recipe=smollm2_eagle3"])
+
+
+def publish(store: Store, planner: Planner, name: str, digests: dict[str, str], content: str = "") -> str:
+    """Put an artifact in the store as a run would have left it; gives its digest."""
+    step = planner.step(name, digests)
+    work = store.work(step.node.kind, step.key)
+    (work / "data").mkdir(parents=True)
+    facts = {"num_hidden_layers": 30, "hidden_size": 576, "vocab_size": 49152}
+    file, text = ("config.json", json.dumps(facts)) if name == "target" else ("content", content or name)
+    (work / "data" / file).write_text(text)
+    made = {"preimage": step.preimage, "record": {}, "provenance": {"run": "earlier", "finished": "2026"}}
+    artifact = store.publish(step.node.kind, step.key, **made, digest=step.digest or None)
+    return artifact.digest
+
+
+def publish_all(store: Store, planner: Planner) -> dict[str, str]:
+    """A store in which every node of the recipe is made."""
+    digests: dict[str, str] = {}
+    for name in planner.graph:
+        digests[name] = publish(store, planner, name, digests)
+    return digests
+
+
+@pytest.fixture
+def checkpoint(tmp_path: Path) -> Path:
+    """A model directory as far as the runner looks into one: 4 layers, and files that nobody reads here."""
+    path = tmp_path / "checkpoint"
+    path.mkdir()
+    (path / "config.json").write_text('{"num_hidden_layers": 4, "hidden_size": 8, "vocab_size": 32}')
+    (path / "model.safetensors").write_bytes(b"weights")
+    (path / "tokenizer.json").write_text("{}")
+    return path

@@ -1,0 +1,189 @@
+"""Shards: what was added comes back, a killed writer loses only what it was filling, the contract is enforced."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors import safe_open
+
+from speculators.data.shards import ShardReader, ShardWriter, check_contract, feature_contract
+from speculators.errors import ContractError
+
+LAYERS, WIDTH = 3, 5
+
+
+def contract(**changed: object) -> dict[str, object]:
+    made = feature_contract(
+        target="a" * 64,
+        tokens="b" * 64,
+        dtype="bfloat16",
+        compute_dtype="float32",
+        layer_ids=[1, 2, 4],
+        hidden_size=WIDTH,
+    )
+    return {**made, **changed}
+
+
+def row_of(row: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Row `row`, always the same one: 4 to 10 tokens."""
+    draw = torch.Generator().manual_seed(row)
+    tokens = 4 + row % 7
+    ids = torch.randint(0, 1000, (tokens,), generator=draw)
+    return ids, torch.randn(tokens, LAYERS, WIDTH, generator=draw)
+
+
+def write(directory: Path, rows: range, shard_tokens: int = 20) -> ShardWriter:
+    writer = ShardWriter(directory, contract(), shard_tokens)
+    for row in rows:
+        if row not in writer.done:
+            writer.add(row, *row_of(row))
+    return writer
+
+
+def contents(directory: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in sorted(directory.iterdir())}
+
+
+def test_rows_come_back_in_the_stored_dtype(tmp_path: Path) -> None:
+    write(tmp_path, range(12)).close()
+    reader = ShardReader(tmp_path)
+    assert reader.rows == list(range(12))
+    assert reader.contract == contract()
+    for row in reader.rows:
+        ids, states = row_of(row)
+        assert reader.length(row) == len(ids)
+        assert torch.equal(reader.token_ids(row), ids)
+        assert reader.states(row).dtype == torch.bfloat16
+        assert torch.equal(reader.states(row), states.to(torch.bfloat16))
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float16", "bfloat16"])
+def test_every_stored_dtype_survives(tmp_path: Path, dtype: str) -> None:
+    writer = ShardWriter(tmp_path, contract(dtype=dtype), 1000)
+    ids, states = row_of(3)
+    writer.add(3, ids, states)
+    writer.close()
+    assert torch.equal(ShardReader(tmp_path).states(3), states.to(getattr(torch, dtype)))
+
+
+def test_a_shard_is_plain_safetensors_and_says_what_it_is(tmp_path: Path) -> None:
+    write(tmp_path, range(12)).close()
+    with safe_open(tmp_path / "shard-00000.safetensors", "pt") as shard:
+        head = json.loads(shard.metadata()["contract"])
+        assert head["contract"] == contract()
+        # rows of 4, 5, 6 and 7 tokens: the fourth one reaches 20
+        assert head["rows"] == [[0, 0, 4], [1, 4, 5], [2, 9, 6], [3, 15, 7]]
+        assert shard.get_tensor("states").shape == (22, LAYERS, WIDTH)
+        assert shard.get_tensor("token_ids").dtype == torch.int64
+
+
+def test_the_index_has_the_digest_of_every_shard(tmp_path: Path) -> None:
+    write(tmp_path, range(12)).close()
+    shards = json.loads((tmp_path / "index.json").read_text())["shards"]
+    assert [shard["file"] for shard in shards] == sorted(path.name for path in tmp_path.glob("*.safetensors"))
+    for shard in shards:
+        assert shard["sha256"] == hashlib.sha256((tmp_path / shard["file"]).read_bytes()).hexdigest()
+
+
+def test_an_interrupted_writer_ends_in_the_same_bytes(tmp_path: Path) -> None:
+    write(tmp_path / "whole", range(30)).close()
+    first = write(tmp_path / "cut", range(17))  # never closed: what a kill leaves
+    assert first.done == set(range(14))
+    second = ShardWriter(tmp_path / "cut", contract(), 20)
+    assert second.done == first.done
+    write(tmp_path / "cut", range(30)).close()
+    assert contents(tmp_path / "cut") == contents(tmp_path / "whole")
+
+
+def test_a_writer_killed_while_it_seals_loses_only_that_shard(tmp_path: Path) -> None:
+    script = """
+import os, sys
+from pathlib import Path
+sys.path.insert(0, sys.argv[2])
+from tests.data.test_shards import write
+real, calls = os.replace, []
+def replace(source, target):
+    calls.append(target)
+    os.kill(os.getpid(), 9) if len(calls) == 3 else real(source, target)
+os.replace = replace
+write(Path(sys.argv[1]), range(30))
+"""
+    root = str(Path(__file__).parents[2])
+    died = subprocess.run([sys.executable, "-c", script, str(tmp_path / "cut"), root], check=False, env=os.environ)
+    assert died.returncode == -9
+    assert sorted(contents(tmp_path / "cut")) == [
+        ".shard-00002.safetensors",
+        "shard-00000.safetensors",
+        "shard-00001.safetensors",
+    ]
+    write(tmp_path / "cut", range(30)).close()
+    write(tmp_path / "whole", range(30)).close()
+    assert contents(tmp_path / "cut") == contents(tmp_path / "whole")
+
+
+def test_going_on_under_another_contract_is_refused(tmp_path: Path) -> None:
+    write(tmp_path, range(12))
+    with pytest.raises(ContractError, match=r"layer_ids is \[1, 2, 4\], wanted \[1, 2, 5\]"):
+        ShardWriter(tmp_path, contract(layer_ids=[1, 2, 5]), 20)
+
+
+def test_every_field_that_differs_is_named() -> None:
+    with pytest.raises(ContractError) as error:
+        check_contract(contract(dtype="float32", target="c" * 64), contract())
+    assert 'dtype is "float32", wanted "bfloat16"' in error.value.message
+    assert "target is" in error.value.message
+    assert "hidden_size" not in error.value.message
+    check_contract(contract(), {"layer_ids": [1, 2, 4], "normed": False})
+
+
+def test_states_of_another_shape_are_refused(tmp_path: Path) -> None:
+    writer = ShardWriter(tmp_path, contract(), 20)
+    ids, states = row_of(0)
+    with pytest.raises(ContractError, match=r"row 0 are \[4, 2, 5\], \[4, 3, 5\] was expected"):
+        writer.add(0, ids, states[:, :2])
+
+
+def test_a_row_is_added_once(tmp_path: Path) -> None:
+    writer = write(tmp_path, range(3))
+    with pytest.raises(ValueError, match="row 2 was added before"):
+        writer.add(2, *row_of(2))
+
+
+def test_a_cut_off_shard_is_reported_by_name(tmp_path: Path) -> None:
+    write(tmp_path, range(12)).close()
+    shard = tmp_path / "shard-00001.safetensors"
+    shard.write_bytes(shard.read_bytes()[:-3])
+    with pytest.raises(ContractError, match=r"shard-00001\.safetensors is damaged"):
+        ShardReader(tmp_path).states(5)
+
+
+def test_a_missing_row_and_a_missing_index_are_reported(tmp_path: Path) -> None:
+    write(tmp_path, range(12))
+    with pytest.raises(ContractError, match=r"no index\.json"):
+        ShardReader(tmp_path)
+    write(tmp_path, range(12)).close()
+    with pytest.raises(ContractError, match="no hidden states of row 12"):
+        ShardReader(tmp_path).states(12)
+
+
+def test_reading_a_row_does_not_load_its_shard(tmp_path: Path) -> None:
+    writer = ShardWriter(tmp_path, contract(hidden_size=4096), 10**9)
+    for row in range(8):
+        writer.add(row, torch.zeros(1000, dtype=torch.int64), torch.zeros(1000, LAYERS, 4096))
+    writer.close()  # 197 MB
+    reader = ShardReader(tmp_path)
+
+    def anonymous_kib() -> int:
+        status = Path("/proc/self/status").read_text()
+        return int(status.split("RssAnon:")[1].split()[0])
+
+    before = anonymous_kib()
+    assert reader.states(7).shape == (1000, LAYERS, 4096)
+    assert anonymous_kib() - before < 20_000

@@ -1,0 +1,120 @@
+"""Small worlds for drafts and training: a random target, rows of tokens, and states of those rows."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import datasets
+import torch
+from safetensors.torch import save_file
+
+from speculators.config import Eagle3
+from speculators.data.shards import ShardWriter, feature_contract
+from speculators.drafts.base import Pack, TargetParts, Vocabulary
+from speculators.drafts.eagle3 import Eagle3Draft
+from speculators.targets.hf import TargetCheckpoint, rope_parameters
+from speculators.training.losses import Teacher
+
+H, V, LAYERS = 32, 96, 6
+CONFIG = {
+    "architectures": ["LlamaForCausalLM"],
+    "model_type": "llama",
+    "hidden_size": H,
+    "intermediate_size": 48,
+    "num_hidden_layers": LAYERS,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 8,
+    "vocab_size": V,
+    "rms_norm_eps": 1e-5,
+    "max_position_embeddings": 256,
+    "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0},
+    "tie_word_embeddings": False,
+}
+
+
+def write_target(directory: Path, **changes: object) -> Path:
+    """A checkpoint directory with what training reads of a target."""
+    directory.mkdir(parents=True, exist_ok=True)
+    draw = torch.Generator().manual_seed(1)
+    tensors = {
+        "model.embed_tokens.weight": torch.randn(V, H, generator=draw),
+        "lm_head.weight": torch.randn(V, H, generator=draw),
+        "model.norm.weight": 1.0 + 0.1 * torch.randn(H, generator=draw),
+    }
+    save_file({name: t.bfloat16() for name, t in tensors.items()}, directory / "model.safetensors")
+    (directory / "config.json").write_text(json.dumps({**CONFIG, **changes}))
+    return directory
+
+
+def vocabulary(kept: int = 40) -> Vocabulary:
+    """`kept` of the V tokens, spread over the whole range."""
+    tokens = torch.randperm(V, generator=torch.Generator().manual_seed(2))[:kept].sort().values
+    t2d = torch.zeros(V, dtype=torch.bool)
+    t2d[tokens] = True
+    return Vocabulary(d2t=tokens - torch.arange(kept), t2d=t2d)
+
+
+def make_draft(directory: Path, kept: int = 40, **options: object) -> tuple[Eagle3Draft, Teacher]:
+    """A fresh draft for the target in `directory`, and its teacher."""
+    target, vocab = TargetCheckpoint(directory), vocabulary(kept)
+    parts = TargetParts(
+        name=str(directory),
+        architectures=target.architectures,
+        config=target.config,
+        rope_parameters=rope_parameters(target.config),
+        embeddings=target.embeddings(),
+        head=target.head(vocab.tokens),
+    )
+    draft = Eagle3Draft.build(parts, Eagle3(**options), vocab, [1, 3, 4], seed=3)
+    norm = target.final_norm()
+    return draft, Teacher(norm_weight=norm.weight, norm_eps=norm.eps, head=draft.lm_head.weight)
+
+
+def make_pack(lengths: list[int], seed: int = 4) -> Pack:
+    """Random documents: the first third of each is a prompt, the rest is supervised."""
+    draw = torch.Generator().manual_seed(seed)
+    total = sum(lengths)
+    mask = torch.cat([torch.arange(n) >= max(1, n // 3) for n in lengths])
+    return Pack(
+        rows=list(range(len(lengths))),
+        lengths=lengths,
+        token_ids=torch.randint(V, (total,), generator=draw),
+        loss_mask=mask,
+        states=torch.randn(total, 4, H, generator=draw).bfloat16(),
+    )
+
+
+def write_corpus(directory: Path, rows: int = 24) -> tuple[Path, Path]:
+    """A token table and its hidden states, as the stages leave them: (tokens, features)."""
+    draw = torch.Generator().manual_seed(5)
+    contract = feature_contract(
+        target="t" * 64,
+        tokens="k" * 64,
+        dtype="bfloat16",
+        compute_dtype="float32",
+        layer_ids=[1, 3, 4, 6],
+        hidden_size=H,
+    )
+    writer = ShardWriter(directory / "features", contract, shard_tokens=200)
+    table: dict[str, list[object]] = {name: [] for name in ("input_ids", "loss_mask", "seq_len", "id", "source")}
+    for row in range(rows):
+        pack = make_pack([int(torch.randint(8, 40, (), generator=draw))], seed=100 + row)
+        table["input_ids"].append(pack.token_ids.tolist())
+        table["loss_mask"].append(pack.loss_mask.long().tolist())
+        table["seq_len"].append(pack.lengths[0])
+        table["id"].append(f"conversation-{row}")
+        table["source"].append("random")
+        writer.add(row, pack.token_ids, pack.states)
+    writer.close()
+    datasets.Dataset.from_dict(table).save_to_disk(str(directory / "tokens"))
+    return directory / "tokens", directory / "features"
+
+
+def write_vocabulary(directory: Path, kept: int = 40) -> Path:
+    """A vocabulary artifact."""
+    directory.mkdir(parents=True, exist_ok=True)
+    vocab = vocabulary(kept)
+    save_file({"d2t": vocab.d2t, "t2d": vocab.t2d}, directory / "vocab.safetensors")
+    return directory

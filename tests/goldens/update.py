@@ -1,0 +1,19 @@
+"""Write the golden keys anew, when a key is meant to move: `python tests/goldens/update.py`."""
+
+from __future__ import annotations
+
+import json
+import sys
+import tempfile
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).parents[2]))
+
+from speculators import recipe
+from speculators.runner.plan import Planner
+from speculators.runner.store import Store
+from tests.runner.test_key import GOLDEN, RECIPES, keys
+
+with tempfile.TemporaryDirectory() as empty:
+    table = {name: keys(Planner(recipe.compose([f"recipe={name}"]), Store(Path(empty)))) for name in RECIPES}
+GOLDEN.write_text(json.dumps(table, indent=1) + "\n")

@@ -1,0 +1,84 @@
+"""A server that behaves as vLLM does towards its runner, or misbehaves on demand. Standard library only.
+
+    fake_server.py PORT MODEL [--late SECONDS] [--die FILE] [--say TEXT] [--detach FILE] [--stubborn]
+
+--late     is not listening before
+--die      ends with exit code 1 once this file is there, saying TEXT
+--detach   a child of a child in a session of its own, whose pid goes into FILE, as vLLM's engine may be
+--stubborn ignores SIGTERM, and so does its child
+"""
+
+from __future__ import annotations
+
+import argparse
+import http.server
+import json
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser()
+    parser.add_argument("port", type=int)
+    parser.add_argument("model")
+    parser.add_argument("--late", type=float, default=0.0)
+    parser.add_argument("--die", type=Path)
+    parser.add_argument("--say", default="")
+    parser.add_argument("--detach", type=Path)
+    parser.add_argument("--stubborn", action="store_true")
+    options = parser.parse_args()
+    if options.stubborn:
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    if options.detach:
+        orphan(options.detach)
+    if options.die:
+        threading.Thread(target=die, args=[options.die, options.say]).start()
+    time.sleep(options.late)
+    http.server.ThreadingHTTPServer(("127.0.0.1", options.port), handler(options.model)).serve_forever()
+
+
+def orphan(pid_file: Path) -> None:
+    """Leave a process behind that no process group leads to."""
+    sleeper = f"import os, time; open({str(pid_file)!r}, 'w').write(str(os.getpid())); time.sleep(600)"
+    starter = f"import subprocess, sys; subprocess.Popen([sys.executable, '-c', {sleeper!r}], start_new_session=True)"
+    subprocess.run([sys.executable, "-c", starter], check=True)
+    while not (pid_file.exists() and pid_file.read_text()):
+        time.sleep(0.01)
+
+
+def die(when: Path, text: str) -> None:
+    while not when.exists():
+        time.sleep(0.01)
+    print(text.replace("\\n", "\n"), flush=True)
+    os._exit(1)
+
+
+def handler(model: str) -> type[http.server.BaseHTTPRequestHandler]:
+    class Handler(http.server.BaseHTTPRequestHandler):
+        def do_GET(self) -> None:
+            self.answer({"data": [{"id": model}]} if self.path == "/v1/models" else None)
+
+        def do_POST(self) -> None:
+            asked = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+            self.answer({"model": asked["model"], "choices": [{"text": "1"}]})
+
+        def answer(self, body: object) -> None:
+            key = os.environ.get("VLLM_API_KEY", "")
+            refused = self.path != "/health" and self.headers["Authorization"] != f"Bearer {key}"
+            self.send_response(401 if refused else 200)
+            self.end_headers()
+            self.wfile.write(b"" if body is None else json.dumps(body).encode())
+
+        def log_message(self, *_: object) -> None:
+            pass
+
+    return Handler
+
+
+if __name__ == "__main__":
+    main()

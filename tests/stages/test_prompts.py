@@ -1,0 +1,128 @@
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from speculators.config import Config, DataFormat, Dataset
+from speculators.data.conversations import held_out
+from speculators.errors import RecipeError, SourceError
+from speculators.stages import prompts
+from tests.stages.jobs import lines, make_job
+
+
+def write_set(path: Path, texts: list[str]) -> Path:
+    """A ShareGPT file: text i is the first message of conversation i, which has four more turns."""
+    turns = ["", "answer one", "second question", "answer two", "third question"]
+    rows = [
+        {
+            "id": f"{path.stem}{i}",
+            "conversations": [
+                {"from": ("human", "gpt")[k % 2], "value": text if k == 0 else turn} for k, turn in enumerate(turns)
+            ],
+        }
+        for i, text in enumerate(texts)
+    ]
+    path.write_text(json.dumps(rows))
+    return path
+
+
+def config_of(*names: str) -> Config:
+    config = Config()
+    config.data = {name: Dataset(source="x", format=DataFormat.sharegpt) for name in names}
+    config.prompts.hold_out = 0.0
+    return config
+
+
+def test_every_usable_conversation_is_kept_with_its_first_user_turns_only(tmp_path: Path) -> None:
+    config = config_of("a")
+    config.prompts.turns = 2
+    job = make_job("prompts", tmp_path / "w", config, dataset__a=write_set(tmp_path / "a.json", ["one", "two"]))
+    prompts.main(job)
+    found = sorted(lines(job.output / "conversations.jsonl"), key=lambda row: row["id"])
+    assert found[0] == {
+        "id": "a/a0",
+        "source": "a",
+        "messages": [{"role": "user", "content": "one"}, {"role": "user", "content": "second question"}],
+    }
+    assert [row["messages"][0]["content"] for row in found] == ["one", "two"]
+    assert job.record["datasets"]["a"] == {"read": 2, "dropped": {}, "damage": None}
+
+
+def test_a_draw_is_the_same_every_time_and_a_row_more_displaces_at_most_one(tmp_path: Path) -> None:
+    def drawn(name: str, texts: list[str], seed: int = 0) -> list[str]:
+        config = config_of("a")
+        config.prompts.count, config.prompts.seed = 20, seed
+        (tmp_path / name).mkdir()
+        path = write_set(tmp_path / name / "a.json", texts)
+        job = make_job("prompts", tmp_path / name / "w", config, dataset__a=path)
+        prompts.main(job)
+        return [row["id"] for row in lines(job.output / "conversations.jsonl")]
+
+    texts = [f"question {i}" for i in range(100)]
+    first = drawn("first", texts)
+    assert len(first) == 20
+    assert drawn("again", texts) == first
+    assert len(set(first) - set(drawn("longer", [*texts, "one more"]))) <= 1
+    assert drawn("seed", texts, seed=1) != first
+
+
+def test_held_out_conversations_are_left_out_and_counted(tmp_path: Path) -> None:
+    config = config_of("a")
+    config.prompts.hold_out = 0.3
+    texts = [f"question {i}" for i in range(200)]
+    job = make_job("prompts", tmp_path / "w", config, dataset__a=write_set(tmp_path / "a.json", texts))
+    prompts.main(job)
+    kept = {row["messages"][0]["content"] for row in lines(job.output / "conversations.jsonl")}
+    assert kept == {text for text in texts if not held_out(text, 0.3)}
+    assert job.record["datasets"]["a"]["dropped"] == {"held out for evaluation": 200 - len(kept)}
+    assert 30 < 200 - len(kept) < 90
+
+
+def test_the_order_of_data_sets_in_a_recipe_does_not_matter_and_copies_across_them_count_once(tmp_path: Path) -> None:
+    a, b = write_set(tmp_path / "a.json", ["same", "only a"]), write_set(tmp_path / "b.json", ["Same", "only b"])
+    outputs = []
+    for names in (("a", "b"), ("b", "a")):
+        config = config_of(*names)
+        job = make_job("prompts", tmp_path / "".join(names), config, dataset__a=a, dataset__b=b)
+        prompts.main(job)
+        outputs.append((job.output / "conversations.jsonl").read_bytes())
+        assert job.record["datasets"]["b"]["dropped"] == {"same first message as another": 1}
+        assert job.record["kept_by_dataset"] == {"a": 2, "b": 1}
+    assert outputs[0] == outputs[1]
+
+
+def test_the_instruction_of_a_data_set_comes_before_the_prompt(tmp_path: Path) -> None:
+    config = config_of("a")
+    config.data["a"].instruction = "Answer briefly."
+    config.data["a"].max_chars = 5
+    job = make_job("prompts", tmp_path / "w", config, dataset__a=write_set(tmp_path / "a.json", ["short", "too long"]))
+    prompts.main(job)
+    (row,) = lines(job.output / "conversations.jsonl")
+    assert row["messages"] == [{"role": "user", "content": "Answer briefly.\n\nshort"}]
+
+
+def test_a_cut_file_is_reported_in_the_record(tmp_path: Path) -> None:
+    path = write_set(tmp_path / "a.json", ["one", "two"])
+    path.write_bytes(path.read_bytes()[:-30])
+    job = make_job("prompts", tmp_path / "w", config_of("a"), dataset__a=path)
+    prompts.main(job)
+    assert job.record["kept"] == 1
+    assert job.record["datasets"]["a"]["damage"]["byte"] == path.stat().st_size
+
+
+def test_filters_that_leave_nothing_are_an_error_with_the_counts(tmp_path: Path) -> None:
+    config = config_of("a")
+    config.data["a"].min_chars = 100
+    job = make_job("prompts", tmp_path / "w", config, dataset__a=write_set(tmp_path / "a.json", ["one", "two"]))
+    with pytest.raises(SourceError, match=r"no conversation is left of 2: .*shorter than min_chars': 2"):
+        prompts.main(job)
+
+
+def test_impossible_options_are_refused(tmp_path: Path) -> None:
+    config = config_of("a")
+    config.prompts.hold_out = 1.0
+    job = make_job("prompts", tmp_path / "w", config, dataset__a=write_set(tmp_path / "a.json", ["one"]))
+    with pytest.raises(RecipeError, match=r"hold_out=1\.0"):
+        prompts.main(job)

@@ -1,0 +1,94 @@
+"""regenerate: what is finished is kept, a cut line is not, and an answer never outgrows the sequence length."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+from pathlib import Path
+from typing import Any
+
+from speculators.config import Regenerate
+from speculators.stages.regenerate import answer, read_answers
+from speculators.targets.client import Completion
+
+CONFIG = Regenerate(max_tokens=50)
+
+
+class Words:
+    """A target whose tokens are words and whose answers are given: what `answer` needs of a client, and no more."""
+
+    def __init__(self, *answers: str) -> None:
+        self.answers = list(answers)
+        self.asked: list[dict[str, Any]] = []
+
+    async def tokenize(self, messages: list[dict[str, str]], *, item: str) -> list[int]:
+        return list(range(sum(len(message["content"].split()) for message in messages)))
+
+    async def chat(self, messages: list[dict[str, str]], *, item: str, **fields: Any) -> Completion:
+        self.asked.append({"messages": [dict(message) for message in messages], **fields})
+        text = self.answers.pop(0)
+        return Completion(
+            prompt_ids=await self.tokenize(messages, item=item),
+            token_ids=list(range(len(text.split()))),
+            text=text,
+            finish_reason="stop",
+            logprobs=[],
+            kv_transfer_params={},
+            seconds=0.0,
+        )
+
+
+def conversation(*users: str) -> dict[str, Any]:
+    return {"id": "c1", "source": "s", "messages": [{"role": "user", "content": text} for text in users]}
+
+
+def answered(words: Words, made: dict[str, Any], longest: int = 100) -> dict[str, Any]:
+    return asyncio.run(answer(words, made, CONFIG, longest))  # type: ignore[arg-type]
+
+
+def test_every_turn_is_answered_with_what_was_said_before_it() -> None:
+    words = Words("first answer", "second")
+    made = answered(words, conversation("one two", "three"))
+    assert [m["role"] for m in made["messages"]] == ["user", "assistant", "user", "assistant"]
+    assert [m["content"] for m in words.asked[1]["messages"]] == ["one two", "first answer", "three"]
+    assert [len(turn["prompt_ids"]) for turn in made["turns"]] == [2, 5]
+    assert [len(turn["answer_ids"]) for turn in made["turns"]] == [2, 1]
+    assert (made["id"], made["source"], made["dropped"]) == ("c1", "s", None)
+
+
+def test_an_answer_is_cut_to_what_the_prompt_leaves_of_the_sequence() -> None:
+    words = Words("yes")
+    answered(words, conversation("a b c d"), longest=10)
+    assert words.asked[0]["max_tokens"] == 6
+    words = Words("yes")
+    answered(words, conversation("a b c d"), longest=1000)
+    assert words.asked[0]["max_tokens"] == 50
+
+
+def test_a_prompt_that_leaves_no_room_is_dropped_and_never_sent() -> None:
+    words = Words()
+    made = answered(words, conversation("a b c d"), longest=4)
+    assert (made["messages"], made["turns"], made["dropped"]) == ([], [], "prompt_too_long")
+    assert words.asked == []
+
+
+def test_turns_before_the_one_that_does_not_fit_are_kept() -> None:
+    made = answered(Words("yes"), conversation("a b", "c d e f g h i j"), longest=8)
+    assert [m["content"] for m in made["messages"]] == ["a b", "yes"]
+    assert (len(made["turns"]), made["dropped"]) == (1, "prompt_too_long")
+
+
+def test_an_empty_answer_ends_the_conversation_and_is_named() -> None:
+    made = answered(Words(" \n"), conversation("a b"))
+    assert (made["messages"], made["turns"], made["dropped"]) == ([], [], "empty_answer")
+
+
+def test_finished_answers_are_read_back_and_a_cut_line_is_taken_off(tmp_path: Path) -> None:
+    log = tmp_path / "answers.jsonl"
+    assert read_answers(log) == {}
+    lines = [json.dumps({"index": i, "id": f"c{i}", "turns": [], "messages": []}) + "\n" for i in (4, 0)]
+    log.write_text("".join(lines) + '{"index": 2, "id": "c2", "tur')
+    assert sorted(read_answers(log)) == [0, 4]
+    with log.open("a") as file:  # the next attempt appends
+        file.write(json.dumps({"index": 2, "turns": []}) + "\n")
+    assert sorted(read_answers(log)) == [0, 2, 4]

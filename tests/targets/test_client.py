@@ -1,0 +1,268 @@
+"""The client against a real HTTP server that misbehaves on purpose: what is retried and said, what stays bounded."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import socket
+import threading
+import time
+from collections.abc import Awaitable, Callable, Iterator
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from speculators.errors import ServiceError, StageError
+from speculators.job import Endpoint
+from speculators.targets import client as module
+from speculators.targets.client import Client, explain
+
+ANSWER = {
+    "choices": [
+        {"text": "yes", "prompt_token_ids": [1, 2], "token_ids": [7], "finish_reason": "stop", "logprobs": None}
+    ]
+}
+
+
+class Server:
+    """Answers requests with the (status, body) pairs of `script`, the last one for ever; status 0 hangs up."""
+
+    def __init__(self, script: list[tuple[int, Any]]) -> None:
+        self.requests: list[dict[str, Any]] = []
+        outer = self
+
+        class Handler(BaseHTTPRequestHandler):
+            def do_POST(self) -> None:
+                body = self.rfile.read(int(self.headers["Content-Length"]))
+                outer.requests.append({"authorization": self.headers["Authorization"], **json.loads(body)})
+                status, answer = script[min(len(outer.requests), len(script)) - 1]
+                if status == 0:
+                    self.connection.shutdown(socket.SHUT_RDWR)
+                    return
+                data = json.dumps(answer).encode()
+                self.send_response(status)
+                self.send_header("Content-Length", str(len(data)))
+                self.end_headers()
+                self.wfile.write(data)
+
+            def log_message(self, format: str, *args: Any) -> None:
+                pass
+
+        self.http = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+        self.url = f"http://127.0.0.1:{self.http.server_port}"
+        threading.Thread(target=self.http.serve_forever, kwargs={"poll_interval": 0.01}, daemon=True).start()
+
+    def stop(self) -> None:
+        self.http.shutdown()
+        self.http.server_close()
+
+
+@pytest.fixture
+def serve(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[list[tuple[int, Any]]], Server]]:
+    monkeypatch.setattr(module, "FIRST_PAUSE", 0.01)
+    servers: list[Server] = []
+
+    def start(script: list[tuple[int, Any]]) -> Server:
+        servers.append(Server(script))
+        return servers[-1]
+
+    yield start
+    for server in servers:
+        server.stop()
+
+
+def endpoint(url: str, directory: Path) -> Endpoint:
+    return Endpoint(url=url, model="m", api_key="k", mode="extract", directory=directory, log=directory / "server.log")
+
+
+def use(url: str, directory: Path, work: Callable[[Client], Awaitable[Any]], **options: Any) -> Any:
+    async def run() -> Any:
+        async with Client(
+            endpoint(url, directory), **{"concurrency": 4, "retries": 2, "timeout": 5.0, **options}
+        ) as client:
+            return await work(client), client
+
+    return asyncio.run(run())
+
+
+def ask(client: Client) -> Awaitable[Any]:
+    return client.complete([1, 2], item="row 12", max_tokens=1)
+
+
+def refused_url() -> str:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return f"http://127.0.0.1:{probe.getsockname()[1]}"
+
+
+def test_an_answer_carries_the_ids_and_the_request_carries_the_key(serve: Any, tmp_path: Path) -> None:
+    server = serve([(200, ANSWER)])
+    answer, _ = use(server.url, tmp_path, ask)
+    assert (answer.prompt_ids, answer.token_ids, answer.text, answer.finish_reason) == ([1, 2], [7], "yes", "stop")
+    assert server.requests[0]["authorization"] == "Bearer k"
+    assert server.requests[0]["prompt"] == [1, 2]
+    assert server.requests[0]["max_tokens"] == 1
+
+
+def test_a_chat_answer_is_read_with_its_logprobs_by_token_id(serve: Any, tmp_path: Path) -> None:
+    top = [{"token": "token_id:7", "logprob": -0.25}, {"token": "token_id:9", "logprob": -2.0}]
+    choice = {
+        "message": {"role": "assistant", "content": "Paris"},
+        "token_ids": [7],
+        "finish_reason": "length",
+        "logprobs": {"content": [{"token": "token_id:7", "logprob": -0.25, "top_logprobs": top}]},
+    }
+    server = serve([(200, {"choices": [choice], "prompt_token_ids": [1, 2, 3]})])
+    messages = [{"role": "user", "content": "Where?"}]
+    answer, _ = use(server.url, tmp_path, lambda client: client.chat(messages, item="c1", max_tokens=1, logprobs=2))
+    assert (answer.prompt_ids, answer.token_ids, answer.text) == ([1, 2, 3], [7], "Paris")
+    assert answer.logprobs == [{7: -0.25, 9: -2.0}]
+    assert (server.requests[0]["logprobs"], server.requests[0]["top_logprobs"]) == (True, 2)
+    assert server.requests[0]["messages"] == messages
+
+
+def test_a_server_that_gives_no_token_ids_is_recognised(serve: Any, tmp_path: Path) -> None:
+    server = serve([(200, {"choices": [{"text": "yes", "finish_reason": "stop"}]})])
+    with pytest.raises(ServiceError, match="does not return token ids"):
+        use(server.url, tmp_path, ask)
+
+
+@pytest.mark.parametrize("trouble", [(500, {}), (503, {}), (429, {}), (0, None)])
+def test_what_may_pass_is_tried_again(serve: Any, tmp_path: Path, trouble: tuple[int, Any]) -> None:
+    server = serve([trouble, trouble, (200, ANSWER)])
+    answer, client = use(server.url, tmp_path, ask)
+    assert answer.text == "yes"
+    assert len(server.requests) == 3
+    assert client.retried == 2
+
+
+def test_a_request_that_keeps_failing_is_named_after_the_last_attempt(serve: Any, tmp_path: Path) -> None:
+    (tmp_path / "server.log").write_text("the log's last line\n")
+    server = serve([(500, {"error": {"message": "EngineCore encountered an issue"}})])
+    with pytest.raises(ServiceError) as error:
+        use(server.url, tmp_path, ask)
+    assert len(server.requests) == 3
+    assert "row 12: the server answered 500 (EngineCore encountered an issue), 3 times in a row" in error.value.message
+    assert "the log's last line" in error.value.message
+
+
+def test_a_refused_request_is_not_tried_again_and_names_the_item(serve: Any, tmp_path: Path) -> None:
+    server = serve([(400, {"error": {"message": "too long"}})])
+    with pytest.raises(StageError, match="the server refuses row 12: too long"):
+        use(server.url, tmp_path, ask)
+    assert len(server.requests) == 1
+
+
+def test_a_wrong_key_blames_the_server_not_the_item(serve: Any, tmp_path: Path) -> None:
+    server = serve([(401, {"error": "Unauthorized"})])
+    with pytest.raises(ServiceError, match="answered 401: Unauthorized"):
+        use(server.url, tmp_path, ask)
+
+
+def test_a_timeout_is_tried_again(serve: Any, tmp_path: Path) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as silent:  # takes connections, never answers
+        url = f"http://127.0.0.1:{silent.getsockname()[1]}"
+        with pytest.raises(ServiceError, match=r"no answer within 0.1 s, 3 times in a row"):
+            use(url, tmp_path, ask, timeout=0.1)
+
+
+def test_a_server_that_is_gone_is_reported_at_once_with_its_last_lines(serve: Any, tmp_path: Path) -> None:
+    (tmp_path / "server.log").write_text("".join(f"line {i}\n" for i in range(100)))
+    start = time.monotonic()
+    with pytest.raises(ServiceError) as error:
+        use(refused_url(), tmp_path, ask, retries=1000)
+    assert time.monotonic() - start < 3
+    assert "is gone" in error.value.message
+    assert "line 99" in error.value.message
+    assert "line 79" not in error.value.message
+
+
+def test_the_cause_is_quoted_though_a_flood_follows_it(tmp_path: Path) -> None:
+    log = tmp_path / "server.log"
+    flood = "Traceback ...\nEngineDeadError: see above\n" * 50
+    log.write_text(f"INFO up\nERROR EngineCore encountered a fatal error.\nERROR RuntimeError: out of blocks\n{flood}")
+    assert explain(log).startswith("it broke at: ERROR RuntimeError: out of blocks\n")
+    assert explain(tmp_path / "none.log") == f"there is no log at {tmp_path / 'none.log'}"
+
+
+def test_hidden_states_are_taken_once_and_their_file_is_gone(serve: Any, tmp_path: Path) -> None:
+    server = serve([(200, {**ANSWER, "kv_transfer_params": {"hidden_states_file": "x.safetensors"}})])
+    states = torch.randn(2, 3, 4)
+
+    async def work(client: Client) -> Any:
+        asking = asyncio.ensure_future(client.hidden_states([1, 2], item="row 12"))
+        await asyncio.sleep(0.1)
+        assert not asking.done()  # the answer came, the file did not
+        save_file({"hidden_states": states, "token_ids": torch.tensor([1, 2])}, tmp_path / "part")
+        (tmp_path / "part").rename(tmp_path / "x.safetensors")
+        return (await asking).take()
+
+    (token_ids, found), _ = use(server.url, tmp_path, work)
+    assert token_ids.tolist() == [1, 2]
+    assert torch.equal(found, states)
+    assert list(tmp_path.iterdir()) == []
+    assert server.requests[0]["kv_transfer_params"] == {"hidden_states": True}
+    assert server.requests[0]["max_tokens"] == 1
+
+
+def test_what_the_connector_could_not_write_reaches_the_caller(serve: Any, tmp_path: Path) -> None:
+    (tmp_path / "x.safetensors.error").write_text("OSError: No space left on device")
+    server = serve([(200, {**ANSWER, "kv_transfer_params": {"hidden_states_file": "x.safetensors"}})])
+    with pytest.raises(StageError, match="hidden states of row 12: OSError: No space left on device"):
+        use(server.url, tmp_path, lambda client: client.hidden_states([1, 2], item="row 12"))
+
+
+def test_a_server_without_our_connector_is_recognised(serve: Any, tmp_path: Path) -> None:
+    server = serve([(200, ANSWER)])
+    with pytest.raises(ServiceError, match="answered row 12 without hidden states"):
+        use(server.url, tmp_path, lambda client: client.hidden_states([1, 2], item="row 12"))
+
+
+@pytest.mark.parametrize(("method", "begun_at_most"), [("map", 4), ("map_in_order", 8)])
+def test_work_is_drawn_only_as_results_are_taken(tmp_path: Path, method: str, begun_at_most: int) -> None:
+    begun: list[int] = []
+
+    async def work(item: int) -> int:
+        begun.append(item)
+        await asyncio.sleep(0.02 if item % 4 == 0 else 0.001)
+        return item
+
+    async def run(client: Client) -> list[int]:
+        taken = []
+        async for result in getattr(client, method)(work, range(40)):
+            taken.append(result)
+            await asyncio.sleep(0.002)
+            assert len(begun) - len(taken) <= begun_at_most
+        return taken
+
+    taken, _ = use("http://127.0.0.1:1", tmp_path, run)
+    assert sorted(taken) == list(range(40))
+    assert (taken == sorted(taken)) == (method == "map_in_order")
+
+
+@pytest.mark.parametrize("method", ["map", "map_in_order"])
+def test_the_first_error_stops_the_rest(tmp_path: Path, method: str) -> None:
+    cancelled: list[int] = []
+
+    async def work(item: int) -> int:
+        if item == 2:
+            raise StageError("row 2 is bad", "mend it")
+        try:
+            await asyncio.sleep(0.01 if item < 2 else 60)
+        except asyncio.CancelledError:
+            cancelled.append(item)
+            raise
+        return item
+
+    async def run(client: Client) -> None:
+        async for _ in getattr(client, method)(work, range(100)):
+            pass
+
+    with pytest.raises(StageError, match="row 2 is bad"):
+        use("http://127.0.0.1:1", tmp_path, run)
+    assert len(cancelled) <= 8
+    assert 3 in cancelled

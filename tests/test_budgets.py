@@ -1,0 +1,44 @@
+"""Sizes are numbers that a diff has to raise."""
+
+from __future__ import annotations
+
+import ast
+from pathlib import Path
+
+ROOT = Path(__file__).parent.parent
+SOURCES = sorted((ROOT / "speculators").rglob("*.py"))
+MODULE_LINES = 500
+FUNCTION_LINES = 60
+RUNNER_LINES = 3_500
+PACKAGE_LINES = 14_000
+
+
+def lines(path: Path) -> int:
+    return len(path.read_text().splitlines())
+
+
+def test_no_module_is_too_long() -> None:
+    assert {str(p.relative_to(ROOT)): lines(p) for p in SOURCES if lines(p) > MODULE_LINES} == {}
+
+
+def test_no_function_is_too_long() -> None:
+    long = {}
+    for path in SOURCES:
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef)):
+                length = (node.end_lineno or node.lineno) - node.lineno + 1
+                if length > FUNCTION_LINES:
+                    long[f"{path.relative_to(ROOT)}:{node.name}"] = length
+    assert long == {}
+
+
+def test_the_runner_and_the_package_keep_their_size() -> None:
+    runner = sum(lines(p) for p in SOURCES if "runner" in p.parts)
+    package = sum(lines(p) for p in SOURCES)
+    print(f"runner {runner} of {RUNNER_LINES} lines, package {package} of {PACKAGE_LINES}, {len(SOURCES)} modules")
+    assert runner <= RUNNER_LINES
+    assert package <= PACKAGE_LINES
+
+
+def test_there_is_no_utils_module() -> None:
+    assert [p.name for p in SOURCES if p.stem in ("utils", "helpers", "common", "misc")] == []

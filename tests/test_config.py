@@ -1,0 +1,81 @@
+"""The schema: policies, selection, and the round trip through JSON."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+
+from speculators import config as schema
+from speculators.config import Config, Dtype, Eagle3, Train, from_plain, identity, leaves, select, to_plain
+from speculators.runner.graph import KINDS
+
+
+def test_a_recipe_survives_json(config: Config) -> None:
+    assert from_plain(Config, json.loads(json.dumps(to_plain(config)))) == config
+
+
+def test_the_speculator_keeps_its_algorithms_type_through_json(config: Config) -> None:
+    assert isinstance(from_plain(Config, to_plain(config)).speculator, Eagle3)
+
+
+def test_select_cuts_out_what_is_named_and_reading_more_fails(config: Config) -> None:
+    part = from_plain(Config, select(config, ("vocab", "train.sequence_length")))
+    assert part.train.sequence_length == config.train.sequence_length
+    assert part.vocab == config.vocab
+    with pytest.raises(AttributeError):
+        _ = part.train.lr
+    with pytest.raises(AttributeError):
+        _ = part.extract
+
+
+def test_identity_holds_semantic_fields_only() -> None:
+    config = Config(train=Train(lr=0.5, log_every=3))
+    found = identity(config, ("train",))
+    assert found["train.lr"] == 0.5
+    assert "train.log_every" not in found
+
+
+def test_a_prefix_of_a_name_is_not_the_name() -> None:
+    assert set(identity(Config(), ("train.lr",))) == {"train.lr"}
+
+
+def test_an_if_set_field_enters_only_when_set(monkeypatch: pytest.MonkeyPatch) -> None:
+    field = Train.__dataclass_fields__["clip"]
+    monkeypatch.setattr(field, "metadata", {"policy": "if_set"})
+    assert "train.clip" not in identity(Config(), ("train.clip",))
+    assert identity(Config(train=Train(clip=2.0)), ("train.clip",)) == {"train.clip": 2.0}
+
+
+def test_no_path_and_no_secret_is_semantic() -> None:
+    suspicious = ("source", "python", "url", "dir", "store", "port", "api_key_env")
+    semantic = [name for name, _, policy, _ in leaves(Config()) if policy == "semantic"]
+    assert [n for n in semantic if n.rsplit(".", 1)[-1] in suspicious] == []
+
+
+def test_enums_are_written_by_name() -> None:
+    assert to_plain(Train(precision=Dtype.float32))["precision"] == "float32"
+
+
+@pytest.mark.parametrize("stage", sorted(KINDS))
+def test_every_option_that_a_stage_declares_exists(stage: str, config: Config) -> None:
+    names = {name for name, *_ in leaves(config)}
+    for declared in KINDS[stage].reads:
+        assert any(f"{name}.".startswith(f"{declared}.") for name in names), declared
+
+
+def test_every_field_is_documented() -> None:
+    import ast
+    import inspect
+
+    tree = ast.parse(inspect.getsource(schema))
+    bare = []
+    for item in (n for n in tree.body if isinstance(n, ast.ClassDef) and n.name != "Config"):
+        for field, after in zip(item.body, [*item.body[1:], None], strict=True):
+            documented = isinstance(after, ast.Expr) and isinstance(after.value, ast.Constant)
+            overrides = (
+                item.name in schema.__dict__ and isinstance(field, ast.AnnAssign) and field.target.id == "algorithm"
+            )
+            if isinstance(field, ast.AnnAssign) and not documented and not overrides:
+                bare.append(f"{item.name}.{field.target.id}")
+    assert bare == []

@@ -1,0 +1,152 @@
+"""Imports point one way, each third-party world has one door, and planning stays light."""
+
+from __future__ import annotations
+
+import ast
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+PACKAGE = Path(__file__).parent.parent / "speculators"
+HEAVY = {"torch", "transformers", "vllm", "datasets", "ray", "wandb"}
+SHARED = ["speculators", "speculators.errors", "speculators.config", "speculators.job"]
+"""What both sides of the line may import."""
+LEFT = [
+    *SHARED,
+    "speculators.runner",
+    "speculators.runner.events",
+    "speculators.runner.guard",
+    "speculators.runner.key",
+    "speculators.runner.store",
+    "speculators.runner.graph",
+    "speculators.runner.sources",
+    "speculators.runner.derive",
+    "speculators.runner.service",
+    "speculators.runner.vllm",
+    "speculators.runner.executors",
+    "speculators.runner.plan",
+    "speculators.runner.estimate",
+    "speculators.runner.execute",
+    "speculators.recipe",
+    "speculators.ui",
+    "speculators.cli",
+]
+RIGHT = [
+    *SHARED,
+    "speculators.data",
+    "speculators.drafts",
+    "speculators.targets",
+    "speculators.decoding",
+    "speculators.training",
+    "speculators.stages",
+    "speculators.worker",
+]
+DOORS = {
+    "hydra": {"speculators.recipe"},
+    "omegaconf": {"speculators.recipe"},
+    "rich": {"speculators.ui"},
+    "vllm": {"speculators.targets.connector"},
+    "filelock": {"speculators.runner.store"},
+}
+
+
+def modules() -> dict[str, ast.Module]:
+    found = {}
+    for path in sorted(PACKAGE.rglob("*.py")):
+        name = ".".join(path.relative_to(PACKAGE.parent).with_suffix("").parts).removesuffix(".__init__")
+        found[name] = ast.parse(path.read_text())
+    return found
+
+
+def imports(tree: ast.Module, *, at_load: bool = False) -> set[str]:
+    """Absolute names imported; a name imported from a package counts as `package.name` too."""
+    names: set[str] = set()
+    for node in tree.body if at_load else ast.walk(tree):
+        if isinstance(node, ast.Import):
+            names |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom) and node.module:
+            names |= {node.module, *(f"{node.module}.{alias.name}" for alias in node.names)}
+    return names
+
+
+def rank(name: str, side: list[str]) -> int | None:
+    """Place in the order of one side: that of the longest listed prefix."""
+    fitting = [p for p in side if name == p or (name.startswith(f"{p}.") and p not in SHARED)]
+    return side.index(max(fitting, key=len)) if fitting else None
+
+
+MODULES = modules()
+OURS = {n: {i for i in imports(t) if i in MODULES} for n, t in MODULES.items()}
+
+
+@pytest.mark.parametrize("name", sorted(MODULES))
+def test_imports_go_one_way(name: str) -> None:
+    for side in (LEFT, RIGHT):
+        own = rank(name, side)
+        if own is None:
+            continue
+        for other in OURS[name]:
+            if name == "speculators.worker" and other in ("speculators.runner", "speculators.runner.store"):
+                continue  # the worker stands on the line: it claims and publishes
+            place = rank(other, side)
+            assert place is not None, f"{name} imports {other} across the line"
+            assert place <= own, f"{name} imports {other}, which comes after it"
+
+
+def test_every_module_has_its_place() -> None:
+    assert [n for n in MODULES if rank(n, LEFT) is None and rank(n, RIGHT) is None] == []
+
+
+def test_no_two_modules_import_each_other() -> None:
+    circles = [(a, b) for a in OURS for b in OURS[a] if a in OURS[b] and a != b]
+    assert circles == []
+
+
+@pytest.mark.parametrize("name", [n for n in sorted(MODULES) if n.startswith("speculators.stages.")])
+def test_a_stage_imports_no_other_stage(name: str) -> None:
+    assert [i for i in OURS[name] if i.startswith("speculators.stages.") and i != name] == []
+
+
+@pytest.mark.parametrize("name", [n for n in sorted(MODULES) if n.startswith("speculators.drafts.")])
+def test_a_draft_imports_only_base_and_layers(name: str) -> None:
+    allowed = {*SHARED, "speculators.drafts", "speculators.drafts.base", "speculators.drafts.layers"}
+    own = ".".join(name.split(".")[:3])
+    assert [i for i in OURS[name] if i not in allowed and not i.startswith(own)] == []
+
+
+@pytest.mark.parametrize(("library", "doors"), DOORS.items(), ids=DOORS)
+def test_each_library_has_one_door(library: str, doors: set[str]) -> None:
+    users = {n for n, t in MODULES.items() if any(i.split(".")[0] == library for i in imports(t))}
+    assert users <= doors
+
+
+@pytest.mark.parametrize("name", [n for n in sorted(MODULES) if rank(n, LEFT) is not None])
+def test_the_runner_imports_nothing_heavy(name: str) -> None:
+    assert not {i.split(".")[0] for i in imports(MODULES[name])} & HEAVY
+
+
+@pytest.mark.parametrize("words", [["--help"], ["plan", "recipe=smollm2_eagle3"]], ids=["help", "plan"])
+def test_help_and_plan_load_no_heavy_library(words: list[str], tmp_path: Path) -> None:
+    code = (
+        f"import sys; sys.argv[1:] = {words!r}\n"
+        "from speculators.cli import main\n"
+        "try: main()\n"
+        "except SystemExit as e: assert e.code == 0, e.code\n"
+        f"print('loaded:', sorted({HEAVY!r} & set(sys.modules)), file=sys.stderr)"
+    )
+    env = {**os.environ, "SPECULATORS_STORE": str(tmp_path / "store")}
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, env=env, cwd=tmp_path, check=True
+    )
+    assert done.stderr.endswith("loaded: []\n")
+
+
+def test_stage_docstrings_open_with_their_place() -> None:
+    for name, tree in MODULES.items():
+        if name.startswith("speculators.stages."):
+            first = (ast.get_docstring(tree) or "").splitlines()[0]
+            assert first.startswith(f"{name.rsplit('.', 1)[1]}: "), name
+            assert " -> " in first, name

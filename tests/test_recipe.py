@@ -1,0 +1,114 @@
+"""Composition, and what a person is told about each mistake."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from speculators import recipe
+from speculators.config import SPECULATORS, Eagle3
+from speculators.errors import RecipeError
+from speculators.runner.graph import build
+
+RECIPES = sorted(recipe.RECIPES.glob("*.yaml"))
+DEMO = "recipe=smollm2_eagle3"
+
+
+@pytest.mark.parametrize("path", RECIPES, ids=lambda p: p.stem)
+def test_every_shipped_recipe_composes_and_wires(path: Path) -> None:
+    config = recipe.compose([f"recipe={path.stem}"])
+    assert config.recipe == path.stem
+    assert build(config)
+
+
+def test_an_override_goes_before_the_recipe() -> None:
+    assert recipe.compose([DEMO, "train.lr=5e-4"]).train.lr == 5e-4
+
+
+def test_the_recipe_goes_before_the_schema() -> None:
+    assert recipe.compose([DEMO]).prompts.count == 384
+
+
+def test_an_algorithms_own_option_can_be_set() -> None:
+    speculator = recipe.compose([DEMO, "speculator.ttt_steps=5"]).speculator
+    assert isinstance(speculator, Eagle3)
+    assert speculator.ttt_steps == 5
+
+
+def test_a_recipe_of_the_working_directory_is_found(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "recipes").mkdir()
+    text = (recipe.RECIPES / "smollm2_eagle3.yaml").read_text().replace("count: 384", "count: 7")
+    (tmp_path / "recipes" / "mine.yaml").write_text(text)
+    monkeypatch.chdir(tmp_path)
+    assert recipe.compose(["recipe=mine"]).prompts.count == 7
+
+
+def test_a_recipe_by_path_is_found(tmp_path: Path) -> None:
+    text = (recipe.RECIPES / "smollm2_eagle3.yaml").read_text().replace("count: 384", "count: 8")
+    path = tmp_path / "elsewhere.yaml"
+    path.write_text(text)
+    config = recipe.compose([f"recipe={path}"])
+    assert (config.recipe, config.prompts.count) == ("elsewhere", 8)
+
+
+def test_a_set_that_is_also_trained_on_is_the_same_data_set() -> None:
+    config = recipe.compose([DEMO, "data.sharegpt.max_chars=100"])
+    assert config.datasets["sharegpt"] == config.data["sharegpt"]
+    assert config.datasets["human_eval"].id_field == "task_id"
+
+
+def test_the_hub_is_one_override_away() -> None:
+    config = recipe.compose([DEMO, "target.source=hub:HuggingFaceTB/SmolLM2-135M-Instruct@" + "a" * 40])
+    assert config.target.source.startswith("hub:HuggingFaceTB")
+
+
+def test_schemas_choices_and_algorithms_are_one_list() -> None:
+    from speculators.drafts import DRAFTS
+
+    assert set(SPECULATORS) == set(DRAFTS) == {p.stem for p in (recipe.CONF / "speculator").glob("*.yaml")}
+
+
+@pytest.mark.parametrize(
+    ("words", "message", "hint"),
+    [
+        (["recipe=smollm_eagle3"], "no recipe named `smollm_eagle3`", "did you mean `smollm2_eagle3`?"),
+        ([], "no recipe is named", "smollm2_eagle3"),
+        ([DEMO, "train.lrr=3"], "there is no option `train.lrr`", "did you mean `train.lr`?"),
+        ([DEMO, "train.lr=abc"], "train.lr: Value 'abc' of type 'str' could not be converted to Float", "type"),
+        ([DEMO, "train.precision=fp4"], "train.precision: Invalid value 'fp4'", "type"),
+        ([DEMO, "+train.x=1"], "`+train.x`: options cannot be added", "train"),
+        ([DEMO, "~train.lr"], "`~train.lr`: options cannot be taken away", "default"),
+        ([DEMO, "target=smollm2"], "no choice for target named `smollm2`", "smollm2_135m"),
+        ([DEMO, "evaluate.sets=[human]"], "evaluate.sets: there is no data set `human`", "human_eval"),
+        ([DEMO, "train.lr=1,2"], "`train.lr` has several values", "-m"),
+        ([DEMO, "train.epochs=0"], "train.epochs must be positive", "6"),
+        ([DEMO, "train.validation=1"], "train.validation is a share", "0.1"),
+        ([DEMO, "regenerate.max_tokens=1024"], "regenerate.max_tokens leaves no room", "below 1024"),
+        ([DEMO, "foo bar=1"], "cannot read an override", "quote"),
+        ([DEMO, "data.sharegpt.maxchars=3"], "there is no option `data.sharegpt.maxchars`", "max_chars"),
+        (["recipe=nowhere/mine.yaml"], "no recipe at `nowhere/mine.yaml`", "smollm2_eagle3"),
+    ],
+    ids=lambda value: value[-1] if isinstance(value, list) and value else None,
+)
+def test_a_mistake_gets_one_error_and_one_hint(words: list[str], message: str, hint: str) -> None:
+    with pytest.raises(RecipeError) as caught:
+        recipe.compose(words)
+    assert message in caught.value.message
+    assert hint in caught.value.hint
+    assert "\n" not in caught.value.message
+
+
+def test_a_misspelt_key_in_a_recipe_file_names_the_key(tmp_path: Path) -> None:
+    path = tmp_path / "wrong.yaml"
+    path.write_text((recipe.RECIPES / "smollm2_eagle3.yaml").read_text() + "\ntokenize: {min_supervized: 3}\n")
+    with pytest.raises(RecipeError, match=r"there is no option `tokenize\.min_supervized`") as caught:
+        recipe.compose([f"recipe={path}"])
+    assert caught.value.hint == "did you mean `tokenize.min_supervised`?"
+
+
+def test_a_recipe_without_a_target_says_so(tmp_path: Path) -> None:
+    path = tmp_path / "bare.yaml"
+    path.write_text("# @package _global_\ndefaults:\n  - override /data: [sharegpt]\n")
+    with pytest.raises(RecipeError, match="makes no choice for `target`"):
+        recipe.compose([f"recipe={path}"])

@@ -1,0 +1,263 @@
+"""The worker: one attempt, whole or resumable, whatever happens to it."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from speculators.runner import guard
+from speculators.runner import key as keys
+from speculators.runner.executors import Handle, executor
+from speculators.runner.store import Artifact, Store
+
+STAGE = '''
+"""A stage that counts to `config.prompts.seed` in steps it never repeats."""
+import os, time
+from speculators.errors import ContractError
+
+def main(job):
+    told = job.derived
+    (job.scratch / "attempts").open("a").write("x")
+    if told.get("raises") == "RunError":
+        raise ContractError("the rows do not fit", "take others")
+    if told.get("raises"):
+        raise KeyError(told["raises"])
+    if told.get("empty"):
+        return
+    with (job.output / "lines").open("a") as lines:
+        for number in range(len((job.output / "lines").read_text()), told.get("count", 3)):
+            lines.write("x")
+            lines.flush()
+            if number + 1 == told.get("hold"):
+                if told.get("child"):
+                    if os.fork() == 0:
+                        os.execvp("sleep", ["sleep", told["child"]])
+                (job.work / "holding").touch()
+                while (job.work / "holding").exists():
+                    time.sleep(0.01)
+    job.record["attempts"] = len((job.scratch / "attempts").read_text())
+'''
+
+
+@pytest.fixture
+def world(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A package `speculators.stages` with one more stage in it, as the worker will see it."""
+    (tmp_path / "more").mkdir()
+    (tmp_path / "more/count.py").write_text(STAGE)
+    (tmp_path / "site").mkdir()
+    # Joined to the real package when the interpreter starts, so that nothing in the product knows of tests.
+    (tmp_path / "site/sitecustomize.py").write_text(
+        f"import speculators.stages\nspeculators.stages.__path__.append({str(tmp_path / 'more')!r})\n"
+    )
+    root = Path(keys.__file__).parents[2]
+    monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(tmp_path / "site"), str(root)]))
+    return tmp_path
+
+
+def request(world: Path, phase: int = 0, phases: int = 1, digest: str | None = None, **derived: Any) -> Path:
+    image = keys.preimage("count", 1, config=derived, inputs={}, packages={}, service={})
+    key, store = keys.digest(image), world / "store"
+    plain = {
+        "format": 1,
+        "node": "count",
+        "stage": "count",
+        "key": key,
+        "config": {},
+        "derived": derived,
+        "inputs": {},
+        "digests": {},
+        "services": {},
+        "work": str(store / "work/count" / key),
+        "store": str(store),
+        "preimage": image,
+        "digest": digest,
+        "provenance": {"run": "run-1"},
+        "phase": phase,
+        "phases": phases,
+    }
+    path = world / f"request-{phase}.json"
+    path.write_text(json.dumps(plain))
+    return path
+
+
+def submit(world: Path, path: Path) -> Handle:
+    return executor("local").submit(path, world / "log", {})
+
+
+def ended(handle: Handle, seconds: float = 15.0) -> int:
+    deadline = time.monotonic() + seconds
+    while (code := handle.poll()) is None:
+        assert time.monotonic() < deadline, "the worker did not end"
+        time.sleep(0.02)
+    return code
+
+
+def work(path: Path) -> Path:
+    return Path(json.loads(path.read_text())["work"])
+
+
+def artifact(path: Path) -> Artifact | None:
+    plain = json.loads(path.read_text())
+    return Store(Path(plain["store"])).find("count", plain["key"])
+
+
+def until(true: Callable[[], bool], what: str) -> None:
+    deadline = time.monotonic() + 10
+    while not true():
+        assert time.monotonic() < deadline, f"not so in time: {what}"
+        time.sleep(0.01)
+
+
+def until_holding(path: Path) -> None:
+    until((work(path) / "holding").exists, "the stage is in its middle")
+
+
+def test_it_publishes_what_the_stage_made_with_its_provenance(world: Path) -> None:
+    path = request(world, digest="hub:abc")
+    assert ended(submit(world, path)) == 0
+    made = artifact(path)
+    assert made is not None
+    assert (made.data / "lines").read_text() == "xxx"
+    assert made.digest == "hub:abc"
+    assert made.record["attempts"] == 1
+    assert made.record["seconds"] >= 0
+    assert {"run", "started", "finished", "host", "python", "platform", "cpu"} <= made.provenance.keys()
+    assert "torch" not in made.provenance
+    assert not work(path).exists()
+
+
+def test_what_is_there_already_is_not_made_again(world: Path) -> None:
+    path = request(world)
+    ended(submit(world, path))
+    before = artifact(path)
+    assert ended(submit(world, path)) == 0
+    assert artifact(path) == before
+    assert not work(path).exists()
+
+
+def test_a_killed_worker_leaves_no_artifact_and_the_next_one_goes_on(world: Path) -> None:
+    path = request(world, count=5, hold=3, child="612")
+    first = submit(world, path)
+    until_holding(path)
+    group = [pid for pid in guard.descendants({first.pid}) if pid != first.pid]
+    assert group, "the stage has a child"
+    os.kill(first.pid, signal.SIGKILL)
+    assert ended(first) == -signal.SIGKILL
+    until(lambda: not any(guard.start_time(pid) for pid in group), "nothing of it is left")
+    assert artifact(path) is None
+    (work(path) / "holding").unlink()
+    assert ended(submit(world, path)) == 0
+    made = artifact(path)
+    assert made is not None
+    assert (made.data / "lines").read_text() == "xxxxx"
+    assert made.record["attempts"] == 2
+
+
+def test_asked_to_stop_it_ends_with_143_and_keeps_its_work(world: Path) -> None:
+    path = request(world, hold=2)
+    handle = submit(world, path)
+    until_holding(path)
+    assert json.loads((work(path) / "heartbeat.json").read_text())["pid"] == handle.pid
+    handle.terminate()
+    assert ended(handle) == 143
+    assert (work(path) / "data/lines").read_text() == "xx"
+    assert not (work(path) / "failure.json").exists()
+
+
+def test_it_ends_when_the_runner_is_killed(world: Path) -> None:
+    path = request(world, hold=2)
+    code = (
+        "import sys, time\nfrom pathlib import Path\nfrom speculators.runner.executors import executor\n"
+        "print(executor('local').submit(Path(sys.argv[1]), Path(sys.argv[2]), {}).pid, flush=True)\ntime.sleep(600)"
+    )
+    argv = [sys.executable, "-c", code, str(path), str(world / "log")]
+    with subprocess.Popen(argv, stdout=subprocess.PIPE, text=True) as runner:
+        assert runner.stdout is not None
+        pid = int(runner.stdout.readline())
+        until_holding(path)
+        runner.kill()
+    until(lambda: guard.start_time(pid) is None, "the worker ended with its runner")
+    assert (work(path) / "data/lines").read_text() == "xx"
+
+
+def test_run_by_hand_it_needs_nobody_to_hold_it(world: Path) -> None:
+    path = request(world)
+    argv = [sys.executable, "-m", "speculators.worker", str(path)]
+    assert subprocess.run(argv, stdin=subprocess.DEVNULL, check=False).returncode == 0
+    assert artifact(path) is not None
+
+
+def test_an_error_that_a_person_can_mend_is_said_in_two_lines(world: Path) -> None:
+    path = request(world, raises="RunError")
+    assert ended(submit(world, path)) == 1
+    assert (world / "log").read_text() == "error: the rows do not fit\n\nhint: take others\n"
+    failure = json.loads((work(path) / "failure.json").read_text())
+    assert failure == {"message": "the rows do not fit", "hint": "take others", "kind": "ContractError"}
+    assert artifact(path) is None
+
+
+def test_a_defect_has_a_traceback_and_an_exit_code_of_its_own(world: Path) -> None:
+    path = request(world, raises="column")
+    assert ended(submit(world, path)) == 2
+    assert "Traceback" in (world / "log").read_text()
+    assert json.loads((work(path) / "failure.json").read_text())["message"] == "KeyError: 'column'"
+
+
+def test_a_stage_that_makes_nothing_fails(world: Path) -> None:
+    assert ended(submit(world, request(world, empty=True))) == 1
+    assert "left nothing" in (world / "log").read_text()
+
+
+def test_only_the_last_phase_publishes_and_a_finished_phase_is_not_repeated(world: Path) -> None:
+    first = request(world, phase=0, phases=2)
+    for _ in range(2):
+        assert ended(submit(world, first)) == 0
+    assert artifact(first) is None
+    assert (work(first) / "scratch/phase-0.done").exists()
+    assert (work(first) / "scratch/attempts").read_text() == "x"
+    assert ended(submit(world, request(world, phase=1, phases=2))) == 0
+    made = artifact(first)
+    assert made is not None
+    assert made.record["attempts"] == 2
+
+
+def test_two_workers_of_one_key_make_it_once_and_the_loser_says_for_whom_it_waits(world: Path) -> None:
+    path = request(world, hold=2)
+    first = submit(world, path)
+    until_holding(path)
+    second = executor("local").submit(path, world / "log-2", {})
+    until(lambda: f"waiting: pid {first.pid} " in (world / "log-2").read_text(), "the second one says who works")
+    (work(path) / "holding").unlink()
+    assert [ended(first), ended(second)] == [0, 0]
+    made = artifact(path)
+    assert made is not None
+    assert made.record["attempts"] == 1
+
+
+def test_an_artifact_that_is_not_whole_is_set_aside_and_made_again(world: Path) -> None:
+    path = request(world)
+    ended(submit(world, path))
+    made = artifact(path)
+    assert made is not None
+    (made.data / "lines").unlink()
+    assert ended(submit(world, path)) == 0
+    assert artifact(path) is not None
+    assert "set aside" in (world / "log").read_text()
+    assert len(list((world / "store/aside").iterdir())) == 1
+
+
+def test_a_file_in_the_users_directory_is_not_imported_in_place_of_a_module(
+    world: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (world / "tokenize.py").write_text("raise SystemExit('imported')")
+    monkeypatch.chdir(world)
+    assert ended(submit(world, request(world))) == 0
