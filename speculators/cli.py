@@ -1,11 +1,11 @@
 """speculators-run: a recipe in, a trained and measured draft model out.
 
-    speculators-run recipe=NAME [KEY=VALUE ...]         run everything that is not already done
-    speculators-run plan recipe=NAME [KEY=VALUE ...]    what would run, and why; starts and writes nothing
-    speculators-run -m recipe=NAME KEY=A,B              one run for each value
-    speculators-run recipe=NAME --cfg job               the composed recipe
+    speculators-run recipe=NAME [KEY=VALUE ...]       run what is not done yet
+    speculators-run plan recipe=NAME [KEY=VALUE ...]  what would run, and why
+    speculators-run -m recipe=NAME KEY=A,B            one run for each value
+    speculators-run recipe=NAME --cfg job             the composed recipe
 
-Exit codes: 0, 1 (you can mend it), 2 (a defect of ours), 128 + signal when interrupted.
+Exit codes: 0, 1 (you can mend it), 2 (a defect of ours), 128 + signal.
 """
 
 from __future__ import annotations

@@ -86,12 +86,11 @@ def evaluation(results: Mapping[str, Any]) -> str:
                 f"{row['speed_up']:.2f}x",
             ]
         )
-    notes = [f"accepted: tokens a step, bonus token included ({k} proposed); plain, drafted: tokens/s"]
+    notes = [f"accepted: tokens a step, bonus included ({k} proposed); plain, drafted: tokens/s"]
     if lossless := results.get("lossless"):
         notes.append(
-            f"greedy, float32: {lossless['identical']} of {lossless['prompts']} answers identical with and without the "
-            f"draft, "
-            f"{lossless['ties']} differ by a tie, {lossless['faults']} by a fault"
+            f"greedy in float32, with and without the draft: {lossless['identical']} of {lossless['prompts']} identical"
+            f", {lossless['ties']} part at\na tie, {lossless['faults']} at a fault"
         )
     return columns(rows, right=range(1, len(head))) + "\n\n" + "\n".join(notes)
 

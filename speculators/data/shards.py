@@ -31,7 +31,9 @@ from speculators.job import write_json
 
 FORMAT = 1
 """Raised when a reader of an older release could not read the shards."""
-CONVENTION = "id i is the residual stream entering layer i; id = number of layers is the last one's output, not normed"
+CONVENTION = (
+    "layer id i is the residual stream entering layer i; the number of layers is the last one's output, not normed"
+)
 INDEX = "index.json"
 TENSORS = ("token_ids", "states")
 DTYPES = {torch.int64: "I64", torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16"}

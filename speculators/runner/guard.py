@@ -30,8 +30,8 @@ from pathlib import Path
 from typing import Any
 
 PR_SET_PDEATHSIG, PR_SET_CHILD_SUBREAPER = 1, 36
-SCAN_SECONDS = 0.5
-"""How old the list of owned processes may be."""
+SCAN_SECONDS, LONGEST_SCAN_SECONDS = 0.25, 2.0
+"""How old the list of owned processes may be: the first after a change, up to the second while nothing changes."""
 ORPHAN_GRACE = 1.0
 """What is left when ARGV itself has ended has nobody to finish for."""
 KILL_SECONDS = 30.0
@@ -56,9 +56,10 @@ def main(arguments: list[str]) -> int:
             log.write(f"cannot start {options.argv[0]}: {error.strerror}\n".encode())
             return 127
     tree = Tree(child, Path(options.pids))
+    pause = SCAN_SECONDS
     tree.record()
-    while tree.status is None and not _told_to_stop(wake_read):
-        tree.record()
+    while tree.status is None and not _told_to_stop(wake_read, pause):
+        pause = SCAN_SECONDS if tree.record() else min(2 * pause, LONGEST_SCAN_SECONDS)
     tree.end(options.grace, wake_read)
     tree.record()
     if tree.status is None:
@@ -87,16 +88,17 @@ class Tree:
             return descendants({os.getpid()})
         return [] if self.status is not None else [self.leader]
 
-    def record(self) -> None:
-        """Write down what is owned, if that has changed."""
+    def record(self) -> bool:
+        """Write down what is owned, if that has changed; whether it has."""
         owned = [{"pid": pid, "start": start} for pid in self.alive() if (start := start_time(pid)) is not None]
         if owned == self._recorded:
-            return
+            return False
         self._recorded = owned
         guard = {"pid": os.getpid(), "start": start_time(os.getpid())}
         beside = self.pids.with_name(f".{self.pids.name}")
         beside.write_text(json.dumps({"machine": machine(), "guard": guard, "processes": owned}))
         os.replace(beside, self.pids)
+        return True
 
     def end(self, grace: float, wake: int) -> None:
         """Leave nothing: ask the group, then kill what is left until nothing is."""
@@ -243,9 +245,9 @@ def _prctl(option: int, value: int) -> None:
         ctypes.CDLL(None, use_errno=True).prctl(option, value, 0, 0, 0)
 
 
-def _told_to_stop(wake: int) -> bool:
+def _told_to_stop(wake: int, seconds: float) -> bool:
     """Wait a moment for news. True: standard input is at its end, or a signal asks to stop."""
-    readable, _, _ = select.select([0, wake], [], [], SCAN_SECONDS)
+    readable, _, _ = select.select([0, wake], [], [], seconds)
     signals = os.read(wake, 512) if wake in readable else b""
     at_end = 0 in readable and not os.read(0, 512)
     return at_end or any(number != signal.SIGCHLD for number in signals)

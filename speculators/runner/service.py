@@ -18,8 +18,6 @@ import socket
 import subprocess
 import sys
 import threading
-import urllib.error
-import urllib.request
 from collections import deque
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -36,6 +34,8 @@ GRACE = 10.0
 """Seconds that a server has to end by itself."""
 LOG_LINES = 1000
 """How much of a log is searched for the cause of a death."""
+LONGEST_CAUSE = 400
+"""Characters of an exception that are quoted: vLLM lists every model it knows when it misses one."""
 
 
 @dataclass(kw_only=True, slots=True)
@@ -185,6 +185,8 @@ class Service:
 
     def _probe(self) -> None:
         """In a thread of its own, because a first answer may take its time: is it up, is it ours, does it answer?"""
+        from urllib.error import HTTPError  # not at the top, here and below: where all is cached nothing is asked
+
         while not self._stopped.wait(PROBE_SECONDS):
             try:
                 self._request("/health", timeout=5)
@@ -195,7 +197,7 @@ class Service:
             except ServiceError as error:
                 self._verdict = error
                 return
-            except urllib.error.HTTPError as error:
+            except HTTPError as error:
                 if error.code in (401, 403):
                     hint = "set serve.api_key_env to the variable with its key"
                     if self.spec.argv:
@@ -222,22 +224,23 @@ class Service:
 
     def _request(self, path: str, *, timeout: float, body: dict[str, Any] | None = None) -> Any:
         """JSON of a GET, or of a POST with a body; None for an empty answer."""
+        from urllib.request import ProxyHandler, Request, build_opener
+
         headers = {"Authorization": f"Bearer {self.spec.api_key}", "Content-Type": "application/json"}
         data = None if body is None else json.dumps(body).encode()
-        request = urllib.request.Request(self.spec.url + path, data=data, headers=headers)
+        request = Request(self.spec.url + path, data=data, headers=headers)
         # Without the proxies of the environment: a server on loopback is never behind one.
-        opener = urllib.request.build_opener(urllib.request.ProxyHandler({} if self.spec.argv else None))
+        opener = build_opener(ProxyHandler({} if self.spec.argv else None))
         with opener.open(request, timeout=timeout) as response:
             text = response.read()
         return json.loads(text) if text and path != "/health" else None
 
     def _explain(self, code: int) -> ServiceError:
-        how = f"was killed by signal {code - 128}" if code > 128 else f"ended with exit code {code}"
+        number = code - 128 if code > 128 else -code
+        how = f"was killed by signal {number}" if number > 0 else f"ended with exit code {code}"
         when = "while it was in use" if self.state == "ready" else "before it was ready"
         lines = self.tail(LOG_LINES)
-        otherwise = (
-            "it was killed from outside, most likely for want of memory" if code == 128 + 9 else "mend what it says"
-        )
+        otherwise = "it was killed from outside, most likely for want of memory" if number == 9 else "mend what it says"
         text = "\n".join(lines)
         hint = next((hint for pattern, hint in HINTS.items() if re.search(pattern, text, re.IGNORECASE)), otherwise)
         return ServiceError(f"the server {how} {when}: {cause(lines)}", f"{hint}; its log is {self.spec.log}")
@@ -258,6 +261,7 @@ HINTS = {
     r"model architectures .* not supported|does not recognize this architecture": (
         "this vLLM does not know the model: take a newer one, or another model"
     ),
+    r"backend tokenizer|can't load tokenizer": "the model's directory has no tokenizer: put its tokenizer.json there",
 }
 """What a server's log says -> what to do about it."""
 
@@ -265,13 +269,19 @@ _RAISED = re.compile(r"^\s*(?:[\w.]+\.)?\w*(?:Error|Exception|Interrupt)\b(?:: .
 _PREFIX = re.compile(r"^(?:\([^)]*pid=\d+\)\s*)?(?:[A-Z]+ \d\d-\d\d \d\d:\d\d:\d\d \[[^]]*\]\s?)?")
 _SECOND_HAND = re.compile(r"root cause above|Engine core initialization failed|EngineDeadError")
 
+_NOISE = re.compile(r"resource_tracker|nanobind|leaked")
+
 
 def cause(lines: list[str]) -> str:
     """The error that a log ends in: the exception itself, without frames, and without those that only pass it on."""
-    bare = [_PREFIX.sub("", line).strip() for line in lines]
-    raised = [line for line in bare if _RAISED.match(line) and not _SECOND_HAND.search(line)]
-    spoken = [line for line in bare if line]
-    return (raised or spoken or ["it said nothing"])[-1]
+    bare = [_PREFIX.sub("", line).rstrip() for line in lines]
+    raised = [i for i, line in enumerate(bare) if _RAISED.match(line) and not _SECOND_HAND.search(line)]
+    if not raised:
+        return next((line.strip() for line in reversed(bare) if line and not _NOISE.search(line)), "it said nothing")
+    said, following = bare[raised[-1]], bare[raised[-1] + 1 : raised[-1] + 2]
+    if following and (said.endswith(":") or following[0].startswith("  ")):
+        said += f" {following[0].strip()}"
+    return said.strip()[:LONGEST_CAUSE]
 
 
 def external(config: Config, mode: str, directory: Path, log: Path) -> Service:

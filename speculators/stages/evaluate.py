@@ -8,6 +8,7 @@ import heapq
 import json
 import statistics
 import time
+import uuid
 from collections.abc import Sequence
 from contextlib import AsyncExitStack
 from dataclasses import dataclass
@@ -210,8 +211,8 @@ async def _ask(
         item=item,
         max_tokens=max_tokens or options.max_tokens,
         temperature=options.temperature if temperature is None else temperature,
-        # An answer must not be quicker for what an earlier measurement left in the prefix cache.
-        cache_salt=item,
+        # On a server that is not ours, no answer may be quicker for what another left in the prefix cache.
+        cache_salt=uuid.uuid4().hex,
     )
 
 

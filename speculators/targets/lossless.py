@@ -65,9 +65,8 @@ async def compare(
         return Comparison(tokens=shared, difference=None)
     left = plain[shared] if shared < len(plain) else None
     right = speculative[shared] if shared < len(speculative) else None
-    answer = await client.complete(
-        [*prompt, *plain[:shared]], item=item, max_tokens=1, temperature=0.0, logprobs=_LIKELIEST, cache_salt=item
-    )
+    text = [*prompt, *plain[:shared]]
+    answer = await client.complete(text, item=item, max_tokens=1, temperature=0.0, logprobs=_LIKELIEST)
     said, gap = verdict(answer.logprobs[0], left, right)
     difference = {"position": shared, "plain": left, "speculative": right, "gap": gap, "verdict": said}
     return Comparison(tokens=shared + 1, difference=difference)

@@ -119,8 +119,11 @@ class _Distill(torch.autograd.Function):
 
 
 def _wins(z: Tensor, label: Tensor, exact: bool) -> Tensor:
-    """Whether each row's largest logit is its label's. Rounded logits tie, and then the first one counts, as in a server;
-    exact ones do not, and finding the largest value is many times faster than finding its place."""
+    """Whether each row's largest logit is its label's.
+
+    Rounded logits tie, and then the first one counts, as in a server. Exact ones do not, and finding the largest value
+    is many times faster than finding its place.
+    """
     return z.gather(1, label[:, None])[:, 0] == z.amax(-1) if exact else z.argmax(-1) == label
 
 

@@ -107,6 +107,7 @@ def test_a_server_that_dies_in_use_is_dead_and_says_so(tmp_path: Path) -> None:
         ("Error while finding module specification (ModuleNotFoundError: No module named 'vllm')", "pip install vllm"),
         ("OSError: [Errno 98] Address already in use", "serve.port=0"),
         ("torch.OutOfMemoryError: CUDA out of memory. Tried to allocate 2 GiB", "gpu_memory_utilization"),
+        ("ValueError: Couldn't instantiate the backend tokenizer from one of: ", "tokenizer.json"),
         ("  Value error, Model architectures ['X'] are not supported for now", "does not know the model"),
     ],
 )
@@ -120,6 +121,12 @@ def test_the_usual_reasons_have_hints(tmp_path: Path, said: str, hint: str) -> N
 def test_the_cause_is_the_last_exception_that_is_not_second_hand(tmp_path: Path) -> None:
     lines = ["Traceback (most recent call last):", '  File "a.py"', "KeyError: 'lm_head'", "", "bye"]
     assert cause(lines) == "KeyError: 'lm_head'"
+    of_a_schema = [
+        "pydantic_core.ValidationError: 1 validation error for ModelConfig",
+        "  Value error, no such model" * 99,
+    ]
+    assert cause(of_a_schema).startswith(of_a_schema[0] + " Value error, no such model")
+    assert len(cause(of_a_schema)) == 400
     assert cause(["just words", ""]) == "just words"
     assert cause([]) == "it said nothing"
 
@@ -227,14 +234,16 @@ def test_the_next_service_reaps_what_a_killed_guard_left_and_nothing_of_the_livi
     for made in (living, killed):
         made.start()
         assert settle(made) == "ready"
-    time.sleep(2 * guard.SCAN_SECONDS)
+    pid = orphan(tmp_path)
+    while f'"pid": {pid}' not in (killed.directory / "pids.json").read_text():
+        time.sleep(0.02)
     assert killed._guard is not None
     killed._guard.send_signal(signal.SIGKILL)
     killed._guard.wait()
     fresh = service(tmp_path)
     fresh.directory = tmp_path / "store/services/fresh"
     fresh.start()
-    assert guard.start_time(orphan(tmp_path)) is None
+    assert guard.start_time(pid) is None
     assert not killed.directory.exists()
     assert settle(fresh) == "ready"
     assert living.poll() == "ready"

@@ -1,0 +1,196 @@
+"""EAGLE-3: attention against a dense reference, documents apart from each other, the loss by hand, checkpoints."""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+
+import pytest
+import tiny
+import torch
+
+from speculators.drafts.base import Predictions
+from speculators.drafts.eagle3 import Eagle3Draft
+from speculators.drafts.layers import KeyValues, LayerConfig, Rotary, causal_blocks, unrolled_attention
+from speculators.errors import ContractError
+from speculators.training.losses import Tally, Teacher, distill
+
+
+def dense_attention(q: torch.Tensor, cache: KeyValues, documents: list[int], asking: torch.Tensor) -> torch.Tensor:
+    """The same in float64 with one mask over everything."""
+    heads, groups, width = q.shape[1], cache.keys.shape[1], q.shape[2]
+    owner = torch.repeat_interleave(torch.arange(len(documents)), torch.tensor(documents))
+    total = len(owner)
+    seen = (owner[:, None] == owner[None, :]) & torch.ones(total, total, dtype=torch.bool).tril()
+    keys, values, masks = [cache.keys], [cache.values], [seen[asking]]
+    for k, v in cache.own:
+        keys.append(k)
+        values.append(v)
+        masks.append(torch.eye(len(asking), dtype=torch.bool))
+    k, v = (torch.cat(x).double().repeat_interleave(heads // groups, 1) for x in (keys, values))
+    scores = torch.einsum("rhd,shd->hrs", q.double(), k) / math.sqrt(width)
+    shares = scores.masked_fill(~torch.cat(masks, 1), float("-inf")).softmax(-1)
+    return torch.einsum("hrs,shd->rhd", shares, v).flatten(1)
+
+
+@pytest.mark.parametrize("documents", [[5], [7, 1, 12], [300, 4, 270]], ids=["one", "three", "longer than a block"])
+def test_attention_inside_documents_equals_a_dense_float64_reference(documents: list[int]) -> None:
+    draw = torch.Generator().manual_seed(0)
+    total = sum(documents)
+    asking = (torch.rand(total, generator=draw) < 0.7).nonzero()[:, 0]
+    q, *rest = (torch.randn(n, heads, 8, generator=draw) for n, heads in [(len(asking), 4)] + [(total, 2)] * 2)
+    own = [tuple(torch.randn(len(asking), 2, 8, generator=draw) for _ in range(2)) for _ in range(2)]
+    starts = [sum(documents[:i]) for i in range(len(documents))]
+    cache = KeyValues(rest[0], rest[1], [(k, v) for k, v in own])
+    blocks = causal_blocks(list(zip(starts, documents, strict=True)), asking)
+    torch.testing.assert_close(
+        unrolled_attention(q, cache, blocks).double(),
+        dense_attention(q, cache, documents, asking),
+        atol=2e-6,
+        rtol=1e-5,
+    )
+
+
+def test_changing_one_document_leaves_the_others_bit_equal(tmp_path: Path) -> None:
+    draft, _ = tiny.make_draft(tiny.write_target(tmp_path), num_layers=2)
+    pack, other = tiny.make_pack([20, 33, 9]), tiny.make_pack([20, 33, 9], seed=99)
+    pack.states[20:53] = other.states[20:53]
+    changed = tiny.make_pack([20, 33, 9])
+    changed.token_ids[20:53] = other.token_ids[20:53]
+    before, after = draft(pack), draft(changed)
+    middle = before.valid & (before.target >= 20) & (before.target < 53)
+    others = before.valid & ~middle
+    assert torch.equal(before.hidden[others], after.hidden[others])
+    assert not torch.equal(before.hidden[middle], after.hidden[middle])
+
+
+def test_predictions_stay_in_their_document_and_follow_the_supervision(tmp_path: Path) -> None:
+    draft, _ = tiny.make_draft(tiny.write_target(tmp_path))
+    pack = tiny.make_pack([6, 4])  # supervised: places 2 to 5, and 7 to 9
+    found = draft(pack)
+    by_step = [found.target[k][found.valid[k]].tolist() for k in range(3)]
+    assert by_step == [[2, 3, 4, 5, 7, 8, 9], [2, 3, 4, 5, 8, 9], [3, 4, 5, 9]]
+    assert found.weight.sum(1).tolist() == pytest.approx([1.0, 1.0, 1.0])
+    assert found.weight[1].max().item() == pytest.approx(1 / 6)
+
+
+def test_step_decay_weighs_the_steps(tmp_path: Path) -> None:
+    draft, _ = tiny.make_draft(tiny.write_target(tmp_path), ttt_step_decay=0.5)
+    assert draft(tiny.make_pack([12])).weight.sum(1).tolist() == pytest.approx([1.0, 0.5, 0.25])
+
+
+def test_the_loss_is_the_divergence_computed_by_hand() -> None:
+    # Target logits (0, ln 3): p = 1/4, 3/4. Draft logits (0, 0): q = 1/2, 1/2.
+    # KL = 1/4 ln(1/2) + 3/4 ln(3/2) = 0.1308; d KL / d logits = q - p = (1/4, -1/4).
+    hidden = torch.zeros(1, 1, 2, requires_grad=True)
+    head = torch.eye(2)
+    last = torch.tensor([[0.0, 1.0]])  # its norm is (0, sqrt 2)
+    teacher = Teacher(norm_weight=torch.full((2,), math.log(3) / math.sqrt(2)), norm_eps=0.0, head=head)
+    place = torch.zeros(1, 1, dtype=torch.int64)
+    found = Predictions(hidden=hidden, target=place, valid=place == 0, weight=torch.full((1, 1), 0.5))
+    outcome = distill(found, last, head, teacher)
+    outcome.loss.backward()
+    expected = 0.25 * math.log(0.5) + 0.75 * math.log(1.5)
+    assert outcome.divergence.item() == pytest.approx(expected, abs=1e-6)
+    assert outcome.loss.item() == pytest.approx(0.5 * expected, abs=1e-6)
+    assert hidden.grad is not None
+    assert hidden.grad.flatten().tolist() == pytest.approx([0.125, -0.125], abs=1e-6)
+
+
+@pytest.mark.parametrize("chunk", [1, 200, 1 << 20])
+def test_chunks_change_neither_loss_nor_gradient(tmp_path: Path, chunk: int) -> None:
+    draft, teacher = tiny.make_draft(tiny.write_target(tmp_path))
+    pack = tiny.make_pack([20, 33, 9])
+    found = draft(pack)
+    hidden = found.hidden.detach().requires_grad_()
+    again = Predictions(hidden=hidden, target=found.target, valid=found.valid, weight=found.weight)
+    outcome = distill(again, pack.states[:, -1], draft.lm_head.weight, teacher, chunk)
+    outcome.loss.backward()
+
+    plain = found.hidden.detach().requires_grad_()
+    log_p = teacher.logits(pack.states[:, -1], torch.float32).log_softmax(-1)[found.target]
+    log_q = (plain @ draft.lm_head.weight.T).log_softmax(-1)
+    divergence = (log_p.exp() * (log_p - log_q)).sum(-1)
+    (divergence * found.weight).sum().backward()
+    torch.testing.assert_close(outcome.divergence, divergence.detach() * found.valid, atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(hidden.grad, plain.grad, atol=1e-6, rtol=1e-5)
+    assert torch.equal(outcome.correct, (log_p.argmax(-1) == log_q.argmax(-1)) & found.valid)
+
+
+def test_a_target_that_bounds_its_logits_teaches_bounded_ones() -> None:
+    head, last = torch.eye(2) * 100.0, torch.tensor([[3.0, -3.0]])
+    teacher = Teacher(norm_weight=torch.ones(2), norm_eps=0.0, head=head, scale=0.5, softcap=30.0)
+    expected = 30.0 * math.tanh(50.0 / 30.0)
+    assert teacher.logits(last, torch.float32)[0].tolist() == pytest.approx([expected, -expected], rel=1e-5)
+
+
+def test_tallies_count_whole_runs_and_add_up() -> None:
+    valid = torch.tensor([[1, 1, 1, 1], [1, 1, 1, 0], [1, 1, 0, 0]]).bool()
+    right = torch.tensor([[1, 1, 0, 1], [1, 0, 1, 0], [1, 1, 0, 0]]).bool()
+    outcome_like = type("Outcome", (), {"divergence": torch.ones(3, 4), "correct": right})
+    tally = Tally.of(valid, outcome_like)  # type: ignore[arg-type]
+    tally.add(Tally.of(valid, outcome_like))  # type: ignore[arg-type]
+    found = tally.metrics(step_decay=0.5)
+    assert [found[f"full_{k}"] for k in range(3)] == pytest.approx([3 / 4, 1 / 3, 1 / 2])
+    assert [found[f"cond_{k}"] for k in range(3)] == pytest.approx([3 / 4, 1 / 2, 1.0])
+    assert found["acceptance"] == pytest.approx(1 + 3 / 4 + 1 / 3 + 1 / 2)
+    assert found["loss"] == pytest.approx(1.75)
+
+
+@pytest.mark.parametrize("kept", [40, tiny.V], ids=["reduced", "full"])
+def test_a_checkpoint_comes_back_as_it_was(tmp_path: Path, kept: int) -> None:
+    draft, _ = tiny.make_draft(tiny.write_target(tmp_path / "target"), kept)
+    draft.save(tmp_path / "a", torch.float32)
+    again = Eagle3Draft.load(tmp_path / "a")
+    pack = tiny.make_pack([20, 9])
+    assert torch.equal(draft(pack).hidden, again(pack).hidden)
+    assert torch.equal(draft.vocabulary.tokens, again.vocabulary.tokens)
+    again.save(tmp_path / "b", torch.float32)
+    for name in ("config.json", "model.safetensors"):
+        assert (tmp_path / "a" / name).read_bytes() == (tmp_path / "b" / name).read_bytes()
+
+
+def test_a_checkpoint_with_a_tensor_too_few_is_refused(tmp_path: Path) -> None:
+    draft, _ = tiny.make_draft(tiny.write_target(tmp_path / "target"))
+    draft.save(tmp_path / "draft", torch.float32)
+    config = json.loads((tmp_path / "draft" / "config.json").read_text())
+    config["transformer_layer_config"]["num_hidden_layers"] = 2
+    (tmp_path / "draft" / "config.json").write_text(json.dumps(config))
+    with pytest.raises(ContractError, match=r"lacks .*layers\.1\.mlp"):
+        Eagle3Draft.load(tmp_path / "draft")
+
+
+@pytest.mark.parametrize(
+    "rope",
+    [
+        {"rope_type": "default", "rope_theta": 5e5},
+        {"rope_type": "linear", "rope_theta": 1e4, "factor": 4.0},
+        {"rope_type": "yarn", "rope_theta": 1e4, "factor": 4.0, "original_max_position_embeddings": 64},
+    ],
+    ids=lambda rope: str(rope["rope_type"]),
+)
+def test_rotary_positions_equal_those_of_transformers(rope: dict[str, object]) -> None:
+    from transformers import LlamaConfig
+    from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
+
+    plain = {**tiny.CONFIG, "rope_parameters": rope, "initializer_range": 0.02}
+    positions = torch.arange(70)
+    keys = ("hidden_size", "num_attention_heads", "head_dim", "max_position_embeddings", "rope_parameters")
+    reference = LlamaRotaryEmbedding(LlamaConfig(**{key: plain[key] for key in keys}))
+    cosine, sine = Rotary(LayerConfig.from_plain(plain))(positions)
+    expected = reference(torch.zeros(1, 1, 1), positions[None])
+    torch.testing.assert_close(cosine[:, 0], expected[0][0])
+    torch.testing.assert_close(sine[:, 0], expected[1][0])
+
+
+def test_mixed_precision_on_the_cpu_stays_close(tmp_path: Path) -> None:
+    draft, teacher = tiny.make_draft(tiny.write_target(tmp_path))
+    pack = tiny.make_pack([20, 33])
+    exact = distill(draft(pack), pack.states[:, -1], draft.lm_head.weight, teacher).loss.item()
+    with torch.autocast("cpu", torch.bfloat16):
+        outcome = distill(draft(pack), pack.states[:, -1], draft.lm_head.weight, teacher)
+    outcome.loss.backward()
+    assert outcome.loss.item() != exact
+    assert outcome.loss.item() == pytest.approx(exact, rel=0.02)
+    assert all(p.grad is not None and p.grad.dtype == torch.float32 for p in draft.parameters())

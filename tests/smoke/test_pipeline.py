@@ -1,0 +1,209 @@
+"""The whole pipeline, small, on the real engine: killed on the way, resumed by the same command, and measured.
+
+Target, prompts and engine are the demo's. The tests of this module are one story and run in order: each
+starts from the store that the one before left.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+pytestmark = [pytest.mark.smoke, pytest.mark.timeout(900)]
+RECIPE = Path(__file__).parent / "small.yaml"
+STAGES = ("prompts", "regenerate", "tokenize", "vocab", "extract", "train", "evaluate")
+
+
+class World:
+    """One store, one working directory, and the command run in it."""
+
+    def __init__(self, root: Path) -> None:
+        self.root = root
+        self.store = root / "store"
+
+    def start(self, *words: str, verb: str = "run") -> subprocess.Popen[str]:
+        command = [sys.executable, "-m", "speculators.cli", verb, f"recipe={RECIPE}", *words]
+        env = {**os.environ, "SPECULATORS_STORE": str(self.store)}
+        pipe = subprocess.PIPE
+        return subprocess.Popen(command, cwd=self.root, env=env, stdout=pipe, stderr=pipe, text=True)
+
+    def run(self, *words: str, verb: str = "run") -> tuple[int, str, str]:
+        process = self.start(*words, verb=verb)
+        out, err = process.communicate()
+        return process.returncode, out, err
+
+    def last_run(self) -> dict[str, Any]:
+        directory = max((self.root / "runs").iterdir())
+        events = [json.loads(line) for line in (directory / "events.jsonl").read_text().splitlines()]
+        return {"directory": directory, "events": events, **json.loads((directory / "run.json").read_text())}
+
+    def processes(self) -> list[int]:
+        """Processes of this world: their command line names its directory."""
+        found = []
+        for proc in Path("/proc").iterdir():
+            if proc.name.isdigit() and int(proc.name) != os.getpid():
+                try:
+                    words = (proc / "cmdline").read_bytes() + (proc / "environ").read_bytes()
+                except OSError:
+                    continue
+                if str(self.root).encode() in words:
+                    found.append(int(proc.name))
+        return found
+
+    def worker(self, stage: str) -> int | None:
+        for pid in self.processes():
+            words = Path(f"/proc/{pid}/cmdline").read_text().split("\0")
+            if "speculators.worker" in words and any(word.endswith(f"{stage}-0.json") for word in words):
+                return pid
+        return None
+
+    def scratch(self, stage: str) -> Path | None:
+        return next((self.store / "work" / stage).glob("*/scratch"), None)
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory: pytest.TempPathFactory) -> Iterator[World]:
+    made = World(tmp_path_factory.mktemp("world"))
+    yield made
+    for pid in made.processes():
+        os.kill(pid, signal.SIGKILL)
+
+
+def wait_for(what: Callable[[], Any], process: subprocess.Popen[str], seconds: float = 600) -> Any:
+    deadline = time.monotonic() + seconds
+    while time.monotonic() < deadline:
+        if found := what():
+            return found
+        if process.poll() is not None:
+            pytest.fail(f"ended with {process.returncode} before it was killed:\n{process.communicate()[1]}")
+        time.sleep(0.05)
+    pytest.fail("it never came to the point at which it was to be killed")
+
+
+def gone(world: World, seconds: float = 20) -> bool:
+    deadline = time.monotonic() + seconds
+    while world.processes() and time.monotonic() < deadline:
+        time.sleep(0.1)
+    return not world.processes()
+
+
+def lines(path: Path | None, name: str) -> int:
+    file = path / name if path else None
+    return len(file.read_text().splitlines()) if file and file.exists() else 0
+
+
+def test_a_worker_killed_in_regenerate_leaves_no_server_and_keeps_what_was_answered(world: World) -> None:
+    process = world.start()
+    wait_for(lambda: lines(world.scratch("regenerate"), "answers.jsonl") >= 4, process)
+    pid = world.worker("regenerate")
+    assert pid is not None
+    os.kill(pid, signal.SIGKILL)
+    _, err = process.communicate()
+    assert process.returncode == 1
+    assert "error: regenerate was killed by SIGKILL (out of memory, most likely)" in err
+    assert "hint: " in err
+    assert "Traceback" not in err.split("error: ")[0]
+    assert gone(world)
+    assert lines(world.scratch("regenerate"), "answers.jsonl") >= 4
+
+
+def test_the_runner_killed_in_extract_takes_everything_down_with_it(world: World) -> None:
+    process = world.start()
+    wait_for(lambda: list((world.store / "work" / "extract").glob("*/data/shard-*.safetensors")), process)
+    process.kill()
+    process.communicate()
+    assert gone(world)
+    regenerated = next((world.store / "artifacts" / "regenerate").glob("*/*/artifact.json"))
+    assert json.loads(regenerated.read_text())["record"]["resumed"] >= 4
+
+
+def test_a_worker_killed_in_train_loses_no_step_that_was_sealed(world: World) -> None:
+    process = world.start()
+    wait_for(lambda: world.scratch("train") and list(world.scratch("train").rglob("*.safetensors")), process)
+    pid = world.worker("train")
+    assert pid is not None
+    os.kill(pid, signal.SIGKILL)
+    process.communicate()
+    assert process.returncode == 1
+    assert gone(world)
+    extracted = next((world.store / "artifacts" / "extract").glob("*/*/artifact.json"))
+    assert json.loads(extracted.read_text())["record"]["resumed"] > 0
+
+
+def test_the_same_command_ends_in_a_measured_draft(world: World) -> None:
+    code, out, err = world.run()
+    assert code == 0, err
+    steps = world.last_run()["steps"]
+    results = json.loads((Path(steps["evaluate"]["path"]) / "evaluation.json").read_text())
+    assert set(results["sets"]) == {"human_eval", "sharegpt"}
+    for measured in results["sets"].values():
+        assert measured["prompts"] == 2
+        assert 1 <= measured["acceptance_length"] <= 4
+        assert measured["plain"]["tokens_per_second"] > 0
+    assert results["lossless"]["faults"] == 0
+    assert "speed-up" in out
+    assert gone(world)
+
+
+def test_the_same_command_again_finds_everything_cached_and_starts_nothing(world: World) -> None:
+    began = time.monotonic()
+    code, _, err = world.run()
+    seconds = time.monotonic() - began
+    assert code == 0
+    events = world.last_run()["events"]
+    assert {e["state"] for e in events if e["event"] == "stage.decided"} == {"cached"}
+    assert not [e for e in events if e["event"].startswith("service.")]
+    assert [line.split()[1] for line in err.splitlines() if line.startswith("cached")] == list(STAGES)
+    assert seconds < 10
+
+
+def test_a_changed_learning_rate_marks_train_and_what_follows(world: World) -> None:
+    before = sorted(p for p in world.root.rglob("*"))
+    code, out, _ = world.run("train.lr=5e-4", verb="plan")
+    assert code == 0
+    table = {words[1]: words for line in out.splitlines() if len(words := line.split(maxsplit=3)) == 4}
+    assert table["train"][0] == "run"
+    assert table["train"][3] == "changed: train.lr 0.001 -> 0.0005"
+    assert table["evaluate"][0] == "waits"
+    assert {table[name][0] for name in STAGES[:5]} == {"cached"}
+    assert sorted(p for p in world.root.rglob("*")) == before
+
+
+def test_what_was_killed_and_resumed_has_the_bytes_of_what_was_not(world: World) -> None:
+    first = world.last_run()["steps"]
+    for stage in ("extract", "train"):
+        artifact = Path(first[stage]["path"]).parent
+        artifact.rename(world.root / f"first-{stage}")
+    code, _, err = world.run()
+    assert code == 0, err
+    run = world.last_run()
+    decided = {e["node"]: e["state"] for e in run["events"] if e["event"] == "stage.decided"}
+    assert decided["extract"] == "run"
+    assert decided["train"] == "run"
+    assert {s: run["steps"][s]["digest"] for s in STAGES} == {s: first[s]["digest"] for s in STAGES}
+    assert decided["evaluate"] == "cached"
+    assert gone(world)
+
+
+def test_every_whole_conversation_of_the_cut_file_is_read_and_the_cut_is_reported(world: World) -> None:
+    record = json.loads(next((world.store / "artifacts" / "prompts").glob("*/*/artifact.json")).read_text())["record"]
+    source = record["sources"]["sharegpt"]
+    assert source["read"] == 17671
+    assert source["cut_at_byte"] > 0
+
+
+def test_a_recipe_may_demand_that_the_cut_be_an_error(world: World) -> None:
+    code, _, err = world.run("data.sharegpt.on_damage=error")
+    assert code == 1
+    assert "error: prompts: " in err
+    assert "17671" in err
+    assert "Traceback" not in err

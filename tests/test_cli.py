@@ -1,0 +1,165 @@
+"""The command line: verbs, exit codes, and what a person reads."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from speculators import cli, ui
+from speculators.config import Config
+from speculators.runner import vllm
+from speculators.runner.plan import Planner
+from speculators.runner.store import Store
+from tests.conftest import EVALUATION, publish_all
+
+DEMO = "recipe=smollm2_eagle3"
+REAL_VERSION = importlib.metadata.version
+
+
+def run(*words: str, cwd: Path) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", "speculators.cli", *words]
+    return subprocess.run(command, cwd=cwd, capture_output=True, text=True, check=False)
+
+
+@pytest.fixture(autouse=True)
+def _engine(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Plans do not depend on whether this environment has an engine."""
+    monkeypatch.setattr(vllm, "engine_version", lambda python: "1.2.3")
+
+
+def main(*words: str) -> int:
+    return cli._guarded(words)
+
+
+def test_help_lists_verbs_and_recipes(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main("--help") == 0
+    out = capsys.readouterr().out
+    assert "speculators-run plan recipe=NAME" in out
+    assert "  smollm2_eagle3  The demo: everything real" in out
+    assert max(len(line) for line in out.splitlines()) <= 80
+
+
+def test_no_words_print_help(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main() == 0
+    assert "Recipes" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("words", "message", "hint"),
+    [
+        (["paln", DEMO], "there is no verb `paln`", "did you mean `plan`?"),
+        ([DEMO, "train.lrr=1"], "there is no option `train.lrr`", "did you mean `train.lr`?"),
+        (["plan", DEMO, "target.source=/no/such/model"], "target.source: `/no/such/model` does not exist", "hub:"),
+        (["plan", "recipe=nope"], "no recipe named `nope`", "smollm2_eagle3"),
+    ],
+)
+def test_a_mistake_is_one_error_one_hint_and_exit_code_1(
+    words: list[str], message: str, hint: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(*words) == 1
+    said = capsys.readouterr()
+    first, blank, last = said.err.strip().split("\n")
+    assert first == f"error: {message}"
+    assert blank == ""
+    assert last.startswith("hint: ")
+    assert hint in last
+    assert said.out == ""
+
+
+def test_upstreams_package_beside_ours_is_refused(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def version(name: str) -> str:
+        return "0.9.0" if name == "speculators" else REAL_VERSION(name)
+
+    monkeypatch.setattr(importlib.metadata, "version", version)
+    assert main("plan", DEMO) == 1
+    assert "pip uninstall speculators" in capsys.readouterr().err
+
+
+def test_an_unexpected_error_is_exit_code_2_with_a_traceback(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setitem(cli.VERBS, "plan", lambda words: 1 // 0)
+    assert main("plan", DEMO) == 2
+    assert "ZeroDivisionError" in capsys.readouterr().err
+
+
+def test_plan_prints_reasons_servers_and_bytes(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main("plan", DEMO) == 0
+    out = capsys.readouterr().out
+    assert "waits  evaluate            -         upstream: train" in out
+    assert "server for extract (extract):" in out
+    assert "eagle_aux_hidden_state_layer_ids" in out
+    assert "hidden states: at most 393,216 tokens, 1.7 GiB" in out
+
+
+def test_plan_as_json_is_data_alone(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main("plan", DEMO, "--json") == 0
+    plan = json.loads(capsys.readouterr().out)
+    assert plan["steps"]["train"]["state"] == "waits"
+    assert plan["derived"]["layer_ids"] == [2, 15, 27]
+
+
+def test_plan_works_where_nothing_can_be_written_and_leaves_no_file(tmp_path: Path) -> None:
+    place = tmp_path / "readonly"
+    place.mkdir()
+    place.chmod(0o500)
+    done = run("plan", DEMO, f"run.store={place}/store", cwd=place)
+    assert done.returncode == 0, done.stderr
+    assert list(place.iterdir()) == []
+
+
+def test_a_run_that_finds_everything_says_so_and_loads_nothing_heavy(
+    tmp_path: Path, config: Config, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    store = Store(tmp_path / "store")
+    monkeypatch.undo()
+    planner = Planner(config, store)
+    publish_all(store, planner)
+    code = (
+        "import sys; from speculators import cli; from speculators.errors import RunError\n"
+        f"code = cli._guarded(['{DEMO}'])\n"
+        "print('code', code, sorted({'torch', 'transformers', 'vllm', 'datasets', 'ray', 'wandb'} & set(sys.modules)))"
+    )
+    env = {**os.environ, "SPECULATORS_STORE": str(store.root)}
+    done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, env=env, capture_output=True, text=True, check=True)
+    assert done.stdout.splitlines()[-1] == "code 0 []"
+    assert "human_eval" in done.stdout
+    assert [line.split()[0] for line in done.stderr.splitlines() if " " in line][:7] == ["cached"] * 7
+
+
+def test_hydras_own_flags_work(tmp_path: Path) -> None:
+    done = run(DEMO, "--cfg", "job", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert "num_hidden_layers: 30" in done.stdout
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_sweep_runs_each_value(tmp_path: Path) -> None:
+    done = run("-m", DEMO, "train.epochs=0,-1", cwd=tmp_path)
+    assert done.returncode == 1
+    assert "error: train.epochs must be positive" in done.stderr
+
+
+@pytest.mark.parametrize(("seconds", "text"), [(0.04, "0.0s"), (8, "8.0s"), (59, "59s"), (192, "3m12s"), (7500, "2h05m")])
+def test_durations_are_short(seconds: float, text: str) -> None:
+    assert ui.duration(seconds) == text
+
+
+@pytest.mark.parametrize(("count", "text"), [(5, "5 B"), (2048, "2.0 KiB"), (3 * 2**30, "3.0 GiB")])
+def test_sizes_are_binary(count: float, text: str) -> None:
+    assert ui.size(count) == text
+
+
+def test_the_table_of_an_evaluation_fits_80_columns() -> None:
+    text = ui.evaluation(EVALUATION)
+    assert max(len(line) for line in text.splitlines()) <= 80
+    assert text.splitlines()[1].split() == ["human_eval", "1.500", "0.300", "0.150", "0.050", "31.2", "31.2", "1.00x"]
+    assert "64 of 64 identical" in text

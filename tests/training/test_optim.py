@@ -1,0 +1,72 @@
+"""Schedules by hand; Muon against the textbook iteration; the state of the optimisers."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import nn
+
+from speculators.config import Optimizer, Schedule, Train
+from speculators.training.optim import POLYNOMIAL, Optimizers, orthogonalise, rate
+
+
+@pytest.mark.parametrize(
+    ("schedule", "expected"),
+    [
+        (Schedule.linear, [0.5, 1.0, 1.0, 0.75, 0.5, 0.25]),
+        (Schedule.constant, [0.5, 1.0, 1.0, 1.0, 1.0, 1.0]),
+        (Schedule.cosine, [0.5, 1.0, 1.0, 0.853553, 0.5, 0.146447]),
+    ],
+)
+def test_the_rate_rises_over_the_warm_up_and_falls_as_asked(schedule: Schedule, expected: list[float]) -> None:
+    assert [rate(step, 6, 1 / 3, schedule) for step in range(6)] == pytest.approx(expected, abs=1e-6)
+
+
+def test_without_a_warm_up_the_first_step_is_at_full_rate() -> None:
+    assert rate(0, 100, 0.0, Schedule.linear) == 1.0
+
+
+@pytest.mark.parametrize("shape", [(24, 40), (40, 24), (16, 16)])
+def test_orthogonalising_on_the_gram_matrix_equals_iterating_on_the_matrix(shape: tuple[int, int]) -> None:
+    matrix = torch.randn(shape, generator=torch.Generator().manual_seed(0))
+    a, b, c = POLYNOMIAL
+    x = matrix / matrix.norm()
+    for _ in range(5):
+        gram = x @ x.T
+        x = a * x + (b * gram + c * gram @ gram) @ x
+    torch.testing.assert_close(orthogonalise(matrix), x, atol=1e-4, rtol=1e-3)
+
+
+def model() -> nn.Sequential:
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Linear(6, 8), nn.LayerNorm(8), nn.Linear(8, 3, bias=False))
+
+
+def train_a_little(net: nn.Sequential, optimizers: Optimizers, steps: int, seed: int) -> None:
+    draw = torch.Generator().manual_seed(seed)
+    for _ in range(steps):
+        net(torch.randn(5, 6, generator=draw)).square().mean().backward()
+        optimizers.step(0.7)
+
+
+@pytest.mark.parametrize("name", list(Optimizer))
+def test_optimisers_go_on_from_their_state_bit_by_bit(name: Optimizer) -> None:
+    options = Train(optimizer=name)
+    net = model()
+    straight = Optimizers(net, options)
+    train_a_little(net, straight, 3, seed=1)
+    other = model()
+    other.load_state_dict(net.state_dict())
+    resumed = Optimizers(other, options)
+    resumed.load({key: value.clone() for key, value in straight.state().items()})
+    train_a_little(net, straight, 3, seed=2)
+    train_a_little(other, resumed, 3, seed=2)
+    for mine, theirs in zip(net.parameters(), other.parameters(), strict=True):
+        assert torch.equal(mine, theirs)
+
+
+def test_muon_takes_the_matrices_and_adamw_the_rest() -> None:
+    optimizers = Optimizers(model(), Train(optimizer=Optimizer.muon))
+    assert sorted(optimizers.matrices) == ["0.weight", "2.weight"]
+    assert sorted(optimizers.others) == ["0.bias", "1.bias", "1.weight"]
+    assert not Optimizers(model(), Train(optimizer=Optimizer.adamw)).matrices

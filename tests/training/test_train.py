@@ -1,0 +1,150 @@
+"""The stage: what it writes, what it refuses, and that a killed run ends in the same bytes."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from run_train import make_job, write_world
+from safetensors.torch import load_file, save_file
+
+from speculators.drafts.eagle3 import Eagle3Draft
+from speculators.errors import ContractError, StageError
+from speculators.stages import train
+from speculators.training import checkpoint
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_world(tmp_path_factory.mktemp("world"))
+
+
+def start(world: Path, work: Path, seconds: float) -> subprocess.Popen[bytes]:
+    paths = os.pathsep.join([str(Path(__file__).parent.parent / "drafts"), os.environ.get("PYTHONPATH", ""), *sys.path])
+    command = [sys.executable, str(Path(__file__).parent / "run_train.py"), str(world), str(work), str(seconds)]
+    work.mkdir(exist_ok=True)
+    with (work / "log").open("ab") as log:
+        return subprocess.Popen(command, env={**os.environ, "PYTHONPATH": paths}, stderr=log)
+
+
+def files(directory: Path) -> dict[str, bytes]:
+    return {str(p.relative_to(directory)): p.read_bytes() for p in sorted(directory.rglob("*")) if p.is_file()}
+
+
+def test_a_killed_run_goes_on_and_ends_in_the_same_bytes(world: Path, tmp_path: Path) -> None:
+    straight = start(world, tmp_path / "straight", 1e9)
+    assert straight.wait(200) == 0, (tmp_path / "straight" / "log").read_text()
+    attempt = start(world, tmp_path / "killed", 0.0)
+    while not any((tmp_path / "killed" / "scratch").glob("step-*/sealed.json")):
+        assert attempt.poll() is None
+        time.sleep(0.005)
+    os.kill(attempt.pid, signal.SIGKILL)
+    assert attempt.wait(60) == -signal.SIGKILL
+    assert not (tmp_path / "killed" / "data" / "summary.json").exists()
+    last = start(world, tmp_path / "killed", 0.0)
+    assert last.wait(200) == 0, (tmp_path / "killed" / "log").read_text()
+    found, expected = files(tmp_path / "killed" / "data"), files(tmp_path / "straight" / "data")
+    assert sorted(found) == sorted(expected)
+    assert [name for name in expected if found[name] != expected[name]] == []
+
+
+def test_stopping_anywhere_and_going_on_gives_the_same_bytes(
+    world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    train.main(make_job(world, tmp_path / "straight"))
+    expected = files(tmp_path / "straight" / "data")
+    for stop in (1, 6, 13):
+        work = tmp_path / f"stopped-{stop}"
+        job = make_job(world, work, checkpoint_seconds=0.0)
+
+        def stop_there(done: float, total: float, unit: str, stop: int = stop, **note: object) -> None:
+            if done == stop:
+                raise KeyboardInterrupt
+
+        monkeypatch.setattr(type(job), "progress", lambda self, *args, f=stop_there, **note: f(*args, **note))
+        with pytest.raises(KeyboardInterrupt):
+            train.main(job)
+        monkeypatch.undo()
+        train.main(make_job(world, work, checkpoint_seconds=0.0))
+        assert files(work / "data") == expected
+
+
+def test_training_learns_and_says_what_it_did(world: Path, tmp_path: Path) -> None:
+    job = make_job(world, tmp_path, epochs=12)
+    train.main(job)
+    lines = [json.loads(line) for line in (job.output / "metrics.jsonl").read_text().splitlines()]
+    steps = [line for line in lines if "lr" in line]
+    assert steps[-1]["loss"] < 0.8 * steps[0]["loss"]
+    assert len([line for line in lines if "validation" in line]) == 12
+    summary = json.loads((job.output / "summary.json").read_text())
+    assert summary["rows"] + summary["validation_rows"] == 24
+    assert summary["validation_rows"] > 0
+    assert summary["steps"] == steps[-1]["step"]
+    assert summary["validation"]["acceptance"] == max(
+        line["validation"]["acceptance"] for line in lines if "validation" in line
+    )
+    assert job.record["tokens_per_second"] > 0
+    best, last = (Eagle3Draft.load(job.output / name) for name in ("best", "last"))
+    assert best.fc.weight.isfinite().all()
+    assert last.fc.weight.isfinite().all()
+    assert torch.equal(
+        best.embed_tokens.weight, load_file(world / "target/model.safetensors")["model.embed_tokens.weight"]
+    )
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "message"),
+    [
+        ("target", "other", "target is"),
+        ("tokens", "other", "tokens is"),
+        ("layer_ids", [1, 2, 4, 6], "layer_ids is"),
+    ],
+)
+def test_features_of_something_else_are_refused_by_name(
+    world: Path, tmp_path: Path, field: str, value: object, message: str
+) -> None:
+    job = make_job(world, tmp_path)
+    if field == "layer_ids":
+        job.derived["capture_layer_ids"] = value
+    else:
+        job.digests[field] = str(value)
+    with pytest.raises(ContractError, match=message):
+        train.main(job)
+
+
+def test_a_vocabulary_of_another_target_is_refused(world: Path, tmp_path: Path) -> None:
+    job = make_job(world, tmp_path)
+    job.inputs["vocab"] = tmp_path
+    save_file({"d2t": torch.zeros(3, dtype=torch.int64), "t2d": torch.ones(7).bool()}, tmp_path / "vocab.safetensors")
+    with pytest.raises(ContractError, match="keeps 3 of 7 tokens"):
+        train.main(job)
+
+
+def test_a_loss_that_is_no_number_stops_with_its_rows(tmp_path: Path) -> None:
+    world = write_world(tmp_path / "world")
+    shard = world / "features" / "shard-00000.safetensors"
+    raw = bytearray(shard.read_bytes())
+    raw[-400:] = b"\xff" * 400  # bfloat16 NaN in the states of the shard's last row
+    shard.write_bytes(bytes(raw))
+    with pytest.raises(StageError, match=r"loss nan.* on rows \d+ \(conversation"):
+        train.main(make_job(world, tmp_path / "work", validation=0.0))
+
+
+def test_a_state_without_its_seal_is_not_gone_on_from(tmp_path: Path) -> None:
+    checkpoint.seal(tmp_path, 3, {"a": torch.ones(2)}, {"step": 3})
+    whole = {p.name: p.read_bytes() for p in (tmp_path / "step-00000003").iterdir()}
+    torn = tmp_path / "step-00000007"
+    torn.mkdir()
+    for name, data in whole.items():
+        (torn / name).write_bytes(data if name != "state.safetensors" else data[:-1])
+    found = checkpoint.newest(tmp_path)
+    assert found is not None
+    assert found[1] == {"step": 3}
+    assert not torn.exists()
