@@ -129,7 +129,9 @@ def test_a_run_that_finds_everything_says_so_and_loads_nothing_heavy(
         "print('code', code, sorted({'torch', 'transformers', 'vllm', 'datasets', 'ray', 'wandb'} & set(sys.modules)))"
     )
     env = {**os.environ, "SPECULATORS_STORE": str(store.root)}
-    done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, env=env, capture_output=True, text=True, check=True)
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=tmp_path, env=env, capture_output=True, text=True, check=True
+    )
     assert done.stdout.splitlines()[-1] == "code 0 []"
     assert "human_eval" in done.stdout
     assert [line.split()[0] for line in done.stderr.splitlines() if " " in line][:7] == ["cached"] * 7
@@ -148,7 +150,9 @@ def test_a_sweep_runs_each_value(tmp_path: Path) -> None:
     assert "error: train.epochs must be positive" in done.stderr
 
 
-@pytest.mark.parametrize(("seconds", "text"), [(0.04, "0.0s"), (8, "8.0s"), (59, "59s"), (192, "3m12s"), (7500, "2h05m")])
+@pytest.mark.parametrize(
+    ("seconds", "text"), [(0.04, "0.0s"), (8, "8.0s"), (59, "59s"), (192, "3m12s"), (7500, "2h05m")]
+)
 def test_durations_are_short(seconds: float, text: str) -> None:
     assert ui.duration(seconds) == text
 

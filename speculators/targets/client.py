@@ -15,6 +15,7 @@ from __future__ import annotations
 import asyncio
 import re
 import time
+import uuid
 from collections import deque
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Sequence
 from dataclasses import dataclass
@@ -147,8 +148,8 @@ class Client:
             max_tokens=1,
             temperature=0.0,
             kv_transfer_params={"hidden_states": True},
-            # What another request left in the prefix cache came out of other batches, and differs in the last bits.
-            cache_salt=item,
+            # What another request left in the prefix cache was computed in other pieces, and differs in the last bits.
+            cache_salt=uuid.uuid4().hex,
         )
         name = answer.kv_transfer_params.get("hidden_states_file")
         if name is None:

@@ -18,8 +18,9 @@ from speculators.targets.client import Client
 TOLERANCE = 1e-3
 """Largest difference of two log-probabilities, in nats, that counts as a tie in float32.
 
-Float32 resolves a logit of size 32 to 4e-6; through tens of layers, sums in another order move it by 1e-5 to
-1e-4. One wrong key, position or mask moves it by 1e-2 and more. The limit stands between the two.
+Float32 resolves a logit of size 32 to 4e-6, and sums in another order add up over the layers: 5.3e-5 was the most in
+1 715 log-probabilities of SmolLM2-135M (30 layers), decoded with a draft, without, and in a prefill. Deeper and wider
+targets err more, hence the margin. Two different tokens are hardly ever this close but by such a tie.
 """
 
 _LIKELIEST = 5
