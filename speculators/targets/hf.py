@@ -6,7 +6,6 @@ out of the safetensors files by name; the model itself, which may be a hundred t
 
 from __future__ import annotations
 
-import functools
 import json
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
@@ -54,7 +53,7 @@ class TargetCheckpoint:
     def __init__(self, directory: Path) -> None:
         self.directory = directory
         self.raw: dict[str, Any] = _read_json(directory / "config.json")
-        self.config = text_config(directory)
+        self.config: Mapping[str, Any] = _text_config(directory)
         self._files = _index(directory)
 
     @property
@@ -142,8 +141,8 @@ class TargetCheckpoint:
         return tensor
 
 
-@functools.lru_cache(maxsize=8)
-def _auto_config(directory: Path) -> dict[str, Any]:
+def _text_config(directory: Path) -> dict[str, Any]:
+    """The text part of config.json with the defaults that the file leaves out filled in."""
     from transformers import AutoConfig
 
     try:
@@ -155,11 +154,6 @@ def _auto_config(directory: Path) -> dict[str, Any]:
         ) from None
     plain: dict[str, Any] = config.get_text_config().to_dict()
     return plain
-
-
-def text_config(directory: Path) -> Mapping[str, Any]:
-    """The text part of config.json with the defaults that the file leaves out filled in."""
-    return _auto_config(directory)
 
 
 def _index(directory: Path) -> dict[str, Path]:

@@ -27,7 +27,7 @@ from speculators.drafts.base import Draft, Pack
 from speculators.errors import StageError
 from speculators.training import checkpoint
 from speculators.training.corpus import Corpus
-from speculators.training.losses import Outcome, Tally, Teacher, distill
+from speculators.training.losses import Outcome, Tally, Teacher, distill, sayable_next
 from speculators.training.optim import Optimizers, rate
 
 METRICS = "metrics.jsonl"
@@ -148,7 +148,8 @@ class Loop:
         with self._autocast():
             predictions = self.draft(pack)
             outcome = distill(predictions, pack.states[:, -1], self.draft.lm_head.weight, self.teacher)
-        return outcome, Tally.of(predictions.valid, outcome)
+        sayable = sayable_next(pack, self.draft.vocabulary)[predictions.target]
+        return outcome, Tally.of(predictions.valid, outcome, sayable)
 
     def _autocast(self) -> AbstractContextManager[Any]:
         if self.train.precision is Dtype.float32:

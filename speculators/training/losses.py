@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from speculators.drafts.base import Predictions
+from speculators.drafts.base import Pack, Predictions, Vocabulary
 
 CHUNK_ELEMENTS = {"cpu": 1 << 21, "cuda": 1 << 27}
 """Logits that exist at one time. On a CPU they should stay in its cache."""
@@ -147,6 +147,18 @@ def _chunks(bounds: list[int], rows: int) -> list[tuple[int, int]]:
     return ranges
 
 
+def sayable_next(pack: Pack, vocabulary: Vocabulary) -> Tensor:
+    """bool [T]: the token after each place is in the draft's vocabulary; true where the document ends."""
+    inside = vocabulary.t2d.to(pack.token_ids.device)[pack.token_ids].roll(-1)
+    inside[[start + length - 1 for start, length in pack.documents()]] = True
+    return inside
+
+
+def _run(correct: Tensor) -> Tensor:
+    """bool [K, R]: correct at this step and at all before it."""
+    return torch.cumprod(correct.int(), dim=0).bool()
+
+
 @dataclass(slots=True)
 class Tally:
     """Sums over predictions, from which losses and accuracies are made. Adding tallies adds what they counted."""
@@ -159,23 +171,26 @@ class Tally:
     """Of those, the ones that are right and all earlier steps from the same place too."""
     reached: list[float]
     """Of those, the ones whose earlier steps are all right."""
+    served: list[float]
+    """As `right`, and what the target said next is in the draft's vocabulary, so far and at this step."""
 
     @classmethod
     def empty(cls, steps: int) -> Tally:
         """A tally of nothing."""
-        return cls(*([0.0] * steps for _ in range(4)))
+        return cls(*([0.0] * steps for _ in cls.__slots__))
 
     @classmethod
-    def of(cls, valid: Tensor, outcome: Outcome) -> Tally:
-        """Count one pack; all tensors [K, R]."""
-        chain = torch.cumprod((valid & outcome.correct).int(), dim=0).bool()
-        reached = torch.cat([valid[:1], valid[1:] & chain[:-1]])
-        sums = (outcome.divergence.double() * valid, valid, chain & valid, reached)
+    def of(cls, valid: Tensor, outcome: Outcome, sayable: Tensor) -> Tally:
+        """Count one pack; all tensors [K, R]. `sayable`: see `sayable_next`."""
+        right = _run(valid & outcome.correct)
+        served = _run(valid & outcome.correct & sayable)
+        reached = torch.cat([valid[:1], valid[1:] & right[:-1]])
+        sums = (outcome.divergence.double() * valid, valid, right, reached, served)
         return cls(*(s.sum(1, dtype=torch.float64).tolist() for s in sums))
 
     def add(self, other: Tally) -> None:
         """Count `other` too."""
-        for name in ("loss", "count", "right", "reached"):
+        for name in self.__slots__:
             mine = getattr(self, name)
             mine[:] = [a + b for a, b in zip(mine, getattr(other, name), strict=True)]
 
@@ -183,7 +198,9 @@ class Tally:
         """Means, by name.
 
         `loss`: steps weighted and summed. For step k, `loss_k`; `full_k`: right up to k, of all; `cond_k`: right at
-        k, of those right before. `acceptance`: tokens that a proposal gains on average, the target's own one included.
+        k, of those right before: both by the target's distribution over the draft's vocabulary. `acceptance`: tokens
+        that a proposal gains on average, the target's own one included, where a token outside of that vocabulary is
+        a miss, as it is when the draft is served.
         """
         found: dict[str, float] = {}
         for k, n in enumerate(self.count):
@@ -192,5 +209,5 @@ class Tally:
             found[f"cond_{k}"] = self.right[k] / max(self.reached[k], 1.0)
         steps = range(len(self.count))
         found["loss"] = sum(step_decay**k * found[f"loss_{k}"] for k in steps)
-        found["acceptance"] = 1.0 + sum(found[f"full_{k}"] for k in steps)
+        found["acceptance"] = 1.0 + sum(self.served[k] / max(self.count[k], 1.0) for k in steps)
         return found

@@ -10,11 +10,11 @@ import pytest
 import tiny
 import torch
 
-from speculators.drafts.base import Predictions
+from speculators.drafts.base import Predictions, Vocabulary
 from speculators.drafts.eagle3 import Eagle3Draft
 from speculators.drafts.layers import KeyValues, LayerConfig, Rotary, causal_blocks, unrolled_attention
 from speculators.errors import ContractError
-from speculators.training.losses import Tally, Teacher, distill
+from speculators.training.losses import Tally, Teacher, distill, sayable_next
 
 
 def dense_attention(q: torch.Tensor, cache: KeyValues, documents: list[int], asking: torch.Tensor) -> torch.Tensor:
@@ -129,13 +129,24 @@ def test_tallies_count_whole_runs_and_add_up() -> None:
     valid = torch.tensor([[1, 1, 1, 1], [1, 1, 1, 0], [1, 1, 0, 0]]).bool()
     right = torch.tensor([[1, 1, 0, 1], [1, 0, 1, 0], [1, 1, 0, 0]]).bool()
     outcome_like = type("Outcome", (), {"divergence": torch.ones(3, 4), "correct": right})
-    tally = Tally.of(valid, outcome_like)  # type: ignore[arg-type]
-    tally.add(Tally.of(valid, outcome_like))  # type: ignore[arg-type]
+    sayable = torch.ones(3, 4).bool()
+    sayable[0, 3] = sayable[1, 0] = False
+    tally = Tally.of(valid, outcome_like, sayable)  # type: ignore[arg-type]
+    tally.add(Tally.of(valid, outcome_like, sayable))  # type: ignore[arg-type]
     found = tally.metrics(step_decay=0.5)
     assert [found[f"full_{k}"] for k in range(3)] == pytest.approx([3 / 4, 1 / 3, 1 / 2])
     assert [found[f"cond_{k}"] for k in range(3)] == pytest.approx([3 / 4, 1 / 2, 1.0])
-    assert found["acceptance"] == pytest.approx(1 + 3 / 4 + 1 / 3 + 1 / 2)
+    assert found["acceptance"] == pytest.approx(1 + 2 / 4 + 0 / 3 + 0 / 2)
     assert found["loss"] == pytest.approx(1.75)
+
+
+def test_a_token_outside_of_the_vocabulary_cannot_be_said() -> None:
+    pack = tiny.make_pack([3, 2])
+    pack.token_ids[:] = torch.tensor([5, 6, 5, 6, 6])
+    t2d = torch.zeros(tiny.V, dtype=torch.bool)
+    t2d[6] = True
+    vocabulary = Vocabulary(d2t=torch.tensor([6]), t2d=t2d)
+    assert sayable_next(pack, vocabulary).tolist() == [True, False, True, True, True]
 
 
 @pytest.mark.parametrize("kept", [40, tiny.V], ids=["reduced", "full"])
