@@ -62,7 +62,8 @@ class Job:
     """This key's own directory. It outlives a killed attempt: what lies here is this very stage's, to resume from."""
 
     record: dict[str, Any] = field(default_factory=dict)
-    """Facts about the result (rows read, dropped, seconds) that go into `artifact.json`; the stage fills it."""
+    """Facts about the result (rows read, dropped, seconds) that go into `artifact.json`; the stage fills it.
+    What a person must hear of is in its list `notes`, a sentence each: the terminal shows them."""
     _reported: float = 0.0
 
     @property

@@ -119,6 +119,8 @@ class Lines:
             narrate(event["state"], name, event["reason"])
         elif kind == "stage.finished":
             narrate("done", name, f"{duration(event['seconds'])}  {event['key'][:8]}")
+            for note in event["record"].get("notes", ()):
+                narrate("note", name, note)
         elif kind == "stage.failed":
             narrate("failed", name, event["message"].splitlines()[0])
         elif kind.startswith("service."):
@@ -137,6 +139,7 @@ class Live:
 
         self._rows: dict[str, dict[str, Any]] = {name: {"state": "", "detail": ""} for name in nodes}
         self._services: dict[str, str] = {}
+        self._notes: list[str] = []
         self._live = RichLive(
             get_renderable=self._draw, console=Console(stderr=True), refresh_per_second=4, transient=False
         )
@@ -167,6 +170,7 @@ class Live:
             row.update(detail=progress(event))
         elif kind == "stage.finished":
             row.update(state="done", seconds=event["seconds"], detail=event["key"][:8])
+            self._notes += [f"note  {event['node']}: {note}" for note in event["record"].get("notes", ())]
         elif kind == "stage.failed":
             row.update(state="failed", detail=event["message"].splitlines()[0])
 
@@ -186,7 +190,7 @@ class Live:
                 Text(row["detail"], overflow="ellipsis", no_wrap=True),
             )
         servers = [Text(line, style="dim", overflow="ellipsis", no_wrap=True) for line in self._services.values()]
-        return Group(table, *servers)
+        return Group(table, *servers, *(Text(note) for note in self._notes))
 
 
 def watcher(nodes: Iterable[str]) -> Lines | Live:

@@ -72,6 +72,12 @@ class Tally:
         """As JSON types."""
         return {"read": self.read, "dropped": dict(sorted(self.dropped.items())), "damage": self.damage}
 
+    def note(self, name: str) -> str:
+        """What to tell a person about a file that is cut off; nothing about one that is whole."""
+        if self.damage is None:
+            return ""
+        return f"{name}: {self.damage['reason']} at byte {self.damage['byte']}; {self.read} whole conversations before"
+
 
 def data_file(place: Path) -> Path:
     """The one file that a data set consists of: `place` itself, or the only file in the directory `place`."""

@@ -113,6 +113,8 @@ def env(config: Config, *, api_key: str) -> dict[str, str]:
         "PYTHONUNBUFFERED": "1",
     }
     if device(config) == "cpu":
+        # OpenMP threads that spin at a barrier starve whatever else needs a core, the engine's own loop first.
+        variables["GOMP_SPINCOUNT"] = "1000"
         variables["VLLM_CPU_OMP_THREADS_BIND"] = _cores(config.serve.cpu_threads, config.serve.tensor_parallel)
     return variables
 

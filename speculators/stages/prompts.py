@@ -40,6 +40,7 @@ def main(job: Job) -> None:
     else:
         drawn = heapq.nsmallest(options.count, candidates, key=order)
     job.record |= {"datasets": counts(tallies), "asked": options.count, "kept": len(drawn)}
+    job.record["notes"] = [note for name, tally in tallies.items() if (note := tally.note(name))]
     job.record["kept_by_dataset"] = {name: sum(c.dataset == name for c in drawn) for name in tallies}
     if not drawn:
         raise SourceError(

@@ -1,4 +1,4 @@
-"""Write the golden keys anew, when a key is meant to move: `python tests/goldens/update.py`."""
+"""Write the goldens anew, when a key is meant to move or a stage changed: `python tests/goldens/update.py`."""
 
 from __future__ import annotations
 
@@ -12,8 +12,10 @@ sys.path.insert(0, str(Path(__file__).parents[2]))
 from speculators import recipe
 from speculators.runner.plan import Planner
 from speculators.runner.store import Store
+from tests import test_stage_versions
 from tests.runner.test_key import GOLDEN, RECIPES, keys
 
 with tempfile.TemporaryDirectory() as empty:
     table = {name: keys(Planner(recipe.compose([f"recipe={name}"]), Store(Path(empty)))) for name in RECIPES}
 GOLDEN.write_text(json.dumps(table, indent=1) + "\n")
+test_stage_versions.GOLDEN.write_text(json.dumps(test_stage_versions.recorded(), indent=1) + "\n")

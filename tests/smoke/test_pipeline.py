@@ -196,9 +196,10 @@ def test_what_was_killed_and_resumed_has_the_bytes_of_what_was_not(world: World)
 
 def test_every_whole_conversation_of_the_cut_file_is_read_and_the_cut_is_reported(world: World) -> None:
     record = json.loads(next((world.store / "artifacts" / "prompts").glob("*/*/artifact.json")).read_text())["record"]
-    source = record["sources"]["sharegpt"]
-    assert source["read"] == 17671
-    assert source["cut_at_byte"] > 0
+    counted = record["datasets"]["sharegpt"]
+    assert counted["read"] == 17671
+    assert counted["damage"]["byte"] == 125509632
+    assert counted["damage"]["reason"] == "the file ends in the middle of a row"
 
 
 def test_a_recipe_may_demand_that_the_cut_be_an_error(world: World) -> None:

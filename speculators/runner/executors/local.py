@@ -30,7 +30,14 @@ class LocalExecutor:
                 stdin=subprocess.PIPE,
                 stdout=output,
                 stderr=output,
-                env={**os.environ, "PYTHONPATH": _python_path(), "PYTHONUNBUFFERED": "1", **env},
+                # OpenMP threads that spin at a barrier starve whatever else needs a core.
+                env={
+                    "GOMP_SPINCOUNT": "1000",
+                    **os.environ,
+                    "PYTHONPATH": _python_path(),
+                    "PYTHONUNBUFFERED": "1",
+                    **env,
+                },
                 start_new_session=True,
             )
         return LocalHandle(process)
