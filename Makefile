@@ -25,7 +25,7 @@ $(VENV)/.ready: requirements-cpu.lock pyproject.toml
 	$(BIN)/python -m compileall -qq -j 0 $(VENV)/lib || true
 	touch $@
 
-demo: setup ## the main job: SmolLM2, ShareGPT, vLLM, an EAGLE-3 draft, measured; at most 30 minutes on 2 cores
+demo: setup ## the main job: SmolLM2, ShareGPT, vLLM, an EAGLE-3 draft, measured
 	$(BIN)/speculators-run recipe=$(RECIPE) $(ARGS)
 
 test: setup ## every test that needs no GPU, the whole pipeline on the real engine included
