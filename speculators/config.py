@@ -317,7 +317,7 @@ class Serve:
     api_key_env: str = secret("")
     """Environment variable with the key of the server at `url`."""
     port: int = operational(0)
-    """Port on loopback; 0 takes a free one."""
+    """Port on loopback, of the first server; one beside it takes the next. 0 takes free ones."""
     max_num_seqs: int = operational(64)
     """Sequences that the engine batches."""
     kv_cache_gib: float = operational(2.0)

@@ -13,7 +13,7 @@ import pytest
 
 from speculators import cli, ui
 from speculators.config import Config
-from speculators.runner import vllm
+from speculators.runner import estimate, vllm
 from speculators.runner.plan import Planner
 from speculators.runner.store import Store
 from tests.conftest import EVALUATION, publish_all
@@ -135,6 +135,20 @@ def test_a_run_that_finds_everything_says_so_and_loads_nothing_heavy(
     assert done.stdout.splitlines()[-1] == "code 0 []"
     assert "human_eval" in done.stdout
     assert [line.split()[0] for line in done.stderr.splitlines() if " " in line][:7] == ["cached"] * 7
+
+
+def test_a_disk_without_room_is_refused_before_any_worker_starts(
+    tmp_path: Path, checkpoint: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    rows = tmp_path / "rows.json"
+    rows.write_text("[]")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(estimate, "free_bytes", lambda root: 1 << 20)
+    facts = ["target.num_hidden_layers=4", "target.hidden_size=8", "target.vocab_size=32", "vocab.size=16"]
+    sources = [f"target.source={checkpoint}", f"data.sharegpt.source={rows}", "evaluate.sets=[sharegpt]"]
+    assert main(DEMO, *facts, *sources) == 1
+    assert "the hidden states need" in capsys.readouterr().err
+    assert not list((tmp_path / "store").glob("work/*/*"))
 
 
 def test_hydras_own_flags_work(tmp_path: Path) -> None:

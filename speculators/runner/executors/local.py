@@ -15,6 +15,7 @@ import sys
 from pathlib import Path
 
 import speculators
+from speculators.runner import threads
 
 
 class LocalExecutor:
@@ -30,10 +31,9 @@ class LocalExecutor:
                 stdin=subprocess.PIPE,
                 stdout=output,
                 stderr=output,
-                # OpenMP threads that spin at a barrier starve whatever else needs a core.
                 env={
-                    "GOMP_SPINCOUNT": "1000",
                     **os.environ,
+                    **threads.env(Path(sys.executable)),
                     "PYTHONPATH": _python_path(),
                     "PYTHONUNBUFFERED": "1",
                     **env,
