@@ -8,6 +8,9 @@ RECIPE ?= smollm2_eagle3
 ARGS ?=
 PIP := $(BIN)/python -m pip --disable-pip-version-check -q
 
+# Where Python may not write bytecode, vLLM compiles itself anew for a minute at every start.
+export PYTHONDONTWRITEBYTECODE :=
+
 .PHONY: help setup demo test check fmt clean
 
 help: ## what each target does
@@ -18,11 +21,14 @@ setup: $(VENV)/.ready ## .venv from requirements-cpu.lock, exact versions, nothi
 $(VENV)/.ready: requirements-cpu.lock pyproject.toml
 	$(PYTHON) -c 'import sys; sys.exit("error: Python 3.11 or newer is needed, this is " + sys.version.split()[0] if sys.version_info < (3, 11) else 0)'
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	$(PIP) install --no-deps --no-compile -r requirements-cpu.lock $(if $(TORCH_INDEX),--extra-index-url $(TORCH_INDEX))
+	# Two halves at a time, since pip unpacks one package after the other.
+	printf '0\n1\n' | xargs -P 2 -I{} sh -c "awk 'NR % 2 == {}' requirements-cpu.lock > $(VENV)/half-{}.txt && \
+	  $(PIP) install --no-deps --no-compile -r $(VENV)/half-{}.txt $(if $(TORCH_INDEX),--extra-index-url $(TORCH_INDEX))"
 	$(PIP) install --no-deps --no-build-isolation -e .
-	# Compiled on every core at once; without it each start of vLLM takes a minute more where Python may not write
-	# bytecode. Templates that some packages ship are no Python: their errors mean nothing.
-	$(BIN)/python -m compileall -qq -j 0 $(VENV)/lib || true
+	# The packages that an engine loads most of, on every core at once; the others are compiled when they are first
+	# imported. Templates that some ship are no Python: their errors mean nothing.
+	for name in torch vllm transformers sympy openai; do echo $(VENV)/lib/python3.*/site-packages/$$name; done \
+	  | xargs $(BIN)/python -m compileall -qq -j 0 || true
 	touch $@
 
 demo: setup ## the main job: SmolLM2, ShareGPT, vLLM, an EAGLE-3 draft, measured

@@ -257,13 +257,15 @@ class Train:
     sequence_length: int = 2048
     """Longest row, in tokens; longer ones are cut, and counted. Also what the target is served with."""
     batch_tokens: int = 2048
-    """Tokens packed into one optimiser step, over all devices."""
+    """Tokens packed into one optimiser step, over all devices; of a longer row, a step trains on a piece."""
     lr: float = 1e-3
     """Peak learning rate of Muon's matrices, or of everything under AdamW."""
     adamw_lr: float | None = None
     """Peak learning rate of what Muon leaves to AdamW; `lr` if null."""
     optimizer: Optimizer = Optimizer.muon
     """See `Optimizer`."""
+    muon_block: int = 0
+    """Muon makes groups of so many rows orthogonal instead of whole matrices, which is cheaper; 0: whole."""
     weight_decay: float = 0.01
     """Decoupled weight decay, for matrices only."""
     schedule: Schedule = Schedule.linear

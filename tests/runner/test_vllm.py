@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from speculators.config import Config, Device, Eagle3
-from speculators.runner import vllm
+from speculators.runner import threads, vllm
 
 
 def recipe() -> Config:
@@ -38,7 +38,8 @@ def value(argv: list[str], flag: str) -> str:
     return argv[argv.index(flag) + 1]
 
 
-def test_a_plain_server_on_a_cpu() -> None:
+def test_a_plain_server_on_a_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("os.sched_getaffinity", lambda _: set(range(16)), raising=False)
     assert words(recipe()) == [
         *[sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--host", "127.0.0.1", "--port", "8123"],
         *["--model", "/models/smol", "--served-model-name", "target-n1", "--dtype", "float32"],
@@ -70,6 +71,7 @@ def test_an_extracting_server_gets_the_layers_and_our_connector() -> None:
     connector = json.loads(value(argv, "--kv_transfer_config"))
     assert connector["kv_connector_module_path"] == "speculators.targets.connector"
     assert connector["kv_connector_extra_config"] == {"shared_storage_path": "/store/services/n1/states"}
+    assert value(argv, "--scheduler-cls") == "speculators.targets.connector.StatesScheduler"
 
 
 def test_a_gpu_is_shared_by_its_memory_and_over_ranks() -> None:
@@ -119,10 +121,8 @@ def test_a_given_port_serves_the_plain_and_the_speculative_server_side_by_side(t
 @pytest.mark.parametrize(
     ("cores", "wanted", "ranks", "bound"),
     [
-        ({0, 1}, "auto", 1, "0-1"),
         ({0, 2, 3, 4, 9}, "auto", 1, "0,2-4,9"),
         ({0, 1, 2, 3}, "auto", 2, "0-1|2-3"),
-        ({5}, "auto", 1, "5"),
         ({0, 1}, "nobind", 1, "nobind"),
     ],
 )
@@ -133,6 +133,31 @@ def test_the_engine_gets_every_core_that_this_process_may_use(
     config = recipe()
     config.serve.cpu_threads, config.serve.tensor_parallel = wanted, ranks
     assert vllm.env(config, api_key="k")["VLLM_CPU_OMP_THREADS_BIND"] == bound
+
+
+def test_on_few_cores_the_model_and_its_front_end_are_one_process(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("os.sched_getaffinity", lambda _: {0, 3}, raising=False)
+    config = recipe()
+    assert value(words(config), "--distributed-executor-backend").endswith("UniProcExecutor")
+    assert vllm.env(config, api_key="k")["OMP_NUM_THREADS"] == "2"
+    assert "VLLM_CPU_OMP_THREADS_BIND" not in vllm.env(config, api_key="k")
+    monkeypatch.setattr("os.sched_getaffinity", lambda _: set(range(16)), raising=False)
+    assert "--distributed-executor-backend" not in words(config)
+    assert "OMP_NUM_THREADS" not in vllm.env(config, api_key="k")
+
+
+@pytest.mark.parametrize("preloaded", ["", "/lib/libfirst.so"])
+def test_intels_openmp_is_preloaded_where_its_wheel_lies(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, preloaded: str
+) -> None:
+    monkeypatch.setenv("LD_PRELOAD", preloaded)
+    assert "LD_PRELOAD" not in threads.env(tmp_path / "bin" / "python")
+    library = tmp_path / "lib" / "libiomp5.so"
+    library.parent.mkdir()
+    library.touch()
+    assert threads.env(tmp_path / "bin" / "python")["LD_PRELOAD"] == ":".join(filter(None, [preloaded, str(library)]))
+    monkeypatch.setenv("LD_PRELOAD", "/opt/libgomp.so")
+    assert "LD_PRELOAD" not in threads.env(tmp_path / "bin" / "python")
 
 
 @pytest.mark.parametrize(

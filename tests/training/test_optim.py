@@ -26,15 +26,30 @@ def test_without_a_warm_up_the_first_step_is_at_full_rate() -> None:
     assert rate(0, 100, 0.0, Schedule.linear) == 1.0
 
 
-@pytest.mark.parametrize("shape", [(24, 40), (40, 24), (16, 16)])
-def test_orthogonalising_on_the_gram_matrix_equals_iterating_on_the_matrix(shape: tuple[int, int]) -> None:
-    matrix = torch.randn(shape, generator=torch.Generator().manual_seed(0))
+def iterated(matrix: torch.Tensor) -> torch.Tensor:
+    """Newton and Schulz as they are written in the paper, for a wide matrix."""
     a, b, c = POLYNOMIAL
     x = matrix / matrix.norm()
     for _ in range(5):
         gram = x @ x.T
         x = a * x + (b * gram + c * gram @ gram) @ x
-    torch.testing.assert_close(orthogonalise(matrix), x, atol=1e-4, rtol=1e-3)
+    return x
+
+
+@pytest.mark.parametrize("shape", [(24, 40), (40, 24), (16, 16)])
+def test_orthogonalising_on_the_gram_matrix_equals_iterating_on_the_matrix(shape: tuple[int, int]) -> None:
+    matrix = torch.randn(shape, generator=torch.Generator().manual_seed(0))
+    expected = iterated(matrix) if shape[0] <= shape[1] else iterated(matrix.T).T
+    torch.testing.assert_close(orthogonalise(matrix), expected, atol=1e-4, rtol=1e-3)
+
+
+@pytest.mark.parametrize("tall", [False, True])
+def test_blocks_are_orthogonalised_each_by_itself_down_to_a_last_short_one(tall: bool) -> None:
+    matrix = torch.randn(20, 40, generator=torch.Generator().manual_seed(0))
+    expected = torch.cat([iterated(matrix[:8]), iterated(matrix[8:16]), iterated(matrix[16:])])
+    found = orthogonalise(matrix.T, 8).T if tall else orthogonalise(matrix, 8)
+    torch.testing.assert_close(found, expected, atol=1e-4, rtol=1e-3)
+    torch.testing.assert_close(orthogonalise(matrix, 64), orthogonalise(matrix))
 
 
 def model() -> nn.Sequential:
