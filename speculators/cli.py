@@ -2,8 +2,15 @@
 
     speculators-run recipe=NAME [KEY=VALUE ...]       run what is not done yet
     speculators-run plan recipe=NAME [KEY=VALUE ...]  what would run, and why
+    speculators-run explain STAGE recipe=NAME ...     why it is there, or not
     speculators-run -m recipe=NAME KEY=A,B            one run for each value
     speculators-run recipe=NAME --cfg job             the composed recipe
+    speculators-run ls [STAGE ...]                    what the store holds
+    speculators-run verify [STAGE ...]                whether it still is that
+    speculators-run gc [days=30] [--delete]           what nobody used for long
+
+until=STAGE stops there, only=STAGE runs nothing else, force=STAGE makes it
+anew, from=STAGE that and all that follows.
 
 Exit codes: 0, 1 (you can mend it), 2 (a defect of ours), 128 + signal.
 """
@@ -20,11 +27,14 @@ import time
 import traceback
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from speculators import ui
 from speculators.config import Config
 from speculators.errors import RecipeError, RunError, StoreError, closest
+
+if TYPE_CHECKING:
+    from speculators.runner.store import Store
 
 _FLAGS = (
     "-m",
@@ -117,7 +127,7 @@ def run_recipe(config: Config, words: Sequence[str]) -> None:
     from speculators.runner.store import Store
 
     began = time.monotonic()
-    planner = Planner(config, Store(store_root(config)))
+    planner = Planner(config, Store(store_root(config.run.store)))
     directory = _run_directory(config)
     write_json(directory / "config.json", resolved(config))
     status = "failed"
@@ -156,7 +166,7 @@ def _plan(words: list[str]) -> int:
 
     as_data = "--json" in words
     config = recipe.compose([w for w in words if w != "--json"])
-    planner = Planner(config, Store(store_root(config)))
+    planner = Planner(config, Store(store_root(config.run.store)))
     steps = {step.node.name: step for step in planner.plan()}
     needs = estimate.estimate(planner, steps)
     if as_data:
@@ -174,10 +184,107 @@ def _plan(words: list[str]) -> int:
     return 0
 
 
-def store_root(config: Config) -> Path:
-    """Where artifacts are kept: the recipe's word, the environment's, or the user's cache."""
-    named = config.run.store or os.environ.get("SPECULATORS_STORE") or "~/.cache/speculators-run"
-    return Path(named).expanduser().resolve()
+def _explain(words: list[str]) -> int:
+    from speculators import recipe
+    from speculators.runner.explain import explain
+    from speculators.runner.plan import Planner
+    from speculators.runner.store import Store
+
+    as_data = "--json" in words
+    words = [word for word in words if word != "--json"]
+    if not words or "=" in words[0]:
+        raise RecipeError("explain wants a stage", "speculators-run explain train recipe=NAME")
+    config = recipe.compose(words[1:])
+    found = explain(Planner(config, Store(store_root(config.run.store))), words[0])
+    print(json.dumps(dataclasses.asdict(found), indent=1) if as_data else ui.explanation(found))
+    return 0
+
+
+def _ls(words: list[str]) -> int:
+    store, wanted, as_data = _store_words(words)
+    rows = [
+        {"stage": a.stage, "key": a.key, "bytes": a.bytes, "finished": a.provenance.get("finished", ""),
+         "run": a.provenance.get("run", "")}
+        for stage in wanted for a in store.artifacts(stage)
+    ]  # fmt: skip
+    if as_data:
+        print(json.dumps(rows, indent=1))
+    elif rows:
+        shown = [(r["stage"], r["key"][:8], ui.size(r["bytes"]), r["finished"][:16], r["run"]) for r in rows]
+        print(ui.columns([("stage", "key", "size", "finished", "run"), *shown], right=[2]))
+        print(f"\n{len(rows)} artifacts, {ui.size(sum(r['bytes'] for r in rows))} in {store.root}")
+    else:
+        ui.narrate("empty", str(store.root))
+    return 0
+
+
+def _verify(words: list[str]) -> int:
+    store, wanted, as_data = _store_words(words)
+    broken = {}
+    for artifact in (a for stage in wanted for a in store.artifacts(stage)):
+        trouble = store.trouble(artifact)
+        ui.narrate("broken" if trouble else "whole", artifact.stage, f"{artifact.key[:8]}  {trouble}")
+        if trouble:
+            broken[artifact.key] = {"stage": artifact.stage, "trouble": trouble}
+    if as_data:
+        print(json.dumps(broken, indent=1))
+    if broken:
+        raise StoreError(
+            f"{len(broken)} artifacts are not what was stored",
+            f"remove their directories below {store.root / 'artifacts'}; the next run makes them again",
+        )
+    return 0
+
+
+def _gc(words: list[str]) -> int:
+    from speculators.runner import upkeep
+
+    days, runs, rest = 30.0, "runs", []
+    for word in words:
+        name, _, value = word.partition("=")
+        if name == "days":
+            try:
+                days = float(value)
+            except ValueError:
+                raise RecipeError(f"days={value} is not a number", "say days=30") from None
+        elif name == "run.dir":
+            runs = value
+        elif word != "--delete":
+            rest.append(word)
+    store, _, as_data = _store_words(rest)
+    found = upkeep.rubbish(store, upkeep.named_by_runs(Path(runs).expanduser()), days)
+    delete = "--delete" in words
+    for item in found:
+        gone = delete and upkeep.remove(store, item)
+        verb = "deleted" if gone else "in use" if delete else "would go"
+        ui.narrate(verb, f"{item.what} {item.stage}", f"{item.key[:8]}  {ui.size(item.bytes)}  {item.days:.0f} days")
+    if as_data:
+        print(json.dumps([{**dataclasses.asdict(item), "path": str(item.path)} for item in found], indent=1))
+    total = ui.size(sum(item.bytes for item in found))
+    how = "" if delete or not found else "; nothing was deleted: add --delete"
+    ui.narrate("gc", f"{len(found)} directories", f"{total}{how}")
+    return 0
+
+
+def _store_words(words: list[str]) -> tuple[Store, list[str], bool]:
+    """The store, the stages that were named (all of them if none is), and whether data is wanted."""
+    from speculators.runner.graph import KINDS
+    from speculators.runner.store import Store
+
+    root, stages = "", []
+    for word in words:
+        if word.startswith("run.store="):
+            root = word.partition("=")[2]
+        elif word != "--json":
+            if word not in KINDS:
+                raise RecipeError(f"there is no stage `{word}`", closest(word, KINDS))
+            stages.append(word)
+    return Store(store_root(root)), stages or list(KINDS), "--json" in words
+
+
+def store_root(named: str) -> Path:
+    """Where artifacts are kept: what the recipe says as `run.store`, the environment's word, or the user's cache."""
+    return Path(named or os.environ.get("SPECULATORS_STORE") or "~/.cache/speculators-run").expanduser().resolve()
 
 
 def _run_directory(config: Config) -> Path:
@@ -212,7 +319,14 @@ def _refuse_foreign_package() -> None:
     )
 
 
-VERBS: dict[str, Callable[[list[str]], int]] = {"run": _run, "plan": _plan}
+VERBS: dict[str, Callable[[list[str]], int]] = {
+    "run": _run,
+    "plan": _plan,
+    "explain": _explain,
+    "ls": _ls,
+    "verify": _verify,
+    "gc": _gc,
+}
 """First words and what they do; without one, `run`."""
 
 if __name__ == "__main__":

@@ -389,6 +389,14 @@ class Config:
     hardware: Hardware = field(default_factory=Hardware)
     executor: Executor = field(default_factory=Executor)
     run: Run = field(default_factory=Run)
+    force: list[str] = operational([])
+    """Stages that are made anew although they are there; what follows runs again only if other bytes come out."""
+    from_: str = operational("")
+    """This stage and all that follow are made anew. Written `from=STAGE`."""
+    until: str = operational("")
+    """The last stage: it and what it needs, nothing else."""
+    only: str = operational("")
+    """The only stage that may run; what it needs has to be there."""
 
 
 T = TypeVar("T")

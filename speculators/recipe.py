@@ -132,6 +132,10 @@ def _register(words: Sequence[str]) -> tuple[list[str], dict[str, Path]]:
                 raise RecipeError(f"no recipe at `{value}`", closest(path.stem, known))
             known[path.stem] = path
             word = f"recipe={path.stem}"
+        elif key == "force" and not value.startswith("["):
+            word = f"force=[{value}]"
+        elif key == "from":
+            word = f"from_={value}"  # `from` cannot be the name of a field
         rewritten.append(word)
     for name, path in known.items():
         try:

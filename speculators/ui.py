@@ -6,6 +6,7 @@ as plain lines. Everything reads without colour and at 80 columns. rich is impor
 
 from __future__ import annotations
 
+import json
 import os
 import sys
 import time
@@ -16,6 +17,8 @@ from speculators.errors import RunError
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
+
+    from speculators.runner.explain import Explanation
 
 _COLOURS = {
     "cached": "dim",
@@ -66,6 +69,32 @@ def columns(rows: Iterable[Sequence[str]], right: Sequence[int] = ()) -> str:
         cells = [c.rjust(w) if i in right else c.ljust(w) for i, (c, w) in enumerate(zip(row, widths, strict=True))]
         lines.append("  ".join(cells).rstrip())
     return "\n".join(lines)
+
+
+def explanation(found: Explanation) -> str:
+    """What `explain` prints: state and reason, who made what is there, what differs, and what is in the key."""
+    lines = [f"{found.node}  {found.state}  {found.key[:8]}".rstrip(), f"  {found.reason}"]
+    if found.because:
+        lines += [f"  waits in the end for {found.because}"]
+    if found.made:
+        said = "made" if found.state == "cached" else "nearest"
+        lines += ["", f"{said}  {found.made['key'][:8]}  by {found.made['run']}  {found.made['finished'][:16]}"]
+        lines += [f"  {found.made['words']}"] if found.made["words"] else []
+    for title, changes in (("differs", found.changes), ("differs, but is not in the key", found.beside)):
+        if changes:
+            cells = [(f"  {c.name}", f"{_cell(c.old)} -> {_cell(c.new)}", c.made) for c in changes]
+            lines += ["", title, columns(cells)]
+    if found.leaves:
+        lines += ["", "in the key", columns((f"  {name}", _cell(value)) for name, value in found.leaves.items())]
+    return "\n".join(lines)
+
+
+def _cell(value: Any) -> str:
+    """A value of a key: digests shortened, the rest cut to fit a line."""
+    text = value if isinstance(value, str) else json.dumps(value)
+    if len(text) == 64 and set(text) <= set("0123456789abcdef"):
+        return text[:8]
+    return text if len(text) <= 48 else f"{text[:45]}..."
 
 
 def evaluation(results: Mapping[str, Any]) -> str:

@@ -68,12 +68,13 @@ def _attempt(request: dict[str, Any], job: Job) -> None:
     """Claim, look again, run the stage, publish."""
     store = Store(Path(request["store"]))
     with store.claim(job.stage, job.key, _say_waiting, run=request["provenance"].get("run", "")):
-        if store.find(job.stage, job.key) is not None:
+        if store.find(job.stage, job.key) is None:
+            aside = store.set_aside(job.stage, job.key)
+            if aside is not None:
+                print(f"warning: an artifact that is not whole was set aside: {aside}", file=sys.stderr)
+        elif not request["forced"]:
             store.discard_work(job.stage, job.key)
             return
-        aside = store.set_aside(job.stage, job.key)
-        if aside is not None:
-            print(f"warning: an artifact that is not whole was set aside: {aside}", file=sys.stderr)
         phase_done = job.scratch / f"phase-{request['phase']}.done"
         if phase_done.exists():
             return
@@ -92,6 +93,7 @@ def _attempt(request: dict[str, Any], job: Job) -> None:
             record={**job.record, "seconds": seconds},
             provenance={**request["provenance"], **_machine(), "started": started, "finished": _now()},
             digest=request["digest"],
+            anew=request["forced"],
         )
 
 

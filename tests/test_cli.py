@@ -137,6 +137,60 @@ def test_a_run_that_finds_everything_says_so_and_loads_nothing_heavy(
     assert [line.split()[0] for line in done.stderr.splitlines() if " " in line][:7] == ["cached"] * 7
 
 
+def test_explain_names_the_option_that_moved_within_80_columns(
+    store: Store, config: Config, capsys: pytest.CaptureFixture[str]
+) -> None:
+    publish_all(store, Planner(config, store))
+    assert main("explain", "train", DEMO, "train.lr=5e-4") == 0
+    out = capsys.readouterr().out
+    assert f"differs\n  train.lr  {config.train.lr} -> 0.0005" in out
+    assert max(len(line) for line in out.splitlines()) <= 80
+    assert main("explain", "train", DEMO, "--json") == 0
+    assert json.loads(capsys.readouterr().out)["state"] == "cached"
+    assert main("explain", DEMO) == 1
+    assert "explain wants a stage" in capsys.readouterr().err
+
+
+def test_only_refuses_when_what_the_stage_needs_is_not_there(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert main(DEMO, "only=train") == 1
+    err = capsys.readouterr().err
+    assert "only=train needs `prompts`, which is not there" in err
+    assert "hint: make it first: until=prompts" in err
+
+
+def test_ls_lists_what_the_store_holds(store: Store, config: Config, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main("ls") == 0
+    assert capsys.readouterr().out == ""
+    publish_all(store, Planner(config, store))
+    assert main("ls", "train", "vocab") == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.split()[0] for line in lines[1:3]] == ["train", "vocab"]
+    assert lines[-1].startswith("2 artifacts, ")
+    assert main("ls", "--json") == 0
+    assert len(json.loads(capsys.readouterr().out)) == len(Planner(config, store).graph)
+    assert main("ls", "trian") == 1
+
+
+def test_verify_finds_bytes_that_changed_in_place(
+    store: Store, config: Config, capsys: pytest.CaptureFixture[str]
+) -> None:
+    digests = publish_all(store, Planner(config, store))
+    assert main("verify") == 0
+    artifact = Planner(config, store).step("vocab", digests).artifact
+    assert artifact is not None
+    file = artifact.data / "content"
+    file.chmod(0o644)
+    file.write_text("vocaB")  # as long as before: no look at sizes finds it
+    capsys.readouterr()
+    assert main("verify", "--json") == 1
+    told = capsys.readouterr()
+    assert json.loads(told.out) == {artifact.key: {"stage": "vocab", "trouble": "content has other bytes"}}
+    assert "error: 1 artifacts are not what was stored" in told.err
+
+
 def test_a_disk_without_room_is_refused_before_any_worker_starts(
     tmp_path: Path, checkpoint: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

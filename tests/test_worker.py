@@ -63,7 +63,9 @@ def world(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path
 
 
-def request(world: Path, phase: int = 0, phases: int = 1, digest: str | None = None, **derived: Any) -> Path:
+def request(
+    world: Path, phase: int = 0, phases: int = 1, digest: str | None = None, forced: bool = False, **derived: Any
+) -> Path:
     image = keys.preimage("count", 1, config=derived, inputs={}, packages={}, service={})
     key, store = keys.digest(image), world / "store"
     plain = {
@@ -80,6 +82,7 @@ def request(world: Path, phase: int = 0, phases: int = 1, digest: str | None = N
         "store": str(store),
         "preimage": image,
         "digest": digest,
+        "forced": forced,
         "provenance": {"run": "run-1"},
         "phase": phase,
         "phases": phases,
@@ -142,6 +145,15 @@ def test_what_is_there_already_is_not_made_again(world: Path) -> None:
     assert ended(submit(world, path)) == 0
     assert artifact(path) == before
     assert not work(path).exists()
+
+
+def test_forced_it_is_made_again_and_equal_bytes_change_nothing(world: Path) -> None:
+    ended(submit(world, request(world)))
+    path = request(world, forced=True)
+    before = artifact(path)
+    assert ended(submit(world, path)) == 0
+    assert artifact(path) == before
+    assert not (world / "store/aside").exists()
 
 
 def test_a_killed_worker_leaves_no_artifact_and_the_next_one_goes_on(world: Path) -> None:

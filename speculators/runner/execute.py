@@ -96,9 +96,14 @@ class Execution:
             step = self.planner.step(node.name, self._digests())
         self._decided(step)
         if step.state is State.run:
+            if self.config.only not in ("", node.name):
+                hint = f"make it first: until={node.name}"
+                raise RecipeError(f"only={self.config.only} needs `{node.name}`, which is not there", hint)
             for upstream in node.inputs.values():
                 self._fetch(upstream)
             step = self._make(step)
+        if step.artifact is not None:
+            self.planner.store.touch(step.artifact)
         self.steps[node.name] = step
 
     def _fetch(self, name: str) -> None:
@@ -135,6 +140,7 @@ class Execution:
         artifact = self.planner.store.find(node.kind, step.key)
         if artifact is None:
             raise StageError(f"{node.name}: the worker ended well but left no artifact", f"look at {self._log(node)}")
+        self.planner.forced.discard(node.name)
         made = self.planner.step(node.name, self._digests())
         seconds = time.monotonic() - began
         self.events.emit("stage.finished", node=node.name, seconds=seconds, record=artifact.record, key=step.key)
@@ -192,6 +198,7 @@ class Execution:
             "store": str(self.planner.store.root),
             "preimage": step.preimage,
             "digest": step.digest or None,
+            "forced": node.name in self.planner.forced,
             "provenance": {
                 "run": self.name,
                 "recipe": self.config.recipe,

@@ -161,6 +161,37 @@ def build(config: Config) -> dict[str, Node]:
     return _ordered(nodes)
 
 
+def chosen(nodes: dict[str, Node], config: Config) -> dict[str, Node]:
+    """What `until` or `only` leave of the graph: the stage and everything that it needs.
+
+    Raises:
+        RecipeError: `force`, `from`, `until` or `only` names no stage of the recipe.
+    """
+    for option, names in (("force", config.force), ("from", [config.from_]), ("until", [config.until]),
+                          ("only", [config.only])):  # fmt: skip
+        for name in filter(None, names):
+            if name not in nodes:
+                raise RecipeError(f"{option}={name}: the recipe has no stage `{name}`", closest(name, nodes))
+    last = config.only or config.until
+    if not last:
+        return nodes
+    needed, open_names = set(), [last]
+    while open_names:
+        name = open_names.pop()
+        needed.add(name)
+        open_names += nodes[name].inputs.values()
+    return {name: node for name, node in nodes.items() if name in needed}
+
+
+def forced(nodes: Mapping[str, Node], config: Config) -> set[str]:
+    """The stages of `force`, and of `from` with all that follow it."""
+    follows = {config.from_} if config.from_ else set()
+    for name, node in nodes.items():  # in data-flow order
+        if follows & set(node.inputs.values()):
+            follows.add(name)
+    return {*config.force, *follows}
+
+
 def _check_kinds(kinds: Mapping[str, str]) -> None:
     known = {*KINDS, SERVE} - {"fetch"}
     for name, kind in kinds.items():

@@ -56,13 +56,14 @@ def differences(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[tuple[st
 
     Names are as a user writes them: `train.lr`, `input tokens`, `package vllm`, `version`.
     """
-    before, after = _leaves(old), _leaves(new)
+    before, after = leaves(old), leaves(new)
     return [(n, before.get(n), after.get(n)) for n in sorted({*before, *after}) if before.get(n) != after.get(n)]
 
 
-def _leaves(image: Mapping[str, Any]) -> dict[str, Any]:
-    leaves: dict[str, Any] = {"version": image["version"], **image["config"]}
-    leaves |= {f"input {name}": value for name, value in image["inputs"].items()}
-    leaves |= {f"package {name}": value for name, value in image["packages"].items()}
-    leaves |= {f"service {name}": value for name, value in image["service"].items()}
-    return leaves
+def leaves(image: Mapping[str, Any]) -> dict[str, Any]:
+    """Everything in a preimage by the name that a user knows it by."""
+    found: dict[str, Any] = {"version": image["version"], **image["config"]}
+    found |= {f"input {name}": value for name, value in image["inputs"].items()}
+    found |= {f"package {name}": value for name, value in image["packages"].items()}
+    found |= {f"service {name}": value for name, value in image["service"].items()}
+    return found

@@ -40,7 +40,7 @@ class Step:
     node: Node
     state: State
     reason: str
-    """One of `made by RUN`, `local`, `new`, `changed: ...`, `version A -> B`, `upstream: NODE`, `incomplete`."""
+    """`made by RUN`, `local`, `new`, `changed: ...`, `version A -> B`, `upstream: NODE`, `forced`, `incomplete`."""
     key: str = ""
     """Empty while the node waits."""
     preimage: dict[str, Any] = field(default_factory=dict)
@@ -62,7 +62,9 @@ class Planner:
     def __init__(self, config: Config, store: Store) -> None:
         self.config = config
         self.store = store
-        self.graph = graph.build(config)
+        self.graph = graph.chosen(graph.build(config), config)
+        self.forced = graph.forced(self.graph, config)
+        """Stages whose artifact does not count; whoever has made one anew takes it out."""
         self._sources = {n.name: self._resolve(n) for n in self.graph.values() if n.kind == "fetch"}
         self.engine = self._engine()
         self.derived: dict[str, Any] = {}
@@ -112,9 +114,9 @@ class Planner:
                 digest=fixed,
                 path=source.path,
             )
-        artifact = self.store.find(node.kind, own)
+        artifact = None if name in self.forced else self.store.find(node.kind, own)
         if artifact is None:
-            reason = self._why(node, image)
+            reason = "forced" if name in self.forced else self._why(node, image)
             return Step(
                 node=node, state=State.run, reason=reason, key=own, preimage=image, derived=derived, digest=fixed
             )

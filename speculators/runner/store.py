@@ -88,6 +88,19 @@ class Store:
         artifact = _read(path)
         return artifact if artifact is not None and artifact.key == key and _whole(path) else None
 
+    def trouble(self, artifact: Artifact) -> str:
+        """What is wrong with an artifact whose files are all read and hashed again; empty if nothing is."""
+        if not _whole(artifact.path):
+            return "its manifest is damaged, or a file is missing or has another size"
+        for line in (artifact.path / "manifest.jsonl").read_text().splitlines():
+            entry = json.loads(line)
+            try:
+                if _sha256(artifact.data / entry["path"]) != entry["sha256"]:
+                    return f"{entry['path']} has other bytes"
+            except OSError as error:
+                return f"{entry['path']} cannot be read: {error.strerror}"
+        return ""
+
     def artifacts(self, stage: str) -> Iterator[Artifact]:
         """Every artifact of a stage whose artifact.json can be read; its files are not looked at."""
         for path in sorted((self.root / "artifacts" / stage).glob("[!.]*/[!.]*")):
@@ -141,6 +154,29 @@ class Store:
             holder.unlink(missing_ok=True)
             lock.release()
 
+    @contextlib.contextmanager
+    def claimed_at_once(self, stage: str, key: str) -> Iterator[bool]:
+        """The same right if nobody holds it, false if somebody does."""
+        import filelock
+
+        with self._writing():
+            (self.root / "locks").mkdir(exist_ok=True)
+            lock = filelock.FileLock(self.root / "locks" / f"{stage}-{key}.lock", fallback_to_soft=False)
+        try:
+            lock.acquire(timeout=0)
+        except filelock.Timeout:
+            yield False
+            return
+        try:
+            yield True
+        finally:
+            lock.release()
+
+    def touch(self, artifact: Artifact) -> None:
+        """Note that an artifact was used now, where the store can be written."""
+        with contextlib.suppress(OSError):
+            os.utime(artifact.path / "artifact.json")
+
     def set_aside(self, stage: str, key: str) -> Path | None:
         """Move a directory that `find` refuses out of the way; where to, or None if there is none. Needs the claim."""
         path = self._place(stage, key)
@@ -161,11 +197,13 @@ class Store:
         record: Mapping[str, Any],
         provenance: Mapping[str, Any],
         digest: str | None,
+        anew: bool = False,
     ) -> Artifact:
         """Make the work directory's data/ the artifact of this key, then remove the work directory. Needs the claim.
 
         `digest` is the identity that a source declares; without one it is the digest of the content. If the
-        artifact is there already (the lock did not hold everywhere), that one stays and this one is discarded.
+        artifact is there already (the lock did not hold everywhere), that one stays and this one is discarded;
+        with `anew` it is the other way round, and the old one is set aside, unless both hold the same bytes.
 
         Raises:
             StageError: data/ is empty, or holds something else than files and directories.
@@ -198,6 +236,8 @@ class Store:
                 (staging / "data" / entry["path"]).chmod(0o444)
             _sync_tree(staging, deep=False)
             place.parent.mkdir(parents=True, exist_ok=True)
+            if anew and not _holds(place, manifest):
+                self.set_aside(stage, key)
             self._move_into_place(staging, place, stage, key)
             self.discard_work(stage, key)
         artifact = self.find(stage, key)
@@ -291,6 +331,11 @@ def _whole(path: Path) -> bool:
         return all(os.stat(f"{root}/{entry['path']}").st_size == entry["size"] for entry in entries)  # noqa: PTH116
     except (OSError, ValueError, LookupError, TypeError):
         return False
+
+
+def _holds(place: Path, manifest: str) -> bool:
+    """Whether the artifact there has just these files."""
+    return _whole(place) and (place / "manifest.jsonl").read_text() == manifest
 
 
 def _manifest(data: Path, stage: str) -> list[dict[str, Any]]:

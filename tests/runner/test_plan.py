@@ -41,6 +41,36 @@ def test_changing_lr_marks_train_and_what_follows_and_names_the_field(config: Co
     assert {state for state, _ in found.values()} == {"cached"}
 
 
+def test_a_forced_stage_runs_and_what_follows_waits_for_its_bytes(config: Config, store: Store) -> None:
+    publish_all(store, Planner(config, store))
+    planner = Planner(recipe.compose(["recipe=smollm2_eagle3", "force=vocab"]), store)
+    found = states(planner)
+    assert found["vocab"] == ("run", "forced")
+    assert found["train"] == ("waits", "upstream: vocab")
+    assert found["extract"][0] == "cached"
+    planner.forced.discard("vocab")
+    assert {state for state, _ in states(planner).values()} == {"cached"}
+
+
+def test_from_forces_all_that_follows(config: Config, store: Store) -> None:
+    publish_all(store, Planner(config, store))
+    planner = Planner(recipe.compose(["recipe=smollm2_eagle3", "from=tokenize"]), store)
+    assert planner.forced == {"tokenize", "vocab", "extract", "train", "evaluate"}
+    assert states(planner)["regenerate"][0] == "cached"
+
+
+@pytest.mark.parametrize("word", ["until=tokenize", "only=tokenize"])
+def test_until_and_only_leave_what_a_stage_needs(store: Store, word: str) -> None:
+    planner = Planner(recipe.compose(["recipe=smollm2_eagle3", word]), store)
+    assert set(planner.graph) == {"prompts", "dataset.sharegpt", "target", "regenerate", "tokenize"}
+
+
+@pytest.mark.parametrize("option", ["force", "from", "until", "only"])
+def test_a_stage_that_the_recipe_has_not_cannot_be_chosen(store: Store, option: str) -> None:
+    with pytest.raises(RecipeError, match=f"{option}=tokenise: the recipe has no stage"):
+        Planner(recipe.compose(["recipe=smollm2_eagle3", f"{option}=tokenise"]), store)
+
+
 def test_sources_that_nobody_reads_are_not_fetched(config: Config, store: Store) -> None:
     planner = Planner(config, store)
     publish_all(store, planner)

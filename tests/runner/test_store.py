@@ -30,7 +30,12 @@ def image(**config: object) -> dict[str, object]:
 
 
 def put(
-    store: Store, key: str = KEY, files: dict[str, str] | None = None, digest: str | None = None, **config: object
+    store: Store,
+    key: str = KEY,
+    files: dict[str, str] | None = None,
+    digest: str | None = None,
+    anew: bool = False,
+    **config: object,
 ) -> Artifact:
     with store.claim("train", key, no_waiting):
         for name, text in ({"a.txt": "alpha", "sub/b.txt": "beta"} if files is None else files).items():
@@ -39,7 +44,7 @@ def put(
             path.write_text(text)
         finished = {"finished": str(time.time_ns())}
         return store.publish(
-            "train", key, preimage=image(**config), record={"rows": 2}, provenance=finished, digest=digest
+            "train", key, preimage=image(**config), record={"rows": 2}, provenance=finished, digest=digest, anew=anew
         )
 
 
@@ -102,6 +107,15 @@ def test_publishing_over_rubbish_replaces_it_and_over_a_whole_artifact_keeps_tha
     second = put(store, files={"a.txt": "of another process"})
     assert second == first
     assert (second.data / "a.txt").read_text() == "alpha"
+    assert len(list((store.root / "aside").iterdir())) == 1
+
+
+def test_publishing_anew_replaces_a_whole_artifact_unless_the_bytes_are_the_same(tmp_path: Path) -> None:
+    store = Store(tmp_path / "store")
+    first = put(store)
+    assert put(store, anew=True) == first
+    assert not (store.root / "aside").exists()
+    assert put(store, files={"a.txt": "other"}, anew=True).digest != first.digest
     assert len(list((store.root / "aside").iterdir())) == 1
 
 
