@@ -52,6 +52,7 @@ def derive(config: Config, known: Facts) -> dict[str, Any]:
     `layer_ids`: target layers whose *input* the draft reads. The EAGLE-3 default takes a low, a middle and a high
     one (Li et al. 2025, arXiv:2503.01840). `capture_layer_ids`: the same and, as the last, the state that leaves
     the last layer before the final norm, from which training computes the target's own distribution.
+    `states_dtype`: how answers' states are kept on their way to the shards.
     """
     depth = known.num_hidden_layers
     layer_ids = config.speculator.layer_ids or sorted({2, depth // 2, depth - 3})
@@ -67,7 +68,12 @@ def derive(config: Config, known: Facts) -> dict[str, Any]:
             f"vocab.size {size} does not fit the target's vocabulary of {known.vocab_size}",
             "null keeps the whole vocabulary",
         )
-    return {"layer_ids": list(layer_ids), "capture_layer_ids": [*layer_ids, depth]}
+    captured = [*layer_ids, depth]
+    return {
+        "layer_ids": list(layer_ids),
+        "capture_layer_ids": captured,
+        "states_dtype": config.extract.dtype.name,
+    }
 
 
 def max_model_len(config: Config) -> int:

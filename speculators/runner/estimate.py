@@ -46,11 +46,12 @@ def estimate(planner: Planner, steps: Mapping[str, Step]) -> Needs:
         if not config.serve.url
     ]
     free = free_bytes(planner.store.root)
-    extracting = next((s for s in open_steps if s.node.kind == "extract"), None)
-    if extracting is None or planner.facts is None:
+    packing = next((s for s in open_steps if "features" in s.node.spec.gives), None)
+    if packing is None or planner.facts is None:
         return Needs(servers=servers, free_bytes=free)
-    tokens = _tokens(planner, steps[extracting.node.inputs["tokens"]])
-    need = tokens * derive.feature_bytes_per_token(config, planner.facts)
+    tokens = _tokens(planner, steps[packing.node.inputs["tokens"]])
+    copies = 1 + sum(s.node.keeps_states for s in open_steps)
+    need = copies * tokens * derive.feature_bytes_per_token(config, planner.facts)
     return Needs(servers=servers, feature_tokens=tokens, feature_bytes=need, free_bytes=free)
 
 

@@ -233,7 +233,7 @@ class Execution:
     def _server_key(self, serving: Serving, node: Node) -> tuple[str, str, str]:
         draft = self.steps[node.inputs["speculator"]].digest if serving.mode == "speculative" else ""
         mode = serving.mode
-        if mode == "generate" and any(other.spec.serve == "extract" for other in self._to_come(node)):
+        if mode == "generate" and any(other.mode == "extract" for other in self._to_come(node)):
             # One server does both: it keeps hidden states only for requests that ask for them.
             mode = "extract"
         return mode, serving.dtype.name, draft
@@ -247,7 +247,7 @@ class Execution:
 
     def _wanted_later(self, node: Node) -> set[tuple[str, str, str]]:
         """Servers that a later stage needs and that do not depend on what is still to be made."""
-        later = [n for n in self._to_come(node) if n.spec.serve]
+        later = [n for n in self._to_come(node) if n.mode]
         return {self._server_key(s, n) for n in later for phase in graph.phases(n, self.config) for s in phase}
 
     def _serve(self, serving: Serving, node: Node) -> Service:

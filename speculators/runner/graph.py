@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import graphlib
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from speculators.config import Config, Dtype
 from speculators.errors import RecipeError, closest
@@ -27,8 +27,8 @@ class Kind:
 
     version: int
     """Raised by the author when the stage's output would differ for the same request."""
-    gives: str
-    """What its artifact is; an input of that type may be wired to it."""
+    gives: tuple[str, ...]
+    """What its artifact is; an input of one of these types may be wired to it."""
     takes: Mapping[str, str] = field(default_factory=dict)
     """Input name in the pipeline -> type of artifact."""
     reads: tuple[str, ...] = ()
@@ -46,40 +46,47 @@ class Kind:
 
 
 KINDS: dict[str, Kind] = {
-    "fetch": Kind(version=1, gives="source", derived=("source", "as"), target=False),
-    "prompts": Kind(version=1, gives="prompts", reads=("prompts", "data"), target=False, datasets="data"),
+    "fetch": Kind(version=1, gives=("source",), derived=("source", "as"), target=False),
+    "prompts": Kind(version=1, gives=("prompts",), reads=("prompts", "data"), target=False, datasets="data"),
     "regenerate": Kind(
         version=1,
-        gives="conversations",
+        gives=("conversations", "states"),
         takes={"prompts": "prompts"},
         reads=("regenerate", "train.sequence_length", "target.dtype"),
         serve="generate",
     ),
     "tokenize": Kind(
         version=1,
-        gives="tokens",
+        gives=("tokens",),
         takes={"conversations": "conversations"},
         reads=("tokenize", "train.sequence_length"),
     ),
-    "vocab": Kind(version=1, gives="vocabulary", takes={"tokens": "tokens"}, reads=("vocab",)),
+    "vocab": Kind(version=1, gives=("vocabulary",), takes={"tokens": "tokens"}, reads=("vocab",)),
     "extract": Kind(
         version=1,
-        gives="features",
+        gives=("features",),
         takes={"tokens": "tokens"},
         reads=("extract", "target.dtype"),
         derived=("layer_ids", "capture_layer_ids"),
         serve="extract",
     ),
+    "collect": Kind(
+        version=1,
+        gives=("features",),
+        takes={"tokens": "tokens", "states": "states"},
+        reads=("extract", "target.dtype"),
+        derived=("layer_ids", "capture_layer_ids"),
+    ),
     "train": Kind(
         version=1,
-        gives="speculator",
+        gives=("speculator",),
         takes={"tokens": "tokens", "features": "features", "vocab": "vocabulary"},
         reads=("train", "speculator", "target.dtype"),
         derived=("layer_ids", "capture_layer_ids"),
     ),
     "evaluate": Kind(
         version=1,
-        gives="evaluation",
+        gives=("evaluation",),
         takes={"speculator": "speculator"},
         reads=("evaluate", "data", "datasets", "prompts.hold_out", "target.dtype", "speculator.num_speculative_tokens"),
         datasets="datasets",
@@ -100,10 +107,22 @@ class Node:
     """What a `fetch` node fetches, as the recipe writes it."""
     wanted_as: str = ""
     """`checkpoint` or `file`, for a `fetch` node."""
+    keeps_states: bool = False
+    """It answers, and some node takes the hidden states of its answers."""
 
     @property
     def spec(self) -> Kind:
         return KINDS[self.kind]
+
+    @property
+    def mode(self) -> str:
+        """The mode in which it needs the pipeline's server; empty if in none."""
+        return "extract" if self.keeps_states else self.spec.serve
+
+    @property
+    def derived(self) -> tuple[str, ...]:
+        """The derived values that it sees."""
+        return ("capture_layer_ids", "states_dtype") if self.keeps_states else self.spec.derived
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -124,8 +143,8 @@ def phases(node: Node, config: Config) -> list[list[Serving]]:
     Only `evaluate` has two phases: speed and acceptance in the dtype that is deployed, then, unless that is
     float32 already, losslessness in float32, where rounding cannot hide a fault.
     """
-    if node.spec.serve:
-        return [[Serving(name=TARGET, mode=node.spec.serve, dtype=config.target.dtype)]]
+    if node.mode:
+        return [[Serving(name=TARGET, mode=node.mode, dtype=config.target.dtype)]]
     if node.kind != "evaluate":
         return [[]]
     pair = [Serving(name=mode, mode=mode, dtype=config.target.dtype) for mode in ("plain", "speculative")]
@@ -158,7 +177,8 @@ def build(config: Config) -> dict[str, Node]:
             inputs[fetch] = fetch
             nodes[fetch] = Node(name=fetch, kind="fetch", inputs={}, source=options.source, wanted_as="file")
         nodes[name] = Node(name=name, kind=kinds[name], inputs=inputs)
-    return _ordered(nodes)
+    wanted = {node.inputs["states"] for node in nodes.values() if "states" in node.inputs}
+    return _ordered({name: replace(node, keeps_states=name in wanted) for name, node in nodes.items()})
 
 
 def chosen(nodes: dict[str, Node], config: Config) -> dict[str, Node]:
@@ -218,16 +238,20 @@ def _wire(name: str, kinds: Mapping[str, str], wiring: Mapping[str, str]) -> dic
             )
         if upstream not in kinds:
             raise RecipeError(f"pipeline.{name}.{slot}: there is no node `{upstream}`", closest(upstream, kinds))
-        given = SERVE if kinds[upstream] == SERVE else KINDS[kinds[upstream]].gives
-        if given != gives:
-            fits = [n for n, k in kinds.items() if (SERVE if k == SERVE else KINDS[k].gives) == gives]
+        given = _gives(kinds[upstream])
+        if gives not in given:
+            fits = [n for n, k in kinds.items() if gives in _gives(k)]
             raise RecipeError(
-                f"pipeline.{name}.{slot}: `{upstream}` gives {given}, this input takes {gives}",
+                f"pipeline.{name}.{slot}: `{upstream}` gives {' and '.join(given)}, this input takes {gives}",
                 f"wire it to {' or '.join(f'`{n}`' for n in fits) or 'a node that gives ' + gives}",
             )
-        if given != SERVE:
+        if gives != SERVE:
             inputs[slot] = upstream
     return inputs
+
+
+def _gives(kind: str) -> tuple[str, ...]:
+    return (SERVE,) if kind == SERVE else KINDS[kind].gives
 
 
 def _ordered(nodes: dict[str, Node]) -> dict[str, Node]:

@@ -154,12 +154,12 @@ class Planner:
         return version
 
     def _derivable(self, node: Node) -> bool:
-        return node.kind == "fetch" or not node.spec.derived or bool(self.derived)
+        return node.kind == "fetch" or not node.derived or bool(self.derived)
 
     def _derived(self, node: Node) -> dict[str, Any]:
         if node.kind == "fetch":
             return {"source": self._sources[node.name].identity, "as": node.wanted_as}
-        return {name: self.derived[name] for name in node.spec.derived}
+        return {name: self.derived[name] for name in node.derived}
 
     def _preimage(self, node: Node, derived: Mapping[str, Any], digests: Mapping[str, str]) -> dict[str, Any]:
         served = graph.phases(node, self.config) != [[]]

@@ -8,17 +8,15 @@ came in and however often the stage was killed, and a new attempt goes on after 
 from __future__ import annotations
 
 import asyncio
-import json
 import time
-from pathlib import Path
 
 import torch
 from datasets import Dataset, load_from_disk
 
 from speculators.data.shards import ShardWriter, feature_contract
-from speculators.errors import ContractError, StageError
 from speculators.job import Job
 from speculators.targets.client import Client, StatesFile
+from speculators.targets.states import check_states, hidden_size
 
 
 def main(job: Job) -> None:
@@ -68,7 +66,7 @@ async def _extract(job: Job, tokens: Dataset, writer: ShardWriter) -> int:
 
         def keep(row: int, sent: list[int], file: StatesFile) -> None:
             token_ids, states = file.take()
-            check_states(row, sent, token_ids, states, compute)
+            check_states(f"row {row}", sent, token_ids, states, compute)
             writer.add(row, token_ids, states)
 
         async for row, sent, file in client.map_in_order(work, waiting):
@@ -79,26 +77,3 @@ async def _extract(job: Job, tokens: Dataset, writer: ShardWriter) -> int:
             job.progress(row + 1, len(tokens), "rows", tokens_per_second=round(speed, 1))
     job.record["retried_requests"] = client.retried
     return done
-
-
-def check_states(
-    row: int, sent: list[int], token_ids: torch.Tensor, states: torch.Tensor, compute: torch.dtype
-) -> None:
-    """Raise where the states [T, L, H] are not those of the row that was sent."""
-    hint = "the server is not this run's, or is broken; look at its log"
-    if token_ids.tolist() != sent:
-        raise ContractError(f"row {row}: the server gave the states of other tokens than were sent", hint)
-    if states.dtype != compute:
-        raise ContractError(f"row {row}: the server computes in {states.dtype}, `target.dtype` is {compute}", hint)
-    if not bool(torch.isfinite(states).all()):
-        layers = (~torch.isfinite(states)).any(-1).any(0).nonzero().flatten().tolist()
-        raise StageError(
-            f"row {row}: the target's hidden states are not finite (captured layers number {layers})",
-            "a target in float16 overflows easily: set target.dtype=bfloat16",
-        )
-
-
-def hidden_size(target: Path) -> int:
-    """The width of the target's residual stream, from its `config.json`."""
-    config = json.loads((target / "config.json").read_text())
-    return int(config.get("text_config", config)["hidden_size"])

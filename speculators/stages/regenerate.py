@@ -3,6 +3,10 @@
 A draft learns to predict what the target itself would say, so every assistant turn is the target's own. The turns of a
 conversation are answered one after the other, many conversations at once. A finished conversation is appended to
 `scratch/answers.jsonl`; a killed attempt goes on with those that are not there.
+
+Where another node takes the hidden states of the answers (pipeline `fused`), the server keeps those of every turn in
+the same pass, of the prompt and of the answer but its last token, which was never an input: `states/*.safetensors`,
+named by the turns.
 """
 
 from __future__ import annotations
@@ -14,13 +18,19 @@ import time
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any, ClassVar, TextIO
+
+import torch
+from safetensors.torch import save_file
 
 from speculators.config import Regenerate
 from speculators.errors import StageError
 from speculators.job import Job
-from speculators.targets.client import Client
+from speculators.targets.client import Client, Completion, StatesFile
+from speculators.targets.states import check_states
 
+STATES = "states"
+"""Directory of the turns' hidden states, in the scratch directory and in the artifact."""
 SYNC_SECONDS = 1.0
 """Answers that a crash of the machine may lose; a crash of this process loses none."""
 
@@ -40,6 +50,7 @@ def main(job: Job) -> None:
             f"none of {len(conversations)} conversations was answered: {_dropped(finished)}",
             "raise `train.sequence_length`, or choose other prompts",
         )
+    _publish_states(job, kept)
     with (job.output / "conversations.jsonl").open("w", encoding="utf-8") as file:
         for answered in kept:
             public = {key: value for key, value in answered.items() if key not in ("index", "dropped")}
@@ -84,7 +95,8 @@ async def _answer_all(
         async with client:
 
             async def work(index: int) -> dict[str, Any]:
-                answered = await answer(client, conversations[index], config, job.config.train.sequence_length)
+                keeper = Keeper(job, index) if "states_dtype" in job.derived else None
+                answered = await answer(client, conversations[index], config, job.config.train.sequence_length, keeper)
                 return {"index": index, **answered}
 
             async for answered in client.map(work, waiting):
@@ -99,7 +111,44 @@ async def _answer_all(
         job.record["tokens_per_second"] = round(tokens / (time.monotonic() - start), 1)
 
 
-async def answer(client: Client, conversation: dict[str, Any], config: Regenerate, longest: int) -> dict[str, Any]:
+class Keeper:
+    """Keeps the hidden states of one conversation's turns in the scratch directory."""
+
+    request: ClassVar[dict[str, Any]] = {"kv_transfer_params": {"hidden_states": True, "include_output_tokens": True}}
+    """What a request says to get states."""
+
+    def __init__(self, job: Job, index: int) -> None:
+        self._directory = job.scratch / STATES
+        self._index = index
+        self._stored = getattr(torch, job.derived["states_dtype"])
+        self._compute = getattr(torch, job.config.target.dtype.name)
+
+    def keep(self, turn: int, said: Completion, file: StatesFile) -> str:
+        """Check one turn's states and write them in the stored type; returns the file's name."""
+        token_ids, states = file.take()
+        check_states(
+            f"conversation {self._index}", [*said.prompt_ids, *said.token_ids[:-1]], token_ids, states, self._compute
+        )
+        name = f"{self._index:07d}-{turn}.safetensors"
+        self._directory.mkdir(exist_ok=True)
+        save_file({"states": states.to(self._stored), "token_ids": token_ids}, self._directory / f".{name}")
+        os.replace(self._directory / f".{name}", self._directory / name)
+        return name
+
+
+def _publish_states(job: Job, kept: list[dict[str, Any]]) -> None:
+    """Move the states of the turns that are kept; what an earlier attempt moved is there already."""
+    names = [turn["states"] for answered in kept for turn in answered["turns"] if "states" in turn]
+    if names:
+        (job.output / STATES).mkdir(exist_ok=True)
+    for name in names:
+        if (job.scratch / STATES / name).exists():
+            os.replace(job.scratch / STATES / name, job.output / STATES / name)
+
+
+async def answer(
+    client: Client, conversation: dict[str, Any], config: Regenerate, longest: int, keeper: Keeper | None = None
+) -> dict[str, Any]:
     """The conversation with the target's answers; `dropped` says why turns are missing, null if none is.
 
     A prompt and its answer together have at most `longest` tokens: the answer is cut to that, and a prompt that leaves
@@ -126,12 +175,17 @@ async def answer(client: Client, conversation: dict[str, Any], config: Regenerat
             temperature=config.temperature,
             top_p=config.top_p,
             seed=config.seed,
+            **(keeper.request if keeper else {}),
         )
         if not said.text.strip():
             dropped = "empty_answer"
             break
         messages.append({"role": "assistant", "content": said.text})
-        turns.append({"prompt_ids": said.prompt_ids, "answer_ids": said.token_ids, "finish_reason": said.finish_reason})
+        turn = {"prompt_ids": said.prompt_ids, "answer_ids": said.token_ids, "finish_reason": said.finish_reason}
+        if keeper:
+            file = await client.states_of(said, item=item)
+            turn["states"] = await asyncio.to_thread(keeper.keep, len(turns), said, file)
+        turns.append(turn)
         kept = len(messages)
     return {**conversation, "messages": messages[:kept], "turns": turns, "dropped": dropped}
 

@@ -151,6 +151,10 @@ class Client:
             # What another request left in the prefix cache was computed in other pieces, and differs in the last bits.
             cache_salt=uuid.uuid4().hex,
         )
+        return await self.states_of(answer, item=item)
+
+    async def states_of(self, answer: Completion, *, item: str) -> StatesFile:
+        """The states of an answer whose request asked for them; returns when the file is there."""
         name = answer.kv_transfer_params.get("hidden_states_file")
         if name is None:
             raise ServiceError(

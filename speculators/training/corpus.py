@@ -1,7 +1,8 @@
 """What is trained on: the rows of a token table beside their hidden states, split by conversation.
 
 Every row of the table has to have its states, and the states have to be of the row's own tokens. Neither is
-assumed: a row that does not fit stops the training, since leaving it out would go unnoticed.
+assumed: a row that does not fit stops the training, since leaving it out would go unnoticed. States that were taken
+while the target answered lack those of a row's last token; the row is taken one token shorter then.
 """
 
 from __future__ import annotations
@@ -31,14 +32,22 @@ class Corpus:
         self.features = features
         plain = self.table.with_format(None)
         self.conversations: list[str] = list(plain["id"])
-        self.lengths: dict[int, int] = dict(enumerate(plain["seq_len"]))
-        if features.rows != list(self.lengths):
-            missing = sorted(set(self.lengths) - set(features.rows))
+        whole: list[int] = list(plain["seq_len"])
+        if features.rows != list(range(len(whole))):
+            missing = sorted(set(range(len(whole))) - set(features.rows))
             raise ContractError(
-                f"there are hidden states of {len(features.rows)} rows, and tokens of {len(self.lengths)} "
+                f"there are hidden states of {len(features.rows)} rows, and tokens of {len(whole)} "
                 f"(first row without: {missing[0] if missing else 'none'})",
                 "extract the hidden states of these tokens again",
             )
+        self.lengths: dict[int, int] = {row: features.length(row) for row in features.rows}
+        """Tokens of each row that have states."""
+        for row, length in self.lengths.items():
+            if not whole[row] - 1 <= length <= whole[row]:
+                raise ContractError(
+                    f"row {row} has {whole[row]} tokens and states of {length}",
+                    "extract the hidden states of these tokens again",
+                )
 
     def split(self, share: float) -> tuple[list[int], list[int]]:
         """Rows to train on, and rows to validate on: about `share` of the conversations."""
@@ -50,7 +59,8 @@ class Corpus:
         found = []
         for row in rows:
             long = self.lengths[row] > batch_tokens
-            supervised = self.table[row]["loss_mask"].nonzero()[:, 0].tolist() if long else [0]
+            mask = self.table[row]["loss_mask"][: self.lengths[row]] if long else torch.ones(1)
+            supervised = mask.nonzero()[:, 0].tolist()
             found += pieces(row, self.lengths[row], supervised, batch_tokens)
         return found
 
@@ -59,7 +69,7 @@ class Corpus:
         tokens, masks, states = [], [], []
         for piece in wanted:
             found, row = self.table[piece.row], piece.row
-            if not torch.equal(found["input_ids"], self.features.token_ids(row)):
+            if not torch.equal(found["input_ids"][: self.lengths[row]], self.features.token_ids(row)):
                 raise ContractError(
                     f"the hidden states of row {row} (conversation {self.conversations[row]}) are of other tokens",
                     "extract the hidden states of these tokens again",

@@ -4,9 +4,17 @@ from __future__ import annotations
 
 import pytest
 
+from speculators import recipe
 from speculators.config import Config, Dtype
 from speculators.errors import RecipeError
-from speculators.runner import graph
+from speculators.runner import graph, vllm
+from speculators.runner.plan import Planner
+from speculators.runner.store import Store
+
+
+@pytest.fixture(autouse=True)
+def _engine(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(vllm, "engine_version", lambda python: "1.2.3")
 
 
 def test_order_is_that_of_the_data(config: Config) -> None:
@@ -59,10 +67,22 @@ def test_a_circle_is_refused_with_its_nodes(config: Config, monkeypatch: pytest.
         "b": {"uses": "vocab", "tokens": "a"},
     }
     monkeypatch.setitem(
-        graph.KINDS, "vocab", graph.Kind(version=1, gives="tokens", takes={"tokens": "tokens"}, target=False)
+        graph.KINDS, "vocab", graph.Kind(version=1, gives=("tokens",), takes={"tokens": "tokens"}, target=False)
     )
     with pytest.raises(RecipeError, match=r"wait for each other: .*a.*b"):
         graph.build(config)
+
+
+def test_a_node_keeps_states_where_another_takes_them_and_is_served_and_keyed_so(store: Store) -> None:
+    fused = Planner(recipe.compose(["recipe=smollm2_eagle3", "pipeline=fused"]), store)
+    offline = Planner(recipe.compose(["recipe=smollm2_eagle3", "pipeline=offline"]), store)
+    modes = [[s.mode for p in graph.phases(planner.graph["regenerate"], planner.config) for s in p]
+             for planner in (fused, offline)]  # fmt: skip
+    assert modes == [["extract"], ["generate"]]
+    assert fused.graph["extract"].kind == "collect"
+    digests = dict.fromkeys(fused.graph, "d")
+    images = [planner.step("regenerate", digests).preimage["config"] for planner in (fused, offline)]
+    assert set(images[0]) - set(images[1]) == {"capture_layer_ids", "states_dtype"}
 
 
 def test_evaluation_in_float32_needs_one_phase_and_in_bfloat16_two(config: Config) -> None:

@@ -102,9 +102,14 @@ def test_the_same_bytes_upstream_stop_the_rerun(config: Config, store: Store) ->
 
 def test_derived_values_reach_who_declared_them(config: Config, store: Store) -> None:
     planner = Planner(config, store)
-    assert planner.derived == {"layer_ids": [2, 15, 27], "capture_layer_ids": [2, 15, 27, 30]}
+    assert planner.derived == {
+        "layer_ids": [2, 15, 27],
+        "capture_layer_ids": [2, 15, 27, 30],
+        "states_dtype": "bfloat16",
+    }
     names = {name: name for name in planner.graph}
-    assert planner.step("extract", names).derived == planner.derived
+    layers = {name: planner.derived[name] for name in ("layer_ids", "capture_layer_ids")}
+    assert planner.step("extract", names).derived == layers
     assert planner.step("tokenize", names).derived == {}
 
 

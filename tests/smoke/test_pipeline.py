@@ -17,6 +17,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+
+from speculators.data.shards import ShardReader
 
 pytestmark = [pytest.mark.smoke, pytest.mark.timeout(900)]
 RECIPE = Path(__file__).parent / "small.yaml"
@@ -191,6 +194,25 @@ def test_what_was_killed_and_resumed_has_the_bytes_of_what_was_not(world: World)
     assert decided["train"] == "run"
     assert {s: run["steps"][s]["digest"] for s in STAGES} == {s: first[s]["digest"] for s in STAGES}
     assert decided["evaluate"] == "cached"
+    assert gone(world)
+
+
+def test_states_taken_while_answering_are_those_of_a_prefill_up_to_rounding(world: World) -> None:
+    prefilled = ShardReader(Path(world.last_run()["steps"]["extract"]["path"]))
+    code, _, err = world.run("pipeline=fused", "until=extract")
+    assert code == 0, err
+    run = world.last_run()
+    assert len([e for e in run["events"] if e["event"] == "service.starting"]) == 1
+    fused = ShardReader(Path(run["steps"]["extract"]["path"]))
+    compared = 0
+    for row in fused.rows:
+        ids = fused.token_ids(row)
+        if torch.equal(prefilled.token_ids(row)[: len(ids)], ids):  # else rounding has made it answer otherwise
+            assert prefilled.length(row) - fused.length(row) in (0, 1)
+            one, other = prefilled.states(row)[: len(ids)].float(), fused.states(row).float()
+            assert ((one - other).norm(dim=-1) / one.norm(dim=-1)).max() < 0.01
+            compared += 1
+    assert compared > len(fused) / 2
     assert gone(world)
 
 

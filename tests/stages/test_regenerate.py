@@ -7,9 +7,15 @@ import json
 from pathlib import Path
 from typing import Any
 
-from speculators.config import Regenerate
-from speculators.stages.regenerate import answer, read_answers
-from speculators.targets.client import Completion
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from speculators.config import Config, Regenerate
+from speculators.errors import ContractError
+from speculators.stages.regenerate import Keeper, answer, read_answers
+from speculators.targets.client import Completion, StatesFile
+from tests.stages.jobs import make_job
 
 CONFIG = Regenerate(max_tokens=50)
 
@@ -92,3 +98,36 @@ def test_finished_answers_are_read_back_and_a_cut_line_is_taken_off(tmp_path: Pa
     with log.open("a") as file:  # the next attempt appends
         file.write(json.dumps({"index": 2, "turns": []}) + "\n")
     assert sorted(read_answers(log)) == [0, 2, 4]
+
+
+def said(prompt: list[int], tokens: list[int]) -> Completion:
+    return Completion(
+        prompt_ids=prompt,
+        token_ids=tokens,
+        text="",
+        finish_reason="stop",
+        logprobs=[],
+        kv_transfer_params={},
+        seconds=0.0,
+    )
+
+
+def test_states_of_a_turn_are_kept_in_the_stored_type_and_of_other_tokens_refused(
+    tmp_path: Path, config: Config
+) -> None:
+    job = make_job("regenerate", tmp_path / "work", config)
+    job.derived |= {"states_dtype": "bfloat16", "capture_layer_ids": [1]}
+    states = torch.randn(3, 1, 8)
+
+    def written() -> StatesFile:
+        path = tmp_path / "from-the-server"
+        save_file({"hidden_states": states, "token_ids": torch.tensor([1, 2, 3])}, path)
+        return StatesFile(path)
+
+    name = Keeper(job, 12).keep(1, said([1, 2], [3, 4]), written())
+    assert name == "0000012-1.safetensors"
+    kept = load_file(job.scratch / "states" / name)
+    assert torch.equal(kept["states"], states.bfloat16())
+    assert kept["token_ids"].tolist() == [1, 2, 3]
+    with pytest.raises(ContractError, match="conversation 12: the server gave the states of other tokens"):
+        Keeper(job, 12).keep(2, said([1, 2], [9, 4]), written())
