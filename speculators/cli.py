@@ -27,7 +27,7 @@ import time
 import traceback
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from speculators import ui
 from speculators.config import Config
@@ -131,9 +131,7 @@ def run_recipe(config: Config, words: Sequence[str]) -> None:
     directory = _run_directory(config)
     write_json(directory / "config.json", resolved(config))
     status = "failed"
-    with ui.watcher(
-        n for n, node in planner.graph.items() if node.kind != "fetch" or not _is_local(planner, n)
-    ) as watch:
+    with ui.watcher(name for name, node in planner.graph.items() if node.kind != "fetch") as watch:
         events = Events(directory / "events.jsonl", [watch])
         events.emit("run.started", recipe=config.recipe, run=directory.name, words=list(words))
         execution = Execution(planner=planner, directory=directory, events=events, words=list(words))
@@ -151,10 +149,6 @@ def run_recipe(config: Config, words: Sequence[str]) -> None:
         if step.node.kind == "evaluate" and step.path:
             print(f"{name}: {step.path}\n\n{ui.evaluation(json.loads((step.path / 'evaluation.json').read_text()))}")
     ui.narrate("done", config.recipe, f"{ui.duration(seconds)}  {directory}")
-
-
-def _is_local(planner: Any, name: str) -> bool:
-    return planner.step(name, {}).reason == "local"
 
 
 def _plan(words: list[str]) -> int:

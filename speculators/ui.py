@@ -188,9 +188,10 @@ class Live:
                 f"{kind.removeprefix('service.')}  vllm {event['mode']}  {_service(event)}"
             )
             return
-        row = self._rows.get(event.get("node", ""))
-        if row is None:
+        if "node" not in event:
             return
+        # A source gets a line when something is done about it, and not before.
+        row = self._rows.setdefault(event["node"], {"state": "", "detail": ""})
         if kind == "stage.decided":
             row.update(state=event["state"], detail=event["reason"])
         elif kind == "stage.started":

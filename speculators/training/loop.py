@@ -138,14 +138,16 @@ class Loop:
             self.at.sums.add(tally)
         self.seconds += time.monotonic() - began
         self.attempt_tokens += tokens
-        metrics = tally.metrics(self.step_decay)
+        note = {
+            # Of the steps since the last line of metrics: a single one may have trained on a few dozen tokens.
+            "loss": round(self.at.sums.metrics(self.step_decay)["loss"], 2),
+            "tokens_per_second": round(self.attempt_tokens / self.seconds),
+        }
+        if self.at.best:
+            note["held_out"] = round(self.at.best["acceptance"], 3)
         if self.at.step % self.train.log_every == 0 or self.at.step == total:
             self._log(factor)
-        best = round(self.at.best.get("acceptance", 0.0), 3)
-        speed = round(self.attempt_tokens / self.seconds)
-        self.report(
-            self.at.step, total, {"loss": round(metrics["loss"], 3), "held_out": best, "tokens_per_second": speed}
-        )
+        self.report(self.at.step, total, note)
 
     def _forward(self, pack: Pack) -> tuple[Outcome, Tally]:
         with self._autocast():
