@@ -21,12 +21,12 @@ setup: $(VENV)/.ready ## .venv from requirements-cpu.lock, exact versions, nothi
 $(VENV)/.ready: requirements-cpu.lock pyproject.toml
 	$(PYTHON) -c 'import sys; sys.exit("error: Python 3.11 or newer is needed, this is " + sys.version.split()[0] if sys.version_info < (3, 11) else 0)'
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	# Two halves at a time, since pip unpacks one package after the other.
+# Two halves at a time, since pip unpacks one package after the other.
 	printf '0\n1\n' | xargs -P 2 -I{} sh -c "awk 'NR % 2 == {}' requirements-cpu.lock > $(VENV)/half-{}.txt && \
 	  $(PIP) install --no-deps --no-compile -r $(VENV)/half-{}.txt $(if $(TORCH_INDEX),--extra-index-url $(TORCH_INDEX))"
 	$(PIP) install --no-deps --no-build-isolation -e .
-	# The packages that an engine loads most of, on every core at once; the others are compiled when they are first
-	# imported. Templates that some ship are no Python: their errors mean nothing.
+# The packages that an engine loads most of, on every core at once; the others are compiled when they are first
+# imported. Templates that some ship are no Python: their errors mean nothing.
 	for name in torch vllm transformers sympy openai; do echo $(VENV)/lib/python3.*/site-packages/$$name; done \
 	  | xargs $(BIN)/python -m compileall -qq -j 0 || true
 	touch $@

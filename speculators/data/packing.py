@@ -36,7 +36,7 @@ def pieces(row: int, length: int, supervised: Sequence[int], batch_tokens: int) 
     Args:
         row: its number.
         length: its tokens.
-        supervised: ascending places of the supervised ones.
+        supervised: ascending places of the supervised ones; not looked at if the row fits.
         batch_tokens: room in a batch.
 
     Returns: pieces that cover the row, in order; one if it fits, and no more than there are supervised tokens.

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from speculators.errors import StoreError
-from speculators.runner import derive, graph, vllm
+from speculators.runner import derive, graph, upkeep, vllm
 from speculators.runner.graph import TARGET
 from speculators.runner.plan import Planner, State, Step
 
@@ -31,6 +31,7 @@ class Needs:
     feature_tokens: int = 0
     """Upper bound of the tokens whose states would be stored."""
     feature_bytes: int = 0
+    """Of them, without what an earlier attempt has written."""
     free_bytes: int = 0
 
 
@@ -50,8 +51,9 @@ def estimate(planner: Planner, steps: Mapping[str, Step]) -> Needs:
     if packing is None or planner.facts is None:
         return Needs(servers=servers, free_bytes=free)
     tokens = _tokens(planner, steps[packing.node.inputs["tokens"]])
-    copies = 1 + sum(s.node.keeps_states for s in open_steps)
-    need = copies * tokens * derive.feature_bytes_per_token(config, planner.facts)
+    storing = [packing, *(s for s in open_steps if s.node.keeps_states)]
+    written = sum(upkeep.size(planner.store.work(s.node.kind, s.key)) for s in storing if s.key)
+    need = max(0, len(storing) * tokens * derive.feature_bytes_per_token(config, planner.facts) - written)
     return Needs(servers=servers, feature_tokens=tokens, feature_bytes=need, free_bytes=free)
 
 
@@ -59,7 +61,7 @@ def refuse_if_too_large(needs: Needs) -> None:
     """Raises StoreError when the hidden states would not fit."""
     if needs.feature_bytes > needs.free_bytes:
         raise StoreError(
-            f"the hidden states need {needs.feature_bytes / 2**30:.1f} GiB, "
+            f"the hidden states need up to {needs.feature_bytes / 2**30:.1f} GiB, "
             f"the store has {needs.free_bytes / 2**30:.1f} GiB free",
             "lower prompts.count or train.sequence_length, or name a larger disk: run.store=PATH",
         )

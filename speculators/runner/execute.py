@@ -59,6 +59,7 @@ class Execution:
     steps: dict[str, Step] = field(default_factory=dict)
     """What has been decided and made so far, by node."""
     _servers: dict[tuple[str, str, str], Service] = field(default_factory=dict)
+    _room_was_asked: bool = False
 
     @property
     def config(self) -> Config:
@@ -83,6 +84,8 @@ class Execution:
                         self.steps[name] = self.planner.step(name, {})
                     else:
                         self._ensure(node)
+                    if (found := self.steps[name].artifact) is not None:
+                        self.planner.store.touch(found)
             finally:
                 self._stop_servers(keep=set())
         return self.steps
@@ -102,8 +105,6 @@ class Execution:
             for upstream in node.inputs.values():
                 self._fetch(upstream)
             step = self._make(step)
-        if step.artifact is not None:
-            self.planner.store.touch(step.artifact)
         self.steps[node.name] = step
 
     def _fetch(self, name: str) -> None:
@@ -124,9 +125,11 @@ class Execution:
         node, began = step.node, time.monotonic()
         plan = graph.phases(node, self.config)
         try:
-            # Asked before every stage: what was an upper bound is counted later, and others fill the disk meanwhile.
-            open_steps = {s.node.name: s for s in self.planner.plan()}
-            estimate.refuse_if_too_large(estimate.estimate(self.planner, open_steps))
+            if not self._room_was_asked or "features" in node.spec.gives or node.keeps_states:
+                # Again where states are stored: an upper bound is counted by then, and others fill the disk too.
+                self._room_was_asked = True
+                open_steps = {s.node.name: s for s in self.planner.plan()}
+                estimate.refuse_if_too_large(estimate.estimate(self.planner, open_steps))
             for index, servings in enumerate(plan):
                 if self._phase_done(step, index):
                     continue

@@ -132,10 +132,7 @@ class Store:
 
         with self._writing():
             self._prepare()
-            locks = self.root / "locks"
-            locks.mkdir(exist_ok=True)
-        holder = locks / f"{stage}-{key}.json"
-        lock = filelock.FileLock(locks / f"{stage}-{key}.lock", fallback_to_soft=False)
+        lock, holder = self._lock(stage, key), self.root / "locks" / f"{stage}-{key}.json"
         try:
             try:
                 lock.acquire(timeout=0)
@@ -159,9 +156,7 @@ class Store:
         """The same right if nobody holds it, false if somebody does."""
         import filelock
 
-        with self._writing():
-            (self.root / "locks").mkdir(exist_ok=True)
-            lock = filelock.FileLock(self.root / "locks" / f"{stage}-{key}.lock", fallback_to_soft=False)
+        lock = self._lock(stage, key)
         try:
             lock.acquire(timeout=0)
         except filelock.Timeout:
@@ -268,6 +263,14 @@ class Store:
             for path in sealed.rglob("*"):
                 path.chmod(0o755 if path.is_dir() else 0o644)
             sealed.rename(work / "data")
+
+    def _lock(self, stage: str, key: str) -> Any:
+        import filelock
+
+        locks = self.root / "locks"
+        with self._writing():
+            locks.mkdir(exist_ok=True)
+        return filelock.FileLock(locks / f"{stage}-{key}.lock", fallback_to_soft=False)
 
     def _place(self, stage: str, key: str) -> Path:
         return self.root / "artifacts" / stage / key[:2] / key

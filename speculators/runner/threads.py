@@ -22,7 +22,7 @@ def env(interpreter: Path) -> dict[str, str]:
     variables = {"GOMP_SPINCOUNT": os.environ.get("GOMP_SPINCOUNT", SPINS)}
     library = interpreter.parent.parent / "lib" / "libiomp5.so"
     preloaded = os.environ.get("LD_PRELOAD", "")
-    if library.exists() and "omp" not in preloaded:
+    if library.exists() and not any(name in preloaded for name in ("libomp", "libgomp", "libiomp")):
         variables["LD_PRELOAD"] = ":".join(filter(None, [preloaded, str(library)]))
         variables["KMP_BLOCKTIME"] = os.environ.get("KMP_BLOCKTIME", BLOCK_MS)
     return variables

@@ -76,13 +76,13 @@ def _everything(store: Store) -> Iterator[Rubbish]:
             )  # fmt: skip
         for path in sorted((store.root / "work" / stage).glob("[!.]*")):
             yield Rubbish(
-                what="work", stage=stage, key=path.name, path=path, bytes=_size(path),
+                what="work", stage=stage, key=path.name, path=path, bytes=size(path),
                 days=min(map(_age, [path, *path.rglob("*")])),
             )  # fmt: skip
     for path in sorted((store.root / "aside").glob("*-*-*")):
         stage, key, nanoseconds = path.name.rsplit("-", 2)
         days = (time.time() - int(nanoseconds) / 1e9) / DAY
-        yield Rubbish(what="aside", stage=stage, key=key, path=path, bytes=_size(path), days=days)
+        yield Rubbish(what="aside", stage=stage, key=key, path=path, bytes=size(path), days=days)
 
 
 def _age(path: Path) -> float:
@@ -93,5 +93,6 @@ def _age(path: Path) -> float:
         return 0.0
 
 
-def _size(path: Path) -> int:
+def size(path: Path) -> int:
+    """Bytes of all files below a directory, which need not exist."""
     return sum(file.stat().st_size for file in path.rglob("*") if file.is_file())

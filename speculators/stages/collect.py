@@ -14,28 +14,16 @@ from typing import Any
 from datasets import load_from_disk
 from safetensors.torch import load_file
 
-from speculators.data.shards import ShardWriter, feature_contract
 from speculators.errors import ContractError
 from speculators.job import Job
-from speculators.targets.states import hidden_size
+from speculators.targets.states import states_writer
 
 
 def main(job: Job) -> None:
     """Every row of the tokens, in order, but for those that an earlier attempt sealed."""
     tokens = load_from_disk(str(job.inputs["tokens"]))
     turns = read_turns(job.inputs["states"] / "conversations.jsonl")
-    writer = ShardWriter(
-        job.output,
-        feature_contract(
-            target=job.digests["target"],
-            tokens=job.digests["tokens"],
-            dtype=job.config.extract.dtype.name,
-            compute_dtype=job.config.target.dtype.name,
-            layer_ids=job.derived["capture_layer_ids"],
-            hidden_size=hidden_size(job.inputs["target"]),
-        ),
-        job.config.extract.shard_tokens,
-    )
+    writer = states_writer(job)
     for number in range(len(tokens)):
         if number not in writer.done:
             row = tokens[number]

@@ -13,27 +13,16 @@ import time
 import torch
 from datasets import Dataset, load_from_disk
 
-from speculators.data.shards import ShardWriter, feature_contract
+from speculators.data.shards import ShardWriter
 from speculators.job import Job
 from speculators.targets.client import Client, StatesFile
-from speculators.targets.states import check_states, hidden_size
+from speculators.targets.states import check_states, states_writer
 
 
 def main(job: Job) -> None:
     """Extract every row of the tokens that no sealed shard has."""
     tokens = load_from_disk(str(job.inputs["tokens"]))
-    writer = ShardWriter(
-        job.output,
-        feature_contract(
-            target=job.digests["target"],
-            tokens=job.digests["tokens"],
-            dtype=job.config.extract.dtype.name,
-            compute_dtype=job.config.target.dtype.name,
-            layer_ids=job.derived["capture_layer_ids"],
-            hidden_size=hidden_size(job.inputs["target"]),
-        ),
-        job.config.extract.shard_tokens,
-    )
+    writer = states_writer(job)
     resumed = len(writer.done)
     start = time.monotonic()
     extracted = asyncio.run(_extract(job, tokens, writer))

@@ -144,6 +144,8 @@ def _publish_states(job: Job, kept: list[dict[str, Any]]) -> None:
     for name in names:
         if (job.scratch / STATES / name).exists():
             os.replace(job.scratch / STATES / name, job.output / STATES / name)
+        elif not (job.output / STATES / name).exists():
+            raise StageError(f"the hidden states {name} of a finished answer are gone", f"delete {job.scratch}")
 
 
 async def answer(

@@ -1,4 +1,4 @@
-"""Hidden states as a server hands them out: whether they are what was asked for."""
+"""Hidden states as a server hands them out: whether they are what was asked for, and where a stage puts them."""
 
 from __future__ import annotations
 
@@ -8,7 +8,9 @@ from pathlib import Path
 
 import torch
 
+from speculators.data.shards import ShardWriter, feature_contract
 from speculators.errors import ContractError, StageError
+from speculators.job import Job
 
 
 def check_states(
@@ -26,6 +28,19 @@ def check_states(
             f"{item}: the target's hidden states are not finite (captured layers number {layers})",
             "a target in float16 overflows easily: set target.dtype=bfloat16",
         )
+
+
+def states_writer(job: Job) -> ShardWriter:
+    """The shards of a stage whose output is hidden states; it goes on where an earlier attempt stopped."""
+    contract = feature_contract(
+        target=job.digests["target"],
+        tokens=job.digests["tokens"],
+        dtype=job.config.extract.dtype.name,
+        compute_dtype=job.config.target.dtype.name,
+        layer_ids=job.derived["capture_layer_ids"],
+        hidden_size=hidden_size(job.inputs["target"]),
+    )
+    return ShardWriter(job.output, contract, job.config.extract.shard_tokens)
 
 
 def hidden_size(target: Path) -> int:

@@ -58,10 +58,10 @@ class Corpus:
         """The rows, those that are longer than a batch in several pieces."""
         found = []
         for row in rows:
-            long = self.lengths[row] > batch_tokens
-            mask = self.table[row]["loss_mask"][: self.lengths[row]] if long else torch.ones(1)
-            supervised = mask.nonzero()[:, 0].tolist()
-            found += pieces(row, self.lengths[row], supervised, batch_tokens)
+            length, supervised = self.lengths[row], []
+            if length > batch_tokens:
+                supervised = self.table[row]["loss_mask"][:length].nonzero()[:, 0].tolist()
+            found += pieces(row, length, supervised, batch_tokens)
         return found
 
     def pack(self, wanted: Sequence[Piece], device: torch.device) -> Pack:
