@@ -16,6 +16,7 @@ from speculators.config import Config
 from speculators.runner import estimate, vllm
 from speculators.runner.plan import Planner
 from speculators.runner.store import Store
+from speculators.verbs import query
 from tests.conftest import EVALUATION, publish_all
 
 DEMO = "recipe=smollm2_eagle3"
@@ -86,7 +87,7 @@ def test_upstreams_package_beside_ours_is_refused(
 def test_an_unexpected_error_is_exit_code_2_with_a_traceback(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setitem(cli.VERBS, "plan", lambda words: 1 // 0)
+    monkeypatch.setattr(query, "plan", lambda words: 1 // 0)
     assert main("plan", DEMO) == 2
     assert "ZeroDivisionError" in capsys.readouterr().err
 

@@ -35,6 +35,10 @@ LEFT = [
     "speculators.runner.execute",
     "speculators.recipe",
     "speculators.ui",
+    "speculators.verbs",
+    "speculators.verbs.query",
+    "speculators.verbs.store",
+    "speculators.verbs.run",
     "speculators.cli",
 ]
 RIGHT = [

@@ -38,6 +38,11 @@ KNOWN = {"format", "CACHEDIR.TAG", "artifacts", "work", "locks", "aside", "servi
 """What may lie in a store's root; anything else means that the directory is somebody's, not a store."""
 
 
+def store_root(named: str) -> Path:
+    """Where artifacts are kept: what the recipe says as `run.store`, the environment's word, or the user's cache."""
+    return Path(named or os.environ.get("SPECULATORS_STORE") or "~/.cache/speculators-run").expanduser().resolve()
+
+
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Artifact:
     """One published result."""
