@@ -23,11 +23,12 @@ from torch import nn
 
 from speculators.config import Dtype, Train
 from speculators.data.packing import Piece, training_batches, validation_batches
-from speculators.drafts.base import Draft, Pack
+from speculators.decoding import Walk
+from speculators.drafts.base import Draft, Pack, Predictions
 from speculators.errors import StageError
 from speculators.training import checkpoint
 from speculators.training.corpus import Corpus
-from speculators.training.losses import Outcome, Tally, Teacher, distill, sayable_next
+from speculators.training.losses import Outcome, Tally, Teacher, distill, run, sayable_next
 from speculators.training.optim import Optimizers, rate
 
 METRICS = "metrics.jsonl"
@@ -120,7 +121,8 @@ class Loop:
         factor = rate(index, total, self.train.warmup, self.train.schedule)
         pieces = self.plan.batches[index]
         pack, tokens = self.corpus.pack(pieces, self.device), sum(piece.tokens for piece in pieces)
-        outcome, tally = self._forward(pack)
+        predictions, outcome = self._forward(pack)
+        tally = Tally.of(predictions.valid, outcome)
         outcome.loss.backward()
         norm = float(nn.utils.clip_grad_norm_(self.optimizers.parameters(), self.train.clip))
         loss = outcome.loss.item()
@@ -144,17 +146,15 @@ class Loop:
             "tokens_per_second": round(self.attempt_tokens / self.seconds),
         }
         if self.at.best:
-            note["held_out"] = round(self.at.best["acceptance"], 3)
+            note["held_out"] = round(self.at.best["acceptance_length"], 3)
         if self.at.step % self.train.log_every == 0 or self.at.step == total:
             self._log(factor)
         self.report(self.at.step, total, note)
 
-    def _forward(self, pack: Pack) -> tuple[Outcome, Tally]:
+    def _forward(self, pack: Pack) -> tuple[Predictions, Outcome]:
         with self._autocast():
             predictions = self.draft(pack)
-            outcome = distill(predictions, pack.states[:, -1], self.draft.lm_head.weight, self.teacher)
-        sayable = sayable_next(pack, self.draft.vocabulary)[predictions.target]
-        return outcome, Tally.of(predictions.valid, outcome, sayable)
+            return predictions, distill(predictions, pack.states[:, -1], self.draft.lm_head.weight, self.teacher)
 
     def _autocast(self) -> AbstractContextManager[Any]:
         if self.train.precision is Dtype.float32:
@@ -163,21 +163,27 @@ class Loop:
 
     @torch.no_grad()
     def validate(self) -> dict[str, float]:
-        """Metrics over all validation packs, every prediction counting the same."""
-        tally: Tally | None = None
+        """Metrics over all validation packs: losses, and what a server would accept. Empty if nothing is held out."""
+        tally, walk = None, None
         for pieces in self.plan.validation:
-            _, counted = self._forward(self.corpus.pack(pieces, self.device))
+            pack = self.corpus.pack(pieces, self.device)
+            predictions, outcome = self._forward(pack)
+            counted = Tally.of(predictions.valid, outcome)
             tally = counted if tally is None else tally
             if tally is not counted:
                 tally.add(counted)
-        return {} if tally is None else tally.metrics(self.step_decay)
+            walk = walk or Walk.empty(len(predictions.valid))
+            # A token that the draft cannot say is a miss there, whatever its own vocabulary says is most likely.
+            sayable = sayable_next(pack, self.draft.vocabulary)[predictions.target]
+            walk.add(predictions.target[0].tolist(), run(predictions.valid & outcome.correct & sayable))
+        return {} if tally is None or walk is None else tally.metrics(self.step_decay) | walk.metrics()
 
     def _validate(self) -> None:
         metrics = self.validate()
         epoch = self.plan.epoch_ends.index(self.at.step) + 1
         if metrics:
             self._write({"step": self.at.step, "epoch": epoch, "validation": metrics})
-        if not metrics or not self.at.best or metrics["acceptance"] > self.at.best["acceptance"]:
+        if not metrics or not self.at.best or metrics["acceptance_length"] > self.at.best["acceptance_length"]:
             self.at.best, self.at.best_step = metrics, self.at.step
             beside = self.scratch / "best.new"
             shutil.rmtree(beside, ignore_errors=True)

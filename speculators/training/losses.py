@@ -154,7 +154,7 @@ def sayable_next(pack: Pack, vocabulary: Vocabulary) -> Tensor:
     return inside
 
 
-def _run(correct: Tensor) -> Tensor:
+def run(correct: Tensor) -> Tensor:
     """bool [K, R]: correct at this step and at all before it."""
     return torch.cumprod(correct.int(), dim=0).bool()
 
@@ -171,8 +171,6 @@ class Tally:
     """Of those, the ones that are right and all earlier steps from the same place too."""
     reached: list[float]
     """Of those, the ones whose earlier steps are all right."""
-    served: list[float]
-    """As `right`, and what the target said next is in the draft's vocabulary, so far and at this step."""
 
     @classmethod
     def empty(cls, steps: int) -> Tally:
@@ -180,12 +178,11 @@ class Tally:
         return cls(*([0.0] * steps for _ in cls.__slots__))
 
     @classmethod
-    def of(cls, valid: Tensor, outcome: Outcome, sayable: Tensor) -> Tally:
-        """Count one pack; all tensors [K, R]. `sayable`: see `sayable_next`."""
-        right = _run(valid & outcome.correct)
-        served = _run(valid & outcome.correct & sayable)
+    def of(cls, valid: Tensor, outcome: Outcome) -> Tally:
+        """Count one pack; `valid` [K, R]."""
+        right = run(valid & outcome.correct)
         reached = torch.cat([valid[:1], valid[1:] & right[:-1]])
-        sums = (outcome.divergence.double() * valid, valid, right, reached, served)
+        sums = (outcome.divergence.double() * valid, valid, right, reached)
         return cls(*(s.sum(1, dtype=torch.float64).tolist() for s in sums))
 
     def add(self, other: Tally) -> None:
@@ -198,9 +195,7 @@ class Tally:
         """Means, by name.
 
         `loss`: steps weighted and summed. For step k, `loss_k`; `full_k`: right up to k, of all; `cond_k`: right at
-        k, of those right before: both by the target's distribution over the draft's vocabulary. `acceptance`: tokens
-        that a proposal gains on average, the target's own one included, where a token outside of that vocabulary is
-        a miss, as it is when the draft is served.
+        k, of those right before: both by the target's distribution over the draft's vocabulary.
         """
         found: dict[str, float] = {}
         for k, n in enumerate(self.count):
@@ -209,5 +204,4 @@ class Tally:
             found[f"cond_{k}"] = self.right[k] / max(self.reached[k], 1.0)
         steps = range(len(self.count))
         found["loss"] = sum(step_decay**k * found[f"loss_{k}"] for k in steps)
-        found["acceptance"] = 1.0 + sum(self.served[k] / max(self.count[k], 1.0) for k in steps)
         return found

@@ -60,7 +60,7 @@ def test_upstream_loads_our_checkpoint_whole_and_computes_our_loss(
     pack = tiny.make_pack([20, 33, 9, 14])
     predictions = draft(pack)
     outcome = distill(predictions, pack.states[:, -1], draft.lm_head.weight, teacher)
-    ours = Tally.of(predictions.valid, outcome, predictions.valid).metrics()
+    ours = Tally.of(predictions.valid, outcome).metrics()
 
     theirs = ask_upstream(tmp_path / "draft", pack, tmp_path)
 

@@ -87,8 +87,8 @@ def test_training_learns_and_says_what_it_did(world: Path, tmp_path: Path) -> No
     assert summary["rows"] + summary["validation_rows"] == 24
     assert summary["validation_rows"] > 0
     assert summary["steps"] == steps[-1]["step"]
-    assert summary["validation"]["acceptance"] == max(
-        line["validation"]["acceptance"] for line in lines if "validation" in line
+    assert summary["validation"]["acceptance_length"] == max(
+        line["validation"]["acceptance_length"] for line in lines if "validation" in line
     )
     assert job.record["tokens_per_second"] > 0
     best, last = (Eagle3Draft.load(job.output / name) for name in ("best", "last"))
