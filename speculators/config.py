@@ -234,6 +234,8 @@ class Eagle3(Speculator):
     algorithm: str = "eagle3"
     ttt_steps: int = 3
     """Steps of the train-time test: how often the draft is fed its own output in training."""
+    ttt_one_step_share: float = 0.0
+    """Share of the training, from its beginning, in which one step only is unrolled, which takes half the time."""
     ttt_step_decay: float = 1.0
     """Weight of step k in the loss is this to the power k."""
     norm_before_residual: bool = True
@@ -242,6 +244,8 @@ class Eagle3(Speculator):
     """RMSNorm over the concatenated target states before they are projected."""
     norm_output: bool = True
     """Feed the normed output back into the next step (EAGLE-3.1)."""
+    induction: bool = True
+    """Begin with attention that finds where the last token stood before and copies what followed it there."""
 
 
 SPECULATORS: dict[str, type[Speculator]] = {"eagle3": Eagle3}

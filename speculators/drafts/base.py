@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import json
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar, Self
@@ -127,6 +127,14 @@ class Draft(nn.Module, ABC):
     @abstractmethod
     def initialise(self, seed: int) -> None:
         """Draw the trained weights."""
+
+    def prepare(self, packs: Iterable[Pack], seed: int) -> None:
+        """Fit what was drawn to the target's states, before the first step. Most algorithms have nothing to fit."""
+        return
+
+    def advance(self, share: float) -> None:
+        """Say how far the training is, 0 to 1; what an algorithm changes on the way, it changes here."""
+        return
 
     @abstractmethod
     def configure(self, options: Speculator) -> None:

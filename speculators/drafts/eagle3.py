@@ -10,13 +10,21 @@ Step 0 at place t sees the states of t and token t+1, and predicts the target's 
 sees step k-1's output at t instead of the states, and token t+1+k; it predicts the distribution at t+1+k. Tokens are
 the true ones at every step. Step k attends to step 0 of all places up to t, and to its own steps 1 to k.
 
+Small training sets teach a draft which token follows which, and not to look back for the last time that it did: of the
+answers of a small target, half of what follows can be copied from where the last two tokens stood before, and a draft
+trained on 60 000 tokens from noise does not (docs/log.md). So attention begins as induction heads (Olsson et al.
+2022, arXiv:2209.11895), which one layer can have here, because the target's low state at a place still tells its token:
+the query is the token that was sampled, the key is what a linear fit reads of a place's own token (and of the one
+before) in the target's states, the value is the token that came next. Everything is trained on from there.
+
 Shape suffixes: T tokens of the pack; S sources, places with a successor in their document; R sources that
 supervision asks for; A target layers read; H width; K steps.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import math
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -38,6 +46,13 @@ from speculators.drafts.layers import (
     rotate,
     unrolled_attention,
 )
+
+SLOW = 75.0
+"""Rotary pairs that take more tokens than this to turn by one radian compare contents; faster ones tell distances."""
+MATCH = 13.0
+"""Logit of a place whose token is the one that is looked for, among a few hundred of others around 0."""
+RIDGE = 0.1
+"""Of the fit, against states of unit variance."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -90,6 +105,79 @@ class Layer(nn.Module):
         return out
 
 
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Fit:
+    """Second moments of what `fc` reads and of the tokens that are to be read out of it; float64, on the CPU."""
+
+    count: int
+    read: Tensor
+    """Sum of what is read [F]."""
+    reads: Tensor
+    """Sum of its products [F, F]."""
+    token: Tensor
+    """Sum of the tokens' embeddings [H]."""
+    tokens: Tensor
+    """Sum of their products [H, H]."""
+    own: Tensor
+    """Sum of read times its own token's embedding [F, H]."""
+    before: Tensor
+    """The same for the token before [F, H]."""
+
+    @classmethod
+    def of(cls, packs: Iterable[Pack], read: Callable[[Pack], Tensor], token: Callable[[Tensor], Tensor]) -> Fit:
+        """Sum over all places of the packs but the first of each document."""
+        sums: list[Tensor] = []
+        count = 0
+        for pack in packs:
+            kept = torch.ones(len(pack.token_ids), dtype=torch.bool, device=pack.token_ids.device)
+            kept[[start for start, _ in pack.documents()]] = False
+            f, x = read(pack)[kept], token(pack.token_ids)
+            own, before = x[kept], x[:-1][kept[1:]]
+            new = [f.sum(0), f.T @ f, own.sum(0), own.T @ own, f.T @ own, f.T @ before]
+            count += len(f)
+            sums = [a.cpu().double() + (sums[i] if sums else 0.0) for i, a in enumerate(new)]
+        return cls(count=count, **dict(zip(cls.__slots__[1:], sums, strict=True)))
+
+    def spread(self, rows: Tensor) -> Tensor:
+        """Standard deviation of what linear readers [n, F] read [n]."""
+        mean = rows @ self.read / self.count
+        return ((rows @ self.reads * rows).sum(1) / self.count - mean.square()).clamp(min=1e-12).sqrt()
+
+    def probes(self, size: int, half: int, generator: torch.Generator) -> tuple[Tensor, Tensor, Tensor]:
+        """Random directions of tokens, and readers that find them in the states; all of them of unit variance.
+
+        Args:
+            size: number of directions.
+            half: of the first so many, the token before is read too.
+            generator: draws the directions.
+
+        Returns: directions [size, H] float32; readers of a place's own token [size, F], of the one before [half, F].
+        """
+        mean = self.token / self.count
+        covariance = self.tokens / self.count - mean[:, None] * mean
+        drawn = torch.randn(len(mean), size, generator=generator, dtype=torch.float64)
+        # Embeddings have a large part in common, which tells no token from another.
+        common = mean / mean.norm().clamp(min=1e-12)
+        drawn -= common[:, None] * (common @ drawn)
+        look = torch.linalg.qr(drawn)[0].T
+        look = look / (look @ covariance * look).sum(1).clamp(min=1e-12).sqrt()[:, None]
+        scale = (self.reads.diagonal() / self.count).clamp(min=1e-12).sqrt()
+        gram = self.reads / self.count / scale[:, None] / scale
+        gram.diagonal().add_(RIDGE)
+        wanted = [(cross - self.read[:, None] * mean) @ look.T for cross in (self.own, self.before)]
+        solved = torch.linalg.solve(gram, torch.cat(wanted, dim=1) / self.count / scale[:, None]) / scale[:, None]
+        readers = solved.T
+        readers = readers / self.spread(readers)[:, None]
+        return look.float(), readers[:size].float(), readers[size : size + half].float()
+
+
+def principal(rows: Tensor, count: int) -> Tensor:
+    """The directions in which rows [n, H] differ most, widest first [count, H]; zeros after the H-th."""
+    centred = rows - rows.mean(0)
+    directions = torch.linalg.eigh((centred.T @ centred).double())[1].flip(1).T.float()
+    return nn.functional.pad(directions[:count], (0, 0, 0, max(0, count - len(directions))))
+
+
 class Eagle3Draft(Draft):
     """See the module."""
 
@@ -102,6 +190,7 @@ class Eagle3Draft(Draft):
         shape = LayerConfig.from_plain(plain)
         self.shape = shape
         self.steps: int = config["speculators_config"]["proposal_methods"][0]["speculative_tokens"]
+        self.unrolled: int = self.steps
         self.step_decay = 1.0
         self.norm_output = bool(config["norm_output"])
         width, read = shape.hidden_size, len(config["eagle_aux_hidden_state_layer_ids"])
@@ -132,7 +221,61 @@ class Eagle3Draft(Draft):
 
     def configure(self, options: Speculator) -> None:
         assert isinstance(options, Eagle3)
-        self.steps, self.step_decay = options.ttt_steps, options.ttt_step_decay
+        self.steps = self.unrolled = options.ttt_steps
+        self.step_decay = options.ttt_step_decay
+        self.one_step_share, self.induction = options.ttt_one_step_share, options.induction
+
+    def advance(self, share: float) -> None:
+        self.unrolled = 1 if share < self.one_step_share else self.steps
+
+    @torch.no_grad()
+    def prepare(self, packs: Iterable[Pack], seed: int) -> None:
+        """Set half of the first layer's query heads, all of its keys and values, and some rows of `fc`."""
+        layer, width = self.layers[0], self.shape.hidden_size
+        assert isinstance(layer, Layer)
+        groups, head = self.shape.num_key_value_heads, self.shape.head_dim
+        per_group = self.shape.num_attention_heads // groups
+        slow = (self.rotary.frequencies < 1.0 / SLOW).nonzero()[:, 0].tolist()
+        # The fit is given at most half of what `fc` puts out.
+        slow = slow[max(0, len(slow) - width // (3 * groups) // 2) :]
+        places = [*slow, *(pair + head // 2 for pair in slow)]
+        if not self.induction or not places:
+            return
+        size, half = len(places), len(places) // 2
+        fit = Fit.of(packs, self._read, self._token)
+        look, own, before = fit.probes(groups * size, half, torch.Generator().manual_seed(seed))
+        self.fc.weight.mul_(1.0 / fit.spread(self.fc.weight.cpu().double()).pow(2).mean().sqrt())
+        self.fc.weight[: len(own)].copy_(own)
+        self.fc.weight[len(own) : len(own) + half].copy_(before)
+        values = principal(self.embed_tokens.weight[self.vocabulary.tokens].cpu().float(), groups * head)
+        sharp = MATCH * math.sqrt(head) / size
+        attention = layer.self_attn
+        attention.v_proj.weight.zero_()[:, :width].copy_(values.view(head, groups, width).transpose(0, 1).flatten(0, 1))
+        for group in range(groups):
+            keys = attention.k_proj.weight[group * head : (group + 1) * head]
+            written = attention.v_proj.weight[group * head : (group + 1) * head, :width].T
+            # The first group looks for the token alone, the others for the token and the one before it.
+            single = size if group == 0 else size - half
+            rows = [width + group * size + j for j in range(single)] + [width + len(own) + j for j in range(half)]
+            keys[places] = 0.0
+            keys[places, rows[:size]] = 1.0
+            for query in range(group * per_group, group * per_group + (per_group + 1) // 2):
+                asks = attention.q_proj.weight[query * head : (query + 1) * head]
+                asks[places] = 0.0
+                scale = sharp * math.sqrt(size / single)
+                asks[places[:single], :width] = scale * look[group * size : group * size + single].to(asks)
+                asks[places[single:], [width + j for j in range(size - single)]] = scale
+                attention.o_proj.weight[:, query * head : (query + 1) * head] = written
+
+    def _read(self, pack: Pack) -> Tensor:
+        """What `fc` reads at every place [T, A * H]."""
+        features = pack.states[:, :-1].flatten(1).float()
+        return features if self.input_norm is None else self.input_norm(features)
+
+    def _token(self, token_ids: Tensor) -> Tensor:
+        """What the first layer reads of tokens at the beginning [T, H]."""
+        embedded = nn.functional.embedding(token_ids, self.embed_tokens.weight).float()
+        return nn.functional.rms_norm(embedded, (self.shape.hidden_size,), eps=self.shape.rms_norm_eps)
 
     def forward(self, pack: Pack) -> Predictions:
         at = self.layout(pack)
@@ -143,14 +286,14 @@ class Eagle3Draft(Draft):
         tokens = pack.token_ids[at.sources + 1]
         caches: list[KeyValues] = []
         hidden = []
-        for step in range(self.steps):
+        for step in range(self.unrolled):
             state = self._step(step, state, tokens, at, caches)
             normed = self.norm(state)
             hidden.append(normed)
             state = normed if self.norm_output else state
-            tokens = at.tokens[min(step + 1, self.steps - 1)]
+            tokens = at.tokens[min(step + 1, self.unrolled - 1)]
         valid = at.valid.float()
-        decay = self.step_decay ** torch.arange(self.steps, device=valid.device)[:, None]
+        decay = self.step_decay ** torch.arange(self.unrolled, device=valid.device)[:, None]
         weight = decay * valid / valid.sum(1, keepdim=True).clamp(min=1.0)
         return Predictions(hidden=torch.stack(hidden), target=at.target, valid=at.valid, weight=weight)
 
@@ -189,7 +332,7 @@ class Eagle3Draft(Draft):
         ends_T = torch.repeat_interleave(lengths.cumsum(0), lengths)  # first place after the token's document
         places_T = torch.arange(total, device=device)
         sources = (places_T + 1 < ends_T).nonzero()[:, 0]
-        target_KS = sources[None, :] + 1 + torch.arange(self.steps, device=device)[:, None]
+        target_KS = sources[None, :] + 1 + torch.arange(self.unrolled, device=device)[:, None]
         inside_KS = target_KS < ends_T[sources]
         target_KS = target_KS.clamp(max=total - 1)
         valid_KS = inside_KS & pack.loss_mask[target_KS]

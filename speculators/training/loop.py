@@ -12,7 +12,7 @@ import math
 import os
 import shutil
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -32,6 +32,8 @@ from speculators.training.losses import Outcome, Tally, Teacher, distill, run, s
 from speculators.training.optim import Optimizers, rate
 
 METRICS = "metrics.jsonl"
+SAMPLE_TOKENS = 32_768
+"""Tokens that a draft may look at before it is trained."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -115,12 +117,22 @@ class Loop:
                 self._seal()
                 sealed = time.monotonic()
 
+    def _sample(self) -> Iterator[Pack]:
+        """Some of the rows that are trained on."""
+        tokens = 0
+        for row in self.corpus.split(self.train.validation)[0]:
+            yield self.corpus.pack([Piece(row, 0, self.corpus.lengths[row])], self.device)
+            tokens += self.corpus.lengths[row]
+            if tokens > SAMPLE_TOKENS:
+                return
+
     def _step(self, index: int) -> None:
         began = time.monotonic()
         total = len(self.plan.batches)
         factor = rate(index, total, self.train.warmup, self.train.schedule)
         pieces = self.plan.batches[index]
         pack, tokens = self.corpus.pack(pieces, self.device), sum(piece.tokens for piece in pieces)
+        self.draft.advance(index / total)
         predictions, outcome = self._forward(pack)
         tally = Tally.of(predictions.valid, outcome)
         outcome.loss.backward()
@@ -165,6 +177,7 @@ class Loop:
     def validate(self) -> dict[str, float]:
         """Metrics over all validation packs: losses, and what a server would accept. Empty if nothing is held out."""
         tally, walk = None, None
+        self.draft.advance(1.0)
         for pieces in self.plan.validation:
             pack = self.corpus.pack(pieces, self.device)
             predictions, outcome = self._forward(pack)
@@ -216,6 +229,7 @@ class Loop:
         if found is None:
             (self.scratch / METRICS).write_bytes(b"")
             torch.manual_seed(self.train.seed)
+            self.draft.prepare(self._sample(), self.train.seed)
             return
         tensors, facts = found
         self.at = Progress(**{**facts, "sums": Tally(**facts["sums"])})

@@ -10,6 +10,7 @@ Shapes: N predictions; U places that they predict; H width; V draft vocabulary.
 
 from __future__ import annotations
 
+import itertools
 from dataclasses import dataclass
 from typing import Any
 
@@ -186,10 +187,10 @@ class Tally:
         return cls(*(s.sum(1, dtype=torch.float64).tolist() for s in sums))
 
     def add(self, other: Tally) -> None:
-        """Count `other` too."""
+        """Count `other` too, which may have counted more steps or fewer."""
         for name in self.__slots__:
             mine = getattr(self, name)
-            mine[:] = [a + b for a, b in zip(mine, getattr(other, name), strict=True)]
+            mine[:] = [a + b for a, b in itertools.zip_longest(mine, getattr(other, name), fillvalue=0.0)]
 
     def metrics(self, step_decay: float = 1.0) -> dict[str, float]:
         """Means, by name.

@@ -11,7 +11,8 @@ import pytest
 import tiny
 import torch
 
-from speculators.drafts.base import Predictions, Vocabulary
+from speculators.config import Eagle3
+from speculators.drafts.base import Pack, Predictions, TargetParts, Vocabulary
 from speculators.drafts.eagle3 import Eagle3Draft
 from speculators.drafts.layers import KeyValues, LayerConfig, Rotary, causal_blocks, unrolled_attention
 from speculators.errors import ContractError
@@ -222,3 +223,54 @@ def test_mixed_precision_on_the_cpu_stays_close(tmp_path: Path) -> None:
     assert outcome.loss.item() != exact
     assert outcome.loss.item() == pytest.approx(exact, rel=0.02)
     assert all(p.grad is not None and p.grad.dtype == torch.float32 for p in draft.parameters())
+
+
+def repeating_packs(embeddings: torch.Tensor, count: int) -> list[Pack]:
+    """Documents that say 30 random tokens twice; the first state tells the token, the others are noise."""
+    draw = torch.Generator().manual_seed(6)
+    packs = []
+    for row in range(count):
+        said = torch.randint(len(embeddings), (30,), generator=draw)
+        tokens = said.repeat(2)
+        states = torch.randn(60, 4, embeddings.shape[1], generator=draw)
+        states[:, 0] = embeddings[tokens] + 0.3 * states[:, 0]
+        mask = torch.arange(60) >= 32
+        packs.append(Pack(rows=[row], lengths=[60], token_ids=tokens, loss_mask=mask, states=states.bfloat16()))
+    return packs
+
+
+@pytest.mark.parametrize(("induction", "least", "most"), [(True, 0.7, 1.0), (False, 0.0, 0.1)])
+def test_an_untrained_draft_copies_what_followed_the_last_time(induction: bool, least: float, most: float) -> None:
+    width, size = 128, 96
+    config = {**tiny.CONFIG, "hidden_size": width, "head_dim": 32, "max_position_embeddings": 256}
+    config["rope_parameters"] = {"rope_type": "default", "rope_theta": 100000.0}
+    embeddings = torch.randn(size, width, generator=torch.Generator().manual_seed(5))
+    parts = TargetParts(
+        name="copy",
+        architectures=["LlamaForCausalLM"],
+        config=config,
+        rope_parameters=config["rope_parameters"],
+        embeddings=embeddings,
+        head=embeddings,
+    )
+    full = Vocabulary(d2t=torch.zeros(size, dtype=torch.int64), t2d=torch.ones(size, dtype=torch.bool))
+    draft = Eagle3Draft.build(parts, Eagle3(induction=induction), full, [1, 3, 4], seed=3)
+    packs = repeating_packs(embeddings, 40)
+    draft.prepare(packs[:30], seed=3)
+    right = total = 0
+    for pack in packs[30:]:
+        predictions = draft(pack)
+        said = draft.lm_head.weight @ predictions.hidden[0].T
+        inside = predictions.target[0] + 1 < 60
+        right += int((said.argmax(0)[inside] == pack.token_ids[predictions.target[0][inside] + 1]).sum())
+        total += int(inside.sum())
+    assert least <= right / total <= most
+
+
+def test_the_first_share_of_a_training_unrolls_one_step(tmp_path: Path) -> None:
+    draft, _ = tiny.make_draft(tiny.write_target(tmp_path), ttt_one_step_share=0.5)
+    steps = []
+    for share in (0.0, 0.49, 0.5, 1.0):
+        draft.advance(share)
+        steps.append(len(draft(tiny.make_pack([12])).hidden))
+    assert steps == [1, 1, 3, 3]
