@@ -15,7 +15,8 @@ import pytest
 
 from speculators.errors import StageError, StoreError
 from speculators.runner import key as keys
-from speculators.runner.store import Artifact, Store
+from speculators.runner.artifact import Artifact
+from speculators.runner.store import Store
 
 KEY = "ab" + "0" * 62
 OTHER = "cd" + "0" * 62

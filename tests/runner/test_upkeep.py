@@ -12,8 +12,9 @@ import pytest
 from speculators import cli
 from speculators.config import Config
 from speculators.runner import vllm
+from speculators.runner.artifact import Artifact
 from speculators.runner.plan import Planner
-from speculators.runner.store import Artifact, Store
+from speculators.runner.store import Store
 from speculators.runner.upkeep import named_by_runs, remove, rubbish
 from tests.conftest import publish_all
 
