@@ -198,8 +198,10 @@ class Store:
 
     def move_aside(self, path: Path, name: str) -> Path:
         """Move what lies at a path of the store out of the way, under a name that tells what it was."""
-        aside = self.root / "aside" / f"{name}-{time.time_ns()}"
+        now = time.time_ns()
         with self._writing():
+            while (aside := self.root / "aside" / f"{name}-{now}").exists():
+                now += 1  # the clock was set back to that very moment
             aside.parent.mkdir(exist_ok=True)
             path.rename(aside)
         return aside
