@@ -180,9 +180,13 @@ class Store:
         found: set[str] = set()
         for holder in (self.root / "locks").glob("[!.]*.json"):
             stage, _, key = holder.stem.rpartition("-")
-            with self.claimed_at_once(stage, key) as ours:
-                if not ours:  # else whoever wrote it was killed
-                    found |= {key, *_said(holder).get("uses", ())}
+            try:
+                with self.claimed_at_once(stage, key) as ended:
+                    pass  # if it is ours now, whoever wrote this was killed
+            except StoreError:
+                ended = False  # nothing can be locked here, so it cannot be known
+            if not ended:
+                found |= {key, *_said(holder).get("uses", ())}
         return found
 
     def touch(self, artifact: Artifact) -> None:

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
+from pathlib import Path
 
 import pytest
 
+from speculators import cli
 from speculators.config import Config
 from speculators.errors import StoreError
 from speculators.runner import vllm
@@ -75,3 +77,15 @@ def test_each_lack_is_said(change: dict[str, int], said: str) -> None:
     with pytest.raises(StoreError) as caught:
         refuse_if_too_large(dataclasses.replace(enough, **change))
     assert caught.value.message == said
+
+
+def test_a_store_over_its_quota_is_refused_before_any_worker_starts(
+    config: Config, store: Store, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    publish_all(store, Planner(config, store))
+    monkeypatch.chdir(tmp_path)
+    words = ["recipe=smollm2_eagle3", "run.quota_gib=1e-9"]
+    assert cli._guarded(words) == 0, "nothing is to be made"
+    assert cli._guarded([*words, "train.lr=5e-4"]) == 1
+    assert "run.quota_gib allows 0.0 GiB" in capsys.readouterr().err
+    assert not list(store.root.glob("work/*/*"))

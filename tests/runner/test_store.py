@@ -13,11 +13,15 @@ from pathlib import Path
 
 import pytest
 
-from speculators.config import Run
+from speculators import cli
+from speculators.config import Config, Run
 from speculators.errors import StageError, StoreError
 from speculators.runner import key as keys
+from speculators.runner import vllm
 from speculators.runner.artifact import Artifact
+from speculators.runner.plan import Planner
 from speculators.runner.store import Store, open_store
+from tests.conftest import publish_all
 
 KEY = "ab" + "0" * 62
 OTHER = "cd" + "0" * 62
@@ -180,6 +184,7 @@ CLAIMER = """
 import sys, time
 from pathlib import Path
 from speculators.runner.store import Store, open_store
+from tests.conftest import publish_all
 with Store(Path(sys.argv[1])).claim("train", sys.argv[2], lambda who: print("waits for", who, flush=True), run="r1"):
     print("holds", time.monotonic(), flush=True)
     sys.stdin.read()
@@ -331,3 +336,20 @@ def test_who_makes_something_is_in_use_with_what_it_reads_until_it_ends_however_
     assert store.in_use() == set()
     (tmp_path / f"locks/train-{KEY}.json").write_text(holder)  # as after a kill
     assert store.in_use() == set()
+
+
+def test_a_recipe_that_a_layer_has_runs_without_a_store_of_ones_own(
+    tmp_path: Path, config: Config, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(vllm, "engine_version", lambda python: "1.2.3")
+    monkeypatch.chdir(tmp_path)
+    below = Store(tmp_path / "below")
+    publish_all(below, Planner(config, below))
+    with below.claim("train", OTHER, no_waiting):
+        pass  # somebody has worked there: it is a store
+    words = ["run.store=own", f"run.stores_read=[{below.root}]"]
+    assert cli._guarded(["recipe=smollm2_eagle3", *words]) == 0
+    assert "human_eval" in capsys.readouterr().out
+    assert cli._guarded(["ls", *words, "--json"]) == 0
+    assert {row["store"] for row in json.loads(capsys.readouterr().out)} == {str(below.root)}
+    assert not (tmp_path / "own").exists()
