@@ -8,6 +8,8 @@
     speculators-run ls [STAGE ...]                    what the store holds
     speculators-run verify [STAGE ...]                whether it still is that
     speculators-run gc [days=30] [--delete]           what nobody used for long
+    speculators-run export STAGE[:KEY] ... FILE       artifacts as one file
+    speculators-run import FILE                       the same into the store
 
 until=STAGE stops there, only=STAGE runs nothing else, force=STAGE makes it
 anew, from=STAGE that and all that follows.
@@ -35,6 +37,8 @@ VERBS = {
     "ls": "store.ls",
     "verify": "store.verify",
     "gc": "store.gc",
+    "export": "store.export",
+    "import": "store.import_",
 }
 """First words, and the function below `speculators.verbs` that does it; without one, `run`. Imported when asked for."""
 

@@ -364,6 +364,10 @@ class Run:
 
     store: str = operational("")
     """Where artifacts are kept; $SPECULATORS_STORE, or ~/.cache/speculators-run, if empty."""
+    stores_read: list[str] = operational([])
+    """Stores that are only read, for what is not in `store`; $SPECULATORS_STORE_READ, with `:` between, if empty."""
+    quota_gib: float = operational(0.0)
+    """What the store may hold, in GiB; asked before every stage. 0: as much as the disk does."""
     dir: str = operational("runs")
     """Where run directories are made, in the working directory."""
 

@@ -12,6 +12,7 @@ is gone: then this process ends too.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import datetime
 import errno
 import importlib
@@ -24,13 +25,14 @@ import sys
 import threading
 import time
 import traceback
+from collections.abc import Iterator
 from pathlib import Path
 from types import FrameType
 from typing import Any
 
-from speculators.errors import RunError, StoreError
+from speculators.errors import RunError
 from speculators.job import Job, read_request, write_json
-from speculators.runner.store import Store
+from speculators.runner.store import Store, no_space
 
 HEARTBEAT_SECONDS = 10.0
 GRACE = 30.0
@@ -50,7 +52,8 @@ def main(arguments: list[str]) -> int:
     request = json.loads(options.request.read_text())
     job = read_request(options.request)
     try:
-        _attempt(request, job)
+        with _full_disk_in_words(job):
+            _attempt(request, job)
     except RunError as error:
         print(f"error: {error.message}\n\nhint: {error.hint}", file=sys.stderr)
         _write_failure(job, error.message, error.hint, type(error).__name__)
@@ -67,7 +70,9 @@ def main(arguments: list[str]) -> int:
 def _attempt(request: dict[str, Any], job: Job) -> None:
     """Claim, look again, run the stage, publish."""
     store = Store(Path(request["store"]))
-    with store.claim(job.stage, job.key, _say_waiting, run=request["provenance"].get("run", "")):
+    provenance = request["provenance"]
+    reads = provenance.get("inputs", {}).values()
+    with store.claim(job.stage, job.key, _say_waiting, run=provenance.get("run", ""), uses=reads):
         if store.find(job.stage, job.key) is None:
             aside = store.set_aside(job.stage, job.key)
             if aside is not None:
@@ -81,7 +86,7 @@ def _attempt(request: dict[str, Any], job: Job) -> None:
         _make_directories(job)
         started, clock = _now(), time.monotonic()
         with _Heartbeat(job.work, started):
-            _run_stage(job)
+            importlib.import_module(f"speculators.stages.{job.stage}").main(job)
         seconds = round(time.monotonic() - clock, 3)
         if request["phase"] + 1 < request["phases"]:
             write_json(phase_done, {"seconds": seconds, "record": job.record})
@@ -91,7 +96,7 @@ def _attempt(request: dict[str, Any], job: Job) -> None:
             job.key,
             preimage=request["preimage"],
             record={**job.record, "seconds": seconds},
-            provenance={**request["provenance"], **_machine(), "started": started, "finished": _now()},
+            provenance={**provenance, **_machine(), "started": started, "finished": _now()},
             digest=request["digest"],
             anew=request["forced"],
         )
@@ -105,16 +110,29 @@ def _make_directories(job: Job) -> None:
         (job.work / name).unlink(missing_ok=True)
 
 
-def _run_stage(job: Job) -> None:
-    stage = importlib.import_module(f"speculators.stages.{job.stage}")
+@contextlib.contextmanager
+def _full_disk_in_words(job: Job) -> Iterator[None]:
+    """A disk that is full, or a quota that is used up, is no defect, whichever library met it first."""
     try:
-        stage.main(job)
-    except OSError as error:
-        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+        yield
+    except RunError:
+        raise
+    except Exception as error:
+        met = _out_of_space(error)
+        if met is None:
             raise
-        where = error.filename or job.work
-        hint = "make room, then run the same command again: what is finished is kept"
-        raise StoreError(f"{job.node}: no space is left for {where}", hint) from error
+        raise no_space(met, met.filename or job.work) from error
+
+
+def _out_of_space(error: BaseException | None) -> OSError | None:
+    """The error of a full disk that this one is or came from. Libraries in Rust and C++ say it in their text only."""
+    while error is not None:
+        if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
+            return error
+        if os.strerror(errno.ENOSPC) in str(error):
+            return OSError(errno.ENOSPC, str(error))
+        error = error.__cause__ or error.__context__
+    return None
 
 
 class _Heartbeat:
@@ -136,7 +154,8 @@ class _Heartbeat:
 
     def _beat(self) -> None:
         while True:
-            write_json(self._path, {**self._plain, "beat": _now()})
+            with contextlib.suppress(OSError):  # a full disk is for the stage to meet
+                write_json(self._path, {**self._plain, "beat": _now()})
             if self._over.wait(HEARTBEAT_SECONDS):
                 return
 

@@ -16,8 +16,9 @@ import pytest
 
 from speculators.runner import guard
 from speculators.runner import key as keys
+from speculators.runner.artifact import Artifact
 from speculators.runner.executors import Handle, executor
-from speculators.runner.store import Artifact, Store
+from speculators.runner.store import Store
 
 STAGE = '''
 """A stage that counts to `config.prompts.seed` in steps it never repeats."""

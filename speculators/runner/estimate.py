@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
+import os
 import shlex
-import shutil
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from speculators.errors import StoreError
 from speculators.runner import derive, graph, upkeep, vllm
 from speculators.runner.graph import TARGET
 from speculators.runner.plan import Planner, State, Step
+from speculators.runner.store import free_bytes
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -32,7 +33,15 @@ class Needs:
     """Upper bound of the tokens whose states would be stored."""
     feature_bytes: int = 0
     """Of them, without what an earlier attempt has written."""
+    store: str = ""
+    """Where all of it would be kept."""
     free_bytes: int = 0
+    writable: bool = True
+    """Whether anything can be made there."""
+    held_bytes: int = 0
+    """What the store holds now; counted only if there is a quota."""
+    quota_bytes: int = 0
+    """What it may hold; 0: as much as the disk does."""
 
 
 def estimate(planner: Planner, steps: Mapping[str, Step]) -> Needs:
@@ -46,32 +55,53 @@ def estimate(planner: Planner, steps: Mapping[str, Step]) -> Needs:
         for serving in phase
         if not config.serve.url
     ]
-    free = free_bytes(planner.store.root)
+    root, quota = planner.store.root, int(config.run.quota_gib * 2**30)
+    needs = Needs(
+        servers=servers,
+        store=str(root),
+        free_bytes=free_bytes(root),
+        writable=_writable(root),
+        held_bytes=upkeep.held(planner.store) if quota else 0,
+        quota_bytes=quota,
+    )
     packing = next((s for s in open_steps if "features" in s.node.spec.gives), None)
     if packing is None or planner.facts is None:
-        return Needs(servers=servers, free_bytes=free)
+        return needs
     tokens = _tokens(planner, steps[packing.node.inputs["tokens"]])
     storing = [packing, *(s for s in open_steps if s.node.keeps_states)]
     written = sum(upkeep.size(planner.store.work(s.node.kind, s.key)) for s in storing if s.key)
     need = max(0, len(storing) * tokens * derive.feature_bytes_per_token(config, planner.facts) - written)
-    return Needs(servers=servers, feature_tokens=tokens, feature_bytes=need, free_bytes=free)
+    return replace(needs, feature_tokens=tokens, feature_bytes=need)
 
 
 def refuse_if_too_large(needs: Needs) -> None:
-    """Raises StoreError when the hidden states would not fit."""
+    """Raises StoreError when nothing can be stored at all, or the hidden states would not fit."""
+    if not needs.writable:
+        hint = "mend its permissions, or store elsewhere and only read this one: run.store=PATH run.stores_read=[PATH]"
+        raise StoreError(f"something is to be made, and the store {needs.store} cannot be written", hint)
+    wanted = needs.held_bytes + needs.feature_bytes
+    if needs.quota_bytes and wanted > needs.quota_bytes:
+        states = f" and the hidden states need up to {_gib(needs.feature_bytes)}" if needs.feature_bytes else ""
+        raise StoreError(
+            f"the store holds {_gib(needs.held_bytes)}{states}, run.quota_gib allows {_gib(needs.quota_bytes)}",
+            "`speculators-run gc --delete` removes what nobody uses; or raise run.quota_gib",
+        )
     if needs.feature_bytes > needs.free_bytes:
         raise StoreError(
-            f"the hidden states need up to {needs.feature_bytes / 2**30:.1f} GiB, "
-            f"the store has {needs.free_bytes / 2**30:.1f} GiB free",
+            f"the hidden states need up to {_gib(needs.feature_bytes)}, the store has {_gib(needs.free_bytes)} free",
             "lower prompts.count or train.sequence_length, or name a larger disk: run.store=PATH",
         )
 
 
-def free_bytes(root: Path) -> int:
-    """Free bytes where the store is, or will be."""
+def _writable(root: Path) -> bool:
+    """Whether something could be made in a directory, or where it will be."""
     while not root.exists():
         root = root.parent
-    return shutil.disk_usage(root).free
+    return os.access(root, os.W_OK | os.X_OK)
+
+
+def _gib(count: int) -> str:
+    return f"{count / 2**30:.1f} GiB"
 
 
 def _tokens(planner: Planner, tokens: Step) -> int:

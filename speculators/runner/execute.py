@@ -125,8 +125,10 @@ class Execution:
         node, began = step.node, time.monotonic()
         plan = graph.phases(node, self.config)
         try:
-            if not self._room_was_asked or "features" in node.spec.gives or node.keeps_states:
-                # Again where states are stored: an upper bound is counted by then, and others fill the disk too.
+            quota = self.config.run.quota_gib
+            if quota or not self._room_was_asked or "features" in node.spec.gives or node.keeps_states:
+                # Again where states are stored: an upper bound is counted by then, and others fill the disk too. With
+                # a quota, again before each stage, which is after the one before.
                 self._room_was_asked = True
                 open_steps = {s.node.name: s for s in self.planner.plan()}
                 estimate.refuse_if_too_large(estimate.estimate(self.planner, open_steps))

@@ -15,8 +15,8 @@ from typing import Any
 
 from speculators.errors import RecipeError, closest
 from speculators.runner import key
+from speculators.runner.artifact import Artifact
 from speculators.runner.plan import Planner, State, Step
-from speculators.runner.store import Artifact
 
 LIBRARIES = ("torch", "transformers", "datasets")
 """Noted in the provenance by the stages that load them."""

@@ -16,8 +16,9 @@ from typing import Any
 from speculators.config import Config, identity
 from speculators.errors import ServiceError
 from speculators.runner import derive, graph, key, sources, vllm
+from speculators.runner.artifact import Artifact
 from speculators.runner.graph import TARGET, Node
-from speculators.runner.store import Artifact, Store
+from speculators.runner.store import Store
 
 
 class State(enum.Enum):

@@ -9,6 +9,10 @@
 An artifact is whole or not there: everything is written and synced in the work directory and appears by one
 rename. A directory that fails its check is a miss, never a crash. Reading creates nothing, so `plan` works on a
 store that is read-only or does not exist yet.
+
+A store may be shared. What the root's own mode grants to group and others is granted to everything that is made
+below it (`chmod 2770 ROOT` once, for a team), whatever the umask of whoever makes it. Further stores may lie
+underneath as layers: what is not in this one is looked up there, and nothing is ever written there.
 """
 
 from __future__ import annotations
@@ -21,21 +25,22 @@ import os
 import shutil
 import socket
 import time
-from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from speculators.errors import StageError, StoreError
+from speculators.config import Run
+from speculators.errors import StoreError
 from speculators.job import write_json
 from speculators.runner import key as keys
+from speculators.runner.artifact import FORMAT, Artifact, is_whole, manifest_of, read_artifact
 
-FORMAT = "1"
-"""Raised when an older release could not read the layout."""
 CACHEDIR_TAG = "Signature: 8a477f597d28d172789f06886806bc55\n# Made by speculators-run; backup programs may skip it.\n"
 """See https://bford.info/cachedir/."""
 KNOWN = {"format", "CACHEDIR.TAG", "artifacts", "work", "locks", "aside", "services"}
 """What may lie in a store's root; anything else means that the directory is somebody's, not a store."""
+_REFUSED = {errno.EROFS, errno.EACCES, errno.EPERM, errno.ENOSPC, errno.EDQUOT}
+"""Why a lock's file cannot be made; any other error while locking means that locks do not work there."""
 
 
 def store_root(named: str) -> Path:
@@ -43,40 +48,46 @@ def store_root(named: str) -> Path:
     return Path(named or os.environ.get("SPECULATORS_STORE") or "~/.cache/speculators-run").expanduser().resolve()
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Artifact:
-    """One published result."""
+def open_store(run: Run) -> Store:
+    """The store of a recipe over those that it only reads.
 
-    stage: str
-    key: str
-    path: Path
-    """Its directory, with artifact.json, manifest.jsonl and data/."""
-    digest: str
-    """What it is as an input of others: sha256 of its manifest, or the identity that its source declares."""
-    preimage: dict[str, Any]
-    """What `key` is the digest of."""
-    record: dict[str, Any]
-    """Facts that the stage wrote down: rows read, rows dropped, seconds."""
-    provenance: dict[str, Any]
-    """Who made it, when, where, with what."""
-    bytes: int
-    """Size of data/."""
+    Raises:
+        StoreError: one of them cannot be read, or a layer is not there.
+    """
+    layers = run.stores_read or os.environ.get("SPECULATORS_STORE_READ", "").split(os.pathsep)
+    return Store(store_root(run.store), [Path(layer).expanduser().resolve() for layer in layers if layer])
 
-    @property
-    def data(self) -> Path:
-        """What the stage made, read-only."""
-        return self.path / "data"
+
+def free_bytes(root: Path) -> int:
+    """Free bytes where the store is, or will be."""
+    while not root.exists():
+        root = root.parent
+    return shutil.disk_usage(root).free
+
+
+def no_space(error: OSError, where: object) -> StoreError:
+    """What to say of a disk, or a user's quota, that is full."""
+    hint = "make room (`speculators-run gc` tells what nobody uses), then run the same command again: what is finished "
+    if error.errno == errno.EDQUOT:
+        return StoreError(f"your disk quota is used up: {where}", f"{hint}is kept")
+    free = free_bytes(Path(str(where)).absolute()) / 2**20
+    return StoreError(f"no space is left for {where}: {free:.1f} MiB are free there", f"{hint}is kept")
 
 
 class Store:
-    """The store at `root`, which need not exist.
+    """The store at `root`, which need not exist, over the `layers` below it, which must.
 
     Raises:
-        StoreError: the layout there is of another release, or a store cannot be read.
+        StoreError: the layout there is of another release, a store cannot be read, or a layer is none.
     """
 
-    def __init__(self, root: Path) -> None:
+    def __init__(self, root: Path, layers: Sequence[Path] = ()) -> None:
         self.root = root
+        self.layers = tuple(Store(layer) for layer in layers if layer != root)
+        for layer in self.layers:
+            if not (layer.root / "format").exists():
+                hint = "name a store that is there in run.stores_read or SPECULATORS_STORE_READ; is its disk mounted?"
+                raise StoreError(f"{layer.root} is to be read and is not a store", hint)
         try:
             layout = (root / "format").read_text().strip()
         except FileNotFoundError:
@@ -88,30 +99,28 @@ class Store:
             raise StoreError(f"the store {root} has layout `{layout}`, this release reads `{FORMAT}`", hint)
 
     def find(self, stage: str, key: str) -> Artifact | None:
-        """The artifact of this key if it is whole: every file of its manifest is there with its size."""
-        path = self._place(stage, key)
-        artifact = _read(path)
-        return artifact if artifact is not None and artifact.key == key and _whole(path) else None
+        """The artifact of this key if it is whole, here or in a layer: every file of its manifest with its size.
 
-    def trouble(self, artifact: Artifact) -> str:
-        """What is wrong with an artifact whose files are all read and hashed again; empty if nothing is."""
-        if not _whole(artifact.path):
-            return "its manifest is damaged, or a file is missing or has another size"
-        for line in (artifact.path / "manifest.jsonl").read_text().splitlines():
-            entry = json.loads(line)
-            try:
-                if _sha256(artifact.data / entry["path"]) != entry["sha256"]:
-                    return f"{entry['path']} has other bytes"
-            except OSError as error:
-                return f"{entry['path']} cannot be read: {error.strerror}"
-        return ""
+        Raises:
+            StoreError: it is there and this user may not read it, which making it again would not mend.
+        """
+        stores = (self, *self.layers)
+        return next((found for store in stores if (found := store._find_here(stage, key)) is not None), None)
 
     def artifacts(self, stage: str) -> Iterator[Artifact]:
-        """Every artifact of a stage whose artifact.json can be read; its files are not looked at."""
+        """Every artifact of a stage whose artifact.json can be read, layers included; its files are not looked at."""
+        seen = set()
+        for store in (self, *self.layers):
+            for artifact in store.own(stage):
+                if artifact.key not in seen:
+                    seen.add(artifact.key)
+                    yield artifact
+
+    def own(self, stage: str) -> Iterator[Artifact]:
+        """The same without layers: what can be removed."""
         for path in sorted((self.root / "artifacts" / stage).glob("[!.]*/[!.]*")):
-            artifact = _read(path)
-            if artifact is not None:
-                yield artifact
+            with contextlib.suppress(OSError, ValueError):
+                yield read_artifact(path)
 
     def nearest(self, stage: str, preimage: Mapping[str, Any]) -> Artifact | None:
         """The artifact whose preimage differs least from this one, in leaves; of several, the newest."""
@@ -127,63 +136,76 @@ class Store:
         return self.root / "work" / stage / key
 
     @contextlib.contextmanager
-    def claim(self, stage: str, key: str, waiting: Callable[[str], None], run: str = "") -> Iterator[None]:
+    def claim(
+        self, stage: str, key: str, waiting: Callable[[str], None], run: str = "", uses: Iterable[str] = ()
+    ) -> Iterator[None]:
         """Hold the only right to make this artifact; while another process holds it, say who and wait.
 
         It is a lock of the kernel: it ends with the process that holds it, however that ends. Whoever gets it
-        has to look again: the artifact may be there by now.
+        has to look again: the artifact may be there by now. `uses` are the keys of what is read meanwhile.
         """
-        import filelock  # not at the top: it costs tens of ms, and `plan` never claims
-
         with self._writing():
-            self._prepare()
-        lock, holder = self._lock(stage, key), self.root / "locks" / f"{stage}-{key}.json"
-        try:
-            try:
-                lock.acquire(timeout=0)
-            except filelock.Timeout:
-                waiting(_describe(holder))
-                lock.acquire(poll_interval=0.2)
-        except (OSError, NotImplementedError) as error:
-            hint = "put the store on a file system whose locks work: run.store=DIRECTORY"
-            raise StoreError(f"nothing can be locked in the store {self.root}: {error}", hint) from None
-        try:
+            self.root.mkdir(parents=True, exist_ok=True)
+        with self._rights():
             with self._writing():
-                write_json(holder, {"pid": os.getpid(), "host": socket.gethostname(), "run": run, "since": time.time()})
-                self._take_back(stage, key)
-            yield
-        finally:
-            holder.unlink(missing_ok=True)
-            lock.release()
+                self._prepare()
+            lock, holder = self._lock(stage, key), self.root / "locks" / f"{stage}-{key}.json"
+            if not self._acquire(lock, wait=False):
+                waiting(_describe(holder))
+                self._acquire(lock, wait=True)
+            try:
+                who = {"pid": os.getpid(), "host": socket.gethostname(), "run": run, "since": time.time()}
+                with self._writing():
+                    write_json(holder, {**who, "uses": sorted(uses)})
+                    self._take_back(stage, key)
+                yield
+            finally:
+                holder.unlink(missing_ok=True)
+                lock.release()
 
     @contextlib.contextmanager
     def claimed_at_once(self, stage: str, key: str) -> Iterator[bool]:
         """The same right if nobody holds it, false if somebody does."""
-        import filelock
+        with self._rights():
+            lock = self._lock(stage, key)
+            ours = self._acquire(lock, wait=False)
+            try:
+                yield ours
+            finally:
+                if ours:
+                    lock.release()
 
-        lock = self._lock(stage, key)
-        try:
-            lock.acquire(timeout=0)
-        except filelock.Timeout:
-            yield False
-            return
-        try:
-            yield True
-        finally:
-            lock.release()
+    def in_use(self) -> set[str]:
+        """Keys that somebody holds the claim of now, and those that they read meanwhile."""
+        found: set[str] = set()
+        for holder in (self.root / "locks").glob("[!.]*.json"):
+            stage, _, key = holder.stem.rpartition("-")
+            try:
+                with self.claimed_at_once(stage, key) as ended:
+                    pass  # if it is ours now, whoever wrote this was killed
+            except StoreError:
+                ended = False  # nothing can be locked here, so it cannot be known
+            if not ended:
+                found |= {key, *_said(holder).get("uses", ())}
+        return found
 
     def touch(self, artifact: Artifact) -> None:
-        """Note that an artifact was used now, where the store can be written."""
-        with contextlib.suppress(OSError):
-            os.utime(artifact.path / "artifact.json")
+        """Note that an artifact was used now, where it is ours and the store can be written."""
+        if artifact.path.is_relative_to(self.root):
+            with contextlib.suppress(OSError):
+                os.utime(artifact.path / "artifact.json")
 
     def set_aside(self, stage: str, key: str) -> Path | None:
         """Move a directory that `find` refuses out of the way; where to, or None if there is none. Needs the claim."""
         path = self._place(stage, key)
-        if not path.exists():
-            return None
-        aside = self.root / "aside" / f"{stage}-{key}-{time.time_ns()}"
+        return self.move_aside(path, f"{stage}-{key}") if path.exists() else None
+
+    def move_aside(self, path: Path, name: str) -> Path:
+        """Move what lies at a path of the store out of the way, under a name that tells what it was."""
+        now = time.time_ns()
         with self._writing():
+            while (aside := self.root / "aside" / f"{name}-{now}").exists():
+                now += 1  # the clock was set back to that very moment
             aside.parent.mkdir(exist_ok=True)
             path.rename(aside)
         return aside
@@ -209,9 +231,9 @@ class Store:
             StageError: data/ is empty, or holds something else than files and directories.
             StoreError: the store cannot be written.
         """
-        work, place = self.work(stage, key), self._place(stage, key)
+        work = self.work(stage, key)
         with self._writing():
-            entries = _manifest(work / "data", stage)
+            entries = manifest_of(work / "data", stage)
             manifest = "".join(keys.canonical(entry) + "\n" for entry in entries)
             content = hashlib.sha256(manifest.encode()).hexdigest()
             staging = work / "publish"
@@ -230,17 +252,27 @@ class Store:
                 "provenance": dict(provenance),
             }
             write_json(staging / "artifact.json", described)
-            _sync_tree(work / "data")
             (work / "data").rename(staging / "data")
-            for entry in entries:
-                (staging / "data" / entry["path"]).chmod(0o444)
-            _sync_tree(staging, deep=False)
+        return self.adopt(stage, key, staging, anew=anew)
+
+    def adopt(self, stage: str, key: str, staging: Path, *, anew: bool = False) -> Artifact:
+        """Make a directory of the work directory, with all that an artifact has, the artifact of this key.
+
+        Then remove the work directory. If the artifact is there already, see `publish`. Needs the claim.
+
+        Raises:
+            StoreError: the store cannot be written, or what is there then is not whole.
+        """
+        place = self._place(stage, key)
+        with self._writing():
+            self._allow(staging / "data", 0o444)
+            _sync_tree(staging)
             place.parent.mkdir(parents=True, exist_ok=True)
-            if anew and not _holds(place, manifest):
+            if anew and not _same_files(place, staging):
                 self.set_aside(stage, key)
             self._move_into_place(staging, place, stage, key)
             self.discard_work(stage, key)
-        artifact = self.find(stage, key)
+        artifact = self._find_here(stage, key)
         if artifact is None:
             raise StoreError(f"{place} was just written and is not whole", "is another program writing in the store?")
         return artifact
@@ -249,13 +281,24 @@ class Store:
         """Remove what attempts left behind; the artifact is there. Needs the claim."""
         shutil.rmtree(self.work(stage, key), ignore_errors=True)
 
+    def _find_here(self, stage: str, key: str) -> Artifact | None:
+        path = self._place(stage, key)
+        try:
+            artifact = read_artifact(path)
+            return artifact if artifact.key == key and is_whole(artifact) else None
+        except PermissionError as error:
+            hint = f"ask {_owner(path)} for the right to read it, or use a store of your own: run.store=DIRECTORY"
+            raise StoreError(f"{error.filename} cannot be read: {error.strerror}", hint) from None
+        except (OSError, ValueError):
+            return None  # not there, or damaged
+
     def _move_into_place(self, staging: Path, place: Path, stage: str, key: str) -> None:
         try:
             staging.rename(place)
         except OSError as error:
             if error.errno not in (errno.ENOTEMPTY, errno.EEXIST):
                 raise
-            if self.find(stage, key) is None:
+            if self._find_here(stage, key) is None:
                 self.set_aside(stage, key)
                 staging.rename(place)
         _sync(place.parent)
@@ -265,17 +308,51 @@ class Store:
         work = self.work(stage, key)
         sealed = work / "publish" / "data"
         if sealed.is_dir() and not (work / "data").exists():
-            for path in sealed.rglob("*"):
-                path.chmod(0o755 if path.is_dir() else 0o644)
+            self._allow(sealed, 0o666)
             sealed.rename(work / "data")
 
+    def _allow(self, root: Path, files: int) -> None:
+        """Let the store's users do this with the files below a directory; tools leave some that only one may read."""
+        mode = self._mode()
+        for path in [*root.rglob("*"), root]:
+            path.chmod(mode if path.is_dir() else mode & files)
+
     def _lock(self, stage: str, key: str) -> Any:
-        import filelock
+        import filelock  # not at the top: it costs tens of ms, and `plan` never claims
 
         locks = self.root / "locks"
         with self._writing():
             locks.mkdir(exist_ok=True)
-        return filelock.FileLock(locks / f"{stage}-{key}.lock", fallback_to_soft=False)
+        return filelock.FileLock(locks / f"{stage}-{key}.lock", mode=self._mode() & 0o666, fallback_to_soft=False)
+
+    def _acquire(self, lock: Any, *, wait: bool) -> bool:
+        """Take a lock; false if somebody holds it and we do not wait."""
+        import filelock
+
+        try:
+            lock.acquire(timeout=-1 if wait else 0, poll_interval=0.2)
+        except filelock.Timeout:
+            return False
+        except (OSError, NotImplementedError) as error:
+            if getattr(error, "errno", None) in _REFUSED:
+                with self._writing():
+                    raise
+            hint = "put the store on a file system whose locks work: run.store=DIRECTORY"
+            raise StoreError(f"nothing can be locked in the store {self.root}: {error}", hint) from None
+        return True
+
+    def _mode(self) -> int:
+        """What may be done in the store, by its root's mode; the owner may do everything."""
+        return self.root.stat().st_mode & 0o077 | 0o700
+
+    @contextlib.contextmanager
+    def _rights(self) -> Iterator[None]:
+        """Give what is made meanwhile the rights of the root. The umask is the process's: no other thread may care."""
+        before = os.umask(~self._mode() & 0o777)
+        try:
+            yield
+        finally:
+            os.umask(before)
 
     def _place(self, stage: str, key: str) -> Path:
         return self.root / "artifacts" / stage / key[:2] / key
@@ -284,7 +361,6 @@ class Store:
         """Make the root a store. A directory that holds something else is left alone."""
         if (self.root / "format").exists():
             return
-        self.root.mkdir(parents=True, exist_ok=True)
         foreign = sorted(p.name for p in self.root.iterdir() if p.name not in KNOWN and not p.name.startswith("."))
         if foreign:
             hint = "give an empty directory, or one that does not exist: run.store=DIRECTORY"
@@ -300,71 +376,36 @@ class Store:
         try:
             yield
         except OSError as error:
-            hint = "mend its permissions, or use another directory: run.store=DIRECTORY"
-            if error.errno in (errno.ENOSPC, errno.EDQUOT):
-                hint = "make room, then run the same command again: what is finished is kept"
             where = error.filename or self.root
+            if error.errno in (errno.ENOSPC, errno.EDQUOT):
+                raise no_space(error, where) from error
+            hint = "mend its permissions, or use another directory: run.store=DIRECTORY"
             raise StoreError(f"the store cannot be written: {where}: {error.strerror}", hint) from error
 
 
-def _read(path: Path) -> Artifact | None:
-    """What artifact.json says; None if it cannot be read or is not one of ours."""
+def _same_files(place: Path, staging: Path) -> bool:
+    """Whether a whole artifact lies there that has just the files of the one that is to come."""
     try:
-        plain = json.loads((path / "artifact.json").read_text())
-        artifact = Artifact(
-            stage=plain["stage"],
-            key=plain["key"],
-            path=path,
-            digest=plain["digest"],
-            preimage=plain["preimage"],
-            record=plain["record"],
-            provenance=plain["provenance"],
-            bytes=plain["bytes"],
-        )
-        keys.differences(artifact.preimage, artifact.preimage)
-    except (OSError, ValueError, LookupError, TypeError, AttributeError):
-        return None
-    return artifact if plain.get("format") == FORMAT else None
-
-
-def _whole(path: Path) -> bool:
-    """The manifest is the one that was published, and every file of it is there with its size."""
-    try:
-        manifest = (path / "manifest.jsonl").read_bytes()
-        if hashlib.sha256(manifest).hexdigest() != json.loads((path / "artifact.json").read_text())["manifest"]:
-            return False
-        root = str(path / "data")
-        entries = json.loads(b"[" + b",".join(manifest.splitlines()) + b"]")
-        # Strings, because a hundred thousand `Path`s take longer than asking the kernel.
-        return all(os.stat(f"{root}/{entry['path']}").st_size == entry["size"] for entry in entries)  # noqa: PTH116
-    except (OSError, ValueError, LookupError, TypeError):
+        made = read_artifact(place)
+        return is_whole(made) and made.manifest == read_artifact(staging).manifest
+    except (OSError, ValueError):
         return False
 
 
-def _holds(place: Path, manifest: str) -> bool:
-    """Whether the artifact there has just these files."""
-    return _whole(place) and (place / "manifest.jsonl").read_text() == manifest
+def _owner(path: Path) -> str:
+    """Whose a path is, or the nearest directory above it that can be seen."""
+    while True:
+        try:
+            return path.owner()
+        except KeyError:
+            return f"user {path.stat().st_uid}"
+        except OSError:
+            path = path.parent
 
 
-def _manifest(data: Path, stage: str) -> list[dict[str, Any]]:
-    """Path, size and sha256 of every file, sorted by path."""
-    found = sorted(p for p in data.rglob("*") if p.is_symlink() or not p.is_dir())
-    for path in found:
-        if path.is_symlink() or not path.is_file():
-            raise StageError(f"{stage}: {path} is not a file", "an artifact holds plain files and nothing else")
-    if not found:
-        raise StageError(f"{stage}: it left nothing in {data}", "a stage has to make something; see its log")
-    return [{"path": p.relative_to(data).as_posix(), "size": p.stat().st_size, "sha256": _sha256(p)} for p in found]
-
-
-def _sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def _sync_tree(root: Path, *, deep: bool = True) -> None:
-    """Put a directory and what is in it on the disk; of directories below it only their names unless `deep`."""
-    for path in [*(root.rglob("*") if deep else root.iterdir()), root]:
+def _sync_tree(root: Path) -> None:
+    """Put a directory and all that is below it on the disk."""
+    for path in [*root.rglob("*"), root]:
         _sync(path)
 
 
@@ -376,11 +417,17 @@ def _sync(path: Path) -> None:
         os.close(descriptor)
 
 
-def _describe(holder: Path) -> str:
-    """Who holds a claim, in words; the lock itself is the kernel's, this is only for messages."""
+def _said(holder: Path) -> dict[str, Any]:
+    """What the holder of a claim wrote down; the lock itself is the kernel's, this is for messages and for `gc`."""
     try:
         plain = json.loads(holder.read_text())
-        run = f" of run {plain['run']}" if plain["run"] else ""
-        return f"pid {plain['pid']} on {plain['host']}{run}"
-    except (OSError, ValueError, LookupError, TypeError):
-        return "another process"
+        return plain if isinstance(plain, dict) else {}
+    except (OSError, ValueError):
+        return {}
+
+
+def _describe(holder: Path) -> str:
+    """Who holds a claim, in words."""
+    plain = _said(holder)
+    run = f" of run {plain['run']}" if plain.get("run") else ""
+    return f"pid {plain['pid']} on {plain['host']}{run}" if {"pid", "host"} <= plain.keys() else "another process"

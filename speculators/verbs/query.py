@@ -11,14 +11,14 @@ from speculators.runner import estimate
 from speculators.runner.execute import as_json
 from speculators.runner.explain import explain as explanation
 from speculators.runner.plan import Planner
-from speculators.runner.store import Store, store_root
+from speculators.runner.store import open_store
 
 
 def plan(words: list[str]) -> int:
     """What would run, and why; starts nothing, writes nothing."""
     as_data = "--json" in words
     config = recipe.compose([w for w in words if w != "--json"])
-    planner = Planner(config, Store(store_root(config.run.store)))
+    planner = Planner(config, open_store(config.run))
     steps = {step.node.name: step for step in planner.plan()}
     needs = estimate.estimate(planner, steps)
     if as_data:
@@ -43,6 +43,6 @@ def explain(words: list[str]) -> int:
     if not words or "=" in words[0]:
         raise RecipeError("explain wants a stage", "speculators-run explain train recipe=NAME")
     config = recipe.compose(words[1:])
-    found = explanation(Planner(config, Store(store_root(config.run.store))), words[0])
+    found = explanation(Planner(config, open_store(config.run)), words[0])
     print(json.dumps(dataclasses.asdict(found), indent=1) if as_data else ui.explanation(found))
     return 0

@@ -15,7 +15,7 @@ from speculators.job import write_json
 from speculators.runner.events import Events
 from speculators.runner.execute import Execution, as_json, resolved
 from speculators.runner.plan import Planner
-from speculators.runner.store import Store, store_root
+from speculators.runner.store import open_store
 
 _FLAGS = (
     "-m",
@@ -45,7 +45,7 @@ def main(words: list[str]) -> int:
 def run_recipe(config: Config, words: Sequence[str]) -> None:
     """Carry out one recipe, tell about it on stderr and print what was measured on stdout."""
     began = time.monotonic()
-    planner = Planner(config, Store(store_root(config.run.store)))
+    planner = Planner(config, open_store(config.run))
     directory = _run_directory(config)
     write_json(directory / "config.json", resolved(config))
     status = "failed"

@@ -1,59 +1,70 @@
-"""ls, verify, gc: the artifact store."""
+"""ls, verify, gc, export, import: the artifact store."""
 
 from __future__ import annotations
 
 import dataclasses
 import json
+from collections.abc import Sequence
 from pathlib import Path
 
-from speculators import ui
+from speculators import recipe, ui
+from speculators.config import Run
 from speculators.errors import RecipeError, StoreError, closest
-from speculators.runner import upkeep
+from speculators.runner import archive, upkeep
+from speculators.runner.artifact import Artifact
 from speculators.runner.graph import KINDS
-from speculators.runner.store import Store, store_root
+from speculators.runner.plan import Planner
+from speculators.runner.store import Store, free_bytes, open_store
 
 
 def ls(words: list[str]) -> int:
-    """What the store holds."""
+    """What the store and those below it hold."""
     store, wanted, as_data = _store_words(words)
     rows = [
         {"stage": a.stage, "key": a.key, "bytes": a.bytes, "finished": a.provenance.get("finished", ""),
-         "run": a.provenance.get("run", "")}
-        for stage in wanted for a in store.artifacts(stage)
+         "run": a.provenance.get("run", ""), "store": str(a.path.parents[3])}
+        for stage in _stages(wanted) for a in store.artifacts(stage)
     ]  # fmt: skip
     if as_data:
         print(json.dumps(rows, indent=1))
     elif rows:
         shown = [(r["stage"], r["key"][:8], ui.size(r["bytes"]), r["finished"][:16], r["run"]) for r in rows]
         print(ui.columns([("stage", "key", "size", "finished", "run"), *shown], right=[2]))
-        print(f"\n{len(rows)} artifacts, {ui.size(sum(r['bytes'] for r in rows))} in {store.root}")
+        roots = ", ".join(str(s.root) for s in (store, *store.layers))
+        print(f"\n{len(rows)} artifacts, {ui.size(sum(r['bytes'] for r in rows))} in {roots}")
     else:
         ui.narrate("empty", str(store.root))
     return 0
 
 
 def verify(words: list[str]) -> int:
-    """Whether it still is what was stored."""
-    store, wanted, as_data = _store_words(words)
-    broken = {}
-    for artifact in (a for stage in wanted for a in store.artifacts(stage)):
-        trouble = store.trouble(artifact)
-        ui.narrate("broken" if trouble else "whole", artifact.stage, f"{artifact.key[:8]}  {trouble}")
-        if trouble:
-            broken[artifact.key] = {"stage": artifact.stage, "trouble": trouble}
+    """Whether all that lies in the store still is what was stored; what is not is moved aside if asked."""
+    store, wanted, as_data = _store_words([word for word in words if word != "--aside"])
+    broken, left = {}, 0
+    for entry in upkeep.entries(store, _stages(wanted) if wanted else ()):
+        ui.narrate("broken" if entry.trouble else "whole", entry.stage, f"{entry.key[:8]}  {entry.trouble}")
+        if not entry.trouble:
+            continue
+        name = entry.key or entry.stage
+        broken[name] = {"stage": entry.stage, "trouble": entry.trouble}
+        aside = upkeep.move_aside(store, entry) if "--aside" in words else None
+        left += aside is None
+        if aside is not None:
+            ui.narrate("aside", entry.stage, str(aside))
     if as_data:
         print(json.dumps(broken, indent=1))
-    if broken:
+    if left:
+        hint = "`speculators-run verify --aside` moves them out of the way; the next run makes them again"
         raise StoreError(
-            f"{len(broken)} artifacts are not what was stored",
-            f"remove their directories below {store.root / 'artifacts'}; the next run makes them again",
+            f"{left} artifacts are not what was stored",
+            "somebody is at work on them: try again later" if "--aside" in words else hint,
         )
     return 0
 
 
 def gc(words: list[str]) -> int:
     """What nobody used for long; deleted if asked."""
-    days, runs, rest = 30.0, "runs", []
+    days, runs, rest = 30.0, None, []
     for word in words:
         name, _, value = word.partition("=")
         if name == "days":
@@ -62,11 +73,11 @@ def gc(words: list[str]) -> int:
             except ValueError:
                 raise RecipeError(f"days={value} is not a number", "say days=30") from None
         elif name == "run.dir":
-            runs = value
+            runs = _listed(value)
         elif word != "--delete":
             rest.append(word)
     store, _, as_data = _store_words(rest)
-    found = upkeep.rubbish(store, upkeep.named_by_runs(Path(runs).expanduser()), days)
+    found = upkeep.rubbish(store, _kept(runs), days)
     delete = "--delete" in words
     for item in found:
         gone = delete and upkeep.remove(store, item)
@@ -80,15 +91,111 @@ def gc(words: list[str]) -> int:
     return 0
 
 
-def _store_words(words: list[str]) -> tuple[Store, list[str], bool]:
-    """The store, the stages that were named (all of them if none is), and whether data is wanted."""
+def export(words: list[str]) -> int:
+    """Artifacts as one file: those of `STAGE` or `STAGE:KEY`, or all that a recipe finds."""
+    *chosen, file = [word for word in words if word != "--json"] or [""]
+    if not chosen or "=" in file or not file:
+        hint = "speculators-run export train:0123abcd FILE, or export recipe=NAME FILE"
+        raise RecipeError("export wants artifacts and, last, a file", hint)
+    if any(word.startswith("recipe=") for word in chosen):
+        found = _of_recipe(chosen)
+    else:
+        store, wanted, _ = _store_words(chosen)
+        found = [artifact for word in wanted for artifact in _named(store, word)]
+    found = list({(artifact.stage, artifact.key): artifact for artifact in found}.values())
+    archive.write(found, Path(file).expanduser())
+    for artifact in found:
+        ui.narrate("exported", artifact.stage, f"{artifact.key[:8]}  {ui.size(artifact.bytes)}")
+    if "--json" in words:
+        print(json.dumps([{"stage": a.stage, "key": a.key, "bytes": a.bytes} for a in found], indent=1))
+    ui.narrate("export", f"{len(found)} artifacts", f"{ui.size(sum(a.bytes for a in found))}  {file}")
+    return 0
 
-    root, stages = "", []
+
+def import_(words: list[str]) -> int:
+    """What `export` wrote, checked, into the store."""
+    plain = [word for word in words if "=" not in word and word != "--json"]
+    if len(plain) != 1:
+        raise RecipeError("import wants one file", "speculators-run import FILE")
+    store, _, as_data = _store_words([word for word in words if word != plain[0]])
+    path = Path(plain[0]).expanduser()
+    here = Store(store.root)
+    need = sum(item.bytes for item in archive.contents(path) if here.find(item.stage, item.key) is None)
+    if need > (free := free_bytes(here.root)):
+        hint = "make room (`speculators-run gc`), or name a larger disk: run.store=PATH"
+        raise StoreError(f"{path} holds {ui.size(need)} that are new, the store has {ui.size(free)} free", hint)
+    rows = []
+    for item, new in archive.read(path, here, lambda holder: ui.narrate("waits", holder)):
+        ui.narrate("imported" if new else "cached", item.stage, f"{item.key[:8]}  {ui.size(item.bytes)}")
+        rows.append({"stage": item.stage, "key": item.key, "bytes": item.bytes, "new": new})
+    if as_data:
+        print(json.dumps(rows, indent=1))
+    return 0
+
+
+def _kept(runs: list[str] | None) -> set[str]:
+    """The keys that runs name. A directory that is asked for and is not there would let everything of its go."""
+    kept: set[str] = set()
+    for name in runs or ["runs"]:
+        directory = Path(name).expanduser()
+        if directory.is_dir():
+            kept |= upkeep.named_by_runs(directory)
+        elif runs:
+            raise StoreError(f"run.dir: there is no directory `{name}`", "name those that hold the runs to keep")
+        else:
+            ui.narrate("note", "no runs here", "only the last use counts; say run.dir=PATH,PATH to keep what runs name")
+    return kept
+
+
+def _of_recipe(words: Sequence[str]) -> list[Artifact]:
+    """What a recipe finds, in data-flow order."""
+    config = recipe.compose(words)
+    steps = Planner(config, open_store(config.run)).plan()
+    for step in steps:
+        if step.artifact is None and not step.path:
+            ui.narrate("missing", step.node.name, step.reason)
+    found = [step.artifact for step in steps if step.artifact is not None]
+    if not found:
+        raise StoreError(f"nothing of {config.recipe} is in the store", "run it first")
+    return found
+
+
+def _named(store: Store, word: str) -> list[Artifact]:
+    """The artifacts of `STAGE`, or the one of `STAGE:KEY-PREFIX`, whole."""
+    stage, _, prefix = word.partition(":")
+    found = [artifact for artifact in store.artifacts(stage) if artifact.key.startswith(prefix)]
+    if not found or (prefix and len(found) > 1):
+        keys = [artifact.key[: max(8, len(prefix) + 4)] for artifact in store.artifacts(stage)]
+        many = f"{len(found)} artifacts" if found else "no artifact"
+        raise StoreError(f"{many} of the store fits `{word}`", f"there is: {', '.join(keys) or 'nothing'}")
+    for artifact in found:
+        if store.find(artifact.stage, artifact.key) is None:
+            hint = "`speculators-run verify` says what is wrong with it"
+            raise StoreError(f"{stage} {artifact.key[:8]} is not whole", hint)
+    return found
+
+
+def _listed(value: str) -> list[str]:
+    """`a,b` or `[a,b]`, as Hydra writes a list."""
+    return [item.strip() for item in value.removeprefix("[").removesuffix("]").split(",") if item.strip()]
+
+
+def _stages(wanted: Sequence[str]) -> list[str]:
+    """The stages that were named; all of them if none is."""
+    return list(wanted) or list(KINDS)
+
+
+def _store_words(words: Sequence[str]) -> tuple[Store, list[str], bool]:
+    """The store, the words that name stages, and whether data is wanted."""
+    run, stages = Run(), []
     for word in words:
-        if word.startswith("run.store="):
-            root = word.partition("=")[2]
+        name, _, value = word.partition("=")
+        if name == "run.store":
+            run.store = value
+        elif name == "run.stores_read":
+            run.stores_read = _listed(value)
         elif word != "--json":
-            if word not in KINDS:
-                raise RecipeError(f"there is no stage `{word}`", closest(word, KINDS))
+            if (stage := word.partition(":")[0]) not in KINDS:
+                raise RecipeError(f"there is no stage `{stage}`", closest(stage, KINDS))
             stages.append(word)
-    return Store(store_root(root)), stages or list(KINDS), "--json" in words
+    return open_store(run), stages, "--json" in words

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
+import yaml
 
 from speculators import recipe
 from speculators.config import leaves
@@ -68,19 +71,80 @@ def test_keys_are_the_golden_ones(name: str, store: Store) -> None:
     assert keys(Planner(recipe.compose([f"recipe={name}"]), store)) == json.loads(GOLDEN.read_text())[name]
 
 
-@pytest.mark.parametrize(("seed", "locale"), [("0", "C"), ("1", "C.UTF-8"), ("77", "POSIX")])
-def test_keys_do_not_depend_on_directory_locale_or_hash_seed(seed: str, locale: str, tmp_path: Path) -> None:
-    code = (
-        "import json, pathlib; from speculators import recipe; from speculators.runner.plan import Planner;"
-        "from speculators.runner.store import Store;"
-        "p = Planner(recipe.compose(['recipe=smollm2_eagle3']), Store(pathlib.Path('s')));"
-        "p.engine = '1.2.3'; n = {x: x for x in p.graph}; print(json.dumps({x: p.step(x, n).key for x in p.graph}))"
-    )
-    env = {**os.environ, "PYTHONHASHSEED": seed, "LC_ALL": locale}
-    done = subprocess.run(
-        [sys.executable, "-c", code], env=env, cwd=tmp_path, capture_output=True, text=True, check=True
-    )
-    assert json.loads(done.stdout) == json.loads(GOLDEN.read_text())["smollm2_eagle3"]
+KEYS_OF_ALL = """
+import json, pathlib, sys
+from speculators import recipe
+from speculators.runner.plan import Planner
+from speculators.runner.store import Store
+found = {}
+for name in sys.argv[2:]:
+    p = Planner(recipe.compose([f"recipe={name}"]), Store(pathlib.Path(sys.argv[1])))
+    p.engine = "1.2.3"
+    names = {x: x for x in p.graph}
+    found[name] = {x: p.step(x, names).key for x in p.graph}
+print(json.dumps(found))
+"""
+
+
+@pytest.mark.parametrize("seed", range(10))
+def test_keys_do_not_depend_on_directory_locale_user_store_or_hash_seed(seed: int, tmp_path: Path) -> None:
+    directory = tmp_path / ("here", "elsewhere")[seed % 2]
+    directory.mkdir()
+    env = {
+        **os.environ,
+        "PYTHONHASHSEED": str(seed),
+        "LC_ALL": ("C", "C.UTF-8")[seed // 2 % 2],
+        "HOME": str(directory),
+        "USER": f"user-{seed}",
+    }
+    command = [sys.executable, "-c", KEYS_OF_ALL, f"store-{seed}", *RECIPES]
+    done = subprocess.run(command, env=env, cwd=directory, capture_output=True, text=True, check=True)
+    assert json.loads(done.stdout) == json.loads(GOLDEN.read_text())
+
+
+def _reversed(value: Any) -> Any:
+    """The same mapping with its keys written in the other order, at every depth."""
+    return {k: _reversed(value[k]) for k in reversed(value)} if isinstance(value, dict) else value
+
+
+def test_keys_do_not_depend_on_the_order_in_which_a_recipe_is_written(tmp_path: Path, store: Store) -> None:
+    text = (recipe.RECIPES / "smollm2_eagle3.yaml").read_text()
+    plain = _reversed(yaml.safe_load(text))
+    (tmp_path / "mine.yaml").write_text("# @package _global_\n" + yaml.safe_dump(plain, sort_keys=False))
+    words = ["train.epochs=2", "train.lr=0.5", f"recipe={tmp_path}/mine.yaml"]
+    one = keys(Planner(recipe.compose(words), store))
+    assert one == keys(Planner(recipe.compose(["recipe=smollm2_eagle3", *reversed(words[:2])]), store))
+
+
+@pytest.mark.parametrize(
+    "spellings",
+    [
+        ["train.lr=3e-4", "train.lr=0.0003", "train.lr=.0003", "train.lr=3.0E-04", "train.lr=+3e-4", "train.lr='3e-4'"],
+        ["train.clip=2", "train.clip=2.0", "train.clip=2e0"],
+        ["train.epochs=10", "train.epochs=+10", "train.epochs=1_0"],
+        ["vocab.size=null", "vocab.size=NULL"],
+        ["evaluate.concurrency=[1,8]", "evaluate.concurrency=[1, 8]"],
+    ],
+)
+def test_keys_do_not_depend_on_the_spelling_of_a_value(spellings: list[str], store: Store) -> None:
+    found = [keys(Planner(recipe.compose(["recipe=smollm2_eagle3", word]), store)) for word in spellings]
+    assert all(each == found[0] for each in found)
+    assert found[0] != keys(Planner(recipe.compose(["recipe=smollm2_eagle3"]), store))
+
+
+def test_a_target_moves_keys_by_its_content_and_not_by_its_place(
+    checkpoint: Path, tmp_path: Path, store: Store
+) -> None:
+    facts = ["target.num_hidden_layers=4", "target.hidden_size=8", "target.vocab_size=32", "vocab.size=16"]
+
+    def own(path: Path) -> str:
+        planner = Planner(recipe.compose(["recipe=smollm2_eagle3", *facts, f"target.source={path}"]), store)
+        return planner.step("target", {}).key
+
+    copy = shutil.copytree(checkpoint, tmp_path / "copy")
+    assert own(copy) == own(checkpoint)
+    (copy / "model.safetensors").write_bytes(b"Weights")
+    assert own(copy) != own(checkpoint)
 
 
 def test_every_operational_field_moves_no_key_and_every_semantic_one_moves_some(store: Store) -> None:
@@ -99,10 +163,12 @@ def test_every_operational_field_moves_no_key_and_every_semantic_one_moves_some(
         *parents, leaf = name.split(".")
         for parent in parents:
             owner = owner[parent] if isinstance(owner, dict) else getattr(owner, parent)
-        setattr(owner, leaf, _other(value))
+        other = _other(value)
+        assert other != value or len(type(value)) == 1, f"{name} was not changed"
+        setattr(owner, leaf, other)
         moved = keys(planner) != before
         setattr(owner, leaf, value)
-        assert moved == (policy == "semantic"), name
+        assert moved == (policy in ("semantic", "if_set")), name
 
 
 def test_no_semantic_field_is_read_by_nobody() -> None:

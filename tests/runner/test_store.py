@@ -13,9 +13,15 @@ from pathlib import Path
 
 import pytest
 
+from speculators import cli
+from speculators.config import Config, Run
 from speculators.errors import StageError, StoreError
 from speculators.runner import key as keys
-from speculators.runner.store import Artifact, Store
+from speculators.runner import vllm
+from speculators.runner.artifact import Artifact
+from speculators.runner.plan import Planner
+from speculators.runner.store import Store, open_store
+from tests.conftest import publish_all
 
 KEY = "ab" + "0" * 62
 OTHER = "cd" + "0" * 62
@@ -177,7 +183,8 @@ def test_the_nearest_artifact_differs_in_the_fewest_options_and_of_equals_is_the
 CLAIMER = """
 import sys, time
 from pathlib import Path
-from speculators.runner.store import Store
+from speculators.runner.store import Store, open_store
+from tests.conftest import publish_all
 with Store(Path(sys.argv[1])).claim("train", sys.argv[2], lambda who: print("waits for", who, flush=True), run="r1"):
     print("holds", time.monotonic(), flush=True)
     sys.stdin.read()
@@ -234,3 +241,115 @@ def test_an_artifact_of_many_files_is_looked_up_quickly(tmp_path: Path) -> None:
     began = time.perf_counter()
     assert store.find("train", KEY) is not None
     assert time.perf_counter() - began < 1.0
+
+
+def test_what_is_not_here_is_looked_up_in_the_layers_and_nothing_is_written_there(tmp_path: Path) -> None:
+    below = put(Store(tmp_path / "below"), lr=0.1)
+    store = Store(tmp_path / "store", [tmp_path / "below"])
+    before = {p: p.stat().st_mtime_ns for p in (tmp_path / "below").rglob("*")}
+    found = store.find("train", KEY)
+    assert found == below
+    assert store.nearest("train", image(lr=0.2)) == below
+    store.touch(found)
+    put(store, OTHER, lr=0.3)
+    assert {a.key for a in store.artifacts("train")} == {KEY, OTHER}
+    assert {a.key for a in store.own("train")} == {OTHER}
+    assert {p: p.stat().st_mtime_ns for p in (tmp_path / "below").rglob("*")} == before
+
+
+def test_the_own_artifact_goes_before_a_layers_and_a_layers_before_a_damaged_own(tmp_path: Path) -> None:
+    put(Store(tmp_path / "below"), files={"a.txt": "theirs"})
+    own = put(Store(tmp_path / "store"), files={"a.txt": "ours"})
+    store = Store(tmp_path / "store", [tmp_path / "below"])
+    assert store.find("train", KEY) == own
+    assert [a.path for a in store.artifacts("train")] == [own.path]
+    (own.data / "a.txt").unlink()
+    found = store.find("train", KEY)
+    assert found is not None
+    assert (found.data / "a.txt").read_text() == "theirs"
+
+
+def test_a_damaged_own_artifact_is_replaced_although_a_layer_has_it(tmp_path: Path) -> None:
+    put(Store(tmp_path / "below"))
+    store = Store(tmp_path / "store", [tmp_path / "below"])
+    (put(store).data / "a.txt").unlink()
+    assert put(store).path.is_relative_to(store.root)
+    assert len(list((store.root / "aside").iterdir())) == 1
+
+
+def test_layers_are_named_by_the_recipe_or_else_by_the_environment(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in "abc":
+        put(Store(tmp_path / name))
+    a, b, c = (str(tmp_path / name) for name in "abc")
+    monkeypatch.setenv("SPECULATORS_STORE_READ", f"{b}:{c}")
+    assert [str(layer.root) for layer in open_store(Run(store=a)).layers] == [b, c]
+    assert [str(layer.root) for layer in open_store(Run(store=a, stores_read=[c, a])).layers] == [c]
+
+
+def test_a_layer_that_is_not_there_is_an_error_and_not_a_rerun(tmp_path: Path) -> None:
+    with pytest.raises(StoreError, match="absent is to be read and is not a store") as caught:
+        Store(tmp_path / "store", [tmp_path / "absent"])
+    assert "is its disk mounted?" in caught.value.hint
+
+
+def test_everything_in_a_shared_store_has_the_roots_rights_whatever_the_umask(tmp_path: Path) -> None:
+    root = tmp_path / "shared"
+    root.mkdir()
+    root.chmod(0o2770)
+    before = os.umask(0o077)
+    try:
+        work = Store(root).work("train", OTHER) / "data"
+        with Store(root).claim("train", OTHER, no_waiting):
+            work.mkdir(parents=True)
+            (work / "half").write_text("x")
+        artifact = put(Store(root))
+    finally:
+        assert os.umask(before) == 0o077
+    modes = {str(p.relative_to(root)): stat.S_IMODE(p.stat().st_mode) & 0o777 for p in root.rglob("*")}
+    directories = {name: mode for name, mode in modes.items() if (root / name).is_dir()}
+    assert set(directories.values()) == {0o770}
+    files = {name: mode for name, mode in modes.items() if name not in directories}
+    data = str(artifact.data.relative_to(root))
+    assert {mode for name, mode in files.items() if name.startswith(data)} == {0o440}
+    assert {mode for name, mode in files.items() if not name.startswith(data)} == {0o660}
+
+
+def test_a_file_that_a_tool_left_for_one_user_alone_can_be_read_once_it_is_published(tmp_path: Path) -> None:
+    store = Store(tmp_path / "store")
+    data = store.work("train", KEY) / "data"
+    with store.claim("train", KEY, no_waiting):
+        (data / "sub").mkdir(parents=True)
+        (data / "sub").chmod(0o700)
+        (data / "sub/b.txt").touch(mode=0o600)
+    artifact = put(store, files={"a.txt": "alpha"})
+    assert stat.S_IMODE((artifact.data / "sub").stat().st_mode) == 0o755
+    assert stat.S_IMODE((artifact.data / "sub/b.txt").stat().st_mode) == 0o444
+
+
+def test_who_makes_something_is_in_use_with_what_it_reads_until_it_ends_however_it_ends(tmp_path: Path) -> None:
+    store = Store(tmp_path)
+    with store.claim("train", KEY, no_waiting, uses=[OTHER]):
+        assert store.in_use() == {KEY, OTHER}
+        holder = (tmp_path / f"locks/train-{KEY}.json").read_text()
+    assert store.in_use() == set()
+    (tmp_path / f"locks/train-{KEY}.json").write_text(holder)  # as after a kill
+    assert store.in_use() == set()
+
+
+def test_a_recipe_that_a_layer_has_runs_without_a_store_of_ones_own(
+    tmp_path: Path, config: Config, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(vllm, "engine_version", lambda python: "1.2.3")
+    monkeypatch.chdir(tmp_path)
+    below = Store(tmp_path / "below")
+    publish_all(below, Planner(config, below))
+    with below.claim("train", OTHER, no_waiting):
+        pass  # somebody has worked there: it is a store
+    words = ["run.store=own", f"run.stores_read=[{below.root}]"]
+    assert cli._guarded(["recipe=smollm2_eagle3", *words]) == 0
+    assert "human_eval" in capsys.readouterr().out
+    assert cli._guarded(["ls", *words, "--json"]) == 0
+    assert {row["store"] for row in json.loads(capsys.readouterr().out)} == {str(below.root)}
+    assert not (tmp_path / "own").exists()

@@ -1,0 +1,91 @@
+"""What a plan will need is known before it is needed, and refused when it is not there."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+
+import pytest
+
+from speculators import cli
+from speculators.config import Config
+from speculators.errors import StoreError
+from speculators.runner import vllm
+from speculators.runner.estimate import Needs, estimate, refuse_if_too_large
+from speculators.runner.plan import Planner
+from speculators.runner.store import Store
+from tests.conftest import publish, publish_all
+
+GIB = 2**30
+
+
+@pytest.fixture(autouse=True)
+def _engine(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(vllm, "engine_version", lambda python: "1.2.3")
+
+
+def needs(config: Config, store: Store) -> Needs:
+    planner = Planner(config, store)
+    return estimate(planner, {step.node.name: step for step in planner.plan()})
+
+
+def test_what_an_earlier_attempt_has_written_is_not_needed_again(config: Config, store: Store) -> None:
+    planner = Planner(config, store)
+    digests: dict[str, str] = {}
+    for name in planner.graph:
+        if name not in ("extract", "train", "evaluate"):
+            digests[name] = publish(store, planner, name, digests)
+    before = needs(config, store)
+    storing = planner.step("extract", digests)
+    shard = store.work(storing.node.kind, storing.key) / "data/sub/shard"
+    shard.parent.mkdir(parents=True)
+    shard.write_bytes(bytes(5000))
+    assert before.feature_bytes - needs(config, store).feature_bytes == 5000
+    shard.write_bytes(b"")
+    with shard.open("r+b") as file:
+        file.truncate(before.feature_bytes + 1)
+    assert needs(config, store).feature_bytes == 0
+
+
+def test_without_a_quota_nothing_is_counted_and_with_one_the_states_must_fit_beside_what_is_there(
+    config: Config, store: Store
+) -> None:
+    publish_all(store, Planner(config, store))
+    assert needs(config, store).held_bytes == 0
+    config.run.quota_gib = 1.0
+    config.train.lr, config.extract.shard_tokens = 0.5, 1  # so that states are to be stored again
+    now = needs(config, store)
+    assert now.held_bytes > 0
+    assert now.quota_bytes == GIB
+    said = r"the store holds 0\.0 GiB and the hidden states need up to 1\.7 GiB, run\.quota_gib allows 1\.0 GiB"
+    with pytest.raises(StoreError, match=said) as caught:
+        refuse_if_too_large(dataclasses.replace(now, free_bytes=100 * GIB))
+    assert "gc --delete" in caught.value.hint
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ({"held_bytes": 3 * GIB, "quota_bytes": 2 * GIB}, "the store holds 3.0 GiB, run.quota_gib allows 2.0 GiB"),
+        ({"feature_bytes": 11 * GIB}, "the hidden states need up to 11.0 GiB, the store has 10.0 GiB free"),
+        ({"writable": False}, "something is to be made, and the store /s cannot be written"),
+    ],
+)
+def test_each_lack_is_said(change: dict[str, int], said: str) -> None:
+    enough = Needs(store="/s", free_bytes=10 * GIB)
+    refuse_if_too_large(enough)
+    with pytest.raises(StoreError) as caught:
+        refuse_if_too_large(dataclasses.replace(enough, **change))
+    assert caught.value.message == said
+
+
+def test_a_store_over_its_quota_is_refused_before_any_worker_starts(
+    config: Config, store: Store, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    publish_all(store, Planner(config, store))
+    monkeypatch.chdir(tmp_path)
+    words = ["recipe=smollm2_eagle3", "run.quota_gib=1e-9"]
+    assert cli._guarded(words) == 0, "nothing is to be made"
+    assert cli._guarded([*words, "train.lr=5e-4"]) == 1
+    assert "run.quota_gib allows 0.0 GiB" in capsys.readouterr().err
+    assert not list(store.root.glob("work/*/*"))
