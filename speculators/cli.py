@@ -5,6 +5,9 @@
     speculators-run explain STAGE recipe=NAME ...     why it is there, or not
     speculators-run -m recipe=NAME KEY=A,B            one run for each value
     speculators-run recipe=NAME --cfg job             the composed recipe
+    speculators-run runs                              what was run
+    speculators-run show RUN|last                     one run, stage by stage
+    speculators-run compare RUN RUN ...|DIR           differences, metrics
     speculators-run ls [STAGE ...]                    what the store holds
     speculators-run verify [STAGE ...]                whether it still is that
     speculators-run gc [days=30] [--delete]           what nobody used for long
@@ -32,6 +35,9 @@ VERBS = {
     "run": "run.main",
     "plan": "query.plan",
     "explain": "query.explain",
+    "runs": "history.runs",
+    "show": "history.show",
+    "compare": "history.compare",
     "ls": "store.ls",
     "verify": "store.verify",
     "gc": "store.gc",

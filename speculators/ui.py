@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import sys
 import time
 from collections.abc import Iterable, Mapping, Sequence
@@ -58,6 +59,11 @@ def size(count: float) -> str:
             return f"{count:.0f} {unit}" if unit == "B" else f"{count:.1f} {unit}"
         count /= 1024
     return f"{count:.1f} TiB"
+
+
+def width() -> int:
+    """Columns that a table on stdout may take: the terminal's, 80 elsewhere."""
+    return shutil.get_terminal_size().columns if sys.stdout.isatty() else 80
 
 
 def columns(rows: Iterable[Sequence[str]], right: Sequence[int] = ()) -> str:
