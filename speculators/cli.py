@@ -5,6 +5,7 @@
     speculators-run explain STAGE recipe=NAME ...     why it is there, or not
     speculators-run -m recipe=NAME KEY=A,B            one run for each value
     speculators-run recipe=NAME --cfg job             the composed recipe
+    speculators-run lock recipe=NAME                  what run.locked holds to
     speculators-run runs                              what was run
     speculators-run show RUN|last                     one run, stage by stage
     speculators-run compare RUN RUN ...|DIR           differences, metrics
@@ -36,6 +37,7 @@ VERBS = {
     "run": "run.main",
     "plan": "query.plan",
     "explain": "query.explain",
+    "lock": "lock.lock",
     "runs": "history.runs",
     "show": "history.show",
     "compare": "history.compare",

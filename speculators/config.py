@@ -362,6 +362,8 @@ class Run:
     """Where artifacts are kept; $SPECULATORS_STORE, or ~/.cache/speculators-run, if empty."""
     dir: str = operational("runs")
     """Where run directories are made, in the working directory."""
+    locked: bool = operational(False)
+    """Start nothing if anything differs from `<recipe>.lock.json`, which `speculators-run lock` writes."""
 
 
 @dataclass(kw_only=True, slots=True)

@@ -7,7 +7,7 @@ import json
 
 from speculators import recipe, ui
 from speculators.errors import RecipeError
-from speculators.runner import estimate
+from speculators.runner import estimate, lock
 from speculators.runner.execute import as_json
 from speculators.runner.explain import explain as explanation
 from speculators.runner.plan import Planner
@@ -19,10 +19,16 @@ def plan(words: list[str]) -> int:
     as_data = "--json" in words
     config = recipe.compose([w for w in words if w != "--json"])
     planner = Planner(config, Store(store_root(config.run.store)))
+    if config.run.locked:
+        lock.refuse_if_different(planner)
+    locked = lock.read(config)
+    differing = lock.differences(locked, planner) if locked else []
     steps = {step.node.name: step for step in planner.plan()}
     needs = estimate.estimate(planner, steps)
     if as_data:
-        print(json.dumps({"steps": as_json(steps), "derived": planner.derived, **dataclasses.asdict(needs)}, indent=1))
+        plain = {"steps": as_json(steps), "derived": planner.derived, **dataclasses.asdict(needs)}
+        told = {"locked": locked is not None, "lock_differs": [dataclasses.asdict(d) for d in differing]}
+        print(json.dumps({**plain, **told}, indent=1))
         return 0
     print(ui.columns((s.state.name, name, s.key[:8] or "-", s.reason) for name, s in steps.items()))
     print("\n" + ui.columns((name, json.dumps(value)) for name, value in planner.derived.items()))
@@ -33,6 +39,9 @@ def plan(words: list[str]) -> int:
             f"\nhidden states: at most {needs.feature_tokens:,} tokens, {ui.size(needs.feature_bytes)}; "
             f"free in the store: {ui.size(needs.free_bytes)}"
         )
+    if locked:
+        says = f"says otherwise: {', '.join(d.name for d in differing)}" if differing else "says the same"
+        print(f"\nlocked: {lock.place(config)} {says}")
     return 0
 
 
