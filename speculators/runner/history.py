@@ -192,8 +192,8 @@ def _hear(stage: Stage, event: Mapping[str, Any]) -> None:
     elif kind == "stage.started":
         stage.state, stage.log = "running", event["log"]
         stage.attempts = event.get("attempt", 1)
-    elif kind == "stage.retrying":
-        stage.state, stage.message = "retrying", event["reason"]
+    elif kind == "stage.retried":
+        stage.state, stage.message = "retrying", event["message"]
     elif kind == "stage.finished":
         stage.state, stage.seconds, stage.key = "done", event["seconds"], event["key"]
         stage.record = event["record"]
