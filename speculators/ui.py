@@ -33,6 +33,8 @@ _COLOURS = {
     "waits": "dim",
     "unneeded": "dim",
 }
+_NO_CURSOR = ("dumb", "unknown")
+"""Values of TERM."""
 _CONTROL = re.compile(r"\x1b\[[0-9;?]*[A-Za-z]|[\x00-\x08\x0b-\x1f\x7f]")
 """Colours, and what else would move a cursor."""
 
@@ -66,6 +68,12 @@ def size(count: float) -> str:
     return f"{count:.1f} TiB"
 
 
+def dim(text: str) -> str:
+    """Text for stdout that matters less than the rest, where a terminal can show that."""
+    plain = not sys.stdout.isatty() or "NO_COLOR" in os.environ or os.environ.get("TERM", "dumb") in _NO_CURSOR
+    return text if plain else f"\x1b[2m{text}\x1b[0m"
+
+
 def width() -> int:
     """Columns that a table on stdout may take: the terminal's, 80 elsewhere."""
     return shutil.get_terminal_size().columns if sys.stdout.isatty() else 80
@@ -94,7 +102,8 @@ def explanation(found: Explanation) -> str:
     for title, changes in (("differs", found.changes), ("differs, but is not in the key", found.beside)):
         if changes:
             cells = [(f"  {c.name}", f"{_cell(c.old)} -> {_cell(c.new)}", c.made) for c in changes]
-            lines += ["", title, columns(cells)]
+            shown = f"{title}\n{columns(cells)}"
+            lines += ["", dim(shown) if changes is found.beside else shown]
     if found.leaves:
         lines += ["", "in the key", columns((f"  {name}", _cell(value)) for name, value in found.leaves.items())]
     return "\n".join(lines)
@@ -321,7 +330,7 @@ class Live:
 
 def watcher(nodes: Iterable[str]) -> Lines | Live:
     """The live table on a terminal, lines elsewhere."""
-    plain = not sys.stderr.isatty() or os.environ.get("TERM", "dumb") in ("dumb", "unknown")
+    plain = not sys.stderr.isatty() or os.environ.get("TERM", "dumb") in _NO_CURSOR
     return Lines() if plain else Live(nodes)
 
 

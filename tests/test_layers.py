@@ -55,6 +55,7 @@ RIGHT = [
     "speculators.decoding",
     "speculators.training",
     "speculators.stages",
+    "speculators.provenance",
     "speculators.worker",
 ]
 DOORS = {
