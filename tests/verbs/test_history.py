@@ -3,12 +3,19 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 
 import pytest
 
 from speculators import cli
+from speculators.config import Config
+from speculators.runner import guard, vllm
+from speculators.runner.execute import Execution, Interrupted
+from speculators.runner.plan import Planner
+from speculators.runner.store import Store
 from speculators.verbs.history import comparison
+from tests.conftest import publish_all
 from tests.runner.pasts import past
 
 A, B = "20260101-100000-tiny", "20260101-110000-tiny"
@@ -106,3 +113,28 @@ def test_a_word_too_many_or_too_few_is_one_error(
         past(Path("runs"), A)
     assert main(*words) == 1
     assert f"error: {message}" in capsys.readouterr().err
+
+
+def test_what_a_run_writes_down_is_what_is_read(
+    store: Store, config: Config, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(vllm, "engine_version", lambda python: "1.2.3")
+    publish_all(store, Planner(config, store))
+    assert main("recipe=smollm2_eagle3") == 0
+    events = next(Path("runs").glob("*/events.jsonl")).read_text().splitlines()
+    process = json.loads(events[0])["process"]
+    assert process == {"pid": os.getpid(), "start": guard.start_time(os.getpid()), "machine": guard.machine()}
+    capsys.readouterr()
+    assert main("show", "last", "--json") == 0
+    told = json.loads(capsys.readouterr().out)
+    assert told["status"] == "done"
+    assert {stage["state"] for stage in told["stages"].values()} == {"cached"}
+
+    def stopped(self: Execution) -> None:
+        raise Interrupted(2)
+
+    monkeypatch.setattr(Execution, "run", stopped)
+    assert main("recipe=smollm2_eagle3") == 130
+    capsys.readouterr()
+    assert main("show", "last") == 0
+    assert "  interrupted  " in capsys.readouterr().out.splitlines()[0]
