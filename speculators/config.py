@@ -370,6 +370,8 @@ class Run:
     """What the store may hold, in GiB; asked before every stage. 0: as much as the disk does."""
     dir: str = operational("runs")
     """Where run directories are made, in the working directory."""
+    locked: bool = operational(False)
+    """Start nothing if anything differs from `<recipe>.lock.json`, which `speculators-run lock` writes."""
 
 
 @dataclass(kw_only=True, slots=True)

@@ -104,6 +104,7 @@ def typed(composed: DictConfig) -> Config:
         raise RecipeError(f"`{missing[0]}` is not given", f"set it in the recipe, or say {missing[0]}=VALUE")
     config: Config = OmegaConf.to_object(plain)  # type: ignore[assignment]
     _check_values(config)
+    _refuse_secrets(config)
     return config
 
 
@@ -262,6 +263,18 @@ def _check_values(config: Config) -> None:
     for holds, name, wrong, hint in checks:
         if not holds:
             raise RecipeError(f"{name} {wrong}", hint)
+
+
+def _refuse_secrets(config: Config) -> None:
+    """A recipe is written into run directories, so it names the variables that hold secrets and never holds one."""
+    told = {
+        "serve.url": "@" in config.serve.url,
+        "serve.extra_args": any(word.startswith(("--api-key", "--hf-token")) for word in config.serve.extra_args),
+    }
+    for name, holds in told.items():
+        if holds:
+            hint = "export the key, and name the variable that holds it: serve.api_key_env=NAME; for a hub, HF_TOKEN"
+            raise RecipeError(f"{name} holds a secret, and recipes are written down", hint)
 
 
 def _mended(error: Exception) -> RecipeError:

@@ -18,7 +18,6 @@ import errno
 import importlib
 import json
 import os
-import platform
 import signal
 import socket
 import sys
@@ -32,6 +31,7 @@ from typing import Any
 
 from speculators.errors import RunError
 from speculators.job import Job, read_request, write_json
+from speculators.provenance import Provenance
 from speculators.runner.store import Store, no_space
 
 HEARTBEAT_SECONDS = 10.0
@@ -84,7 +84,7 @@ def _attempt(request: dict[str, Any], job: Job) -> None:
         if phase_done.exists():
             return
         _make_directories(job)
-        started, clock = _now(), time.monotonic()
+        started, clock, surroundings = _now(), time.monotonic(), Provenance()
         with _Heartbeat(job.work, started):
             importlib.import_module(f"speculators.stages.{job.stage}").main(job)
         seconds = round(time.monotonic() - clock, 3)
@@ -96,7 +96,13 @@ def _attempt(request: dict[str, Any], job: Job) -> None:
             job.key,
             preimage=request["preimage"],
             record={**job.record, "seconds": seconds},
-            provenance={**provenance, **_machine(), "started": started, "finished": _now()},
+            provenance={
+                **provenance,
+                **surroundings.facts(),
+                "options": request["config"],
+                "started": started,
+                "finished": _now(),
+            },
             digest=request["digest"],
             anew=request["forced"],
         )
@@ -158,31 +164,6 @@ class _Heartbeat:
                 write_json(self._path, {**self._plain, "beat": _now()})
             if self._over.wait(HEARTBEAT_SECONDS):
                 return
-
-
-def _machine() -> dict[str, Any]:
-    """What this attempt ran on and with: not part of any key, but of every answer to "why does this differ?"."""
-    plain: dict[str, Any] = {
-        "host": socket.gethostname(),
-        "python": platform.python_version(),
-        "platform": platform.platform(),
-        "cpu": _cpu(),
-        "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
-    }
-    # Only what the stage itself has imported: nothing is loaded to be written down.
-    for name in ("torch", "transformers", "datasets"):
-        version = getattr(sys.modules.get(name), "__version__", None)
-        if version is not None:
-            plain[name] = str(version)
-    return plain
-
-
-def _cpu() -> str:
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-    except OSError:
-        return platform.processor()
-    return next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), platform.machine())
 
 
 def _write_failure(job: Job, message: str, hint: str, kind: str) -> None:

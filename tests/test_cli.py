@@ -236,3 +236,31 @@ def test_the_table_of_an_evaluation_fits_80_columns() -> None:
     assert max(len(line) for line in text.splitlines()) <= 80
     assert text.splitlines()[1].split() == ["human_eval", "1.500", "0.300", "0.150", "0.050", "31.2", "31.2", "1.00x"]
     assert "64 of 64 identical" in text
+
+
+def test_plan_and_explain_tell_what_differs_outside_of_the_key(
+    store: Store, config: Config, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    publish_all(store, Planner(config, store))
+    for artifact in [*store.artifacts("train"), *store.artifacts("vocab")]:
+        path = artifact.path / "artifact.json"
+        described = json.loads(path.read_text())
+        described["provenance"] |= {"python": "3.9.1", "versions": {"torch": "1.0+cu118"}}
+        path.write_text(json.dumps(described))
+    assert main("plan", DEMO) == 0
+    out = capsys.readouterr().out
+    torch = REAL_VERSION("torch").partition("+")[0]
+    assert f"not in any key: torch 1.0+cu118 -> {torch}" in out
+    assert out.count("(vocab, train)") == 2
+    assert "\x1b" not in out
+    assert main("plan", DEMO, "--json") == 0
+    outside = json.loads(capsys.readouterr().out)["outside_the_key"]
+    assert {change["name"] for change in outside["train"]} == {"python", "torch"}
+    monkeypatch.setattr("sys.stdout.isatty", lambda: True)
+    monkeypatch.setenv("TERM", "xterm")
+    monkeypatch.delenv("NO_COLOR", raising=False)
+    assert main("explain", "train", DEMO) == 0
+    assert "\x1b[2mdiffers, but is not in the key\n  python  3.9.1 -> " in capsys.readouterr().out
+    monkeypatch.setenv("NO_COLOR", "1")
+    assert main("explain", "train", DEMO) == 0
+    assert "\x1b" not in capsys.readouterr().out

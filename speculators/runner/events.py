@@ -1,6 +1,6 @@
 """What happened in a run, in order: one JSON object a line in `events.jsonl`, and the same to whoever listens.
 
-run.started {recipe, run}          stage.decided {node, state, reason, key}
+run.started {recipe, run, words, process}      stage.decided {node, state, reason, key}
 service.starting|ready|stopped {service, mode, log}
 stage.started {node, log, phase, phases}       stage.progress {node, done, total, unit, note}
 stage.finished {node, seconds, record, key}    stage.failed {node, message}

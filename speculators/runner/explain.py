@@ -7,8 +7,10 @@ machine, the versions of libraries) is told apart: it did not cause anything, bu
 
 from __future__ import annotations
 
+import functools
 import importlib.metadata
 import platform
+import socket
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -75,7 +77,7 @@ def explain(planner: Planner, name: str) -> Explanation:
         Change(name=leaf, old=old, new=new, made=_makers(planner, step, steps, leaf, old))
         for leaf, old, new in key.differences(nearest.preimage, step.preimage)
     ]
-    return Explanation(**common, made=_made(nearest), changes=changes, beside=_beside(nearest), leaves=leaves)
+    return Explanation(**common, made=_made(nearest), changes=changes, beside=beside(nearest), leaves=leaves)
 
 
 def _root(step: Step, steps: Mapping[str, Step]) -> str:
@@ -106,20 +108,30 @@ def _makers(planner: Planner, step: Step, steps: Mapping[str, Step], leaf: str, 
     return f"{runs[0]} -> {runs[1]}"
 
 
-def _beside(artifact: Artifact) -> list[Change]:
-    here: dict[str, Any] = {"python": platform.python_version(), "platform": platform.platform()}
-    for name in LIBRARIES:
-        if name in artifact.provenance:
-            try:
-                here[name] = importlib.metadata.version(name)
-            except importlib.metadata.PackageNotFoundError:
-                here[name] = None
-    made = artifact.provenance
+def beside(artifact: Artifact) -> list[Change]:
+    """What differs between the machine that made an artifact and this one, outside of every key."""
+    made = artifact.provenance | artifact.provenance.get("versions", {})
     return [
         Change(name=name, old=made[name], new=new)
-        for name, new in here.items()
+        for name, new in _here().items()
         if name in made and _public(made[name]) != _public(new)
     ]
+
+
+@functools.cache
+def _here() -> dict[str, Any]:
+    """The same facts of this machine."""
+    here: dict[str, Any] = {
+        "host": socket.gethostname(),
+        "python": platform.python_version(),
+        "platform": platform.platform(),
+    }
+    for name in LIBRARIES:
+        try:
+            here[name] = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            here[name] = None
+    return here
 
 
 def _public(version: Any) -> str:

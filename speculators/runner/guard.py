@@ -132,10 +132,9 @@ def reap(pids: Path) -> list[int]:
     Its descendants and the other members of its session are ours too. A guard that lives does its own work: nothing
     is done then.
     """
-    record = _load(pids)
-    if not abandoned(pids) or record is None:
+    if not abandoned(pids):
         return []
-    ours = {p["pid"] for p in record["processes"] if start_time(p["pid"]) == p["start"]}
+    ours = _ours(pids)
     killed: set[int] = set()
     give_up = time.monotonic() + KILL_SECONDS
     while left := set(descendants(ours, with_sessions=True)) - {os.getpid()}:
@@ -145,6 +144,11 @@ def reap(pids: Path) -> list[int]:
             break
         time.sleep(0.02)
     return sorted(killed)
+
+
+def survivors(pids: Path) -> list[int]:
+    """What `reap` would kill: the processes that are recorded, all below them and in their sessions."""
+    return sorted(set(descendants(_ours(pids), with_sessions=True)) - {os.getpid()}) if HAS_PROC else []
 
 
 def abandoned(pids: Path) -> bool:
@@ -200,6 +204,12 @@ def _kill(pids: Iterable[int], number: int) -> None:
     for pid in pids:
         with contextlib.suppress(ProcessLookupError, PermissionError):
             os.kill(pid, number)
+
+
+def _ours(pids: Path) -> set[int]:
+    """Recorded processes that live: pid and start time are those of the record."""
+    record = _load(pids)
+    return {p["pid"] for p in record["processes"] if start_time(p["pid"]) == p["start"]} if record else set()
 
 
 def _load(pids: Path) -> dict[str, Any] | None:

@@ -134,6 +134,11 @@ class Planner:
             path=_content(node, artifact),
         )
 
+    def known(self, name: str, digests: Mapping[str, str]) -> dict[str, Any]:
+        """A node's preimage as far as it is known: inputs that are not made yet are left out."""
+        node = self.graph[name]
+        return self._preimage(node, self._derived(node) if self._derivable(node) else {}, digests)
+
     def _resolve(self, node: Node) -> sources.Source:
         option = "target.source" if node.name == TARGET else f"{node.name.replace('dataset.', 'data.')}.source"
         return sources.resolve(option, node.source, node.wanted_as)
@@ -168,7 +173,7 @@ class Planner:
             node.kind,
             node.spec.version,
             config=identity(self.config, node.spec.reads) | dict(derived),
-            inputs={slot: digests[upstream] for slot, upstream in node.inputs.items()},
+            inputs={slot: digests[upstream] for slot, upstream in node.inputs.items() if upstream in digests},
             packages={},
             service={"engine": self.engine} if served else {},
         )

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import dataclasses
 import json
+from collections.abc import Mapping
 
 from speculators import recipe, ui
 from speculators.errors import RecipeError
-from speculators.runner import estimate
+from speculators.runner import estimate, lock
 from speculators.runner.execute import as_json
+from speculators.runner.explain import beside
 from speculators.runner.explain import explain as explanation
-from speculators.runner.plan import Planner
+from speculators.runner.plan import Planner, Step
 from speculators.runner.store import open_store
 
 
@@ -19,10 +21,21 @@ def plan(words: list[str]) -> int:
     as_data = "--json" in words
     config = recipe.compose([w for w in words if w != "--json"])
     planner = Planner(config, open_store(config.run))
+    if config.run.locked:
+        lock.refuse_if_different(planner)
+    locked = lock.read(config)
+    differing = lock.differences(locked, planner) if locked else []
     steps = {step.node.name: step for step in planner.plan()}
     needs = estimate.estimate(planner, steps)
     if as_data:
-        print(json.dumps({"steps": as_json(steps), "derived": planner.derived, **dataclasses.asdict(needs)}, indent=1))
+        plain = {"steps": as_json(steps), "derived": planner.derived, **dataclasses.asdict(needs)}
+        outside = {name: [dataclasses.asdict(c) for c in beside(s.artifact)] for name, s in steps.items() if s.artifact}
+        told = {
+            "outside_the_key": {name: changes for name, changes in outside.items() if changes},
+            "locked": locked is not None,
+            "lock_differs": [dataclasses.asdict(d) for d in differing],
+        }
+        print(json.dumps({**plain, **told}, indent=1))
         return 0
     print(ui.columns((s.state.name, name, s.key[:8] or "-", s.reason) for name, s in steps.items()))
     print("\n" + ui.columns((name, json.dumps(value)) for name, value in planner.derived.items()))
@@ -33,7 +46,21 @@ def plan(words: list[str]) -> int:
             f"\nhidden states: at most {needs.feature_tokens:,} tokens, {ui.size(needs.feature_bytes)}; "
             f"free in the store: {ui.size(needs.free_bytes)}"
         )
+    if outside_lines := _outside(steps):
+        print("\n" + ui.dim("\n".join(outside_lines)))
+    if locked:
+        says = f"says otherwise: {', '.join(d.name for d in differing)}" if differing else "says the same"
+        print(f"\nlocked: {lock.place(config)} {says}")
     return 0
+
+
+def _outside(steps: Mapping[str, Step]) -> list[str]:
+    """What the cached stages were made with, where this machine has something else; a line for each such thing."""
+    stages: dict[tuple[str, str, str], list[str]] = {}
+    for name, step in steps.items():
+        for change in beside(step.artifact) if step.artifact else ():
+            stages.setdefault((change.name, str(change.old), str(change.new)), []).append(name)
+    return [f"not in any key: {n} {old} -> {new}  ({', '.join(names)})" for (n, old, new), names in stages.items()]
 
 
 def explain(words: list[str]) -> int:

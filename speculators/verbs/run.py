@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import datetime
 import json
+import os
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -12,8 +13,9 @@ from speculators import recipe, ui
 from speculators.config import Config
 from speculators.errors import StoreError
 from speculators.job import write_json
+from speculators.runner import guard, lock
 from speculators.runner.events import Events
-from speculators.runner.execute import Execution, as_json, resolved
+from speculators.runner.execute import Execution, Interrupted, as_json, resolved
 from speculators.runner.plan import Planner
 from speculators.runner.store import open_store
 
@@ -46,16 +48,22 @@ def run_recipe(config: Config, words: Sequence[str]) -> None:
     """Carry out one recipe, tell about it on stderr and print what was measured on stdout."""
     began = time.monotonic()
     planner = Planner(config, open_store(config.run))
+    if config.run.locked:
+        lock.refuse_if_different(planner)
     directory = _run_directory(config)
     write_json(directory / "config.json", resolved(config))
     status = "failed"
     with ui.watcher(name for name, node in planner.graph.items() if node.kind != "fetch") as watch:
         events = Events(directory / "events.jsonl", [watch])
-        events.emit("run.started", recipe=config.recipe, run=directory.name, words=list(words))
+        process = {"pid": os.getpid(), "start": guard.start_time(os.getpid()), "machine": guard.machine()}
+        events.emit("run.started", recipe=config.recipe, run=directory.name, words=list(words), process=process)
         execution = Execution(planner=planner, directory=directory, events=events, words=list(words))
         try:
             execution.run()
             status = "done"
+        except Interrupted:
+            status = "interrupted"
+            raise
         finally:
             seconds = time.monotonic() - began
             write_json(

@@ -1,0 +1,48 @@
+"""Run directories as runs leave them, for the tests of what looks back."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from speculators.job import write_json
+from speculators.runner.events import Events
+
+KEY = "ab" * 32
+RESULTS = {"acceptance_length": {"human_eval": 2.0, "sharegpt": 3.0}, "speed_up": {"human_eval": 1.5, "sharegpt": 1.0}}
+
+
+def past(
+    runs: Path,
+    name: str,
+    *,
+    config: dict[str, Any] | None = None,
+    status: str = "done",
+    process: dict[str, Any] | None = None,
+    speed_up: float = 1.5,
+) -> Path:
+    """A run that trained, evaluated and found the tokens; `failed`: in evaluate; empty: killed there, no run.json."""
+    path = (runs / name).resolve()
+    path.mkdir(parents=True)
+    write_json(path / "config.json", {"recipe": "tiny", "run": {"dir": str(runs)}, **(config or {})})
+    events = Events(path / "events.jsonl")
+    words = ["recipe=tiny", "train.lr=1e-3"]
+    events.emit("run.started", recipe="tiny", run=name, words=words, process=process or {})
+    events.emit("stage.decided", node="tokenize", state="cached", reason="made by earlier", key=KEY)
+    events.emit("stage.decided", node="train", state="run", reason="changed: train.lr 1 -> 2", key=KEY)
+    events.emit("stage.started", node="train", log=str(path / "logs/train.log"), phase=0, phases=1, attempt=2)
+    record = {"validation": {"acceptance": 1.5, "loss": 9.0, "loss_0": 3.0}, "steps": 10}
+    events.emit("stage.finished", node="train", seconds=61.0, record=record, key=KEY)
+    events.emit("stage.decided", node="evaluate", state="run", reason="upstream: speculator", key=KEY)
+    events.emit("stage.started", node="evaluate", log=str(path / "logs/evaluate.log"), phase=0, phases=1)
+    if status == "done":
+        measured = {**RESULTS, "speed_up": {"human_eval": speed_up, "sharegpt": 1.0}}
+        events.emit("stage.finished", node="evaluate", seconds=3.0, record=measured, key=KEY)
+    elif status == "failed":
+        events.emit("stage.failed", node="evaluate", message="evaluate was killed by SIGKILL\n\nits log")
+    if status:
+        steps = {n: {"stage": n, "state": "cached", "reason": "", "key": KEY} for n in ("tokenize", "train")}
+        write_json(path / "run.json", {"status": status, "seconds": 65.0, "steps": steps})
+        events.emit("run.finished", status=status, seconds=65.0)
+    events.close()
+    return path

