@@ -12,6 +12,7 @@ runs to its end: its time is spent, and its artifact is kept. Who cannot wait in
 
 from __future__ import annotations
 
+import contextlib
 import graphlib
 import itertools
 import json
@@ -34,8 +35,9 @@ from speculators.runner.executors import Handle, executor
 from speculators.runner.graph import TARGET, Node
 from speculators.runner.plan import Planner, State, Step
 from speculators.runner.schedule import Devices, Need
-from speculators.runner.service import Service
+from speculators.runner.service import Service, reap_left_overs
 from speculators.runner.services import Key, Services
+from speculators.runner.store import Artifact
 
 POLL, SHORTEST_POLL = 0.05, 0.002
 """Seconds between two looks at the workers: the longer nothing happens the fewer, within these bounds."""
@@ -78,7 +80,6 @@ class Execution:
     _room_was_asked: bool = False
 
     def __post_init__(self) -> None:
-        schedule.check(self.config)
         self.room = schedule.room(self.config)
         self.services = Services(self.planner, self.steps, self.directory, self.events)
 
@@ -98,6 +99,7 @@ class Execution:
             RunError: of the first stage that failed; what was finished stays, what follows is not started.
             Interrupted: after workers were asked to stop and servers are down.
         """
+        reap_left_overs(self.planner.store.root / "services" / self.name)
         with _Signals(self._kill) as signals:
             try:
                 self._loop(signals)
@@ -164,7 +166,16 @@ class Execution:
     def _done(self, step: Step) -> None:
         if step.artifact is not None:
             self.planner.store.touch(step.artifact)
+            self._tidy(step.artifact)
         self.steps[step.node.name] = step
+
+    def _tidy(self, artifact: Artifact) -> None:
+        """An attempt may have been killed after it had published and before its work was removed."""
+        store = self.planner.store
+        if store.work(artifact.stage, artifact.key).exists():
+            with contextlib.suppress(StoreError), store.claimed_at_once(artifact.stage, artifact.key) as ours:
+                if ours:
+                    store.discard_work(artifact.stage, artifact.key)
 
     # One node, from the decision to the artifact.
 
@@ -213,6 +224,10 @@ class Execution:
             yield
         began = time.monotonic()
         try:
+            found = self._step(node)
+            if found.state is State.cached:  # somebody made it while this waited
+                self._decided(found)
+                return found
             self._ask_for_disk(node)
             yield from self._attempts(step, servers, devices)
             artifact = self.planner.store.find(node.kind, step.key)
