@@ -37,7 +37,6 @@ from speculators.runner.plan import Planner, State, Step
 from speculators.runner.schedule import Devices, Need
 from speculators.runner.service import Service, reap_left_overs
 from speculators.runner.services import Key, Services
-from speculators.runner.store import Artifact
 
 POLL, SHORTEST_POLL = 0.05, 0.002
 """Seconds between two looks at the workers: the longer nothing happens the fewer, within these bounds."""
@@ -169,16 +168,16 @@ class Execution:
     def _done(self, step: Step) -> None:
         if step.artifact is not None:
             self.planner.store.touch(step.artifact)
-            self._tidy(step.artifact)
+            self._tidy(step.node.kind, step.key)
         self.steps[step.node.name] = step
 
-    def _tidy(self, artifact: Artifact) -> None:
+    def _tidy(self, stage: str, key: str) -> None:
         """An attempt may have been killed after it had published and before its work was removed."""
         store = self.planner.store
-        if store.work(artifact.stage, artifact.key).exists():
-            with contextlib.suppress(StoreError), store.claimed_at_once(artifact.stage, artifact.key) as ours:
+        if store.work(stage, key).exists():
+            with contextlib.suppress(StoreError), store.claimed_at_once(stage, key) as ours:
                 if ours:
-                    store.discard_work(artifact.stage, artifact.key)
+                    store.discard_work(stage, key)
 
     # One node, from the decision to the artifact.
 

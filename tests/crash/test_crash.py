@@ -142,15 +142,16 @@ def point(role: str, call: str, when: str, victim: str, **more: Any) -> str:
 
 STORE = "speculators.runner.store:"
 IN_WORKER = {
-    "before the claim is taken over": (f"{STORE}Store._take_back", "before", {}),
+    "before it looks for what was taken back": (f"{STORE}Store._take_back", "before", {}),
     "before its directories are made": (f"{STORE}Store.set_aside", "after", {}),
     "in the middle of its work": ("speculators.job:Job.progress", "before", {"nth": 3}),
     "after its last line": ("speculators.job:Job.progress", "after", {"nth": 6}),
-    "before it hashes what it made": (f"{STORE}_manifest", "before", {}),
-    "before its data is on the disk": (f"{STORE}_sync_tree", "before", {}),
-    "after its data was moved to be published": (f"{STORE}_sync_tree", "before", {"nth": 2}),
-    "before it is published": (f"{STORE}Store._move_into_place", "before", {}),
-    "after it is published": (f"{STORE}Store._move_into_place", "after", {}),
+    "before it hashes what it made": (f"{STORE}Store.publish", "before", {}),
+    "before anything of it is on the disk": ("os:fsync", "before", {}),
+    "before its data is moved to be published": ("pathlib:Path.rename", "before", {"nth": 1}),
+    "after its data was moved to be published": ("pathlib:Path.rename", "after", {"nth": 1}),
+    "before it is published": ("pathlib:Path.rename", "before", {"nth": 2}),
+    "after it is published": ("pathlib:Path.rename", "after", {"nth": 2}),
     "after its work is removed": (f"{STORE}Store.discard_work", "after", {}),
 }
 EXECUTE, EVENT = "speculators.runner.execute:Execution.", ("speculators.runner.events:Events.emit", "after")

@@ -146,11 +146,9 @@ class PlayedWorker:
             data.mkdir(parents=True, exist_ok=True)
             facts = {"num_hidden_layers": 4, "hidden_size": 8, "vocab_size": 32}
             (data / "config.json").write_text(json.dumps(facts))  # of a target; nobody looks into the others
-            described = {"preimage": self.plain["preimage"], "record": {}, "provenance": self.plain["provenance"]}
+            described = {name: self.plain[name] for name in ("preimage", "provenance", "digest")}
             with self.world.store.claim(stage, key, lambda who: None):
-                self.world.store.publish(
-                    stage, key, **described, digest=self.plain["digest"], anew=self.plain["forced"]
-                )
+                self.world.store.publish(stage, key, record={}, **described, anew=self.plain["forced"])
         self.outcome = 0
 
 
