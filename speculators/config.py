@@ -6,11 +6,9 @@ Each field has a policy, which says whether it enters the key of the stages that
     semantic      (the default) a different value means a different artifact
     operational   how the work is done, not what comes out: workers, ports, devices, logging
     secret        the *name* of an environment variable; its value is never stored or printed
-    if_set        enters the key only when it differs from its neutral default, so that a release can add
-                  an option without invalidating what exists
+    if_set        enters the key only where it differs from its neutral default: a release can add it and moves no key
 
-Dotted names (`train.lr`) are the vocabulary: `select` takes them to cut out what a stage may read, and the
-same names appear in keys, explanations and errors.
+Dotted names (`train.lr`) are the vocabulary: of `select`, which cuts out what a stage may read, of keys and of errors.
 """
 
 from __future__ import annotations
@@ -372,6 +370,18 @@ class Run:
     """Where run directories are made, in the working directory."""
     locked: bool = operational(False)
     """Start nothing if anything differs from `<recipe>.lock.json`, which `speculators-run lock` writes."""
+    parallel: int = operational(0)
+    """Stages at the same time, at most; 0: one a core, and at least two."""
+    memory_gib: float = operational(0.0)
+    """Memory that stages may need at the same time, by estimate, in GiB; 0: the machine's."""
+    retries: int = operational(2)
+    """Attempts after the first, where a stage was killed, lost its server or took too long; each resumes."""
+    retry_wait: float = operational(5.0)
+    """Seconds before the second attempt; twice as many before each further one."""
+    time_limit: float = operational(0.0)
+    """Seconds that one worker of a stage may take; 0: as long as it takes."""
+    stages: dict[str, dict[str, float]] = operational({})
+    """`retries`, `retry_wait`, `time_limit` of single stages: `{train: {time_limit: 7200}}`."""
 
 
 @dataclass(kw_only=True, slots=True)

@@ -26,9 +26,8 @@ from typing import Any
 from speculators.config import Config, Serve
 from speculators.errors import StoreError
 from speculators.runner import guard, upkeep, vllm
-from speculators.runner.store import free_bytes
 from speculators.runner.service import NO_VLLM
-from speculators.runner.store import Store
+from speculators.runner.store import Store, free_bytes
 
 OURS, UPSTREAM = "speculators-run", "speculators"
 """Our distribution, and the one whose package has the same import name."""

@@ -2,7 +2,9 @@
 
 run.started {recipe, run, words, process}      stage.decided {node, state, reason, key}
 service.starting|ready|stopped {service, mode, log}
-stage.started {node, log, phase, phases}       stage.progress {node, done, total, unit, note}
+stage.started {node, log, phase, phases, attempt}
+stage.progress {node, done, total, unit, note}
+stage.retried {node, attempt, message, seconds}          that attempt failed, the next starts after so many seconds
 stage.finished {node, seconds, record, key}    stage.failed {node, message}
 run.finished {status, seconds}
 """

@@ -1,41 +1,55 @@
-"""Carry out a plan: one stage after the other, servers for those that need them, everything written down.
+"""Carry out a plan: every stage as soon as its inputs and a place for it are there, servers for those that need them.
 
 Each stage is one or more workers (`python -m speculators.worker request.json`), one a phase. A worker does its
 own locking and publishing; this module only starts it, watches it and its servers, and says what happened.
 Killed at any point, the same command goes on: artifacts that exist are hits, the rest resumes in its work
 directory.
+
+Stages run beside each other without threads: what is done about one is a generator that yields whenever it has to
+wait, and `Execution.run` goes round them. When a stage fails, nothing is started any more, but what runs beside it
+runs to its end: its time is spent, and its artifact is kept. Who cannot wait interrupts.
 """
 
 from __future__ import annotations
 
+import contextlib
+import graphlib
+import itertools
 import json
 import os
-import secrets
 import signal
 import time
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Generator, Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
+from types import FrameType
 from typing import Any
 
 from speculators.config import Config, select, to_plain
 from speculators.errors import ContractError, RecipeError, RunError, ServiceError, SourceError, StageError, StoreError
 from speculators.job import REQUEST_FORMAT, write_json
-from speculators.runner import derive, estimate, graph, vllm
-from speculators.runner.events import Events
+from speculators.runner import endings, estimate, graph, schedule
+from speculators.runner.endings import PassingError
+from speculators.runner.events import Events, now
 from speculators.runner.executors import Handle, executor
-from speculators.runner.graph import TARGET, Node, Serving
+from speculators.runner.graph import TARGET, Node
 from speculators.runner.plan import Planner, State, Step
-from speculators.runner.service import Service, external
+from speculators.runner.schedule import Devices, Need
+from speculators.runner.service import Service, reap_left_overs
+from speculators.runner.services import Key, Services
 
-POLL = 0.05
-"""Seconds between two looks at a worker."""
+POLL, SHORTEST_POLL = 0.05, 0.002
+"""Seconds between two looks at the workers: the longer nothing happens the fewer, within these bounds."""
 GRACE = 30.0
 """Seconds that a worker has to write a checkpoint when it is asked to stop."""
+DEATH_SECONDS = 3.0
+"""How long a server that a worker has lost may take to be seen dead: its guard ends what is left of it first."""
 _KINDS = {
     kind.__name__: kind for kind in (RecipeError, SourceError, StoreError, ServiceError, StageError, ContractError)
 }
+
+Waiting = Generator[None, None, None]
+"""Work on one stage; it yields while there is nothing to do but wait."""
 
 
 class Interrupted(BaseException):
@@ -58,8 +72,15 @@ class Execution:
     """The command line, for provenance."""
     steps: dict[str, Step] = field(default_factory=dict)
     """What has been decided and made so far, by node."""
-    _servers: dict[tuple[str, str, str], Service] = field(default_factory=dict)
+    _tasks: dict[str, Waiting] = field(default_factory=dict)
+    _workers: dict[str, Handle] = field(default_factory=dict)
+    _eager: set[str] = field(default_factory=set)
+    """Stages that wait for a device and whose server is up: they go first, or it would be started twice."""
     _room_was_asked: bool = False
+
+    def __post_init__(self) -> None:
+        self.room = schedule.room(self.config)
+        self.services = Services(self.planner, self.steps, self.directory, self.events)
 
     @property
     def config(self) -> Config:
@@ -77,115 +98,264 @@ class Execution:
             RunError: of the first stage that failed; what was finished stays, what follows is not started.
             Interrupted: after workers were asked to stop and servers are down.
         """
-        with _interruptible():
+        reap_left_overs(self.planner.store.root / "services" / self.name)
+        with _Signals(self._kill) as signals:
             try:
-                for name, node in self.planner.graph.items():
-                    if node.kind == "fetch":
-                        self.steps[name] = self.planner.step(name, {})
-                    else:
-                        self._ensure(node)
-                    if (found := self.steps[name].artifact) is not None:
-                        self.planner.store.touch(found)
+                self._loop(signals)
             finally:
-                self._stop_servers(keep=set())
+                self._stop_workers()
+                self.services.close()
+                for name in [name for name in self.planner.graph if name in self.steps]:
+                    self.steps[name] = self.steps.pop(name)  # in data-flow order, not as they ended
         return self.steps
 
-    def _ensure(self, node: Node) -> None:
-        step = self.planner.step(node.name, self._digests())
+    def _loop(self, signals: _Signals) -> None:
+        nodes = self.planner.graph
+        order = {name: place for place, name in enumerate(nodes)}
+        sorter = graphlib.TopologicalSorter({name: node.inputs.values() for name, node in nodes.items()})
+        sorter.prepare()
+        failure: RunError | None = None
+        pause = SHORTEST_POLL
+        while True:
+            signals.check()
+            ready = sorter.get_ready() if failure is None else ()
+            ended = [name for name in ready if self._take_up(nodes[name])]
+            for name in sorted(self._tasks, key=lambda name: (name not in self._eager, order[name])):
+                try:
+                    if name in self._tasks and self._advance(name) and nodes[name].kind != "fetch":
+                        ended.append(name)
+                except RunError as error:
+                    failure = failure or error
+                    self._drop_waiting()
+            sorter.done(*ended)
+            self.services.poll()
+            if not self._tasks and not ended:
+                break
+            pause = SHORTEST_POLL if ended else min(POLL, pause * 1.1)
+            if not ended:
+                time.sleep(pause)
+        if failure is not None:
+            raise failure
+
+    def _take_up(self, node: Node) -> bool:
+        """Begin with a node whose inputs are there. True: that is all, a source is fetched when somebody wants it."""
+        if node.kind != "fetch":
+            self._tasks[node.name] = self._ensure(node)
+            return False
+        step = self.planner.step(node.name, {})
+        self._done(step)
+        if step.path is None and node.name in (self.config.only, self.config.until):
+            self._tasks[node.name] = self._fetch(step)
+        return True
+
+    def _advance(self, name: str) -> bool:
+        """Go on with one node until it has to wait; whether it has come to its end."""
+        try:
+            next(self._tasks[name])
+        except StopIteration:
+            del self._tasks[name]
+            return True
+        except RunError:
+            del self._tasks[name]
+            raise
+        return False
+
+    def _drop_waiting(self) -> None:
+        """Forget what has not started."""
+        for name in [name for name in self._tasks if not self.room.holds(name)]:
+            self._tasks.pop(name).close()
+
+    def _done(self, step: Step) -> None:
+        if step.artifact is not None:
+            self.planner.store.touch(step.artifact)
+            self._tidy(step.node.kind, step.key)
+        self.steps[step.node.name] = step
+
+    def _tidy(self, stage: str, key: str) -> None:
+        """An attempt may have been killed after it had published and before its work was removed."""
+        store = self.planner.store
+        if store.work(stage, key).exists():
+            with contextlib.suppress(StoreError), store.claimed_at_once(stage, key) as ours:
+                if ours:
+                    store.discard_work(stage, key)
+
+    # One node, from the decision to the artifact.
+
+    def _ensure(self, node: Node) -> Waiting:
+        step = self._step(node)
         if step.state is State.waits:
-            # Only the target's own config.json can be missing here: inputs were made in data-flow order.
-            self._fetch(TARGET)
+            # Only the target's own config.json can be missing here: everything else is made in data-flow order.
+            yield from self._fetched([TARGET])
             self.planner.learn_target()
-            step = self.planner.step(node.name, self._digests())
+            step = self._step(node)
         self._decided(step)
         if step.state is State.run:
             if self.config.only not in ("", node.name):
                 hint = f"make it first: until={node.name}"
                 raise RecipeError(f"only={self.config.only} needs `{node.name}`, which is not there", hint)
-            for upstream in node.inputs.values():
-                self._fetch(upstream)
-            step = self._make(step)
-        self.steps[node.name] = step
+            yield from self._fetched(node.inputs.values())
+            step = yield from self._made(step)
+        self._done(step)
 
-    def _fetch(self, name: str) -> None:
-        """Fetch a source that is not here yet; anything else is left alone."""
-        step = self.steps[name]
-        if step.node.kind == "fetch" and step.path is None:
-            self._decided(step)
-            self.steps[name] = self._make(step)
+    def _fetched(self, names: Iterable[str]) -> Waiting:
+        """Fetch the sources among these that are not here yet; anything else is left alone."""
+        missing = [name for name in names if self.steps[name].node.kind == "fetch" and self.steps[name].path is None]
+        for name in missing:
+            if name not in self._tasks:
+                self._tasks[name] = self._fetch(self.steps[name])
+        while any(self.steps[name].path is None for name in missing):
+            yield
 
-    def _digests(self) -> dict[str, str]:
-        return {name: step.digest for name, step in self.steps.items()}
+    def _fetch(self, step: Step) -> Waiting:
+        self._decided(step)
+        self._done((yield from self._made(step)))
+
+    def _step(self, node: Node) -> Step:
+        known = [name for name in node.inputs.values() if name in self.steps]
+        return self.planner.step(node.name, {name: self.steps[name].digest for name in known})
 
     def _decided(self, step: Step) -> None:
         self.events.emit("stage.decided", node=step.node.name, state=step.state.name, reason=step.reason, key=step.key)
 
-    def _make(self, step: Step) -> Step:
-        """Run a stage's workers, phase by phase, and take the artifact that the last one published."""
-        node, began = step.node, time.monotonic()
-        plan = graph.phases(node, self.config)
+    def _made(self, step: Step) -> Generator[None, None, Step]:
+        """Run a stage's workers as soon as there is room, and take the artifact that the last one published."""
+        node = step.node
+        servers = self._servers_of(node, self._to_come(node) if node.mode else [])
+        need = schedule.need(node, self.config, self.steps[TARGET].path if TARGET in self.steps else None)
+        while (devices := self._take_room(node, need, servers)) is None:
+            yield
+        began = time.monotonic()
         try:
-            quota = self.config.run.quota_gib
-            if quota or not self._room_was_asked or "features" in node.spec.gives or node.keeps_states:
-                # Again where states are stored: an upper bound is counted by then, and others fill the disk too. With
-                # a quota, again before each stage, which is after the one before.
-                self._room_was_asked = True
-                open_steps = {s.node.name: s for s in self.planner.plan()}
-                estimate.refuse_if_too_large(estimate.estimate(self.planner, open_steps))
-            for index, servings in enumerate(plan):
-                if self._phase_done(step, index):
-                    continue
-                self._stop_servers(keep={self._server_key(s, node) for s in servings} | self._wanted_later(node))
-                servers = {s.name: self._serve(s, node) for s in servings}
-                self._await_ready(servers)
-                self._work(step, index, len(plan), servers)
+            found = self._step(node)
+            if found.state is State.cached:  # somebody made it while this waited
+                self._decided(found)
+                return found
+            self._ask_for_disk(node)
+            yield from self._attempts(step, servers, devices)
+            artifact = self.planner.store.find(node.kind, step.key)
+            if artifact is None:
+                raise StageError(f"{node.name}: its worker left no artifact", f"look at {self._log(node)}")
         except RunError as failure:
             self.events.emit("stage.failed", node=node.name, message=failure.message)
             raise
-        artifact = self.planner.store.find(node.kind, step.key)
-        if artifact is None:
-            raise StageError(f"{node.name}: the worker ended well but left no artifact", f"look at {self._log(node)}")
+        finally:
+            self.services.release(node)
+            self.room.give_back(node.name)
         self.planner.forced.discard(node.name)
-        made = self.planner.step(node.name, self._digests())
         seconds = time.monotonic() - began
         self.events.emit("stage.finished", node=node.name, seconds=seconds, record=artifact.record, key=step.key)
-        self._stop_servers(keep=self._wanted_later(node))
-        return made
+        self._give_back_servers(node)
+        return self._step(node)
+
+    def _take_room(self, node: Node, need: Need, servers: list[dict[Key, graph.Serving]]) -> Devices | None:
+        """The devices of its server if that is up; else rather those that nobody's server is kept on."""
+        prefer = self.services.devices_of(servers[0])
+        if prefer:
+            self._eager.add(node.name)
+        return self.room.take(node.name, need, prefer=prefer, avoid=self.services.idle_devices())
+
+    def _servers_of(self, node: Node, to_come: Iterable[Node]) -> list[dict[Key, graph.Serving]]:
+        """What the stage needs served, phase by phase."""
+        plan = graph.phases(node, self.config)
+        return [{self.services.key(serving, node, to_come): serving for serving in phase} for phase in plan]
+
+    def _to_come(self, node: Node) -> list[Node]:
+        """Other nodes that ask for the pipeline's server and may still have to run."""
+        others = [n for n in self.planner.graph.values() if n.mode and n.name not in self.steps and n is not node]
+        return [n for n in others if self._step(n).state in (State.run, State.waits)]
+
+    def _give_back_servers(self, node: Node) -> None:
+        """Keep only those that another stage may still need and that do not depend on what is still to be made."""
+        if self.services.idle_devices():
+            to_come = self._to_come(node)
+            wanted = [key for other in to_come for phase in self._servers_of(other, to_come) for key in phase]
+            self.services.keep(wanted)
+
+    def _ask_for_disk(self, node: Node) -> None:
+        """Again where states are stored: an upper bound is counted by then, and others fill the disk too.
+
+        With a quota, again before each stage, which is after the one before.
+        """
+        quota = self.config.run.quota_gib
+        if quota or not self._room_was_asked or "features" in node.spec.gives or node.keeps_states:
+            self._room_was_asked = True
+            open_steps = {s.node.name: s for s in self.planner.plan()}
+            estimate.refuse_if_too_large(estimate.estimate(self.planner, open_steps))
+
+    # Attempts at one stage.
+
+    def _attempts(self, step: Step, servers: list[dict[Key, graph.Serving]], devices: Devices) -> Waiting:
+        node = step.node
+        limits = schedule.limits(self.config, node.name)
+        for attempt in itertools.count(1):
+            try:
+                for index, wanted in enumerate(servers):
+                    if not self._phase_done(step, index):
+                        leased = yield from self.services.lease(node, wanted, devices)
+                        yield from self._work(step, (index, len(servers)), attempt, leased, devices)
+                return
+            except PassingError as passing:
+                if attempt > limits.retries:
+                    raise passing.failure from None
+                message, seconds = passing.failure.message.splitlines()[0], limits.retry_wait * 2 ** (attempt - 1)
+            self.services.release(node)
+            self.events.emit("stage.retried", node=node.name, attempt=attempt, message=message, seconds=seconds)
+            yield from _pause(seconds)
 
     def _phase_done(self, step: Step, index: int) -> bool:
         return (self.planner.store.work(step.node.kind, step.key) / "scratch" / f"phase-{index}.done").exists()
 
-    def _work(self, step: Step, index: int, count: int, servers: Mapping[str, Service]) -> None:
-        request, log = self._request(step, index, count, servers), self._log(step.node)
+    def _work(
+        self, step: Step, phase: tuple[int, int], attempt: int, servers: Mapping[str, Service], devices: Devices
+    ) -> Waiting:
+        """One worker from its start to its end."""
+        node, log = step.node, self._log(step.node)
+        request = self._request(step, *phase, attempt, servers)
         env = {k: v for server in servers.values() for k, v in server.worker_env().items()}
-        handle = executor(self.config.executor.name.name).submit(request, log, env)
-        self.events.emit("stage.started", node=step.node.name, log=str(log), phase=index, phases=count)
+        with log.open("a") as file:
+            file.write(f"--- {node.name}: attempt {attempt}, phase {phase[0] + 1} of {phase[1]}, {now()}\n")
+        handle = executor(self.config.executor.name.name).submit(
+            request, log, {**env, **schedule.environment(self.config, devices)}
+        )
+        self._workers[node.name] = handle
+        self.events.emit(
+            "stage.started", node=node.name, log=str(log), phase=phase[0], phases=phase[1], attempt=attempt
+        )
         try:
-            code = self._watch(step, handle, servers)
-        except BaseException:
-            _end(handle)
-            raise
-        if code != 0:
-            raise self._failure(step, code, log)
+            code = yield from self._watched(step, handle, servers)
+        finally:
+            if handle.poll() is not None:
+                del self._workers[node.name]
+        if code == 0:
+            return
+        failure = self._failure(step, code, log)
+        if isinstance(failure, ServiceError):
+            yield from _pause(DEATH_SECONDS, unless=lambda: _lost(servers) is not None)
+        lost = _lost(servers)
+        if lost is not None:
+            raise PassingError(lost.failure())
+        raise PassingError(failure) if endings.signal_of(code) else failure
 
-    def _watch(self, step: Step, handle: Handle, servers: Mapping[str, Service]) -> int:
+    def _watched(self, step: Step, handle: Handle, servers: Mapping[str, Service]) -> Generator[None, None, int]:
+        """Tell of its progress until it ends; end it when a server is lost or its time is over."""
         progress = self.planner.store.work(step.node.kind, step.key) / "progress.json"
-        seen = 0
+        limit = schedule.limits(self.config, step.node.name).time_limit
+        began, seen = time.monotonic(), 0
         while (code := handle.poll()) is None:
-            for server in servers.values():
-                server.poll()
-                if server.state == "dead":
-                    raise server.failure()
+            lost = _lost(servers)
+            if lost is not None or 0 < limit < time.monotonic() - began:
+                yield from _ended(handle)
+                raise PassingError(lost.failure() if lost is not None else self._too_long(step.node, limit))
             try:
                 if (stamp := progress.stat().st_mtime_ns) != seen:
                     seen = stamp
                     self.events.emit("stage.progress", node=step.node.name, **json.loads(progress.read_text()))
             except FileNotFoundError:
                 pass
-            time.sleep(POLL)
+            yield
         return code
 
-    def _request(self, step: Step, index: int, count: int, servers: Mapping[str, Service]) -> Path:
+    def _request(self, step: Step, index: int, count: int, attempt: int, servers: Mapping[str, Service]) -> Path:
         node = step.node
         path = self.directory / "requests" / f"{node.name}-{index}.json"
         path.parent.mkdir(exist_ok=True)
@@ -208,6 +378,7 @@ class Execution:
                 "run": self.name,
                 "recipe": self.config.recipe,
                 "words": self.words,
+                "attempt": attempt,
                 "inputs": {slot: self.steps[upstream].key for slot, upstream in node.inputs.items()},
             },
             "phase": index,
@@ -218,129 +389,98 @@ class Execution:
 
     def _failure(self, step: Step, code: int, log: Path) -> RunError:
         """What the worker said about itself, or how it died and the end of its log."""
+        name = step.node.name
         said = self.planner.store.work(step.node.kind, step.key) / "failure.json"
         if code == 1 and said.exists():
-            failure = json.loads(said.read_text())
-            return _KINDS.get(failure["kind"], StageError)(f"{step.node.name}: {failure['message']}", failure["hint"])
-        how = f"was killed by {signal.Signals(-code).name}" if code < 0 else f"ended with exit code {code}"
-        if code == -signal.SIGKILL:
-            how += " (out of memory, most likely)"
-        tail = "\n".join(log.read_text(errors="replace").splitlines()[-40:])
-        return StageError(
-            f"{step.node.name} {how}\n\n{tail}", f"the whole log is {log}; the same command resumes there"
-        )
+            plain = json.loads(said.read_text())
+            hint = self._hint(step.node, plain["hint"])
+            return _KINDS.get(plain["kind"], StageError)(f"{name}: {plain['message']}", hint)
+        lines = "\n".join(endings.tail(log))
+        hint = self._hint(step.node, "what it finished is kept: the next attempt goes on there")
+        return StageError(f"{name} {endings.in_words(code)}\n\n{lines}", hint)
+
+    def _too_long(self, node: Node, limit: float) -> StageError:
+        hint = self._hint(node, "what it finished is kept; give it more time: run.time_limit=SECONDS")
+        return StageError(f"{node.name} was stopped after {limit:g} s, its run.time_limit", hint)
+
+    def _hint(self, node: Node, hint: str) -> str:
+        return endings.where_to_look(hint, self._log(node), endings.again(self.words, node.name))
 
     def _log(self, node: Node) -> Path:
         return self.directory / "logs" / f"{node.name}.log"
 
-    # Servers: one a (mode, dtype, draft), shared by the stages that need the same.
+    # The end, in order and at once.
 
-    def _server_key(self, serving: Serving, node: Node) -> tuple[str, str, str]:
-        draft = self.steps[node.inputs["speculator"]].digest if serving.mode == "speculative" else ""
-        mode = serving.mode
-        if mode == "generate" and any(other.mode == "extract" for other in self._to_come(node)):
-            # One server does both: it keeps hidden states only for requests that ask for them.
-            mode = "extract"
-        return mode, serving.dtype.name, draft
+    def _stop_workers(self) -> None:
+        """Ask all of them to stop, give them time to write their checkpoints, and kill what is left."""
+        for handle in self._workers.values():
+            handle.terminate()
+        deadline = time.monotonic() + GRACE
+        while any(handle.poll() is None for handle in self._workers.values()):
+            if time.monotonic() > deadline:
+                self._kill_workers()
+            time.sleep(SHORTEST_POLL)
 
-    def _to_come(self, node: Node) -> Iterator[Node]:
-        """Nodes after this one that may still have to run."""
-        names = list(self.planner.graph)
-        for name in names[names.index(node.name) + 1 :]:
-            if self.planner.step(name, self._digests()).state in (State.run, State.waits):
-                yield self.planner.graph[name]
+    def _kill_workers(self) -> None:
+        for handle in self._workers.values():
+            if handle.poll() is None:
+                handle.kill()
 
-    def _wanted_later(self, node: Node) -> set[tuple[str, str, str]]:
-        """Servers that a later stage needs and that do not depend on what is still to be made."""
-        later = [n for n in self._to_come(node) if n.mode]
-        return {self._server_key(s, n) for n in later for phase in graph.phases(n, self.config) for s in phase}
-
-    def _serve(self, serving: Serving, node: Node) -> Service:
-        key = self._server_key(serving, node)
-        if key not in self._servers:
-            self._servers[key] = self._start(serving, key[0], node)
-        return self._servers[key]
-
-    def _start(self, serving: Serving, mode: str, node: Node) -> Service:
-        nonce = secrets.token_hex(4)
-        log = self.directory / "logs" / f"vllm-{mode}-{serving.dtype.name}-{nonce}.log"
-        home = self.planner.store.root / "services" / nonce
-        if self.config.serve.url:
-            service = external(self.config, mode, home, log)
-        else:
-            draft = self.steps[node.inputs["speculator"]].path if mode == "speculative" else None
-            spec = vllm.server(
-                self.config,
-                mode=mode,
-                dtype=serving.dtype.name,
-                target=_there(self.steps[TARGET].path),
-                draft=draft / "best" if draft else None,
-                capture_layer_ids=self.planner.derived["capture_layer_ids"] if mode == "extract" else None,
-                max_model_len=derive.max_model_len(self.config),
-                nonce=nonce,
-                directory=home,
-                log=log,
-            )
-            service = Service(spec, home)
-        service.start()
-        self.events.emit("service.starting", service=nonce, mode=mode, log=str(log))
-        return service
-
-    def _await_ready(self, servers: Mapping[str, Service]) -> None:
-        began = time.monotonic()
-        waiting = {id(s): s for s in servers.values() if s.state != "ready"}
-        while waiting:
-            for ident, server in list(waiting.items()):
-                server.poll()
-                if server.state == "dead":
-                    raise server.failure()
-                if server.state == "ready":
-                    del waiting[ident]
-                    seconds = time.monotonic() - began
-                    self.events.emit("service.ready", service=server.name, mode=server.mode, seconds=seconds)
-            time.sleep(POLL)
-
-    def _stop_servers(self, keep: set[tuple[str, str, str]]) -> None:
-        for key in [k for k in self._servers if k not in keep]:
-            server = self._servers.pop(key)
-            server.stop()
-            self.events.emit("service.stopped", service=server.name, mode=server.mode)
+    def _kill(self) -> None:
+        self._kill_workers()
+        self.services.kill()
 
 
-def _there(path: Path | None) -> Path:
-    assert path is not None, "the target is fetched before a server is started for it"
-    return path
+class _Signals:
+    """The first SIGINT or SIGTERM is noted, for `check` to raise; a second one kills what runs, a third one us."""
+
+    def __init__(self, kill: Callable[[], None]) -> None:
+        self._kill = kill
+        self._asked: int | None = None
+
+    def __enter__(self) -> _Signals:
+        self._before = {number: signal.signal(number, self._heard) for number in (signal.SIGINT, signal.SIGTERM)}
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+
+    def check(self) -> None:
+        """Raises Interrupted after the first signal, between two steps and not in the middle of one."""
+        if self._asked is not None:
+            raise Interrupted(self._asked)
+
+    def _heard(self, number: int, frame: FrameType | None) -> None:
+        if self._asked is None:
+            self._asked = number
+            return
+        for other in self._before:
+            signal.signal(other, lambda number, _: os._exit(128 + number))
+        self._kill()
+        # Nothing is left to wait for; unwinding leaves the terminal as it was.
+        raise Interrupted(number)
 
 
-def _end(handle: Handle) -> None:
+def _lost(servers: Mapping[str, Service]) -> Service | None:
+    return next((server for server in servers.values() if server.poll() == "dead"), None)
+
+
+def _ended(handle: Handle) -> Waiting:
     """SIGTERM, time to write a checkpoint, SIGKILL."""
     handle.terminate()
-    deadline = time.monotonic() + GRACE
-    while handle.poll() is None and time.monotonic() < deadline:
-        time.sleep(POLL)
+    yield from _pause(GRACE, unless=lambda: handle.poll() is not None)
     if handle.poll() is None:
         handle.kill()
-
-
-@contextmanager
-def _interruptible() -> Iterator[None]:
-    """The first SIGINT or SIGTERM unwinds the run in order; a second one kills what is left at once."""
-
-    def first(signum: int, frame: object) -> None:
-        for s in (signal.SIGINT, signal.SIGTERM):
-            signal.signal(s, second)
-        raise Interrupted(signum)
-
-    def second(signum: int, frame: object) -> None:
-        # Workers and servers hold the other end of a pipe to this process: they end when it does.
-        os._exit(128 + signum)
-
-    before = {s: signal.signal(s, first) for s in (signal.SIGINT, signal.SIGTERM)}
-    try:
+    while handle.poll() is None:
         yield
-    finally:
-        for s, handler in before.items():
-            signal.signal(s, handler)
+
+
+def _pause(seconds: float, unless: Callable[[], bool] = lambda: False) -> Waiting:
+    """Wait so long, or until it is so."""
+    deadline = time.monotonic() + seconds
+    while time.monotonic() < deadline and not unless():
+        yield
 
 
 def as_json(steps: Mapping[str, Step]) -> dict[str, Any]:

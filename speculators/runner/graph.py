@@ -41,6 +41,10 @@ class Kind:
     """Mode in which it needs the pipeline's server, wired as `target: serve`."""
     datasets: str = ""
     """Section (`data`, `datasets`) whose files it reads."""
+    trains: bool = False
+    """Needs a device without being served."""
+    measures: bool = False
+    """Measures speed: where all share the cores, nothing may run beside it."""
     packages: tuple[str, ...] = ()
     """Distributions whose version changes the output."""
 
@@ -83,6 +87,7 @@ KINDS: dict[str, Kind] = {
         takes={"tokens": "tokens", "features": "features", "vocab": "vocabulary"},
         reads=("train", "speculator", "target.dtype"),
         derived=("layer_ids", "capture_layer_ids"),
+        trains=True,
     ),
     "evaluate": Kind(
         version=1,
@@ -90,6 +95,7 @@ KINDS: dict[str, Kind] = {
         takes={"speculator": "speculator"},
         reads=("evaluate", "data", "datasets", "prompts.hold_out", "target.dtype", "speculator.num_speculative_tokens"),
         datasets="datasets",
+        measures=True,
     ),
 }
 """Every kind of stage by the name of its module in `speculators.stages`."""

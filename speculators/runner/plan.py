@@ -15,7 +15,7 @@ from typing import Any
 
 from speculators.config import Config, identity
 from speculators.errors import ServiceError
-from speculators.runner import derive, graph, key, sources, vllm
+from speculators.runner import derive, graph, key, schedule, sources, vllm
 from speculators.runner.artifact import Artifact
 from speculators.runner.graph import TARGET, Node
 from speculators.runner.store import Store
@@ -64,6 +64,7 @@ class Planner:
         self.config = config
         self.store = store
         self.graph = graph.chosen(graph.build(config), config)
+        schedule.check(config)
         self.forced = graph.forced(self.graph, config)
         """Stages whose artifact does not count; whoever has made one anew takes it out."""
         self._sources = {n.name: self._resolve(n) for n in self.graph.values() if n.kind == "fetch"}

@@ -2,6 +2,7 @@
 
     starting --(alive, healthy, serves the right name, answers)--> ready
         `-------------------(ends, or is the wrong server)-------> dead <-- ready
+    any of them --close--> dead, and gone once nothing of its process tree is left
 
 There is no deadline while the process lives: weights may take half an hour to load. When it ends, its log says
 why, and `failure` quotes that. The process tree belongs to `runner.guard`, which this process holds by a pipe.
@@ -14,11 +15,12 @@ import json
 import os
 import re
 import shutil
+import signal
 import socket
 import subprocess
 import sys
 import threading
-from collections import deque
+import time
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -26,10 +28,12 @@ from typing import Any
 import speculators
 from speculators.config import Config
 from speculators.errors import ServiceError
-from speculators.runner import guard
+from speculators.runner import endings, guard
 
 PROBE_SECONDS = 0.2
 """Between two looks at a server that is starting."""
+STOP_SECONDS = 0.02
+"""Between two looks at a server that is stopping."""
 GRACE = 10.0
 """Seconds that a server has to end by itself."""
 LOG_LINES = 1000
@@ -71,7 +75,10 @@ class Service:
         self.model = spec.model
         self.state = "starting"
         """`starting`, `ready` or `dead`; `poll` keeps it up to date."""
+        self.passing = False
+        """It is dead, and another one may live longer: it had been in use, or was killed."""
         self._guard: subprocess.Popen[bytes] | None = None
+        self._give_up = 0.0
         self._verdict: ServiceError | None = None
         self._answered = threading.Event()
         self._stopped = threading.Event()
@@ -96,8 +103,9 @@ class Service:
         """Look at the process and at what the probe found out; never waits. Returns `state`."""
         if self.state == "dead":
             return self.state
-        if self._guard is not None and (code := self._guard.poll()) is not None:
-            self._verdict = self._verdict or self._explain(code)
+        if self._guard is not None and (code := self._guard.poll()) is not None and self._verdict is None:
+            self.passing = self.state == "ready" or endings.signal_of(code) is not None
+            self._verdict = self._explain(code)
         if self._verdict is not None:
             self.state = "dead"
         elif self._answered.is_set():
@@ -123,28 +131,38 @@ class Service:
         """What a worker needs in its environment to talk to it."""
         return {self._key_variable: self.spec.api_key}
 
-    def tail(self, lines: int) -> list[str]:
-        """The last lines of its log."""
-        try:
-            with self.spec.log.open(errors="replace") as log:
-                return [line.rstrip("\n") for line in deque(log, maxlen=lines)]
-        except OSError:
-            return []
-
-    def stop(self) -> None:
-        """End it and all below it, and remove its directory; the log stays. A server that is not ours goes on."""
+    def close(self) -> None:
+        """Ask it to end, and all below it; at once. A server that is not ours goes on."""
         self._stopped.set()
         self.state = "dead"
+        self._give_up = time.monotonic() + GRACE + guard.KILL_SECONDS
         if self._guard is not None:
             assert self._guard.stdin is not None
             self._guard.stdin.close()
-            try:
-                self._guard.wait(GRACE + guard.KILL_SECONDS)
-            except subprocess.TimeoutExpired:
-                self._guard.kill()
-                self._guard.wait()
-            guard.reap(self.directory / "pids.json")
+
+    def gone(self) -> bool:
+        """Whether nothing is left of it since `close`. Its directory is removed then; the log stays."""
+        if self._guard is not None and self._guard.poll() is None:
+            if time.monotonic() < self._give_up:
+                return False
+            self._guard.kill()
+            self._guard.wait()
+        guard.reap(self.directory / "pids.json")
         shutil.rmtree(self.directory, ignore_errors=True)
+        return True
+
+    def stop(self) -> None:
+        """`close`, and wait until it is gone."""
+        self.close()
+        while not self.gone():
+            time.sleep(STOP_SECONDS)
+
+    def kill(self) -> None:
+        """End every process of it now. Its guard ends by itself after that."""
+        if self._guard is not None and self._guard.poll() is None and guard.HAS_PROC:
+            for pid in guard.descendants({self._guard.pid}):
+                with contextlib.suppress(ProcessLookupError, PermissionError):
+                    os.kill(pid, signal.SIGKILL)
 
     @property
     def _key_variable(self) -> str:
@@ -236,14 +254,14 @@ class Service:
         return json.loads(text) if text and path != "/health" else None
 
     def _explain(self, code: int) -> ServiceError:
-        number = code - 128 if code > 128 else -code
-        how = f"was killed by signal {number}" if number > 0 else f"ended with exit code {code}"
         when = "while it was in use" if self.state == "ready" else "before it was ready"
-        lines = self.tail(LOG_LINES)
-        otherwise = "it was killed from outside, most likely for want of memory" if number == 9 else "mend what it says"
+        lines = endings.tail(self.spec.log, LOG_LINES)
+        killed = endings.signal_of(code) is signal.SIGKILL
+        otherwise = "give it more memory, or less to do: serve.max_num_seqs" if killed else "mend what it says"
         text = "\n".join(lines)
         hint = next((hint for pattern, hint in HINTS.items() if re.search(pattern, text, re.IGNORECASE)), otherwise)
-        return ServiceError(f"the server {how} {when}: {cause(lines)}", f"{hint}; its log is {self.spec.log}")
+        how = f"the server {endings.in_words(code)} {when}"
+        return ServiceError(f"{how}: {cause(lines)}", f"{hint}; its log is {self.spec.log}")
 
 
 NO_VLLM = (

@@ -1,0 +1,159 @@
+"""The servers of one run: one a (mode, dtype, draft) on its devices, started when a stage needs it and shared.
+
+A server is in use while a stage holds a lease on it. Afterwards it stays up as long as a later stage wants it and no
+other stage needs its devices. One that died is replaced when it is next asked for; whoever used it tries again.
+"""
+
+from __future__ import annotations
+
+import secrets
+import time
+from collections.abc import Collection, Generator, Iterable, Mapping
+from pathlib import Path
+
+from speculators.runner import derive, schedule, vllm
+from speculators.runner.endings import PassingError
+from speculators.runner.events import Events
+from speculators.runner.graph import TARGET, Node, Serving
+from speculators.runner.plan import Planner, Step
+from speculators.runner.schedule import Devices
+from speculators.runner.service import STOP_SECONDS, Service, external
+
+Key = tuple[str, str, str]
+"""Mode, dtype, digest of the draft."""
+
+
+class Services:
+    """Servers by what they are and where they run. Whoever makes one calls `poll` now and then, and `close`."""
+
+    def __init__(self, planner: Planner, steps: Mapping[str, Step], directory: Path, events: Events) -> None:
+        self.planner = planner
+        self.directory = directory
+        self.events = events
+        self._steps = steps
+        self._up: dict[tuple[Key, Devices], Service] = {}
+        self._leases: dict[str, list[Service]] = {}
+        self._leaving: list[tuple[Devices, Service]] = []
+
+    def key(self, serving: Serving, node: Node, to_come: Iterable[Node]) -> Key:
+        """Which server this is. `to_come`: other stages that may still have to run."""
+        draft = self._steps[node.inputs["speculator"]].digest if serving.mode == "speculative" else ""
+        mode = serving.mode
+        if mode == "generate" and any(other.mode == "extract" for other in to_come):
+            # One server does both: it keeps hidden states only for requests that ask for them.
+            mode = "extract"
+        return mode, serving.dtype.name, draft
+
+    def devices_of(self, keys: Collection[Key]) -> Devices:
+        """Where one of these servers is up; nowhere if none is."""
+        return next((devices for key, devices in self._up if key in keys), ())
+
+    def idle_devices(self) -> set[int]:
+        """Devices with a server that nobody uses at the moment."""
+        return {d for (_, devices), server in self._up.items() if not self._in_use(server) for d in devices}
+
+    def lease(
+        self, node: Node, servings: Mapping[Key, Serving], devices: Devices
+    ) -> Generator[None, None, dict[str, Service]]:
+        """The servers of one phase by the stage's names for them, once they are ready.
+
+        What else is up on these devices, and what died, is given back before anything starts.
+
+        Raises:
+            ServiceError: one does not start.
+            PassingError: the same, but it may the next time.
+        """
+        wanted = {(key, devices) for key in servings}
+        self._leases[node.name] = []
+        for place in list(self._up):
+            if set(place[1]) & set(devices) and (place not in wanted or self._up[place].poll() == "dead"):
+                self._retire(place)
+        while any(set(used) & set(devices) for used, _ in self._leaving):
+            yield
+        leased = {}
+        for key, serving in servings.items():
+            place = key, devices
+            if place not in self._up:
+                self._up[place] = self._start(key, node, devices)
+            leased[serving.name] = self._up[place]
+            self._leases[node.name].append(self._up[place])
+        began = time.monotonic()
+        waiting = [server for server in leased.values() if server.state != "ready"]
+        while waiting:
+            for server in waiting:
+                if server.poll() == "dead":
+                    raise PassingError(server.failure()) if server.passing else server.failure()
+                if server.state == "ready":
+                    seconds = time.monotonic() - began
+                    self.events.emit("service.ready", service=server.name, mode=server.mode, seconds=seconds)
+            waiting = [server for server in waiting if server.state != "ready"]
+            yield
+        return leased
+
+    def release(self, node: Node) -> None:
+        """The stage uses its servers no more."""
+        self._leases.pop(node.name, None)
+
+    def keep(self, keys: Collection[Key]) -> None:
+        """Stop what is not in use, unless it is one of these and lives."""
+        for place, server in list(self._up.items()):
+            if not self._in_use(server) and (place[0] not in keys or server.poll() == "dead"):
+                self._retire(place)
+
+    def poll(self) -> None:
+        """See what has stopped."""
+        for entry in list(self._leaving):
+            server = entry[1]
+            if server.gone():
+                self._leaving.remove(entry)
+                self.events.emit("service.stopped", service=server.name, mode=server.mode)
+
+    def close(self) -> None:
+        """Stop all of them at the same time, and wait until nothing is left."""
+        for place in list(self._up):
+            self._retire(place)
+        while self._leaving:
+            self.poll()
+            time.sleep(STOP_SECONDS)
+
+    def kill(self) -> None:
+        """End all their processes now."""
+        for server in [*self._up.values(), *(server for _, server in self._leaving)]:
+            server.kill()
+
+    def _in_use(self, server: Service) -> bool:
+        return any(server is used for lease in self._leases.values() for used in lease)
+
+    def _retire(self, place: tuple[Key, Devices]) -> None:
+        server = self._up.pop(place)
+        server.close()
+        self._leaving.append((place[1], server))
+
+    def _start(self, key: Key, node: Node, devices: Devices) -> Service:
+        config, (mode, dtype, _) = self.planner.config, key
+        nonce = secrets.token_hex(4)
+        log = self.directory / "logs" / f"vllm-{mode}-{dtype}-{nonce}.log"
+        home = self.planner.store.root / "services" / nonce
+        if config.serve.url:
+            service = external(config, mode, home, log)
+        else:
+            draft = self._steps[node.inputs["speculator"]].path if mode == "speculative" else None
+            target = self._steps[TARGET].path
+            assert target is not None, "the target is fetched before a server is started for it"
+            spec = vllm.server(
+                config,
+                mode=mode,
+                dtype=dtype,
+                target=target,
+                draft=draft / "best" if draft else None,
+                capture_layer_ids=self.planner.derived["capture_layer_ids"] if mode == "extract" else None,
+                max_model_len=derive.max_model_len(config),
+                nonce=nonce,
+                directory=home,
+                log=log,
+            )
+            spec.env.update(schedule.environment(config, devices))
+            service = Service(spec, home)
+        service.start()
+        self.events.emit("service.starting", service=nonce, mode=mode, log=str(log))
+        return service

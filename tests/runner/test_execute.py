@@ -1,0 +1,467 @@
+"""The execution: what runs beside what, what is tried again, and what is said when it fails.
+
+Workers and servers are played here: a worker is a line of `World.script`, and ends when it has been looked at as
+often as that says. Real processes are in tests/crash.
+"""
+
+from __future__ import annotations
+
+import inspect
+import itertools
+import json
+import signal
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from speculators.config import Config
+from speculators.errors import ContractError, RecipeError, RunError, ServiceError, StageError
+from speculators.runner import execute, graph, services
+from speculators.runner.events import Events
+from speculators.runner.execute import Execution, Interrupted
+from speculators.runner.graph import Kind
+from speculators.runner.plan import Planner
+from speculators.runner.service import ServiceSpec
+from speculators.runner.store import Store
+
+KINDS = {
+    "seed": Kind(version=1, gives=("grain",), target=False),
+    "grind": Kind(version=1, gives=("flour",), takes={"grain": "grain"}, target=False),
+    "mix": Kind(version=1, gives=("dough",), takes={"one": "flour", "other": "flour"}, target=False),
+    "ask": Kind(version=1, gives=("grain",), serve="generate"),
+    "press": Kind(version=1, gives=("oil",), takes={"grain": "grain"}, target=False, trains=True),
+    "weigh": Kind(version=1, gives=("note",), takes={"grain": "grain"}, target=False, trains=True, measures=True),
+}
+TWO_BRANCHES = {
+    "seed": {},
+    "left": {"uses": "grind", "grain": "seed"},
+    "right": {"uses": "grind", "grain": "seed2"},
+    "seed2": {"uses": "seed"},
+    "mix": {"one": "left", "other": "right"},
+}
+
+
+class World:
+    """One recipe with played workers and servers, and what happened in it."""
+
+    def __init__(self, tmp_path: Path, checkpoint: Path, pipeline: dict[str, dict[str, str]]) -> None:
+        self.config = Config(recipe="mill", pipeline=pipeline)
+        self.config.target.source = str(checkpoint)
+        self.config.vocab.size = None
+        self.config.hardware.device = type(self.config.hardware.device).cpu
+        self.config.run.retry_wait = 0.01
+        self.config.run.parallel = 4
+        self.store = Store(tmp_path / "store")
+        self.directory = tmp_path / "run"
+        self.script: dict[str, list[Any]] = {}
+        """Node -> how its workers end, one after the other: an exit code, or an error; without one, well."""
+        self.lasts: dict[str, int] = {}
+        """Node -> how often its worker is looked at before it ends."""
+        self.seen: list[dict[str, Any]] = []
+        self.env: dict[str, dict[str, str]] = {}
+        self.servers: list[PlayedServer] = []
+        self.when: dict[tuple[str, int], Callable[[], None]] = {}
+        """(node, look) -> what happens at that look at its worker."""
+
+    def run(self, *words: str) -> Execution:
+        """Carry it out once more."""
+        (self.directory / "logs").mkdir(parents=True, exist_ok=True)
+        planner = Planner(self.config, self.store)
+        events = Events(self.directory / "events.jsonl", [self.seen.append])
+        execution = Execution(planner=planner, directory=self.directory, events=events, words=["recipe=mill", *words])
+        self.seen.clear()
+        try:
+            execution.run()
+        finally:
+            events.close()
+        return execution
+
+    def of(self, *kinds: str) -> list[str]:
+        """`kind node` of the events of these kinds, in order."""
+        return [
+            f"{e['event'].partition('.')[2]} {e.get('node') or e['mode']}" for e in self.seen if e["event"] in kinds
+        ]
+
+    def together(self) -> int:
+        """How many workers ran at the same time, at most."""
+        most = now = 0
+        for event in self.seen:
+            now += {"stage.started": 1, "stage.finished": -1, "stage.failed": -1, "stage.retried": -1}.get(
+                event["event"], 0
+            )
+            most = max(most, now)
+        return most
+
+
+class PlayedWorker:
+    """See `executors.Handle`. A worker that ends well publishes the name of its node."""
+
+    def __init__(self, world: World, request: Path, log: Path) -> None:
+        self.world, self.log = world, log
+        self.plain = json.loads(request.read_text())
+        self.node = self.plain["node"]
+        outcomes = world.script.get(self.node, [])
+        self.outcome = outcomes.pop(0) if outcomes else 0
+        self.left = world.lasts.get(self.node, 2)
+        self.looks = 0
+        self.asked: list[str] = []
+
+    pid = 0
+
+    def poll(self) -> int | None:
+        self.looks += 1
+        self.world.when.get((self.node, self.looks), lambda: None)()
+        if "kill" in self.asked or ("terminate" in self.asked and self.outcome != "stubborn"):
+            return -9 if "kill" in self.asked else 143
+        if self.left > 0 or self.outcome == "stubborn":
+            self.left -= 1
+            return None
+        if isinstance(self.outcome, RunError):
+            return self.say(self.outcome)
+        if self.outcome == 0:
+            self.publish()
+        return int(self.outcome)
+
+    def terminate(self) -> None:
+        self.asked.append("terminate")
+
+    def kill(self) -> None:
+        self.asked.append("kill")
+
+    def say(self, error: RunError) -> int:
+        work = Path(self.plain["work"])
+        work.mkdir(parents=True, exist_ok=True)
+        plain = {"message": error.message, "hint": error.hint, "kind": type(error).__name__}
+        (work / "failure.json").write_text(json.dumps(plain))
+        return 1
+
+    def publish(self) -> None:
+        self.outcome, stage, key = None, self.plain["stage"], self.plain["key"]
+        self.left = 0
+        if self.plain["forced"] or self.world.store.find(stage, key) is None:
+            data = Path(self.plain["work"]) / "data"
+            data.mkdir(parents=True, exist_ok=True)
+            facts = {"num_hidden_layers": 4, "hidden_size": 8, "vocab_size": 32}
+            (data / "config.json").write_text(json.dumps(facts))  # of a target; nobody looks into the others
+            described = {name: self.plain[name] for name in ("preimage", "provenance", "digest")}
+            with self.world.store.claim(stage, key, lambda who: None):
+                self.world.store.publish(stage, key, record={}, **described, anew=self.plain["forced"])
+        self.outcome = 0
+
+
+class PlayedServer:
+    """See `service.Service`: ready at the second look."""
+
+    passing = True
+
+    def __init__(self, spec: ServiceSpec, directory: Path) -> None:
+        self.spec, self.name, self.mode = spec, spec.name, spec.mode
+        self.state, self.looks = "starting", 0
+
+    def start(self) -> None: ...
+
+    def poll(self) -> str:
+        self.looks += 1
+        if self.state == "starting" and self.looks > 1:
+            self.state = "ready"
+        return self.state
+
+    def failure(self) -> ServiceError:
+        return ServiceError("the server was killed by SIGKILL", "its log")
+
+    def plain(self) -> dict[str, Any]:
+        return {"mode": self.mode}
+
+    def worker_env(self) -> dict[str, str]:
+        return {"KEY": self.name}
+
+    def close(self) -> None:
+        self.state = "dead"
+
+    def gone(self) -> bool:
+        return True
+
+    def kill(self) -> None: ...
+
+
+@pytest.fixture
+def mill(tmp_path: Path, checkpoint: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., World]:
+    made: list[World] = []
+    for name, kind in KINDS.items():
+        monkeypatch.setitem(graph.KINDS, name, kind)
+
+    def make(pipeline: dict[str, dict[str, str]]) -> World:
+        made.append(World(tmp_path, checkpoint, pipeline))
+        return made[0]
+
+    class PlayedExecutor:
+        def submit(self, request: Path, log: Path, env: dict[str, str]) -> PlayedWorker:
+            worker = PlayedWorker(made[0], request, log)
+            made[0].env[worker.node] = env
+            return worker
+
+    def served(spec: ServiceSpec, home: Path) -> PlayedServer:
+        made[0].servers.append(PlayedServer(spec, home))
+        return made[0].servers[-1]
+
+    monkeypatch.setattr(execute, "executor", lambda name: PlayedExecutor())
+    monkeypatch.setattr(execute, "POLL", 0.002)
+    monkeypatch.setattr(services, "Service", served)
+    monkeypatch.setattr("speculators.runner.vllm.engine_version", lambda python: "1.2.3")
+    return make
+
+
+def test_branches_run_beside_each_other_and_what_joins_them_after_both(mill: Callable[..., World]) -> None:
+    world = mill(TWO_BRANCHES)
+    steps = world.run().steps
+    assert list(steps) == list(Planner(world.config, world.store).graph), "in data-flow order"
+    assert world.together() == 2
+    assert world.of("stage.started")[-1] == "started mix"
+    assert {s.state.name for s in steps.values()} == {"cached"}
+    world.run()
+    assert world.of("stage.started") == []
+
+
+def test_places_and_memory_bound_what_runs_at_once(mill: Callable[..., World]) -> None:
+    world = mill(TWO_BRANCHES)
+    world.config.run.parallel = 1
+    world.run()
+    assert world.together() == 1
+    world.config.run.parallel, world.config.run.memory_gib, world.config.force = 4, 1.5, list(TWO_BRANCHES)
+    world.run()
+    assert world.together() == 1
+
+
+def test_one_stage_a_device_and_light_ones_beside_it(mill: Callable[..., World]) -> None:
+    branches = {"seed": {}, "other": {"uses": "grind", "grain": "seed"}}
+    world = mill({**branches, "a": {"uses": "press", "grain": "seed"}, "b": {"uses": "weigh", "grain": "seed"}})
+    world.lasts = {"a": 20, "b": 20, "other": 5}
+    world.config.hardware.gpus = 2
+    world.config.hardware.device = type(world.config.hardware.device).cuda
+    world.run()
+    assert world.together() == 3
+    assert {world.env[n]["CUDA_VISIBLE_DEVICES"] for n in "ab"} == {"0", "1"}
+    world.config.hardware.gpus, world.config.force = 1, ["a", "b"]
+    world.run()
+    assert world.together() == 1
+
+
+def test_speed_is_measured_alone_where_all_share_the_cores(mill: Callable[..., World]) -> None:
+    world = mill({"seed": {}, "b": {"uses": "weigh", "grain": "seed"}, "c": {"uses": "grind", "grain": "seed"}})
+    world.lasts = {"b": 10, "c": 10}
+    world.run()
+    assert world.together() == 1
+
+
+def test_a_failure_starts_nothing_more_lets_the_others_end_and_is_raised(mill: Callable[..., World]) -> None:
+    world = mill(TWO_BRANCHES)
+    world.script["seed"] = [ContractError("the rows do not fit", "take others")]
+    world.lasts = {"seed2": 30}
+    with pytest.raises(ContractError, match=r"^seed: the rows do not fit$") as raised:
+        world.run("until=mix", "train.lr=1e-3")
+    assert world.of("stage.finished", "stage.failed") == ["failed seed", "finished seed2"]
+    assert world.of("stage.started") == ["started seed", "started seed2"]
+    log = world.directory / "logs/seed.log"
+    assert raised.value.hint == (
+        f"take others\n\nlog:    {log}\nagain:  speculators-run recipe=mill train.lr=1e-3 only=seed"
+    )
+
+
+def test_what_was_killed_is_tried_again_with_a_number_and_a_growing_pause(mill: Callable[..., World]) -> None:
+    world = mill({"seed": {}})
+    world.script["seed"] = [-9, 137, 0]
+    artifact = world.run().steps["seed"].artifact
+    assert artifact is not None
+    assert artifact.provenance["attempt"] == 3
+    retried = [e for e in world.seen if e["event"] == "stage.retried"]
+    assert [(e["attempt"], e["seconds"]) for e in retried] == [(1, 0.01), (2, 0.02)]
+    assert retried[0]["message"] == "seed was killed by SIGKILL: probably out of memory"
+    assert [e["attempt"] for e in world.seen if e["event"] == "stage.started"] == [1, 2, 3]
+    heads = (world.directory / "logs/seed.log").read_text().splitlines()
+    assert [line.partition(",")[0] for line in heads] == [f"--- seed: attempt {n}" for n in (1, 2, 3)]
+
+
+def test_the_attempts_end_and_the_last_words_of_the_log_are_shown(mill: Callable[..., World]) -> None:
+    world = mill({"seed": {}})
+    world.config.run.stages = {"seed": {"retries": 1}}
+    world.script["seed"] = [-11, -11]
+    (world.directory / "logs").mkdir(parents=True)
+    (world.directory / "logs/seed.log").write_text("".join(f"line {n}\n" for n in range(60)))
+    with pytest.raises(StageError) as raised:
+        world.run()
+    first, blank, *shown = raised.value.message.split("\n")
+    assert first == "seed was killed by SIGSEGV: a native library crashed"
+    assert blank == ""
+    assert len(shown) == 40
+    assert "line 59" in shown
+    assert shown[-1].startswith("--- seed: attempt 2, ")
+    assert "only=seed" in raised.value.hint
+
+
+@pytest.mark.parametrize("outcome", [RecipeError("no", "yes"), ContractError("no", "yes"), 2, 1, 255])
+def test_what_a_stage_says_itself_is_final(mill: Callable[..., World], outcome: Any) -> None:
+    world = mill({"seed": {}})
+    world.script["seed"] = [outcome]
+    with pytest.raises(RunError):
+        world.run()
+    assert world.of("stage.started") == ["started seed"]
+
+
+def test_a_stage_that_takes_too_long_is_stopped_and_tried_again(
+    mill: Callable[..., World], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(execute, "GRACE", 0.05)
+    world = mill({"seed": {}})
+    world.config.run.stages = {"seed": {"time_limit": 0.05, "retries": 1}}
+    world.script["seed"] = ["stubborn", 0]
+    world.run()
+    assert world.of("stage.started", "stage.retried") == ["started seed", "retried seed", "started seed"]
+    world.script["seed"], world.config.force = ["stubborn", "stubborn"], ["seed"]
+    with pytest.raises(StageError, match=r"seed was stopped after 0\.05 s, its run\.time_limit"):
+        world.run()
+
+
+def test_options_that_fit_no_stage_are_refused_before_anything_runs(mill: Callable[..., World]) -> None:
+    world = mill({"seed": {}})
+    for stages, message in (
+        ({"sead": {}}, "no stage `sead`"),
+        ({"seed": {"retrys": 1}}, "no option `retrys`"),
+        ({"seed": {"retries": -1}}, "run.stages.seed.retries must not be negative"),
+    ):
+        world.config.run.stages = stages  # type: ignore[assignment]
+        with pytest.raises(RecipeError, match=message):
+            world.run()
+
+
+SERVED = {
+    "serve": {},
+    "ask": {"target": "serve"},
+    "ask2": {"uses": "ask", "target": "serve"},
+    "press": {"grain": "ask"},
+}
+
+
+def test_a_server_is_shared_and_given_back_before_its_device_is_needed(mill: Callable[..., World]) -> None:
+    world = mill(SERVED)
+    world.config.force = ["ask", "ask2"]
+    world.run()
+    order = world.of("service.starting", "service.stopped", "stage.started", "stage.finished")
+    assert order[:5] == ["starting generate", "started ask", "finished ask", "started ask2", "finished ask2"], (
+        "the stage whose server is up goes before the one that would have it stopped"
+    )
+    assert order[5:] == ["stopped generate", "started press", "finished press"]
+    assert "KEY" in world.env["ask"]
+
+
+def test_what_somebody_made_while_a_stage_waited_for_room_is_not_made_again(mill: Callable[..., World]) -> None:
+    world = mill(SERVED)
+    world.run()
+    assert world.of("stage.started") == ["started ask", "started press"]
+    decided = [e["state"] for e in world.seen if e["event"] == "stage.decided" and e["node"] == "ask2"]
+    assert decided == ["run", "cached"]
+
+
+def test_a_server_that_dies_in_use_is_started_again_and_the_stage_goes_on(mill: Callable[..., World]) -> None:
+    world = mill({"serve": {}, "ask": {"target": "serve"}})
+    world.lasts = {"ask": 6}
+    world.when["ask", 3] = lambda: setattr(world.servers[0], "state", "dead")
+    world.run()
+    assert len(world.servers) == 2
+    happened = world.of("service.starting", "service.stopped", "stage.started", "stage.retried", "stage.finished")
+    assert happened == [
+        "starting generate", "started ask", "retried ask", "stopped generate", "starting generate", "started ask",
+        "finished ask", "stopped generate",
+    ]  # fmt: skip
+
+
+def test_a_worker_that_loses_its_server_first_waits_to_see_it_dead(mill: Callable[..., World]) -> None:
+    world = mill({"serve": {}, "ask": {"target": "serve"}})
+    world.script["ask"] = [ServiceError("the connection broke", "look at its log"), 0]
+    world.when["ask", 3] = lambda: setattr(world.servers[0], "state", "dead")
+    world.lasts = {"ask": 2}
+    world.run()
+    assert world.of("stage.retried") == ["retried ask"]
+
+
+def test_a_server_that_keeps_dying_fails_the_stage(mill: Callable[..., World]) -> None:
+    world = mill({"serve": {}, "ask": {"target": "serve"}})
+    world.config.run.retries = 1
+    world.when["ask", 1] = lambda: setattr(world.servers[-1], "state", "dead")
+    with pytest.raises(ServiceError, match="the server was killed by SIGKILL"):
+        world.run()
+    assert len(world.servers) == 2
+    assert world.of("stage.failed") == ["failed ask"]
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_the_first_signal_lets_stages_stop_in_order(mill: Callable[..., World], number: int) -> None:
+    world = mill(TWO_BRANCHES)
+    world.lasts = {"seed": 10**6, "seed2": 10**6}
+    world.when["seed", 3] = lambda: signal.raise_signal(number)
+    before = signal.getsignal(number)
+    with pytest.raises(Interrupted) as stop:
+        world.run()
+    assert stop.value.exit_code == 128 + number
+    assert world.of("stage.started") == ["started seed", "started seed2"]
+    assert signal.getsignal(number) is before
+
+
+def test_a_second_signal_kills_what_does_not_want_to_stop(mill: Callable[..., World]) -> None:
+    world = mill({"seed": {}})
+    world.script["seed"] = ["stubborn"]
+    world.when["seed", 3] = lambda: signal.raise_signal(signal.SIGINT)
+    world.when["seed", 20] = lambda: signal.raise_signal(signal.SIGINT)
+    with pytest.raises(Interrupted):
+        world.run()
+
+
+def test_equal_bytes_cut_off_what_follows(mill: Callable[..., World]) -> None:
+    world = mill(TWO_BRANCHES)
+    world.run()
+    world.config.force = ["seed"]
+    world.run()
+    assert world.of("stage.started") == ["started seed"]
+
+
+@pytest.mark.parametrize("known", [True, False], ids=["facts from the recipe", "facts from the checkpoint"])
+def test_a_source_is_fetched_once_for_all_that_read_it(mill: Callable[..., World], known: bool) -> None:
+    world = mill({**SERVED, "extra": {"uses": "press", "grain": "ask2"}})
+    target = world.config.target
+    target.source = "pypi:model==1/model.gguf@sha256:" + "0" * 64
+    if known:
+        target.num_hidden_layers, target.hidden_size, target.vocab_size = 4, 8, 32
+    world.config.force = ["ask", "ask2"]
+    world.run()
+    assert world.of("stage.started")[:3] == ["started target", "started ask", "started ask2"]
+    world.config.force = []
+    world.run()
+    assert world.of("stage.started") == []
+
+
+def test_a_source_that_everybody_has_is_not_fetched_unless_it_is_asked_for(mill: Callable[..., World]) -> None:
+    world = mill({"serve": {}, "ask": {"target": "serve"}})
+    world.config.target.source = "pypi:model==1/model.gguf@sha256:" + "0" * 64
+    world.run()
+    (found,) = world.store.artifacts("fetch")
+    world.store.set_aside("fetch", found.key)
+    world.run()
+    assert world.of("stage.started") == []
+    world.config.until = "target"
+    assert world.run().steps["target"].path is not None
+    assert world.of("stage.started") == ["started target"]
+
+
+def test_a_chain_is_walked_without_recursion(mill: Callable[..., World], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(graph.KINDS, "sift", Kind(version=1, gives=("grain",), takes={"grain": "grain"}, target=False))
+    names = ["seed", *(f"s{n}" for n in range(150))]
+    world = mill({"seed": {}} | {b: {"uses": "sift", "grain": a} for a, b in itertools.pairwise(names)})
+    world.lasts = dict.fromkeys(names, 0)
+    limit = sys.getrecursionlimit()
+    sys.setrecursionlimit(len(inspect.stack(0)) + 130)
+    try:
+        assert list(world.run().steps) == names
+    finally:
+        sys.setrecursionlimit(limit)
