@@ -22,14 +22,15 @@ from hydra.core.override_parser.types import Override
 from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf
 
-from speculators.config import MISSING, SPECULATORS, Config, Dataset, Speculator, leaves
+from speculators.config import MISSING, SPECULATORS, Config, Dataset, Speculator
 from speculators.errors import RecipeError, closest
+from speculators.fields import leaves
 
 _VERSION_BASE = "1.3"
 _PACKAGE = Path(__file__).parent
 _OPEN = ("data.", "datasets.", "pipeline.")
 """Sections whose keys are names that the recipe gives."""
-_GROUPS = ("target", "data", "speculator", "pipeline", "hardware")
+_GROUPS = ("target", "data", "speculator", "pipeline", "hardware", "executor")
 
 
 def _shipped(name: str) -> Path:

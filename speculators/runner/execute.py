@@ -19,12 +19,13 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from speculators.config import Config, select, to_plain
+from speculators.config import Config
 from speculators.errors import ContractError, RecipeError, RunError, ServiceError, SourceError, StageError, StoreError
+from speculators.fields import select, to_plain
 from speculators.job import REQUEST_FORMAT, write_json
 from speculators.runner import derive, estimate, graph, vllm
 from speculators.runner.events import Events
-from speculators.runner.executors import Handle, executor
+from speculators.runner.executors import Handle, executor_of
 from speculators.runner.graph import TARGET, Node, Serving
 from speculators.runner.plan import Planner, State, Step
 from speculators.runner.service import Service, external
@@ -156,7 +157,7 @@ class Execution:
     def _work(self, step: Step, index: int, count: int, servers: Mapping[str, Service]) -> None:
         request, log = self._request(step, index, count, servers), self._log(step.node)
         env = {k: v for server in servers.values() for k, v in server.worker_env().items()}
-        handle = executor(self.config.executor.name.name).submit(request, log, env)
+        handle = executor_of(self.config, step.node.kind).submit(request, log, env)
         self.events.emit("stage.started", node=step.node.name, log=str(log), phase=index, phases=count)
         try:
             code = self._watch(step, handle, servers)

@@ -12,6 +12,7 @@ from speculators import recipe, ui
 from speculators.config import Config
 from speculators.errors import StoreError
 from speculators.job import write_json
+from speculators.runner import executors
 from speculators.runner.events import Events
 from speculators.runner.execute import Execution, as_json, resolved
 from speculators.runner.plan import Planner
@@ -46,6 +47,7 @@ def run_recipe(config: Config, words: Sequence[str]) -> None:
     """Carry out one recipe, tell about it on stderr and print what was measured on stdout."""
     began = time.monotonic()
     planner = Planner(config, Store(store_root(config.run.store)))
+    executors.check(config, planner.graph)
     directory = _run_directory(config)
     write_json(directory / "config.json", resolved(config))
     status = "failed"

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from speculators import recipe
-from speculators.config import leaves
+from speculators.fields import leaves
 from speculators.runner import key
 from speculators.runner.graph import KINDS
 from speculators.runner.plan import Planner
