@@ -223,9 +223,9 @@ class Live:
         return Group(table, *servers, *(Text(note) for note in self._notes))
 
 
-def watcher(nodes: Iterable[str]) -> Lines | Live:
-    """The live table on a terminal, lines elsewhere."""
-    plain = not sys.stderr.isatty() or os.environ.get("TERM") == "dumb"
+def watcher(nodes: Iterable[str], plain: bool = False) -> Lines | Live:
+    """The live table on a terminal, lines elsewhere, and where several runs share the terminal."""
+    plain = plain or not sys.stderr.isatty() or os.environ.get("TERM") == "dumb"
     return Lines() if plain else Live(nodes)
 
 

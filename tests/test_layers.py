@@ -43,6 +43,7 @@ LEFT = [
     "speculators.verbs",
     "speculators.verbs.query",
     "speculators.verbs.store",
+    "speculators.verbs.sweep",
     "speculators.verbs.run",
     "speculators.cli",
 ]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import datetime
 import json
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from speculators import recipe, ui
@@ -17,10 +17,9 @@ from speculators.runner.events import Events
 from speculators.runner.execute import Execution, as_json, resolved
 from speculators.runner.plan import Planner
 from speculators.runner.store import Store, store_root
+from speculators.verbs import sweep
 
 _FLAGS = (
-    "-m",
-    "--multirun",
     "--cfg",
     "-c",
     "--info",
@@ -36,6 +35,8 @@ _FLAGS = (
 
 def main(words: list[str]) -> int:
     """`run RECIPE ...`; as a Hydra app where one of its flags is there."""
+    if "-m" in words or "--multirun" in words:
+        return sweep.main(words, run_recipe, _fresh_directory)
     if any(word in _FLAGS or word.startswith("--") for word in words):
         recipe.run_as_hydra_app(words, lambda config: run_recipe(config, words))
     else:
@@ -43,15 +44,24 @@ def main(words: list[str]) -> int:
     return 0
 
 
-def run_recipe(config: Config, words: Sequence[str]) -> None:
-    """Carry out one recipe, tell about it on stderr and print what was measured on stdout."""
+def run_recipe(
+    config: Config, words: Sequence[str], *, announce: Callable[[Path], None] | None = None, plain: bool = False
+) -> None:
+    """Carry out one recipe, tell about it on stderr and print what was measured on stdout.
+
+    `announce` hears of the run directory when it is there; `plain`: other runs share the terminal.
+    """
     began = time.monotonic()
     planner = Planner(config, Store(store_root(config.run.store)))
     executors.check(config, planner.graph)
-    directory = _run_directory(config)
+    directory = _fresh_directory(Path(config.run.dir).expanduser().resolve(), config.recipe)
+    (directory / "logs").mkdir()
+    if announce is not None:
+        announce(directory)
     write_json(directory / "config.json", resolved(config))
     status = "failed"
-    with ui.watcher(name for name, node in planner.graph.items() if node.kind != "fetch") as watch:
+    shown = [name for name, node in planner.graph.items() if node.kind != "fetch"]
+    with ui.watcher(shown, plain) as watch:
         events = Events(directory / "events.jsonl", [watch])
         events.emit("run.started", recipe=config.recipe, run=directory.name, words=list(words))
         execution = Execution(planner=planner, directory=directory, events=events, words=list(words))
@@ -60,9 +70,9 @@ def run_recipe(config: Config, words: Sequence[str]) -> None:
             status = "done"
         finally:
             seconds = time.monotonic() - began
-            write_json(
-                directory / "run.json", {"status": status, "seconds": seconds, "steps": as_json(execution.steps)}
-            )
+            overrides = [word for word in words if "=" in word and not word.startswith("-")]
+            ended = {"status": status, "seconds": seconds, "overrides": overrides, "steps": as_json(execution.steps)}
+            write_json(directory / "run.json", ended)
             events.emit("run.finished", status=status, seconds=seconds)
             events.close()
     for name, step in execution.steps.items():
@@ -71,10 +81,10 @@ def run_recipe(config: Config, words: Sequence[str]) -> None:
     ui.narrate("done", config.recipe, f"{ui.duration(seconds)}  {directory}")
 
 
-def _run_directory(config: Config) -> Path:
-    """A fresh `runs/<time>-<recipe>`; a second run in the same second gets a number."""
+def _fresh_directory(parent: Path, name: str) -> Path:
+    """A new `<time>-<name>`; a second one in the same second gets a number."""
     stamp = datetime.datetime.now().strftime("%Y%m%d-%H%M%S")
-    base = Path(config.run.dir).expanduser().resolve() / f"{stamp}-{config.recipe}"
+    base = parent / f"{stamp}-{name}"
     for attempt in range(1000):
         directory = base.with_name(f"{base.name}-{attempt}") if attempt else base
         try:
@@ -86,6 +96,5 @@ def _run_directory(config: Config) -> Path:
                 f"run.dir: cannot make `{directory}` ({error.strerror})",
                 "name a directory you may write to: run.dir=PATH",
             ) from None
-        (directory / "logs").mkdir()
         return directory
     raise StoreError(f"run.dir: a thousand runs started at once in `{base.parent}`", "wait a second")
