@@ -1,14 +1,7 @@
 """The recipe's schema: every option once, with its type, its default, its unit, and whether it is identity.
 
-Plain dataclasses, no third-party import: the runner composes them, the worker rebuilds them from JSON.
-Each field has a policy, which says whether it enters the key of the stages that declare it:
-
-    semantic      (the default) a different value means a different artifact
-    operational   how the work is done, not what comes out: workers, ports, devices, logging
-    secret        the *name* of an environment variable; its value is never stored or printed
-    if_set        enters the key only where it differs from its neutral default: a release can add it and moves no key
-
-Dotted names (`train.lr`) are the vocabulary: of `select`, which cuts out what a stage may read, of keys and of errors.
+Plain dataclasses, no third-party import: the runner composes them, the worker rebuilds them from JSON. Each field
+has a policy, see `fields`.
 """
 
 from __future__ import annotations
@@ -17,34 +10,14 @@ import dataclasses
 import enum
 import types
 import typing
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
+from speculators.fields import operational, secret
+
 MISSING: Any = "???"
 """A value that the recipe must give. The same mark as OmegaConf's, which this module does not import."""
-
-
-def operational(default: Any) -> Any:
-    """A field that never enters a key."""
-    return _with_policy(default, "operational")
-
-
-def secret(default: str) -> Any:
-    """A field that holds the name of an environment variable."""
-    return _with_policy(default, "secret")
-
-
-def if_set(neutral: Any) -> Any:
-    """A field that enters a key only when it is not `neutral`."""
-    return _with_policy(neutral, "if_set")
-
-
-def _with_policy(default: Any, policy: str) -> Any:
-    metadata = {"policy": policy}
-    if isinstance(default, (list, dict)):
-        return field(default_factory=lambda: type(default)(default), metadata=metadata)
-    return field(default=default, metadata=metadata)
 
 
 class Dtype(enum.Enum):
@@ -100,6 +73,24 @@ class ExecutorName(enum.Enum):
     """What starts the workers."""
 
     local = "local"
+    submitit = "submitit"
+    ray = "ray"
+
+
+class Cluster(enum.Enum):
+    """Where submitit runs what it is given."""
+
+    local = "local"
+    """Processes of this machine, through the same code as a cluster's."""
+    slurm = "slurm"
+
+
+@dataclass(kw_only=True, slots=True)
+class Stage:
+    """What the section of every stage has."""
+
+    executor: ExecutorName | None = operational(None)
+    """What starts this stage's workers; `executor.name` if null."""
 
 
 @dataclass(kw_only=True, slots=True)
@@ -146,7 +137,7 @@ class Dataset:
 
 
 @dataclass(kw_only=True, slots=True)
-class Prompts:
+class Prompts(Stage):
     """`prompts`: data sets -> conversations to answer."""
 
     count: int | None = None
@@ -160,7 +151,7 @@ class Prompts:
 
 
 @dataclass(kw_only=True, slots=True)
-class Regenerate:
+class Regenerate(Stage):
     """`regenerate`: conversations -> the same conversations answered by the target."""
 
     max_tokens: int = 512
@@ -180,7 +171,7 @@ class Regenerate:
 
 
 @dataclass(kw_only=True, slots=True)
-class Tokenize:
+class Tokenize(Stage):
     """`tokenize`: conversations -> token ids and loss masks."""
 
     min_supervised: int = 1
@@ -188,7 +179,7 @@ class Tokenize:
 
 
 @dataclass(kw_only=True, slots=True)
-class Vocab:
+class Vocab(Stage):
     """`vocab`: tokens -> the draft's vocabulary."""
 
     size: int | None = 32000
@@ -196,7 +187,7 @@ class Vocab:
 
 
 @dataclass(kw_only=True, slots=True)
-class Extract:
+class Extract(Stage):
     """`extract`: tokens -> hidden states of the target."""
 
     dtype: Dtype = Dtype.bfloat16
@@ -251,7 +242,7 @@ SPECULATORS: dict[str, type[Speculator]] = {"eagle3": Eagle3}
 
 
 @dataclass(kw_only=True, slots=True)
-class Train:
+class Train(Stage):
     """`train`: tokens, hidden states and vocabulary -> a speculator checkpoint."""
 
     epochs: int = 6
@@ -291,7 +282,7 @@ class Train:
 
 
 @dataclass(kw_only=True, slots=True)
-class Evaluate:
+class Evaluate(Stage):
     """`evaluate`: a speculator -> acceptance, speed, losslessness, on the real engine."""
 
     sets: list[str] = field(default_factory=list)
@@ -353,7 +344,20 @@ class Executor:
     """What starts the workers."""
 
     name: ExecutorName = operational(ExecutorName.local)
-    """`local`: subprocesses of this machine."""
+    """`local`: subprocesses of this machine; `submitit`: jobs of `cluster`; `ray`: tasks of the cluster at `address`.
+    A stage's own section may name another: `train.executor=submitit`."""
+    cluster: Cluster = operational(Cluster.local)
+    """submitit: where its jobs run. The store and the run directory have to be the same there."""
+    partition: str = operational("")
+    """Slurm: the partition; the cluster's default if empty."""
+    time_limit: int = operational(1440)
+    """submitit: minutes that one job may take. At their end a job of Slurm is queued again, and resumes."""
+    gpus: int = operational(0)
+    """Slurm and Ray: GPUs that each stage asks for. With 0, a stage on this machine sees those that the run sees."""
+    cpus: int = operational(1)
+    """Slurm and Ray: cores that each stage asks for."""
+    address: str = operational("")
+    """Ray: the cluster, as `ray.init` takes it; a local one that ends with the run if empty and RAY_ADDRESS is too."""
 
 
 @dataclass(kw_only=True, slots=True)
@@ -422,19 +426,6 @@ class Config:
 T = TypeVar("T")
 
 
-def to_plain(value: Any) -> Any:
-    """A dataclass, or a container of them, as JSON types; enums become their names, tuples lists."""
-    if dataclasses.is_dataclass(value) and not isinstance(value, type):
-        return {f.name: to_plain(getattr(value, f.name)) for f in dataclasses.fields(value) if hasattr(value, f.name)}
-    if isinstance(value, enum.Enum):
-        return value.name
-    if isinstance(value, Mapping):
-        return {str(k): to_plain(v) for k, v in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [to_plain(v) for v in value]
-    return value
-
-
 def from_plain(cls: type[T], plain: Mapping[str, Any]) -> T:
     """The dataclass `cls` from JSON types. Fields that `plain` lacks are left unset.
 
@@ -466,45 +457,3 @@ def _typed(hint: Any, value: Any) -> Any:
     if dataclasses.is_dataclass(hint):
         return from_plain(typing.cast("type[Any]", hint), value)
     return float(value) if hint is float else value
-
-
-def select(config: Config, names: tuple[str, ...]) -> dict[str, Any]:
-    """The parts of a recipe that `names` ("train", "speculator.layer_ids") name, as nested plain values."""
-    plain = to_plain(config)
-    selected: dict[str, Any] = {}
-    for name in names:
-        source, into = plain, selected
-        *parents, leaf = name.split(".")
-        for parent in parents:
-            source, into = source[parent], into.setdefault(parent, {})
-        into[leaf] = source[leaf]
-    return selected
-
-
-def identity(config: Config, names: tuple[str, ...]) -> dict[str, Any]:
-    """What of `names` enters a key: {dotted name: value}, by each field's policy."""
-    wanted = tuple(f"{name}." for name in names)
-    return {
-        name: to_plain(value)
-        for name, value, policy, default in leaves(config)
-        if f"{name}.".startswith(wanted)
-        and (policy == "semantic" or (policy == "if_set" and to_plain(value) != to_plain(default)))
-    }
-
-
-def leaves(value: Any, prefix: str = "") -> Iterator[tuple[str, Any, str, Any]]:
-    """Every option of a recipe as (dotted name, value, policy, default)."""
-    for f in dataclasses.fields(value):
-        if not hasattr(value, f.name):
-            continue
-        name, child, policy = f"{prefix}{f.name}", getattr(value, f.name), f.metadata.get("policy", "semantic")
-        if dataclasses.is_dataclass(child):
-            yield from leaves(child, f"{name}.")
-        elif isinstance(child, dict) and child and all(dataclasses.is_dataclass(v) for v in child.values()):
-            for key, item in child.items():
-                yield from leaves(item, f"{name}.{key}.")
-        else:
-            default = f.default if f.default is not dataclasses.MISSING else None
-            if f.default_factory is not dataclasses.MISSING:
-                default = f.default_factory()
-            yield name, child, policy, default

@@ -7,9 +7,14 @@ them says about a mistake is turned into one `error:` that names the whole key a
 
 from __future__ import annotations
 
+import importlib.metadata
 import logging
+import math
+import os
 import re
+import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -17,19 +22,28 @@ import hydra
 import omegaconf
 from hydra.core.config_store import ConfigStore
 from hydra.core.global_hydra import GlobalHydra
+from hydra.core.hydra_config import HydraConfig
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import Override
 from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf
 
-from speculators.config import MISSING, SPECULATORS, Config, Dataset, Speculator, leaves
+from speculators.config import MISSING, SPECULATORS, Config, Dataset, Speculator
 from speculators.errors import RecipeError, closest
+from speculators.fields import leaves
 
 _VERSION_BASE = "1.3"
 _PACKAGE = Path(__file__).parent
 _OPEN = ("data.", "datasets.", "pipeline.")
 """Sections whose keys are names that the recipe gives."""
-_GROUPS = ("target", "data", "speculator", "pipeline", "hardware")
+_GROUPS = ("target", "data", "speculator", "pipeline", "hardware", "executor")
+_LAUNCHERS = {
+    "joblib": ("hydra-joblib-launcher", "joblib"),
+    "submitit_local": ("hydra-submitit-launcher", "sweep-slurm"),
+    "submitit_slurm": ("hydra-submitit-launcher", "sweep-slurm"),
+    "ray": ("hydra-ray-launcher", "sweep-ray"),
+}
+"""Launchers of sweeps: the distribution that has one, and the extra that brings it."""
 
 
 def _shipped(name: str) -> Path:
@@ -65,14 +79,12 @@ def compose(words: Sequence[str]) -> Config:
 
 
 def run_as_hydra_app(words: Sequence[str], task: Callable[[Config], Any]) -> Any:
-    """Hand the command line to Hydra itself: `--cfg`, `--info`, `--help`, tab completion, and `-m`.
+    """Hand the command line to Hydra itself: `--cfg`, `--info`, `--help`, tab completion.
 
-    `task` gets each job's typed recipe. Exceptions of `task` come out as they are.
+    `task` gets the typed recipe. Its exceptions come out as they are.
     """
-    import sys
-
     arguments, known = _register(words)
-    _check_overrides([w for w in arguments if "=" in w and not w.startswith("-")], known, sweep=True)
+    _check_overrides([w for w in arguments if "=" in w and not w.startswith("-")], known)
     sys.argv = [sys.argv[0], *arguments]
     failure: list[BaseException] = []
 
@@ -89,6 +101,61 @@ def run_as_hydra_app(words: Sequence[str], task: Callable[[Config], Any]) -> Any
     if failure:
         raise failure[0]
     return result
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Job:
+    """One job of a sweep, in whatever process its launcher has put it."""
+
+    number: int
+    words: list[str]
+    """Its own overrides: what would run it alone."""
+    composed: DictConfig
+
+    def config(self) -> Config:
+        """Its recipe.
+
+        Raises:
+            RecipeError: as `compose`.
+        """
+        return typed(self.composed)
+
+
+def sweep(words: Sequence[str], directory: Path, task: Callable[[Job], None]) -> None:
+    """`-m`: hand each job of a sweep to `task`, which the launcher may pickle and call in another process.
+
+    Hydra and its launchers keep their own files in `directory`.
+
+    Raises:
+        RecipeError: before the first job, if one of them does not compose.
+    """
+    rewritten, known = _register(words)
+    overrides = [word for word in rewritten if word not in ("-m", "--multirun")]
+    _check_overrides([word for word in overrides if not word.startswith("-")], known, sweep=True)
+    if "hydra/launcher=joblib" in overrides and not any(w.startswith("hydra.launcher.n_jobs=") for w in overrides):
+        # A process for each job, as far as there are cores; by itself it would start ten.
+        overrides.append(f"hydra.launcher.n_jobs={min(_count(overrides), os.cpu_count() or 1)}")
+    given = {Path(v).stem: v for w in words if w.startswith("recipe=") for v in w.removeprefix("recipe=").split(",")}
+
+    def job(composed: DictConfig) -> None:
+        plain = HydraConfig.get()
+        own = [f"recipe={given.get(w[7:], w[7:])}" if w.startswith("recipe=") else w for w in plain.overrides.task]
+        task(Job(number=int(plain.job.num), words=own, composed=composed))
+
+    # Otherwise Hydra prints what goes wrong its own way, and exits.
+    os.environ["HYDRA_FULL_ERROR"] = "1"
+    # Hydra 1.3 does not take a flag between overrides.
+    sys.argv = [sys.argv[0], "-m", f"hydra.sweep.dir='{directory}'", *overrides]
+    try:
+        hydra.main(version_base=_VERSION_BASE, config_path=str(CONF), config_name="config")(job)()
+    except (HydraException, omegaconf.errors.OmegaConfBaseException) as error:
+        raise _mended(error) from None
+
+
+def _count(overrides: Sequence[str]) -> int:
+    """The jobs that the values of a sweep make up."""
+    parsed = OverridesParser.create().parse_overrides(overrides=[w for w in overrides if not w.startswith("-")])
+    return math.prod(sum(1 for _ in o.sweep_string_iterator()) for o in parsed if o.is_discrete_sweep())
 
 
 def typed(composed: DictConfig) -> Config:
@@ -127,12 +194,8 @@ def _register(words: Sequence[str]) -> tuple[list[str], dict[str, Path]]:
     rewritten = []
     for word in words:
         key, _, value = word.partition("=")
-        if key == "recipe" and value.endswith((".yaml", ".yml")):
-            path = Path(value).expanduser()
-            if not path.is_file():
-                raise RecipeError(f"no recipe at `{value}`", closest(path.stem, known))
-            known[path.stem] = path
-            word = f"recipe={path.stem}"
+        if key == "recipe":
+            word = "recipe=" + ",".join(_by_name(name, known) for name in value.split(","))
         elif key == "force" and not value.startswith("["):
             word = f"force=[{value}]"
         elif key == "from":
@@ -145,6 +208,17 @@ def _register(words: Sequence[str]) -> tuple[list[str], dict[str, Path]]:
             raise RecipeError(f"{path.name} is not YAML: {_first_line(error)}", "mend the file at that line") from None
         store.store(group="recipe", name=name, node={**node, "recipe": name}, package="_global_")
     return rewritten, known
+
+
+def _by_name(given: str, known: dict[str, Path]) -> str:
+    """The name of a recipe; one that is given by path becomes known."""
+    if not given.endswith((".yaml", ".yml")):
+        return given
+    path = Path(given).expanduser()
+    if not path.is_file():
+        raise RecipeError(f"no recipe at `{given}`", closest(path.stem, known))
+    known[path.stem] = path
+    return path.stem
 
 
 def _initialized() -> Any:
@@ -192,25 +266,48 @@ def _check_overrides(words: Sequence[str], known: Mapping[str, Path], sweep: boo
 
 def _check_override(override: Override, options: set[str], known: Mapping[str, Path], sweep: bool) -> None:
     name = override.key_or_group
-    if name == "hydra" or name.startswith("hydra."):
+    if name == "hydra/launcher":
+        _check_launcher(str(override.value()))
+    if name.startswith(("hydra.", "hydra/")):
         return
     if override.is_add() or override.is_force_add():
         raise RecipeError(f"`+{name}`: options cannot be added", closest(name, options))
     if override.is_delete():
         raise RecipeError(f"`~{name}`: options cannot be taken away", "set the option to null, or to its default")
-    if override.is_sweep_override():
-        if not sweep:
-            raise RecipeError(f"`{name}` has several values", "put -m first to run one job for each value")
-        return
-    if name in (*_GROUPS, "recipe") and isinstance(override.value(), (str, list)):
-        chosen = override.value()
-        choices = list(known) if name == "recipe" else _choices(name)
-        for choice in chosen if isinstance(chosen, list) else [chosen]:
-            if choice not in choices:
-                what = "recipe" if name == "recipe" else f"choice for {name}"
-                raise RecipeError(f"no {what} named `{choice}`", closest(str(choice), choices))
+    if override.is_sweep_override() and not sweep:
+        raise RecipeError(f"`{name}` has several values", "say -m to run one job for each value")
+    if name in (*_GROUPS, "recipe"):
+        _check_choice(name, override, known)
     elif name not in options and not name.startswith(_OPEN):
         raise RecipeError(f"there is no option `{name}`", closest(name, options))
+
+
+def _check_choice(name: str, override: Override, known: Mapping[str, Path]) -> None:
+    """A group or the recipe: one choice, a list of them, or one for each job of a sweep."""
+    if override.is_discrete_sweep():
+        chosen: Any = [value for value in override.sweep_string_iterator() if not value.startswith("[")]
+    else:
+        chosen = override.value()
+    choices = list(known) if name == "recipe" else _choices(name)
+    for choice in chosen if isinstance(chosen, list) else [chosen]:
+        if isinstance(choice, str) and choice not in choices:
+            what = "recipe" if name == "recipe" else f"choice for {name}"
+            raise RecipeError(f"no {what} named `{choice}`", closest(choice, choices))
+
+
+def _check_launcher(name: str) -> None:
+    distribution, extra = _LAUNCHERS.get(name, ("", ""))
+    if not distribution:
+        if name != "basic":
+            raise RecipeError(f"hydra/launcher: there is no launcher `{name}`", closest(name, ["basic", *_LAUNCHERS]))
+        return
+    try:
+        importlib.metadata.version(distribution)
+    except importlib.metadata.PackageNotFoundError:
+        raise RecipeError(
+            f"hydra/launcher={name} needs `{distribution}`, which is not installed",
+            f"pip install 'speculators-run[{extra}]'",
+        ) from None
 
 
 def _check_values(config: Config) -> None:

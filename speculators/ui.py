@@ -328,9 +328,9 @@ class Live:
         return f"{row['state']:<8}  vllm {row['mode']}  {duration(self._clock() - row['since'])}  {said}".rstrip()
 
 
-def watcher(nodes: Iterable[str]) -> Lines | Live:
-    """The live table on a terminal, lines elsewhere."""
-    plain = not sys.stderr.isatty() or os.environ.get("TERM", "dumb") in _NO_CURSOR
+def watcher(nodes: Iterable[str], plain: bool = False) -> Lines | Live:
+    """The live table on a terminal, lines elsewhere, and where several runs share the terminal."""
+    plain = plain or not sys.stderr.isatty() or os.environ.get("TERM", "dumb") in _NO_CURSOR
     return Lines() if plain else Live(nodes)
 
 

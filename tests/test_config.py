@@ -7,7 +7,8 @@ import json
 import pytest
 
 from speculators import config as schema
-from speculators.config import Config, Dtype, Eagle3, Train, from_plain, identity, leaves, select, to_plain
+from speculators.config import Config, Dtype, Eagle3, Train, from_plain
+from speculators.fields import identity, leaves, select, to_plain
 from speculators.runner.graph import KINDS
 
 

@@ -25,13 +25,14 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
-from speculators.config import Config, select, to_plain
+from speculators.config import Config
 from speculators.errors import ContractError, RecipeError, RunError, ServiceError, SourceError, StageError, StoreError
+from speculators.fields import select, to_plain
 from speculators.job import REQUEST_FORMAT, write_json
 from speculators.runner import endings, estimate, graph, schedule
 from speculators.runner.endings import PassingError
 from speculators.runner.events import Events, now
-from speculators.runner.executors import Handle, executor
+from speculators.runner.executors import Handle, executor_of
 from speculators.runner.graph import TARGET, Node
 from speculators.runner.plan import Planner, State, Step
 from speculators.runner.schedule import Devices, Need
@@ -314,7 +315,7 @@ class Execution:
         env = {k: v for server in servers.values() for k, v in server.worker_env().items()}
         with log.open("a") as file:
             file.write(f"--- {node.name}: attempt {attempt}, phase {phase[0] + 1} of {phase[1]}, {now()}\n")
-        handle = executor(self.config.executor.name.name).submit(
+        handle = executor_of(self.config, node.kind).submit(
             request, log, {**env, **schedule.environment(self.config, devices)}
         )
         self._workers[node.name] = handle

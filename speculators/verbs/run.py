@@ -6,22 +6,21 @@ import datetime
 import json
 import os
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from speculators import recipe, ui
 from speculators.config import Config
 from speculators.errors import StoreError
 from speculators.job import write_json
-from speculators.runner import guard, lock
+from speculators.runner import executors, guard, lock
 from speculators.runner.events import Events
 from speculators.runner.execute import Execution, Interrupted, as_json, resolved
 from speculators.runner.plan import Planner
 from speculators.runner.store import open_store
+from speculators.verbs import sweep
 
 _FLAGS = (
-    "-m",
-    "--multirun",
     "--cfg",
     "-c",
     "--info",
@@ -37,6 +36,8 @@ _FLAGS = (
 
 def main(words: list[str]) -> int:
     """`run RECIPE ...`; as a Hydra app where one of its flags is there."""
+    if "-m" in words or "--multirun" in words:
+        return sweep.main(words, run_recipe, _fresh_directory)
     if any(word in _FLAGS or word.startswith("--") for word in words):
         recipe.run_as_hydra_app(words, lambda config: run_recipe(config, words))
     else:
@@ -44,16 +45,26 @@ def main(words: list[str]) -> int:
     return 0
 
 
-def run_recipe(config: Config, words: Sequence[str]) -> None:
-    """Carry out one recipe, tell about it on stderr and print what was measured on stdout."""
+def run_recipe(
+    config: Config, words: Sequence[str], *, announce: Callable[[Path], None] | None = None, plain: bool = False
+) -> None:
+    """Carry out one recipe, tell about it on stderr and print what was measured on stdout.
+
+    `announce` hears of the run directory when it is there; `plain`: other runs share the terminal.
+    """
     began = time.monotonic()
     planner = Planner(config, open_store(config.run))
     if config.run.locked:
         lock.refuse_if_different(planner)
-    directory = _run_directory(config)
+    executors.check(config, planner.graph)
+    directory = _fresh_directory(Path(config.run.dir).expanduser().resolve(), config.recipe)
+    (directory / "logs").mkdir()
+    if announce is not None:
+        announce(directory)
     write_json(directory / "config.json", resolved(config))
     status = "failed"
-    with ui.watcher(name for name, node in planner.graph.items() if node.kind != "fetch") as watch:
+    shown = [name for name, node in planner.graph.items() if node.kind != "fetch"]
+    with ui.watcher(shown, plain) as watch:
         events = Events(directory / "events.jsonl", [watch])
         process = {"pid": os.getpid(), "start": guard.start_time(os.getpid()), "machine": guard.machine()}
         events.emit("run.started", recipe=config.recipe, run=directory.name, words=list(words), process=process)
@@ -66,9 +77,9 @@ def run_recipe(config: Config, words: Sequence[str]) -> None:
             raise
         finally:
             seconds = time.monotonic() - began
-            write_json(
-                directory / "run.json", {"status": status, "seconds": seconds, "steps": as_json(execution.steps)}
-            )
+            overrides = [word for word in words if "=" in word and not word.startswith("-")]
+            ended = {"status": status, "seconds": seconds, "overrides": overrides, "steps": as_json(execution.steps)}
+            write_json(directory / "run.json", ended)
             events.emit("run.finished", status=status, seconds=seconds)
             events.close()
     for name, step in execution.steps.items():
@@ -77,10 +88,10 @@ def run_recipe(config: Config, words: Sequence[str]) -> None:
     ui.narrate("done", config.recipe, f"{ui.duration(seconds)}  {directory}")
 
 
-def _run_directory(config: Config) -> Path:
-    """A fresh `runs/<time>-<recipe>`; a second run in the same second gets a number."""
+def _fresh_directory(parent: Path, name: str) -> Path:
+    """A new `<time>-<name>`; a second one in the same second gets a number."""
     stamp = datetime.datetime.now().strftime("%Y%m%d-%H%M%S")
-    base = Path(config.run.dir).expanduser().resolve() / f"{stamp}-{config.recipe}"
+    base = parent / f"{stamp}-{name}"
     for attempt in range(1000):
         directory = base.with_name(f"{base.name}-{attempt}") if attempt else base
         try:
@@ -92,6 +103,5 @@ def _run_directory(config: Config) -> Path:
                 f"run.dir: cannot make `{directory}` ({error.strerror})",
                 "name a directory you may write to: run.dir=PATH",
             ) from None
-        (directory / "logs").mkdir()
         return directory
     raise StoreError(f"run.dir: a thousand runs started at once in `{base.parent}`", "wait a second")

@@ -14,7 +14,7 @@ import pytest
 import yaml
 
 from speculators import recipe
-from speculators.config import leaves
+from speculators.fields import leaves
 from speculators.runner import key
 from speculators.runner.graph import KINDS
 from speculators.runner.plan import Planner

@@ -1,14 +1,20 @@
 """What starts a worker. The worker itself locks, resumes and publishes, so correctness does not depend on any of these.
 
-To add one: a module with a class that has `submit`, and a line in `executor` and in `config.ExecutorName`.
+To add one: a module with a class that has `submit`, and a line in `executor`, in `EXTRAS` and in
+`config.ExecutorName`. What runs on machines of its own takes the far end from `remote`.
 """
 
 from __future__ import annotations
 
+import importlib.util
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Protocol
 
-from speculators.errors import RecipeError, closest
+from speculators.config import Cluster, Config, ExecutorName
+from speculators.config import Executor as Options
+from speculators.errors import RecipeError
+from speculators.runner.graph import Node, phases
 
 
 class Handle(Protocol):
@@ -35,14 +41,61 @@ class Executor(Protocol):
         """Start `python -m speculators.worker request` with `env` added; its output is appended to `log`."""
 
 
-def executor(name: str) -> Executor:
-    """The executor of that name, imported only now: it may need what is not installed.
+EXTRAS = {"submitit": "slurm", "ray": "ray"}
+"""Executors that need a package of their own name, and the extra that brings it."""
+
+
+def executor(name: str, options: Options | None = None) -> Executor:
+    """The executor of that name, imported only now: it may need what is not installed."""
+    options = options or Options()
+    if name == "submitit":
+        from speculators.runner.executors.submitit import SubmititExecutor
+
+        return SubmititExecutor(options)
+    if name == "ray":
+        from speculators.runner.executors.ray import RayExecutor
+
+        return RayExecutor(options)
+    from speculators.runner.executors.local import LocalExecutor
+
+    return LocalExecutor()
+
+
+def executor_of(config: Config, kind: str) -> Executor:
+    """The executor of one kind of stage."""
+    return executor(chosen(config, kind), config.executor)
+
+
+def chosen(config: Config, kind: str) -> str:
+    """The name of its executor: what its own section says, or the recipe's."""
+    own: ExecutorName | None = getattr(getattr(config, kind, None), "executor", None)
+    return (own or config.executor.name).name
+
+
+def check(config: Config, nodes: Mapping[str, Node]) -> None:
+    """Refuse before anything is started what an executor could not do hours later.
 
     Raises:
-        RecipeError: there is none.
+        RecipeError: a package is missing, or a stage would be out of reach of its server.
     """
-    if name == "local":
-        from speculators.runner.executors.local import LocalExecutor
+    for node in nodes.values():
+        name = chosen(config, node.kind)
+        if name in EXTRAS and importlib.util.find_spec(name) is None:
+            raise RecipeError(
+                f"{node.name}: its executor needs `{name}`, which is not installed",
+                f"pip install 'speculators-run[{EXTRAS[name]}]'",
+            )
+        if _elsewhere(name, config.executor) and any(phases(node, config)) and not config.serve.url:
+            raise RecipeError(
+                f"{node.name}: its server is started on this machine, out of reach of {name}'s jobs elsewhere",
+                f"{node.kind}.executor=local runs it beside its server; serve.url names one that all can reach",
+            )
 
-        return LocalExecutor()
-    raise RecipeError(f"executor.name: there is no executor `{name}`", closest(name, ["local"]))
+
+def _elsewhere(name: str, options: Options) -> bool:
+    """Whether the workers run on other machines than the runner."""
+    if name == "ray":
+        from speculators.runner.executors.ray import is_here
+
+        return not is_here(options)
+    return name == "submitit" and options.cluster is not Cluster.local

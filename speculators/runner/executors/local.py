@@ -12,6 +12,7 @@ import os
 import signal
 import subprocess
 import sys
+from collections.abc import Mapping
 from pathlib import Path
 
 import speculators
@@ -31,13 +32,7 @@ class LocalExecutor:
                 stdin=subprocess.PIPE,
                 stdout=output,
                 stderr=output,
-                env={
-                    **os.environ,
-                    **threads.env(Path(sys.executable)),
-                    "PYTHONPATH": _python_path(),
-                    "PYTHONUNBUFFERED": "1",
-                    **env,
-                },
+                env=environment(env),
                 start_new_session=True,
             )
         return LocalHandle(process)
@@ -79,7 +74,13 @@ class LocalHandle:
         return os.waitid(os.P_PID, self.pid, os.WEXITED | os.WNOHANG | os.WNOWAIT) is not None
 
 
-def _python_path() -> str:
+def environment(env: Mapping[str, str]) -> dict[str, str]:
+    """All variables of a worker: this process's, those that every worker gets, and `env`."""
+    ours = {"PYTHONPATH": python_path(), "PYTHONUNBUFFERED": "1"}
+    return {**os.environ, **threads.env(Path(sys.executable)), **ours, **env}
+
+
+def python_path() -> str:
     """Where the worker finds this very package, whatever directory the run was started in."""
     root = str(Path(speculators.__file__).resolve().parent.parent)
     inherited = os.environ.get("PYTHONPATH", "").split(os.pathsep)
