@@ -51,9 +51,7 @@ SLOW = 75.0
 """Rotary pairs that take more tokens than this to turn by one radian compare contents; faster ones tell distances."""
 MATCH = 13.0
 """Logit of a place whose token is the one that is looked for, among a few hundred of others around 0."""
-LOUD = 3.0
-"""Root mean square of what a copied token adds to the stream, which begins at 1."""
-RIDGE = 0.03
+RIDGE = 0.1
 """Of the fit, against states of unit variance."""
 
 
@@ -172,37 +170,12 @@ class Fit:
         readers = readers / self.spread(readers)[:, None]
         return look.float(), readers[:size].float(), readers[size : size + half].float()
 
-    def copier(self, head: Tensor, count: int) -> tuple[Tensor, Tensor]:
-        """What to read of a token, and what to write for it, so that of all rows of the head its own fits best.
 
-        Rows of a head have much in common, and some are longer than others: written back as it is, an embedding scores
-        higher with other rows than with its own. The inverse of the rows' covariance undoes that; of the map from
-        embeddings to it, the `count` strongest directions are kept.
-
-        Args:
-            head: [V, H], of the draft's vocabulary.
-            count: width of all values together.
-
-        Returns: readers [count, H] and what they write [count, H], float32; written at once, of unit mean square.
-        """
-        width = head.shape[1]
-        mean = self.token / self.count
-        covariance = self.tokens / self.count - mean[:, None] * mean
-        centred = head.double() - head.double().mean(0)
-        spread = centred.T @ centred / len(centred)
-        unlike = torch.linalg.inv(spread + spread.diagonal().mean() * torch.eye(width, dtype=torch.float64))
-        root = torch.linalg.cholesky(
-            covariance + 1e-4 * covariance.diagonal().mean() * torch.eye(width, dtype=torch.float64)
-        )
-        left, sizes, right = torch.linalg.svd(root.T @ unlike)
-        left, sizes, right = left[:, :count], sizes[:count], right[:count]
-        readers = torch.linalg.solve(root.T, left)
-        common = mean / mean.norm().clamp(min=1e-12)
-        readers -= common[:, None] * (common @ readers)
-        sizes = (sizes / (sizes.square().sum() / width).sqrt()).sqrt()[:, None]
-        room = (0, 0, 0, count - len(sizes))
-        pair = (nn.functional.pad(x, room).float() for x in (readers.T * sizes, right * sizes))
-        return next(pair), next(pair)
+def principal(rows: Tensor, count: int) -> Tensor:
+    """The directions in which rows [n, H] differ most, widest first [count, H]; zeros after the H-th."""
+    centred = rows - rows.mean(0)
+    directions = torch.linalg.eigh((centred.T @ centred).double())[1].flip(1).T.float()
+    return nn.functional.pad(directions[:count], (0, 0, 0, max(0, count - len(directions))))
 
 
 class Eagle3Draft(Draft):
@@ -274,28 +247,25 @@ class Eagle3Draft(Draft):
         self.fc.weight.mul_(1.0 / fit.spread(self.fc.weight.cpu().double()).pow(2).mean().sqrt())
         self.fc.weight[: len(own)].copy_(own)
         self.fc.weight[len(own) : len(own) + half].copy_(before)
-        # Every group copies some of the strong directions and some of the weak ones.
-        values, written = (
-            x.view(head, groups, width).transpose(0, 1) for x in fit.copier(self.lm_head.weight.cpu(), groups * head)
-        )
-        copying = (per_group + 1) // 2
+        values = principal(self.embed_tokens.weight[self.vocabulary.tokens].cpu().float(), groups * head)
         sharp = MATCH * math.sqrt(head) / size
         attention = layer.self_attn
-        attention.v_proj.weight.zero_()[:, :width].copy_(values.flatten(0, 1))
+        attention.v_proj.weight.zero_()[:, :width].copy_(values.view(head, groups, width).transpose(0, 1).flatten(0, 1))
         for group in range(groups):
             keys = attention.k_proj.weight[group * head : (group + 1) * head]
+            written = attention.v_proj.weight[group * head : (group + 1) * head, :width].T
             # The first group looks for the token alone, the others for the token and the one before it.
             single = size if group == 0 else size - half
             rows = [width + group * size + j for j in range(single)] + [width + len(own) + j for j in range(half)]
             keys[places] = 0.0
             keys[places, rows[:size]] = 1.0
-            for query in range(group * per_group, group * per_group + copying):
+            for query in range(group * per_group, group * per_group + (per_group + 1) // 2):
                 asks = attention.q_proj.weight[query * head : (query + 1) * head]
                 asks[places] = 0.0
                 scale = sharp * math.sqrt(size / single)
                 asks[places[:single], :width] = scale * look[group * size : group * size + single].to(asks)
                 asks[places[single:], [width + j for j in range(size - single)]] = scale
-                attention.o_proj.weight[:, query * head : (query + 1) * head] = LOUD / copying * written[group].T
+                attention.o_proj.weight[:, query * head : (query + 1) * head] = written
 
     def _read(self, pack: Pack) -> Tensor:
         """What `fc` reads at every place [T, A * H]."""

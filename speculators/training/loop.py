@@ -32,7 +32,7 @@ from speculators.training.losses import Outcome, Tally, Teacher, distill, run, s
 from speculators.training.optim import Optimizers, rate
 
 METRICS = "metrics.jsonl"
-SAMPLE_TOKENS = 65_536
+SAMPLE_TOKENS = 32_768
 """Tokens that a draft may look at before it is trained."""
 
 
