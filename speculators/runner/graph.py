@@ -90,7 +90,7 @@ KINDS: dict[str, Kind] = {
         trains=True,
     ),
     "evaluate": Kind(
-        version=1,
+        version=2,
         gives=("evaluation",),
         takes={"speculator": "speculator"},
         reads=("evaluate", "data", "datasets", "prompts.hold_out", "target.dtype", "speculator.num_speculative_tokens"),
