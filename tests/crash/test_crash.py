@@ -21,6 +21,7 @@ from typing import Any
 import pytest
 
 from speculators.runner import guard
+from speculators.runner.artifact import trouble
 from speculators.runner.service import reap_left_overs
 from speculators.runner.store import Store
 
@@ -81,7 +82,7 @@ class World:
         for path in (self.root / "store/artifacts").glob("*/[!.]*/[!.]*"):
             made = store.find(path.parents[1].name, path.name)
             assert made is not None, f"{path} is not whole"
-            assert store.trouble(made) == ""
+            assert trouble(made) == ""
 
     def nothing_left(self, mark: str, died: float) -> None:
         while (alive := self.processes(mark)) and time.monotonic() < died + LEFT_SECONDS:
