@@ -28,7 +28,7 @@ from hydra.core.override_parser.types import Override
 from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf
 
-from speculators.config import MISSING, SPECULATORS, Config, Dataset, Speculator
+from speculators.config import MISSING, SPECULATORS, Config, Dataset, Executor, Speculator
 from speculators.errors import RecipeError, closest
 from speculators.fields import leaves
 
@@ -132,9 +132,7 @@ def sweep(words: Sequence[str], directory: Path, task: Callable[[Job], None]) ->
     rewritten, known = _register(words)
     overrides = [word for word in rewritten if word not in ("-m", "--multirun")]
     _check_overrides([word for word in overrides if not word.startswith("-")], known, sweep=True)
-    if "hydra/launcher=joblib" in overrides and not any(w.startswith("hydra.launcher.n_jobs=") for w in overrides):
-        # A process for each job, as far as there are cores; by itself it would start ten.
-        overrides.append(f"hydra.launcher.n_jobs={min(_count(overrides), os.cpu_count() or 1)}")
+    overrides += _launcher_settings(overrides)
     given = {Path(v).stem: v for w in words if w.startswith("recipe=") for v in w.removeprefix("recipe=").split(",")}
 
     def job(composed: DictConfig) -> None:
@@ -150,6 +148,18 @@ def sweep(words: Sequence[str], directory: Path, task: Callable[[Job], None]) ->
         hydra.main(version_base=_VERSION_BASE, config_path=str(CONF), config_name="config")(job)()
     except (HydraException, omegaconf.errors.OmegaConfBaseException) as error:
         raise _mended(error) from None
+
+
+def _launcher_settings(overrides: Sequence[str]) -> list[str]:
+    """What a launcher needs to be told unless the command line does: their own defaults are not for jobs like these."""
+    launcher = next((word.partition("=")[2] for word in overrides if word.startswith("hydra/launcher=")), "")
+    settings = {}
+    if launcher == "joblib":  # by itself it starts ten processes
+        settings["n_jobs"] = min(_count(overrides), os.cpu_count() or 1)
+    elif launcher.startswith("submitit"):  # by itself it ends a job after an hour
+        settings["timeout_min"] = Executor().time_limit
+    given = {word.partition("=")[0] for word in overrides}
+    return [f"hydra.launcher.{k}={v}" for k, v in settings.items() if f"hydra.launcher.{k}" not in given]
 
 
 def _count(overrides: Sequence[str]) -> int:

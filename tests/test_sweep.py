@@ -27,6 +27,7 @@ def main(job):
     world, count = pathlib.Path(os.environ["WORLD"]), job.config.prompts.count
     with (world / "ran").open("a") as ran:
         ran.write(f"{count}\\n")
+    print("gpus", os.environ.get("CUDA_VISIBLE_DEVICES"))
     if (world / f"fails-{count}").exists():
         raise RuntimeError("as it was told")
     while (world / f"waits-{count}").exists():
@@ -152,10 +153,11 @@ LAUNCHERS = [
 
 @pytest.mark.parametrize("launcher", LAUNCHERS)
 def test_jobs_side_by_side_make_what_they_share_once_and_one_that_fails_stops_no_other(
-    world: Path, launcher: list[str]
+    world: Path, launcher: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     (world / "fails-4").touch()
     (world / "waits-3").touch()
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "5")
     two = ["hydra.launcher.n_jobs=2"] if "joblib" in launcher[0] else []
     process = subprocess.Popen(
         command("-m", *launcher, *two, "prompts.count=3,4", "train.lr=1e-4,3e-4"),
@@ -171,6 +173,7 @@ def test_jobs_side_by_side_make_what_they_share_once_and_one_that_fails_stops_no
     assert process.returncode == 1, said
     assert [job["status"] for job in jobs(world)] == ["done", "done", "failed", "failed"], said
     assert ran(world).count("3") == 1
+    assert "ray" in launcher[0] or any("gpus 5" in log for log in logs())
     assert {p.name for p in world.iterdir()} == {"stages", "site", "rows.json", "runs", "ran", "store", "fails-4"}
 
 
@@ -219,6 +222,15 @@ def test_a_launcher_that_is_not_installed_is_named_with_its_extra(monkeypatch: p
     with pytest.raises(RecipeError, match="hydra/launcher=joblib needs `hydra-joblib-launcher`") as caught:
         recipe.sweep(["-m", DEMO, "hydra/launcher=joblib"], Path(), lambda job: None)
     assert caught.value.hint == "pip install 'speculators-run[joblib]'"
+
+
+def test_launchers_get_settings_for_long_jobs_unless_they_are_given(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(os, "cpu_count", lambda: 64)
+    settings = recipe._launcher_settings
+    assert settings(["hydra/launcher=joblib", "train.lr=1,2"]) == ["hydra.launcher.n_jobs=2"]
+    assert settings(["hydra/launcher=submitit_slurm"]) == ["hydra.launcher.timeout_min=1440"]
+    assert settings(["hydra/launcher=submitit_slurm", "hydra.launcher.timeout_min=5"]) == []
+    assert settings(["train.lr=1,2"]) == []
 
 
 def test_the_jobs_of_a_sweep_are_counted_before_it_starts() -> None:

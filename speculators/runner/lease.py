@@ -50,7 +50,7 @@ class Lease:
 
     def __init__(self, path: Path) -> None:
         self._path = path
-        self._lock = threading.Lock()
+        self._lock = threading.RLock()  # a signal may come in the middle of a beat, and its handler may wish to kill
         machine = guard.machine() if guard.HAS_PROC else ""
         self._note = {"machine": machine, "pid": os.getpid(), "start": guard.start_time(os.getpid()), "wish": ""}
         self._count = 0
@@ -61,8 +61,9 @@ class Lease:
     def wish(self, what: str) -> None:
         """Tell the far end at once: `terminate` or `kill`."""
         with self._lock:
-            self._note["wish"] = what
-        self._write()
+            if self._note["wish"] != "kill":
+                self._note["wish"] = what
+            self._write()
 
     def release(self) -> None:
         """No more signs of life: there is nobody left to read them."""
@@ -75,8 +76,11 @@ class Lease:
 
     def _write(self) -> None:
         with self._lock:
-            self._count += 1
-            write_note(self._path, {**self._note, "beat": self._count})
+            beat = -1
+            while beat != self._count:  # once more, if a signal's handler has written in the middle of this
+                self._count += 1
+                beat = self._count
+                write_note(self._path, {**self._note, "beat": beat})
 
 
 class Holder:

@@ -22,6 +22,7 @@ from speculators import recipe, ui
 from speculators.config import Run as RunOptions
 from speculators.errors import RunError, StageError
 from speculators.job import write_json
+from speculators.runner.executors.remote import DEVICES, seen_devices
 from speculators.runner.lease import Holder, Lease
 
 LOOK = 0.5
@@ -40,7 +41,7 @@ def main(words: Sequence[str], run: Callable[..., None], directory: Callable[[Pa
     place = directory(Path(below).expanduser().resolve(), "sweep")
     lease = Lease(place / _HELD)
     try:
-        recipe.sweep(words, place, functools.partial(_job, place, run, os.getpid()))
+        recipe.sweep(words, place, functools.partial(_job, place, run, os.getpid(), seen_devices({})))
     except RunError:
         raise
     except Exception as error:
@@ -54,7 +55,7 @@ def main(words: Sequence[str], run: Callable[..., None], directory: Callable[[Pa
     return _tell(place)
 
 
-def _job(place: Path, run: Callable[..., None], sweeper: int, job: recipe.Job) -> None:
+def _job(place: Path, run: Callable[..., None], sweeper: int, devices: dict[str, str], job: recipe.Job) -> None:
     """One job, in whatever process. An error is told at once, and the other jobs go on."""
     apart = os.getpid() != sweeper
     said: dict[str, Any] = {"job": job.number, "words": job.words, "status": "interrupted", "code": 130}
@@ -64,6 +65,9 @@ def _job(place: Path, run: Callable[..., None], sweeper: int, job: recipe.Job) -
         said["run"] = directory.name
         (place / f"{job.number:03d}").symlink_to(os.path.relpath(directory, place))
 
+    if os.environ.get("SUBMITIT_EXECUTOR") == "local":  # which hides every GPU from its jobs
+        os.environ.pop(DEVICES, None)
+        os.environ.update(devices)
     if apart:
         _end_with_the_sweep(place)
     _BUSY.set()

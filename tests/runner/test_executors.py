@@ -297,6 +297,22 @@ def test_the_far_end_hears_a_wish_at_once_and_signs_of_life_in_between(
     held.release()
 
 
+def test_a_signal_in_the_middle_of_a_beat_may_wish_to_kill(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    held = lease.Lease(tmp_path / "held")
+    held.release()
+    write, nested = lease.write_note, []
+
+    def interrupted(path: Path, note: dict[str, object]) -> None:
+        if not nested:
+            nested.append(note)
+            held.wish("kill")  # as the handler does, in the same thread
+        write(path, note)
+
+    monkeypatch.setattr(lease, "write_note", interrupted)
+    held.wish("terminate")
+    assert lease.Holder(tmp_path / "held").wish == "kill"
+
+
 def test_half_a_note_is_no_news(tmp_path: Path) -> None:
     (tmp_path / "held").write_text('{"machine": "an')
     assert lease.read_note(tmp_path / "held") == {}

@@ -191,4 +191,6 @@ def _other(value: object) -> object:
         return value + "x"
     if isinstance(value, list):
         return [*value, value[0] if value else "x"]
+    if isinstance(value, dict):
+        return {**value, "train": {"retries": 1.0}}
     return 3 if value is None else value
