@@ -13,19 +13,28 @@ import socket
 import subprocess
 import sys
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 GIT_SECONDS = 5.0
 """How long git may still take when the stage is done."""
 
 
 class Provenance:
-    """The surroundings of one attempt; made when it starts."""
+    """The surroundings of one attempt; made when it starts, and closed when it ends, however it does."""
 
     def __init__(self) -> None:
         package, directory = _checkout(Path(__file__).resolve().parent), _checkout(Path.cwd().resolve())
         places = {"package": package, "directory": directory if directory != package else None}
         self._git = {name: _asked(root) for name, root in places.items() if root}
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        """End what was asked and not heard."""
+        for process in filter(None, self._git.values()):
+            process.kill()
+            process.communicate()
 
     def facts(self) -> dict[str, Any]:
         """Everything, as plain values; called once, when what the stage needed is imported."""

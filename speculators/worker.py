@@ -80,32 +80,41 @@ def _attempt(request: dict[str, Any], job: Job) -> None:
         elif not request["forced"]:
             store.discard_work(job.stage, job.key)
             return
-        phase_done = job.scratch / f"phase-{request['phase']}.done"
-        if phase_done.exists():
+        if _phase_done(request, job).exists():
             return
         _make_directories(job)
-        started, clock, surroundings = _now(), time.monotonic(), Provenance()
-        with _Heartbeat(job.work, started):
-            importlib.import_module(f"speculators.stages.{job.stage}").main(job)
-        seconds = round(time.monotonic() - clock, 3)
-        if request["phase"] + 1 < request["phases"]:
-            write_json(phase_done, {"seconds": seconds, "record": job.record})
-            return
-        store.publish(
-            job.stage,
-            job.key,
-            preimage=request["preimage"],
-            record={**job.record, "seconds": seconds},
-            provenance={
-                **provenance,
-                **surroundings.facts(),
-                "options": request["config"],
-                "started": started,
-                "finished": _now(),
-            },
-            digest=request["digest"],
-            anew=request["forced"],
-        )
+        with Provenance() as surroundings:
+            _run_and_publish(request, job, store, surroundings)
+
+
+def _run_and_publish(request: dict[str, Any], job: Job, store: Store, surroundings: Provenance) -> None:
+    """One phase of the stage; the last one publishes."""
+    started, clock = _now(), time.monotonic()
+    with _Heartbeat(job.work, started):
+        importlib.import_module(f"speculators.stages.{job.stage}").main(job)
+    seconds = round(time.monotonic() - clock, 3)
+    if request["phase"] + 1 < request["phases"]:
+        write_json(_phase_done(request, job), {"seconds": seconds, "record": job.record})
+        return
+    store.publish(
+        job.stage,
+        job.key,
+        preimage=request["preimage"],
+        record={**job.record, "seconds": seconds},
+        provenance={
+            **request["provenance"],
+            **surroundings.facts(),
+            "options": request["config"],
+            "started": started,
+            "finished": _now(),
+        },
+        digest=request["digest"],
+        anew=request["forced"],
+    )
+
+
+def _phase_done(request: dict[str, Any], job: Job) -> Path:
+    return job.scratch / f"phase-{request['phase']}.done"
 
 
 def _make_directories(job: Job) -> None:

@@ -46,6 +46,7 @@ def test_torch_is_held_against_the_device(
 
 def package(site: Path, name: str, code: str, monkeypatch: pytest.MonkeyPatch, version: str = "") -> None:
     """An importable package in a directory that this process and its children look into first."""
+    monkeypatch.delitem(sys.modules, name, raising=False)  # another test may have loaded the real one
     (site / name).mkdir(parents=True)
     (site / name / "__init__.py").write_text(code)
     if version:

@@ -207,7 +207,7 @@ def mill(tmp_path: Path, checkpoint: Path, monkeypatch: pytest.MonkeyPatch) -> C
         made[0].servers.append(PlayedServer(spec, home))
         return made[0].servers[-1]
 
-    monkeypatch.setattr(execute, "executor", lambda name: PlayedExecutor())
+    monkeypatch.setattr(execute, "executor_of", lambda config, kind: PlayedExecutor())
     monkeypatch.setattr(execute, "POLL", 0.002)
     monkeypatch.setattr(services, "Service", served)
     monkeypatch.setattr("speculators.runner.vllm.engine_version", lambda python: "1.2.3")
