@@ -224,7 +224,7 @@ class Eagle3(Speculator):
     ttt_steps: int = 3
     """Steps of the train-time test: how often the draft is fed its own output in training."""
     ttt_one_step_share: float = 0.0
-    """Share of the training, from its beginning, in which one step only is unrolled, which takes half the time."""
+    """Share of the training, from its beginning, in which one step only is unrolled: it costs less."""
     ttt_step_decay: float = 1.0
     """Weight of step k in the loss is this to the power k."""
     norm_before_residual: bool = True

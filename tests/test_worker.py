@@ -117,7 +117,7 @@ def artifact(path: Path) -> Artifact | None:
 
 
 def until(true: Callable[[], bool], what: str) -> None:
-    deadline = time.monotonic() + 10
+    deadline = time.monotonic() + 30
     while not true():
         assert time.monotonic() < deadline, f"not so in time: {what}"
         time.sleep(0.01)
@@ -186,22 +186,6 @@ def test_asked_to_stop_it_ends_with_143_and_keeps_its_work(world: Path) -> None:
     assert ended(handle) == 143
     assert (work(path) / "data/lines").read_text() == "xx"
     assert not (work(path) / "failure.json").exists()
-
-
-def test_it_ends_when_the_runner_is_killed(world: Path) -> None:
-    path = request(world, hold=2)
-    code = (
-        "import sys, time\nfrom pathlib import Path\nfrom speculators.runner.executors import executor\n"
-        "print(executor('local').submit(Path(sys.argv[1]), Path(sys.argv[2]), {}).pid, flush=True)\ntime.sleep(600)"
-    )
-    argv = [sys.executable, "-c", code, str(path), str(world / "log")]
-    with subprocess.Popen(argv, stdout=subprocess.PIPE, text=True) as runner:
-        assert runner.stdout is not None
-        pid = int(runner.stdout.readline())
-        until_holding(path)
-        runner.kill()
-    until(lambda: guard.start_time(pid) is None, "the worker ended with its runner")
-    assert (work(path) / "data/lines").read_text() == "xx"
 
 
 def test_run_by_hand_it_needs_nobody_to_hold_it(world: Path) -> None:

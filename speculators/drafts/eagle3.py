@@ -11,7 +11,7 @@ sees step k-1's output at t instead of the states, and token t+1+k; it predicts 
 the true ones at every step. Step k attends to step 0 of all places up to t, and to its own steps 1 to k.
 
 Small training sets teach a draft which token follows which, and not to look back for the last time that it did: of the
-answers of a small target, half of what follows can be copied from where the last two tokens stood before, and a draft
+answers of a small target, a third to a half can be copied from where the last two tokens stood before, and a draft
 trained on 60 000 tokens from noise does not (docs/log.md). So attention begins as induction heads (Olsson et al.
 2022, arXiv:2209.11895), which one layer can have here, because the target's low state at a place still tells its token:
 the query is the token that was sampled, the key is what a linear fit reads of a place's own token (and of the one
@@ -191,7 +191,7 @@ class Eagle3Draft(Draft):
         self.shape = shape
         self.steps: int = config["speculators_config"]["proposal_methods"][0]["speculative_tokens"]
         self.unrolled: int = self.steps
-        self.step_decay = 1.0
+        self.step_decay, self.one_step_share, self.induction = 1.0, 0.0, False
         self.norm_output = bool(config["norm_output"])
         width, read = shape.hidden_size, len(config["eagle_aux_hidden_state_layer_ids"])
         self.input_norm = RMSNorm(read * width, shape.rms_norm_eps) if config["norm_before_fc"] else None

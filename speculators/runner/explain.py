@@ -121,17 +121,19 @@ def beside(artifact: Artifact) -> list[Change]:
 @functools.cache
 def _here() -> dict[str, Any]:
     """The same facts of this machine."""
-    here: dict[str, Any] = {
-        "host": socket.gethostname(),
-        "python": platform.python_version(),
-        "platform": platform.platform(),
-    }
+    machine = {"host": socket.gethostname(), "python": platform.python_version(), "platform": platform.platform()}
+    return {**machine, **libraries()}
+
+
+def libraries() -> dict[str, str | None]:
+    """Their versions here, without the local part; None for one that is not installed."""
+    found: dict[str, str | None] = {}
     for name in LIBRARIES:
         try:
-            here[name] = importlib.metadata.version(name)
+            found[name] = _public(importlib.metadata.version(name))
         except importlib.metadata.PackageNotFoundError:
-            here[name] = None
-    return here
+            found[name] = None
+    return found
 
 
 def _public(version: Any) -> str:

@@ -17,7 +17,7 @@ from speculators.errors import RecipeError, closest
 from speculators.runner import guard
 
 METRICS: Mapping[str, tuple[str, ...]] = {
-    "train": ("validation.acceptance", "validation.loss"),
+    "train": ("validation.acceptance_length", "validation.loss"),
     "evaluate": ("acceptance_length", "speed_up", "lossless.faults"),
 }
 """By kind of stage, what of its record is a result; a section stands for all numbers in it."""

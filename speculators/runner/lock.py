@@ -7,7 +7,6 @@ no difference, so that a lock written beside a full store can be held against an
 
 from __future__ import annotations
 
-import importlib.metadata
 import json
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -17,7 +16,7 @@ from typing import Any
 from speculators.config import Config
 from speculators.errors import RecipeError
 from speculators.runner import graph, key
-from speculators.runner.explain import LIBRARIES
+from speculators.runner.explain import libraries
 from speculators.runner.plan import Planner
 
 FORMAT = 1
@@ -54,7 +53,7 @@ def resolved(planner: Planner) -> dict[str, Any]:
         }
         for step in steps
     }
-    return {"format": FORMAT, "recipe": planner.config.recipe, "packages": _packages(), "stages": stages}
+    return {"format": FORMAT, "recipe": planner.config.recipe, "packages": libraries(), "stages": stages}
 
 
 def read(config: Config) -> dict[str, Any] | None:
@@ -152,17 +151,6 @@ def _leaves(planner: Planner, node: graph.Node, digests: Mapping[str, str]) -> d
         section = f"data.{node.name.removeprefix('dataset.')}" if node.name != graph.TARGET else node.name
         leaves |= {f"{section}.source.{part}": value for part, value in source.items()}
     return leaves
-
-
-def _packages() -> dict[str, str | None]:
-    """Versions of what decides about bits, without the build: torch calls itself `2.13.0+cpu` here, `2.13.0` there."""
-    found: dict[str, str | None] = {}
-    for name in LIBRARIES:
-        try:
-            found[name] = importlib.metadata.version(name).partition("+")[0]
-        except importlib.metadata.PackageNotFoundError:
-            found[name] = None
-    return found
 
 
 def _short(value: Any) -> str:

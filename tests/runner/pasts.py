@@ -31,7 +31,7 @@ def past(
     events.emit("stage.decided", node="tokenize", state="cached", reason="made by earlier", key=KEY)
     events.emit("stage.decided", node="train", state="run", reason="changed: train.lr 1 -> 2", key=KEY)
     events.emit("stage.started", node="train", log=str(path / "logs/train.log"), phase=0, phases=1, attempt=2)
-    record = {"validation": {"acceptance": 1.5, "loss": 9.0, "loss_0": 3.0}, "steps": 10}
+    record = {"validation": {"acceptance_length": 1.5, "loss": 9.0, "loss_0": 3.0}, "steps": 10}
     events.emit("stage.finished", node="train", seconds=61.0, record=record, key=KEY)
     events.emit("stage.decided", node="evaluate", state="run", reason="upstream: speculator", key=KEY)
     events.emit("stage.started", node="evaluate", log=str(path / "logs/evaluate.log"), phase=0, phases=1)

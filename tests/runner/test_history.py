@@ -71,7 +71,7 @@ def test_stages_tell_their_state_reason_seconds_attempts_and_log(runs: Path) -> 
 
 def test_metrics_are_results_and_not_every_number_of_a_record(runs: Path) -> None:
     assert history.find(runs, A).metrics == {
-        "train.validation.acceptance": 1.5,
+        "train.validation.acceptance_length": 1.5,
         "train.validation.loss": 9.0,
         "evaluate.acceptance_length.human_eval": 2.0,
         "evaluate.acceptance_length.sharegpt": 3.0,

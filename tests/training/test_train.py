@@ -17,6 +17,7 @@ from safetensors.torch import load_file, save_file
 
 from speculators.drafts.eagle3 import Eagle3Draft
 from speculators.errors import ContractError, StageError
+from speculators.runner.history import METRICS
 from speculators.stages import train
 from speculators.training import checkpoint
 
@@ -91,6 +92,7 @@ def test_training_learns_and_says_what_it_did(world: Path, tmp_path: Path) -> No
         line["validation"]["acceptance_length"] for line in lines if "validation" in line
     )
     assert job.record["tokens_per_second"] > 0
+    assert all(name.removeprefix("validation.") in job.record["validation"] for name in METRICS["train"])
     best, last = (Eagle3Draft.load(job.output / name) for name in ("best", "last"))
     assert best.fc.weight.isfinite().all()
     assert last.fc.weight.isfinite().all()
