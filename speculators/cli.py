@@ -25,7 +25,6 @@ Exit codes: 0, 1 (you can mend it), 2 (a defect of ours), 128 + signal.
 from __future__ import annotations
 
 import importlib
-import importlib.metadata
 import os
 import sys
 import traceback
@@ -34,6 +33,7 @@ from pathlib import Path
 
 from speculators import ui
 from speculators.errors import RecipeError, RunError, closest
+from speculators.runner.installed import installed
 
 VERBS = {
     "run": "run.main",
@@ -87,7 +87,7 @@ def _dispatch(words: list[str]) -> int:
     if not words or words[0] in ("--help", "-h", "help"):
         return _help()
     if words[0] == "--version":
-        print(importlib.metadata.version("speculators-run"))
+        print(installed()["speculators-run"])
         return 0
     first = words[0]
     if first.startswith("-") or "=" in first:
@@ -114,14 +114,12 @@ def _first_comment(path: Path) -> str:
 
 def _refuse_foreign_package() -> None:
     """Upstream's PyPI package has the same import name; mixed files of both would fail in ways nobody can read."""
-    try:
-        version = importlib.metadata.version("speculators")
-    except importlib.metadata.PackageNotFoundError:
-        return
-    raise RecipeError(
-        f"the package `speculators` {version} is installed beside `speculators-run`, and both are `import speculators`",
-        "pip uninstall speculators, then reinstall speculators-run; keep upstream in an environment of its own",
-    )
+    foreign = installed().get("speculators")
+    if foreign:
+        raise RecipeError(
+            f"the package `speculators` {foreign} is installed beside `speculators-run`, both are `import speculators`",
+            "pip uninstall speculators, then reinstall speculators-run; keep upstream in an environment of its own",
+        )
 
 
 if __name__ == "__main__":

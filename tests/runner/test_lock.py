@@ -11,7 +11,7 @@ import pytest
 from speculators import cli, recipe
 from speculators.config import Config
 from speculators.errors import RecipeError
-from speculators.runner import graph, lock, vllm
+from speculators.runner import explain, graph, lock, vllm
 from speculators.runner.plan import Planner
 from speculators.runner.store import Store
 from tests.conftest import publish_all
@@ -100,7 +100,7 @@ def test_another_version_of_the_engine_or_of_a_library_is_a_difference(
 ) -> None:
     locked = lock.resolved(planner(store))
     monkeypatch.setattr(vllm, "engine_version", lambda python: "2.0.0")
-    monkeypatch.setattr(importlib.metadata, "version", lambda name: "9.9+cpu")
+    monkeypatch.setattr(explain, "installed", lambda: dict.fromkeys(explain.LIBRARIES, "9.9+cpu"))
     found = {d.name: d for d in lock.differences(locked, planner(store))}
     assert set(found) == {"service engine", "package torch", "package transformers", "package datasets"}
     assert found["service engine"].new == "2.0.0"
