@@ -9,7 +9,6 @@ from __future__ import annotations
 import getpass
 import os
 import platform
-import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -40,7 +39,7 @@ class Provenance:
         """Everything, as plain values; called once, when what the stage needed is imported."""
         return {
             "user": _user(),
-            "host": socket.gethostname(),
+            "host": os.uname().nodename,
             "directory": str(Path.cwd()),
             "python": platform.python_version(),
             "platform": platform.platform(),

@@ -11,7 +11,6 @@ is gone: then this process ends too.
 
 from __future__ import annotations
 
-import argparse
 import contextlib
 import datetime
 import errno
@@ -19,11 +18,9 @@ import importlib
 import json
 import os
 import signal
-import socket
 import sys
 import threading
 import time
-import traceback
 from collections.abc import Iterator
 from pathlib import Path
 from types import FrameType
@@ -34,6 +31,7 @@ from speculators.job import Job, read_request, write_json
 from speculators.provenance import Provenance
 from speculators.runner.store import Store, no_space
 
+HELD = "--held"
 HEARTBEAT_SECONDS = 10.0
 GRACE = 30.0
 """Seconds from asking ourselves to stop to being killed, once the runner is gone."""
@@ -41,16 +39,17 @@ GRACE = 30.0
 
 def main(arguments: list[str]) -> int:
     """Do what a request says; returns the exit code."""
-    parser = argparse.ArgumentParser(prog="speculators.worker", description="Make one artifact.")
-    parser.add_argument("request", type=Path, help="written by the runner")
-    parser.add_argument("--held", action="store_true", help="end when standard input does")
-    options = parser.parse_args(arguments)
+    named, held = [word for word in arguments if word != HELD], HELD in arguments
+    if len(named) != 1 or named[0].startswith("-"):
+        print(f"usage: python -m speculators.worker REQUEST.json [{HELD}]", file=sys.stderr)
+        return 1
+    path = Path(named[0])
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, _stop)
-    if options.held:
+    if held:
         threading.Thread(target=_die_with_the_runner, name="runner-watch", daemon=True).start()
-    request = json.loads(options.request.read_text())
-    job = read_request(options.request)
+    request = json.loads(path.read_text())
+    job = read_request(path)
     try:
         with _full_disk_in_words(job):
             _attempt(request, job)
@@ -59,7 +58,7 @@ def main(arguments: list[str]) -> int:
         _write_failure(job, error.message, error.hint, type(error).__name__)
         return 1
     except Exception as error:
-        traceback.print_exc()
+        sys.excepthook(type(error), error, error.__traceback__)
         _write_failure(
             job, f"{type(error).__name__}: {error}", "this is a defect; its traceback is in the log", "defect"
         )
@@ -155,7 +154,7 @@ class _Heartbeat:
 
     def __init__(self, work: Path, started: str) -> None:
         self._path = work / "heartbeat.json"
-        self._plain = {"pid": os.getpid(), "host": socket.gethostname(), "started": started}
+        self._plain = {"pid": os.getpid(), "host": os.uname().nodename, "started": started}
         self._over = threading.Event()
         self._thread = threading.Thread(target=self._beat, name="heartbeat", daemon=True)
 

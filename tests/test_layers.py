@@ -75,7 +75,6 @@ DOORS = {
     "omegaconf": {"speculators.recipe"},
     "rich": {"speculators.ui"},
     "vllm": {"speculators.targets.connector"},
-    "filelock": {"speculators.runner.store"},
     "submitit": {"speculators.runner.executors.submitit"},
     "ray": {"speculators.runner.executors.ray"},
 }

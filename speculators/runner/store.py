@@ -19,11 +19,11 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import fcntl
 import hashlib
 import json
 import os
 import shutil
-import socket
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -39,8 +39,6 @@ CACHEDIR_TAG = "Signature: 8a477f597d28d172789f06886806bc55\n# Made by speculato
 """See https://bford.info/cachedir/."""
 KNOWN = {"format", "CACHEDIR.TAG", "artifacts", "work", "locks", "aside", "services"}
 """What may lie in a store's root; anything else means that the directory is somebody's, not a store."""
-_REFUSED = {errno.EROFS, errno.EACCES, errno.EPERM, errno.ENOSPC, errno.EDQUOT}
-"""Why a lock's file cannot be made; any other error while locking means that locks do not work there."""
 
 
 def store_root(named: str) -> Path:
@@ -149,31 +147,32 @@ class Store:
         with self._rights():
             with self._writing():
                 self._prepare()
-            lock, holder = self._lock(stage, key), self.root / "locks" / f"{stage}-{key}.json"
-            if not self._acquire(lock, wait=False):
+            holder = self.root / "locks" / f"{stage}-{key}.json"
+            lock = self._acquire(stage, key, wait=False)
+            if lock is None:
                 waiting(_describe(holder))
-                self._acquire(lock, wait=True)
+                lock = self._acquire(stage, key, wait=True)
+            assert lock is not None
             try:
-                who = {"pid": os.getpid(), "host": socket.gethostname(), "run": run, "since": time.time()}
+                who = {"pid": os.getpid(), "host": os.uname().nodename, "run": run, "since": time.time()}
                 with self._writing():
                     write_json(holder, {**who, "uses": sorted(uses)})
                     self._take_back(stage, key)
                 yield
             finally:
                 holder.unlink(missing_ok=True)
-                lock.release()
+                os.close(lock)
 
     @contextlib.contextmanager
     def claimed_at_once(self, stage: str, key: str) -> Iterator[bool]:
         """The same right if nobody holds it, false if somebody does."""
         with self._rights():
-            lock = self._lock(stage, key)
-            ours = self._acquire(lock, wait=False)
+            lock = self._acquire(stage, key, wait=False)
             try:
-                yield ours
+                yield lock is not None
             finally:
-                if ours:
-                    lock.release()
+                if lock is not None:
+                    os.close(lock)
 
     def in_use(self) -> set[str]:
         """Keys that somebody holds the claim of now, and those that they read meanwhile."""
@@ -317,29 +316,25 @@ class Store:
         for path in [*root.rglob("*"), root]:
             path.chmod(mode if path.is_dir() else mode & files)
 
-    def _lock(self, stage: str, key: str) -> Any:
-        import filelock  # not at the top: it costs tens of ms, and `plan` never claims
-
-        locks = self.root / "locks"
+    def _acquire(self, stage: str, key: str, *, wait: bool) -> int | None:
+        """Take the lock of a key and return its descriptor; None if somebody holds it and we do not wait."""
+        path = self.root / "locks" / f"{stage}-{key}.lock"
         with self._writing():
-            locks.mkdir(exist_ok=True)
-        return filelock.FileLock(locks / f"{stage}-{key}.lock", mode=self._mode() & 0o666, fallback_to_soft=False)
-
-    def _acquire(self, lock: Any, *, wait: bool) -> bool:
-        """Take a lock; false if somebody holds it and we do not wait."""
-        import filelock
-
+            path.parent.mkdir(exist_ok=True)
+            descriptor = os.open(path, os.O_RDWR | os.O_CREAT, self._mode() & 0o666)
         try:
-            lock.acquire(timeout=-1 if wait else 0, poll_interval=0.2)
-        except filelock.Timeout:
-            return False
-        except (OSError, NotImplementedError) as error:
-            if getattr(error, "errno", None) in _REFUSED:
-                with self._writing():
-                    raise
+            fcntl.flock(descriptor, fcntl.LOCK_EX if wait else fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            os.close(descriptor)
+            return None
+        except OSError as error:
+            os.close(descriptor)
             hint = "put the store on a file system whose locks work: run.store=DIRECTORY"
-            raise StoreError(f"nothing can be locked in the store {self.root}: {error}", hint) from None
-        return True
+            raise StoreError(f"nothing can be locked in the store {self.root}: {error.strerror}", hint) from None
+        except BaseException:
+            os.close(descriptor)
+            raise
+        return descriptor
 
     def _mode(self) -> int:
         """What may be done in the store, by its root's mode; the owner may do everything."""
