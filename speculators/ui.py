@@ -211,6 +211,8 @@ class Lines:
             self._progress(name, event)
         elif kind == "stage.retried":
             narrate("again", name, retried(event))
+        elif kind == "stage.waiting":
+            narrate("waits", name, event["reason"])
         elif kind == "stage.finished":
             narrate("done", name, f"{duration(event['seconds'])}  {event['key'][:8]}")
             for note in event["record"].get("notes", ()):
@@ -287,6 +289,8 @@ class Live:
             row["detail"] = row.get("attempt", "") + progress(event, pace)
         elif kind == "stage.retried":
             row.update(state="again", detail=retried(event))
+        elif kind == "stage.waiting":
+            row.update(state="waits", detail=event["reason"])
         elif kind == "stage.finished":
             row.update(state="done", seconds=event["seconds"], detail=event["key"][:8])
             self._notes += [f"note  {event['node']}: {note}" for note in event["record"].get("notes", ())]

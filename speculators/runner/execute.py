@@ -80,7 +80,7 @@ class Execution:
     _room_was_asked: bool = False
 
     def __post_init__(self) -> None:
-        self.room = schedule.room(self.config)
+        self.room = schedule.room(self.config, self.planner.store.root / "locks", self.events)
         self.services = Services(self.planner, self.steps, self.directory, self.events)
 
     @property
@@ -106,6 +106,7 @@ class Execution:
             finally:
                 self._stop_workers()
                 self.services.close()
+                self.room.close()
                 for name in [name for name in self.planner.graph if name in self.steps]:
                     self.steps[name] = self.steps.pop(name)  # in data-flow order, not as they ended
         return self.steps
@@ -241,7 +242,7 @@ class Execution:
             raise
         finally:
             self.services.release(node)
-            self.room.give_back(node.name)
+            self.room.give_back(node.name, self.services.occupied())
         self.planner.forced.discard(node.name)
         seconds = time.monotonic() - began
         self.events.emit("stage.finished", node=node.name, seconds=seconds, record=artifact.record, key=step.key)

@@ -9,14 +9,16 @@ Everything is taken at once when a stage starts and given back when it ends, so 
 from __future__ import annotations
 
 import os
-from collections.abc import Collection, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, fields
 from pathlib import Path
 
 from speculators.config import Config
 from speculators.errors import RecipeError, closest
-from speculators.runner import graph, vllm
+from speculators.runner import executors, graph, vllm
+from speculators.runner.events import Events
 from speculators.runner.graph import Node
+from speculators.runner.tokens import Tokens
 
 GIB = 2**30
 LIGHT = GIB
@@ -36,6 +38,8 @@ class Need:
     """Bytes, estimated."""
     alone: bool = False
     """Nothing may run beside it."""
+    here: bool = True
+    """The devices are this machine's."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -50,12 +54,18 @@ class Limits:
 
 
 class Room:
-    """What this run has, and who has taken what of it."""
+    """What this run has, and who has taken what of it. `tokens` are asked whether other runs have it.
 
-    def __init__(self, *, devices: int, memory: int, places: int) -> None:
+    `told` hears, once, of each stage that waits for another run.
+    """
+
+    def __init__(self, *, devices: int, memory: int, places: int, tokens: Tokens, told: Callable[[str], None]) -> None:
         self.devices = devices
         self.memory = memory
         self.places = places
+        self._tokens = tokens
+        self._told = told
+        self._waiting: set[str] = set()
         self._held: dict[str, tuple[Need, Devices]] = {}
 
     def holds(self, name: str) -> bool:
@@ -82,21 +92,37 @@ class Room:
         wanted = min(need.devices, self.devices)
         if len(free) < wanted:
             return None
-        chosen = tuple(sorted(sorted(free, key=lambda d: (d not in prefer, d in avoid, d))[:wanted]))
-        self._held[name] = need, chosen
-        return chosen
+        chosen = sorted(free, key=lambda d: (d not in prefer, d in avoid, d))
+        if wanted and need.here:
+            chosen = self._tokens.take(chosen, wanted, alone=need.alone)
+        if len(chosen) < wanted:
+            if name not in self._waiting:
+                self._waiting.add(name)
+                self._told(name)
+            return None
+        devices = tuple(sorted(chosen[:wanted]))
+        self._held[name] = need, devices
+        return devices
 
-    def give_back(self, name: str) -> None:
-        """The stage has ended."""
+    def give_back(self, name: str, servers: Collection[int] = ()) -> None:
+        """The stage has ended; on the devices of `servers` there are some that are kept, or not gone yet."""
         self._held.pop(name, None)
+        self._tokens.keep({*servers, *(device for _, devices in self._held.values() for device in devices)})
+
+    def close(self) -> None:
+        """Nothing runs any more."""
+        self._tokens.keep(())
 
 
-def room(config: Config) -> Room:
-    """What the recipe and the machine offer."""
+def room(config: Config, locks: Path, events: Events) -> Room:
+    """What the recipe and the machine offer, other runs that lock in the same directory considered."""
+    reason = "another run with this store has its devices"
     return Room(
         devices=max(1, config.hardware.gpus),
         memory=int(config.run.memory_gib * GIB) or _memory(),
         places=config.run.parallel or max(2, os.cpu_count() or 1),
+        tokens=Tokens(locks, _names(config) or ["cpu"]),
+        told=lambda name: events.emit("stage.waiting", node=name, reason=reason),
     )
 
 
@@ -115,16 +141,21 @@ def need(node: Node, config: Config, target: Path | None) -> Need:
         devices=config.serve.tensor_parallel if servers else 1,
         memory=LIGHT + max(1, servers) * (weights + cache),
         alone=on_cpu and node.spec.measures,
+        here=not executors.elsewhere(config, node.kind),
     )
 
 
 def environment(config: Config, devices: Devices) -> Mapping[str, str]:
     """Variables that keep a process to these devices; of those that the user has chosen, if there is a choice."""
-    if not devices or config.hardware.gpus < 1:
-        return {}
+    names = _names(config)
+    return {"CUDA_VISIBLE_DEVICES": ",".join(names[device] for device in devices)} if devices and names else {}
+
+
+def _names(config: Config) -> list[str]:
+    """What the recipe's GPUs are called: as the user has chosen them, if there is a choice."""
     chosen = [name for name in os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",") if name]
-    names = chosen if len(chosen) >= config.hardware.gpus else [str(n) for n in range(config.hardware.gpus)]
-    return {"CUDA_VISIBLE_DEVICES": ",".join(names[device] for device in devices)}
+    count = config.hardware.gpus
+    return chosen[:count] if len(chosen) >= count else [str(n) for n in range(count)]
 
 
 def limits(config: Config, name: str) -> Limits:

@@ -52,6 +52,11 @@ class Services:
         """Devices with a server that nobody uses at the moment."""
         return {d for (_, devices), server in self._up.items() if not self._in_use(server) for d in devices}
 
+    def occupied(self) -> set[int]:
+        """Devices with a server, or with one that is not gone yet."""
+        places = [*(devices for _, devices in self._up), *(devices for devices, _ in self._leaving)]
+        return {device for devices in places for device in devices}
+
     def lease(
         self, node: Node, servings: Mapping[Key, Serving], devices: Devices
     ) -> Generator[None, None, dict[str, Service]]:

@@ -26,6 +26,7 @@ from speculators.runner.graph import Kind
 from speculators.runner.plan import Planner
 from speculators.runner.service import ServiceSpec
 from speculators.runner.store import Store
+from speculators.runner.tokens import Tokens
 
 KINDS = {
     "seed": Kind(version=1, gives=("grain",), target=False),
@@ -247,6 +248,19 @@ def test_one_stage_a_device_and_light_ones_beside_it(mill: Callable[..., World])
     world.config.hardware.gpus, world.config.force = 1, ["a", "b"]
     world.run()
     assert world.together() == 1
+
+
+def test_a_stage_waits_while_another_run_has_its_device(mill: Callable[..., World]) -> None:
+    world = mill({"seed": {}, "left": {"uses": "grind", "grain": "seed"}, "press": {"grain": "seed"}})
+    others = Tokens(world.store.root / "locks", ["cpu"])
+    assert others.take([0], 1) == [0]
+    world.lasts["left"] = 20
+    world.when["left", 4] = lambda: others.keep(())
+    world.run()
+    assert world.of("stage.waiting", "stage.finished") == [
+        "finished seed", "waiting press", "finished press", "finished left",
+    ]  # fmt: skip
+    assert others.take([0], 1, alone=True) == [0]
 
 
 def test_speed_is_measured_alone_where_all_share_the_cores(mill: Callable[..., World]) -> None:

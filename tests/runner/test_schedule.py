@@ -11,14 +11,29 @@ from speculators.errors import RecipeError
 from speculators.runner import graph, schedule
 from speculators.runner.graph import Node
 from speculators.runner.schedule import GIB, LIGHT, Limits, Need, Room
+from speculators.runner.tokens import Tokens
+
+TOLD: list[str] = []
+"""The stages of which a room has said that they wait for another run."""
 
 
-def a_room(devices: int = 1, memory: int = 8, places: int = 4) -> Room:
-    return Room(devices=devices, memory=memory * GIB, places=places)
+@pytest.fixture
+def locks(tmp_path: Path) -> Path:
+    return tmp_path / "locks"
 
 
-def test_a_device_goes_to_one_stage_and_comes_back() -> None:
-    room = a_room()
+def a_room(locks: Path, devices: int = 1, memory: int = 8, places: int = 4) -> Room:
+    return Room(
+        devices=devices,
+        memory=memory * GIB,
+        places=places,
+        tokens=Tokens(locks, [str(n) for n in range(devices)]),
+        told=TOLD.append,
+    )
+
+
+def test_a_device_goes_to_one_stage_and_comes_back(locks: Path) -> None:
+    room = a_room(locks)
     assert room.take("train", Need(devices=1)) == (0,)
     assert room.take("extract", Need(devices=1)) is None
     assert room.take("vocab", Need()) == ()
@@ -27,15 +42,15 @@ def test_a_device_goes_to_one_stage_and_comes_back() -> None:
     assert room.take("extract", Need(devices=1)) == (0,)
 
 
-def test_devices_of_ones_own_server_come_first_and_those_of_others_last() -> None:
-    room = a_room(devices=4)
+def test_devices_of_ones_own_server_come_first_and_those_of_others_last(locks: Path) -> None:
+    room = a_room(locks, devices=4)
     assert room.take("a", Need(devices=1), prefer=(2,)) == (2,)
     assert room.take("b", Need(devices=2), avoid=(0,)) == (1, 3)
     assert room.take("c", Need(devices=1), avoid=(0,)) == (0,)
 
 
-def test_what_is_larger_than_the_machine_runs_alone_instead_of_never() -> None:
-    room = a_room(memory=2)
+def test_what_is_larger_than_the_machine_runs_alone_instead_of_never(locks: Path) -> None:
+    room = a_room(locks, memory=2)
     assert room.take("light", Need()) == ()
     assert room.take("large", Need(devices=8, memory=99 * GIB)) is None
     room.give_back("light")
@@ -43,13 +58,63 @@ def test_what_is_larger_than_the_machine_runs_alone_instead_of_never() -> None:
     assert room.take("light", Need()) is None
 
 
-def test_nothing_runs_beside_a_measurement() -> None:
-    room = a_room()
+def test_nothing_runs_beside_a_measurement(locks: Path) -> None:
+    room = a_room(locks)
     room.take("vocab", Need())
     assert room.take("evaluate", Need(devices=1, alone=True)) is None
     room.give_back("vocab")
     assert room.take("evaluate", Need(devices=1, alone=True)) == (0,)
     assert room.take("vocab", Need()) is None
+
+
+def test_two_runs_divide_the_devices_among_themselves_and_say_who_waits(locks: Path) -> None:
+    TOLD.clear()
+    one, other = a_room(locks, devices=2), a_room(locks, devices=2)
+    assert one.take("a", Need(devices=1)) == (0,)
+    assert other.take("b", Need(devices=2)) is None
+    assert other.take("b", Need(devices=2)) is None
+    assert TOLD == ["b"]
+    assert other.take("light", Need()) == ()
+    one.give_back("a")
+    assert other.take("b", Need(devices=2)) == (0, 1)
+
+
+def test_a_device_that_another_run_has_is_passed_over(locks: Path) -> None:
+    one, other = a_room(locks, devices=2), a_room(locks, devices=2)
+    assert one.take("a", Need(devices=1)) == (0,)
+    assert other.take("b", Need(devices=1)) == (1,)
+    assert other.take("c", Need(devices=1)) is None
+
+
+def test_a_device_stays_a_runs_own_while_its_server_is_there(locks: Path) -> None:
+    one, other = a_room(locks), a_room(locks)
+    one.take("regenerate", Need(devices=1))
+    one.give_back("regenerate", servers={0})
+    assert other.take("train", Need(devices=1)) is None
+    assert one.take("extract", Need(devices=1)) == (0,)
+    one.give_back("extract")
+    assert other.take("train", Need(devices=1)) == (0,)
+
+
+def test_no_other_run_computes_beside_a_measurement(locks: Path) -> None:
+    one, other, third = (a_room(locks, devices=2) for _ in range(3))
+    assert one.take("evaluate", Need(devices=1, alone=True)) == (0,)
+    assert other.take("train", Need(devices=1)) is None
+    one.close()
+    assert other.take("train", Need(devices=1)) == (0,)
+    assert third.take("train", Need(devices=1)) == (1,)
+    assert one.take("evaluate", Need(devices=1, alone=True)) is None
+
+
+def test_what_runs_on_machines_of_its_own_waits_for_no_device_here(locks: Path) -> None:
+    one, other = a_room(locks), a_room(locks)
+    assert one.take("train", Need(devices=1)) == (0,)
+    assert other.take("train", Need(devices=1, here=False)) == (0,)
+
+
+def test_where_nothing_can_be_locked_a_run_goes_on_alone(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    assert a_room(tmp_path / "file").take("train", Need(devices=1)) == (0,)
 
 
 def node(config: Config, name: str) -> Node:

@@ -85,17 +85,18 @@ def check(config: Config, nodes: Mapping[str, Node]) -> None:
                 f"{node.name}: its executor needs `{name}`, which is not installed",
                 f"pip install 'speculators-run[{EXTRAS[name]}]'",
             )
-        if _elsewhere(name, config.executor) and any(phases(node, config)) and not config.serve.url:
+        if elsewhere(config, node.kind) and any(phases(node, config)) and not config.serve.url:
             raise RecipeError(
                 f"{node.name}: its server is started on this machine, out of reach of {name}'s jobs elsewhere",
                 f"{node.kind}.executor=local runs it beside its server; serve.url names one that all can reach",
             )
 
 
-def _elsewhere(name: str, options: Options) -> bool:
-    """Whether the workers run on other machines than the runner."""
+def elsewhere(config: Config, kind: str) -> bool:
+    """Whether the workers of this kind of stage run on other machines than the runner."""
+    name = chosen(config, kind)
     if name == "ray":
         from speculators.runner.executors.ray import is_here
 
-        return not is_here(options)
-    return name == "submitit" and options.cluster is not Cluster.local
+        return not is_here(config.executor)
+    return name == "submitit" and config.executor.cluster is not Cluster.local
