@@ -28,6 +28,16 @@ class Dtype(enum.Enum):
     float32 = "float32"
 
 
+class StatesDtype(enum.Enum):
+    """What hidden states are stored in."""
+
+    bfloat16 = "bfloat16"
+    float16 = "float16"
+    float32 = "float32"
+    float8_e4m3fn = "float8_e4m3fn"
+    """Half the bytes of bfloat16: e4m3 with a scale for every token and layer; see `data.encoding`."""
+
+
 class DataFormat(enum.Enum):
     """How one file of a data set is written."""
 
@@ -190,8 +200,8 @@ class Vocab(Stage):
 class Extract(Stage):
     """`extract`: tokens -> hidden states of the target."""
 
-    dtype: Dtype = Dtype.bfloat16
-    """What the states are stored in."""
+    dtype: StatesDtype = StatesDtype.bfloat16
+    """What the states are stored in. `float8_e4m3fn` takes half the disk, and training reads it as bfloat16."""
     shard_tokens: int = 32768
     """Tokens in a shard before it is sealed; what a killed extraction can lose. Semantic: it moves the bytes."""
     concurrency: int = operational(32)

@@ -1,6 +1,7 @@
 """Hidden states on disk: safetensors shards of many rows, an index, and the contract that says what they are.
 
-    shard-00000.safetensors   states [N, L, H], token_ids int64 [N]; the metadata holds the contract and the rows
+    shard-00000.safetensors   token_ids int64 [N], states [N, L, H] and for float8 scales bfloat16 [N, L];
+                              the metadata holds the contract and the rows
     shard-00001.safetensors   ...
     index.json                the contract, each row's (shard, start, length), the sha256 of every shard
 
@@ -8,8 +9,8 @@ A shard is written when it is full: beside its place, fsynced, then renamed. So 
 a killed writer loses only the rows of the shard it was filling, and a new writer in the same directory goes on after
 the last sealed one. Every shard can be read without the index, which is made from them at the end.
 
-The contract: `format`, `target` and `tokens` (digests), `dtype` (stored), `compute_dtype`, `layer_ids`, `convention`,
-`hidden_size`, `normed`.
+The contract: `format`, `target` and `tokens` (digests), `dtype` (stored, see `data.encoding`), `compute_dtype`,
+`layer_ids`, `convention`, `hidden_size`, `normed`.
 """
 
 from __future__ import annotations
@@ -26,17 +27,25 @@ from typing import Any
 import torch
 from safetensors import safe_open
 
+from speculators.data.encoding import FLOAT8, decode, encode
 from speculators.errors import ContractError
 from speculators.job import write_json
 
 FORMAT = 1
 """Raised when a reader of an older release could not read the shards."""
+FORMAT_SCALED = 2
+"""Of states with scales. Older releases read the others still."""
 CONVENTION = (
     "layer id i is the residual stream entering layer i; the number of layers is the last one's output, not normed"
 )
 INDEX = "index.json"
-TENSORS = ("token_ids", "states")
-DTYPES = {torch.int64: "I64", torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16"}
+DTYPES = {
+    torch.int64: "I64",
+    torch.float32: "F32",
+    torch.float16: "F16",
+    torch.bfloat16: "BF16",
+    FLOAT8: "F8_E4M3",
+}
 """The names that safetensors gives to what a shard may hold."""
 
 
@@ -54,7 +63,7 @@ def feature_contract(
 ) -> dict[str, Any]:
     """What a set of hidden states is; `target` and `tokens` are digests, `layer_ids` everything captured, in order."""
     return {
-        "format": FORMAT,
+        "format": FORMAT_SCALED if getattr(torch, dtype) is FLOAT8 else FORMAT,
         "target": target,
         "tokens": tokens,
         "dtype": dtype,
@@ -95,7 +104,7 @@ class ShardWriter:
         directory.mkdir(parents=True, exist_ok=True)
         self._digests: list[str] = []
         self._spans: dict[int, Span] = {}
-        self._pending: list[tuple[int, torch.Tensor, torch.Tensor]] = []
+        self._pending: list[tuple[int, dict[str, torch.Tensor]]] = []
         self._pending_tokens = 0
         for leftover in directory.glob(".shard-*"):
             leftover.unlink()
@@ -103,7 +112,12 @@ class ShardWriter:
             self._adopt(path)
 
     def add(self, row: int, token_ids: torch.Tensor, states: torch.Tensor) -> None:
-        """Append one row: `token_ids` int64 [T], `states` [T, L, H]; they are converted to the stored dtype."""
+        """Append one row: `token_ids` int64 [T], `states` [T, L, H]; they are converted to the stored dtype.
+
+        Raises:
+            ContractError: the states are those of other layers or of another target.
+            StageError: a value is not finite, or too large for the stored dtype.
+        """
         if row in self._spans:
             raise ValueError(f"row {row} was added before")
         wanted = (len(token_ids), len(self.contract["layer_ids"]), self.contract["hidden_size"])
@@ -112,8 +126,9 @@ class ShardWriter:
                 f"the states of row {row} are {list(states.shape)}, {list(wanted)} was expected",
                 "the server does not capture the layers of this recipe; is `serve.url` a server of another run?",
             )
+        encoded = encode(f"row {row}", states, self.contract["dtype"])
         self._spans[row] = Span(len(self._digests), self._pending_tokens, len(token_ids))
-        self._pending.append((row, token_ids.to(torch.int64), states.to(getattr(torch, self.contract["dtype"]))))
+        self._pending.append((row, {"token_ids": token_ids.to(torch.int64), **encoded}))
         self._pending_tokens += len(token_ids)
         if self._pending_tokens >= self.shard_tokens:
             self._seal()
@@ -128,19 +143,16 @@ class ShardWriter:
 
     def _seal(self) -> None:
         shard = len(self._digests)
-        rows = [[row, self._spans[row].start, self._spans[row].length] for row, _, _ in self._pending]
+        rows = [[row, self._spans[row].start, self._spans[row].length] for row, _ in self._pending]
         head = json.dumps({"contract": self.contract, "rows": rows}, sort_keys=True)
-        tensors = {
-            "token_ids": [ids for _, ids, _ in self._pending],
-            "states": [states for _, _, states in self._pending],
-        }
+        tensors = {name: [its[name] for _, its in self._pending] for name in shard_tensors(self.contract)}
         path = self.directory / shard_name(shard)
         beside = self.directory / f".{path.name}"
         digest = write_safetensors(beside, tensors, {"contract": head})
         os.replace(beside, path)
         sync_directory(self.directory)
         self._digests.append(digest)
-        self.done.update(row for row, _, _ in self._pending)
+        self.done.update(row for row, _ in self._pending)
         self._pending.clear()
         self._pending_tokens = 0
 
@@ -170,9 +182,9 @@ class ShardReader:
             raise ContractError(f"{directory} has no {INDEX}: it is no set of hidden states", "extract them") from None
         except (ValueError, KeyError, TypeError) as error:
             raise ContractError(f"{path} is damaged: {error!r}", "extract the hidden states again") from None
-        if self.contract.get("format") != FORMAT:
+        if self.contract.get("format") not in (FORMAT, FORMAT_SCALED):
             raise ContractError(
-                f"{path} has format {self.contract.get('format')}, this release reads {FORMAT}",
+                f"{path} has format {self.contract.get('format')}, this release reads {FORMAT} and {FORMAT_SCALED}",
                 "extract the hidden states again",
             )
         self.rows: list[int] = sorted(self._spans)
@@ -187,11 +199,14 @@ class ShardReader:
 
     def token_ids(self, row: int) -> torch.Tensor:
         """The ids that the states of a row belong to, int64 [T]."""
-        return self._slice(row, "token_ids")
+        return self._slices(row, ("token_ids",))["token_ids"]
 
     def states(self, row: int) -> torch.Tensor:
-        """The states of a row, [T, L, H] in the stored dtype; a view of the file, not to be written to."""
-        return self._slice(row, "states")
+        """The states of a row, [T, L, H]; not to be written to.
+
+        A view of the file in the stored dtype, but of float8 a copy in bfloat16.
+        """
+        return decode(self._slices(row, ("states", "scales")))
 
     def _span(self, row: int) -> Span:
         if row not in self._spans:
@@ -200,13 +215,20 @@ class ShardReader:
             )
         return self._spans[row]
 
-    def _slice(self, row: int, name: str) -> torch.Tensor:
+    def _slices(self, row: int, names: tuple[str, ...]) -> dict[str, torch.Tensor]:
+        """A row's part of the tensors of these names that its shard has."""
         span = self._span(row)
         if span.shard not in self._shards:
             contract, _, tensors = _open(self._files[span.shard])
             check_contract(contract, self.contract)
             self._shards[span.shard] = tensors
-        return self._shards[span.shard][name][span.start : span.start + span.length]
+        tensors, end = self._shards[span.shard], span.start + span.length
+        return {name: tensors[name][span.start : end] for name in names if name in tensors}
+
+
+def shard_tensors(contract: Mapping[str, Any]) -> tuple[str, ...]:
+    """The names of the tensors in a shard."""
+    return ("token_ids", "scales", "states") if contract["format"] == FORMAT_SCALED else ("token_ids", "states")
 
 
 def shard_name(shard: int) -> str:
@@ -218,7 +240,7 @@ def write_safetensors(path: Path, tensors: Mapping[str, list[torch.Tensor]], met
     """Write tensors, each given as pieces along its first axis, and return the sha256 of the file.
 
     Piece by piece, so that a shard is never in memory twice, and in the order given, so that the same rows are the same
-    bytes. 8-byte types have to come first: a tensor starts where the one before it ends.
+    bytes. Wider types have to come first: a tensor starts where the one before it ends.
     """
     header: dict[str, Any] = {"__metadata__": dict(metadata)}
     end = 0
@@ -257,7 +279,8 @@ def _open(path: Path) -> tuple[dict[str, Any], list[list[int]], dict[str, torch.
     try:
         with safe_open(path, "pt") as shard:
             head = json.loads(shard.metadata()["contract"])
-            return head["contract"], head["rows"], {name: shard.get_tensor(name) for name in TENSORS}
+            names = shard_tensors(head["contract"])
+            return head["contract"], head["rows"], {name: shard.get_tensor(name) for name in names}
     except FileNotFoundError:
         raise ContractError(f"{path} is missing", "extract the hidden states again") from None
     except Exception as error:  # safetensors has one error of its own for whatever is wrong with a file

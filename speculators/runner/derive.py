@@ -83,5 +83,5 @@ def max_model_len(config: Config) -> int:
 
 def feature_bytes_per_token(config: Config, known: Facts) -> int:
     """Bytes of hidden states stored for one token."""
-    width = 4 if config.extract.dtype.name == "float32" else 2
-    return len(derive(config, known)["capture_layer_ids"]) * known.hidden_size * width
+    width, scale = {"float32": (4, 0), "float8_e4m3fn": (1, 2)}.get(config.extract.dtype.name, (2, 0))
+    return len(derive(config, known)["capture_layer_ids"]) * (known.hidden_size * width + scale)

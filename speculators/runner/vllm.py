@@ -109,7 +109,7 @@ def argv(
     if mode == "extract":
         assert capture_layer_ids is not None
         words += ["--speculative_config", json.dumps(_extraction(capture_layer_ids))]
-        words += ["--kv_transfer_config", json.dumps(_connector(states.absolute()))]
+        words += ["--kv_transfer_config", json.dumps(_connector(config, dtype, states.absolute()))]
         if device(config) == "cpu":
             words += ["--scheduler-cls", "speculators.targets.connector.StatesScheduler"]
     return [*words, *serve.extra_args]
@@ -191,12 +191,16 @@ def _extraction(capture_layer_ids: list[int]) -> dict[str, Any]:
     }
 
 
-def _connector(states: Path) -> dict[str, Any]:
+def _connector(config: Config, dtype: str, states: Path) -> dict[str, Any]:
+    extra = {"shared_storage_path": str(states)}
+    # States that are stored in float8 leave the engine so. float16 could not hold them again, to be checked.
+    if config.extract.dtype.name == "float8_e4m3fn" and dtype != "float16":
+        extra["dtype"] = "float8_e4m3fn"
     return {
         "kv_connector": "HiddenStatesConnector",
         "kv_connector_module_path": "speculators.targets.connector",
         "kv_role": "kv_producer",
-        "kv_connector_extra_config": {"shared_storage_path": str(states)},
+        "kv_connector_extra_config": extra,
     }
 
 

@@ -14,6 +14,7 @@ from typing import Any
 from datasets import load_from_disk
 from safetensors.torch import load_file
 
+from speculators.data.encoding import decode
 from speculators.errors import ContractError
 from speculators.job import Job
 from speculators.targets.states import states_writer
@@ -35,7 +36,7 @@ def main(job: Job) -> None:
                 )
             found = load_file(job.inputs["states"] / "states" / turn["states"])
             length = len(row["input_ids"])
-            writer.add(number, found["token_ids"][:length], found["states"][:length])
+            writer.add(number, found["token_ids"][:length], decode(found)[:length])
             job.progress(number + 1, len(tokens), "rows")
     writer.close()
     job.record |= {

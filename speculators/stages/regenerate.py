@@ -6,7 +6,8 @@ conversation are answered one after the other, many conversations at once. A fin
 
 Where another node takes the hidden states of the answers (pipeline `fused`), the server keeps those of every turn in
 the same pass, of the prompt and of the answer but its last token, which was never an input: `states/*.safetensors`,
-named by the turns.
+named by the turns. A turn whose whole is the beginning of the next one's prompt has none of its own: the history of a
+conversation is kept once.
 """
 
 from __future__ import annotations
@@ -24,6 +25,7 @@ import torch
 from safetensors.torch import save_file
 
 from speculators.config import Regenerate
+from speculators.data.encoding import encode
 from speculators.errors import StageError
 from speculators.job import Job
 from speculators.targets.client import Client, Completion, StatesFile
@@ -120,20 +122,29 @@ class Keeper:
     def __init__(self, job: Job, index: int) -> None:
         self._directory = job.scratch / STATES
         self._index = index
-        self._stored = getattr(torch, job.derived["states_dtype"])
+        self._stored: str = job.derived["states_dtype"]
         self._compute = getattr(torch, job.config.target.dtype.name)
 
     def keep(self, turn: int, said: Completion, file: StatesFile) -> str:
         """Check one turn's states and write them in the stored type; returns the file's name."""
         token_ids, states = file.take()
-        check_states(
-            f"conversation {self._index}", [*said.prompt_ids, *said.token_ids[:-1]], token_ids, states, self._compute
-        )
+        item = f"conversation {self._index}"
+        check_states(item, [*said.prompt_ids, *said.token_ids[:-1]], token_ids, states, self._compute)
         name = f"{self._index:07d}-{turn}.safetensors"
         self._directory.mkdir(exist_ok=True)
-        save_file({"states": states.to(self._stored), "token_ids": token_ids}, self._directory / f".{name}")
+        save_file({"token_ids": token_ids, **encode(item, states, self._stored)}, self._directory / f".{name}")
         os.replace(self._directory / f".{name}", self._directory / name)
         return name
+
+    def drop(self, name: str) -> None:
+        """Delete the states of a turn that a later one holds too."""
+        (self._directory / name).unlink()
+
+
+def continues(turn: dict[str, Any], later: dict[str, Any]) -> bool:
+    """Whether the prompt of `later` begins with the whole of `turn`: then its states hold those of `turn`."""
+    whole = [*turn["prompt_ids"], *turn["answer_ids"]]
+    return bool(later["prompt_ids"][: len(whole)] == whole)
 
 
 def _publish_states(job: Job, kept: list[dict[str, Any]]) -> None:
@@ -187,6 +198,8 @@ async def answer(
         if keeper:
             file = await client.states_of(said, item=item)
             turn["states"] = await asyncio.to_thread(keeper.keep, len(turns), said, file)
+            if turns and continues(turns[-1], turn):
+                keeper.drop(turns[-1].pop("states"))
         turns.append(turn)
         kept = len(messages)
     return {**conversation, "messages": messages[:kept], "turns": turns, "dropped": dropped}

@@ -27,6 +27,7 @@ import httpx
 import torch
 from safetensors.torch import load_file
 
+from speculators.data.encoding import dequantise
 from speculators.errors import ServiceError, StageError
 from speculators.job import Endpoint
 
@@ -73,7 +74,10 @@ class StatesFile:
             tensors = load_file(self.path)
         finally:
             self.path.unlink(missing_ok=True)
-        return tensors["token_ids"], tensors["hidden_states"]
+        states = tensors["hidden_states"]
+        if "scales" in tensors:  # the server sends float8
+            states = dequantise(states, tensors["scales"])
+        return tensors["token_ids"], states
 
 
 class Client:

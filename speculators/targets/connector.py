@@ -1,7 +1,8 @@
 """The part of vLLM that hands out hidden states: a KV connector, loaded through `kv_connector_module_path`, and a
 scheduler that goes with it, loaded through `--scheduler-cls`.
 
-It runs inside vLLM's own processes, so it imports only what they have: vllm, torch, safetensors.
+It runs inside vLLM's own processes, so it imports only what they have: vllm, torch, safetensors; of ours, what needs
+no more than that.
 
 - vLLM's method `extract_hidden_states` keeps the residual streams of the wanted layers in a cache of its own, block by
   block as keys and values. When a request ends, its rows are copied out of that cache and written to a file.
@@ -10,13 +11,16 @@ It runs inside vLLM's own processes, so it imports only what they have: vllm, to
   server generates and extracts, and generating pays for no file.
 - The answer carries `kv_transfer_params.hidden_states_file`, a name in the shared directory. The file appears by a
   rename, whole or not at all: `hidden_states` [T, L, H] in the dtype the target computes in, `token_ids` int64 [T].
+  With `dtype: float8_e4m3fn` they are float8, and `scales` [T, L] in the target's dtype go with them (see
+  `data.encoding`): half the bytes leave the device and pass through the shared directory.
   Where writing fails, `NAME.error` appears instead and says why; the engine goes on.
 - Blocks are held until the copy is done, not until the file is written. On an accelerator the copy runs on its own
   stream into pinned memory and the model does not wait for it.
 - Under tensor parallelism every rank holds the same states; the first one writes.
 
 Server arguments: `kv_connector: HiddenStatesConnector`, `kv_connector_module_path: speculators.targets.connector`,
-`kv_role: kv_producer`, `kv_connector_extra_config: {shared_storage_path: DIR, writers: 4}`.
+`kv_role: kv_producer`, `kv_connector_extra_config: {shared_storage_path: DIR, writers: 4, dtype: NAME}`, the last two
+where they are wanted.
 """
 
 from __future__ import annotations
@@ -44,6 +48,8 @@ from vllm.model_executor.models.extract_hidden_states import CacheOnlyAttentionL
 from vllm.v1.core.sched.scheduler import Scheduler
 from vllm.v1.kv_cache_interface import HiddenStateCacheSpec
 from vllm.v1.request import RequestStatus
+
+from speculators.data.encoding import FLOAT8, quantise
 
 if TYPE_CHECKING:
     from vllm.config import VllmConfig
@@ -87,6 +93,7 @@ class HiddenStatesConnector(KVConnectorBase_V1, SupportsHMA):
             raise ValueError("HiddenStatesConnector needs kv_connector_extra_config.shared_storage_path")
         self._directory = Path(extra["shared_storage_path"])
         self._directory.mkdir(parents=True, exist_ok=True)
+        self._quantises = _quantises(extra.get("dtype"), vllm_config.model_config.dtype)
         self._layers = len(speculative.draft_model_config.hf_config.eagle_aux_hidden_state_layer_ids)
         self._group = _group_of_states(kv_cache_config)
         # the scheduler's half
@@ -200,17 +207,17 @@ class HiddenStatesConnector(KVConnectorBase_V1, SupportsHMA):
         """Start one copy; true if it goes on after this call."""
         path = self._directory / save.file
         try:
-            states, event = self._copy(save)
+            tensors, event = self._copy(save)
         except Exception as error:  # one request's trouble must not end the engine; the client is told
             _report(path, error)
             return False
         if event is not None:
             self._copying[save.request_id] = event
-        self._writers.submit(_write, path, states, save.token_ids, event)
+        self._writers.submit(_write, path, tensors, save.token_ids, event)
         return event is not None
 
-    def _copy(self, save: Save) -> tuple[torch.Tensor, torch.cuda.Event | None]:
-        """The states [T, L, H] in host memory, and the event after which they are there."""
+    def _copy(self, save: Save) -> tuple[dict[str, torch.Tensor], torch.cuda.Event | None]:
+        """What the file will hold of the states, in host memory, and the event after which it is there."""
         assert self._cache is not None
         block_size = self._cache.shape[2]
         tokens, room = len(save.token_ids), len(save.block_ids) * block_size
@@ -219,19 +226,20 @@ class HiddenStatesConnector(KVConnectorBase_V1, SupportsHMA):
         position = torch.arange(tokens)
         block = torch.tensor(save.block_ids)[position // block_size]
         if self._stream is None:
-            return _rows(self._cache, block, position % block_size), None
+            return _leaving(_rows(self._cache, block, position % block_size), self._quantises), None
         device = self._cache.device
         self._stream.wait_stream(torch.cuda.current_stream(device))
         with torch.cuda.stream(self._stream):
             # From pinned memory, so that no copy makes the model's thread wait.
             block = block.pin_memory().to(device, non_blocking=True)
             offset = (position % block_size).pin_memory().to(device, non_blocking=True)
-            rows = _rows(self._cache, block, offset)
-            states = torch.empty(rows.shape, dtype=rows.dtype, pin_memory=True)
-            states.copy_(rows, non_blocking=True)
+            tensors = {
+                name: torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True).copy_(tensor, non_blocking=True)
+                for name, tensor in _leaving(_rows(self._cache, block, offset), self._quantises).items()
+            }
             event = torch.cuda.Event()
             event.record(self._stream)
-        return states, event
+        return tensors, event
 
 
 class StatesScheduler(Scheduler):
@@ -262,13 +270,37 @@ def _rows(cache: torch.Tensor, block: torch.Tensor, offset: torch.Tensor) -> tor
     return cache.transpose(1, 2)[block, offset].contiguous()
 
 
-def _write(path: Path, states: torch.Tensor, token_ids: list[int], event: torch.cuda.Event | None) -> None:
+def _quantises(wanted: str | None, computed: str | torch.dtype) -> bool:
+    """Whether states are to leave in float8.
+
+    Raises:
+        ValueError: in anything else, or what the target computes in cannot hold them again.
+    """
+    if wanted is None:
+        return False
+    if wanted != str(FLOAT8).removeprefix("torch.") or computed not in (torch.bfloat16, torch.float32):
+        raise ValueError(
+            f"kv_connector_extra_config.dtype is {wanted} and the target computes in {computed}: "
+            "float8_e4m3fn out of bfloat16 or float32 is possible, or leave it out"
+        )
+    return True
+
+
+def _leaving(states: torch.Tensor, quantises: bool) -> dict[str, torch.Tensor]:
+    """The states [T, L, H] as they go into the file, on the device where they are."""
+    if not quantises:
+        return {"hidden_states": states}
+    quantised, scales = quantise(states)
+    return {"hidden_states": quantised, "scales": scales.to(states.dtype)}
+
+
+def _write(path: Path, tensors: dict[str, torch.Tensor], token_ids: list[int], event: torch.cuda.Event | None) -> None:
     """In a writer thread: wait for the copy, write beside, rename."""
     beside = path.with_suffix(".part")
     try:
         if event is not None:
             event.synchronize()
-        save_file({"hidden_states": states, "token_ids": torch.tensor(token_ids, dtype=torch.int64)}, beside)
+        save_file({**tensors, "token_ids": torch.tensor(token_ids, dtype=torch.int64)}, beside)
         os.replace(beside, path)
     except Exception as error:  # the thread has no caller; whoever waits for the file is told
         beside.unlink(missing_ok=True)

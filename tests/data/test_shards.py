@@ -13,8 +13,9 @@ import pytest
 import torch
 from safetensors import safe_open
 
+from speculators.data.encoding import decode, encode
 from speculators.data.shards import ShardReader, ShardWriter, check_contract, feature_contract
-from speculators.errors import ContractError
+from speculators.errors import ContractError, StageError
 
 LAYERS, WIDTH = 3, 5
 
@@ -71,6 +72,58 @@ def test_every_stored_dtype_survives(tmp_path: Path, dtype: str) -> None:
     writer.add(3, ids, states)
     writer.close()
     assert torch.equal(ShardReader(tmp_path).states(3), states.to(getattr(torch, dtype)))
+
+
+def test_float8_comes_back_as_bfloat16_and_as_exact_as_it_is_encoded(tmp_path: Path) -> None:
+    stored = contract(dtype="float8_e4m3fn", format=2)
+    writer = ShardWriter(tmp_path, stored, 20)
+    for row in range(12):
+        writer.add(row, *row_of(row))
+    writer.close()
+    reader = ShardReader(tmp_path)
+    assert reader.contract == stored
+    for row in reader.rows:
+        ids, states = row_of(row)
+        assert torch.equal(reader.token_ids(row), ids)
+        assert torch.equal(reader.states(row), decode(encode("row", states, "float8_e4m3fn")))
+        assert reader.states(row).dtype is torch.bfloat16
+    with safe_open(tmp_path / "shard-00000.safetensors", "pt") as shard:
+        tensors = {name: shard.get_tensor(name) for name in shard.keys()}  # noqa: SIM118
+    assert {name: list(tensor.shape) for name, tensor in tensors.items()} == {
+        "token_ids": [22],
+        "scales": [22, 3],
+        "states": [22, 3, 5],
+    }
+    assert (tensors["states"].dtype, tensors["scales"].dtype) == (torch.float8_e4m3fn, torch.bfloat16)
+
+
+def test_an_interrupted_writer_of_float8_ends_in_the_same_bytes(tmp_path: Path) -> None:
+    for directory, attempts in (("whole", [30]), ("cut", [17, 30])):
+        for rows in attempts:
+            writer = ShardWriter(tmp_path / directory, contract(dtype="float8_e4m3fn", format=2), 20)
+            for row in range(rows):
+                if row not in writer.done:
+                    writer.add(row, *row_of(row))
+        writer.close()
+    assert contents(tmp_path / "cut") == contents(tmp_path / "whole")
+
+
+def test_only_states_with_scales_ask_for_a_newer_reader() -> None:
+    facts = {"target": "a", "tokens": "b", "compute_dtype": "float32", "layer_ids": [1], "hidden_size": 5}
+    formats = {name: feature_contract(dtype=name, **facts)["format"] for name in ("bfloat16", "float8_e4m3fn")}
+    assert formats == {"bfloat16": 1, "float8_e4m3fn": 2}
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float8_e4m3fn"])
+def test_a_row_with_a_value_that_is_not_finite_is_refused_and_leaves_nothing(tmp_path: Path, dtype: str) -> None:
+    writer = ShardWriter(tmp_path, contract(dtype=dtype, format=2 if dtype == "float8_e4m3fn" else 1), 20)
+    ids, states = row_of(0)
+    states[1, 2, 3] = float("nan")
+    with pytest.raises(StageError, match="row 0: the hidden states cannot be stored"):
+        writer.add(0, ids, states)
+    writer.add(0, *row_of(0))
+    writer.close()
+    assert ShardReader(tmp_path).rows == [0]
 
 
 def test_a_shard_is_plain_safetensors_and_says_what_it_is(tmp_path: Path) -> None:

@@ -8,9 +8,10 @@ from pathlib import Path
 import pytest
 
 from speculators import cli
-from speculators.config import Config
+from speculators.config import Config, StatesDtype
+from speculators.data.encoding import bytes_per_token
 from speculators.errors import StoreError
-from speculators.runner import vllm
+from speculators.runner import derive, vllm
 from speculators.runner.estimate import Needs, estimate, refuse_if_too_large
 from speculators.runner.plan import Planner
 from speculators.runner.store import Store
@@ -45,6 +46,14 @@ def test_what_an_earlier_attempt_has_written_is_not_needed_again(config: Config,
     with shard.open("r+b") as file:
         file.truncate(before.feature_bytes + 1)
     assert needs(config, store).feature_bytes == 0
+
+
+def test_float8_halves_the_bytes_and_keeps_the_scales_in_them(config: Config) -> None:
+    known = derive.Facts(num_hidden_layers=30, hidden_size=576, vocab_size=49152)
+    for dtype in StatesDtype:
+        config.extract.dtype = dtype
+        stored = derive.feature_bytes_per_token(config, known)
+        assert stored == bytes_per_token(4, 576, dtype.name) - 8  # ids are not counted
 
 
 def test_without_a_quota_nothing_is_counted_and_with_one_the_states_must_fit_beside_what_is_there(

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from speculators.config import Config, Device, Eagle3
+from speculators.config import Config, Device, Eagle3, StatesDtype
 from speculators.runner import threads, vllm
 
 
@@ -20,11 +20,10 @@ def recipe() -> Config:
 
 
 def words(config: Config, mode: str = "plain", **changes: Any) -> list[str]:
-    options: dict[str, Any] = {"draft": None, "capture_layer_ids": None, **changes}
+    options: dict[str, Any] = {"draft": None, "capture_layer_ids": None, "dtype": "float32", **changes}
     return vllm.argv(
         config,
         mode=mode,
-        dtype="float32",
         target=Path("/models/smol"),
         max_model_len=640,
         model="target-n1",
@@ -72,6 +71,15 @@ def test_an_extracting_server_gets_the_layers_and_our_connector() -> None:
     assert connector["kv_connector_module_path"] == "speculators.targets.connector"
     assert connector["kv_connector_extra_config"] == {"shared_storage_path": "/store/services/n1/states"}
     assert value(argv, "--scheduler-cls") == "speculators.targets.connector.StatesScheduler"
+
+
+def test_states_that_are_stored_in_float8_leave_the_engine_so() -> None:
+    config = recipe()
+    config.extract.dtype = StatesDtype.float8_e4m3fn
+    for dtype, sent in (("bfloat16", "float8_e4m3fn"), ("float32", "float8_e4m3fn"), ("float16", None)):
+        argv = words(config, "extract", dtype=dtype, capture_layer_ids=[2, 30])
+        connector = json.loads(value(argv, "--kv_transfer_config"))
+        assert connector["kv_connector_extra_config"].get("dtype") == sent
 
 
 def test_a_gpu_is_shared_by_its_memory_and_over_ranks() -> None:

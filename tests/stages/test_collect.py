@@ -9,11 +9,15 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from speculators.config import Config
+from speculators.config import Config, StatesDtype
+from speculators.data.encoding import decode, encode
 from speculators.data.shards import ShardReader
+from speculators.data.template import Turn
 from speculators.errors import ContractError
 from speculators.job import Job
 from speculators.stages.collect import covering, main
+from speculators.stages.regenerate import continues
+from speculators.stages.tokenize import merge
 from tests.stages.jobs import make_job
 
 
@@ -46,9 +50,9 @@ def write_tokens(directory: Path, rows: list[tuple[str, list[int]]]) -> None:
     Dataset.from_list(table).save_to_disk(directory)
 
 
-def job_in(root: Path, config: Config) -> Job:
+def job_in(root: Path, config: Config, width: int = 8) -> Job:
     (root / "target").mkdir()
-    (root / "target/config.json").write_text('{"hidden_size": 8}')
+    (root / "target/config.json").write_text(json.dumps({"hidden_size": width}))
     inputs = {"tokens": root / "tokens", "states": root / "answers", "target": root / "target"}
     job = make_job("collect", root / "work", config, **inputs)
     job.derived |= {"layer_ids": [2], "capture_layer_ids": [2, 4]}
@@ -64,6 +68,47 @@ def test_rows_get_their_states_in_order_and_a_cut_row_has_all_of_them(tmp_path: 
     assert [reader.token_ids(row).tolist() for row in reader.rows] == [[5, 6], [1, 2, 3]]
     assert reader.states(1)[:, 1, 0].tolist() == [1, 2, 3]
     assert reader.contract["layer_ids"] == [2, 4]
+
+
+def test_float8_states_are_collected_without_a_second_rounding(tmp_path: Path, config: Config) -> None:
+    config.extract.dtype = StatesDtype.float8_e4m3fn
+    write_answers(tmp_path / "answers")
+    ids = torch.tensor([1, 2, 3])
+    states = torch.randn(3, 2, 8, generator=torch.Generator().manual_seed(0))
+    kept = encode("a", states, "float8_e4m3fn")
+    save_file({"token_ids": ids, **kept}, tmp_path / "answers/states/a")
+    write_tokens(tmp_path / "tokens", [("c1", [1, 2, 3, 4])])
+    main(job_in(tmp_path, config))
+    reader = ShardReader(tmp_path / "work/data")
+    assert reader.contract["dtype"] == "float8_e4m3fn"
+    assert torch.equal(reader.states(0), decode(kept))
+
+
+def test_a_conversation_of_many_turns_takes_less_than_half_the_bytes_of_a_file_a_turn(
+    tmp_path: Path, config: Config
+) -> None:
+    """Upstream fans a conversation out: one row, one prefill and one file of bfloat16 states for every answer."""
+    config.extract.dtype = StatesDtype.float8_e4m3fn
+    width, turns, said, upstream = 256, [], [], 0
+    for number in range(5):
+        prompt, answer = [*said, *range(40)], list(range(60 + number))
+        said = [*prompt, *answer]
+        turns.append(turn(f"{number}", prompt, answer))
+        upstream += len(said) * (2 * width * 2 + 8)
+    rows = merge([Turn(prompt_ids=t["prompt_ids"], answer_ids=t["answer_ids"]) for t in turns])  # type: ignore[arg-type]
+    assert [sum(row.loss_mask) for row in rows] == [60 + 61 + 62 + 63 + 64]  # every answer, in one row
+    for earlier in turns[:-1]:
+        assert continues(earlier, turns[-1])
+        del earlier["states"]
+    (tmp_path / "answers/states").mkdir(parents=True)
+    (tmp_path / "answers/conversations.jsonl").write_text(json.dumps({"id": "c1", "turns": turns}) + "\n")
+    states = torch.randn(len(said) - 1, 2, width)
+    save_file({"token_ids": torch.tensor(said[:-1]), "states": states}, tmp_path / "answers/states/4")
+    write_tokens(tmp_path / "tokens", [("c1", row.input_ids) for row in rows])
+    main(job_in(tmp_path, config, width))
+    ours = sum(path.stat().st_size for path in (tmp_path / "work/data").iterdir())
+    print(f"bytes a trained token: {ours / 310:.0f}, upstream's layout {upstream / 310:.0f}, {ours / upstream:.3f}x")
+    assert ours / upstream < 0.5 * (1 / 2)
 
 
 def test_a_row_of_other_tokens_is_refused(tmp_path: Path, config: Config) -> None:

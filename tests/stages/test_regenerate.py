@@ -12,7 +12,9 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from speculators.config import Config, Regenerate
+from speculators.data.encoding import decode, encode
 from speculators.errors import ContractError
+from speculators.job import Job
 from speculators.stages.regenerate import Keeper, answer, read_answers
 from speculators.targets.client import Completion, StatesFile
 from tests.stages.jobs import make_job
@@ -112,11 +114,67 @@ def said(prompt: list[int], tokens: list[int]) -> Completion:
     )
 
 
+def keeping(tmp_path: Path, config: Config, stored: str) -> Job:
+    job = make_job("regenerate", tmp_path / "work", config)
+    job.derived |= {"states_dtype": stored, "capture_layer_ids": [1]}
+    return job
+
+
+class WordsWithStates(Words):
+    """`Words` whose server hands out states: each token's is its own id."""
+
+    def __init__(self, directory: Path, *answers: str) -> None:
+        super().__init__(*answers)
+        self.directory = directory
+
+    async def states_of(self, said: Completion, *, item: str) -> StatesFile:
+        ids = [*said.prompt_ids, *said.token_ids[:-1]]
+        path = self.directory / f"{len(self.answers)}.safetensors"
+        save_file({"hidden_states": torch.tensor(ids).float()[:, None, None], "token_ids": torch.tensor(ids)}, path)
+        return StatesFile(path)
+
+
+class Remembering(WordsWithStates):
+    """A target whose later prompts begin with what it was asked and answered before, as most templates make it."""
+
+    said: Completion | None = None
+
+    async def tokenize(self, messages: list[dict[str, str]], *, item: str) -> list[int]:
+        whole = [*self.said.prompt_ids, *self.said.token_ids] if self.said else []
+        return [*whole, 7, 7]
+
+    async def chat(self, messages: list[dict[str, str]], *, item: str, **fields: Any) -> Completion:
+        self.said = await super().chat(messages, item=item, **fields)
+        return self.said
+
+
+@pytest.mark.parametrize(("kind", "kept"), [(Remembering, [2]), (WordsWithStates, [0, 1, 2])])
+def test_the_states_of_a_history_are_kept_once_where_the_template_keeps_it(
+    tmp_path: Path, config: Config, kind: type[WordsWithStates], kept: list[int]
+) -> None:
+    job = keeping(tmp_path, config, "bfloat16")
+    words = kind(tmp_path, "one two", "three four", "five six")
+    keeper = Keeper(job, 0)
+    made = asyncio.run(answer(words, conversation("a", "b", "c"), CONFIG, 100, keeper))  # type: ignore[arg-type]
+    assert [i for i, turn in enumerate(made["turns"]) if "states" in turn] == kept
+    files = sorted(path.name for path in (job.scratch / "states").iterdir())
+    assert files == [f"0000000-{i}.safetensors" for i in kept]
+
+
+def test_states_are_kept_in_float8_with_their_scales(tmp_path: Path, config: Config) -> None:
+    job = keeping(tmp_path, config, "float8_e4m3fn")
+    states = torch.randn(3, 1, 8)
+    save_file({"hidden_states": states, "token_ids": torch.tensor([1, 2, 3])}, tmp_path / "sent")
+    name = Keeper(job, 0).keep(0, said([1, 2], [3, 4]), StatesFile(tmp_path / "sent"))
+    kept = load_file(job.scratch / "states" / name)
+    assert kept["states"].dtype is torch.float8_e4m3fn
+    assert torch.equal(decode(kept), decode(encode("row", states, "float8_e4m3fn")))
+
+
 def test_states_of_a_turn_are_kept_in_the_stored_type_and_of_other_tokens_refused(
     tmp_path: Path, config: Config
 ) -> None:
-    job = make_job("regenerate", tmp_path / "work", config)
-    job.derived |= {"states_dtype": "bfloat16", "capture_layer_ids": [1]}
+    job = keeping(tmp_path, config, "bfloat16")
     states = torch.randn(3, 1, 8)
 
     def written() -> StatesFile:

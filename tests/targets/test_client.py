@@ -16,10 +16,11 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
+from speculators.data.encoding import dequantise, quantise
 from speculators.errors import ServiceError, StageError
 from speculators.job import Endpoint
 from speculators.targets import client as module
-from speculators.targets.client import Client, explain
+from speculators.targets.client import Client, StatesFile, explain
 
 ANSWER = {
     "choices": [
@@ -207,6 +208,17 @@ def test_hidden_states_are_taken_once_and_their_file_is_gone(serve: Any, tmp_pat
     assert list(tmp_path.iterdir()) == []
     assert server.requests[0]["kv_transfer_params"] == {"hidden_states": True}
     assert server.requests[0]["max_tokens"] == 1
+
+
+def test_states_that_left_the_server_in_float8_are_floats_in_the_type_it_computes_in(tmp_path: Path) -> None:
+    states = torch.randn(2, 3, 8)
+    quantised, scales = quantise(states)
+    tensors = {"hidden_states": quantised, "scales": scales.float(), "token_ids": torch.tensor([1, 2])}
+    save_file(tensors, tmp_path / "x.safetensors")
+    _, found = StatesFile(tmp_path / "x.safetensors").take()
+    assert found.dtype is torch.float32
+    assert torch.equal(found, dequantise(quantised, scales).float())
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_what_the_connector_could_not_write_reaches_the_caller(serve: Any, tmp_path: Path) -> None:

@@ -14,6 +14,7 @@ pytest.importorskip("vllm", reason="vLLM is not installed here")
 
 from vllm.v1.kv_cache_interface import FullAttentionSpec, HiddenStateCacheSpec
 
+from speculators.data.encoding import dequantise
 from speculators.targets import connector
 
 
@@ -39,7 +40,7 @@ def test_rows_are_a_copy_so_that_blocks_can_be_used_again() -> None:
 
 def test_a_file_appears_whole(tmp_path: Path) -> None:
     states = torch.randn(3, 2, 4)
-    connector._write(tmp_path / "x.safetensors", states, [7, 8, 9], None)
+    connector._write(tmp_path / "x.safetensors", {"hidden_states": states}, [7, 8, 9], None)
     assert [path.name for path in tmp_path.iterdir()] == ["x.safetensors"]
     tensors = load_file(tmp_path / "x.safetensors")
     assert torch.equal(tensors["hidden_states"], states)
@@ -56,9 +57,26 @@ def test_a_failed_write_leaves_the_reason_and_nothing_else(
 
     monkeypatch.setattr(connector, "save_file", full)
     with caplog.at_level(logging.ERROR):
-        connector._write(tmp_path / "x.safetensors", torch.zeros(1, 1, 1), [7], None)
+        connector._write(tmp_path / "x.safetensors", {"hidden_states": torch.zeros(1, 1, 1)}, [7], None)
     assert [path.name for path in tmp_path.iterdir()] == ["x.safetensors.error"]
     assert "No space left on device" in (tmp_path / "x.safetensors.error").read_text()
+
+
+@pytest.mark.parametrize("computed", [torch.bfloat16, torch.float32])
+def test_states_leave_in_float8_and_their_type_with_the_scales(computed: torch.dtype) -> None:
+    states = torch.randn(5, 3, 16).to(computed)
+    assert connector._quantises("float8_e4m3fn", computed)
+    leaving = connector._leaving(states, True)
+    assert leaving["hidden_states"].dtype is torch.float8_e4m3fn
+    assert dequantise(leaving["hidden_states"], leaving["scales"]).dtype is computed
+    assert torch.equal(connector._leaving(states, False)["hidden_states"], states)
+
+
+def test_a_type_that_states_cannot_leave_in_is_refused() -> None:
+    assert not connector._quantises(None, torch.float16)
+    for wanted, computed in (("float8_e4m3fn", torch.float16), ("int8", torch.bfloat16)):
+        with pytest.raises(ValueError, match=f"dtype is {wanted} and the target computes in {computed}"):
+            connector._quantises(wanted, computed)
 
 
 @pytest.mark.parametrize(("kinds", "group"), [(("full", "states"), 1), (("states", "full"), 0), (("full",), 0)])

@@ -1,0 +1,85 @@
+"""How hidden states are stored: in a floating-point type as they are, or in float8 with scales.
+
+float8 is e4m3 with one scale for every token and layer, because norms differ by orders of magnitude between layers and
+between a sequence's first token and the rest; a scale over a whole token, or over a layer, would spend the range of the
+one on the other. A scale is the smallest power of two under which the token's largest value of that layer fits, so
+
+- it is exact in bfloat16, and so is every value times its scale: decoding rounds nothing;
+- encoding what was decoded changes no value. States that an engine hands out in float8 can be handled as floats, and
+  are stored again without a second rounding.
+
+How exact: with A the largest magnitude of a token's layer, a value x with |x| >= A / 14336 comes back within |x| / 16,
+a smaller one within A / 229376. Massive activations, some ten thousand times the rest, leave the rest its precision.
+A token's layer that holds NaN or an infinity gets the scale NaN: nothing of it comes back as a number.
+
+An engine's process imports this module: it needs torch and nothing else that is large.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+
+from speculators.errors import StageError
+
+FLOAT8 = torch.float8_e4m3fn
+LARGEST = 448.0
+"""Of e4m3: 0.875 * 2**9."""
+SMALLEST_EXPONENT = -100
+"""Of a scale. Smaller states than any that matter become zero, and no product leaves the normal numbers."""
+
+
+def quantise(states: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """States [..., H] as float8 [..., H] and their scales, bfloat16 [...]: powers of two, NaN where one is not finite.
+
+    On an accelerator nothing waits for it.
+    """
+    largest = states.abs().amax(-1).float()
+    fraction, exponent = torch.frexp(largest)  # largest = fraction * 2**exponent, 0.5 <= fraction < 1
+    exponent = torch.where(fraction <= LARGEST / 512, exponent - 9, exponent - 8)
+    # From its bits, because a power that is computed need not be exact on every device.
+    bits = (exponent.clamp(SMALLEST_EXPONENT, 120) + 127) << 7
+    scales = bits.to(torch.int16).view(torch.bfloat16)
+    scales = torch.where(torch.isfinite(largest), scales, torch.nan)
+    return (states.float() / scales.float().unsqueeze(-1)).to(FLOAT8), scales
+
+
+def dequantise(quantised: torch.Tensor, scales: torch.Tensor) -> torch.Tensor:
+    """What `quantise` kept, exactly, in the type of the scales: bfloat16 or float32."""
+    return quantised.to(scales.dtype) * scales.unsqueeze(-1)
+
+
+def encode(item: str, states: torch.Tensor, stored: str) -> dict[str, torch.Tensor]:
+    """States [T, L, H] as they are stored: `states` in the type named `stored`, and for float8 their `scales` [T, L].
+
+    Raises:
+        StageError: a value of `item` is not finite, or too large for that type.
+    """
+    dtype: torch.dtype = getattr(torch, stored)
+    if dtype is FLOAT8:
+        quantised, scales = quantise(states)
+        kept, telling = {"scales": scales, "states": quantised}, scales
+    else:
+        telling = states.to(dtype)
+        kept = {"states": telling}
+    if not bool(torch.isfinite(telling).all()):
+        raise StageError(
+            f"{item}: the hidden states cannot be stored in {stored}: a value is not finite, or too large",
+            "if they overflow float16, set extract.dtype=bfloat16; else the target itself overflows",
+        )
+    return kept
+
+
+def decode(tensors: Mapping[str, torch.Tensor]) -> torch.Tensor:
+    """The states [T, L, H] out of what `encode` made; bfloat16 if they were stored in float8."""
+    if "scales" in tensors:
+        return dequantise(tensors["states"], tensors["scales"])
+    return tensors["states"]
+
+
+def bytes_per_token(layers: int, hidden_size: int, stored: str) -> int:
+    """What one token takes in a shard: its id, its states, and their scales if there are any."""
+    dtype: torch.dtype = getattr(torch, stored)
+    scales = layers * torch.bfloat16.itemsize if dtype is FLOAT8 else 0
+    return torch.int64.itemsize + layers * hidden_size * dtype.itemsize + scales
