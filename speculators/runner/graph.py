@@ -11,7 +11,7 @@ import graphlib
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 
-from speculators.config import Config, Dtype
+from speculators.config import Config, DataFormat, Dataset, Dtype
 from speculators.errors import RecipeError, closest
 
 SERVE = "serve"
@@ -41,6 +41,8 @@ class Kind:
     """Mode in which it needs the pipeline's server, wired as `target: serve`."""
     datasets: str = ""
     """Section (`data`, `datasets`) whose files it reads."""
+    adopts: bool = False
+    """Its data sets are directories of upstream's, with rows and hidden states, and nothing else is."""
     trains: bool = False
     """Needs a device without being served."""
     measures: bool = False
@@ -73,6 +75,23 @@ KINDS: dict[str, Kind] = {
         reads=("extract", "target.dtype"),
         derived=("layer_ids", "capture_layer_ids"),
         serve="extract",
+    ),
+    "adopt_tokens": Kind(
+        version=1,
+        gives=("tokens",),
+        reads=("data", "tokenize", "train.sequence_length"),
+        target=False,
+        datasets="data",
+        adopts=True,
+    ),
+    "adopt_states": Kind(
+        version=1,
+        gives=("features",),
+        takes={"tokens": "tokens"},
+        reads=("extract", "target.dtype"),
+        derived=("layer_ids", "capture_layer_ids"),
+        datasets="data",
+        adopts=True,
     ),
     "collect": Kind(
         version=1,
@@ -112,7 +131,7 @@ class Node:
     source: str = ""
     """What a `fetch` node fetches, as the recipe writes it."""
     wanted_as: str = ""
-    """`checkpoint` or `file`, for a `fetch` node."""
+    """`checkpoint`, `file` or `directory`, for a `fetch` node."""
     keeps_states: bool = False
     """It answers, and some node takes the hidden states of its answers."""
 
@@ -181,7 +200,8 @@ def build(config: Config) -> dict[str, Node]:
         for dataset, options in (getattr(config, spec.datasets) if spec.datasets else {}).items():
             fetch = f"dataset.{dataset}"
             inputs[fetch] = fetch
-            nodes[fetch] = Node(name=fetch, kind="fetch", inputs={}, source=options.source, wanted_as="file")
+            wanted_as = _dataset_as(name, kinds[name], dataset, options)
+            nodes[fetch] = Node(name=fetch, kind="fetch", inputs={}, source=options.source, wanted_as=wanted_as)
         nodes[name] = Node(name=name, kind=kinds[name], inputs=inputs)
     wanted = {node.inputs["states"] for node in nodes.values() if "states" in node.inputs}
     return _ordered({name: replace(node, keeps_states=name in wanted) for name, node in nodes.items()})
@@ -254,6 +274,22 @@ def _wire(name: str, kinds: Mapping[str, str], wiring: Mapping[str, str]) -> dic
         if gives != SERVE:
             inputs[slot] = upstream
     return inputs
+
+
+def _dataset_as(name: str, kind: str, dataset: str, options: Dataset) -> str:
+    """`file` or `directory`, whichever this kind of stage reads.
+
+    Raises:
+        RecipeError: the data set is the other.
+    """
+    adopts = options.format is DataFormat.upstream
+    if adopts != KINDS[kind].adopts:
+        wanted = "format upstream" if KINDS[kind].adopts else "a file of conversations"
+        raise RecipeError(
+            f"pipeline.{name}: `{kind}` reads data sets of {wanted}, {dataset} has format {options.format.name}",
+            "pipeline=upstream is for directories of rows and hidden states, every other pipeline for conversations",
+        )
+    return "directory" if adopts else "file"
 
 
 def _gives(kind: str) -> tuple[str, ...]:

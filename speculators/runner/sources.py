@@ -48,6 +48,8 @@ def resolve(option: str, source: str, wanted_as: str) -> Source:
     Raises:
         SourceError: the text is malformed, the path is not there or not whole, or the hub does not know it.
     """
+    if wanted_as == "directory" and not Path(source).expanduser().is_dir():
+        raise SourceError(f"{option}: `{source}` is not a directory of this machine", "name the one with the *.arrow")
     if found := _PYPI.fullmatch(source):
         return Source(identity={"kind": "pypi", **found.groupdict()}, path=None)
     if source.startswith("pypi:"):
@@ -63,7 +65,7 @@ def resolve(option: str, source: str, wanted_as: str) -> Source:
         )
     if wanted_as == "checkpoint":
         check_checkpoint(option, path)
-    elif not path.is_file():
+    elif wanted_as == "file" and not path.is_file():
         raise SourceError(f"{option}: `{source}` is not a file", "name the file that holds the rows")
     return Source(identity={"kind": "local", "digest": _content(path)}, path=path.resolve())
 

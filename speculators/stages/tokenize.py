@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 from collections import Counter
 from collections.abc import Iterator
@@ -10,24 +9,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import pyarrow as pa
-
 from speculators.data.template import TemplateError, Turn, turns_of
+from speculators.data.token_table import save_table, write_table
 from speculators.errors import SourceError
 from speculators.job import Job
-
-SCHEMA = pa.schema(
-    {
-        "input_ids": pa.list_(pa.int64()),
-        "loss_mask": pa.list_(pa.int64()),
-        "seq_len": pa.int64(),
-        "id": pa.string(),
-        "source": pa.string(),
-    }
-)
-
-_BATCH = 1024
-"""Rows held in memory before they are written."""
 
 
 @dataclass(slots=True)
@@ -39,26 +24,17 @@ class Row:
 
 
 def main(job: Job) -> None:
-    """Write a `datasets` directory with the columns of `SCHEMA`, in the order of the conversations."""
+    """Write the token table, in the order of the conversations."""
     tally: Counter[str] = Counter()
     arrow = job.scratch / "rows.arrow"
-    with pa.OSFile(str(arrow), "wb") as file, pa.ipc.new_stream(file, SCHEMA) as writer:
-        batch: list[dict[str, Any]] = []
-        for row in _rows(job, tally):
-            batch.append(row)
-            if len(batch) == _BATCH:
-                writer.write_batch(pa.RecordBatch.from_pylist(batch, schema=SCHEMA))
-                batch.clear()
-        if batch:
-            writer.write_batch(pa.RecordBatch.from_pylist(batch, schema=SCHEMA))
+    write_table(_rows(job, tally), arrow)
     job.record |= dict(sorted(tally.items()))
     if not tally["rows"]:
         raise SourceError(
             f"no row is left of {tally['conversations']} conversations: {dict(tally)}",
             "lower tokenize.min_supervised or raise train.sequence_length",
         )
-    _save(arrow, job.output)
-    arrow.unlink()
+    save_table(arrow, job.output)
 
 
 def _rows(job: Job, tally: Counter[str]) -> Iterator[dict[str, Any]]:
@@ -137,14 +113,3 @@ def _tokenizer(target: Path) -> Any:
             "take an instruction-tuned target, or put a chat_template.jinja beside its weights",
         )
     return tokenizer
-
-
-def _save(arrow: Path, directory: Path) -> None:
-    """As `datasets` writes it. The fingerprint is ours, because the library's own has the time in it."""
-    from datasets import Dataset, disable_progress_bars
-    from datasets.table import MemoryMappedTable
-
-    disable_progress_bars()
-    with arrow.open("rb") as file:
-        fingerprint = hashlib.file_digest(file, "sha256").hexdigest()[:16]
-    Dataset(MemoryMappedTable.from_file(str(arrow)), fingerprint=fingerprint).save_to_disk(directory)

@@ -1,0 +1,60 @@
+"""adopt_tokens: a directory of upstream's -> token ids and loss masks. One row a conversation, as upstream fans it out.
+
+Rows without a file of states are left out, and so are rows that another one begins with: what they supervise is
+supervised there (see `data.upstream_files`). A row's id says which of upstream's rows it is.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterator
+from typing import Any
+
+from datasets import load_from_disk
+
+from speculators.data.token_table import save_table, write_table
+from speculators.data.upstream_files import histories, states_path
+from speculators.errors import SourceError
+from speculators.job import Job
+
+
+def main(job: Job) -> None:
+    """Write the token table, the data sets by name and each one's rows in its own order."""
+    tally: Counter[str] = Counter()
+    arrow = job.scratch / "rows.arrow"
+    write_table(_rows(job, tally), arrow)
+    job.record |= dict(sorted(tally.items()))
+    if not tally["rows"]:
+        raise SourceError(
+            f"no row is left of {tally['upstream rows']}: {dict(tally)}",
+            "make the states with upstream's `generate-offline-data`, into hidden_states/ beside the rows",
+        )
+    save_table(arrow, job.output)
+
+
+def _rows(job: Job, tally: Counter[str]) -> Iterator[dict[str, Any]]:
+    longest, least = job.config.train.sequence_length, job.config.tokenize.min_supervised
+    for name in sorted(job.config.data):
+        directory = job.inputs[f"dataset.{name}"]
+        table: Any = load_from_disk(str(directory))
+        rows = [row for row in range(len(table)) if states_path(directory, row).is_file()]
+        ids, masks = (list(table.select(rows)[column]) for column in ("input_ids", "loss_mask"))
+        joined = histories(ids, masks)
+        tally["upstream rows"] += len(table)
+        tally["dropped rows: no states"] += len(table) - len(rows)
+        tally["joined rows: another begins with them"] += len(rows) - len(joined)
+        for place, whole in joined.items():
+            mask = whole[:longest]
+            if sum(mask) < least:
+                tally["dropped rows: fewer supervised tokens than min_supervised"] += 1
+                continue
+            tally["rows"] += 1
+            tally["tokens"] += len(mask)
+            tally["supervised tokens"] += sum(mask)
+            yield {
+                "input_ids": ids[place][:longest],
+                "loss_mask": mask,
+                "seq_len": len(mask),
+                "id": f"{name}:{rows[place]}",
+                "source": name,
+            }
