@@ -206,7 +206,14 @@ class ShardReader:
 
         A view of the file in the stored dtype, but of float8 a copy in bfloat16.
         """
-        return decode(self._slices(row, ("states", "scales")))
+        return decode(self.encoded(row))
+
+    def encoded(self, row: int) -> dict[str, torch.Tensor]:
+        """The states of a row as `data.encoding.decode` takes them: views of the file.
+
+        Many rows are joined name by name and decoded once, on the device that they are for.
+        """
+        return self._slices(row, ("states", "scales"))
 
     def _span(self, row: int) -> Span:
         if row not in self._spans:

@@ -58,6 +58,16 @@ def test_zeros_stay_zeros() -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_every_value_of_float8_is_decoded_as_torch_does(dtype: torch.dtype) -> None:
+    every = torch.arange(256, dtype=torch.uint8).view(FLOAT8)
+    every = every[~every.float().isnan()].view(1, 1, -1)
+    for exponent in (-100, -3, 0, 7, 100):
+        found = dequantise(every, torch.full((1, 1), 2.0**exponent, dtype=dtype))
+        assert found.dtype is dtype
+        assert torch.equal(found.double(), every.double() * 2.0**exponent)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
 def test_encoding_what_was_decoded_changes_nothing(dtype: torch.dtype) -> None:
     states = drawn(200, 4, 96, spread=50.0).to(torch.bfloat16)
     quantised, scales = quantise(states)

@@ -87,6 +87,9 @@ def test_float8_comes_back_as_bfloat16_and_as_exact_as_it_is_encoded(tmp_path: P
         assert torch.equal(reader.token_ids(row), ids)
         assert torch.equal(reader.states(row), decode(encode("row", states, "float8_e4m3fn")))
         assert reader.states(row).dtype is torch.bfloat16
+    pieces = [reader.encoded(row) for row in (3, 5)]
+    joined = decode({name: torch.cat([piece[name] for piece in pieces]) for name in ("states", "scales")})
+    assert torch.equal(joined, torch.cat([reader.states(3), reader.states(5)]))
     with safe_open(tmp_path / "shard-00000.safetensors", "pt") as shard:
         tensors = {name: shard.get_tensor(name) for name in shard.keys()}  # noqa: SIM118
     assert {name: list(tensor.shape) for name, tensor in tensors.items()} == {
