@@ -64,6 +64,8 @@ class Job:
     record: dict[str, Any] = field(default_factory=dict)
     """Facts about the result (rows read, dropped, seconds) that go into `artifact.json`; the stage fills it.
     What a person must hear of is in its list `notes`, a sentence each: the terminal shows them."""
+    digests_written: dict[str, str] = field(default_factory=dict)
+    """Path below `output` -> sha256 of a file that was hashed while it was written, and is not read again for it."""
     _reported: float = 0.0
 
     @property

@@ -108,6 +108,7 @@ def _run_and_publish(request: dict[str, Any], job: Job, store: Store, surroundin
             "finished": _now(),
         },
         digest=request["digest"],
+        written=job.digests_written,
         anew=request["forced"],
     )
 

@@ -1,8 +1,8 @@
 """How hidden states are stored: in a floating-point type as they are, or in float8 with scales.
 
-float8 is e4m3 with one scale for every token and layer, because norms differ by orders of magnitude between layers and
-between a sequence's first token and the rest; a scale over a whole token, or over a layer, would spend the range of the
-one on the other. A scale is the smallest power of two under which the token's largest value of that layer fits, so
+float8 is e4m3 with one scale for every token and layer, because magnitudes differ by orders between layers, and between
+a sequence's first token and the rest: a scale over several would spend the type's range on that. A scale is the
+smallest power of two under which the token's largest value of that layer fits, so
 
 - it is exact in bfloat16, and so is every value times its scale: decoding rounds nothing;
 - encoding what was decoded changes no value. States that an engine hands out in float8 can be handled as floats, and

@@ -137,9 +137,14 @@ class ShardWriter:
         """Seal what is left and write the index."""
         if self._pending:
             self._seal()
-        shards = [{"file": shard_name(i), "sha256": digest} for i, digest in enumerate(self._digests)]
+        shards = [{"file": name, "sha256": digest} for name, digest in self.digests.items()]
         rows = {str(row): [span.shard, span.start, span.length] for row, span in sorted(self._spans.items())}
         write_json(self.directory / INDEX, {"contract": self.contract, "shards": shards, "rows": rows})
+
+    @property
+    def digests(self) -> dict[str, str]:
+        """The sha256 of every sealed shard, by its file's name."""
+        return {shard_name(shard): digest for shard, digest in enumerate(self._digests)}
 
     def _seal(self) -> None:
         shard = len(self._digests)

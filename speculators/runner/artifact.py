@@ -10,6 +10,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -114,15 +115,16 @@ def trouble(artifact: Artifact) -> str:
     return f"{min(more)} is not in its manifest" if more else ""
 
 
-def manifest_of(data: Path, stage: str) -> list[dict[str, Any]]:
-    """Path, size and sha256 of every file, sorted by path."""
+def manifest_of(data: Path, stage: str, known: Mapping[str, str]) -> list[dict[str, Any]]:
+    """Path, size and sha256 of every file, sorted by path; those whose sha256 is `known` by path are not read."""
     found = _leaves(data)
     for path in found:
         if path.is_symlink() or not path.is_file():
             raise StageError(f"{stage}: {path} is not a file", "an artifact holds plain files and nothing else")
     if not found:
         raise StageError(f"{stage}: it left nothing in {data}", "a stage has to make something; see its log")
-    return [{"path": p.relative_to(data).as_posix(), "size": p.stat().st_size, "sha256": sha256(p)} for p in found]
+    named = [(path.relative_to(data).as_posix(), path) for path in found]
+    return [{"path": n, "size": p.stat().st_size, "sha256": known.get(n) or sha256(p)} for n, p in named]
 
 
 def sha256(path: Path) -> str:

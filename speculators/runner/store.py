@@ -27,6 +27,7 @@ import shutil
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 from speculators.config import Run
@@ -218,13 +219,15 @@ class Store:
         record: Mapping[str, Any],
         provenance: Mapping[str, Any],
         digest: str | None,
+        written: Mapping[str, str] = MappingProxyType({}),
         anew: bool = False,
     ) -> Artifact:
         """Make the work directory's data/ the artifact of this key, then remove the work directory. Needs the claim.
 
-        `digest` is the identity that a source declares; without one it is the digest of the content. If the
-        artifact is there already (the lock did not hold everywhere), that one stays and this one is discarded;
-        with `anew` it is the other way round, and the old one is set aside, unless both hold the same bytes.
+        `digest` is the identity that a source declares; without one it is the digest of the content. `written` is the
+        sha256 of files, by path below data/, that were hashed while they were written. If the artifact is there
+        already (the lock did not hold everywhere), that one stays and this one is discarded; with `anew` it is the
+        other way round, and the old one is set aside, unless both hold the same bytes.
 
         Raises:
             StageError: data/ is empty, or holds something else than files and directories.
@@ -232,7 +235,7 @@ class Store:
         """
         work = self.work(stage, key)
         with self._writing():
-            entries = manifest_of(work / "data", stage)
+            entries = manifest_of(work / "data", stage, written)
             manifest = "".join(keys.canonical(entry) + "\n" for entry in entries)
             content = hashlib.sha256(manifest.encode()).hexdigest()
             staging = work / "publish"

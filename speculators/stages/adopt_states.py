@@ -33,6 +33,7 @@ def main(job: Job) -> None:
             writer.add(number, token_ids[:length], states[:length])
             job.progress(number + 1, len(tokens), "rows")
     writer.close()
+    job.digests_written |= writer.digests
     job.record |= {
         "rows": len(tokens),
         "tokens": sum(tokens["seq_len"]),

@@ -39,6 +39,7 @@ def main(job: Job) -> None:
             writer.add(number, found["token_ids"][:length], decode(found)[:length])
             job.progress(number + 1, len(tokens), "rows")
     writer.close()
+    job.digests_written |= writer.digests
     job.record |= {
         "rows": len(tokens),
         "tokens": sum(tokens["seq_len"]),

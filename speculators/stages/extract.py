@@ -27,6 +27,7 @@ def main(job: Job) -> None:
     start = time.monotonic()
     extracted = asyncio.run(_extract(job, tokens, writer))
     writer.close()
+    job.digests_written |= writer.digests
     seconds = time.monotonic() - start
     job.record |= {
         "rows": len(tokens),

@@ -140,8 +140,12 @@ def test_a_shard_is_plain_safetensors_and_says_what_it_is(tmp_path: Path) -> Non
         assert shard.get_tensor("token_ids").dtype == torch.int64
 
 
-def test_the_index_has_the_digest_of_every_shard(tmp_path: Path) -> None:
-    write(tmp_path, range(12)).close()
+def test_the_index_has_the_digest_of_every_shard_and_so_has_the_writer(tmp_path: Path) -> None:
+    write(tmp_path, range(9))
+    writer = write(tmp_path, range(12))
+    writer.close()
+    found = {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in tmp_path.glob("*.safetensors")}
+    assert writer.digests == found
     shards = json.loads((tmp_path / "index.json").read_text())["shards"]
     assert [shard["file"] for shard in shards] == sorted(path.name for path in tmp_path.glob("*.safetensors"))
     for shard in shards:

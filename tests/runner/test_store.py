@@ -9,6 +9,7 @@ import stat
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -16,6 +17,7 @@ import pytest
 from speculators import cli
 from speculators.config import Config, Run
 from speculators.errors import StageError, StoreError
+from speculators.runner import artifact as module
 from speculators.runner import key as keys
 from speculators.runner import vllm
 from speculators.runner.artifact import Artifact
@@ -41,6 +43,7 @@ def put(
     files: dict[str, str] | None = None,
     digest: str | None = None,
     anew: bool = False,
+    written: dict[str, str] | None = None,
     **config: object,
 ) -> Artifact:
     with store.claim("train", key, no_waiting):
@@ -49,9 +52,8 @@ def put(
             path.parent.mkdir(parents=True, exist_ok=True)
             path.write_text(text)
         finished = {"finished": str(time.time_ns())}
-        return store.publish(
-            "train", key, preimage=image(**config), record={"rows": 2}, provenance=finished, digest=digest, anew=anew
-        )
+        facts = {"preimage": image(**config), "record": {"rows": 2}, "provenance": finished}
+        return store.publish("train", key, **facts, digest=digest, written=written or {}, anew=anew)
 
 
 def test_what_was_published_is_found_with_all_that_was_said_about_it(tmp_path: Path) -> None:
@@ -69,6 +71,20 @@ def test_the_digest_is_that_of_the_content_unless_an_identity_is_declared(tmp_pa
     assert same[0] == same[1]
     assert put(Store(tmp_path / "three"), files={"a.txt": "other"}).digest != same[0]
     assert put(Store(tmp_path / "four"), digest="hub:abc").digest == "hub:abc"
+
+
+def test_a_file_that_was_hashed_while_it_was_written_is_not_read_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole = put(Store(tmp_path / "one"))
+    read: list[str] = []
+    real = module.sha256
+    monkeypatch.setattr(module, "sha256", lambda path: read.append(path.name) or real(path))
+    made = put(Store(tmp_path / "two"), written={"sub/b.txt": hashlib.sha256(b"beta").hexdigest()})
+    assert read == ["a.txt"]
+    assert made.digest == whole.digest
+    wrong = put(Store(tmp_path / "three"), written={"sub/b.txt": "0" * 64})
+    assert module.trouble(replace(wrong, key=keys.digest(wrong.preimage))) == "sub/b.txt has other bytes"
 
 
 def test_published_files_are_read_only(tmp_path: Path) -> None:
