@@ -41,6 +41,8 @@ class Kind:
     """Mode in which it needs the pipeline's server, wired as `target: serve`."""
     datasets: str = ""
     """Section (`data`, `datasets`) whose files it reads."""
+    drawn: str = ""
+    """The input that it can do without: wired to the server instead, it draws the same from there while it runs."""
     trains: bool = False
     """Needs a device without being served."""
     measures: bool = False
@@ -87,6 +89,7 @@ KINDS: dict[str, Kind] = {
         takes={"tokens": "tokens", "features": "features", "vocab": "vocabulary"},
         reads=("train", "speculator", "target.dtype"),
         derived=("layer_ids", "capture_layer_ids"),
+        drawn="features",
         trains=True,
     ),
     "evaluate": Kind(
@@ -99,6 +102,10 @@ KINDS: dict[str, Kind] = {
     ),
 }
 """Every kind of stage by the name of its module in `speculators.stages`."""
+
+DRAWING = ("extract.dtype", "extract.concurrency", "extract.retries", "extract.timeout")
+"""What a stage reads besides its own options where it draws hidden states from a server: those of `extract`, which it
+stands in for then. The size of the shards is not among them, since none are left."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -121,9 +128,19 @@ class Node:
         return KINDS[self.kind]
 
     @property
+    def draws(self) -> bool:
+        """It draws hidden states from the pipeline's server while it runs."""
+        return bool(self.spec.drawn) and self.spec.drawn not in self.inputs
+
+    @property
     def mode(self) -> str:
         """The mode in which it needs the pipeline's server; empty if in none."""
-        return "extract" if self.keeps_states else self.spec.serve
+        return "extract" if self.keeps_states or self.draws else self.spec.serve
+
+    @property
+    def reads(self) -> tuple[str, ...]:
+        """The options that it sees."""
+        return (*self.spec.reads, *DRAWING) if self.draws else self.spec.reads
 
     @property
     def derived(self) -> tuple[str, ...]:
@@ -232,6 +249,11 @@ def _wire(name: str, kinds: Mapping[str, str], wiring: Mapping[str, str]) -> dic
     """The artifact inputs of one node, checked; the server is checked too but is no artifact."""
     spec = KINDS[kinds[name]]
     wanted = {**spec.takes, **({TARGET: SERVE} if spec.serve else {})}
+    if spec.drawn and TARGET in wiring:
+        if spec.drawn in wiring:
+            both = f"`{spec.drawn}` come from `{wiring[spec.drawn]}` or from a server, not from both"
+            raise RecipeError(f"pipeline.{name}: {both}", f"leave out `{spec.drawn}` or `{TARGET}`")
+        wanted = {**{slot: gives for slot, gives in wanted.items() if slot != spec.drawn}, TARGET: SERVE}
     for slot in wiring:
         if slot not in wanted:
             raise RecipeError(f"pipeline.{name}: `{kinds[name]}` takes no input `{slot}`", closest(slot, wanted))
@@ -239,9 +261,9 @@ def _wire(name: str, kinds: Mapping[str, str], wiring: Mapping[str, str]) -> dic
     for slot, gives in wanted.items():
         upstream = wiring.get(slot)
         if upstream is None:
-            raise RecipeError(
-                f"pipeline.{name}: the input `{slot}` is not wired", f"add `{slot}: NODE` of type {gives}"
-            )
+            or_draw = f", or `{TARGET}: {SERVE}` to draw them from the server" if slot == spec.drawn else ""
+            hint = f"add `{slot}: NODE` of type {gives}{or_draw}"
+            raise RecipeError(f"pipeline.{name}: the input `{slot}` is not wired", hint)
         if upstream not in kinds:
             raise RecipeError(f"pipeline.{name}.{slot}: there is no node `{upstream}`", closest(upstream, kinds))
         given = _gives(kinds[upstream])
