@@ -290,6 +290,12 @@ class Train(Stage):
     """Where to train; `auto` takes an accelerator if there is one."""
     checkpoint_seconds: float = operational(60.0)
     """How often, at most, the state for resuming is written."""
+    lookahead: int = operational(16)
+    """Batches whose hidden states are drawn from a live server before they are trained on."""
+    states_memory_gib: float = operational(1.0)
+    """Memory for such states, in GiB: of rows that come next, and of used ones while there is room."""
+    states_disk_gib: float = operational(0.0)
+    """Disk on which such states are kept until the training is over, in GiB; 0: none."""
     log_every: int = operational(10)
     """Steps between lines of metrics."""
 
@@ -349,7 +355,9 @@ class Hardware:
     device: Device = operational(Device.auto)
     """What the engine was built for; `auto` asks the machine."""
     gpus: int = operational(0)
-    """GPUs that may be used."""
+    """GPUs that may be used. A training with a live server needs one more than the server."""
+    train_cores: int = operational(0)
+    """Cores that training gets where it shares a CPU with a live server, which gets the others; 0: half of them."""
 
 
 @dataclass(kw_only=True, slots=True)

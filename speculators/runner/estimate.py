@@ -1,4 +1,4 @@
-"""What a plan will need, before it needs it: servers, tokens, bytes; and the refusal when the disk has not got them."""
+"""What a plan will need, before it needs it: servers, tokens, bytes, time; and the refusal when the disk is short."""
 
 from __future__ import annotations
 
@@ -9,10 +9,14 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from speculators.errors import StoreError
-from speculators.runner import derive, graph, upkeep, vllm
+from speculators.runner import derive, graph, schedule, upkeep, vllm
 from speculators.runner.graph import TARGET
 from speculators.runner.plan import Planner, State, Step
+from speculators.runner.schedule import GIB, Split
 from speculators.runner.store import free_bytes
+
+PREFILLING = {"extract": "tokens_per_second", "train": "prefill_tokens_per_second"}
+"""What stages say in their records about how fast they had the target run over their tokens."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -33,6 +37,13 @@ class Needs:
     """Upper bound of the tokens whose states would be stored."""
     feature_bytes: int = 0
     """Of them, without what an earlier attempt has written."""
+    prefill_tokens: int = 0
+    """Tokens that the target is run over for their hidden states alone, about; an answer's, taken while it is given,
+    do not count. Where training draws them from a server, over all epochs."""
+    prefill_seconds: float = 0.0
+    """For them, at the speed of the last extraction from this target; 0 if there was none."""
+    splits: dict[str, Split] = field(default_factory=dict)
+    """How training shares the machine with the server that it draws from, by stage."""
     store: str = ""
     """Where all of it would be kept."""
     free_bytes: int = 0
@@ -45,7 +56,11 @@ class Needs:
 
 
 def estimate(planner: Planner, steps: Mapping[str, Step]) -> Needs:
-    """Servers and bytes of what is still to be made."""
+    """Servers, tokens, bytes and time of what is still to be made.
+
+    Raises:
+        RecipeError: a server and the training beside it do not go together on this hardware.
+    """
     config = planner.config
     open_steps = [s for s in steps.values() if s.state in (State.run, State.waits)]
     servers = [
@@ -64,14 +79,28 @@ def estimate(planner: Planner, steps: Mapping[str, Step]) -> Needs:
         held_bytes=upkeep.held(planner.store) if quota else 0,
         quota_bytes=quota,
     )
-    packing = next((s for s in open_steps if "features" in s.node.spec.gives), None)
+    splits = {s.node.name: split for s in open_steps if (split := schedule.split(s.node, config)) is not None}
+    needs = replace(needs, splits=splits)
+    packing = next((s for s in open_steps if "features" in s.node.spec.gives or s.node.draws), None)
     if packing is None or planner.facts is None:
         return needs
     tokens = _tokens(planner, steps[packing.node.inputs["tokens"]])
+    each = derive.feature_bytes_per_token(config, planner.facts)
+    stored, prefilled = tokens, tokens if packing.node.mode else 0
+    if packing.node.draws:
+        stored = min(tokens, int(config.train.states_disk_gib * GIB) // each)
+        in_memory = int(config.train.states_memory_gib * GIB) // each
+        prefilled += (config.train.epochs - 1) * max(0, tokens - stored - in_memory)
     storing = [packing, *(s for s in open_steps if s.node.keeps_states)]
     written = sum(upkeep.size(planner.store.work(s.node.kind, s.key)) for s in storing if s.key)
-    need = max(0, len(storing) * tokens * derive.feature_bytes_per_token(config, planner.facts) - written)
-    return replace(needs, feature_tokens=tokens, feature_bytes=need)
+    speed = _prefill_speed(planner, steps)
+    return replace(
+        needs,
+        feature_tokens=stored,
+        feature_bytes=max(0, len(storing) * stored * each - written),
+        prefill_tokens=prefilled,
+        prefill_seconds=prefilled / speed if speed else 0.0,
+    )
 
 
 def refuse_if_too_large(needs: Needs) -> None:
@@ -89,7 +118,8 @@ def refuse_if_too_large(needs: Needs) -> None:
     if needs.feature_bytes > needs.free_bytes:
         raise StoreError(
             f"the hidden states need up to {_gib(needs.feature_bytes)}, the store has {_gib(needs.free_bytes)} free",
-            "lower prompts.count or train.sequence_length, or name a larger disk: run.store=PATH",
+            "lower prompts.count, train.sequence_length or, if training keeps them, train.states_disk_gib; or name a "
+            "larger disk: run.store=PATH",
         )
 
 
@@ -109,6 +139,19 @@ def _tokens(planner: Planner, tokens: Step) -> int:
     if tokens.artifact is not None and "tokens" in tokens.artifact.record:
         return int(tokens.artifact.record["tokens"])
     return (planner.config.prompts.count or 0) * planner.config.train.sequence_length
+
+
+def _prefill_speed(planner: Planner, steps: Mapping[str, Step]) -> float:
+    """Tokens a second, as the newest artifact says that had this target run in this type; 0 if there is none."""
+    said = [
+        (str(artifact.provenance.get("finished", "")), float(artifact.record.get(name) or 0.0))
+        for stage, name in PREFILLING.items()
+        for artifact in planner.store.artifacts(stage)
+        if artifact.record.get(name)
+        and artifact.preimage["inputs"].get(TARGET) == steps[TARGET].digest
+        and artifact.preimage["config"].get("target.dtype") == planner.config.target.dtype.name
+    ]
+    return max(said, default=("", 0.0))[1]
 
 
 def _argv(planner: Planner, serving: graph.Serving, steps: Mapping[str, Step]) -> list[str]:

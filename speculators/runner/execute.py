@@ -294,7 +294,7 @@ class Execution:
                 for index, wanted in enumerate(servers):
                     if not self._phase_done(step, index):
                         leased = yield from self.services.lease(node, wanted, devices)
-                        yield from self._work(step, (index, len(servers)), attempt, leased, devices)
+                        yield from self._work(step, (index, len(servers)), attempt, leased)
                 return
             except PassingError as passing:
                 if attempt > limits.retries:
@@ -307,18 +307,15 @@ class Execution:
     def _phase_done(self, step: Step, index: int) -> bool:
         return (self.planner.store.work(step.node.kind, step.key) / "scratch" / f"phase-{index}.done").exists()
 
-    def _work(
-        self, step: Step, phase: tuple[int, int], attempt: int, servers: Mapping[str, Service], devices: Devices
-    ) -> Waiting:
+    def _work(self, step: Step, phase: tuple[int, int], attempt: int, servers: Mapping[str, Service]) -> Waiting:
         """One worker from its start to its end."""
         node, log = step.node, self._log(step.node)
         request = self._request(step, *phase, attempt, servers)
         env = {k: v for server in servers.values() for k, v in server.worker_env().items()}
         with log.open("a") as file:
             file.write(f"--- {node.name}: attempt {attempt}, phase {phase[0] + 1} of {phase[1]}, {now()}\n")
-        handle = executor_of(self.config, node.kind).submit(
-            request, log, {**env, **schedule.environment(self.config, devices)}
-        )
+        env.update(self.services.worker_environment(node))
+        handle = executor_of(self.config, node.kind).submit(request, log, env)
         self._workers[node.name] = handle
         self.events.emit(
             "stage.started", node=node.name, log=str(log), phase=phase[0], phases=phase[1], attempt=attempt
@@ -366,7 +363,7 @@ class Execution:
             "node": node.name,
             "stage": node.kind,
             "key": step.key,
-            "config": select(self.config, node.spec.reads),
+            "config": select(self.config, node.reads),
             "derived": {**step.derived, "phase": index, "phases": count},
             "inputs": {slot: str(self.steps[upstream].path) for slot, upstream in node.inputs.items()},
             "digests": {slot: self.steps[upstream].digest for slot, upstream in node.inputs.items()},

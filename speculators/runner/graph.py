@@ -43,6 +43,8 @@ class Kind:
     """Section (`data`, `datasets`) whose files it reads."""
     adopts: bool = False
     """Its data sets are directories of upstream's, with rows and hidden states, and nothing else is."""
+    drawn: str = ""
+    """The input that it can do without: wired to the server instead, it draws the same from there while it runs."""
     trains: bool = False
     """Needs a device without being served."""
     measures: bool = False
@@ -106,6 +108,7 @@ KINDS: dict[str, Kind] = {
         takes={"tokens": "tokens", "features": "features", "vocab": "vocabulary"},
         reads=("train", "speculator", "target.dtype"),
         derived=("layer_ids", "capture_layer_ids"),
+        drawn="features",
         trains=True,
     ),
     "evaluate": Kind(
@@ -118,6 +121,10 @@ KINDS: dict[str, Kind] = {
     ),
 }
 """Every kind of stage by the name of its module in `speculators.stages`."""
+
+DRAWING = ("extract.dtype", "extract.concurrency", "extract.retries", "extract.timeout")
+"""What a stage reads besides its own options where it draws hidden states from a server: those of `extract`, which it
+stands in for then. The size of the shards is not among them, since none are left."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -140,9 +147,19 @@ class Node:
         return KINDS[self.kind]
 
     @property
+    def draws(self) -> bool:
+        """It draws hidden states from the pipeline's server while it runs."""
+        return bool(self.spec.drawn) and self.spec.drawn not in self.inputs
+
+    @property
     def mode(self) -> str:
         """The mode in which it needs the pipeline's server; empty if in none."""
-        return "extract" if self.keeps_states else self.spec.serve
+        return "extract" if self.keeps_states or self.draws else self.spec.serve
+
+    @property
+    def reads(self) -> tuple[str, ...]:
+        """The options that it sees."""
+        return (*self.spec.reads, *DRAWING) if self.draws else self.spec.reads
 
     @property
     def derived(self) -> tuple[str, ...]:
@@ -252,6 +269,11 @@ def _wire(name: str, kinds: Mapping[str, str], wiring: Mapping[str, str]) -> dic
     """The artifact inputs of one node, checked; the server is checked too but is no artifact."""
     spec = KINDS[kinds[name]]
     wanted = {**spec.takes, **({TARGET: SERVE} if spec.serve else {})}
+    if spec.drawn and TARGET in wiring:
+        if spec.drawn in wiring:
+            both = f"`{spec.drawn}` come from `{wiring[spec.drawn]}` or from a server, not from both"
+            raise RecipeError(f"pipeline.{name}: {both}", f"leave out `{spec.drawn}` or `{TARGET}`")
+        wanted = {**{slot: gives for slot, gives in wanted.items() if slot != spec.drawn}, TARGET: SERVE}
     for slot in wiring:
         if slot not in wanted:
             raise RecipeError(f"pipeline.{name}: `{kinds[name]}` takes no input `{slot}`", closest(slot, wanted))
@@ -259,9 +281,9 @@ def _wire(name: str, kinds: Mapping[str, str], wiring: Mapping[str, str]) -> dic
     for slot, gives in wanted.items():
         upstream = wiring.get(slot)
         if upstream is None:
-            raise RecipeError(
-                f"pipeline.{name}: the input `{slot}` is not wired", f"add `{slot}: NODE` of type {gives}"
-            )
+            or_draw = f", or `{TARGET}: {SERVE}` to draw them from the server" if slot == spec.drawn else ""
+            hint = f"add `{slot}: NODE` of type {gives}{or_draw}"
+            raise RecipeError(f"pipeline.{name}: the input `{slot}` is not wired", hint)
         if upstream not in kinds:
             raise RecipeError(f"pipeline.{name}.{slot}: there is no node `{upstream}`", closest(upstream, kinds))
         given = _gives(kinds[upstream])

@@ -174,7 +174,7 @@ class Planner:
         return key.preimage(
             node.kind,
             node.spec.version,
-            config=identity(self.config, node.spec.reads) | dict(derived),
+            config=identity(self.config, node.reads) | dict(derived),
             inputs={slot: digests[upstream] for slot, upstream in node.inputs.items() if upstream in digests},
             packages={},
             service={"engine": self.engine} if served else {},

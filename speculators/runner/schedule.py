@@ -23,6 +23,8 @@ from speculators.runner.tokens import Tokens
 GIB = 2**30
 LIGHT = GIB
 """Memory that a process of ours is counted with besides weights and caches, in bytes: imports, rows in flight."""
+LARGEST_SHARE = 0.6
+"""Of a GPU's memory that a server may take where training has to live beside it."""
 CGROUP = Path("/sys/fs/cgroup/memory.max")
 
 Devices = tuple[int, ...]
@@ -40,6 +42,18 @@ class Need:
     """Nothing may run beside it."""
     here: bool = True
     """The devices are this machine's."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Split:
+    """How a server and the training that draws from it divide a machine among themselves."""
+
+    unit: str
+    """`cores` or `GPUs`."""
+    server: int
+    training: int
+    shared: bool
+    """There are not enough for both: they use the same ones."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -131,18 +145,59 @@ def need(node: Node, config: Config, target: Path | None) -> Need:
 
     Weights are counted as they are stored, once a server; the memory that counts is the machine's, not the device's.
     """
-    servers = max(len(phase) for phase in graph.phases(node, config))
-    if not node.spec.trains and (not servers or config.serve.url):
+    servers = 0 if config.serve.url else max(len(phase) for phase in graph.phases(node, config))
+    if not node.spec.trains and not servers:
         return Need()
     on_cpu = vllm.device(config) == "cpu"
     weights = sum(file.stat().st_size for file in target.glob("*.safetensors")) if target else 0
     cache = int(config.serve.kv_cache_gib * GIB) if on_cpu and servers else 0
+    divided = split(node, config)
+    beside = divided.training if divided is not None and divided.unit == "GPUs" and not divided.shared else 0
+    drawn = int(config.train.states_memory_gib * GIB) + (weights if servers else 0) if node.draws else 0
     return Need(
-        devices=config.serve.tensor_parallel if servers else 1,
-        memory=LIGHT + max(1, servers) * (weights + cache),
+        devices=(config.serve.tensor_parallel if servers else 1) + beside,
+        memory=LIGHT + max(1, servers) * (weights + cache) + drawn,
         alone=on_cpu and node.spec.measures,
         here=not executors.elsewhere(config, node.kind),
     )
+
+
+def split(node: Node, config: Config) -> Split | None:
+    """How a stage that draws from a server shares the machine with it; None for any other, and for a server elsewhere.
+
+    Raises:
+        RecipeError: the server would leave it no memory.
+    """
+    if not node.draws or config.serve.url:
+        return None
+    if vllm.device(config) == "cpu":
+        cores = len(vllm.usable_cores())
+        training = max(1, min(config.hardware.train_cores or cores // 2, cores - 1))
+        return Split(unit="cores", server=max(1, cores - training), training=training, shared=cores == 1)
+    ranks, share = config.serve.tensor_parallel, config.serve.gpu_memory_utilization
+    shared = max(1, config.hardware.gpus) <= ranks
+    if shared and share > LARGEST_SHARE:
+        raise RecipeError(
+            f"{node.name} draws from a server on the same GPUs, and serve.gpu_memory_utilization={share:g} leaves it "
+            "too little memory",
+            f"give training its own GPU, hardware.gpus={ranks + 1} or more; or set serve.gpu_memory_utilization=0.5",
+        )
+    return Split(unit="GPUs", server=ranks, training=1, shared=shared)
+
+
+def parts(node: Node, config: Config, devices: Devices, prefer: Collection[int] = ()) -> tuple[Devices, Devices]:
+    """Of a stage's devices those of its servers, rather the preferred ones, and those of its worker."""
+    divided = split(node, config)
+    if divided is None or divided.shared or divided.unit == "cores" or len(devices) <= divided.server:
+        return devices, devices
+    ordered = sorted(devices, key=lambda device: (device not in prefer, device))
+    return tuple(sorted(ordered[: divided.server])), tuple(sorted(ordered[divided.server :]))
+
+
+def threads(node: Node, config: Config) -> Mapping[str, str]:
+    """Variables that keep a stage's worker to the cores that its server leaves it."""
+    divided = split(node, config)
+    return {"OMP_NUM_THREADS": str(divided.training)} if divided is not None and divided.unit == "cores" else {}
 
 
 def environment(config: Config, devices: Devices) -> Mapping[str, str]:

@@ -19,8 +19,8 @@ from speculators.runner.plan import Planner, Step
 from speculators.runner.schedule import Devices
 from speculators.runner.service import STOP_SECONDS, Service, external
 
-Key = tuple[str, str, str]
-"""Mode, dtype, digest of the draft."""
+Key = tuple[str, str, str, int]
+"""Mode, dtype, digest of the draft, and the cores that it keeps to; 0: all."""
 
 
 class Services:
@@ -33,16 +33,18 @@ class Services:
         self._steps = steps
         self._up: dict[tuple[Key, Devices], Service] = {}
         self._leases: dict[str, list[Service]] = {}
+        self._left: dict[str, Devices] = {}
+        """Devices that a stage's servers leave to its worker."""
         self._leaving: list[tuple[Devices, Service]] = []
 
     def key(self, serving: Serving, node: Node, to_come: Iterable[Node]) -> Key:
         """Which server this is. `to_come`: other stages that may still have to run."""
         draft = self._steps[node.inputs["speculator"]].digest if serving.mode == "speculative" else ""
         mode = serving.mode
-        if mode == "generate" and any(other.mode == "extract" for other in to_come):
+        if mode == "generate" and any(other.mode == "extract" and not self._cores(other) for other in to_come):
             # One server does both: it keeps hidden states only for requests that ask for them.
             mode = "extract"
-        return mode, serving.dtype.name, draft
+        return mode, serving.dtype.name, draft, self._cores(node)
 
     def devices_of(self, keys: Collection[Key]) -> Devices:
         """Where one of these servers is up; nowhere if none is."""
@@ -62,13 +64,15 @@ class Services:
     ) -> Generator[None, None, dict[str, Service]]:
         """The servers of one phase by the stage's names for them, once they are ready.
 
-        What else is up on these devices, and what died, is given back before anything starts.
+        What else is up on these devices, and what died, is given back before anything starts. Of the devices of a stage
+        that draws from its server, the server gets a part.
 
         Raises:
             ServiceError: one does not start.
             PassingError: the same, but it may the next time.
         """
-        wanted = {(key, devices) for key in servings}
+        served, self._left[node.name] = schedule.parts(node, self.planner.config, devices, self.devices_of(servings))
+        wanted = {(key, served) for key in servings}
         self._leases[node.name] = []
         for place in list(self._up):
             if set(place[1]) & set(devices) and (place not in wanted or self._up[place].poll() == "dead"):
@@ -77,9 +81,9 @@ class Services:
             yield
         leased = {}
         for key, serving in servings.items():
-            place = key, devices
+            place = key, served
             if place not in self._up:
-                self._up[place] = self._start(key, node, devices)
+                self._up[place] = self._start(key, node, served)
             leased[serving.name] = self._up[place]
             self._leases[node.name].append(self._up[place])
         began = time.monotonic()
@@ -94,6 +98,11 @@ class Services:
             waiting = [server for server in waiting if server.state != "ready"]
             yield
         return leased
+
+    def worker_environment(self, node: Node) -> Mapping[str, str]:
+        """Variables that keep the stage's worker to what its servers leave it; after `lease`."""
+        config = self.planner.config
+        return {**schedule.environment(config, self._left[node.name]), **schedule.threads(node, config)}
 
     def release(self, node: Node) -> None:
         """The stage uses its servers no more."""
@@ -126,6 +135,10 @@ class Services:
         for server in [*self._up.values(), *(server for _, server in self._leaving)]:
             server.kill()
 
+    def _cores(self, node: Node) -> int:
+        divided = schedule.split(node, self.planner.config)
+        return divided.server if divided is not None and divided.unit == "cores" else 0
+
     def _in_use(self, server: Service) -> bool:
         return any(server is used for lease in self._leases.values() for used in lease)
 
@@ -135,7 +148,7 @@ class Services:
         self._leaving.append((place[1], server))
 
     def _start(self, key: Key, node: Node, devices: Devices) -> Service:
-        config, (mode, dtype, _) = self.planner.config, key
+        config, (mode, dtype, _, cores) = self.planner.config, key
         nonce = secrets.token_hex(4)
         log = self.directory / "logs" / f"vllm-{mode}-{dtype}-{nonce}.log"
         home = self.planner.store.root / "services" / nonce
@@ -156,6 +169,7 @@ class Services:
                 nonce=nonce,
                 directory=home,
                 log=log,
+                cores=cores,
             )
             spec.env.update(schedule.environment(config, devices))
             service = Service(spec, home)

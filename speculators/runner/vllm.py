@@ -14,7 +14,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from speculators.config import Config
+from speculators.config import Config, Serve
 from speculators.runner import threads
 from speculators.runner.installed import installed
 from speculators.runner.service import ServiceSpec, free_port
@@ -42,8 +42,12 @@ def server(
     nonce: str,
     directory: Path,
     log: Path,
+    cores: int = 0,
 ) -> ServiceSpec:
-    """A server to be started: the port is chosen, the key drawn, the name made this run's own."""
+    """A server to be started: the port is chosen, the key drawn, the name made this run's own.
+
+    `cores` is how many of a CPU's it keeps to, the first ones; 0: all.
+    """
     # A speculative server and a plain one are up together, so a port that is given is the first of two.
     port = config.serve.port + (mode == "speculative") if config.serve.port else free_port()
     model, key = f"target-{nonce}", secrets.token_urlsafe(24)
@@ -61,8 +65,9 @@ def server(
     )
     url = f"http://{HOST}:{port}"
     return ServiceSpec(
-        name=nonce, mode=mode, argv=words, env=env(config, api_key=key), url=url, model=model, api_key=key, log=log
-    )
+        name=nonce, mode=mode, argv=words, env=env(config, api_key=key, cores=cores), url=url, model=model,
+        api_key=key, log=log,
+    )  # fmt: skip
 
 
 def argv(
@@ -115,7 +120,7 @@ def argv(
     return [*words, *serve.extra_args]
 
 
-def env(config: Config, *, api_key: str) -> dict[str, str]:
+def env(config: Config, *, api_key: str, cores: int = 0) -> dict[str, str]:
     """What vLLM needs in its environment. The key is here and not in the arguments, which every user can see."""
     variables = {
         "VLLM_API_KEY": api_key,
@@ -125,11 +130,12 @@ def env(config: Config, *, api_key: str) -> dict[str, str]:
         "PYTHONUNBUFFERED": "1",
     }
     if device(config) == "cpu":
+        usable = usable_cores()[: cores or None]
         variables |= threads.env(Path(_interpreter(config.serve.python)))
         if _one_process(config):
-            variables["OMP_NUM_THREADS"] = str(len(_usable()))
+            variables["OMP_NUM_THREADS"] = str(len(usable))
         else:
-            variables["VLLM_CPU_OMP_THREADS_BIND"] = _cores(config.serve.cpu_threads, config.serve.tensor_parallel)
+            variables["VLLM_CPU_OMP_THREADS_BIND"] = _cores(config.serve, usable)
     return variables
 
 
@@ -204,7 +210,7 @@ def _connector(config: Config, dtype: str, states: Path) -> dict[str, Any]:
     }
 
 
-def _usable() -> list[int]:
+def usable_cores() -> list[int]:
     """The cores that this process may run on."""
     if hasattr(os, "sched_getaffinity"):
         return sorted(os.sched_getaffinity(0))
@@ -213,19 +219,19 @@ def _usable() -> list[int]:
 
 def _one_process(config: Config) -> bool:
     serve = config.serve
-    return serve.cpu_threads == "auto" and serve.tensor_parallel == 1 and len(_usable()) <= FEW_CORES
+    return serve.cpu_threads == "auto" and serve.tensor_parallel == 1 and len(usable_cores()) <= FEW_CORES
 
 
-def _cores(wanted: str, ranks: int) -> str:
+def _cores(serve: Serve, usable: list[int]) -> str:
     """VLLM_CPU_OMP_THREADS_BIND: `0-3`, or with several ranks `0-1|2-3`.
 
     Left to itself vLLM keeps a core a rank for its front end; a small machine has none to spare.
     """
-    if wanted != "auto":
-        return wanted
+    if serve.cpu_threads != "auto":
+        return serve.cpu_threads
     if not hasattr(os, "sched_getaffinity"):
         return "nobind"
-    usable = _usable()
+    ranks = serve.tensor_parallel
     share = max(1, len(usable) // ranks)
     return "|".join(_ranges(usable[rank * share : (rank + 1) * share]) for rank in range(ranks))
 

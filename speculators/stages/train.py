@@ -1,28 +1,36 @@
 """train: tokens + hidden states + vocabulary -> speculator. Fit a draft to the target's own distributions.
 
+The states are read from an artifact, or, where the node is wired to a server (pipelines `online` and `hybrid`), drawn
+from it while training goes on; `scratch/states` then holds what is kept of them.
+
 The artifact: `best/` and `last/` (checkpoints in the speculators format), `metrics.jsonl` (one line every
 `train.log_every` steps, one for each validation), `summary.json`.
 """
 
 from __future__ import annotations
 
+import contextlib
 import shutil
 from collections.abc import Iterator
-from contextlib import contextmanager
+from typing import Any
 
 import torch
 from safetensors.torch import load_file
 
 from speculators.config import Device, Eagle3
-from speculators.data.shards import ShardReader, check_contract
+from speculators.data.cache import StatesCache
+from speculators.data.shards import ShardReader, check_contract, feature_contract
 from speculators.drafts import DRAFTS
 from speculators.drafts.base import TargetParts, Vocabulary
 from speculators.errors import ContractError, RecipeError, closest
 from speculators.job import Job, write_json
 from speculators.targets.hf import TargetCheckpoint, rope_parameters
-from speculators.training.corpus import Corpus
+from speculators.training.corpus import Corpus, Shards
+from speculators.training.feed import Feed, Shape
 from speculators.training.loop import METRICS, Loop
 from speculators.training.losses import Teacher
+
+GIB = 2**30
 
 
 def main(job: Job) -> None:
@@ -31,17 +39,9 @@ def main(job: Job) -> None:
     if options.algorithm not in DRAFTS:
         raise RecipeError(f"no draft named `{options.algorithm}`", closest(options.algorithm, DRAFTS))
     target = TargetCheckpoint(job.inputs["target"])
-    features = ShardReader(job.inputs["features"])
-    wanted = {
-        "target": job.digests["target"],
-        "tokens": job.digests["tokens"],
-        "layer_ids": job.derived["capture_layer_ids"],
-        "hidden_size": target.hidden_size,
-        "normed": False,
-    }
-    check_contract(features.contract, wanted)
+    source = drawn(job, target) if "features" not in job.inputs else read(job, target)
     vocabulary = read_vocabulary(job, target)
-    corpus = Corpus(job.inputs["tokens"], features)
+    corpus = Corpus(job.inputs["tokens"], source)
     device = pick_device(train.device)
 
     head = target.head(vocabulary.tokens)
@@ -65,13 +65,63 @@ def main(job: Job) -> None:
     decay = options.ttt_step_decay if isinstance(options, Eagle3) else 1.0
     save_dtype = getattr(torch, job.config.target.dtype.name)
 
-    def report(done: int, total: int, note: dict[str, float]) -> None:
+    def report(done: int, total: int, note: dict[str, Any]) -> None:
         job.progress(done, total, "steps", **note)
 
     loop = Loop(draft, teacher, corpus, train, decay, save_dtype, job.scratch, device, report)
-    with same_bytes_every_time():
+    with contextlib.ExitStack() as at_the_end, same_bytes_every_time():
+        if isinstance(source, Feed):
+            at_the_end.callback(source.close)
         loop.run()
+    if isinstance(source, Feed):
+        job.record |= source.record()
     publish(job, loop)
+
+
+def read(job: Job, target: TargetCheckpoint) -> Shards:
+    """States of an artifact, which have to be of this target, these tokens and these layers."""
+    features = ShardReader(job.inputs["features"])
+    wanted = {
+        "target": job.digests["target"],
+        "tokens": job.digests["tokens"],
+        "layer_ids": job.derived["capture_layer_ids"],
+        "hidden_size": target.hidden_size,
+        "normed": False,
+    }
+    check_contract(features.contract, wanted)
+    return Shards(features)
+
+
+def drawn(job: Job, target: TargetCheckpoint) -> Feed:
+    """States out of the server that the runner has started for this target and these layers."""
+    options, layer_ids = job.config.train, job.derived["capture_layer_ids"]
+    compute, stored = job.config.target.dtype.name, job.config.extract.dtype.name
+    shape = Shape(
+        layers=len(layer_ids),
+        hidden_size=target.hidden_size,
+        compute=getattr(torch, compute),
+        stored=stored,
+    )
+    cache = None
+    if options.states_disk_gib > 0:
+        contract = feature_contract(
+            target=job.digests["target"],
+            tokens=job.digests["tokens"],
+            dtype=stored,
+            compute_dtype=compute,
+            layer_ids=layer_ids,
+            hidden_size=target.hidden_size,
+        )
+        cache = StatesCache(job.scratch / "states", contract, int(options.states_disk_gib * GIB))
+    return Feed(
+        job.services["target"],
+        job.inputs["tokens"],
+        shape,
+        job.config.extract,
+        memory=int(options.states_memory_gib * GIB),
+        ahead=options.lookahead,
+        cache=cache,
+    )
 
 
 def read_vocabulary(job: Job, target: TargetCheckpoint) -> Vocabulary:
@@ -99,7 +149,7 @@ def pick_device(wanted: Device) -> torch.device:
     return torch.device("cuda" if cuda else "cpu")
 
 
-@contextmanager
+@contextlib.contextmanager
 def same_bytes_every_time() -> Iterator[None]:
     """Only operations that give the same bits every time; torch raises an error at any other."""
     before = torch.are_deterministic_algorithms_enabled()
@@ -128,4 +178,8 @@ def publish(job: Job, loop: Loop) -> None:
     }
     write_json(job.output / "summary.json", summary)
     speed = loop.attempt_tokens / loop.seconds if loop.seconds else 0.0
-    job.record |= summary | {"seconds_in_steps": round(loop.seconds, 1), "tokens_per_second": round(speed, 1)}
+    job.record |= summary | {
+        "seconds_in_steps": round(loop.seconds, 1),
+        "seconds_waited": round(loop.waited, 2),
+        "tokens_per_second": round(speed, 1),
+    }

@@ -102,12 +102,15 @@ class Loop:
         self.at = Progress(0, Tally.empty(0), 0.0, 0, 0, 0, {})
         self.seconds = 0.0
         """Spent in steps by this attempt."""
+        self.waited = 0.0
+        """Of them, until a step's tokens and hidden states were there."""
         self.attempt_tokens = 0
         """Trained on by this attempt."""
 
     def run(self) -> None:
         """Train to the end, from wherever an earlier attempt left off."""
         self._resume()
+        self.corpus.expect(self._to_come())
         sealed = time.monotonic()
         for index in range(self.at.step, len(self.plan.batches)):
             self._step(index)
@@ -117,14 +120,26 @@ class Loop:
                 self._seal()
                 sealed = time.monotonic()
 
+    def _to_come(self) -> list[list[Piece]]:
+        """Every pack from here to the end, in order."""
+        packs = []
+        for index in range(self.at.step, len(self.plan.batches)):
+            packs.append(self.plan.batches[index])
+            if index + 1 in self.plan.epoch_ends:
+                packs += self.plan.validation
+        return packs
+
     def _sample(self) -> Iterator[Pack]:
         """Some of the rows that are trained on."""
-        tokens = 0
+        wanted, tokens = [], 0
         for row in self.corpus.split(self.train.validation)[0]:
-            yield self.corpus.pack([Piece(row, 0, self.corpus.lengths[row])], self.device)
+            wanted.append([Piece(row, 0, self.corpus.lengths[row])])
             tokens += self.corpus.lengths[row]
             if tokens > SAMPLE_TOKENS:
-                return
+                break
+        self.corpus.expect([*wanted, *self._to_come()])
+        for pieces in wanted:
+            yield self.corpus.pack(pieces, self.device)
 
     def _step(self, index: int) -> None:
         began = time.monotonic()
@@ -132,6 +147,7 @@ class Loop:
         factor = rate(index, total, self.train.warmup, self.train.schedule)
         pieces = self.plan.batches[index]
         pack, tokens = self.corpus.pack(pieces, self.device), sum(piece.tokens for piece in pieces)
+        self.waited += time.monotonic() - began
         self.draft.advance(index / total)
         predictions, outcome = self._forward(pack)
         tally = Tally.of(predictions.valid, outcome)
@@ -152,10 +168,11 @@ class Loop:
             self.at.sums.add(tally)
         self.seconds += time.monotonic() - began
         self.attempt_tokens += tokens
-        note = {
+        note: dict[str, Any] = {
             # Of the steps since the last line of metrics: a single one may have trained on a few dozen tokens.
             "loss": round(self.at.sums.metrics(self.step_decay)["loss"], 2),
             "tokens_per_second": round(self.attempt_tokens / self.seconds),
+            "waiting": f"{self.waited / self.seconds:.1%}",
         }
         if self.at.best:
             note["held_out"] = round(self.at.best["acceptance_length"], 3)

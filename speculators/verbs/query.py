@@ -41,17 +41,29 @@ def plan(words: list[str]) -> int:
     print("\n" + ui.columns((name, json.dumps(value)) for name, value in planner.derived.items()))
     for server in needs.servers:
         print(f"\nserver for {server.stage} ({server.mode}):\n  {server.command}")
-    if needs.feature_tokens:
-        print(
-            f"\nhidden states: at most {needs.feature_tokens:,} tokens, {ui.size(needs.feature_bytes)}; "
-            f"free in the store: {ui.size(needs.free_bytes)}"
-        )
+    if said := _states(needs):
+        print("\n" + "\n".join(said))
     if outside_lines := _outside(steps):
         print("\n" + ui.dim("\n".join(outside_lines)))
     if locked:
         says = f"says otherwise: {', '.join(d.name for d in differing)}" if differing else "says the same"
         print(f"\nlocked: {lock.place(config)} {says}")
     return 0
+
+
+def _states(needs: estimate.Needs) -> list[str]:
+    """What is known of the hidden states that are still to be computed, a line for each thing."""
+    said = []
+    if needs.feature_tokens:
+        bytes_, free = ui.size(needs.feature_bytes), ui.size(needs.free_bytes)
+        said.append(f"hidden states: at most {needs.feature_tokens:,} tokens, {bytes_}; free in the store: {free}")
+    if needs.prefill_tokens:
+        took = f", {ui.duration(needs.prefill_seconds)} at the last speed" if needs.prefill_seconds else ""
+        said.append(f"to be prefilled for them: about {needs.prefill_tokens:,} tokens{took}")
+    for stage, split in needs.splits.items():
+        said.append(f"{stage} and the server that it draws from: {split.training} and {split.server} {split.unit}"
+                    f"{', the same ones' if split.shared else ''}")  # fmt: skip
+    return said
 
 
 def _outside(steps: Mapping[str, Step]) -> list[str]:

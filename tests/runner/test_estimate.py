@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from speculators import cli
+from speculators import cli, recipe
 from speculators.config import Config, StatesDtype
 from speculators.data.encoding import bytes_per_token
 from speculators.errors import StoreError
@@ -54,6 +54,73 @@ def test_float8_halves_the_bytes_and_keeps_the_scales_in_them(config: Config) ->
         config.extract.dtype = dtype
         stored = derive.feature_bytes_per_token(config, known)
         assert stored == bytes_per_token(4, 576, dtype.name) - 8  # ids are not counted
+
+
+TOKENS = 384 * 1024
+"""Of the demo, while it is not known how long its rows are."""
+EACH = 4 * 576 * 2
+FIT = GIB // EACH
+
+
+def demo(pipeline: str, *words: str) -> Config:
+    return recipe.compose(["recipe=smollm2_eagle3", f"pipeline={pipeline}", "train.epochs=3", *words])
+
+
+@pytest.mark.parametrize(
+    ("pipeline", "words", "stored", "prefilled"),
+    [
+        ("offline", [], TOKENS, TOKENS),
+        ("fused", [], TOKENS, 0),
+        ("online", ["train.states_memory_gib=0"], 0, 3 * TOKENS),
+        ("online", ["train.states_memory_gib=64"], 0, TOKENS),
+        ("hybrid", ["train.states_memory_gib=0"], TOKENS, TOKENS),
+        ("hybrid", ["train.states_disk_gib=1", "train.states_memory_gib=0"], FIT, 3 * TOKENS - 2 * FIT),
+    ],
+)
+def test_what_is_stored_and_what_is_prefilled_follow_from_where_states_are_kept(
+    store: Store, pipeline: str, words: list[str], stored: int, prefilled: int
+) -> None:
+    now = needs(demo(pipeline, *words), store)
+    assert (now.feature_tokens, now.prefill_tokens, now.prefill_seconds) == (stored, prefilled, 0.0)
+    assert now.feature_bytes == stored * EACH * (2 if pipeline == "fused" else 1)
+    assert list(now.splits) == (["train"] if pipeline in ("online", "hybrid") else [])
+
+
+def test_a_budget_that_the_disk_does_not_hold_is_refused_and_one_that_is_never_used_up_is_not(store: Store) -> None:
+    now = needs(demo("hybrid", "train.states_disk_gib=10000"), store)
+    refuse_if_too_large(dataclasses.replace(now, free_bytes=TOKENS * EACH))
+    with pytest.raises(StoreError, match=r"need up to 1\.7 GiB") as caught:
+        refuse_if_too_large(dataclasses.replace(now, free_bytes=TOKENS * EACH - 1))
+    assert "train.states_disk_gib" in caught.value.hint
+
+
+@pytest.mark.parametrize(("stage", "said"), [("extract", "tokens_per_second"), ("train", "prefill_tokens_per_second")])
+def test_the_time_is_told_by_the_speed_of_what_ran_this_target_last(store: Store, stage: str, said: str) -> None:
+    config = demo("offline")
+    planner = Planner(config, store)
+    digests = dict.fromkeys(planner.graph, "d") | {"target": planner.step("target", {}).digest}
+    for finished, speed in (("2026-01", 50.0), ("2026-02", 100.0)):
+        config.extract.shard_tokens, config.train.lr = int(speed), speed
+        step = planner.step(stage, digests)
+        data = store.work(stage, step.key) / "data"
+        data.mkdir(parents=True)
+        (data / "content").write_text("something")
+        made = {"preimage": step.preimage, "record": {said: speed}, "provenance": {"finished": finished}}
+        store.publish(stage, step.key, **made, digest=None)
+    assert needs(demo("offline"), store).prefill_seconds == TOKENS / 100.0
+    assert needs(demo("offline", "target.dtype=bfloat16"), store).prefill_seconds == 0.0, "it was another type"
+
+
+def test_a_plan_says_how_a_server_and_the_training_beside_it_share_the_machine(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("os.sched_getaffinity", lambda _: set(range(8)), raising=False)
+    assert cli._guarded(["plan", "recipe=smollm2_eagle3", "pipeline=hybrid", "hardware.train_cores=3"]) == 0
+    said = capsys.readouterr().out
+    assert "train and the server that it draws from: 3 and 5 cores" in said
+    assert "hidden states: at most 393,216 tokens, 1.7 GiB" in said
+    assert "to be prefilled for them: about 393,216 tokens" in said
 
 
 def test_without_a_quota_nothing_is_counted_and_with_one_the_states_must_fit_beside_what_is_there(

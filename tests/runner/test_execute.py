@@ -35,6 +35,7 @@ KINDS = {
     "ask": Kind(version=1, gives=("grain",), serve="generate"),
     "press": Kind(version=1, gives=("oil",), takes={"grain": "grain"}, target=False, trains=True),
     "weigh": Kind(version=1, gives=("note",), takes={"grain": "grain"}, target=False, trains=True, measures=True),
+    "brew": Kind(version=1, gives=("beer",), takes={"tokens": "grain", "oil": "oil"}, drawn="oil", trains=True),
 }
 TWO_BRANCHES = {
     "seed": {},
@@ -368,6 +369,33 @@ def test_a_server_is_shared_and_given_back_before_its_device_is_needed(mill: Cal
     )
     assert order[5:] == ["stopped generate", "started press", "finished press"]
     assert "KEY" in world.env["ask"]
+
+
+DRAWING = {"serve": {}, "ask": {"target": "serve"}, "brew": {"tokens": "ask", "target": "serve"}}
+
+
+def test_a_training_that_draws_runs_on_a_gpu_beside_the_server_that_is_already_up(mill: Callable[..., World]) -> None:
+    world = mill(DRAWING)
+    world.config.hardware.gpus = 2
+    world.config.hardware.device = type(world.config.hardware.device).cuda
+    world.run()
+    assert world.of("service.starting", "stage.started") == ["starting extract", "started ask", "started brew"]
+    served = world.servers[0].spec.env["CUDA_VISIBLE_DEVICES"]
+    assert {served, world.env["brew"]["CUDA_VISIBLE_DEVICES"]} == {"0", "1"}
+    assert world.env["brew"]["KEY"] == world.servers[0].name
+
+
+def test_on_a_cpu_a_training_that_draws_has_a_server_that_leaves_it_cores(
+    mill: Callable[..., World], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("os.sched_getaffinity", lambda _: {0, 1, 2}, raising=False)
+    world = mill(DRAWING)
+    world.run()
+    order = ["starting generate", "started ask", "stopped generate", "starting extract", "started brew"]
+    assert world.of("service.starting", "service.stopped", "stage.started")[:5] == order
+    assert [server.spec.env["OMP_NUM_THREADS"] for server in world.servers] == ["3", "2"]
+    assert world.env["brew"]["OMP_NUM_THREADS"] == "1"
+    assert "OMP_NUM_THREADS" not in world.env["ask"]
 
 
 def test_what_somebody_made_while_a_stage_waited_for_room_is_not_made_again(mill: Callable[..., World]) -> None:

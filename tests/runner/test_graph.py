@@ -49,6 +49,14 @@ def test_a_second_node_of_a_kind_names_it(config: Config) -> None:
         ("vocab", {"tokens": "train"}, "`train` gives speculator, this input takes tokens", "`tokenize`"),
         ("extract", {"tokens": "tokenize", "target": "train"}, "`train` gives speculator", "`serve`"),
         ("target", {"uses": "prompts"}, "this name is taken", "otherwise"),
+        ("train", {"tokens": "tokenize", "vocab": "vocab"}, "the input `features` is not wired", "`target: serve`"),
+        (
+            "train",
+            {"tokens": "tokenize", "vocab": "vocab", "features": "extract", "target": "serve"},
+            "`features` come from `extract` or from a server, not from both",
+            "leave out `features` or `target`",
+        ),
+        ("train", {"tokens": "tokenize", "vocab": "vocab", "target": "vocab"}, "`vocab` gives vocabulary", "`serve`"),
     ],
 )
 def test_wiring_that_does_not_fit_is_refused(
@@ -83,6 +91,26 @@ def test_a_node_keeps_states_where_another_takes_them_and_is_served_and_keyed_so
     digests = dict.fromkeys(fused.graph, "d")
     images = [planner.step("regenerate", digests).preimage["config"] for planner in (fused, offline)]
     assert set(images[0]) - set(images[1]) == {"capture_layer_ids", "states_dtype"}
+
+
+def test_training_is_wired_to_a_server_or_to_features_and_keyed_by_which(store: Store) -> None:
+    planners = {
+        name: Planner(recipe.compose(["recipe=smollm2_eagle3", f"pipeline={name}"]), store)
+        for name in ("offline", "online", "hybrid")
+    }
+    images, modes = {}, {}
+    for name, planner in planners.items():
+        digests = dict.fromkeys(planner.graph, "d")
+        images[name] = planner.step("train", digests).preimage
+        modes[name] = [s.mode for p in graph.phases(planner.graph["train"], planner.config) for s in p]
+    assert modes == {"offline": [], "online": ["extract"], "hybrid": ["extract"]}
+    assert "extract" not in planners["online"].graph
+    assert images["online"] == images["hybrid"], "where states are kept meanwhile makes no difference"
+    offline, online = images["offline"], images["online"]
+    assert set(online["config"]) - set(offline["config"]) == {"extract.dtype"}
+    assert set(offline["inputs"]) - set(online["inputs"]) == {"features"}
+    assert (offline["service"], online["service"]) == ({}, {"engine": "1.2.3"})
+    assert online["version"] == offline["version"]
 
 
 def test_evaluation_in_float32_needs_one_phase_and_in_bfloat16_two(config: Config) -> None:

@@ -10,7 +10,7 @@ from speculators.config import Config, Device
 from speculators.errors import RecipeError
 from speculators.runner import graph, schedule
 from speculators.runner.graph import Node
-from speculators.runner.schedule import GIB, LIGHT, Limits, Need, Room
+from speculators.runner.schedule import GIB, LIGHT, Limits, Need, Room, Split
 from speculators.runner.tokens import Tokens
 
 TOLD: list[str] = []
@@ -134,6 +134,53 @@ def test_needs_follow_from_the_servers_the_weights_and_the_machine(config: Confi
     assert schedule.need(node(config, "evaluate"), config, None) == Need(devices=2, memory=LIGHT)
     config.serve.url = "http://elsewhere:8000"
     assert schedule.need(node(config, "regenerate"), config, tmp_path) == Need()
+
+
+def drawing(config: Config) -> Node:
+    config.pipeline["train"] = {"tokens": "tokenize", "vocab": "vocab", "target": "serve"}
+    return node(config, "train")
+
+
+@pytest.mark.parametrize(
+    ("cores", "wanted", "server", "training", "shared"),
+    [(2, 0, 1, 1, False), (9, 0, 5, 4, False), (8, 6, 2, 6, False), (4, 9, 1, 3, False), (1, 0, 1, 1, True)],
+)
+def test_on_a_cpu_a_server_and_the_training_that_draws_from_it_divide_the_cores(
+    config: Config, monkeypatch: pytest.MonkeyPatch, cores: int, wanted: int, server: int, training: int, shared: bool
+) -> None:
+    monkeypatch.setattr("os.sched_getaffinity", lambda _: set(range(cores)), raising=False)
+    config.hardware.device, config.hardware.train_cores = Device.cpu, wanted
+    assert schedule.split(node(config, "train"), config) is None
+    found = Split(unit="cores", server=server, training=training, shared=shared)
+    assert schedule.split(drawing(config), config) == found
+    assert schedule.threads(drawing(config), config) == {"OMP_NUM_THREADS": str(training)}
+    assert schedule.parts(drawing(config), config, (0,)) == ((0,), (0,))
+
+
+def test_on_gpus_training_gets_one_beside_those_of_its_server(config: Config, tmp_path: Path) -> None:
+    (tmp_path / "model.safetensors").write_bytes(b"x" * 100)
+    config.hardware.device, config.hardware.gpus, config.serve.tensor_parallel = Device.cuda, 4, 2
+    stage = drawing(config)
+    assert schedule.split(stage, config) == Split(unit="GPUs", server=2, training=1, shared=False)
+    assert schedule.need(stage, config, tmp_path) == Need(devices=3, memory=LIGHT + GIB + 200)
+    assert schedule.parts(stage, config, (0, 1, 3)) == ((0, 1), (3,))
+    assert schedule.parts(stage, config, (0, 1, 3), prefer=(1, 3)) == ((1, 3), (0,)), "where the server is up"
+    assert schedule.threads(stage, config) == {}
+    config.serve.url = "http://elsewhere:8000"
+    assert schedule.split(stage, config) is None
+    assert schedule.need(stage, config, tmp_path) == Need(devices=1, memory=LIGHT + GIB + 100)
+
+
+def test_a_gpu_is_shared_only_if_the_server_leaves_enough_of_it(config: Config) -> None:
+    config.hardware.device, config.hardware.gpus = Device.cuda, 1
+    stage = drawing(config)
+    with pytest.raises(RecipeError, match=r"serve.gpu_memory_utilization=0.9 leaves it too little") as caught:
+        schedule.split(stage, config)
+    assert "hardware.gpus=2" in caught.value.hint
+    config.serve.gpu_memory_utilization = 0.5
+    assert schedule.split(stage, config) == Split(unit="GPUs", server=1, training=1, shared=True)
+    assert schedule.need(stage, config, None).devices == 1
+    assert schedule.parts(stage, config, (0,)) == ((0,), (0,))
 
 
 def test_a_stage_sees_its_devices_and_of_the_users_choice_only_those(monkeypatch: pytest.MonkeyPatch) -> None:

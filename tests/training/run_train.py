@@ -1,40 +1,48 @@
 """Run the stage on a small world, in a process of its own that a test may kill.
 
-Usage: python run_train.py WORLD WORK SECONDS_BETWEEN_CHECKPOINTS
+Usage: python run_train.py WORLD WORK SECONDS_BETWEEN_CHECKPOINTS [ENDPOINT.json STATES_DISK_GIB]
+
+With an endpoint, states are drawn from there, and those that are kept are sealed row by row.
 """
 
 from __future__ import annotations
 
+import json
 import sys
 from pathlib import Path
 
 import tiny
 
-from speculators.config import Config, Device, Dtype, Eagle3, Target, Train, Vocab
-from speculators.job import Job
+from speculators.config import Config, Device, Dtype, Eagle3, Extract, Target, Train, Vocab, from_plain
+from speculators.data import cache
+from speculators.fields import select
+from speculators.job import Endpoint, Job
+from speculators.runner.graph import DRAWING, KINDS
 from speculators.stages.train import main
 
 
-def make_job(world: Path, work: Path, **train: object) -> Job:
-    """A request for the stage, in a world that `tiny` wrote."""
+def make_job(world: Path, work: Path, endpoint: Endpoint | None = None, **train: object) -> Job:
+    """A request for the stage, in a world that `tiny` or `states_server` wrote."""
     options = {"epochs": 3, "batch_tokens": 64, "precision": Dtype.float32, "device": Device.cpu, "log_every": 4}
     config = Config(
-        target=Target(source="local"),
+        target=Target(source="local", dtype=Dtype.bfloat16 if endpoint is None else Dtype.float32),
         data={},
         vocab=Vocab(size=40),
+        extract=Extract(concurrency=2, retries=1, timeout=20.0),
         train=Train(**{**options, **train}),  # type: ignore[arg-type]
         speculator=Eagle3(),
         pipeline={},
     )
+    reads = (*KINDS["train"].reads, *(DRAWING if endpoint else ()))
     job = Job(
         node="train",
         stage="train",
         key="0" * 64,
-        config=config,
+        config=from_plain(Config, select(config, reads)),
         derived={"layer_ids": [1, 3, 4], "capture_layer_ids": [1, 3, 4, 6]},
-        inputs={name: world / name for name in ("tokens", "features", "vocab", "target")},
+        inputs={name: world / name for name in ("tokens", "vocab", "target", *(() if endpoint else ("features",)))},
         digests={"target": "t" * 64, "tokens": "k" * 64, "features": "f" * 64, "vocab": "v" * 64},
-        services={},
+        services={"target": endpoint} if endpoint else {},
         work=work,
     )
     job.output.mkdir(parents=True, exist_ok=True)
@@ -51,4 +59,12 @@ def write_world(directory: Path) -> Path:
 
 
 if __name__ == "__main__":
-    main(make_job(Path(sys.argv[1]), Path(sys.argv[2]), checkpoint_seconds=float(sys.argv[3])))
+    world, work, seconds, *drawn = sys.argv[1:]
+    options: dict[str, object] = {"checkpoint_seconds": float(seconds)}
+    endpoint = None
+    if drawn:
+        plain = json.loads(Path(drawn[0]).read_text())
+        endpoint = Endpoint(**{**plain, "directory": Path(plain["directory"]), "log": Path(plain["log"])})
+        options |= {"states_disk_gib": float(drawn[1]), "states_memory_gib": 0.0}
+        cache.SET_TOKENS = 1
+    main(make_job(Path(world), Path(work), endpoint, **options))

@@ -11,7 +11,7 @@ import torch
 from speculators.data.packing import Piece
 from speculators.data.shards import ShardReader, ShardWriter
 from speculators.errors import ContractError
-from speculators.training.corpus import Corpus
+from speculators.training.corpus import Corpus, Shards
 
 
 def shortened(features: Path, directory: Path, missing: int) -> ShardReader:
@@ -27,7 +27,8 @@ def shortened(features: Path, directory: Path, missing: int) -> ShardReader:
 
 def test_a_row_without_its_last_state_is_taken_one_token_shorter(tmp_path: Path) -> None:
     tokens, features = tiny.write_corpus(tmp_path)
-    whole, short = Corpus(tokens, ShardReader(features)), Corpus(tokens, shortened(features, tmp_path / "short", 1))
+    whole = Corpus(tokens, Shards(ShardReader(features)))
+    short = Corpus(tokens, Shards(shortened(features, tmp_path / "short", 1)))
     assert short.lengths[3] == whole.lengths[3] - 1
     assert {row: n for row, n in short.lengths.items() if row != 3} == {
         row: n for row, n in whole.lengths.items() if row != 3
@@ -41,12 +42,12 @@ def test_a_row_without_its_last_state_is_taken_one_token_shorter(tmp_path: Path)
 def test_a_row_that_lacks_more_states_is_refused(tmp_path: Path) -> None:
     tokens, features = tiny.write_corpus(tmp_path)
     with pytest.raises(ContractError, match="row 3 has"):
-        Corpus(tokens, shortened(features, tmp_path / "short", 2))
+        Corpus(tokens, Shards(shortened(features, tmp_path / "short", 2)))
 
 
 def test_a_piece_is_supervised_inside_itself_and_sees_all_before_it(tmp_path: Path) -> None:
     tokens, features = tiny.write_corpus(tmp_path)
-    corpus = Corpus(tokens, ShardReader(features))
+    corpus = Corpus(tokens, Shards(ShardReader(features)))
     whole = corpus.pack([Piece(5, 0, corpus.lengths[5])], torch.device("cpu"))
     masks = []
     for piece in corpus.pieces([5], batch_tokens=5):

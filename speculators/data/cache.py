@@ -1,0 +1,109 @@
+"""Hidden states that a training keeps on disk, up to a budget, in the order in which they come in.
+
+    00000/   a set of hidden states of its own (`data.shards`), one shard with its index
+    00001/   ...
+
+A set is sealed when it holds `SET_TOKENS`. One that was not sealed, or does not open, is removed and its rows are
+asked for again; so a killed training finds all that was sealed. Rows that are not sealed yet are in memory.
+"""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from speculators.data.shards import INDEX, ShardReader, ShardWriter, check_contract
+from speculators.errors import ContractError
+
+SET_TOKENS = 4096
+"""Tokens that a kill may lose, and that are held in memory until then."""
+SET_BYTES, ROW_BYTES = 4096, 128
+"""What headers and indices take at most, of a set and of a row."""
+
+
+class StatesCache:
+    """Rows by number. One thread may `add` while another one reads."""
+
+    def __init__(self, directory: Path, contract: Mapping[str, Any], budget: int) -> None:
+        self.bytes = 0
+        """Of the files of sealed sets."""
+        self.found = 0
+        """Rows that an earlier attempt left."""
+        self._directory = directory
+        self._contract = dict(contract)
+        self._budget = budget
+        self._full = False
+        self._sealed: dict[int, ShardReader] = {}
+        self._open: dict[int, Tensor] = {}
+        self._writer: ShardWriter | None = None
+        self._tokens, self._open_bytes = 0, 0
+        self._sets = 0
+        directory.mkdir(parents=True, exist_ok=True)
+        for place in sorted(directory.iterdir()):
+            self._adopt(place)
+        self.found = len(self._sealed)
+
+    def __contains__(self, row: object) -> bool:
+        return row in self._open or row in self._sealed
+
+    def __len__(self) -> int:
+        return len(self._sealed) + len(self._open)
+
+    def states(self, row: int) -> Tensor:
+        """The states of a row, [T, L, H], stored dtype; not to be written to."""
+        found = self._open.get(row)
+        return self._sealed[row].states(row) if found is None else found
+
+    def add(self, row: int, token_ids: Tensor, states: Tensor) -> bool:
+        """Keep a row, if the budget allows; once it has not, no further row is kept."""
+        more = states.nbytes + token_ids.nbytes + ROW_BYTES + (SET_BYTES if self._writer is None else 0)
+        if self._full or self.bytes + self._open_bytes + more > self._budget:
+            self._full = True
+            self.seal()
+            return False
+        if self._writer is None:
+            self._writer = ShardWriter(self._directory / f"{self._sets:05d}", self._contract, 2 * SET_TOKENS)
+        self._writer.add(row, token_ids, states)
+        self._open[row] = states
+        self._open_bytes += more
+        self._tokens += len(token_ids)
+        if self._tokens >= SET_TOKENS:
+            self.seal()
+        return True
+
+    def seal(self) -> None:
+        """Put on the disk what is not there yet."""
+        if self._writer is None:
+            return
+        self._writer.close()
+        reader = ShardReader(self._writer.directory)
+        # In this order: a row that is asked for meanwhile is always in one of the two.
+        self._sealed.update(dict.fromkeys(reader.rows, reader))
+        self.bytes += _size(reader.directory)
+        self._open = {}
+        self._writer, self._tokens, self._open_bytes = None, 0, 0
+        self._sets += 1
+
+    def _adopt(self, place: Path) -> None:
+        """Take over a set that an earlier attempt sealed."""
+        try:
+            if not (place / INDEX).exists():
+                raise ContractError(f"{place} was not sealed", "its rows are asked for again")
+            reader = ShardReader(place)
+            check_contract(reader.contract, self._contract)
+            for row in reader.rows:
+                reader.states(row)  # opens every shard
+        except ContractError:
+            shutil.rmtree(place)
+            return
+        self._sealed.update(dict.fromkeys(reader.rows, reader))
+        self.bytes += _size(place)
+        self._sets = int(place.name) + 1
+
+
+def _size(directory: Path) -> int:
+    return sum(path.stat().st_size for path in directory.iterdir())

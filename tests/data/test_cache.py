@@ -1,0 +1,81 @@
+"""States that are kept on disk: as many as the budget allows, and found again by whoever comes after."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from speculators.data import cache as module
+from speculators.data.cache import StatesCache
+from speculators.data.shards import feature_contract
+
+CONTRACT = feature_contract(
+    target="t", tokens="k", dtype="bfloat16", compute_dtype="float32", layer_ids=[1, 3], hidden_size=8
+)
+TOKENS = 10
+ROW = TOKENS * (2 * 8 * 2 + 8) + module.ROW_BYTES
+
+
+@pytest.fixture(autouse=True)
+def _small_sets(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "SET_TOKENS", 3 * TOKENS)
+
+
+def states(row: int) -> torch.Tensor:
+    return torch.full((TOKENS, 2, 8), float(row)).bfloat16()
+
+
+def fill(cache: StatesCache, rows: range) -> list[int]:
+    """The rows that were kept."""
+    return [row for row in rows if cache.add(row, torch.arange(TOKENS), states(row))]
+
+
+def on_disk(directory: Path) -> int:
+    return sum(path.stat().st_size for path in directory.rglob("*") if path.is_file())
+
+
+def test_rows_are_read_before_and_after_they_are_sealed(tmp_path: Path) -> None:
+    cache = StatesCache(tmp_path, CONTRACT, 10**6)
+    assert fill(cache, range(4)) == [0, 1, 2, 3]
+    assert len(list(tmp_path.iterdir())) == 2, "one set is sealed, one is begun"
+    assert 4 not in cache
+    assert all(row in cache and torch.equal(cache.states(row), states(row)) for row in range(4))
+    cache.seal()
+    assert torch.equal(cache.states(3), states(3))
+    assert cache.bytes == on_disk(tmp_path)
+
+
+def test_the_budget_is_kept_to_and_what_fits_is_sealed_when_it_is_used_up(tmp_path: Path) -> None:
+    budget = on_disk_of(tmp_path / "three", 3) + module.SET_BYTES + 2 * ROW
+    cache = StatesCache(tmp_path / "cache", CONTRACT, budget)
+    assert fill(cache, range(10)) == [0, 1, 2, 3, 4]
+    assert cache.bytes == on_disk(tmp_path / "cache") <= budget
+    again = StatesCache(tmp_path / "cache", CONTRACT, budget)
+    assert (again.found, len(again)) == (5, 5)
+    assert fill(again, range(10, 12)) == []
+
+
+def on_disk_of(directory: Path, rows: int) -> int:
+    fill(StatesCache(directory, CONTRACT, 10**6), range(rows))
+    return on_disk(directory)
+
+
+def test_an_earlier_attempt_leaves_what_it_sealed_and_nothing_else(tmp_path: Path) -> None:
+    fill(StatesCache(tmp_path, CONTRACT, 10**6), range(7))
+    shard = tmp_path / "00001" / "shard-00000.safetensors"
+    shard.write_bytes(shard.read_bytes()[:-1])
+    again = StatesCache(tmp_path, CONTRACT, 10**6)
+    assert [row for row in range(7) if row in again] == [0, 1, 2], "one set was cut off, one was not sealed"
+    assert again.bytes == on_disk(tmp_path)
+    assert fill(again, range(3, 7)) == [3, 4, 5, 6]
+    assert all(torch.equal(again.states(row), states(row)) for row in range(7))
+
+
+@pytest.mark.parametrize("field", ["target", "tokens", "layer_ids"])
+def test_states_of_something_else_are_not_taken_over(tmp_path: Path, field: str) -> None:
+    fill(StatesCache(tmp_path, CONTRACT, 10**6), range(3))
+    other = StatesCache(tmp_path, {**CONTRACT, field: [1, 4] if field == "layer_ids" else "other"}, 10**6)
+    assert len(other) == 0
+    assert list(tmp_path.iterdir()) == []
