@@ -14,10 +14,14 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
+from speculators.algorithms import SPECULATORS as SPECULATORS
+from speculators.algorithms import DFlash as DFlash
+from speculators.algorithms import Eagle3 as Eagle3
+from speculators.algorithms import Loss as Loss
+from speculators.algorithms import Speculator as Speculator
+from speculators.algorithms import Weighting as Weighting
+from speculators.fields import MISSING as MISSING
 from speculators.fields import operational, secret
-
-MISSING: Any = "???"
-"""A value that the recipe must give. The same mark as OmegaConf's, which this module does not import."""
 
 
 class Dtype(enum.Enum):
@@ -213,45 +217,6 @@ class Extract(Stage):
     """Attempts after the first for a request that failed in a way that may pass."""
     timeout: float = operational(600.0)
     """Seconds that one request may take."""
-
-
-@dataclass(kw_only=True, slots=True)
-class Speculator:
-    """The draft model, as far as every algorithm has it."""
-
-    algorithm: str = MISSING
-    """A name in `speculators.drafts.DRAFTS`."""
-    num_layers: int = 1
-    """Decoder layers of the draft."""
-    layer_ids: list[int] | None = None
-    """Target layers whose input the draft reads; derived from the target's depth if null."""
-    num_speculative_tokens: int = 3
-    """Tokens proposed in one step: what is written into the checkpoint, and what evaluation serves with."""
-
-
-@dataclass(kw_only=True, slots=True)
-class Eagle3(Speculator):
-    """EAGLE-3 (Li et al. 2025, arXiv:2503.01840)."""
-
-    algorithm: str = "eagle3"
-    ttt_steps: int = 3
-    """Steps of the train-time test: how often the draft is fed its own output in training."""
-    ttt_one_step_share: float = 0.0
-    """Share of the training, from its beginning, in which one step only is unrolled: it costs less."""
-    ttt_step_decay: float = 1.0
-    """Weight of step k in the loss is this to the power k."""
-    norm_before_residual: bool = True
-    """The residual stream of the first layer starts from the normed features."""
-    norm_before_fc: bool = True
-    """RMSNorm over the concatenated target states before they are projected."""
-    norm_output: bool = True
-    """Feed the normed output back into the next step (EAGLE-3.1)."""
-    induction: bool = True
-    """Begin with attention that finds where the last token stood before and copies what followed it there."""
-
-
-SPECULATORS: dict[str, type[Speculator]] = {"eagle3": Eagle3}
-"""Schemas by algorithm; a test holds this list, `drafts.DRAFTS` and `conf/speculator/` together."""
 
 
 @dataclass(kw_only=True, slots=True)

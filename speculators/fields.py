@@ -20,6 +20,9 @@ from collections.abc import Iterator, Mapping
 from dataclasses import field
 from typing import Any
 
+MISSING: Any = "???"
+"""A value that the recipe must give. The same mark as OmegaConf's, which this module does not import."""
+
 
 def operational(default: Any) -> Any:
     """A field that never enters a key."""

@@ -27,7 +27,18 @@ from hydra.core.override_parser.types import Override
 from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf
 
-from speculators.config import MISSING, SPECULATORS, Config, Dataset, Executor, Speculator, from_plain
+from speculators.config import (
+    MISSING,
+    SPECULATORS,
+    Config,
+    Dataset,
+    DFlash,
+    Executor,
+    Loss,
+    Speculator,
+    Weighting,
+    from_plain,
+)
 from speculators.errors import RecipeError, closest
 from speculators.fields import leaves
 from speculators.runner.installed import installed
@@ -369,10 +380,31 @@ def _check_values(config: Config) -> None:
             "for example [1]",
         ),
         (evaluate.prompts > 0, "evaluate.prompts", "must be positive", "for example 32"),
+        *(_checks_of_dflash(config.speculator) if isinstance(config.speculator, DFlash) else ()),
     )
     for holds, name, wrong, hint in checks:
         if not holds:
             raise RecipeError(f"{name} {wrong}", hint)
+
+
+def _checks_of_dflash(options: DFlash) -> Iterator[tuple[bool, str, str, str]]:
+    """(holds, field, what is wrong, how to mend it), as `_check_values` has them."""
+    yield (
+        options.weighting is not Weighting.dpace or options.loss is Loss.ce,
+        "speculator.weighting",
+        "dpace takes the cross-entropy for the draft's confidence",
+        "set speculator.loss=ce or speculator.weighting=decay",
+    )
+    yield (options.anchors > 0, "speculator.anchors", "must be positive", "for example 512")
+    yield (options.decay_gamma > 0, "speculator.decay_gamma", "must be positive", "for example 4")
+    yield (0 <= options.dpace_alpha <= 1, "speculator.dpace_alpha", "is a share, from 0 to 1", "for example 0.5")
+    yield (options.target_layers > 0, "speculator.target_layers", "must be positive", "for example 5")
+    yield (
+        options.sliding_window is None or options.sliding_window > 0,
+        "speculator.sliding_window",
+        "must be positive",
+        "null for the whole document",
+    )
 
 
 def _refuse_secrets(config: Config) -> None:

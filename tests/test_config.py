@@ -6,6 +6,7 @@ import json
 
 import pytest
 
+from speculators import algorithms
 from speculators import config as schema
 from speculators.config import Config, Dtype, Eagle3, Train, from_plain
 from speculators.fields import identity, leaves, select, to_plain
@@ -69,9 +70,9 @@ def test_every_field_is_documented() -> None:
     import ast
     import inspect
 
-    tree = ast.parse(inspect.getsource(schema))
+    modules = [ast.parse(inspect.getsource(module)) for module in (algorithms, schema)]
     bare = []
-    for item in (n for n in tree.body if isinstance(n, ast.ClassDef) and n.name != "Config"):
+    for item in (n for tree in modules for n in tree.body if isinstance(n, ast.ClassDef) and n.name != "Config"):
         for field, after in zip(item.body, [*item.body[1:], None], strict=True):
             documented = isinstance(after, ast.Expr) and isinstance(after.value, ast.Constant)
             overrides = (

@@ -12,7 +12,14 @@ import pytest
 
 PACKAGE = Path(__file__).parent.parent / "speculators"
 HEAVY = {"torch", "transformers", "vllm", "datasets", "ray", "wandb"}
-SHARED = ["speculators", "speculators.errors", "speculators.fields", "speculators.config", "speculators.job"]
+SHARED = [
+    "speculators",
+    "speculators.errors",
+    "speculators.fields",
+    "speculators.algorithms",
+    "speculators.config",
+    "speculators.job",
+]
 """What both sides of the line may import."""
 LEFT = [
     *SHARED,

@@ -36,6 +36,22 @@ def test_an_algorithms_own_option_can_be_set() -> None:
     assert speculator.ttt_steps == 5
 
 
+@pytest.mark.parametrize(
+    ("word", "message"),
+    [
+        ("speculator.loss=kl", "speculator.weighting dpace takes the cross-entropy"),
+        ("speculator.anchors=0", "speculator.anchors must be positive"),
+        ("speculator.decay_gamma=0", "speculator.decay_gamma must be positive"),
+        ("speculator.dpace_alpha=1.5", "speculator.dpace_alpha is a share"),
+        ("speculator.target_layers=0", "speculator.target_layers must be positive"),
+        ("speculator.sliding_window=0", "speculator.sliding_window must be positive"),
+    ],
+)
+def test_what_a_block_draft_cannot_be_trained_with_is_said_before_anything_starts(word: str, message: str) -> None:
+    with pytest.raises(RecipeError, match=message):
+        recipe.compose(["recipe=smollm2_dflash", word])
+
+
 def test_a_recipe_of_the_working_directory_is_found(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "recipes").mkdir()
     text = (recipe.RECIPES / "smollm2_eagle3.yaml").read_text().replace("count: 384", "count: 7")

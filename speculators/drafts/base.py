@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import json
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar, Self
@@ -22,7 +22,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from speculators.config import Speculator
+from speculators.config import Loss, Speculator
 from speculators.drafts.layers import Frozen
 from speculators.errors import ContractError
 
@@ -102,6 +102,9 @@ class Predictions:
     """bool [K, R]: there is such a place, and it is supervised."""
     weight: Tensor
     """float32 [K, R]: share of each prediction in the loss; 0 where it is not valid."""
+    reweigh: Callable[[Tensor], Tensor] | None = None
+    """Where the weights follow from the losses themselves, taken as constants: loss of each prediction [K, R], 0 where
+    it is not valid, -> weights [K, R]. `weight` is not looked at then."""
 
 
 class Draft(nn.Module, ABC):
@@ -118,6 +121,8 @@ class Draft(nn.Module, ABC):
         self.embed_tokens = Frozen(embeddings)
         self.lm_head = Frozen(head.float())
         self.vocabulary = vocabulary
+        self.loss = Loss.kl
+        """What is asked of a prediction; part of the training, not of the checkpoint."""
 
     @classmethod
     @abstractmethod
@@ -132,8 +137,12 @@ class Draft(nn.Module, ABC):
         """Fit what was drawn to the target's states, before the first step. Most algorithms have nothing to fit."""
         return
 
-    def advance(self, share: float) -> None:
-        """Say how far the training is, 0 to 1; what an algorithm changes on the way, it changes here."""
+    def advance(self, step: int, total: int) -> None:
+        """Say which step comes next, from 0; `total` where the training is over, and for every validation.
+
+        What an algorithm changes on the way or draws anew in each step, it takes from here: never from what it has
+        seen, so that a run that was killed goes on as it would have.
+        """
         return
 
     @abstractmethod
@@ -143,6 +152,10 @@ class Draft(nn.Module, ABC):
     @abstractmethod
     def forward(self, pack: Pack) -> Predictions:
         """Predict from every place of the pack that supervision asks for."""
+
+    def left_out(self) -> set[str]:
+        """Tensors that the checkpoint does not hold: whoever loads it takes them from the target."""
+        return set()
 
     @classmethod
     def build(
@@ -171,6 +184,7 @@ class Draft(nn.Module, ABC):
             **cls.describe(parts, options, layer_ids),
         }
         draft = cls(config, parts.embeddings, parts.head, vocabulary)
+        draft.loss = options.loss
         draft.initialise(seed)
         draft.configure(options)
         return draft
@@ -178,7 +192,8 @@ class Draft(nn.Module, ABC):
     def save(self, directory: Path, dtype: torch.dtype) -> None:
         """Write the checkpoint; floating-point tensors as `dtype`. The same draft gives the same bytes."""
         directory.mkdir(parents=True, exist_ok=True)
-        tensors = {name: value.detach().to("cpu", dtype).contiguous() for name, value in self.state_dict().items()}
+        kept = {name: value for name, value in self.state_dict().items() if name not in self.left_out()}
+        tensors = {name: value.detach().to("cpu", dtype).contiguous() for name, value in kept.items()}
         if self.vocabulary.reduced:
             tensors |= {"d2t": self.vocabulary.d2t.cpu(), "t2d": self.vocabulary.t2d.cpu()}
         save_file(tensors, directory / "model.safetensors", metadata={"format": "pt"})
@@ -186,8 +201,13 @@ class Draft(nn.Module, ABC):
         (directory / "config.json").write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
 
     @classmethod
-    def load(cls, directory: Path) -> Self:
+    def load(cls, directory: Path, embeddings: Tensor | None = None, head: Tensor | None = None) -> Self:
         """Read a checkpoint, ours or upstream's, for training on or for computing with it.
+
+        Args:
+            directory: with `config.json` and `model.safetensors`.
+            embeddings: the target's [V, H], for a checkpoint without.
+            head: the target's rows of the draft's vocabulary [Vd, H], for a checkpoint without.
 
         Raises:
             ContractError: it is of another algorithm, or its tensors are not those that its config asks for.
@@ -201,6 +221,12 @@ class Draft(nn.Module, ABC):
             )
         with safe_open(directory / "model.safetensors", "pt") as file:
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (it is no mapping)
+        for name, given in (("embed_tokens.weight", embeddings), ("lm_head.weight", head)):
+            if name not in tensors and given is not None:
+                tensors[name] = given
+            if name not in tensors:
+                hint = "give it from the target that the draft was trained for"
+                raise ContractError(f"{directory} does not hold {name}", hint)
         embeddings, head = tensors["embed_tokens.weight"], tensors["lm_head.weight"]
         size = len(embeddings)
         vocabulary = Vocabulary(
@@ -217,8 +243,8 @@ class Draft(nn.Module, ABC):
         return draft
 
 
-def layer_config(parts: TargetParts, num_layers: int) -> dict[str, Any]:
-    """`transformer_layer_config` of a Llama layer of the target's shape, with full attention.
+def layer_config(parts: TargetParts, num_layers: int, model_type: str = "llama") -> dict[str, Any]:
+    """`transformer_layer_config` of a Llama or Qwen3 layer of the target's shape, with full attention.
 
     A target with experts has no single MLP width; its draft takes three times the hidden size.
     """
@@ -226,7 +252,7 @@ def layer_config(parts: TargetParts, num_layers: int) -> dict[str, Any]:
     heads = int(target["num_attention_heads"])
     dense = not any(target.get(name) for name in ("num_experts", "num_local_experts", "n_routed_experts"))
     return {
-        "model_type": "llama",
+        "model_type": model_type,
         "hidden_size": target["hidden_size"],
         "intermediate_size": target["intermediate_size"] if dense else 3 * target["hidden_size"],
         "num_hidden_layers": num_layers,
@@ -242,6 +268,6 @@ def layer_config(parts: TargetParts, num_layers: int) -> dict[str, Any]:
         "layer_types": ["full_attention"] * num_layers,
         "attention_bias": False,
         "attention_dropout": 0.0,
-        "mlp_bias": False,
+        **({"mlp_bias": False} if model_type == "llama" else {}),
         "tie_word_embeddings": False,
     }

@@ -225,8 +225,8 @@ class Eagle3Draft(Draft):
         self.step_decay = options.ttt_step_decay
         self.one_step_share, self.induction = options.ttt_one_step_share, options.induction
 
-    def advance(self, share: float) -> None:
-        self.unrolled = 1 if share < self.one_step_share else self.steps
+    def advance(self, step: int, total: int) -> None:
+        self.unrolled = 1 if step / total < self.one_step_share else self.steps
 
     @torch.no_grad()
     def prepare(self, packs: Iterable[Pack], seed: int) -> None:

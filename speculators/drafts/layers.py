@@ -3,8 +3,13 @@
 All of it works on packed rows, [tokens, width], without a batch dimension. Attention follows the documents of the
 pack: it computes scores within each document only, block of queries by block, and no mask over the whole pack exists.
 
+Two kinds of drafts are served: those that go on from every place, by steps (`unrolled_attention`), and those that fill
+in blocks hanging at anchors (`anchored_attention`). A block sees the context of its own document strictly before its
+anchor, which is decided by places of tokens and never by the order of blocks, and itself; no other block.
+
 Shapes: T tokens of the pack; R rows that ask (queries), R <= T; H width; G key-value heads; Q query heads; D head
-width; L queries of a block; S keys that the block sees; K unrolled steps so far.
+width; L queries of a block; S keys that the block sees; K unrolled steps so far. Of anchored blocks: C context places;
+R blocks; B slots of a block; L of them ask, the last L; A blocks of a span; S context places that a span sees.
 """
 
 from __future__ import annotations
@@ -21,6 +26,8 @@ from speculators.errors import ContractError
 
 QUERY_BLOCK = 256
 """Queries whose scores exist at one time; keys after the block's last query are not computed at all."""
+SPAN_QUERIES = 256
+"""Queries whose scores exist at one time, about."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -108,7 +115,7 @@ def _frequencies(config: LayerConfig) -> tuple[Tensor, float]:
 
 
 def rotate(x: Tensor, cosine_sine: tuple[Tensor, Tensor]) -> Tensor:
-    """Rotate heads [R, heads, D] by their position."""
+    """Rotate heads [..., heads, D] by their position; cosine and sine are [..., 1, D]."""
     cosine, sine = cosine_sine
     half = x.shape[-1] // 2
     turned = torch.cat([-x[..., half:], x[..., :half]], dim=-1)
@@ -193,20 +200,128 @@ def unrolled_attention(q: Tensor, cache: KeyValues, blocks: Sequence[Block]) -> 
     return torch.cat(out) if out else q.new_zeros(0, heads * width)
 
 
-class Attention(nn.Module):
-    """Projections around `unrolled_attention`; `width_in` is the layer's width, or more for a concatenation."""
+@dataclass(frozen=True, slots=True)
+class Span:
+    """Blocks of one document that are computed together."""
 
-    def __init__(self, config: LayerConfig, width_in: int) -> None:
+    blocks: slice
+    """Their places among the blocks."""
+    context: slice
+    """What any of them sees, as places in the context."""
+    hidden: Tensor
+    """bool [A, S]: not seen by this block."""
+
+
+def context_places(documents: Sequence[tuple[int, int]], anchors: Tensor) -> Tensor:
+    """The places of a pack that some block sees, ascending, int64 [C]: each document's up to its last anchor.
+
+    Args:
+        documents: (first token, length) of each document in the pack, in order.
+        anchors: places in the pack, ascending, int64 [R].
+    """
+    ranges = [torch.arange(start, int(own[-1])) for start, own, _ in _by_document(documents, anchors)]
+    return torch.cat(ranges).to(anchors.device) if ranges else anchors.new_empty(0)
+
+
+def spans(
+    documents: Sequence[tuple[int, int]], anchors: Tensor, slots: int, window: int | None = None
+) -> list[Span]:  # fmt: skip
+    """Cut the blocks of a pack into spans, over the context that `context_places` gives.
+
+    Args:
+        documents: as there.
+        anchors: as there.
+        slots: of a block.
+        window: tokens before its anchor that a block sees; all of its document if None.
+    """
+    found = []
+    many, before = max(1, SPAN_QUERIES // slots), 0
+    for start, own, first in _by_document(documents, anchors):
+        for begin in range(0, len(own), many):
+            part = own[begin : begin + many]
+            lowest = start if window is None else max(start, int(part[0]) - window)
+            places = torch.arange(lowest, int(part[-1]), device=anchors.device)[None, :]
+            hidden = places >= part[:, None]
+            if window is not None:
+                hidden |= places < part[:, None] - window
+            context = slice(before + lowest - start, before + int(part[-1]) - start)
+            found.append(Span(slice(first + begin, first + begin + len(part)), context, hidden))
+        before += int(own[-1]) - start
+    return found
+
+
+def _by_document(documents: Sequence[tuple[int, int]], anchors: Tensor) -> list[tuple[int, Tensor, int]]:
+    """(first token, its anchors, number of anchors before) of each document that has any."""
+    bounds = torch.tensor([start + length for start, length in documents], device=anchors.device)
+    ends = [0, *torch.searchsorted(anchors, bounds).tolist()]
+    return [
+        (start, anchors[ends[i] : ends[i + 1]], ends[i])
+        for i, (start, _) in enumerate(documents)
+        if ends[i + 1] > ends[i]
+    ]
+
+
+def anchored_attention(
+    q: Tensor, context: tuple[Tensor, Tensor], own: tuple[Tensor, Tensor], over: Sequence[Span], causal: bool
+) -> Tensor:
+    """Attention of every block to the context that it sees and to itself.
+
+    Args:
+        q: queries of the last L slots of each block [R, L, Q, D], rotated.
+        context: keys (rotated) and values of the context, each [C, G, D].
+        own: those of the blocks, each [R, B, G, D].
+        over: all R blocks, in order.
+        causal: a slot sees only itself and those before it of its own block.
+
+    Returns: [R, L, Q * D].
+    """
+    count, length, heads, width = q.shape
+    slots, groups = own[0].shape[1:3]
+    shared = heads // groups
+    scaled = q * (1.0 / math.sqrt(width))
+    keys, values = (x.transpose(0, 1) for x in context)  # [G, C, D]
+    own_keys, own_values = (x.permute(2, 0, 1, 3) for x in own)  # [G, R, B, D]
+    order = torch.arange(slots, device=q.device)
+    later = (order[None, :] > order[slots - length :, None]) if causal else None  # [L, B]
+    out = []
+    for span in over:
+        blocks, seen = span.hidden.shape
+        # Query heads of one group and slots of one block become rows of one product with the group's keys.
+        asked = scaled[span.blocks].view(blocks, length, groups, shared, width).permute(2, 0, 3, 1, 4)
+        rows = asked.reshape(groups, blocks, shared * length, width)
+        scores = rows.view(groups, -1, width) @ keys[:, span.context].transpose(1, 2)
+        scores = scores.view(groups, blocks, shared * length, seen)
+        scores = scores.masked_fill(span.hidden[:, None], float("-inf"))
+        inside = rows @ own_keys[:, span.blocks].transpose(2, 3)
+        if later is not None:
+            inside = inside.view(groups, blocks, shared, length, slots).masked_fill(later, float("-inf")).flatten(2, 3)
+        shares = torch.cat([scores, inside], dim=-1).float().softmax(-1).to(values.dtype)
+        mixed = shares[..., :seen].reshape(groups, blocks * shared * length, seen) @ values[:, span.context]
+        mixed = mixed.view(groups, blocks, shared * length, width) + shares[..., seen:] @ own_values[:, span.blocks]
+        mixed = mixed.view(groups, blocks, shared, length, width).permute(1, 3, 0, 2, 4)
+        out.append(mixed.reshape(blocks, length, heads * width))
+    return torch.cat(out) if out else q.new_zeros(count, length, heads * width)
+
+
+class Attention(nn.Module):
+    """Projections around attention; `width_in` is the layer's width, or more for a concatenation.
+
+    With `head_norm`, queries and keys are normed head by head before they are rotated, as in Qwen3.
+    """
+
+    def __init__(self, config: LayerConfig, width_in: int, head_norm: bool = False) -> None:
         super().__init__()
         self.head_dim = config.head_dim
         self.q_proj = nn.Linear(width_in, config.num_attention_heads * config.head_dim, bias=False)
         self.k_proj = nn.Linear(width_in, config.num_key_value_heads * config.head_dim, bias=False)
         self.v_proj = nn.Linear(width_in, config.num_key_value_heads * config.head_dim, bias=False)
         self.o_proj = nn.Linear(config.num_attention_heads * config.head_dim, config.hidden_size, bias=False)
+        self.q_norm = RMSNorm(config.head_dim, config.rms_norm_eps) if head_norm else None
+        self.k_norm = RMSNorm(config.head_dim, config.rms_norm_eps) if head_norm else None
 
     def heads(self, projection: nn.Linear, x: Tensor) -> Tensor:
-        """Project [R, width_in] and split into heads [R, heads, D]."""
-        return projection(x).view(x.shape[0], -1, self.head_dim)
+        """Project [..., width_in] and split into heads [..., heads, D]."""
+        return projection(x).unflatten(-1, (-1, self.head_dim))
 
 
 class MLP(nn.Module):

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from speculators.config import Config
+from speculators.config import Config, DFlash, Speculator
 from speculators.errors import ContractError, RecipeError
 
 
@@ -49,18 +49,17 @@ def facts(config: Config, checkpoint: Path | None) -> Facts | None:
 def derive(config: Config, known: Facts) -> dict[str, Any]:
     """Everything derived, by name.
 
-    `layer_ids`: target layers whose *input* the draft reads. The EAGLE-3 default takes a low, a middle and a high
-    one (Li et al. 2025, arXiv:2503.01840). `capture_layer_ids`: the same and, as the last, the state that leaves
-    the last layer before the final norm, from which training computes the target's own distribution.
+    `layer_ids`: target layers whose *input* the draft reads. `capture_layer_ids`: the same and, as the last, the state
+    that leaves the last layer before the final norm, from which training computes the target's own distribution.
     `states_dtype`: how answers' states are kept on their way to the shards.
     """
     depth = known.num_hidden_layers
-    layer_ids = config.speculator.layer_ids or sorted({2, depth // 2, depth - 3})
+    layer_ids = config.speculator.layer_ids or default_layers(config.speculator, depth)
     outside = [i for i in layer_ids if not 0 <= i <= depth]
     if outside or sorted(set(layer_ids)) != list(layer_ids):
         raise RecipeError(
             f"speculator.layer_ids {layer_ids} do not fit a target of {depth} layers",
-            f"give ascending ids from 0 to {depth}, or null for [2, {depth // 2}, {depth - 3}]",
+            f"give ascending ids from 0 to {depth}, or null for {default_layers(config.speculator, depth)}",
         )
     size = config.vocab.size
     if size is not None and not 0 < size <= known.vocab_size:
@@ -74,6 +73,30 @@ def derive(config: Config, known: Facts) -> dict[str, Any]:
         "capture_layer_ids": captured,
         "states_dtype": config.extract.dtype.name,
     }
+
+
+def default_layers(speculator: Speculator, depth: int) -> list[int]:
+    """The layers of a target of `depth` layers whose input a draft reads unless it is told, ascending.
+
+    EAGLE-3 takes a low, a middle and a high one (Li et al. 2025, arXiv:2503.01840). DFlash takes some at equal
+    distances, from what leaves layer 1 to what leaves the third layer before the last; of a shallow target fewer.
+    """
+    if not isinstance(speculator, DFlash):
+        return sorted({2, depth // 2, depth - 3})
+    count, lowest = speculator.target_layers, min(1, depth - 1)
+    if count == 1:
+        return entered_after([depth // 2])
+    apart = (max(lowest, depth - 3) - lowest) / (count - 1)
+    return entered_after(sorted({round(lowest + i * apart) for i in range(count)}))
+
+
+def entered_after(left: list[int]) -> list[int]:
+    """Layers by their input, from layers by their output.
+
+    What leaves layer i enters layer i + 1. Everything here, vLLM and upstream's package count inputs; DFlash's authors
+    count outputs.
+    """
+    return [layer + 1 for layer in left]
 
 
 def max_model_len(config: Config) -> int:

@@ -12,12 +12,13 @@ from __future__ import annotations
 import contextlib
 import shutil
 from collections.abc import Iterator
+from dataclasses import replace
 from typing import Any
 
 import torch
 from safetensors.torch import load_file
 
-from speculators.config import Device, Eagle3
+from speculators.config import Device, DFlash, Eagle3
 from speculators.data.cache import StatesCache
 from speculators.data.shards import ShardReader, check_contract, feature_contract
 from speculators.drafts import DRAFTS
@@ -44,6 +45,8 @@ def main(job: Job) -> None:
     corpus = Corpus(job.inputs["tokens"], source)
     device = pick_device(train.device)
 
+    if isinstance(options, DFlash) and options.mask_token_id is None:
+        options = replace(options, mask_token_id=target.mask_token_id())
     head = target.head(vocabulary.tokens)
     parts = TargetParts(
         name=target.name,

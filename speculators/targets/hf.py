@@ -113,6 +113,27 @@ class TargetCheckpoint:
         eps = self.config.get("rms_norm_eps") or self.config.get("norm_eps") or 1e-6
         return FinalNorm(weight=weight + offset, eps=float(eps))
 
+    def mask_token_id(self) -> int:
+        """A token whose embedding can stand for a place that is to be filled in.
+
+        The tokenizer's own mask token; else the first row of the embeddings that the tokenizer does not use; else what
+        it pads with or ends with, which stands in no answer before its end.
+
+        Raises:
+            ContractError: none of these is there.
+        """
+        from transformers import AutoTokenizer
+
+        tokenizer = AutoTokenizer.from_pretrained(str(self.directory), local_files_only=True)
+        unused = len(tokenizer) if len(tokenizer) < self.vocab_size else None
+        for found in (tokenizer.mask_token_id, unused, tokenizer.pad_token_id, tokenizer.eos_token_id):
+            if found is not None:
+                return int(found)
+        raise ContractError(
+            f"the tokenizer of {self.directory} has no token for masks, padding or the end",
+            "set speculator.mask_token_id to a token that answers do not use",
+        )
+
     def _tied(self) -> bool:
         return bool(self.config.get("tie_word_embeddings", self.raw.get("tie_word_embeddings", False)))
 

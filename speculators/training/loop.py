@@ -148,7 +148,7 @@ class Loop:
         pieces = self.plan.batches[index]
         pack, tokens = self.corpus.pack(pieces, self.device), sum(piece.tokens for piece in pieces)
         self.waited += time.monotonic() - began
-        self.draft.advance(index / total)
+        self.draft.advance(index, total)
         predictions, outcome = self._forward(pack)
         tally = Tally.of(predictions.valid, outcome)
         outcome.loss.backward()
@@ -183,7 +183,8 @@ class Loop:
     def _forward(self, pack: Pack) -> tuple[Predictions, Outcome]:
         with self._autocast():
             predictions = self.draft(pack)
-            return predictions, distill(predictions, pack.states[:, -1], self.draft.lm_head.weight, self.teacher)
+            last, head = pack.states[:, -1], self.draft.lm_head.weight
+            return predictions, distill(predictions, last, head, self.teacher, self.draft.loss)
 
     def _autocast(self) -> AbstractContextManager[Any]:
         if self.train.precision is Dtype.float32:
@@ -194,7 +195,7 @@ class Loop:
     def validate(self) -> dict[str, float]:
         """Metrics over all validation packs: losses, and what a server would accept. Empty if nothing is held out."""
         tally, walk = None, None
-        self.draft.advance(1.0)
+        self.draft.advance(len(self.plan.batches), len(self.plan.batches))
         for pieces in self.plan.validation:
             pack = self.corpus.pack(pieces, self.device)
             predictions, outcome = self._forward(pack)

@@ -11,12 +11,15 @@ Shapes: N predictions; U places that they predict; H width; V draft vocabulary.
 from __future__ import annotations
 
 import itertools
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from speculators.config import Loss
 from speculators.drafts.base import Pack, Predictions, Vocabulary
 
 CHUNK_ELEMENTS = {"cpu": 1 << 22, "cuda": 1 << 27}
@@ -51,21 +54,23 @@ class Outcome:
     loss: Tensor
     """Scalar; carries the gradient."""
     divergence: Tensor
-    """float32: loss of each prediction, not weighted."""
+    """float32: loss of each prediction, not weighted; 0 where not valid."""
     correct: Tensor
     """bool: the draft's most likely token is the target's."""
 
 
 def distill(
-    predictions: Predictions, last: Tensor, head: Tensor, teacher: Teacher, chunk_elements: int | None = None
-) -> Outcome:
-    """KL(target || draft) over the draft's vocabulary, weighted and summed.
+    predictions: Predictions, last: Tensor, head: Tensor, teacher: Teacher, loss: Loss = Loss.kl,
+    chunk_elements: int | None = None,
+) -> Outcome:  # fmt: skip
+    """The loss of every prediction over the draft's vocabulary, weighted and summed.
 
     Args:
         predictions: of one pack.
         last: the target's states before the final norm, of every place in the pack [T, H].
         head: the draft's head [V, H], float32; frozen.
         teacher: gives the distributions to match.
+        loss: what is asked of a prediction.
         chunk_elements: logits that may exist at one time.
     """
     valid = predictions.valid
@@ -73,11 +78,32 @@ def distill(
     divergence, correct = torch.zeros_like(predictions.weight), torch.zeros_like(valid)
     limit = chunk_elements or CHUNK_ELEMENTS[rows.device.type]
     dtype = torch.get_autocast_dtype(rows.device.type) if torch.is_autocast_enabled(rows.device.type) else torch.float32
-    loss, row_divergence, row_correct = _Distill.apply(
-        rows, predictions.target[valid], predictions.weight[valid], last, head, teacher, limit, dtype
+    how = _How(teacher, loss, limit, dtype, None if predictions.reweigh is None else partial(_reweigh, predictions))
+    total, row_divergence, row_correct = _Distill.apply(
+        rows, predictions.target[valid], predictions.weight[valid], last, head, how
     )
     divergence[valid], correct[valid] = row_divergence, row_correct
-    return Outcome(loss=loss, divergence=divergence, correct=correct)
+    return Outcome(loss=total, divergence=divergence, correct=correct)
+
+
+def _reweigh(predictions: Predictions, divergence_N: Tensor) -> Tensor:
+    """The weights of the valid predictions [N], from their losses."""
+    assert predictions.reweigh is not None
+    divergence = torch.zeros_like(predictions.weight)
+    divergence[predictions.valid] = divergence_N
+    return predictions.reweigh(divergence)[predictions.valid]
+
+
+@dataclass(frozen=True, slots=True)
+class _How:
+    """What `_Distill` needs beside tensors."""
+
+    teacher: Teacher
+    loss: Loss
+    limit: int
+    dtype: torch.dtype
+    reweigh: Callable[[Tensor], Tensor] | None
+    """Losses [N] -> weights [N]; the weights are given where it is None."""
 
 
 class _Distill(torch.autograd.Function):
@@ -85,38 +111,59 @@ class _Distill(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, hidden_NH: Tensor, target_N: Tensor, weight_N: Tensor, last: Tensor, head: Tensor,
-        teacher: Teacher, limit: int, dtype: torch.dtype,
-    ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-        needs_gradient = ctx.needs_input_grad[0]
+        ctx: Any, hidden_NH: Tensor, target_N: Tensor, weight_N: Tensor, last: Tensor, head: Tensor, how: _How
+    ) -> tuple[Tensor, Tensor, Tensor]:
         places_U, which_N = torch.unique(target_N, return_inverse=True)
         order_N = torch.argsort(which_N, stable=True)
         bounds = torch.searchsorted(which_N[order_N], torch.arange(len(places_U) + 1, device=last.device)).tolist()
-        gradient = torch.empty_like(hidden_NH) if needs_gradient else None
+        gradient = torch.empty_like(hidden_NH) if ctx.needs_input_grad[0] else None
         divergence, correct = torch.empty_like(weight_N), torch.empty_like(weight_N, dtype=torch.bool)
-        head = head.to(dtype)
-        for begin, end in _chunks(bounds, limit // len(head)):
+        head = head.to(how.dtype)
+        for begin, end in _chunks(bounds, how.limit // len(head)):
             picked = order_N[bounds[begin] : bounds[end]]
-            log_p = teacher.logits(last[places_U[begin:end]], dtype).log_softmax(-1)
-            p = log_p.exp()
-            negative_entropy, best = (p * log_p).sum(-1), p.argmax(-1)
-            local = which_N[picked] - begin
-            z = (hidden_NH[picked].to(dtype) @ head.T).float()
-            correct[picked] = _wins(z, best[local], exact=dtype is torch.float32)
-            p_rows = p[local]
-            divergence[picked] = negative_entropy[local] - torch.linalg.vecdot(p_rows, z) + _softmax_(z)
+            wanted = how.teacher.logits(last[places_U[begin:end]], how.dtype)
+            z = (hidden_NH[picked].to(how.dtype) @ head.T).float()
+            against = _divergence if how.loss is Loss.kl else _surprise
+            divergence[picked], correct[picked] = against(z, wanted, which_N[picked] - begin, how.dtype)
             if gradient is not None:
-                slope = z.sub_(p_rows).mul_(weight_N[picked, None])
-                gradient[picked] = (slope.to(dtype) @ head).to(gradient.dtype)
+                slope = z if how.reweigh else z.mul_(weight_N[picked, None])
+                gradient[picked] = (slope.to(how.dtype) @ head).to(gradient.dtype)
+        if how.reweigh:
+            weight_N = how.reweigh(divergence)
         if gradient is not None:
-            ctx.save_for_backward(gradient)
+            ctx.save_for_backward(gradient.mul_(weight_N[:, None]) if how.reweigh else gradient)
         ctx.mark_non_differentiable(divergence, correct)
         return (divergence * weight_N).sum(), divergence, correct
 
     @staticmethod
     def backward(ctx: Any, *upstream: Tensor) -> tuple[Tensor | None, ...]:
         (gradient,) = ctx.saved_tensors
-        return (gradient * upstream[0], *(None,) * 7)
+        return (gradient * upstream[0], *(None,) * 5)
+
+
+def _divergence(z: Tensor, wanted: Tensor, local: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """KL(target || draft) of logits z [n, V] against those of places `wanted` [u, V], row i against place local[i].
+
+    Returns: the loss [n], and whether the most likely token is the target's [n]. The loss's slope is left in z.
+    """
+    log_p = wanted.log_softmax(-1)
+    p = log_p.exp()
+    negative_entropy = (p * log_p).sum(-1)
+    correct = _wins(z, p.argmax(-1)[local], exact=dtype is torch.float32)
+    p_rows = p[local]
+    divergence = negative_entropy[local] - torch.linalg.vecdot(p_rows, z) + _softmax_(z)
+    z.sub_(p_rows)
+    return divergence, correct
+
+
+def _surprise(z: Tensor, wanted: Tensor, local: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """As `_divergence`, the cross-entropy against the target's most likely token."""
+    label = wanted.argmax(-1)[local][:, None]
+    correct = _wins(z, label[:, 0], exact=dtype is torch.float32)
+    said = z.gather(1, label)[:, 0]
+    surprise = _softmax_(z) - said
+    z.scatter_add_(1, label, torch.full_like(z[:, :1], -1.0))
+    return surprise, correct
 
 
 def _wins(z: Tensor, label: Tensor, exact: bool) -> Tensor:

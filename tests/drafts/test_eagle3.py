@@ -126,7 +126,7 @@ def test_chunks_change_neither_loss_nor_gradient(tmp_path: Path, chunk: int) -> 
     found = draft(pack)
     hidden = found.hidden.detach().requires_grad_()
     again = Predictions(hidden=hidden, target=found.target, valid=found.valid, weight=found.weight)
-    outcome = distill(again, pack.states[:, -1], draft.lm_head.weight, teacher, chunk)
+    outcome = distill(again, pack.states[:, -1], draft.lm_head.weight, teacher, chunk_elements=chunk)
     outcome.loss.backward()
 
     plain = found.hidden.detach().requires_grad_()
@@ -270,7 +270,7 @@ def test_an_untrained_draft_copies_what_followed_the_last_time(induction: bool, 
 def test_the_first_share_of_a_training_unrolls_one_step(tmp_path: Path) -> None:
     draft, _ = tiny.make_draft(tiny.write_target(tmp_path), ttt_one_step_share=0.5)
     steps = []
-    for share in (0.0, 0.49, 0.5, 1.0):
-        draft.advance(share)
+    for step in (0, 49, 50, 100):
+        draft.advance(step, 100)
         steps.append(len(draft(tiny.make_pack([12])).hidden))
     assert steps == [1, 1, 3, 3]

@@ -14,10 +14,13 @@ from typing import Any
 import pytest
 import tiny
 import torch
+from safetensors import safe_open
 from safetensors.torch import save_file
 
+from speculators.config import Loss, Weighting
+from speculators.drafts.dflash import DFlashDraft
 from speculators.drafts.eagle3 import Eagle3Draft
-from speculators.training.losses import Tally, distill
+from speculators.training.losses import Tally, distill, run
 
 PYTHON = os.environ.get("SPECULATORS_UPSTREAM_PYTHON", "")
 pytestmark = [
@@ -27,11 +30,18 @@ pytestmark = [
 ]
 
 
-def ask_upstream(checkpoint: Path, pack: Any, directory: Path) -> dict[str, Any]:
-    tensors = {"token_ids": pack.token_ids, "loss_mask": pack.loss_mask, "states": pack.states}
+def ask_upstream(
+    checkpoint: Path, pack: Any, directory: Path, script: str = "upstream_loss.py", *words: str, **more: torch.Tensor
+) -> dict[str, Any]:
+    tensors = {"token_ids": pack.token_ids, "loss_mask": pack.loss_mask, "states": pack.states, **more}
     save_file({**tensors, "lengths": torch.tensor(pack.lengths)}, directory / "pack.safetensors")
-    script = Path(__file__).parent / "upstream_loss.py"
-    command = [PYTHON, str(script), str(checkpoint), str(directory / "pack.safetensors")]
+    command = [
+        PYTHON,
+        str(Path(__file__).parent / script),
+        str(checkpoint),
+        str(directory / "pack.safetensors"),
+        *words,
+    ]
     environment = {**os.environ, "HF_HUB_OFFLINE": "1"} | {"PYTHONPATH": ""}
     done = subprocess.run(command, capture_output=True, text=True, env=environment, cwd=directory, timeout=280)
     assert done.returncode == 0, done.stderr[-3000:]
@@ -72,3 +82,63 @@ def test_upstream_loads_our_checkpoint_whole_and_computes_our_loss(
     assert ours["full_0"] == pytest.approx(
         theirs["metrics"]["full_acc_0_sum"] / theirs["metrics"]["full_acc_0_total"], abs=1e-4
     )
+
+
+@pytest.mark.parametrize(
+    ("kept", "options"),
+    [
+        (40, {}),
+        (tiny.V, {"loss": Loss.kl, "weighting": Weighting.decay, "decay_gamma": 2.5}),
+        (40, {"sliding_window": 6, "dpace_alpha": 0.25}),
+        (40, {"sliding_window": 6, "causal": True}),
+        (40, {"causal": True, "num_layers": 1}),
+    ],
+    ids=["reduced vocabulary", "full vocabulary, kl, fixed decay", "window", "window, causal", "causal, one layer"],
+)
+def test_upstream_and_we_load_each_others_dflash_and_compute_one_loss(
+    tmp_path: Path, kept: int, options: dict[str, Any]
+) -> None:
+    parts, _ = tiny.make_parts(tiny.write_target(tmp_path / "target"), kept)
+    draft, teacher = tiny.make_dflash(tmp_path / "target", kept, **options)
+    asked = draft.options
+    with torch.no_grad():
+        for parameter in draft.parameters():
+            parameter.mul_(4.0)
+    draft.save(tmp_path / "draft", torch.float32)
+    pack = tiny.make_pack([20, 33, 17, 14])
+    draft.anchors = 25
+    draft.advance(2, 10)
+    anchors = draft.layout(pack).anchors
+    anchors = anchors[anchors < 80]  # upstream has no anchors in the last block of a pack
+    draft._drawn = lambda places: anchors  # type: ignore[method-assign]
+    predictions = draft(pack)
+    outcome = distill(predictions, pack.states[:, -1], draft.lm_head.weight, teacher, asked.loss)
+
+    how = {
+        "loss_fn": {Loss.ce: "ce", Loss.kl: "kl_div"}[asked.loss],
+        "per_position_loss_weight": {Weighting.dpace: "dpace", Weighting.decay: "fixed-exp-decay"}[asked.weighting],
+        "gamma": asked.decay_gamma,
+        "dpace_alpha": asked.dpace_alpha,
+    }
+    words = ("upstream_dflash.py", json.dumps(how), str(tmp_path / "theirs"))
+    theirs = ask_upstream(tmp_path / "draft", pack, tmp_path, *words, anchors=anchors)
+
+    assert theirs["missing"] == []
+    assert theirs["unexpected"] == []
+    assert outcome.loss.item() == pytest.approx(theirs["loss"], abs=1e-4)
+    right = predictions.valid & outcome.correct
+    told = theirs["metrics"]
+    for k in range(3):
+        assert right[k].sum() == told[f"position_{k + 1}_acc_sum"]
+        assert predictions.valid[k].sum() == told[f"position_{k + 1}_acc_total"]
+    assert right.sum() == told["full_acc_sum"]
+    assert predictions.valid.sum() == told["full_acc_total"]
+    assert run(right).sum() + predictions.valid.any(0).sum() == told["eal_sum"]
+
+    again = DFlashDraft.load(tmp_path / "theirs", parts.embeddings, parts.head)
+    again._drawn = draft._drawn  # type: ignore[method-assign]
+    assert torch.equal(again(pack).hidden, predictions.hidden)
+    with safe_open(tmp_path / "theirs" / "model.safetensors", "pt") as their_file:
+        names = set(their_file.keys())
+    with safe_open(tmp_path / "draft" / "model.safetensors", "pt") as our_file:
+        assert set(our_file.keys()) == names

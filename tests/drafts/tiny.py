@@ -9,9 +9,10 @@ import datasets
 import torch
 from safetensors.torch import save_file
 
-from speculators.config import Eagle3
+from speculators.config import DFlash, Eagle3
 from speculators.data.shards import ShardWriter, feature_contract
-from speculators.drafts.base import Pack, TargetParts, Vocabulary
+from speculators.drafts.base import Draft, Pack, TargetParts, Vocabulary
+from speculators.drafts.dflash import DFlashDraft
 from speculators.drafts.eagle3 import Eagle3Draft
 from speculators.targets.hf import TargetCheckpoint, rope_parameters
 from speculators.training.losses import Teacher
@@ -56,8 +57,8 @@ def vocabulary(kept: int = 40) -> Vocabulary:
     return Vocabulary(d2t=tokens - torch.arange(kept), t2d=t2d)
 
 
-def make_draft(directory: Path, kept: int = 40, **options: object) -> tuple[Eagle3Draft, Teacher]:
-    """A fresh draft for the target in `directory`, and its teacher."""
+def make_parts(directory: Path, kept: int = 40) -> tuple[TargetParts, Vocabulary]:
+    """What a draft takes over from the target in `directory`, and its vocabulary."""
     target, vocab = TargetCheckpoint(directory), vocabulary(kept)
     parts = TargetParts(
         name=str(directory),
@@ -67,9 +68,28 @@ def make_draft(directory: Path, kept: int = 40, **options: object) -> tuple[Eagl
         embeddings=target.embeddings(),
         head=target.head(vocab.tokens),
     )
+    return parts, vocab
+
+
+def make_teacher(directory: Path, draft: Draft) -> Teacher:
+    """The target in `directory`, for the draft's vocabulary."""
+    norm = TargetCheckpoint(directory).final_norm()
+    return Teacher(norm_weight=norm.weight, norm_eps=norm.eps, head=draft.lm_head.weight)
+
+
+def make_draft(directory: Path, kept: int = 40, **options: object) -> tuple[Eagle3Draft, Teacher]:
+    """A fresh EAGLE-3 draft for the target in `directory`, and its teacher."""
+    parts, vocab = make_parts(directory, kept)
     draft = Eagle3Draft.build(parts, Eagle3(**options), vocab, [1, 3, 4], seed=3)
-    norm = target.final_norm()
-    return draft, Teacher(norm_weight=norm.weight, norm_eps=norm.eps, head=draft.lm_head.weight)
+    return draft, make_teacher(directory, draft)
+
+
+def make_dflash(directory: Path, kept: int = 40, **options: object) -> tuple[DFlashDraft, Teacher]:
+    """A fresh DFlash draft of two layers and blocks of four for the target in `directory`, and its teacher."""
+    parts, vocab = make_parts(directory, kept)
+    chosen = DFlash(**{"num_layers": 2, "num_speculative_tokens": 3, "mask_token_id": 7, **options})  # type: ignore[arg-type]
+    draft = DFlashDraft.build(parts, chosen, vocab, [1, 3, 4], seed=3)
+    return draft, make_teacher(directory, draft)
 
 
 def make_pack(lengths: list[int], seed: int = 4) -> Pack:

@@ -13,9 +13,9 @@ from speculators import recipe
 from speculators.runner.plan import Planner
 from speculators.runner.store import Store
 from tests import test_stage_versions
-from tests.runner.test_key import GOLDEN, RECIPES, keys
+from tests.runner.test_key import GOLDEN, RECIPES, keys, words
 
 with tempfile.TemporaryDirectory() as empty:
-    table = {name: keys(Planner(recipe.compose([f"recipe={name}"]), Store(Path(empty)))) for name in RECIPES}
+    table = {name: keys(Planner(recipe.compose(words(name)), Store(Path(empty)))) for name in RECIPES}
 GOLDEN.write_text(json.dumps(table, indent=1) + "\n")
 test_stage_versions.GOLDEN.write_text(json.dumps(test_stage_versions.recorded(), indent=1) + "\n")

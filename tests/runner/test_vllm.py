@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from speculators.config import Config, Device, Eagle3, StatesDtype
+from speculators.config import Config, Device, DFlash, Eagle3, StatesDtype
 from speculators.runner import threads, vllm
 
 
@@ -60,6 +60,13 @@ def test_a_speculative_server_gets_the_draft_and_how_many_tokens_it_proposes() -
     config.speculator.num_speculative_tokens = 5
     given = json.loads(value(words(config, "speculative", draft=Path("/draft")), "--speculative_config"))
     assert given == {"model": "/draft", "method": "eagle3", "num_speculative_tokens": 5}
+
+
+def test_a_block_draft_is_served_by_its_own_method_and_one_token_less_than_its_block() -> None:
+    config = recipe()
+    config.speculator = DFlash(num_speculative_tokens=7)
+    given = json.loads(value(words(config, "speculative", draft=Path("/draft")), "--speculative_config"))
+    assert given == {"model": "/draft", "method": "dflash", "num_speculative_tokens": 7}
 
 
 def test_an_extracting_server_gets_the_layers_and_our_connector() -> None:

@@ -1,6 +1,6 @@
 """Run the stage on a small world, in a process of its own that a test may kill.
 
-Usage: python run_train.py WORLD WORK SECONDS_BETWEEN_CHECKPOINTS [ENDPOINT.json STATES_DISK_GIB]
+Usage: python run_train.py WORLD WORK SECONDS_BETWEEN_CHECKPOINTS ALGORITHM [ENDPOINT.json STATES_DISK_GIB]
 
 With an endpoint, states are drawn from there, and those that are kept are sealed row by row.
 """
@@ -13,15 +13,34 @@ from pathlib import Path
 
 import tiny
 
-from speculators.config import Config, Device, Dtype, Eagle3, Extract, Target, Train, Vocab, from_plain
+from speculators.config import (
+    Config,
+    Device,
+    DFlash,
+    Dtype,
+    Eagle3,
+    Extract,
+    Speculator,
+    Target,
+    Train,
+    Vocab,
+    from_plain,
+)
 from speculators.data import cache
 from speculators.fields import select
 from speculators.job import Endpoint, Job
 from speculators.runner.graph import DRAWING, KINDS
 from speculators.stages.train import main
 
+SPECULATORS: dict[str, Speculator] = {
+    "eagle3": Eagle3(),
+    "dflash": DFlash(num_layers=2, num_speculative_tokens=3, mask_token_id=7, anchors=12),
+}
 
-def make_job(world: Path, work: Path, endpoint: Endpoint | None = None, **train: object) -> Job:
+
+def make_job(
+    world: Path, work: Path, endpoint: Endpoint | None = None, *, algorithm: str = "eagle3", **train: object
+) -> Job:
     """A request for the stage, in a world that `tiny` or `states_server` wrote."""
     options = {"epochs": 3, "batch_tokens": 64, "precision": Dtype.float32, "device": Device.cpu, "log_every": 4}
     config = Config(
@@ -30,7 +49,7 @@ def make_job(world: Path, work: Path, endpoint: Endpoint | None = None, **train:
         vocab=Vocab(size=40),
         extract=Extract(concurrency=2, retries=1, timeout=20.0),
         train=Train(**{**options, **train}),  # type: ignore[arg-type]
-        speculator=Eagle3(),
+        speculator=SPECULATORS[algorithm],
         pipeline={},
     )
     reads = (*KINDS["train"].reads, *(DRAWING if endpoint else ()))
@@ -59,7 +78,7 @@ def write_world(directory: Path) -> Path:
 
 
 if __name__ == "__main__":
-    world, work, seconds, *drawn = sys.argv[1:]
+    world, work, seconds, algorithm, *drawn = sys.argv[1:]
     options: dict[str, object] = {"checkpoint_seconds": float(seconds)}
     endpoint = None
     if drawn:
@@ -67,4 +86,4 @@ if __name__ == "__main__":
         endpoint = Endpoint(**{**plain, "directory": Path(plain["directory"]), "log": Path(plain["log"])})
         options |= {"states_disk_gib": float(drawn[1]), "states_memory_gib": 0.0}
         cache.SET_TOKENS = 1
-    main(make_job(Path(world), Path(work), endpoint, **options))
+    main(make_job(Path(world), Path(work), endpoint, algorithm=algorithm, **options))

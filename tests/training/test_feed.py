@@ -210,7 +210,7 @@ def test_a_training_killed_in_mid_feed_goes_on_from_its_seal_and_asks_for_no_kep
     plain = dataclasses.asdict(server.endpoint) | {"api_key": "k"}
     (tmp_path / "endpoint.json").write_text(json.dumps(plain, default=str))
     paths = os.pathsep.join([str(Path(tiny.__file__).parent), str(Path(__file__).parent), *sys.path])
-    command = [sys.executable, str(Path(__file__).parent / "run_train.py"), str(world.path), str(work), "0"]
+    command = [sys.executable, str(Path(__file__).parent / "run_train.py"), str(world.path), str(work), "0", "eagle3"]
     command += [str(tmp_path / "endpoint.json"), str(9e4 / 2**30)]
     dying = threading.Event()
 

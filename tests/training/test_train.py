@@ -11,10 +11,12 @@ import time
 from pathlib import Path
 
 import pytest
+import tiny
 import torch
 from run_train import make_job, write_world
 from safetensors.torch import load_file, save_file
 
+from speculators.drafts.dflash import DFlashDraft
 from speculators.drafts.eagle3 import Eagle3Draft
 from speculators.errors import ContractError, StageError
 from speculators.runner.history import METRICS
@@ -27,9 +29,13 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write_world(tmp_path_factory.mktemp("world"))
 
 
-def start(world: Path, work: Path, seconds: float) -> subprocess.Popen[bytes]:
+ALGORITHMS = pytest.mark.parametrize("algorithm", ["eagle3", "dflash"])
+
+
+def start(world: Path, work: Path, seconds: float, algorithm: str) -> subprocess.Popen[bytes]:
     paths = os.pathsep.join([str(Path(__file__).parent.parent / "drafts"), os.environ.get("PYTHONPATH", ""), *sys.path])
     command = [sys.executable, str(Path(__file__).parent / "run_train.py"), str(world), str(work), str(seconds)]
+    command += [algorithm]
     work.mkdir(exist_ok=True)
     with (work / "log").open("ab") as log:
         return subprocess.Popen(command, env={**os.environ, "PYTHONPATH": paths}, stderr=log)
@@ -39,31 +45,33 @@ def files(directory: Path) -> dict[str, bytes]:
     return {str(p.relative_to(directory)): p.read_bytes() for p in sorted(directory.rglob("*")) if p.is_file()}
 
 
-def test_a_killed_run_goes_on_and_ends_in_the_same_bytes(world: Path, tmp_path: Path) -> None:
-    straight = start(world, tmp_path / "straight", 1e9)
+@ALGORITHMS
+def test_a_killed_run_goes_on_and_ends_in_the_same_bytes(world: Path, tmp_path: Path, algorithm: str) -> None:
+    straight = start(world, tmp_path / "straight", 1e9, algorithm)
     assert straight.wait(200) == 0, (tmp_path / "straight" / "log").read_text()
-    attempt = start(world, tmp_path / "killed", 0.0)
+    attempt = start(world, tmp_path / "killed", 0.0, algorithm)
     while not any((tmp_path / "killed" / "scratch").glob("step-*/sealed.json")):
         assert attempt.poll() is None
         time.sleep(0.005)
     os.kill(attempt.pid, signal.SIGKILL)
     assert attempt.wait(60) == -signal.SIGKILL
     assert not (tmp_path / "killed" / "data" / "summary.json").exists()
-    last = start(world, tmp_path / "killed", 0.0)
+    last = start(world, tmp_path / "killed", 0.0, algorithm)
     assert last.wait(200) == 0, (tmp_path / "killed" / "log").read_text()
     found, expected = files(tmp_path / "killed" / "data"), files(tmp_path / "straight" / "data")
     assert sorted(found) == sorted(expected)
     assert [name for name in expected if found[name] != expected[name]] == []
 
 
+@ALGORITHMS
 def test_stopping_anywhere_and_going_on_gives_the_same_bytes(
-    world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, algorithm: str
 ) -> None:
-    train.main(make_job(world, tmp_path / "straight"))
+    train.main(make_job(world, tmp_path / "straight", algorithm=algorithm))
     expected = files(tmp_path / "straight" / "data")
     for stop in (1, 6, 13):
         work = tmp_path / f"stopped-{stop}"
-        job = make_job(world, work, checkpoint_seconds=0.0)
+        job = make_job(world, work, algorithm=algorithm, checkpoint_seconds=0.0)
 
         def stop_there(done: float, total: float, unit: str, stop: int = stop, **note: object) -> None:
             if done == stop:
@@ -73,7 +81,7 @@ def test_stopping_anywhere_and_going_on_gives_the_same_bytes(
         with pytest.raises(KeyboardInterrupt):
             train.main(job)
         monkeypatch.undo()
-        train.main(make_job(world, work, checkpoint_seconds=0.0))
+        train.main(make_job(world, work, algorithm=algorithm, checkpoint_seconds=0.0))
         assert files(work / "data") == expected
 
 
@@ -99,6 +107,20 @@ def test_training_learns_and_says_what_it_did(world: Path, tmp_path: Path) -> No
     assert torch.equal(
         best.embed_tokens.weight, load_file(world / "target/model.safetensors")["model.embed_tokens.weight"]
     )
+
+
+def test_a_block_draft_learns_and_is_walked_as_a_server_would(world: Path, tmp_path: Path) -> None:
+    job = make_job(world, tmp_path, algorithm="dflash", epochs=12)
+    train.main(job)
+    lines = [json.loads(line) for line in (job.output / "metrics.jsonl").read_text().splitlines()]
+    steps = [line for line in lines if "lr" in line]
+    assert steps[-1]["loss"] < 0.8 * steps[0]["loss"]
+    validated = [line["validation"] for line in lines if "validation" in line]
+    assert len(validated) == 12
+    assert set(validated[0]) >= {"acceptance_length", "accepted_0", "accepted_1", "accepted_2", "full_0", "loss_2"}
+    parts, _ = tiny.make_parts(world / "target")
+    best = DFlashDraft.load(job.output / "best", parts.embeddings)
+    assert all(p.isfinite().all() for p in best.parameters())
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,97 @@
+"""The part of the recipe's schema that describes a draft: its options, by algorithm. `config` has the rest."""
+
+from __future__ import annotations
+
+import enum
+from dataclasses import dataclass
+
+from speculators.fields import MISSING, if_set
+
+
+class Loss(enum.Enum):
+    """What is asked of a prediction. Both over the draft's vocabulary."""
+
+    kl = "kl"
+    """The target's distribution: KL(target || draft)."""
+    ce = "ce"
+    """The target's most likely token: cross-entropy against it."""
+
+
+class Weighting(enum.Enum):
+    """What the places of a block weigh in the loss."""
+
+    decay = "decay"
+    """exp(-k / `decay_gamma`) for the k-th token that is proposed."""
+    dpace = "dpace"
+    """D-PACE: how likely it is, by what the draft gives the tokens so far, that a place is reached at all."""
+
+
+@dataclass(kw_only=True, slots=True)
+class Speculator:
+    """The draft model, as far as every algorithm has it."""
+
+    algorithm: str = MISSING
+    """A name in `speculators.drafts.DRAFTS`."""
+    num_layers: int = 1
+    """Decoder layers of the draft."""
+    layer_ids: list[int] | None = None
+    """Target layers whose input the draft reads; derived from the target's depth if null."""
+    num_speculative_tokens: int = 3
+    """Tokens proposed in one step: what is written into the checkpoint, and what evaluation serves with."""
+    loss: Loss = if_set(Loss.kl)
+    """What is asked of a prediction."""
+
+
+@dataclass(kw_only=True, slots=True)
+class Eagle3(Speculator):
+    """EAGLE-3 (Li et al. 2025, arXiv:2503.01840)."""
+
+    algorithm: str = "eagle3"
+    ttt_steps: int = 3
+    """Steps of the train-time test: how often the draft is fed its own output in training."""
+    ttt_one_step_share: float = 0.0
+    """Share of the training, from its beginning, in which one step only is unrolled: it costs less."""
+    ttt_step_decay: float = 1.0
+    """Weight of step k in the loss is this to the power k."""
+    norm_before_residual: bool = True
+    """The residual stream of the first layer starts from the normed features."""
+    norm_before_fc: bool = True
+    """RMSNorm over the concatenated target states before they are projected."""
+    norm_output: bool = True
+    """Feed the normed output back into the next step (EAGLE-3.1)."""
+    induction: bool = True
+    """Begin with attention that finds where the last token stood before and copies what followed it there."""
+
+
+@dataclass(kw_only=True, slots=True)
+class DFlash(Speculator):
+    """DFlash (block diffusion): a block is the last token and one mask for each token that is proposed."""
+
+    algorithm: str = "dflash"
+    num_layers: int = 5
+    """Decoder layers of the draft."""
+    num_speculative_tokens: int = 15
+    """Tokens proposed in one step; the block is one longer."""
+    target_layers: int = 5
+    """Layers of the target that are read, spread over its depth, where `layer_ids` is null."""
+    mask_token_id: int | None = None
+    """Token whose embedding stands for a place to be filled in; if null, found for the target: the tokenizer's mask
+    token, the first row of the embeddings that the tokenizer does not use, or its token for padding."""
+    causal: bool = False
+    """A place of a block sees only those before it; otherwise all of them see each other."""
+    sliding_window: int | None = None
+    """Tokens before the block that are seen; null: all of its document."""
+    loss: Loss = Loss.ce
+    """What is asked of a prediction. `dpace` needs `ce`."""
+    weighting: Weighting = Weighting.dpace
+    """What the places of a block weigh in the loss."""
+    decay_gamma: float = 4.0
+    """Of `weighting: decay`, in tokens."""
+    dpace_alpha: float = 0.5
+    """Of `weighting: dpace`: share of its confidence that a place has whatever the draft says, 0 to 1."""
+    anchors: int = 512
+    """Blocks that a step trains on, at most; which ones is drawn anew in every step."""
+
+
+SPECULATORS: dict[str, type[Speculator]] = {"eagle3": Eagle3, "dflash": DFlash}
+"""Schemas by algorithm; a test holds this list, `drafts.DRAFTS` and `conf/speculator/` together."""

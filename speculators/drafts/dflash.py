@@ -1,0 +1,274 @@
+"""DFlash (z-lab 2026, arXiv:2602.06036): block diffusion. One forward pass fills in a whole block of proposals.
+
+Idea: a block is the last token that is known, the anchor, and a mask for each token that is proposed. Its few layers
+attend to the target's own states of everything before the anchor and to the block itself, in both directions, so that
+all proposals are made at once, and each place knows what the others are about.
+
+Reads from the target: the states entering `layer_ids`, concatenated and projected once for all layers; embeddings and
+head, frozen. Assumes RoPE over whole heads.
+
+Slot 0 of the block at anchor a is token a; slot k is asked for token a+k, and learns the target's distribution at
+a+k-1. The block sees states of places before a only: the anchor's own is not there yet when a server proposes. Keys and
+values of the context come from the projected states by the same matrices as the block's, but without the layer's norm.
+
+Any supervised token with a supervised one after it can be an anchor. A training step draws some of them, from the seed
+and the number of the step alone; validation takes all of them, because a server may propose after any of them.
+
+Where a checkpoint is read: upstream knows a causal block only in layers with a sliding window, and vLLM makes all
+blocks causal unless `sliding_window_non_causal` says otherwise. So every draft of ours that is not causal says so, and
+a causal one without a window has one as long as its positions.
+
+Shape suffixes: T tokens of the pack; C context places; R blocks; B slots; K = B - 1 proposals; H width.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from functools import partial
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from speculators.config import DFlash, Speculator, Weighting
+from speculators.drafts.base import Draft, Pack, Predictions, TargetParts, Vocabulary, layer_config
+from speculators.drafts.layers import (
+    MLP,
+    Attention,
+    LayerConfig,
+    RMSNorm,
+    Rotary,
+    Span,
+    anchored_attention,
+    context_places,
+    initialise,
+    rotate,
+    spans,
+)
+from speculators.errors import ContractError
+
+SLIDING = "sliding_attention"
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Layout:
+    """Where things are in one pack; all places int64."""
+
+    anchors: Tensor
+    """Places in the pack, ascending [R]."""
+    context: Tensor
+    """Places that some block sees [C]."""
+    positions: Tensor
+    """Place of every token in its own document, from 0 [T]."""
+    target: Tensor
+    """Place whose distribution a proposal should match [K, R]; anything where it is not valid."""
+    valid: Tensor
+    """bool [K, R]: the proposed token is in the same document and supervised."""
+
+
+class Layer(nn.Module):
+    """A decoder layer with normed queries and keys."""
+
+    def __init__(self, config: LayerConfig, window: int | None, causal: bool) -> None:
+        super().__init__()
+        self.self_attn = Attention(config, config.hidden_size, head_norm=True)
+        self.mlp = MLP(config)
+        self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.window, self.causal = window, causal
+
+    def queries(self, read: Tensor) -> Tensor:
+        """Queries, not rotated yet, of rows [..., H]: [..., Q, D]."""
+        attention = self.self_attn
+        assert attention.q_norm is not None
+        found: Tensor = attention.q_norm(attention.heads(attention.q_proj, read))
+        return found
+
+    def keys_values(self, read: Tensor) -> tuple[Tensor, Tensor]:
+        """Keys, not rotated yet, and values of rows [..., H], each [..., G, D]."""
+        attention = self.self_attn
+        assert attention.k_norm is not None
+        return attention.k_norm(attention.heads(attention.k_proj, read)), attention.heads(attention.v_proj, read)
+
+    def finish(self, attended: Tensor, stream: Tensor) -> Tensor:
+        """Everything after attention, [R, L, H]."""
+        stream = stream + self.self_attn.o_proj(attended)
+        out: Tensor = stream + self.mlp(self.post_attention_layernorm(stream))
+        return out
+
+
+class DFlashDraft(Draft):
+    """See the module."""
+
+    algorithm: ClassVar[str] = "dflash"
+    architecture: ClassVar[str] = "DFlashDraftModel"
+    attend: Callable[[Tensor, tuple[Tensor, Tensor], tuple[Tensor, Tensor], list[Span], bool], Tensor] = staticmethod(
+        anchored_attention
+    )
+    """What computes attention; another device may have a faster way to the same numbers."""
+
+    def __init__(self, config: Mapping[str, Any], embeddings: Tensor, head: Tensor, vocabulary: Vocabulary) -> None:
+        super().__init__(config, embeddings, head, vocabulary)
+        plain = config["transformer_layer_config"]
+        if config.get("sample_from_anchor"):
+            raise ContractError(
+                "the draft's anchor proposes a token itself (sample_from_anchor)",
+                "such drafts are not known here; train one whose anchor is the last token that is known",
+            )
+        shape = LayerConfig.from_plain(plain)
+        self.shape = shape
+        self.slots: int = config["block_size"]
+        self.mask_token_id: int = config["mask_token_id"]
+        self.anchors, self.seed = 512, 0
+        self.visit: int | None = None
+        """The step that is trained on; None where all anchors are wanted."""
+        self.options = DFlash()
+        width, read = shape.hidden_size, len(config["aux_hidden_state_layer_ids"])
+        self.fc = nn.Linear(read * width, width, bias=False)
+        self.hidden_norm = RMSNorm(width, shape.rms_norm_eps)
+        count = plain["num_hidden_layers"]
+        slides = [kind == SLIDING for kind in plain.get("layer_types") or ["full_attention"] * count]
+        causal = not config.get("sliding_window_non_causal", False)
+        self.layers = nn.ModuleList(
+            Layer(shape, plain["sliding_window"] if slide else None, causal=slide and causal) for slide in slides
+        )
+        self.norm = RMSNorm(width, shape.rms_norm_eps)
+        self.rotary = Rotary(shape)
+
+    @classmethod
+    def describe(cls, parts: TargetParts, options: Speculator, layer_ids: list[int]) -> dict[str, Any]:
+        assert isinstance(options, DFlash)
+        if options.mask_token_id is None or not 0 <= options.mask_token_id < len(parts.embeddings):
+            raise ContractError(
+                f"the mask token is {options.mask_token_id}, the target has {len(parts.embeddings)} tokens",
+                "set speculator.mask_token_id to a token that answers do not use",
+            )
+        shape = layer_config(parts, options.num_layers, "qwen3")
+        if options.causal or options.sliding_window:
+            shape["layer_types"] = [SLIDING] * options.num_layers
+            shape["sliding_window"] = options.sliding_window or shape["max_position_embeddings"]
+            shape["use_sliding_window"] = True
+        return {
+            "aux_hidden_state_layer_ids": layer_ids,
+            "block_size": options.num_speculative_tokens + 1,
+            "mask_token_id": options.mask_token_id,
+            "sample_from_anchor": False,
+            "sliding_window_non_causal": not options.causal,
+            "transformer_layer_config": shape,
+        }
+
+    def left_out(self) -> set[str]:
+        return {"embed_tokens.weight"} if self.vocabulary.reduced else {"embed_tokens.weight", "lm_head.weight"}
+
+    def initialise(self, seed: int) -> None:
+        self.seed = seed
+        initialise(self, self.shape.initializer_range, torch.Generator().manual_seed(seed))
+
+    def configure(self, options: Speculator) -> None:
+        assert isinstance(options, DFlash)
+        self.options, self.anchors = options, options.anchors
+
+    def advance(self, step: int, total: int) -> None:
+        self.visit = step if step < total else None
+
+    def forward(self, pack: Pack) -> Predictions:
+        at = self.layout(pack)
+        features = pack.states[at.context, :-1].flatten(1).to(self.fc.weight.dtype)
+        context = self.hidden_norm(self.fc(features))
+        hidden_RKH = self.norm(self._blocks(pack, at, context))
+        share = at.valid.float() / at.valid.sum().clamp(min=1)
+        weight, reweigh = share, None
+        if self.options.weighting is Weighting.dpace:
+            reweigh = partial(reach, share=share, alpha=self.options.dpace_alpha)
+        else:
+            weight = (
+                share * torch.exp(-torch.arange(len(share), device=share.device) / self.options.decay_gamma)[:, None]
+            )
+        return Predictions(
+            hidden=hidden_RKH.transpose(0, 1), target=at.target, valid=at.valid, weight=weight, reweigh=reweigh
+        )
+
+    def _blocks(self, pack: Pack, at: Layout, context: Tensor) -> Tensor:
+        """Run the layers over all blocks: what leaves them at the places that propose [R, K, H]."""
+        positions = at.positions[at.anchors][:, None] + torch.arange(self.slots, device=at.anchors.device)
+        cosine, sine = (x.unflatten(0, positions.shape) for x in self.rotary(positions.flatten()))
+        context_turn = self.rotary(at.positions[at.context])
+        rows = torch.cat([pack.token_ids[at.anchors], pack.token_ids.new_tensor([self.mask_token_id])])
+        stream = nn.functional.embedding(rows, self.embed_tokens.weight).float()
+        over: dict[int | None, list[Span]] = {}
+        for index, layer in enumerate(self.layers):
+            assert isinstance(layer, Layer)
+            read = layer.input_layernorm(stream)
+            q, (k, v) = layer.queries(read), layer.keys_values(read)
+            if index == 0:  # all masks are still the same row, which is projected once
+                q, k, v, stream = (self._laid_out(x) for x in (q, k, v, stream))
+            q, k = rotate(q, (cosine, sine)), rotate(k, (cosine, sine))
+            if index == len(self.layers) - 1:  # the anchor proposes nothing
+                q, stream = q[:, 1:], stream[:, 1:]
+            seen_k, seen_v = layer.keys_values(context)
+            if layer.window not in over:
+                over[layer.window] = spans(pack.documents(), at.anchors, self.slots, layer.window)
+            seen = (rotate(seen_k, context_turn), seen_v)
+            stream = layer.finish(self.attend(q, seen, (k, v), over[layer.window], layer.causal), stream)
+        return stream
+
+    def _laid_out(self, rows: Tensor) -> Tensor:
+        """Rows of the anchors and of a mask [R + 1, ...] as blocks [R, B, ...]."""
+        masks = rows[-1].expand(len(rows) - 1, self.slots - 1, *rows.shape[1:])
+        return torch.cat([rows[:-1, None], masks], dim=1)
+
+    def layout(self, pack: Pack) -> Layout:
+        """Choose anchors, and work out what their blocks see and what they are asked for."""
+        device, total = pack.token_ids.device, len(pack.token_ids)
+        lengths = torch.tensor(pack.lengths, device=device)
+        ends_T = torch.repeat_interleave(lengths.cumsum(0), lengths)  # first place after the token's document
+        places_T = torch.arange(total, device=device)
+        asked_T = torch.zeros_like(pack.loss_mask)
+        asked_T[:-1] = pack.loss_mask[:-1] & pack.loss_mask[1:] & (places_T[1:] < ends_T[:-1])
+        anchors = self._drawn(asked_T.nonzero()[:, 0])
+        target_KR = anchors[None, :] + torch.arange(self.slots - 1, device=device)[:, None]
+        inside_KR = target_KR + 1 < ends_T[anchors]
+        target_KR = target_KR.clamp(max=total - 1)
+        return Layout(
+            anchors=anchors,
+            context=context_places(pack.documents(), anchors),
+            positions=places_T - ends_T + torch.repeat_interleave(lengths, lengths),
+            target=target_KR,
+            valid=inside_KR & pack.loss_mask[(target_KR + 1).clamp(max=total - 1)] & asked_T[anchors],
+        )
+
+    def _drawn(self, places: Tensor) -> Tensor:
+        """The anchors of this step, of all `places` where one could be; ascending."""
+        if self.visit is None:
+            return places
+        if not len(places):  # a step needs gradients, if only zeros: one block, and none of it is supervised
+            return places.new_zeros(1)
+        digest = hashlib.sha256(f"anchors {self.seed} {self.visit}".encode()).digest()
+        draw = torch.Generator().manual_seed(int.from_bytes(digest[:7], "big"))
+        picked = torch.randperm(len(places), generator=draw)[: self.anchors].sort().values
+        return places[picked.to(places.device)]
+
+
+def reach(divergence: Tensor, share: Tensor, alpha: float) -> Tensor:
+    """D-PACE: the weight of a place is the sum, over it and all later ones, of how likely each of them is reached.
+
+    A place is passed with the probability that the draft gives the wanted token, mixed with 1 by `alpha`; one that is
+    not supervised is passed for certain and weighs nothing.
+
+    Args:
+        divergence: cross-entropy [K, R].
+        share: what a place weighs where all are reached for certain, 0 where it is not supervised [K, R].
+        alpha: 0 to 1.
+
+    Returns: [K, R].
+    """
+    supervised = share > 0
+    passed = torch.where(supervised, (1.0 - alpha) * torch.exp(-divergence) + alpha, 1.0)
+    reached = torch.cumprod(passed, dim=0) * supervised
+    weights, after = torch.empty_like(share), torch.zeros_like(share[0])
+    for k in reversed(range(len(share))):  # a cumulative sum has no deterministic kernel on a GPU
+        after = after + reached[k]
+        weights[k] = after * share[k]
+    return weights
