@@ -110,7 +110,7 @@ def test_training_learns_and_says_what_it_did(world: Path, tmp_path: Path) -> No
 
 
 def test_a_block_draft_learns_and_is_walked_as_a_server_would(world: Path, tmp_path: Path) -> None:
-    job = make_job(world, tmp_path, algorithm="dflash", epochs=12)
+    job = make_job(world, tmp_path, algorithm="dflash", epochs=12, lr=5e-3)
     train.main(job)
     lines = [json.loads(line) for line in (job.output / "metrics.jsonl").read_text().splitlines()]
     steps = [line for line in lines if "lr" in line]
