@@ -293,6 +293,9 @@ class Serve:
     """Interpreter that has vLLM; this one if empty."""
     url: str = operational("")
     """An OpenAI-style server that already runs, `http://HOST:PORT`; it is used and never stopped."""
+    also: list[str] = operational([])
+    """Further servers beside the one at `url`: they share the requests. The same model under the same name and key,
+    and where hidden states are wanted, into the same directory."""
     api_key_env: str = secret("")
     """Environment variable with the key of the server at `url`."""
     port: int = operational(0)

@@ -36,6 +36,8 @@ class Endpoint:
     """Where the server leaves files for its clients, hidden states for one."""
     log: Path
     """The server's log: its last lines explain a connection that breaks."""
+    also: list[str] = field(default_factory=list)
+    """Further servers as `url`, which serve the same under the same name and key into the same directory."""
 
 
 @dataclass(kw_only=True, slots=True)
@@ -114,6 +116,7 @@ def _endpoint(plain: Mapping[str, Any]) -> Endpoint:
         mode=plain["mode"],
         directory=Path(plain["directory"]),
         log=Path(plain["log"]),
+        also=plain.get("also", []),
     )
 
 

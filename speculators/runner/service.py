@@ -62,6 +62,8 @@ class ServiceSpec:
     """Sent as a bearer token."""
     log: Path
     """Where its output goes. It outlives the server."""
+    also: list[str] = field(default_factory=list)
+    """Further servers that are not ours, as `url`: they serve the same."""
 
 
 class Service:
@@ -120,6 +122,7 @@ class Service:
         """Its entry in a request. The key is not in it, only the variable that holds it."""
         return {
             "url": self.spec.url,
+            "also": self.spec.also,
             "model": self.model,
             "api_key_env": self._key_variable,
             "mode": self.mode,
@@ -206,12 +209,14 @@ class Service:
         from urllib.error import HTTPError  # not at the top, here and below: where all is cached nothing is asked
 
         while not self._stopped.wait(PROBE_SECONDS):
+            url = self.spec.url
             try:
-                self._request("/health", timeout=5)
-                served = [entry["id"] for entry in self._request("/v1/models", timeout=5)["data"]]
-                self._check_name(served)
-                probe = {"model": self.model, "prompt": "1", "max_tokens": 1, "temperature": 0}
-                self._request("/v1/completions", timeout=600, body=probe)
+                for url in (self.spec.url, *self.spec.also):
+                    self._request(url, "/health", timeout=5)
+                    served = [entry["id"] for entry in self._request(url, "/v1/models", timeout=5)["data"]]
+                    self._check_name(url, served)
+                    probe = {"model": self.model, "prompt": "1", "max_tokens": 1, "temperature": 0}
+                    self._request(url, "/v1/completions", timeout=600, body=probe)
             except ServiceError as error:
                 self._verdict = error
                 return
@@ -220,33 +225,33 @@ class Service:
                     hint = "set serve.api_key_env to the variable with its key"
                     if self.spec.argv:
                         hint = "another server has this port: serve.port=0 takes a free one"
-                    self._verdict = ServiceError(f"the server at {self.spec.url} refuses our key", hint)
+                    self._verdict = ServiceError(f"the server at {url} refuses our key", hint)
                     return
             except (OSError, ValueError, LookupError, TypeError) as error:
                 if not self.spec.argv:
                     hint = "start it, or leave serve.url empty to have one started"
-                    self._verdict = ServiceError(f"no server answers at {self.spec.url}: {error}", hint)
+                    self._verdict = ServiceError(f"no server answers at {url}: {error}", hint)
                     return
             else:
                 self._answered.set()
                 return
 
-    def _check_name(self, served: list[str]) -> None:
+    def _check_name(self, url: str, served: list[str]) -> None:
         if not self.model and served:
             self.model = served[0]
         if self.model not in served:
             raise ServiceError(
-                f"the server at {self.spec.url} serves {', '.join(served) or 'nothing'}, not {self.model}",
+                f"the server at {url} serves {', '.join(served) or 'nothing'}, not {self.model}",
                 "it is another one than was started here: serve.port=0 takes a free port",
             )
 
-    def _request(self, path: str, *, timeout: float, body: dict[str, Any] | None = None) -> Any:
+    def _request(self, url: str, path: str, *, timeout: float, body: dict[str, Any] | None = None) -> Any:
         """JSON of a GET, or of a POST with a body; None for an empty answer."""
         from urllib.request import ProxyHandler, Request, build_opener
 
         headers = {"Authorization": f"Bearer {self.spec.api_key}", "Content-Type": "application/json"}
         data = None if body is None else json.dumps(body).encode()
-        request = Request(self.spec.url + path, data=data, headers=headers)
+        request = Request(url + path, data=data, headers=headers)
         # Without the proxies of the environment: a server on loopback is never behind one.
         opener = build_opener(ProxyHandler({} if self.spec.argv else None))
         with opener.open(request, timeout=timeout) as response:
@@ -320,6 +325,8 @@ def external(config: Config, mode: str, directory: Path, log: Path) -> Service:
         model="",
         api_key=os.environ.get(variable, "") if variable else "",
         log=log,
+        # What is measured is one server's.
+        also=[url.rstrip("/") for url in config.serve.also] if mode in ("generate", "extract") else [],
     )
     return Service(spec, directory)
 

@@ -17,7 +17,7 @@ import json
 import os
 import time
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any, ClassVar, TextIO
 
@@ -88,7 +88,7 @@ async def _answer_all(
     job: Job, conversations: list[dict[str, Any]], finished: dict[int, dict[str, Any]], log: Path
 ) -> None:
     config = job.config.regenerate
-    waiting = [i for i in range(len(conversations)) if i not in finished]
+    waiting = in_order(conversations, (i for i in range(len(conversations)) if i not in finished))
     client = Client(
         job.services["target"], concurrency=config.concurrency, retries=config.retries, timeout=config.timeout
     )
@@ -171,12 +171,12 @@ async def answer(
     turns: list[dict[str, Any]] = []
     dropped: str | None = None
     kept = 0
-    item = f"conversation {conversation['id']}"
+    item = near = f"conversation {conversation['id']}"
     for message in conversation["messages"]:
         messages.append(message)
         if message["role"] != "user":
             continue
-        prompt_ids = await client.tokenize(messages, item=item)
+        prompt_ids = await client.tokenize(messages, item=item, near=near)
         room = longest - len(prompt_ids)
         if room <= 0:
             dropped = "prompt_too_long"
@@ -184,6 +184,7 @@ async def answer(
         said = await client.chat(
             messages,
             item=item,
+            near=near,
             max_tokens=min(config.max_tokens, room),
             temperature=config.temperature,
             top_p=config.top_p,
@@ -203,6 +204,19 @@ async def answer(
         turns.append(turn)
         kept = len(messages)
     return {**conversation, "messages": messages[:kept], "turns": turns, "dropped": dropped}
+
+
+def in_order(conversations: list[dict[str, Any]], waiting: Iterable[int]) -> list[int]:
+    """The waiting conversations, those with the same system prompt one after the other.
+
+    So a server computes a prompt that they share once, and still remembers it when the next one comes.
+    """
+
+    def shared(index: int) -> str:
+        first = next(iter(conversations[index]["messages"]), {"role": ""})
+        return str(first["content"]) if first["role"] == "system" else ""
+
+    return sorted(waiting, key=lambda index: (shared(index), index))
 
 
 def _append(file: TextIO, answered: dict[str, Any], synced: float) -> float:

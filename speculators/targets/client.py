@@ -1,4 +1,4 @@
-"""Requests to a vLLM server: many in flight, retried where that can help, and one clear error when the server is gone.
+"""Requests to vLLM servers: many in flight, retried where that can help, and one clear error when all are gone.
 
     async with Client(endpoint, concurrency=32, retries=3, timeout=600.0) as client:
         answer = await client.chat(messages, item="conversation c7", max_tokens=64, temperature=0.0)
@@ -7,13 +7,14 @@
         async for result in client.map(work, items): ...
 
 What is retried, with exponential back-off: time-outs, broken connections, 429 and 5xx. What is not: a 4xx, which is
-about the item and names it, and a server that refuses connections, which is gone; its log says why.
+about the item and names it. Where several servers answer the same requests they share them; which one gets what, and
+what is done about one that fails, is the affair of `pool`.
 """
 
 from __future__ import annotations
 
 import asyncio
-import re
+import dataclasses
 import time
 import uuid
 from collections import deque
@@ -25,18 +26,19 @@ from typing import Any, TypeVar
 
 import httpx
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file
 
 from speculators.data.encoding import dequantise
 from speculators.errors import ServiceError, StageError
 from speculators.job import Endpoint
+from speculators.targets.pool import Pool, Server, explain
 
 FIRST_PAUSE = 0.5
 """Seconds before the second attempt; doubled for each further one."""
 LONGEST_PAUSE = 15.0
-REFUSED = 4
-"""Refused connections in a row after which a server counts as gone; a refusal is never a slow network."""
-LOG_LINES = 20
+TOKENS_IN_TIME = 2048
+"""Tokens, of prompt and answer together, that a request may ask for within `timeout`; for more it gets more time."""
 
 A = TypeVar("A")
 B = TypeVar("B")
@@ -57,6 +59,8 @@ class Completion:
     kv_transfer_params: dict[str, Any]
     seconds: float
     """From sending the request to having the answer, without time in the queue or for failed attempts."""
+    url: str = ""
+    """The server that gave it."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,19 +73,31 @@ class StatesFile:
         """The ids that the states belong to, int64 [T], and the states [T, L, H] in the dtype the target computes in.
 
         The file is gone afterwards.
+
+        Raises:
+            StageError: it is not what a connector writes, or not whole.
         """
         try:
             tensors = load_file(self.path)
+            token_ids, states = tensors["token_ids"], tensors["hidden_states"]
+        except (SafetensorError, KeyError, OSError) as error:
+            raise StageError(
+                f"the hidden states in {self.path.name} cannot be read: {type(error).__name__}: {error}",
+                "the server's disk is full or broken, or another program writes to its directory; see its log",
+            ) from None
         finally:
             self.path.unlink(missing_ok=True)
-        states = tensors["hidden_states"]
         if "scales" in tensors:  # the server sends float8
             states = dequantise(states, tensors["scales"])
-        return tensors["token_ids"], states
+        return token_ids, states
 
 
 class Client:
-    """An asynchronous client of one server. `concurrency` bounds the requests in flight, whoever sends them."""
+    """An asynchronous client of one server, or of several that serve the same.
+
+    `concurrency` bounds the requests in flight, whoever sends them. `timeout`, in seconds, is what a request of up to
+    `TOKENS_IN_TIME` tokens may take, and how long a server that is not healthy is waited for.
+    """
 
     def __init__(self, endpoint: Endpoint, *, concurrency: int, retries: int, timeout: float) -> None:
         self.endpoint = endpoint
@@ -90,13 +106,8 @@ class Client:
         self._retries = retries
         self._timeout = timeout
         self._slots = asyncio.Semaphore(concurrency)
-        self._http = httpx.AsyncClient(
-            base_url=endpoint.url,
-            headers={"Authorization": f"Bearer {endpoint.api_key}"},
-            timeout=timeout,
-            limits=httpx.Limits(max_connections=concurrency + 1, max_keepalive_connections=concurrency + 1),
-            trust_env=False,
-        )
+        servers = [endpoint, *(dataclasses.replace(endpoint, url=url, also=[]) for url in endpoint.also)]
+        self._pool = Pool(servers, connections=concurrency, timeout=timeout, patience=timeout)
 
     async def __aenter__(self) -> Client:
         return self
@@ -104,16 +115,17 @@ class Client:
     async def __aexit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        await self._http.aclose()
+        await self._pool.close()
 
-    async def chat(self, messages: Sequence[dict[str, Any]], *, item: str, **fields: Any) -> Completion:
+    async def chat(self, messages: Sequence[dict[str, Any]], *, item: str, near: str = "", **fields: Any) -> Completion:
         """Answer a conversation. `fields` are the request's own (`max_tokens`, `temperature`, `logprobs`, `seed`...).
 
-        `item` is what an error calls this request. `logprobs=N` asks for the N likeliest tokens a position.
+        `item` is what an error calls this request. Requests with the same `near` begin alike, and go to one server.
+        `logprobs=N` asks for the N likeliest tokens a position.
         """
         if "logprobs" in fields:
             fields |= {"logprobs": True, "top_logprobs": fields["logprobs"]}
-        body, seconds = await self._post("/v1/chat/completions", {"messages": list(messages), **fields}, item)
+        body, said = await self._post("/v1/chat/completions", {"messages": list(messages), **fields}, item, near)
         choice = body["choices"][0]
         positions = (choice.get("logprobs") or {}).get("content") or []
         return _completion(
@@ -122,12 +134,12 @@ class Client:
             text=choice["message"].get("content") or "",
             prompt_ids=body.get("prompt_token_ids"),
             logprobs=[{_token_id(t["token"]): t["logprob"] for t in p["top_logprobs"]} for p in positions],
-            seconds=seconds,
+            **said,
         )
 
-    async def complete(self, prompt_ids: Sequence[int], *, item: str, **fields: Any) -> Completion:
+    async def complete(self, prompt_ids: Sequence[int], *, item: str, near: str = "", **fields: Any) -> Completion:
         """Continue token ids as they are, without a template; otherwise as `chat`."""
-        body, seconds = await self._post("/v1/completions", {"prompt": list(prompt_ids), **fields}, item)
+        body, said = await self._post("/v1/completions", {"prompt": list(prompt_ids), **fields}, item, near)
         choice = body["choices"][0]
         positions = (choice.get("logprobs") or {}).get("top_logprobs") or []
         return _completion(
@@ -136,19 +148,20 @@ class Client:
             text=choice["text"],
             prompt_ids=choice.get("prompt_token_ids"),
             logprobs=[{_token_id(token): value for token, value in (p or {}).items()} for p in positions],
-            seconds=seconds,
+            **said,
         )
 
-    async def tokenize(self, messages: Sequence[dict[str, Any]], *, item: str) -> list[int]:
+    async def tokenize(self, messages: Sequence[dict[str, Any]], *, item: str, near: str = "") -> list[int]:
         """The token ids that `chat` would send these messages as, with the opening of the answer."""
-        body, _ = await self._post("/tokenize", {"messages": list(messages), "add_generation_prompt": True}, item)
+        body, _ = await self._post("/tokenize", {"messages": list(messages), "add_generation_prompt": True}, item, near)
         return list(body["tokens"])
 
-    async def hidden_states(self, token_ids: Sequence[int], *, item: str) -> StatesFile:
+    async def hidden_states(self, token_ids: Sequence[int], *, item: str, near: str = "") -> StatesFile:
         """Run the target over `token_ids` on a server in mode `extract`; returns when the file is there."""
         answer = await self.complete(
             token_ids,
             item=item,
+            near=near,
             max_tokens=1,
             temperature=0.0,
             kv_transfer_params={"hidden_states": True},
@@ -166,7 +179,8 @@ class Client:
                 f"it has to be served in mode `extract` with our connector, its mode is `{self.endpoint.mode}`",
             )
         path = self.endpoint.directory / name
-        await self._appears(path, item)
+        server = next(server for server in self._pool.servers if server.endpoint.url == answer.url)
+        await self._appears(path, item, server, self._limit(len(answer.prompt_ids) + len(answer.token_ids)))
         return StatesFile(path)
 
     async def map(self, work: Callable[[A], Awaitable[B]], items: Iterable[A]) -> AsyncIterator[B]:
@@ -211,59 +225,66 @@ class Client:
                 task.cancel()
             await asyncio.gather(*begun, return_exceptions=True)
 
-    async def _post(self, path: str, fields: dict[str, Any], item: str) -> tuple[dict[str, Any], float]:
+    async def _post(
+        self, path: str, fields: dict[str, Any], item: str, near: str
+    ) -> tuple[dict[str, Any], dict[str, Any]]:
+        """The body of an answer; and which server gave it, after how many seconds."""
         payload = {
             "model": self.endpoint.model,
             "return_token_ids": True,
             "return_tokens_as_token_ids": True,
             **fields,
         }
-        failures = refused = 0
+        limit = self._limit(len(fields.get("prompt", ())) + fields.get("max_tokens", 0))
+        failures, failed = 0, None
         while True:
-            try:
-                async with self._slots:
-                    start = time.perf_counter()
-                    response = await self._http.post(path, json=payload)
-                    seconds = time.perf_counter() - start
-                if response.is_success:
-                    return response.json(), seconds
-                problem = self._judge(response, item)
-                refused = 0
-            except httpx.ConnectError:
-                refused += 1
-                if refused >= REFUSED:
-                    raise self._gone() from None
-                await asyncio.sleep(FIRST_PAUSE / 2)
-                continue
-            except httpx.TimeoutException:
-                problem = f"no answer within {self._timeout:g} s"
-            except httpx.TransportError as error:
-                problem = f"the connection broke ({type(error).__name__})"
+            async with self._slots, self._pool.server(near, avoid=failed) as server:
+                start = time.perf_counter()
+                try:
+                    response = await server.http.post(path, json=payload, timeout=limit)
+                    if response.is_success:
+                        self._pool.worked(server)
+                        return response.json(), {"seconds": time.perf_counter() - start, "url": server.endpoint.url}
+                    problem = self._judge(response, item, server)
+                except httpx.ConnectError:
+                    self._pool.failed(server, "it refuses connections", refused=True)
+                    continue
+                except httpx.TimeoutException:
+                    problem = f"no answer within {limit:g} s"
+                except httpx.TransportError as error:
+                    problem = f"the connection broke ({type(error).__name__})"
+                self._pool.failed(server, problem)
+                failed = server
             if failures >= self._retries:
                 raise ServiceError(
-                    f"{item}: {problem}, {failures + 1} times in a row; {explain(self.endpoint.log)}",
+                    f"{item}: {problem}, {failures + 1} times in a row; {explain(server.endpoint.log)}",
                     "run the same command again: what is finished is kept",
                 )
             await asyncio.sleep(min(FIRST_PAUSE * 2**failures, LONGEST_PAUSE))
             failures += 1
             self.retried += 1
 
-    def _judge(self, response: httpx.Response, item: str) -> str:
+    def _limit(self, tokens: int) -> float:
+        """Seconds that a request may take which asks for so many tokens, those of its prompt included."""
+        return self._timeout * max(1.0, tokens / TOKENS_IN_TIME)
+
+    def _judge(self, response: httpx.Response, item: str, server: Server) -> str:
         """What is wrong, if another attempt may help; raises where it cannot."""
         said = _said(response)
         if response.status_code == 429 or response.status_code >= 500:
             return f"the server answered {response.status_code} ({said})"
+        self._pool.worked(server)
         if response.status_code in (401, 403, 404):
             raise ServiceError(
-                f"the server at {self.endpoint.url} answered {response.status_code}: {said}",
+                f"the server at {server.endpoint.url} answered {response.status_code}: {said}",
                 f"it has to serve the model `{self.endpoint.model}` and take this run's key",
             )
         raise StageError(f"the server refuses {item}: {said}", "leave this item out, or mend it where it comes from")
 
-    async def _appears(self, path: Path, item: str) -> None:
+    async def _appears(self, path: Path, item: str, server: Server, limit: float) -> None:
         """Wait until the connector has put `path` there, whole, by a rename."""
         failed, pause = Path(f"{path}.error"), 0.001
-        deadline = time.monotonic() + self._timeout
+        deadline = time.monotonic() + limit
         next_check = time.monotonic() + 2.0
         while not path.exists():
             if failed.exists():
@@ -272,44 +293,18 @@ class Client:
                 raise StageError(f"the server could not write the hidden states of {item}: {message}", "see its log")
             if time.monotonic() > deadline:
                 raise ServiceError(
-                    f"the hidden states of {item} were promised as {path} and are not there after {self._timeout:g} s",
+                    f"the hidden states of {item} were promised as {path} and are not there after {limit:g} s",
                     "is the server's directory visible from here? Server and stage have to share it",
                 )
             if time.monotonic() > next_check:
-                await self._check_alive()
+                if await server.health() in ("refused", "ill"):
+                    raise ServiceError(
+                        f"the server at {server.endpoint.url} is gone; {explain(server.endpoint.log)}",
+                        "mend what its log names, then run the same command again: what is finished is kept",
+                    )
                 next_check = time.monotonic() + 2.0
             await asyncio.sleep(pause)
             pause = min(2 * pause, 0.05)
-
-    async def _check_alive(self) -> None:
-        try:
-            healthy = (await self._http.get("/health")).is_success
-        except httpx.TimeoutException:
-            return
-        except httpx.TransportError:
-            healthy = False
-        if not healthy:
-            raise self._gone()
-
-    def _gone(self) -> ServiceError:
-        return ServiceError(
-            f"the server at {self.endpoint.url} is gone; {explain(self.endpoint.log)}",
-            "mend what its log names, then run the same command again: what is finished is kept",
-        )
-
-
-def explain(log: Path) -> str:
-    """What a server's log says about its end: the first error of the last failure, and the last lines."""
-    if not log.is_file():
-        return f"there is no log at {log}"
-    lines = log.read_text(errors="replace").splitlines()
-    # An engine's death is followed by one traceback for every request that was in flight: the cause comes before them.
-    fatal = [i for i, line in enumerate(lines) if "fatal error" in line]
-    after = lines[fatal[-1] :] if fatal else []
-    errors = [line for line in after if re.search(r"\b\w+(Error|Exception|Interrupt)\b: ", line)]
-    cause = f"it broke at: {errors[0].strip()}\n" if errors else ""
-    tail = "\n".join(lines[-LOG_LINES:])
-    return f"{cause}last lines of {log}:\n{tail}"
 
 
 def _completion(
@@ -320,6 +315,7 @@ def _completion(
     prompt_ids: list[int] | None,
     logprobs: list[dict[int, float]],
     seconds: float,
+    url: str,
 ) -> Completion:
     if prompt_ids is None or choice.get("token_ids") is None:
         raise ServiceError("the server does not return token ids", "serve the target with vLLM >= 0.11")
@@ -331,6 +327,7 @@ def _completion(
         logprobs=logprobs,
         kv_transfer_params=body.get("kv_transfer_params") or {},
         seconds=seconds,
+        url=url,
     )
 
 

@@ -182,6 +182,17 @@ def test_an_external_server_is_used_under_its_own_name_and_never_stopped(
     assert used.plain()["model"] == "target-n1"
     used.stop()
     assert ours.poll() == "ready"
+    config.serve.also = [ours.spec.url + "/"]
+    assert external(config, "plain", tmp_path / "n2", tmp_path / "log").plain()["also"] == []
+    several = external(config, "generate", tmp_path / "n2", tmp_path / "log")
+    several.start()
+    assert settle(several) == "ready"
+    assert several.plain()["also"] == [ours.spec.url]
+    config.serve.also = [f"http://127.0.0.1:{free_port()}"]
+    missing = external(config, "generate", tmp_path / "n2", tmp_path / "log")
+    missing.start()
+    assert settle(missing) == "dead"
+    assert f"no server answers at {config.serve.also[0]}" in missing.failure().message
     ours.stop()
     gone = external(config, "plain", tmp_path / "n2", tmp_path / "log")
     gone.start()

@@ -15,7 +15,7 @@ from speculators.config import Config, Regenerate
 from speculators.data.encoding import decode, encode
 from speculators.errors import ContractError
 from speculators.job import Job
-from speculators.stages.regenerate import Keeper, answer, read_answers
+from speculators.stages.regenerate import Keeper, answer, in_order, read_answers
 from speculators.targets.client import Completion, StatesFile
 from tests.stages.jobs import make_job
 
@@ -29,7 +29,7 @@ class Words:
         self.answers = list(answers)
         self.asked: list[dict[str, Any]] = []
 
-    async def tokenize(self, messages: list[dict[str, str]], *, item: str) -> list[int]:
+    async def tokenize(self, messages: list[dict[str, str]], *, item: str, near: str = "") -> list[int]:
         return list(range(sum(len(message["content"].split()) for message in messages)))
 
     async def chat(self, messages: list[dict[str, str]], *, item: str, **fields: Any) -> Completion:
@@ -86,6 +86,19 @@ def test_turns_before_the_one_that_does_not_fit_are_kept() -> None:
     assert (len(made["turns"]), made["dropped"]) == (1, "prompt_too_long")
 
 
+def test_conversations_with_one_system_prompt_are_asked_one_after_the_other() -> None:
+    system = [[{"role": "system", "content": text}] if text else [] for text in ("b", "a", "", "b", "a")]
+    made = [{"messages": [*first, {"role": "user", "content": "?"}]} for first in system]
+    assert in_order(made, range(5)) == [2, 1, 4, 0, 3]
+    assert in_order(made, [3, 0, 2]) == [2, 0, 3]
+
+
+def test_the_turns_of_a_conversation_go_to_one_server() -> None:
+    words = Words("first answer", "second")
+    answered(words, conversation("one two", "three"))
+    assert [asked["near"] for asked in words.asked] == ["conversation c1"] * 2
+
+
 def test_an_empty_answer_ends_the_conversation_and_is_named() -> None:
     made = answered(Words(" \n"), conversation("a b"))
     assert (made["messages"], made["turns"], made["dropped"]) == ([], [], "empty_answer")
@@ -139,7 +152,7 @@ class Remembering(WordsWithStates):
 
     said: Completion | None = None
 
-    async def tokenize(self, messages: list[dict[str, str]], *, item: str) -> list[int]:
+    async def tokenize(self, messages: list[dict[str, str]], *, item: str, near: str = "") -> list[int]:
         whole = [*self.said.prompt_ids, *self.said.token_ids] if self.said else []
         return [*whole, 7, 7]
 

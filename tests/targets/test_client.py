@@ -20,7 +20,9 @@ from speculators.data.encoding import dequantise, quantise
 from speculators.errors import ServiceError, StageError
 from speculators.job import Endpoint
 from speculators.targets import client as module
-from speculators.targets.client import Client, StatesFile, explain
+from speculators.targets import pool
+from speculators.targets.client import TOKENS_IN_TIME, Client, StatesFile
+from speculators.targets.pool import explain
 
 ANSWER = {
     "choices": [
@@ -34,13 +36,27 @@ class Server:
 
     def __init__(self, script: list[tuple[int, Any]]) -> None:
         self.requests: list[dict[str, Any]] = []
+        self.script = script
+        self.delay = 0.0
+        self.health = 200
+        self.probes = 0
+        self.probed = threading.Condition()
         outer = self
 
         class Handler(BaseHTTPRequestHandler):
+            def do_GET(self) -> None:
+                with outer.probed:
+                    outer.probes += 1
+                    outer.probed.notify_all()
+                self.send_response(outer.health)
+                self.send_header("Content-Length", "0")
+                self.end_headers()
+
             def do_POST(self) -> None:
                 body = self.rfile.read(int(self.headers["Content-Length"]))
                 outer.requests.append({"authorization": self.headers["Authorization"], **json.loads(body)})
-                status, answer = script[min(len(outer.requests), len(script)) - 1]
+                status, answer = outer.script[min(len(outer.requests), len(outer.script)) - 1]
+                time.sleep(outer.delay)
                 if status == 0:
                     self.connection.shutdown(socket.SHUT_RDWR)
                     return
@@ -57,6 +73,12 @@ class Server:
         self.url = f"http://127.0.0.1:{self.http.server_port}"
         threading.Thread(target=self.http.serve_forever, kwargs={"poll_interval": 0.01}, daemon=True).start()
 
+    def await_probes(self, count: int) -> None:
+        """Until /health was asked so many times more."""
+        with self.probed:
+            wanted = self.probes + count
+            assert self.probed.wait_for(lambda: self.probes >= wanted, timeout=20)
+
     def stop(self) -> None:
         self.http.shutdown()
         self.http.server_close()
@@ -65,6 +87,9 @@ class Server:
 @pytest.fixture
 def serve(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[list[tuple[int, Any]]], Server]]:
     monkeypatch.setattr(module, "FIRST_PAUSE", 0.01)
+    monkeypatch.setattr(module, "LONGEST_PAUSE", 0.05)
+    monkeypatch.setattr(pool, "FIRST_PROBE", 0.02)
+    monkeypatch.setattr(pool, "LONGEST_PROBE", 0.1)
     servers: list[Server] = []
 
     def start(script: list[tuple[int, Any]]) -> Server:
@@ -76,14 +101,16 @@ def serve(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[list[tuple[int,
         server.stop()
 
 
-def endpoint(url: str, directory: Path) -> Endpoint:
-    return Endpoint(url=url, model="m", api_key="k", mode="extract", directory=directory, log=directory / "server.log")
+def endpoint(url: str, directory: Path, *also: str) -> Endpoint:
+    log = directory / "server.log"
+    return Endpoint(url=url, model="m", api_key="k", mode="extract", directory=directory, log=log, also=list(also))
 
 
-def use(url: str, directory: Path, work: Callable[[Client], Awaitable[Any]], **options: Any) -> Any:
+def use(url: str | list[str], directory: Path, work: Callable[[Client], Awaitable[Any]], **options: Any) -> Any:
     async def run() -> Any:
+        urls = [url] if isinstance(url, str) else url
         async with Client(
-            endpoint(url, directory), **{"concurrency": 4, "retries": 2, "timeout": 5.0, **options}
+            endpoint(urls[0], directory, *urls[1:]), **{"concurrency": 4, "retries": 2, "timeout": 5.0, **options}
         ) as client:
             return await work(client), client
 
@@ -278,3 +305,131 @@ def test_the_first_error_stops_the_rest(tmp_path: Path, method: str) -> None:
         use("http://127.0.0.1:1", tmp_path, run)
     assert len(cancelled) <= 8
     assert 3 in cancelled
+
+
+def test_a_server_that_fails_all_requests_is_left_alone_until_it_is_healthy(serve: Any, tmp_path: Path) -> None:
+    server = serve([(500, {})])
+    server.health = 503
+
+    async def work(client: Client) -> None:
+        asking = [asyncio.ensure_future(ask(client)) for _ in range(24)]
+        await asyncio.to_thread(server.await_probes, 1)
+        sent = len(server.requests)
+        await asyncio.to_thread(server.await_probes, 3)
+        assert len(server.requests) == sent
+        assert sent <= pool.FAILURES + client.concurrency
+        server.script, server.health = [(200, ANSWER)], 200
+        assert all(answer.text == "yes" for answer in await asyncio.gather(*asking))
+
+    use(server.url, tmp_path, work, concurrency=8, retries=20)
+
+
+def test_the_first_failure_after_that_is_enough(serve: Any, tmp_path: Path) -> None:
+    server = serve([*[(500, {})] * pool.FAILURES, (500, {}), (200, ANSWER)])
+    use(server.url, tmp_path, ask, retries=20)
+    assert server.probes == 2  # after FAILURES, and after one more
+    assert len(server.requests) == pool.FAILURES + 2
+
+
+def test_a_server_that_stays_ill_is_given_up_with_one_error(serve: Any, tmp_path: Path) -> None:
+    server = serve([(500, {"error": {"message": "no more blocks"}})])
+    server.health = 503
+
+    async def work(client: Client) -> list[BaseException]:
+        asking = [asyncio.ensure_future(ask(client)) for _ in range(20)]
+        return [e for e in await asyncio.gather(*asking, return_exceptions=True) if isinstance(e, ServiceError)]
+
+    errors, _ = use(server.url, tmp_path, work, retries=20, timeout=0.5)
+    assert len(errors) == 20
+    said = (
+        f"the server at {server.url} says that it is not healthy for 0.5 s (the server answered 500 (no more blocks))"
+    )
+    assert {e.message.partition(";")[0] for e in errors} == {said}  # type: ignore[attr-defined]
+
+
+def test_a_request_for_more_tokens_gets_more_time(serve: Any, tmp_path: Path) -> None:
+    server = serve([(200, ANSWER)])
+    server.delay = 0.4
+    with pytest.raises(ServiceError, match=r"no answer within 0.1 s"):
+        use(server.url, tmp_path, ask, timeout=0.1, retries=0)
+
+    async def long(client: Client) -> Any:
+        return await client.complete([1, 2], item="row 1", max_tokens=40 * TOKENS_IN_TIME)
+
+    assert use(server.url, tmp_path, long, timeout=0.1, retries=0)[0].text == "yes"
+
+
+def test_servers_share_the_requests_and_the_faster_one_gets_more(serve: Any, tmp_path: Path) -> None:
+    slow, fast = serve([(200, ANSWER)]), serve([(200, ANSWER)])
+    slow.delay = 0.2
+
+    async def work(client: Client) -> int:
+        return len(await asyncio.gather(*(ask(client) for _ in range(40))))
+
+    assert use([slow.url, fast.url], tmp_path, work)[0] == 40
+    assert len(slow.requests) + len(fast.requests) == 40
+    assert 0 < len(slow.requests) < len(fast.requests)
+
+
+def test_a_dead_server_is_left_out_while_another_lives(serve: Any, tmp_path: Path) -> None:
+    server = serve([(200, ANSWER)])
+
+    async def work(client: Client) -> int:
+        return len(await asyncio.gather(*(ask(client) for _ in range(20))))
+
+    done, client = use([refused_url(), server.url], tmp_path, work, retries=0)
+    assert (done, len(server.requests), client.retried) == (20, 20, 0)
+
+
+def test_a_server_that_is_back_is_used_again(serve: Any, tmp_path: Path) -> None:
+    ill, other = serve([(500, {})]), serve([(200, ANSWER)])
+    ill.health = 503
+
+    async def work(client: Client) -> None:
+        await asyncio.gather(*(ask(client) for _ in range(40)))
+        ill.script, ill.health = [(200, ANSWER)], 200
+        await asyncio.to_thread(ill.await_probes, 1)
+        before = len(ill.requests)
+        while len(ill.requests) == before:
+            await asyncio.gather(*(ask(client) for _ in range(4)))
+
+    use([ill.url, other.url], tmp_path, work, retries=20)
+
+
+def test_when_all_servers_are_gone_the_error_names_all(tmp_path: Path) -> None:
+    urls = [refused_url(), refused_url()]
+    with pytest.raises(ServiceError) as error:
+        use(urls, tmp_path, ask)
+    assert all(f"the server at {url} is gone" in error.value.message for url in urls)
+
+
+def test_what_begins_alike_goes_to_one_server_until_that_fails(serve: Any, tmp_path: Path) -> None:
+    servers = [serve([(200, ANSWER)]), serve([(200, ANSWER)])]
+
+    async def work(client: Client) -> list[str]:
+        async def turns(near: str) -> set[str]:
+            return {(await client.complete([1], item="c", near=near, max_tokens=1)).url for _ in range(6)}
+
+        used = await asyncio.gather(*(turns(f"c{i}") for i in range(4)))
+        assert [len(urls) for urls in used] == [1] * 4
+        assert len(set.union(*used)) == 2
+        (home,) = await turns("c0")
+        next(server for server in servers if server.url == home).script = [(0, None)]
+        return [home, (await client.complete([1], item="c", near="c0", max_tokens=1)).url]
+
+    (home, elsewhere), _ = use([server.url for server in servers], tmp_path, work, retries=20)
+    assert home != elsewhere
+
+
+@pytest.mark.parametrize("damage", ["truncated", "other names", "empty"])
+def test_a_states_file_that_is_damaged_is_an_error_with_its_name(tmp_path: Path, damage: str) -> None:
+    path = tmp_path / "x.safetensors"
+    save_file(
+        {"hidden_states": torch.zeros(4, 2, 8), "tokens" if damage == "other names" else "token_ids": torch.zeros(4)},
+        path,
+    )
+    if damage != "other names":
+        path.write_bytes(path.read_bytes()[: 0 if damage == "empty" else -8])
+    with pytest.raises(StageError, match=r"hidden states in x.safetensors cannot be read"):
+        StatesFile(path).take()
+    assert not path.exists()
