@@ -21,7 +21,7 @@ from speculators.algorithms import Loss as Loss
 from speculators.algorithms import Speculator as Speculator
 from speculators.algorithms import Weighting as Weighting
 from speculators.fields import MISSING as MISSING
-from speculators.fields import operational, secret
+from speculators.fields import if_set, operational, secret
 
 
 class Dtype(enum.Enum):
@@ -60,6 +60,14 @@ class OnDamage(enum.Enum):
 
     report = "report"
     error = "error"
+
+
+class OnBadRow(enum.Enum):
+    """What to do with a row whose hidden states cannot be used: they are not finite, not whole, or of other tokens."""
+
+    error = "error"
+    skip = "skip"
+    """Leave it out, with its reason. Too many of them are an error still."""
 
 
 class Device(enum.Enum):
@@ -120,6 +128,12 @@ class Target:
     """What the target computes in when it is served, for answers, hidden states and evaluation alike."""
     trust_remote_code: bool = False
     """Run code that comes with the model. Off unless the recipe says so."""
+    fidelity: float = operational(0.98)
+    """Share of a sample of the server's greedy tokens that norm and head have to give from the stored states, before
+    anything is trained on them; 0 lets everything through."""
+    reference_gib: float = operational(2.0)
+    """Largest checkpoint, in GiB, that is also run by transformers, over a few tokens, to see that the captured layers
+    are those that were asked for; 0: none."""
     num_hidden_layers: int | None = operational(None)
     """Known beforehand, so that `plan` can derive layer ids before the weights are here; checked against them."""
     hidden_size: int | None = operational(None)
@@ -211,6 +225,8 @@ class Extract(Stage):
     """What the states are stored in. `float8_e4m3fn` takes half the disk, and training reads it as bfloat16."""
     shard_tokens: int = 32768
     """Tokens in a shard before it is sealed; what a killed extraction can lose. Semantic: it moves the bytes."""
+    on_bad_row: OnBadRow = if_set(OnBadRow.error)
+    """A row whose hidden states cannot be used: `error` stops, `skip` leaves it out of the training, and counts."""
     concurrency: int = operational(32)
     """Requests in flight."""
     retries: int = operational(3)

@@ -17,6 +17,9 @@ from speculators.errors import RecipeError, closest
 SERVE = "serve"
 """The kind of node that is a service, not an artifact."""
 
+GATE = ("target.fidelity", "target.reference_gib")
+"""Options of `targets.fidelity`."""
+
 TARGET = "target"
 """The node that fetches the target, and the input name under which stages get it."""
 
@@ -71,10 +74,10 @@ KINDS: dict[str, Kind] = {
     ),
     "vocab": Kind(version=1, gives=("vocabulary",), takes={"tokens": "tokens"}, reads=("vocab",)),
     "extract": Kind(
-        version=1,
+        version=2,
         gives=("features",),
         takes={"tokens": "tokens"},
-        reads=("extract", "target.dtype"),
+        reads=("extract", "target.dtype", *GATE),
         derived=("layer_ids", "capture_layer_ids"),
         serve="extract",
     ),
@@ -96,7 +99,7 @@ KINDS: dict[str, Kind] = {
         adopts=True,
     ),
     "collect": Kind(
-        version=1,
+        version=2,
         gives=("features",),
         takes={"tokens": "tokens", "states": "states"},
         reads=("extract", "target.dtype"),
@@ -106,7 +109,7 @@ KINDS: dict[str, Kind] = {
         version=2,
         gives=("speculator",),
         takes={"tokens": "tokens", "features": "features", "vocab": "vocabulary"},
-        reads=("train", "speculator", "target.dtype"),
+        reads=("train", "speculator", "target.dtype", *GATE),
         derived=("layer_ids", "capture_layer_ids"),
         drawn="features",
         trains=True,

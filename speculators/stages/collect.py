@@ -17,6 +17,8 @@ from safetensors.torch import load_file
 from speculators.data.encoding import decode
 from speculators.errors import ContractError
 from speculators.job import Job
+from speculators.targets.fidelity import write_picks
+from speculators.targets.readings import Pick
 from speculators.targets.states import states_writer
 
 
@@ -25,10 +27,13 @@ def main(job: Job) -> None:
     tokens = load_from_disk(str(job.inputs["tokens"]))
     turns = read_turns(job.inputs["states"] / "conversations.jsonl")
     writer = states_writer(job)
+    picks: list[Pick] = []
     for number in range(len(tokens)):
+        row = tokens[number]
+        turn = covering(turns[row["id"]], row["input_ids"])
+        if turn is not None:
+            picks += picks_in(number, turn)
         if number not in writer.done:
-            row = tokens[number]
-            turn = covering(turns[row["id"]], row["input_ids"])
             if turn is None:
                 raise ContractError(
                     f"row {number} (conversation {row['id']}) is no part of what the target was asked and answered",
@@ -40,11 +45,18 @@ def main(job: Job) -> None:
             job.progress(number + 1, len(tokens), "rows")
     writer.close()
     job.digests_written |= writer.digests
+    write_picks(job.output, picks)
     job.record |= {
         "rows": len(tokens),
         "tokens": sum(tokens["seq_len"]),
         "bytes": sum(path.stat().st_size for path in job.output.iterdir()),
     }
+
+
+def picks_in(row: int, turn: dict[str, Any]) -> list[Pick]:
+    """What the server found likeliest in a turn that covers a row; training leaves out what the row was cut before."""
+    begin = len(turn["prompt_ids"]) - 1
+    return [Pick(row, begin + place, token, logprob) for place, token, logprob in turn.get("picks", ())]
 
 
 def read_turns(conversations: Path) -> dict[str, list[dict[str, Any]]]:

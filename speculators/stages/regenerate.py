@@ -19,7 +19,7 @@ import time
 from collections import Counter
 from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import Any, ClassVar, TextIO
+from typing import Any, TextIO
 
 import torch
 from safetensors.torch import save_file
@@ -29,10 +29,13 @@ from speculators.data.encoding import encode
 from speculators.errors import StageError
 from speculators.job import Job
 from speculators.targets.client import Client, Completion, StatesFile
+from speculators.targets.fidelity import of_answer
 from speculators.targets.states import check_states
 
 STATES = "states"
 """Directory of the turns' hidden states, in the scratch directory and in the artifact."""
+SAMPLED = 16
+"""Conversations whose answers also say what the server finds likeliest, so that their states can be checked."""
 SYNC_SECONDS = 1.0
 """Answers that a crash of the machine may lose; a crash of this process loses none."""
 
@@ -116,10 +119,12 @@ async def _answer_all(
 class Keeper:
     """Keeps the hidden states of one conversation's turns in the scratch directory."""
 
-    request: ClassVar[dict[str, Any]] = {"kv_transfer_params": {"hidden_states": True, "include_output_tokens": True}}
-    """What a request says to get states."""
-
     def __init__(self, job: Job, index: int) -> None:
+        self.request: dict[str, Any] = {"kv_transfer_params": {"hidden_states": True, "include_output_tokens": True}}
+        """What a request says to get states."""
+        if index < SAMPLED:
+            # Of two, because the first that the server lists is the sampled one, which need not be the likeliest.
+            self.request["logprobs"] = 2
         self._directory = job.scratch / STATES
         self._index = index
         self._stored: str = job.derived["states_dtype"]
@@ -201,6 +206,7 @@ async def answer(
             turn["states"] = await asyncio.to_thread(keeper.keep, len(turns), said, file)
             if turns and continues(turns[-1], turn):
                 keeper.drop(turns[-1].pop("states"))
+            turn |= {"picks": picks} if (picks := of_answer(said)) else {}
         turns.append(turn)
         kept = len(messages)
     return {**conversation, "messages": messages[:kept], "turns": turns, "dropped": dropped}

@@ -25,6 +25,7 @@ from speculators.drafts import DRAFTS
 from speculators.drafts.base import TargetParts, Vocabulary
 from speculators.errors import ContractError, RecipeError, closest
 from speculators.job import Job, write_json
+from speculators.targets.fidelity import check_features, check_server
 from speculators.targets.hf import TargetCheckpoint, rope_parameters
 from speculators.training.corpus import Corpus, Shards
 from speculators.training.feed import Feed, Shape
@@ -92,11 +93,13 @@ def read(job: Job, target: TargetCheckpoint) -> Shards:
         "normed": False,
     }
     check_contract(features.contract, wanted)
+    check_features(job, features)
     return Shards(features)
 
 
 def drawn(job: Job, target: TargetCheckpoint) -> Feed:
     """States out of the server that the runner has started for this target and these layers."""
+    check_server(job)
     options, layer_ids = job.config.train, job.derived["capture_layer_ids"]
     compute, stored = job.config.target.dtype.name, job.config.extract.dtype.name
     shape = Shape(

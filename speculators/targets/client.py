@@ -68,6 +68,8 @@ class StatesFile:
     """Hidden states that the server has written. Whoever has waited for many of them takes one at a time."""
 
     path: Path
+    item: str = "an answer"
+    """What an error calls them."""
 
     def take(self) -> tuple[torch.Tensor, torch.Tensor]:
         """The ids that the states belong to, int64 [T], and the states [T, L, H] in the dtype the target computes in.
@@ -82,7 +84,7 @@ class StatesFile:
             token_ids, states = tensors["token_ids"], tensors["hidden_states"]
         except (SafetensorError, KeyError, OSError) as error:
             raise StageError(
-                f"the hidden states in {self.path.name} cannot be read: {type(error).__name__}: {error}",
+                f"{self.item}: the hidden states in {self.path.name} cannot be read: {type(error).__name__}: {error}",
                 "the server's disk is full or broken, or another program writes to its directory; see its log",
             ) from None
         finally:
@@ -181,7 +183,7 @@ class Client:
         path = self.endpoint.directory / name
         server = next(server for server in self._pool.servers if server.endpoint.url == answer.url)
         await self._appears(path, item, server, self._limit(len(answer.prompt_ids) + len(answer.token_ids)))
-        return StatesFile(path)
+        return StatesFile(path, item)
 
     async def map(self, work: Callable[[A], Awaitable[B]], items: Iterable[A]) -> AsyncIterator[B]:
         """`work` on every item, `concurrency` of them at a time; yields results as they finish.

@@ -7,6 +7,7 @@ out of the safetensors files by name; the model itself, which may be a hundred t
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -32,6 +33,13 @@ UNIT_OFFSET_NORMS = frozenset(
     )
 )
 """Model types whose RMSNorm multiplies by 1 + weight, so that a stored zero means one."""
+LAYER_NORMS = ("cohere",)
+"""How the model types begin whose final norm is a LayerNorm without a bias, which no tensor tells."""
+
+MULTIPLIERS = ("logit_scale", "lm_head_multiplier", "output_multiplier")
+"""Options that logits are multiplied by: Cohere's, Falcon-H1's, Muse's."""
+MULTIPLIED_BY_LOGITS_SCALING = ("hyperclovax",)
+"""How the model types begin that multiply by `logits_scaling`; Granite, and all others that have it, divide."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -40,6 +48,8 @@ class FinalNorm:
 
     weight: Tensor
     eps: float
+    unit_offset: bool = False
+    """What is stored is the weight less 1."""
 
 
 class TargetCheckpoint:
@@ -54,6 +64,7 @@ class TargetCheckpoint:
         self.directory = directory
         self.raw: dict[str, Any] = _read_json(directory / "config.json")
         self.config: Mapping[str, Any] = _text_config(directory)
+        self._parts = [part for part in (self.raw.get("text_config"), self.raw) if isinstance(part, dict)]
         self._files = _index(directory)
 
     @property
@@ -79,8 +90,11 @@ class TargetCheckpoint:
 
     @property
     def logit_scale(self) -> float:
-        """What the head's output is multiplied by (Cohere multiplies, Granite divides)."""
-        return float(self.config.get("logit_scale") or 1.0) / float(self.config.get("logits_scaling") or 1.0)
+        """What the head's output is multiplied by, over all the names that this goes by."""
+        scale = float(self.config.get("logits_scaling") or 1.0)
+        if not str(self.config["model_type"]).startswith(MULTIPLIED_BY_LOGITS_SCALING):
+            scale = 1.0 / scale
+        return math.prod((float(self.config.get(name) or 1.0) for name in MULTIPLIERS), start=scale)
 
     @property
     def logit_softcap(self) -> float | None:
@@ -88,30 +102,60 @@ class TargetCheckpoint:
         cap = self.config.get("final_logit_softcapping")
         return float(cap) if cap else None
 
+    @property
+    def bytes(self) -> int:
+        """Size of the weights on disk."""
+        return sum(path.stat().st_size for path in set(self._files.values()))
+
+    @property
+    def tied(self) -> bool:
+        """Whether the head is the embeddings.
+
+        What config.json says itself counts before a default, the text model's own word before that of the model around
+        it. Where nothing is said and the files hold no head, it is.
+        """
+        stated = [part["tie_word_embeddings"] for part in self._parts if "tie_word_embeddings" in part]
+        if stated:
+            return bool(stated[0])
+        return bool(self.config.get("tie_word_embeddings", False)) or not self._has(HEAD)
+
+    @property
+    def has_head(self) -> bool:
+        """Whether there is a head where `tied` says; without one `head` raises."""
+        return self.tied or self._has(HEAD)
+
+    def other_head(self) -> Tensor | None:
+        """The head [V, H] if `tied` is wrong: that of its own or the embeddings; None if there is no other."""
+        if self.tied and not self._has(HEAD):
+            return None
+        return self._matrix(self._find(HEAD, "output head")) if self.tied else self.embeddings()
+
     def embeddings(self) -> Tensor:
         """Input embeddings [V, H] in the stored dtype."""
         return self._matrix(self._find(EMBEDDINGS, "input embeddings"))
 
     def head(self, rows: Tensor | None = None) -> Tensor:
         """Output head [V, H], or its `rows` (int64), in the stored dtype; the embeddings where the two are tied."""
-        name = self._find(EMBEDDINGS, "input embeddings") if self._tied() else self._find(HEAD, "output head")
+        name = self._find(EMBEDDINGS, "input embeddings") if self.tied else self._find(HEAD, "output head")
         head = self._matrix(name)
         return head if rows is None else head.index_select(0, rows)
 
     def final_norm(self) -> FinalNorm:
         """The norm that the head's input goes through."""
         name = self._find(FINAL_NORM, "final norm")
-        if name.removesuffix("weight") + "bias" in self._files:
+        centred = str(self.config["model_type"]).startswith(LAYER_NORMS)
+        if centred or name.removesuffix("weight") + "bias" in self._files:
+            why = "subtracts the mean" if centred else "has a bias"
             raise ContractError(
-                f"the final norm of {self.directory} has a bias: it is a LayerNorm, and only RMSNorm is known here",
+                f"the final norm of {self.directory} {why}: it is a LayerNorm, and only RMSNorm is known here",
                 "train for a target whose final norm is an RMSNorm",
             )
         weight = self._read(name).float()
         if list(weight.shape) != [self.hidden_size]:
             raise ContractError(f"{name} is {list(weight.shape)}, not [{self.hidden_size}]", "check the checkpoint")
-        offset = 1.0 if self.config["model_type"] in UNIT_OFFSET_NORMS else 0.0
+        offset = self.config["model_type"] in UNIT_OFFSET_NORMS
         eps = self.config.get("rms_norm_eps") or self.config.get("norm_eps") or 1e-6
-        return FinalNorm(weight=weight + offset, eps=float(eps))
+        return FinalNorm(weight=weight + float(offset), eps=float(eps), unit_offset=offset)
 
     def mask_token_id(self) -> int:
         """A token whose embedding can stand for a place that is to be filled in.
@@ -134,8 +178,8 @@ class TargetCheckpoint:
             "set speculator.mask_token_id to a token that answers do not use",
         )
 
-    def _tied(self) -> bool:
-        return bool(self.config.get("tie_word_embeddings", self.raw.get("tie_word_embeddings", False)))
+    def _has(self, names: Iterable[str]) -> bool:
+        return any(prefix + name in self._files for name in names for prefix in PREFIXES)
 
     def _find(self, names: Iterable[str], what: str) -> str:
         tried = [prefix + name for name in names for prefix in PREFIXES]

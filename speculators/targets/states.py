@@ -5,12 +5,18 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 
+from speculators.config import OnBadRow
 from speculators.data.shards import ShardWriter, feature_contract
-from speculators.errors import ContractError, StageError
-from speculators.job import Job
+from speculators.errors import ContractError, RunError, StageError
+from speculators.job import Job, write_json
+
+SKIPPED = "skipped.json"
+FEW, SHARE = 4, 0.02
+"""Rows that may be left out: so many, and this share of those that were seen."""
 
 
 def check_states(
@@ -20,6 +26,8 @@ def check_states(
     hint = "the server is not this run's, or is broken; look at its log"
     if token_ids.tolist() != list(sent):
         raise ContractError(f"{item}: the server gave the states of other tokens than were sent", hint)
+    if states.dim() != 3 or len(states) != len(sent):
+        raise ContractError(f"{item}: the server gave states {list(states.shape)} of {len(sent)} tokens", hint)
     if states.dtype != compute:
         raise ContractError(f"{item}: the server computes in {states.dtype}, `target.dtype` is {compute}", hint)
     if not bool(torch.isfinite(states).all()):
@@ -28,6 +36,50 @@ def check_states(
             f"{item}: the target's hidden states are not finite (captured layers number {layers})",
             "a target in float16 overflows easily: set target.dtype=bfloat16",
         )
+
+
+class BadRows:
+    """Rows whose states cannot be used, by what `extract.on_bad_row` says: the first one stops, or they are left out.
+
+    What is left out lies in `skipped.json` beside the shards, row -> reason, and is not asked for by a later attempt.
+    """
+
+    def __init__(self, job: Job) -> None:
+        self._path = job.output / SKIPPED
+        self._skip = job.config.extract.on_bad_row is OnBadRow.skip
+        self.reasons = read_skipped(job.output)
+
+    def leave_out(self, row: int, error: RunError, seen: int) -> None:
+        """One more. `seen` is how many rows this attempt has had so far.
+
+        Raises:
+            RunError: that error, if rows are not to be left out.
+            StageError: there are too many of them for it to be the rows' fault.
+        """
+        if not self._skip:
+            raise error
+        self.reasons[row] = error.message
+        if len(self.reasons) > FEW + SHARE * seen:
+            self._path.unlink(missing_ok=True)  # whatever is wrong, the next attempt may find it mended
+            raise StageError(
+                f"the hidden states of {len(self.reasons)} rows cannot be used, after {seen} rows; the last: {error}",
+                error.hint,
+            )
+        write_json(self._path, {str(row): reason for row, reason in sorted(self.reasons.items())})
+
+    def record(self) -> dict[str, Any]:
+        """What the artifact says about them."""
+        if not self.reasons:
+            return {}
+        row, reason = next(iter(self.reasons.items()))
+        note = f"{len(self.reasons)} rows were left out because their hidden states cannot be used, row {row}: {reason}"
+        return {"skipped": len(self.reasons), "skipped_rows": sorted(self.reasons)[:20], "notes": [note]}
+
+
+def read_skipped(directory: Path) -> dict[int, str]:
+    """Row -> why it was left out of a set of hidden states."""
+    path = directory / SKIPPED
+    return {int(row): why for row, why in json.loads(path.read_text()).items()} if path.exists() else {}
 
 
 def states_writer(job: Job) -> ShardWriter:

@@ -3,9 +3,10 @@
 Where states come from is a `Source`: the shards of an artifact (`Shards`), or a live server (`training.feed`). Which
 batches there are depends on the tokens and the seed alone, so it is the same for all sources that cover whole rows.
 
-Every row of the table has to have its states, and the states have to be of the row's own tokens. Neither is
-assumed: a row that does not fit stops the training, since leaving it out would go unnoticed. States that were taken
-while the target answered lack those of a row's last token; the row is taken one token shorter then.
+Every row of the table has to have its states, but for those that extraction left out and named, and the states have
+to be of the row's own tokens. Neither is assumed: a row that does not fit stops the training, since leaving it out
+would go unnoticed. States that were taken while the target answered lack those of a row's last token; the row is taken
+one token shorter then.
 """
 
 from __future__ import annotations
@@ -22,6 +23,7 @@ from speculators.data.packing import Piece, held_out, pieces
 from speculators.data.shards import ShardReader
 from speculators.drafts.base import Pack
 from speculators.errors import ContractError
+from speculators.targets.states import read_skipped
 
 
 class Source(Protocol):
@@ -57,8 +59,9 @@ class Shards:
     def lengths(self, whole: Sequence[int]) -> dict[int, int]:
         """See `Source`."""
         rows = self.reader.rows
-        if rows != list(range(len(whole))):
-            missing = sorted(set(range(len(whole))) - set(rows))
+        wanted = sorted(set(range(len(whole))) - set(read_skipped(self.reader.directory)))
+        if rows != wanted:
+            missing = sorted(set(wanted) - set(rows))
             raise ContractError(
                 f"there are hidden states of {len(rows)} rows, and tokens of {len(whole)} "
                 f"(first row without: {missing[0] if missing else 'none'})",
@@ -104,7 +107,7 @@ class Corpus:
 
     def split(self, share: float) -> tuple[list[int], list[int]]:
         """Rows to train on, and rows to validate on: about `share` of the conversations."""
-        held = {row for row, name in enumerate(self.conversations) if held_out(name, share)}
+        held = {row for row in self.lengths if held_out(self.conversations[row], share)}
         return [row for row in self.lengths if row not in held], sorted(held)
 
     def pieces(self, rows: Sequence[int], batch_tokens: int) -> list[Piece]:

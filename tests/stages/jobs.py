@@ -25,8 +25,8 @@ def make_job(stage: str, work: Path, config: Config, **inputs: Path) -> Job:
         services={},
         work=work,
     )
-    job.output.mkdir(parents=True)
-    job.scratch.mkdir()
+    job.output.mkdir(parents=True, exist_ok=True)
+    job.scratch.mkdir(exist_ok=True)
     return job
 
 

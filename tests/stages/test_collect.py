@@ -18,6 +18,8 @@ from speculators.job import Job
 from speculators.stages.collect import covering, main
 from speculators.stages.regenerate import continues
 from speculators.stages.tokenize import merge
+from speculators.targets.fidelity import read_picks
+from speculators.targets.readings import Pick
 from tests.stages.jobs import make_job
 
 
@@ -109,6 +111,18 @@ def test_a_conversation_of_many_turns_takes_less_than_half_the_bytes_of_a_file_a
     ours = sum(path.stat().st_size for path in (tmp_path / "work/data").iterdir())
     print(f"bytes a trained token: {ours / 310:.0f}, upstream's layout {upstream / 310:.0f}, {ours / upstream:.3f}x")
     assert ours / upstream < 0.5 * (1 / 2)
+
+
+def test_what_the_server_found_likeliest_is_placed_in_its_row(tmp_path: Path, config: Config) -> None:
+    write_answers(tmp_path / "answers")
+    path = tmp_path / "answers/conversations.jsonl"
+    told = [json.loads(line) for line in path.read_text().splitlines()]
+    told[1]["turns"][0]["picks"] = [[0, 6, -0.1], [2, 9, -0.2]]
+    path.write_text("".join(json.dumps(line) + "\n" for line in told))
+    write_tokens(tmp_path / "tokens", [("c1", [1, 2, 3, 4]), ("c2", [5, 6, 7, 8])])
+    main(job_in(tmp_path, config))
+    # After [5] it finds 6 the likeliest, and after [5, 6, 7] not the 8 that it drew.
+    assert read_picks(tmp_path / "work/data") == [Pick(1, 0, 6, -0.1), Pick(1, 2, 9, -0.2)]
 
 
 def test_a_row_of_other_tokens_is_refused(tmp_path: Path, config: Config) -> None:

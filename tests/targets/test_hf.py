@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+import transformers
 from safetensors.torch import save_file
 
 from speculators.errors import ContractError, SourceError
+from speculators.targets import hf
 from speculators.targets.hf import TargetCheckpoint, rope_parameters
 
 H, V = 16, 24
@@ -92,6 +95,39 @@ def test_bounded_and_scaled_logits_are_known(tmp_path: Path) -> None:
     scaled = write(tmp_path / "b", {**CONFIG, "model_type": "granite", "logits_scaling": 8.0}, weights())
     assert (bounded.logit_softcap, bounded.logit_scale) == (30.0, 1.0)
     assert (scaled.logit_softcap, scaled.logit_scale) == (None, 0.125)
+
+
+@pytest.mark.parametrize(
+    ("config", "scale"),
+    [
+        ({"model_type": "cohere", "logit_scale": 0.25}, 0.25),
+        ({"model_type": "falcon_h1", "lm_head_multiplier": 0.5}, 0.5),
+        ({"model_type": "hyperclovax", "logits_scaling": 4.0}, 4.0),
+        ({"model_type": "granite", "logits_scaling": 4.0}, 0.25),
+    ],
+)
+def test_every_family_has_its_own_name_for_the_scale(tmp_path: Path, config: dict[str, Any], scale: float) -> None:
+    assert write(tmp_path, {**CONFIG, **config}, weights()).logit_scale == scale
+
+
+def test_a_layer_norm_without_a_bias_is_refused(tmp_path: Path) -> None:
+    target = write(tmp_path, {**CONFIG, "model_type": "cohere"}, weights())
+    with pytest.raises(ContractError, match="subtracts the mean"):
+        target.final_norm()
+
+
+def test_every_family_of_transformers_that_multiplies_by_one_and_the_weight_is_known() -> None:
+    """Of those whose final norm is such a one, and which are decoders that are served as text models."""
+    models = Path(transformers.__file__).parent / "models"
+    found = set()
+    for path in models.glob("*/modeling_*.py"):
+        text = path.read_text()
+        kinds = re.findall(
+            r"class (\w+Norm)\(nn\.Module\):(?:(?!\nclass ).)*?\(1(?:\.0)? \+ self\.weight", text, re.DOTALL
+        )
+        if any(re.search(rf"self\.norm = {kind}\(", text) for kind in kinds):
+            found.add(path.parent.name)
+    assert {name for name in found if not name.startswith(("t5gemma", "videoprism"))} <= hf.UNIT_OFFSET_NORMS
 
 
 @pytest.mark.parametrize(

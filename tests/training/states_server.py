@@ -82,6 +82,8 @@ class StatesServer:
         self.spoil: Callable[[dict[str, torch.Tensor]], None] = lambda tensors: None
         self.before: Callable[[int], None] = lambda number: None
         """Gets the number of the request, from 1."""
+        self.pick: Callable[[torch.Tensor], int] = lambda states: 7
+        """The token that is answered, by the states of the prompt's last token [L, H]."""
         self.directory = directory
         directory.mkdir(exist_ok=True)
         self.http = ThreadingHTTPServer(("127.0.0.1", 0), _handler(self, model))
@@ -101,11 +103,17 @@ class StatesServer:
         self.asked.append(ids)
         self.before(len(self.asked))
         name = f"{uuid.uuid4().hex}.safetensors"
-        tensors = {"hidden_states": self.known[ids].clone(), "token_ids": torch.tensor(ids)}
+        states = next(its[: len(ids)] for row, its in self.known.items() if row[: len(ids)] == ids)
+        tensors = {"hidden_states": states.clone(), "token_ids": torch.tensor(ids)}
         self.spoil(tensors)
         save_file(tensors, self.directory / f"{name}.part")
         (self.directory / f"{name}.part").rename(self.directory / name)
-        choice = {"text": "", "prompt_token_ids": list(ids), "token_ids": [7], "finish_reason": "length"}
+        choice = {
+            "text": "",
+            "prompt_token_ids": list(ids),
+            "token_ids": [self.pick(states[-1])],
+            "finish_reason": "length",
+        }
         return {"choices": [choice], "kv_transfer_params": {"hidden_states_file": name}}
 
     def stop(self) -> None:

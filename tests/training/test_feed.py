@@ -31,6 +31,9 @@ from speculators.errors import ContractError, RunError, ServiceError, StageError
 from speculators.job import Job
 from speculators.stages import train
 from speculators.targets import client
+from speculators.targets.fidelity import check_server
+from speculators.targets.hf import TargetCheckpoint
+from speculators.targets.readings import reading_of
 from speculators.training import checkpoint
 from speculators.training.corpus import Corpus
 from speculators.training.feed import Feed, Shape
@@ -360,3 +363,30 @@ def test_options_of_a_stage_that_reads_files_are_not_there_for_it(world: World, 
     job: Job = make_job(world.path, tmp_path / "work")
     with pytest.raises(AttributeError):
         _ = job.config.extract
+
+
+@pytest.mark.parametrize("captured", ["right", "other layers", "other picks"])
+def test_nothing_is_trained_on_what_a_server_does_not_compute_with(
+    world: World, tmp_path: Path, serve: Callable[..., StatesServer], captured: str
+) -> None:
+    server = serve()
+    reading = reading_of(TargetCheckpoint(world.path / "target"))
+
+    def pick(states: torch.Tensor) -> int:
+        return int(reading.logits(reading.normed(states[None])).argmax())
+
+    server.pick = pick if captured != "other picks" else server.pick
+    if captured == "other layers":
+        server.spoil = lambda tensors: tensors.update(
+            hidden_states=tensors["hidden_states"][:, [1, 0, 2, 3]].contiguous()
+        )
+    job = make_job(world.path, tmp_path / "work", server.endpoint)
+    job.config.target.fidelity = 0.98
+    if captured == "right":
+        check_server(job)
+        assert job.record["fidelity"]["agree"] == job.record["fidelity"]["picks"] == 16
+        return
+    said = "3 instead of 1, 1 instead of 3" if captured == "other layers" else r"from \d of 16 stored states"
+    with pytest.raises(ContractError, match=said):
+        train.main(job)
+    assert list(job.output.iterdir()) == []

@@ -143,6 +143,22 @@ def test_features_of_something_else_are_refused_by_name(
         train.main(job)
 
 
+def test_states_that_do_not_give_what_the_server_picks_are_not_trained_on(tmp_path: Path) -> None:
+    world = write_world(tmp_path / "world")
+    job = make_job(world, tmp_path / "work")
+    (world / "features" / "picks.json").write_text(json.dumps([[row, 3, row, None] for row in range(8)]))
+    with pytest.raises(ContractError, match=r"the token that the server picks from \d of 8 stored states"):
+        train.main(job)
+    assert list(job.output.iterdir()) == []
+
+
+def test_states_without_picks_are_trained_on_and_that_is_said(world: Path, tmp_path: Path) -> None:
+    job = make_job(world, tmp_path, epochs=1)
+    train.main(job)
+    assert job.record["fidelity"] == {"picks": 0, "states_off": None}
+    assert "came without picks.json" in job.record["notes"][0]
+
+
 def test_a_vocabulary_of_another_target_is_refused(world: Path, tmp_path: Path) -> None:
     job = make_job(world, tmp_path)
     job.inputs["vocab"] = tmp_path

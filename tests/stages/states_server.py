@@ -1,0 +1,94 @@
+"""A server that hands out hidden states of its own making as our connector does, and misbehaves on demand."""
+
+from __future__ import annotations
+
+import json
+import threading
+import uuid
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import save_file
+
+LAYERS, WIDTH = 2, 8
+
+
+def states_of(token_ids: list[int], dtype: torch.dtype = torch.bfloat16) -> torch.Tensor:
+    """What the server computes: [T, LAYERS, WIDTH], of each token by itself."""
+    ids = torch.tensor(token_ids, dtype=torch.float32)
+    return (ids[:, None, None] + torch.arange(LAYERS * WIDTH).view(LAYERS, WIDTH) / 16).to(dtype)
+
+
+class StatesServer:
+    """`trouble` maps the first token of a prompt to what goes wrong with its states."""
+
+    def __init__(self, directory: Path, trouble: dict[int, str] | None = None) -> None:
+        self.directory = directory
+        self.trouble = dict(trouble or {})
+        self.asked: list[list[int]] = []
+        """Prompts whose states were asked for."""
+        self.dies_after = 1 << 30
+        self.stopping = threading.Lock()
+        outer = self
+
+        class Handler(BaseHTTPRequestHandler):
+            def do_POST(self) -> None:
+                fields = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+                if len(outer.asked) >= outer.dies_after:
+                    outer.stop()  # nobody is let in any more, and this one is left without an answer
+                    self.close_connection = True
+                    return
+                status, body = outer.answer(fields)
+                data = json.dumps(body).encode()
+                self.send_response(status)
+                self.send_header("Content-Length", str(len(data)))
+                self.end_headers()
+                self.wfile.write(data)
+
+            def log_message(self, format: str, *args: Any) -> None:
+                pass
+
+        self.http = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+        self.url = f"http://127.0.0.1:{self.http.server_port}"
+        threading.Thread(target=self.http.serve_forever, kwargs={"poll_interval": 0.01}, daemon=True).start()
+
+    def answer(self, fields: dict[str, Any]) -> tuple[int, dict[str, Any]]:
+        """Status and body for one completion; its states are written on the way."""
+        prompt: list[int] = fields["prompt"]
+        choice = {"text": "x", "prompt_token_ids": prompt, "token_ids": [1], "finish_reason": "length"}
+        if not fields.get("kv_transfer_params"):
+            return 200, {"choices": [choice]}
+        self.asked.append(prompt)
+        trouble = self.trouble.get(prompt[0], "")
+        if trouble == "refused":
+            return 400, {"error": {"message": "too long"}}
+        name = f"{uuid.uuid4().hex}.safetensors"
+        self.write(self.directory / name, prompt, trouble)
+        return 200, {"choices": [choice], "kv_transfer_params": {"hidden_states_file": name}}
+
+    def write(self, path: Path, prompt: list[int], trouble: str) -> None:
+        """The states of one prompt, or what goes wrong."""
+        if trouble == "unwritten":
+            path.with_name(f"{path.name}.error").write_text("OSError: No space left on device")
+            return
+        states, ids = states_of(prompt), torch.tensor(prompt)
+        if trouble == "nan":
+            states[-1, 0, 3] = float("nan")
+        if trouble == "tokens":
+            ids = ids + 1
+        if trouble == "layers":
+            states = states[:, :1].contiguous()
+        if trouble == "dtype":
+            states = states.float()
+        beside = path.with_suffix(".part")
+        save_file({"hidden_states": states, "token_ids": ids}, beside)
+        if trouble == "truncated":
+            beside.write_bytes(beside.read_bytes()[:-8])
+        beside.rename(path)
+
+    def stop(self) -> None:
+        with self.stopping:
+            self.http.shutdown()
+            self.http.server_close()

@@ -1,0 +1,192 @@
+"""extract against a server that misbehaves: bad rows stop it or are left out and counted, and sealed shards stay."""
+
+from __future__ import annotations
+
+import errno
+import json
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import datasets
+import pytest
+import torch
+
+from speculators.config import Config, Dtype, OnBadRow
+from speculators.data import shards
+from speculators.data.shards import ShardReader
+from speculators.errors import ContractError, RunError, ServiceError, StageError
+from speculators.job import Endpoint, Job
+from speculators.stages.extract import main
+from speculators.targets import client, pool
+from speculators.targets.fidelity import PICKS
+from speculators.targets.states import SKIPPED
+from speculators.training.corpus import Corpus
+from tests.stages.jobs import make_job
+from tests.stages.states_server import WIDTH, StatesServer, states_of
+
+ROWS = [[row + 10, *range(2, 12)] for row in range(30)]
+"""Row r begins with the token r + 10, by which the server knows it."""
+
+Start = Callable[..., StatesServer]
+
+
+@pytest.fixture
+def serve(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Start]:
+    monkeypatch.setattr(client, "FIRST_PAUSE", 0.01)
+    monkeypatch.setattr(pool, "FIRST_PROBE", 0.02)
+    servers: list[StatesServer] = []
+
+    def start(trouble: dict[int, str] | None = None) -> StatesServer:
+        directory = tmp_path / "states"
+        directory.mkdir(exist_ok=True)
+        servers.append(StatesServer(directory, trouble))
+        return servers[-1]
+
+    yield start
+    for server in servers:
+        server.stop()
+
+
+def job_in(root: Path, config: Config, server: StatesServer, *, name: str = "work", skip: bool = False) -> Job:
+    """A job over `ROWS`; a second one in the same directory is the next attempt."""
+    if not (root / "tokens").exists():
+        table = [
+            {"input_ids": ids, "loss_mask": [1] * len(ids), "seq_len": len(ids), "id": f"c{i}"}
+            for i, ids in enumerate(ROWS)
+        ]
+        datasets.Dataset.from_list(table).save_to_disk(root / "tokens")
+        (root / "target").mkdir()
+        (root / "target/config.json").write_text(json.dumps({"hidden_size": WIDTH}))
+    config.target.fidelity, config.target.dtype = 0.0, Dtype.bfloat16
+    config.extract.shard_tokens, config.extract.concurrency, config.extract.retries = 60, 4, 1
+    config.extract.on_bad_row = OnBadRow.skip if skip else OnBadRow.error
+    job = make_job("extract", root / name, config, tokens=root / "tokens", target=root / "target")
+    job.derived |= {"layer_ids": [2], "capture_layer_ids": [2, 4]}
+    job.digests |= {"target": "t", "tokens": "k"}
+    job.services["target"] = Endpoint(
+        url=server.url, model="m", api_key="k", mode="extract", directory=server.directory, log=root / "server.log"
+    )
+    return job
+
+
+def test_every_row_is_kept_with_its_own_states_and_nothing_else_is_left(
+    tmp_path: Path, config: Config, serve: Start
+) -> None:
+    server = serve()
+    job = job_in(tmp_path, config, server)
+    main(job)
+    reader = ShardReader(job.output)
+    assert reader.rows == list(range(30))
+    assert all(torch.equal(reader.states(row), states_of(ROWS[row])) for row in reader.rows)
+    assert list(server.directory.iterdir()) == []
+    assert (job.output / PICKS).exists()
+    assert not (job.output / SKIPPED).exists()
+    assert (job.record["rows"], job.record["tokens"], "skipped" in job.record) == (30, 330, False)
+
+
+@pytest.mark.parametrize(
+    ("trouble", "kind", "message"),
+    [
+        ("nan", StageError, r"row 7: the target's hidden states are not finite \(captured layers number \[0\]\)"),
+        ("truncated", StageError, "row 7: the hidden states in .* cannot be read"),
+        ("tokens", ContractError, "row 7: the server gave the states of other tokens"),
+        ("layers", ContractError, r"the states of row 7 are \[11, 1, 8\], \[11, 2, 8\] was expected"),
+        ("dtype", ContractError, "row 7: the server computes in torch.float32"),
+        ("unwritten", StageError, "could not write the hidden states of row 7: OSError: No space left on device"),
+        ("refused", StageError, "the server refuses row 7: too long"),
+    ],
+)
+def test_a_bad_row_stops_or_is_left_out_as_the_recipe_says(
+    tmp_path: Path, config: Config, serve: Start, trouble: str, kind: type[RunError], message: str
+) -> None:
+    server = serve({17: trouble})
+    with pytest.raises(kind, match=message):
+        main(job_in(tmp_path, config, server))
+    job = job_in(tmp_path, config, server, name="skipping", skip=True)
+    main(job)
+    assert ShardReader(job.output).rows == [row for row in range(30) if row != 7]
+    assert (job.record["rows"], job.record["tokens"]) == (29, 29 * 11)
+    assert (job.record["skipped"], job.record["skipped_rows"]) == (1, [7])
+    assert "1 rows were left out because their hidden states cannot be used, row 7: " in job.record["notes"][0]
+    assert list(json.loads((job.output / SKIPPED).read_text())) == ["7"]
+
+
+def test_rows_that_are_left_out_are_not_trained_on_and_others_may_not_be_missing(
+    tmp_path: Path, config: Config, serve: Start
+) -> None:
+    job = job_in(tmp_path, config, serve({17: "nan"}), skip=True)
+    main(job)
+    corpus = Corpus(job.inputs["tokens"], ShardReader(job.output))
+    rows, held = corpus.split(0.3)
+    assert sorted([*rows, *held]) == [row for row in range(30) if row != 7]
+    (job.output / SKIPPED).unlink()
+    with pytest.raises(ContractError, match="29 rows, and tokens of 30"):
+        Corpus(job.inputs["tokens"], ShardReader(job.output))
+
+
+def test_too_many_bad_rows_are_not_the_rows_fault(tmp_path: Path, config: Config, serve: Start) -> None:
+    server = serve({row + 10: "nan" for row in range(3, 30)})
+    job = job_in(tmp_path, config, server, skip=True)
+    with pytest.raises(StageError, match=r"of 5 rows cannot be used, after 8 rows; the last: row 7: .* not finite"):
+        main(job)
+    assert not (job.output / SKIPPED).exists()
+    server.trouble = {}
+    again = job_in(tmp_path, config, server, skip=True)
+    main(again)
+    assert again.record["rows"] == 30
+
+
+def test_a_row_that_was_left_out_stays_out_when_the_stage_goes_on(tmp_path: Path, config: Config, serve: Start) -> None:
+    server = serve({11: "nan"})
+    server.dies_after = 20
+    with pytest.raises(ServiceError, match="is gone"):
+        main(job_in(tmp_path, config, server, skip=True))
+    other = serve()
+    job = job_in(tmp_path, config, other, skip=True)
+    main(job)
+    assert ROWS[1] not in other.asked
+    assert (job.record["rows"], job.record["skipped_rows"]) == (29, [1])
+
+
+def test_a_server_that_is_killed_costs_only_what_was_not_sealed(tmp_path: Path, config: Config, serve: Start) -> None:
+    main(straight := job_in(tmp_path, config, serve(), name="straight"))
+    server = serve()
+    server.dies_after = 20
+    with pytest.raises(ServiceError, match="is gone"):
+        main(job_in(tmp_path, config, server))
+    sealed = len(list((tmp_path / "work/data").glob("shard-*")))
+    assert sealed > 0
+    main(again := job_in(tmp_path, config, other := serve()))
+    assert again.record["resumed"] == len(ROWS) - len(other.asked) > 0
+    assert files(again.output) == files(straight.output)
+
+
+def test_a_disk_that_fills_up_costs_only_the_shard_that_was_being_written(
+    tmp_path: Path, config: Config, serve: Start, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    server = serve()
+    main(straight := job_in(tmp_path, config, server, name="straight"))
+    write, written = shards.write_safetensors, []
+
+    def full(path: Path, *args: Any) -> str:
+        written.append(path)
+        digest = write(path, *args)
+        if len(written) == 3:
+            path.write_bytes(path.read_bytes()[:100])
+            raise OSError(errno.ENOSPC, "No space left on device", str(path))
+        return digest
+
+    monkeypatch.setattr(shards, "write_safetensors", full)
+    with pytest.raises(OSError, match="No space left"):
+        main(job_in(tmp_path, config, server))
+    monkeypatch.undo()
+    server.asked.clear()
+    main(again := job_in(tmp_path, config, server))
+    assert again.record["resumed"] == 12
+    assert sorted(server.asked) == sorted(ROWS[12:])
+    assert files(again.output) == files(straight.output)
+
+
+def files(directory: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in sorted(directory.iterdir())}
