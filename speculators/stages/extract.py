@@ -10,6 +10,7 @@ A row whose states cannot be used stops the stage, or is left out with its reaso
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import time
 
 import torch
@@ -77,12 +78,14 @@ async def _extract(job: Job, tokens: Dataset, writer: ShardWriter) -> int:
             else:
                 gate.see(row, token_ids, states)
 
-        async for row, sent, file in client.map_in_order(work, waiting):
-            seen += 1
-            # In a thread: sealing hashes and writes a whole shard, and the server is to get its requests meanwhile.
-            await asyncio.to_thread(keep, row, sent, file)
-            done += len(sent)
-            speed = done / (time.monotonic() - start)
-            job.progress(row + 1, len(tokens), "rows", tokens_per_second=round(speed, 1))
+        # Closed before the client is, if a row stops it all: what is in flight then must not outlive its connections.
+        async with contextlib.aclosing(client.map_in_order(work, waiting)) as results:
+            async for row, sent, file in results:
+                seen += 1
+                # In a thread: sealing hashes and writes a whole shard, and the server is to get its requests meanwhile.
+                await asyncio.to_thread(keep, row, sent, file)
+                done += len(sent)
+                speed = done / (time.monotonic() - start)
+                job.progress(row + 1, len(tokens), "rows", tokens_per_second=round(speed, 1))
     job.record |= {"retried_requests": client.retried, "fidelity": gate.found} | bad.record()
     return done

@@ -18,7 +18,7 @@ import dataclasses
 import time
 import uuid
 from collections import deque
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Sequence
+from collections.abc import AsyncGenerator, Awaitable, Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
@@ -185,7 +185,7 @@ class Client:
         await self._appears(path, item, server, self._limit(len(answer.prompt_ids) + len(answer.token_ids)))
         return StatesFile(path, item)
 
-    async def map(self, work: Callable[[A], Awaitable[B]], items: Iterable[A]) -> AsyncIterator[B]:
+    async def map(self, work: Callable[[A], Awaitable[B]], items: Iterable[A]) -> AsyncGenerator[B, None]:
         """`work` on every item, `concurrency` of them at a time; yields results as they finish.
 
         `items` is drawn from as results are taken, so memory stays bounded. The first error stops the rest.
@@ -209,7 +209,7 @@ class Client:
                 task.cancel()
             await asyncio.gather(*running, *done, return_exceptions=True)
 
-    async def map_in_order(self, work: Callable[[A], Awaitable[B]], items: Iterable[A]) -> AsyncIterator[B]:
+    async def map_in_order(self, work: Callable[[A], Awaitable[B]], items: Iterable[A]) -> AsyncGenerator[B, None]:
         """As `map`, but results come in the order of the items.
 
         So that a slow one does not leave the server idle, twice `concurrency` of them are begun or wait for their turn.

@@ -21,7 +21,7 @@ from speculators.stages.extract import main
 from speculators.targets import client, pool
 from speculators.targets.fidelity import PICKS
 from speculators.targets.states import SKIPPED
-from speculators.training.corpus import Corpus
+from speculators.training.corpus import Corpus, Shards
 from tests.stages.jobs import make_job
 from tests.stages.states_server import WIDTH, StatesServer, states_of
 
@@ -117,12 +117,12 @@ def test_rows_that_are_left_out_are_not_trained_on_and_others_may_not_be_missing
 ) -> None:
     job = job_in(tmp_path, config, serve({17: "nan"}), skip=True)
     main(job)
-    corpus = Corpus(job.inputs["tokens"], ShardReader(job.output))
+    corpus = Corpus(job.inputs["tokens"], Shards(ShardReader(job.output)))
     rows, held = corpus.split(0.3)
     assert sorted([*rows, *held]) == [row for row in range(30) if row != 7]
     (job.output / SKIPPED).unlink()
     with pytest.raises(ContractError, match="29 rows, and tokens of 30"):
-        Corpus(job.inputs["tokens"], ShardReader(job.output))
+        Corpus(job.inputs["tokens"], Shards(ShardReader(job.output)))
 
 
 def test_too_many_bad_rows_are_not_the_rows_fault(tmp_path: Path, config: Config, serve: Start) -> None:
