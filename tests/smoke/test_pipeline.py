@@ -9,99 +9,17 @@ from __future__ import annotations
 import json
 import os
 import signal
-import subprocess
-import sys
 import time
-from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
 
 from speculators.data.shards import ShardReader
+from tests.smoke.world import World, gone, lines, wait_for
 
 pytestmark = [pytest.mark.smoke, pytest.mark.timeout(900)]
-RECIPE = Path(__file__).parent / "small.yaml"
 STAGES = ("prompts", "regenerate", "tokenize", "vocab", "extract", "train", "evaluate")
-
-
-class World:
-    """One store, one working directory, and the command run in it."""
-
-    def __init__(self, root: Path) -> None:
-        self.root = root
-        self.store = root / "store"
-
-    def start(self, *words: str, verb: str = "run") -> subprocess.Popen[str]:
-        command = [sys.executable, "-m", "speculators.cli", verb, f"recipe={RECIPE}", *words]
-        env = {**os.environ, "SPECULATORS_STORE": str(self.store)}
-        pipe = subprocess.PIPE
-        return subprocess.Popen(command, cwd=self.root, env=env, stdout=pipe, stderr=pipe, text=True)
-
-    def run(self, *words: str, verb: str = "run") -> tuple[int, str, str]:
-        process = self.start(*words, verb=verb)
-        out, err = process.communicate()
-        return process.returncode, out, err
-
-    def last_run(self) -> dict[str, Any]:
-        directory = max((self.root / "runs").iterdir())
-        events = [json.loads(line) for line in (directory / "events.jsonl").read_text().splitlines()]
-        return {"directory": directory, "events": events, **json.loads((directory / "run.json").read_text())}
-
-    def processes(self) -> list[int]:
-        """Processes of this world: their command line names its directory."""
-        found = []
-        for proc in Path("/proc").iterdir():
-            if proc.name.isdigit() and int(proc.name) != os.getpid():
-                try:
-                    words = (proc / "cmdline").read_bytes() + (proc / "environ").read_bytes()
-                except OSError:
-                    continue
-                if str(self.root).encode() in words:
-                    found.append(int(proc.name))
-        return found
-
-    def worker(self, stage: str) -> int | None:
-        for pid in self.processes():
-            words = Path(f"/proc/{pid}/cmdline").read_text().split("\0")
-            if "speculators.worker" in words and any(word.endswith(f"{stage}-0.json") for word in words):
-                return pid
-        return None
-
-    def scratch(self, stage: str) -> Path | None:
-        return next((self.store / "work" / stage).glob("*/scratch"), None)
-
-
-@pytest.fixture(scope="module")
-def world(tmp_path_factory: pytest.TempPathFactory) -> Iterator[World]:
-    made = World(tmp_path_factory.mktemp("world"))
-    yield made
-    for pid in made.processes():
-        os.kill(pid, signal.SIGKILL)
-
-
-def wait_for(what: Callable[[], Any], process: subprocess.Popen[str], seconds: float = 600) -> Any:
-    deadline = time.monotonic() + seconds
-    while time.monotonic() < deadline:
-        if found := what():
-            return found
-        if process.poll() is not None:
-            pytest.fail(f"ended with {process.returncode} before it was killed:\n{process.communicate()[1]}")
-        time.sleep(0.05)
-    pytest.fail("it never came to the point at which it was to be killed")
-
-
-def gone(world: World, seconds: float = 20) -> bool:
-    deadline = time.monotonic() + seconds
-    while world.processes() and time.monotonic() < deadline:
-        time.sleep(0.1)
-    return not world.processes()
-
-
-def lines(path: Path | None, name: str) -> int:
-    file = path / name if path else None
-    return len(file.read_text().splitlines()) if file and file.exists() else 0
 
 
 def test_a_worker_killed_in_regenerate_leaves_no_server_and_keeps_what_was_answered(world: World) -> None:

@@ -1,6 +1,6 @@
 """Training from the live engine: the same batches as from files, the same losses but for rounding, over a lost server.
 
-The tests of this module are one story and run in order, in one store.
+The tests of this module are one story and run in order, in the store that `test_pipeline` leaves.
 """
 
 from __future__ import annotations
@@ -13,12 +13,12 @@ from typing import Any
 
 import pytest
 
-from tests.smoke.test_pipeline import World, gone, wait_for, world  # noqa: F401
+from tests.smoke.world import World, gone, wait_for
 
 pytestmark = [pytest.mark.smoke, pytest.mark.timeout(900)]
 
 
-def trained(world: World) -> tuple[dict[str, Any], list[dict[str, Any]], dict[str, Any]]:  # noqa: F811
+def trained(world: World) -> tuple[dict[str, Any], list[dict[str, Any]], dict[str, Any]]:
     """What the last run's training says at its end, its metrics, and its record."""
     path = Path(world.last_run()["steps"]["train"]["path"])
     metrics = [json.loads(line) for line in (path / "metrics.jsonl").read_text().splitlines()]
@@ -30,14 +30,14 @@ def losses(metrics: list[dict[str, Any]]) -> list[float]:
     return [line["loss"] for line in metrics if "loss" in line]
 
 
-def server_of(world: World) -> int | None:  # noqa: F811
+def server_of(world: World) -> int | None:
     for pid in world.processes():
         if "vllm.entrypoints.openai.api_server" in Path(f"/proc/{pid}/cmdline").read_text().split("\0"):
             return pid
     return None
 
 
-def test_online_trains_on_the_batches_of_offline_with_its_losses(world: World) -> None:  # noqa: F811
+def test_online_trains_on_the_batches_of_offline_with_its_losses(world: World) -> None:
     results = {}
     for pipeline in ("offline", "online"):
         code, _, err = world.run(f"pipeline={pipeline}", "until=train")
@@ -54,7 +54,7 @@ def test_online_trains_on_the_batches_of_offline_with_its_losses(world: World) -
     assert gone(world)
 
 
-def test_hybrid_loses_its_server_on_the_way_goes_on_and_prefills_no_row_again(world: World) -> None:  # noqa: F811
+def test_hybrid_loses_its_server_on_the_way_goes_on_and_prefills_no_row_again(world: World) -> None:
     process = world.start("pipeline=hybrid", "until=train", "force=[train]", "train.states_memory_gib=0")
     scratch = wait_for(lambda: world.scratch("train"), process)
     wait_for(lambda: list(scratch.glob("step-*/sealed.json")), process)
