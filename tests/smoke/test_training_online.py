@@ -55,7 +55,7 @@ def test_online_trains_on_the_batches_of_offline_with_its_losses(world: World) -
 
 
 def test_hybrid_loses_its_server_on_the_way_goes_on_and_prefills_no_row_again(world: World) -> None:
-    process = world.start("pipeline=hybrid", "until=train", "force=[train]", "train.states_memory_gib=0")
+    process = world.start("pipeline=hybrid", "until=train", "train.seed=1", "train.states_memory_gib=0")
     scratch = wait_for(lambda: world.scratch("train"), process)
     wait_for(lambda: list(scratch.glob("step-*/sealed.json")), process)
     pid = server_of(world)
