@@ -35,7 +35,7 @@ demo: setup ## the main job: SmolLM2, ShareGPT, vLLM, an EAGLE-3 draft, measured
 	$(BIN)/speculators-run recipe=$(RECIPE) $(ARGS)
 
 test: setup ## every test that needs no GPU, the whole pipeline on the real engine included
-	$(BIN)/python -m pytest $(ARGS)
+	$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder $(ARGS)
 
 check: setup ## lint, format, types, layers, budgets
 	$(BIN)/ruff check .

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 
 import pytest
@@ -13,6 +14,14 @@ from speculators.runner import key as keys
 from speculators.runner.artifact import Artifact
 from speculators.runner.plan import Planner
 from speculators.runner.store import Store
+
+# Tests are small and run beside each other: threads that wait for a core would keep their whole team waiting.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """The stories on the real engine first: they take longest, and all other tests run beside them."""
+    items.sort(key=lambda item: item.get_closest_marker("smoke") is None)
 
 
 @pytest.fixture(autouse=True)
