@@ -59,7 +59,7 @@ def main() -> None:
 
 
 def _guarded(words: Sequence[str]) -> int:
-    from speculators.runner.execute import Interrupted
+    from speculators.runner.interrupt import Interrupted
 
     try:
         if words[:1] != ["doctor"]:  # it says so itself, with all else that is wrong

@@ -41,6 +41,7 @@ LEFT = [
     "speculators.runner.threads",
     "speculators.runner.vllm",
     "speculators.runner.lease",
+    "speculators.runner.executors.nursery",
     "speculators.runner.executors.local",
     "speculators.runner.executors.remote",
     "speculators.runner.executors.submitit",
@@ -54,6 +55,7 @@ LEFT = [
     "speculators.runner.services",
     "speculators.runner.estimate",
     "speculators.runner.doctor",
+    "speculators.runner.interrupt",
     "speculators.runner.execute",
     "speculators.recipe",
     "speculators.ui",
@@ -77,6 +79,7 @@ RIGHT = [
     "speculators.stages",
     "speculators.provenance",
     "speculators.worker",
+    "speculators.nursery",
 ]
 DOORS = {
     "hydra": {"speculators.recipe"},

@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import hashlib
+from collections import Counter
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
+
+from speculators.errors import SourceError
+from speculators.job import Job
 
 SCHEMA = pa.schema(
     {
@@ -21,6 +25,20 @@ SCHEMA = pa.schema(
 
 _BATCH = 1024
 """Rows held in memory before they are written."""
+
+
+def give_table(job: Job, rows: Iterable[dict[str, Any]], tally: Counter[str], what: str, hint: str) -> None:
+    """Write rows into the job's output; what `rows` counts into `tally` on the way goes into the record.
+
+    Raises:
+        SourceError: `tally["rows"]` is 0, of so many `what`.
+    """
+    arrow = job.scratch / "rows.arrow"
+    write_table(rows, arrow)
+    job.record |= dict(sorted(tally.items()))
+    if not tally["rows"]:
+        raise SourceError(f"no row is left of {tally[what]} {what}: {dict(tally)}", hint)
+    save_table(arrow, job.output)
 
 
 def write_table(rows: Iterable[dict[str, Any]], arrow: Path) -> None:

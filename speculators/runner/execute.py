@@ -16,13 +16,10 @@ import contextlib
 import graphlib
 import itertools
 import json
-import os
-import signal
 import time
 from collections.abc import Callable, Generator, Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from types import FrameType
 from typing import Any
 
 from speculators.config import Config
@@ -33,7 +30,9 @@ from speculators.runner import endings, estimate, graph, schedule
 from speculators.runner.endings import PassingError
 from speculators.runner.events import Events, now
 from speculators.runner.executors import Handle, executor_of
+from speculators.runner.executors.nursery import Nursery
 from speculators.runner.graph import TARGET, Node
+from speculators.runner.interrupt import Signals
 from speculators.runner.plan import Planner, State, Step
 from speculators.runner.schedule import Devices, Need
 from speculators.runner.service import Service, reap_left_overs
@@ -51,14 +50,6 @@ _KINDS = {
 
 Waiting = Generator[None, None, None]
 """Work on one stage; it yields while there is nothing to do but wait."""
-
-
-class Interrupted(BaseException):
-    """A signal asked the run to stop."""
-
-    def __init__(self, signum: int) -> None:
-        super().__init__(signum)
-        self.exit_code = 128 + signum
 
 
 @dataclass(kw_only=True)
@@ -82,6 +73,7 @@ class Execution:
     def __post_init__(self) -> None:
         self.room = schedule.room(self.config, self.planner.store.root / "locks", self.events)
         self.services = Services(self.planner, self.steps, self.directory, self.events)
+        self._nursery = Nursery()
 
     @property
     def config(self) -> Config:
@@ -100,18 +92,19 @@ class Execution:
             Interrupted: after workers were asked to stop and servers are down.
         """
         reap_left_overs(self.planner.store.root / "services" / self.name)
-        with _Signals(self._kill) as signals:
+        with Signals(self._kill) as signals:
             try:
                 self._loop(signals)
             finally:
                 self._stop_workers()
+                self._nursery.close()
                 self.services.close()
                 self.room.close()
                 for name in [name for name in self.planner.graph if name in self.steps]:
                     self.steps[name] = self.steps.pop(name)  # in data-flow order, not as they ended
         return self.steps
 
-    def _loop(self, signals: _Signals) -> None:
+    def _loop(self, signals: Signals) -> None:
         nodes = self.planner.graph
         order = {name: place for place, name in enumerate(nodes)}
         sorter = graphlib.TopologicalSorter({name: node.inputs.values() for name, node in nodes.items()})
@@ -135,7 +128,7 @@ class Execution:
                 break
             pause = SHORTEST_POLL if ended else min(POLL, pause * 1.1)
             if not ended:
-                time.sleep(pause)
+                signals.wait(pause)
         if failure is not None:
             raise failure
 
@@ -315,7 +308,7 @@ class Execution:
         with log.open("a") as file:
             file.write(f"--- {node.name}: attempt {attempt}, phase {phase[0] + 1} of {phase[1]}, {now()}\n")
         env.update(self.services.worker_environment(node))
-        handle = executor_of(self.config, node.kind).submit(request, log, env)
+        handle = executor_of(self.config, node.kind, self._nursery).submit(request, log, env)
         self._workers[node.name] = handle
         self.events.emit(
             "stage.started", node=node.name, log=str(log), phase=phase[0], phases=phase[1], attempt=attempt
@@ -428,37 +421,6 @@ class Execution:
     def _kill(self) -> None:
         self._kill_workers()
         self.services.kill()
-
-
-class _Signals:
-    """The first SIGINT or SIGTERM is noted, for `check` to raise; a second one kills what runs, a third one us."""
-
-    def __init__(self, kill: Callable[[], None]) -> None:
-        self._kill = kill
-        self._asked: int | None = None
-
-    def __enter__(self) -> _Signals:
-        self._before = {number: signal.signal(number, self._heard) for number in (signal.SIGINT, signal.SIGTERM)}
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        for number, handler in self._before.items():
-            signal.signal(number, handler)
-
-    def check(self) -> None:
-        """Raises Interrupted after the first signal, between two steps and not in the middle of one."""
-        if self._asked is not None:
-            raise Interrupted(self._asked)
-
-    def _heard(self, number: int, frame: FrameType | None) -> None:
-        if self._asked is None:
-            self._asked = number
-            return
-        for other in self._before:
-            signal.signal(other, lambda number, _: os._exit(128 + number))
-        self._kill()
-        # Nothing is left to wait for; unwinding leaves the terminal as it was.
-        raise Interrupted(number)
 
 
 def _lost(servers: Mapping[str, Service]) -> Service | None:

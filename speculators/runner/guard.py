@@ -48,7 +48,7 @@ def main(arguments: list[str]) -> int:
     signal.set_wakeup_fd(wake_write, warn_on_full_buffer=False)
     for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGCHLD):
         signal.signal(number, lambda *_: None)
-    _prctl(PR_SET_CHILD_SUBREAPER, 1)
+    become_subreaper()
     with open(options.log, "ab", buffering=0) as log:
         try:
             child = _start(options.argv, log)
@@ -56,12 +56,15 @@ def main(arguments: list[str]) -> int:
             log.write(f"cannot start {options.argv[0]}: {error.strerror}\n".encode())
             return 127
     tree = Tree(child, Path(options.pids))
-    pause = SCAN_SECONDS
-    tree.record()
-    while tree.status is None and not _told_to_stop(wake_read, pause):
-        pause = SCAN_SECONDS if tree.record() else min(2 * pause, LONGEST_SCAN_SECONDS)
+    # The runner that started this one may be dead already, and the next one have removed what it left.
+    with contextlib.suppress(FileNotFoundError):
+        pause = SCAN_SECONDS
+        tree.record()
+        while tree.status is None and not _told_to_stop(wake_read, pause):
+            pause = SCAN_SECONDS if tree.record() else min(2 * pause, LONGEST_SCAN_SECONDS)
     tree.end(options.grace, wake_read)
-    tree.record()
+    with contextlib.suppress(FileNotFoundError):
+        tree.record()
     if tree.status is None:
         return 128 + signal.SIGKILL
     code = os.waitstatus_to_exitcode(tree.status)
@@ -94,10 +97,7 @@ class Tree:
         if owned == self._recorded:
             return False
         self._recorded = owned
-        guard = {"pid": os.getpid(), "start": start_time(os.getpid())}
-        beside = self.pids.with_name(f".{self.pids.name}")
-        beside.write_text(json.dumps({"machine": machine(), "guard": guard, "processes": owned}))
-        os.replace(beside, self.pids)
+        claim(self.pids, owned)
         return True
 
     def end(self, grace: float, wake: int) -> None:
@@ -123,6 +123,14 @@ class Tree:
         if self.status is not None or number == signal.SIGKILL:
             _kill(left, number)
         return bool(left)
+
+
+def claim(pids: Path, owned: Iterable[dict[str, int]] = ()) -> None:
+    """Write down that this process answers for these. A runner does so for none until its guard has started."""
+    guard = {"pid": os.getpid(), "start": start_time(os.getpid())}
+    beside = pids.with_name(f".{pids.name}")
+    beside.write_text(json.dumps({"machine": machine(), "guard": guard, "processes": [*owned]}))
+    os.replace(beside, pids)
 
 
 def reap(pids: Path) -> list[int]:
@@ -158,6 +166,11 @@ def abandoned(pids: Path) -> bool:
         return False
     guard = record["guard"]
     return bool(start_time(guard["pid"]) != guard["start"])
+
+
+def become_subreaper() -> None:
+    """Be the parent of whatever is orphaned below this process. Linux only; nothing happens elsewhere."""
+    _prctl(PR_SET_CHILD_SUBREAPER, 1)
 
 
 def machine() -> str:

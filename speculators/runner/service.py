@@ -186,8 +186,10 @@ class Service:
     def _start_guard(self) -> None:
         # vLLM imports our connector. It gets this package and nothing else of this environment: it may have its own.
         packages = self.directory / "packages"
+        self.directory.mkdir(parents=True)
+        guard.claim(self.directory / "pids.json")
         for directory in (packages, self.directory / "states"):
-            directory.mkdir(parents=True)
+            directory.mkdir()
         (packages / "speculators").symlink_to(Path(speculators.__file__).resolve().parent)
         self.spec.log.parent.mkdir(parents=True, exist_ok=True)
         argv = [sys.executable, "-I", "-S", guard.__file__, "--log", str(self.spec.log.resolve())]

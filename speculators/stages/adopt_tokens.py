@@ -12,24 +12,16 @@ from typing import Any
 
 from datasets import load_from_disk
 
-from speculators.data.token_table import save_table, write_table
+from speculators.data.token_table import give_table
 from speculators.data.upstream_files import histories, states_path
-from speculators.errors import SourceError
 from speculators.job import Job
 
 
 def main(job: Job) -> None:
     """Write the token table, the data sets by name and each one's rows in its own order."""
     tally: Counter[str] = Counter()
-    arrow = job.scratch / "rows.arrow"
-    write_table(_rows(job, tally), arrow)
-    job.record |= dict(sorted(tally.items()))
-    if not tally["rows"]:
-        raise SourceError(
-            f"no row is left of {tally['upstream rows']}: {dict(tally)}",
-            "make the states with upstream's `generate-offline-data`, into hidden_states/ beside the rows",
-        )
-    save_table(arrow, job.output)
+    hint = "make the states with upstream's `generate-offline-data`, into hidden_states/ beside the rows"
+    give_table(job, _rows(job, tally), tally, "upstream rows", hint)
 
 
 def _rows(job: Job, tally: Counter[str]) -> Iterator[dict[str, Any]]:

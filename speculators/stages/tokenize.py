@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from speculators.data.template import TemplateError, Turn, turns_of
-from speculators.data.token_table import save_table, write_table
+from speculators.data.token_table import give_table
 from speculators.errors import SourceError
 from speculators.job import Job
 
@@ -26,15 +26,8 @@ class Row:
 def main(job: Job) -> None:
     """Write the token table, in the order of the conversations."""
     tally: Counter[str] = Counter()
-    arrow = job.scratch / "rows.arrow"
-    write_table(_rows(job, tally), arrow)
-    job.record |= dict(sorted(tally.items()))
-    if not tally["rows"]:
-        raise SourceError(
-            f"no row is left of {tally['conversations']} conversations: {dict(tally)}",
-            "lower tokenize.min_supervised or raise train.sequence_length",
-        )
-    save_table(arrow, job.output)
+    hint = "lower tokenize.min_supervised or raise train.sequence_length"
+    give_table(job, _rows(job, tally), tally, "conversations", hint)
 
 
 def _rows(job: Job, tally: Counter[str]) -> Iterator[dict[str, Any]]:

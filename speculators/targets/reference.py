@@ -85,9 +85,10 @@ def _differences(states: Tensor, truth: Tensor) -> Tensor:
 @torch.no_grad()
 def _run(target: TargetCheckpoint, rows: Sequence[Tensor]) -> list[Tensor]:
     """For each row [T] the input of every layer and the last one's output, [T, layers + 1, H]."""
-    from transformers import AutoModelForCausalLM
+    import transformers
 
-    found: Any = AutoModelForCausalLM.from_pretrained(
+    transformers.utils.logging.disable_progress_bar()
+    found: Any = transformers.AutoModelForCausalLM.from_pretrained(
         str(target.directory), local_files_only=True, dtype=torch.float32, output_loading_info=True
     )
     model, loaded = found

@@ -15,7 +15,8 @@ from speculators.errors import StoreError
 from speculators.job import write_json
 from speculators.runner import executors, guard, lock
 from speculators.runner.events import Events
-from speculators.runner.execute import Execution, Interrupted, as_json, resolved
+from speculators.runner.execute import Execution, as_json, resolved
+from speculators.runner.interrupt import Interrupted
 from speculators.runner.plan import Planner
 from speculators.runner.store import open_store
 from speculators.verbs import sweep

@@ -101,11 +101,12 @@ async def measure(servers: dict[str, Measured], prompts: list[Any], tokens: int,
         await server.answer(prompts[:4], 8, 4)
     for number in range(ROUNDS):
         part, rows = prompts[number::ROUNDS], []
-        for name, server in servers.items():
+        turns = list(servers.items())[:: 1 if number % 2 == 0 else -1]
+        for name, server in turns:
             began = time.perf_counter()
             rows = await server.answer(part, tokens, in_flight)
             seconds[name, "answer"] += time.perf_counter() - began
-        for name, server in servers.items():
+        for name, server in turns:
             began = time.perf_counter()
             await server.read(rows, in_flight)
             seconds[name, "read"] += time.perf_counter() - began

@@ -12,8 +12,9 @@ from speculators.config import Config, Device
 from speculators.errors import RunError
 from speculators.runner import graph, vllm
 from speculators.runner.events import Events
-from speculators.runner.execute import Execution, Interrupted
+from speculators.runner.execute import Execution
 from speculators.runner.graph import Kind
+from speculators.runner.interrupt import Interrupted
 from speculators.runner.plan import Planner
 from speculators.runner.store import Store
 

@@ -21,8 +21,9 @@ from speculators.config import Config
 from speculators.errors import ContractError, RecipeError, RunError, ServiceError, StageError
 from speculators.runner import execute, graph, services
 from speculators.runner.events import Events
-from speculators.runner.execute import Execution, Interrupted
+from speculators.runner.execute import Execution
 from speculators.runner.graph import Kind
+from speculators.runner.interrupt import Interrupted
 from speculators.runner.plan import Planner
 from speculators.runner.service import ServiceSpec
 from speculators.runner.store import Store
@@ -209,7 +210,7 @@ def mill(tmp_path: Path, checkpoint: Path, monkeypatch: pytest.MonkeyPatch) -> C
         made[0].servers.append(PlayedServer(spec, home))
         return made[0].servers[-1]
 
-    monkeypatch.setattr(execute, "executor_of", lambda config, kind: PlayedExecutor())
+    monkeypatch.setattr(execute, "executor_of", lambda *_: PlayedExecutor())
     monkeypatch.setattr(execute, "POLL", 0.002)
     monkeypatch.setattr(services, "Service", served)
     monkeypatch.setattr("speculators.runner.vllm.engine_version", lambda python: "1.2.3")

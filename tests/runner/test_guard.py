@@ -60,6 +60,16 @@ def recorded(tmp_path: Path) -> list[int]:
     return [p["pid"] for p in record["processes"]] if record else []
 
 
+def test_a_guard_whose_directory_was_taken_away_ends_what_it_started(tmp_path: Path) -> None:
+    """Its runner died before this one could write down what it owns, and the next run has cleaned up."""
+    home, started = tmp_path / "home", tmp_path / "started"
+    code = f"import os, pathlib, time; pathlib.Path({str(started)!r}).write_text(str(os.getpid())); time.sleep(60)"
+    words = [sys.executable, "-I", "-S", guard.__file__, "--log", str(tmp_path / "log"), "--pids", str(home / "p.json")]
+    with subprocess.Popen([*words, "--", sys.executable, "-c", code], stdin=subprocess.PIPE) as process:
+        assert process.wait(10) == 128 + signal.SIGTERM
+    assert not started.exists() or not alive(int(started.read_text()))
+
+
 @pytest.mark.parametrize("code", [0, 3])
 def test_it_ends_with_the_exit_code_of_the_program_and_keeps_its_output(tmp_path: Path, code: int) -> None:
     with guarded(tmp_path, sys.executable, "-c", f"import sys; print('said'); sys.exit({code})") as process:

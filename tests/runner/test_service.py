@@ -16,7 +16,7 @@ import pytest
 from speculators.config import Config
 from speculators.errors import ServiceError
 from speculators.runner import guard
-from speculators.runner.service import Service, ServiceSpec, cause, external, free_port
+from speculators.runner.service import Service, ServiceSpec, cause, external, free_port, reap_left_overs
 
 FAKE = Path(__file__).parent / "fake_server.py"
 
@@ -260,6 +260,15 @@ def test_the_next_service_reaps_what_a_killed_guard_left_and_nothing_of_the_livi
     assert living.poll() == "ready"
     for made in (living, killed, fresh):
         made.stop()
+
+
+def test_the_directory_of_a_runner_that_died_before_its_guard_wrote_anything_is_removed(tmp_path: Path) -> None:
+    home = tmp_path / "store/services/half"
+    home.mkdir(parents=True)
+    code = "import pathlib, sys; from speculators.runner import guard; guard.claim(pathlib.Path(sys.argv[1]))"
+    subprocess.run([sys.executable, "-c", code, str(home / "pids.json")], check=True)
+    assert reap_left_overs(tmp_path / "store/services/next") == []
+    assert not home.exists()
 
 
 def test_spec_fields_that_hold_the_key_are_not_shown() -> None:

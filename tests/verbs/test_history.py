@@ -11,7 +11,8 @@ import pytest
 from speculators import cli
 from speculators.config import Config
 from speculators.runner import guard, vllm
-from speculators.runner.execute import Execution, Interrupted
+from speculators.runner.execute import Execution
+from speculators.runner.interrupt import Interrupted
 from speculators.runner.plan import Planner
 from speculators.runner.store import Store
 from speculators.verbs.history import comparison
