@@ -16,7 +16,10 @@ no more than that.
   Where writing fails, `NAME.error` appears instead and says why; the engine goes on.
 - Blocks are held until the copy is done, not until the file is written. On an accelerator the copy runs on its own
   stream into pinned memory and the model does not wait for it.
-- Under tensor parallelism every rank holds the same states; the first one writes.
+- Under tensor parallelism every rank holds the same states; the first one writes. Under pipeline parallelism vLLM hands
+  the states of earlier stages on to the last one, where the cache is: that stage's first rank writes. Copies of the
+  target (data parallelism) are engines of their own, each with its connector; the files' names are drawn, so that they
+  may share the directory.
 
 Server arguments: `kv_connector: HiddenStatesConnector`, `kv_connector_module_path: speculators.targets.connector`,
 `kv_role: kv_producer`, `kv_connector_extra_config: {shared_storage_path: DIR, writers: 4, dtype: NAME}`, the last two
@@ -28,6 +31,7 @@ from __future__ import annotations
 import logging
 import os
 import uuid
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -43,7 +47,7 @@ from vllm.distributed.kv_transfer.kv_connector.v1.base import (
     SupportsHMA,
 )
 from vllm.distributed.kv_transfer.kv_connector.v1.example_hidden_states_connector import ExampleHiddenStatesConnector
-from vllm.distributed.parallel_state import get_tensor_model_parallel_rank
+from vllm.distributed.parallel_state import get_pp_group, get_tensor_model_parallel_rank
 from vllm.model_executor.models.extract_hidden_states import CacheOnlyAttentionLayer
 from vllm.v1.core.sched.scheduler import Scheduler
 from vllm.v1.kv_cache_interface import HiddenStateCacheSpec
@@ -86,8 +90,9 @@ class HiddenStatesConnector(KVConnectorBase_V1, SupportsHMA):
         speculative = vllm_config.speculative_config
         if speculative is None or speculative.method != "extract_hidden_states":
             raise ValueError("HiddenStatesConnector needs --speculative_config with the method extract_hidden_states")
-        if vllm_config.parallel_config.pipeline_parallel_size > 1:
-            raise ValueError("HiddenStatesConnector does not work with pipeline parallelism: use tensor parallelism")
+        _check_stages(
+            vllm_config.parallel_config.pipeline_parallel_size, getattr(vllm_config, "use_v2_model_runner", False)
+        )
         extra = self._kv_transfer_config.kv_connector_extra_config
         if "shared_storage_path" not in extra:
             raise ValueError("HiddenStatesConnector needs kv_connector_extra_config.shared_storage_path")
@@ -155,8 +160,9 @@ class HiddenStatesConnector(KVConnectorBase_V1, SupportsHMA):
     def register_kv_caches(self, kv_caches: dict[str, torch.Tensor]) -> None:
         """Find the cache that holds the states, and check that it is laid out as `_rows` reads it."""
         layers = get_layers_from_vllm_config(self._vllm_config, CacheOnlyAttentionLayer, list(kv_caches))
-        if len(layers) != 1:
-            raise ValueError(f"one layer should keep hidden states, this server has {len(layers)}: {sorted(layers)}")
+        self._writes = _writes(sorted(layers), get_tensor_model_parallel_rank(), get_pp_group().is_last_rank)
+        if not layers:
+            return
         cache = kv_caches[next(iter(layers))]
         block_size = self._kv_cache_config.kv_cache_groups[self._group].kv_cache_spec.block_size
         if cache.dim() != 4 or tuple(cache.shape[1:3]) != (self._layers, block_size):
@@ -165,7 +171,6 @@ class HiddenStatesConnector(KVConnectorBase_V1, SupportsHMA):
                 f"not [blocks, {self._layers} layers, {block_size} tokens, width]: this vLLM lays it out otherwise"
             )
         self._cache = cache
-        self._writes = get_tensor_model_parallel_rank() == 0
         if cache.is_cuda:
             self._stream = torch.cuda.Stream(cache.device)
 
@@ -252,6 +257,27 @@ class StatesScheduler(Scheduler):
 
     def update_draft_token_ids(self, draft_token_ids: DraftTokenIds) -> None:
         """Nothing is verified."""
+
+
+def _check_stages(stages: int, hands_on: bool) -> None:
+    """Raise ValueError where the states of earlier pipeline stages would not reach the last one."""
+    if stages > 1 and not hands_on:
+        raise ValueError(
+            f"hidden states under pipeline parallelism ({stages} stages) need vLLM's model runner V2, and this server "
+            "runs V1: VLLM_USE_V2_MODEL_RUNNER=1, or tensor parallelism"
+        )
+
+
+def _writes(layers: Sequence[str], tensor_rank: int, last_stage: bool) -> bool:
+    """Whether a rank writes the files, by the layers that keep states there.
+
+    Raises:
+        ValueError: it is not one on the last pipeline stage, and none on the others.
+    """
+    if len(layers) != last_stage:
+        where = "the last pipeline stage" if last_stage else "an earlier pipeline stage"
+        raise ValueError(f"{int(last_stage)} layers should keep hidden states on {where}, there are {list(layers)}")
+    return last_stage and tensor_rank == 0
 
 
 def _group_of_states(kv_cache_config: KVCacheConfig) -> int:

@@ -90,6 +90,29 @@ def test_an_ambiguous_group_is_refused(kinds: tuple[str, ...]) -> None:
         connector._group_of_states(groups(*kinds))
 
 
+@pytest.mark.parametrize(
+    ("layers", "tensor_rank", "last_stage", "writes"),
+    [(["a"], 0, True, True), (["a"], 1, True, False), ([], 0, False, False), ([], 1, False, False)],
+)
+def test_one_rank_writes_the_first_of_the_last_stage(
+    layers: list[str], tensor_rank: int, last_stage: bool, writes: bool
+) -> None:
+    assert connector._writes(layers, tensor_rank, last_stage) is writes
+
+
+@pytest.mark.parametrize(("layers", "last_stage"), [([], True), (["a", "b"], True), (["a"], False)])
+def test_a_cache_of_states_on_the_wrong_stage_is_refused(layers: list[str], last_stage: bool) -> None:
+    with pytest.raises(ValueError, match=f"{int(last_stage)} layers should keep hidden states on "):
+        connector._writes(layers, 0, last_stage)
+
+
+def test_stages_that_do_not_hand_their_states_on_are_refused() -> None:
+    connector._check_stages(1, False)
+    connector._check_stages(4, True)
+    with pytest.raises(ValueError, match=r"4 stages\) need vLLM's model runner V2"):
+        connector._check_stages(4, False)
+
+
 def groups(*kinds: str) -> SimpleNamespace:
     specs = {"full": FullAttentionSpec, "states": HiddenStateCacheSpec}
     made = [object.__new__(specs[kind]) for kind in kinds]
