@@ -70,6 +70,21 @@ class OnBadRow(enum.Enum):
     """Leave it out, with its reason. Too many of them are an error still."""
 
 
+class Connector(enum.Enum):
+    """What hands hidden states out of vLLM."""
+
+    ours = "ours"
+    """`targets.connector`: on CPUs and accelerators, for the requests that ask, whole or not at all."""
+    example = "example"
+    """vLLM's ExampleHiddenStatesConnector, which is upstream's `file` backend. Needs an accelerator; it writes the
+    states of every request."""
+    fp8 = "fp8"
+    """The package hs-connectors' FP8HiddenStatesConnector, as `example`; float8 with one scale a token over all
+    layers, read as bfloat16. Coarser than `extract.dtype=float8_e4m3fn`, which has a scale for every layer."""
+    mooncake = "mooncake"
+    """hs-connectors' store without files; this release cannot read it, and says so."""
+
+
 class Device(enum.Enum):
     """Where tensors live."""
 
@@ -226,7 +241,11 @@ class Extract(Stage):
     shard_tokens: int = 32768
     """Tokens in a shard before it is sealed; what a killed extraction can lose. Semantic: it moves the bytes."""
     on_bad_row: OnBadRow = if_set(OnBadRow.error)
-    """A row whose hidden states cannot be used: `error` stops, `skip` leaves it out of the training, and counts."""
+    """A row whose hidden states cannot be used: `error` stops, `skip` leaves it out of the training, and counts. Of
+    answers that are kept with their states (pipeline `fused`), `skip` ends the conversation before such an answer.
+    Training that draws from a live server stops in either case."""
+    connector: Connector = if_set(Connector.ours)
+    """What hands the states out of the server. Whatever it is, they are checked in the same way."""
     concurrency: int = operational(32)
     """Requests in flight."""
     retries: int = operational(3)
@@ -312,6 +331,9 @@ class Serve:
     also: list[str] = operational([])
     """Further servers beside the one at `url`: they share the requests. The same model under the same name and key,
     and where hidden states are wanted, into the same directory."""
+    states: str = operational("")
+    """Directory into which the server at `url` writes hidden states, as the stages see it that read them; it may lie
+    elsewhere for the server."""
     api_key_env: str = secret("")
     """Environment variable with the key of the server at `url`."""
     port: int = operational(0)
@@ -327,7 +349,11 @@ class Serve:
     enforce_eager: bool = operational(True)
     """No compilation and no graphs: slower steps, faster start."""
     tensor_parallel: int = operational(1)
-    """GPUs that one copy of the target is spread over."""
+    """GPUs that each layer of the target is spread over."""
+    pipeline_parallel: int = operational(1)
+    """Stages of consecutive layers that one copy of the target is cut into, each on GPUs of its own."""
+    data_parallel: int = operational(1)
+    """Copies of the target behind one server, each on GPUs of its own."""
     extra_args: list[str] = operational([])
     """Further arguments for vLLM, as they are."""
 

@@ -125,9 +125,12 @@ KINDS: dict[str, Kind] = {
 }
 """Every kind of stage by the name of its module in `speculators.stages`."""
 
-DRAWING = ("extract.dtype", "extract.concurrency", "extract.retries", "extract.timeout")
+DRAWING = ("extract.dtype", "extract.connector", "extract.concurrency", "extract.retries", "extract.timeout")
 """What a stage reads besides its own options where it draws hidden states from a server: those of `extract`, which it
 stands in for then. The size of the shards is not among them, since none are left."""
+
+KEEPING = ("extract.on_bad_row", "extract.connector")
+"""What a stage reads besides its own options where it answers and keeps the hidden states of its answers."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -162,7 +165,7 @@ class Node:
     @property
     def reads(self) -> tuple[str, ...]:
         """The options that it sees."""
-        return (*self.spec.reads, *DRAWING) if self.draws else self.spec.reads
+        return (*self.spec.reads, *(DRAWING if self.draws else ()), *(KEEPING if self.keeps_states else ()))
 
     @property
     def derived(self) -> tuple[str, ...]:

@@ -66,6 +66,8 @@ class Planner:
         self.store = store
         self.graph = graph.chosen(graph.build(config), config)
         schedule.check(config)
+        if any(node.mode == "extract" for node in self.graph.values()):
+            vllm.check_extraction(config)
         self.forced = graph.forced(self.graph, config)
         """Stages whose artifact does not count; whoever has made one anew takes it out."""
         self._sources = {n.name: self._resolve(n) for n in self.graph.values() if n.kind == "fetch"}

@@ -155,7 +155,7 @@ def need(node: Node, config: Config, target: Path | None) -> Need:
     beside = divided.training if divided is not None and divided.unit == "GPUs" and not divided.shared else 0
     drawn = int(config.train.states_memory_gib * GIB) + (weights if servers else 0) if node.draws else 0
     return Need(
-        devices=(config.serve.tensor_parallel if servers else 1) + beside,
+        devices=(vllm.ranks(config) if servers else 1) + beside,
         memory=LIGHT + max(1, servers) * (weights + cache) + drawn,
         alone=on_cpu and node.spec.measures,
         here=not executors.elsewhere(config, node.kind),
@@ -174,7 +174,7 @@ def split(node: Node, config: Config) -> Split | None:
         cores = len(vllm.usable_cores())
         training = max(1, min(config.hardware.train_cores or cores // 2, cores - 1))
         return Split(unit="cores", server=max(1, cores - training), training=training, shared=cores == 1)
-    ranks, share = config.serve.tensor_parallel, config.serve.gpu_memory_utilization
+    ranks, share = vllm.ranks(config), config.serve.gpu_memory_utilization
     shared = max(1, config.hardware.gpus) <= ranks
     if shared and share > LARGEST_SHARE:
         raise RecipeError(

@@ -64,6 +64,8 @@ class ServiceSpec:
     """Where its output goes. It outlives the server."""
     also: list[str] = field(default_factory=list)
     """Further servers that are not ours, as `url`: they serve the same."""
+    states: Path | None = None
+    """Where a server that is not ours leaves hidden states, as its clients see it."""
 
 
 class Service:
@@ -126,7 +128,7 @@ class Service:
             "model": self.model,
             "api_key_env": self._key_variable,
             "mode": self.mode,
-            "directory": str(self.directory / "states"),
+            "directory": str(self.spec.states or self.directory / "states"),
             "log": str(self.spec.log),
         }
 
@@ -313,9 +315,15 @@ def external(config: Config, mode: str, directory: Path, log: Path) -> Service:
     """The server at `serve.url`, which is used and never stopped.
 
     Raises:
-        ServiceError: `serve.api_key_env` names a variable that is not set.
+        ServiceError: `serve.api_key_env` names a variable that is not set, or hidden states would not be found.
     """
     variable = config.serve.api_key_env
+    if mode == "extract" and not config.serve.states and config.extract.connector.name == "ours":
+        raise ServiceError(
+            f"the server at {config.serve.url} writes hidden states into a directory of its own, and nothing says "
+            "where that is",
+            "serve.states=DIRECTORY: its kv_connector_extra_config.shared_storage_path, as this machine has it mounted",
+        )
     if variable and variable not in os.environ:
         raise ServiceError(f"serve.api_key_env names {variable}, which is not set", f"export {variable}=KEY")
     spec = ServiceSpec(
@@ -329,6 +337,7 @@ def external(config: Config, mode: str, directory: Path, log: Path) -> Service:
         log=log,
         # What is measured is one server's.
         also=[url.rstrip("/") for url in config.serve.also] if mode in ("generate", "extract") else [],
+        states=Path(config.serve.states).expanduser().absolute() if config.serve.states else None,
     )
     return Service(spec, directory)
 

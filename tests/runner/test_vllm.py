@@ -9,7 +9,8 @@ from typing import Any
 
 import pytest
 
-from speculators.config import Config, Device, DFlash, Eagle3, StatesDtype
+from speculators.config import Config, Connector, Device, DFlash, Dtype, Eagle3, StatesDtype
+from speculators.errors import RecipeError
 from speculators.runner import threads, vllm
 
 
@@ -200,3 +201,77 @@ def test_the_engine_of_another_interpreter_is_known_without_starting_it(
 
 def test_an_interpreter_that_is_not_there_has_no_engine() -> None:
     assert vllm.engine_version("/nowhere/bin/python") is None
+
+
+def extraction(connector: Connector = Connector.ours, device: Device = Device.cuda) -> Config:
+    config = recipe()
+    config.hardware.device, config.extract.connector = device, connector
+    return config
+
+
+def test_a_server_of_several_devices_is_told_how_it_is_spread_over_them() -> None:
+    config = extraction()
+    config.serve.tensor_parallel, config.serve.pipeline_parallel, config.serve.data_parallel = 2, 3, 4
+    argv = words(config, "extract", capture_layer_ids=[2, 30])
+    spread = {kind: value(argv, f"--{kind}-parallel-size") for kind in ("tensor", "pipeline", "data")}
+    assert spread == {"tensor": "2", "pipeline": "3", "data": "4"}
+    assert vllm.ranks(config) == 24
+    vllm.check_extraction(config)
+
+
+@pytest.mark.parametrize(
+    ("connector", "told"),
+    [
+        (Connector.example, {"kv_connector": "ExampleHiddenStatesConnector"}),
+        (
+            Connector.fp8,
+            {
+                "kv_connector": "FP8HiddenStatesConnector",
+                "kv_connector_module_path": "hs_connectors.fp8_hidden_states_connector",
+            },
+        ),
+    ],
+)
+def test_a_stock_connector_is_loaded_as_its_authors_say(connector: Connector, told: dict[str, str]) -> None:
+    config = extraction(connector)
+    config.extract.dtype = StatesDtype.float8_e4m3fn
+    argv = words(config, "extract", capture_layer_ids=[2, 30])
+    extra = {"shared_storage_path": "/store/services/n1/states"}
+    given = json.loads(value(argv, "--kv_transfer_config"))
+    assert given == {**told, "kv_role": "kv_producer", "kv_connector_extra_config": extra}
+    assert "--scheduler-cls" not in argv
+
+
+@pytest.mark.parametrize(
+    ("connector", "change", "message"),
+    [
+        (Connector.mooncake, {}, "extract.connector=mooncake: hidden states in a Mooncake store cannot be read"),
+        (Connector.example, {"device": "cpu"}, "extract.connector=example needs an accelerator"),
+        (Connector.example, {"stages": 2}, "extract.connector=example does not work with serve.pipeline_parallel"),
+        (Connector.ours, {"stages": 2, "device": "cpu"}, "serve.pipeline_parallel=2: vLLM on a CPU does not hand"),
+        (Connector.fp8, {"dtype": "float16"}, "gives states in bfloat16, and target.dtype is float16"),
+        (Connector.fp8, {}, "needs hs-connectors, which this environment does not have"),
+    ],
+)
+def test_what_a_connector_cannot_do_is_refused_before_anything_starts(
+    connector: Connector, change: dict[str, Any], message: str
+) -> None:
+    config = extraction(connector, Device[change.get("device", "cuda")])
+    config.serve.pipeline_parallel = change.get("stages", 1)
+    config.target.dtype = Dtype[change.get("dtype", "bfloat16")]
+    with pytest.raises(RecipeError, match=message):
+        vllm.check_extraction(config)
+    config.serve.url = "http://gpu-7:8000"  # then it is for whoever has started it
+    if connector is Connector.mooncake:
+        with pytest.raises(RecipeError, match=message):
+            vllm.check_extraction(config)
+    else:
+        vllm.check_extraction(config)
+
+
+def test_float8_of_hs_connectors_is_taken_where_the_server_has_the_package(tmp_path: Path) -> None:
+    packages = tmp_path / "lib/python3.11/site-packages"
+    (packages / "hs_connectors-0.9.0.dist-info").mkdir(parents=True)
+    config = extraction(Connector.fp8)
+    config.serve.python = str(tmp_path / "bin/python")
+    vllm.check_extraction(config)

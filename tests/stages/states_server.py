@@ -1,7 +1,8 @@
-"""A server that hands out hidden states of its own making as our connector does, and misbehaves on demand."""
+"""A server that hands out hidden states of its own making as a connector does, and misbehaves on demand."""
 
 from __future__ import annotations
 
+import fcntl
 import json
 import threading
 import uuid
@@ -21,6 +22,13 @@ def states_of(token_ids: list[int], dtype: torch.dtype = torch.bfloat16) -> torc
     return (ids[:, None, None] + torch.arange(LAYERS * WIDTH).view(LAYERS, WIDTH) / 16).to(dtype)
 
 
+def as_float8(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """As hs-connectors writes float8: one scale a token, over all layers."""
+    states = tensors["hidden_states"].float()
+    scales = states.abs().amax((1, 2), keepdim=True) / 448
+    return {**tensors, "hidden_states": (states / scales).to(torch.float8_e4m3fn), "hidden_states_scales": scales}
+
+
 class StatesServer:
     """`trouble` maps the first token of a prompt to what goes wrong with its states."""
 
@@ -29,6 +37,8 @@ class StatesServer:
         self.trouble = dict(trouble or {})
         self.asked: list[list[int]] = []
         """Prompts whose states were asked for."""
+        self.connector = "ours"
+        """`ours`, or vLLM's `example` and hs-connectors' `fp8`, which write the states of every request."""
         self.dies_after = 1 << 30
         self.stopping = threading.Lock()
         outer = self
@@ -58,6 +68,8 @@ class StatesServer:
         """Status and body for one completion; its states are written on the way."""
         prompt: list[int] = fields["prompt"]
         choice = {"text": "x", "prompt_token_ids": prompt, "token_ids": [1], "finish_reason": "length"}
+        if self.connector != "ours":
+            return 200, {"choices": [choice], "kv_transfer_params": self.write_locked(prompt)}
         if not fields.get("kv_transfer_params"):
             return 200, {"choices": [choice]}
         self.asked.append(prompt)
@@ -87,6 +99,22 @@ class StatesServer:
         if trouble == "truncated":
             beside.write_bytes(beside.read_bytes()[:-8])
         beside.rename(path)
+
+    def write_locked(self, prompt: list[int]) -> dict[str, str]:
+        """As the stock connectors do: the answer names a path, which is whole once its lock is given back."""
+        self.asked.append(prompt)
+        path = self.directory / f"cmpl-{uuid.uuid4().hex}-0.safetensors"
+        lock = Path(f"{path}.lock").open("w")  # noqa: SIM115 (held until the states are written)
+        fcntl.flock(lock, fcntl.LOCK_EX)
+
+        def write() -> None:
+            with lock:
+                if self.trouble.get(prompt[0]) != "unwritten":
+                    tensors = {"hidden_states": states_of(prompt), "token_ids": torch.tensor(prompt)}
+                    save_file(as_float8(tensors) if self.connector == "fp8" else tensors, path)
+
+        threading.Timer(0.005, write).start()
+        return {"hidden_states_path": f"/where/the/server/is/{path.name}"}
 
     def stop(self) -> None:
         with self.stopping:

@@ -85,6 +85,27 @@ def test_every_row_is_kept_with_its_own_states_and_nothing_else_is_left(
     assert (job.record["rows"], job.record["tokens"], "skipped" in job.record) == (30, 330, False)
 
 
+@pytest.mark.parametrize("connector", ["example", "fp8"])
+def test_stock_connectors_give_the_same_rows_and_leave_nothing_behind(
+    tmp_path: Path, config: Config, serve: Start, connector: str
+) -> None:
+    main(ours := job_in(tmp_path, config, serve(), name="ours"))
+    server = serve({18: "unwritten"})
+    server.connector = connector
+    with pytest.raises(StageError, match="the server could not write the hidden states of row 8"):
+        main(job_in(tmp_path, config, server))
+    for left in server.directory.iterdir():  # of what was in flight; it goes with the server
+        left.unlink()
+    server.trouble = {}
+    main(job := job_in(tmp_path, config, server))
+    assert list(server.directory.iterdir()) == []
+    if connector == "example":
+        assert files(job.output) == files(ours.output)
+    else:
+        reader = ShardReader(job.output)
+        assert all(torch.allclose(reader.states(row), states_of(ROWS[row]), rtol=0.08) for row in reader.rows)
+
+
 @pytest.mark.parametrize(
     ("trouble", "kind", "message"),
     [
