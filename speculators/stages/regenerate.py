@@ -7,7 +7,8 @@ conversation are answered one after the other, many conversations at once. A fin
 Where another node takes the hidden states of the answers (pipeline `fused`), the server keeps those of every turn in
 the same pass, of the prompt and of the answer but its last token, which was never an input: `states/*.safetensors`,
 named by the turns. A turn whose whole is the beginning of the next one's prompt has none of its own: the history of a
-conversation is kept once.
+conversation is kept once. An answer whose states cannot be used stops the stage, or ends its conversation before it:
+`extract.on_bad_row`.
 """
 
 from __future__ import annotations
@@ -24,16 +25,18 @@ from typing import Any, TextIO
 import torch
 from safetensors.torch import save_file
 
-from speculators.config import Regenerate
+from speculators.config import OnBadRow, Regenerate
 from speculators.data.encoding import encode
-from speculators.errors import StageError
+from speculators.errors import ContractError, StageError
 from speculators.job import Job
 from speculators.targets.client import Client, Completion, StatesFile
 from speculators.targets.fidelity import of_answer
-from speculators.targets.states import check_states
+from speculators.targets.states import check_states, refuse_too_many
 
 STATES = "states"
 """Directory of the turns' hidden states, in the scratch directory and in the artifact."""
+BAD_STATES = "bad_states"
+"""Why a conversation ends before an answer whose states cannot be used. Another attempt asks for it again."""
 SAMPLED = 16
 """Conversations whose answers also say what the server finds likeliest, so that their states can be checked."""
 SYNC_SECONDS = 1.0
@@ -44,7 +47,7 @@ def main(job: Job) -> None:
     """Answer every conversation, in any order; publish them in the order they came in."""
     conversations = [json.loads(line) for line in _lines(job.inputs["prompts"] / "conversations.jsonl")]
     log = job.scratch / "answers.jsonl"
-    finished = read_answers(log)
+    finished = {i: answer for i, answer in read_answers(log).items() if answer["dropped"] != BAD_STATES}
     job.record["resumed"] = len(finished)
     start = time.monotonic()
     asyncio.run(_answer_all(job, conversations, finished, log))
@@ -58,7 +61,7 @@ def main(job: Job) -> None:
     _publish_states(job, kept)
     with (job.output / "conversations.jsonl").open("w", encoding="utf-8") as file:
         for answered in kept:
-            public = {key: value for key, value in answered.items() if key not in ("index", "dropped")}
+            public = {key: value for key, value in answered.items() if key not in ("index", "dropped", "why")}
             file.write(json.dumps(public, ensure_ascii=False) + "\n")
     turns = [turn for answered in kept for turn in answered["turns"]]
     job.record |= {
@@ -70,6 +73,10 @@ def main(job: Job) -> None:
         "finish_reasons": dict(Counter(turn["finish_reason"] for turn in turns)),
         "seconds": round(seconds, 1),
     }
+    bad = [answered for answered in finished.values() if answered["dropped"] == BAD_STATES]
+    if bad:
+        note = f"{len(bad)} conversations end before an answer whose hidden states cannot be used: {bad[0]['why']}"
+        job.record["notes"] = [note]
 
 
 def read_answers(log: Path) -> dict[int, dict[str, Any]]:
@@ -107,6 +114,9 @@ async def _answer_all(
             async for answered in client.map(work, waiting):
                 synced = _append(file, answered, synced)
                 finished[answered["index"]] = answered
+                if answered["dropped"] == BAD_STATES:
+                    bad = [each["why"] for each in finished.values() if each["dropped"] == BAD_STATES]
+                    refuse_too_many(bad, "answers", len(finished))
                 tokens += sum(len(turn["answer_ids"]) for turn in answered["turns"])
                 speed = tokens / (time.monotonic() - start)
                 job.progress(len(finished), len(conversations), "conversations", tokens_per_second=round(speed, 1))
@@ -125,6 +135,8 @@ class Keeper:
         if index < SAMPLED:
             # Of two, because the first that the server lists is the sampled one, which need not be the likeliest.
             self.request["logprobs"] = 2
+        self.skips = job.config.extract.on_bad_row is OnBadRow.skip
+        """Whether a conversation goes without an answer whose states cannot be used."""
         self._directory = job.scratch / STATES
         self._index = index
         self._stored: str = job.derived["states_dtype"]
@@ -174,7 +186,7 @@ async def answer(
     """
     messages: list[dict[str, str]] = []
     turns: list[dict[str, Any]] = []
-    dropped: str | None = None
+    dropped, why = None, ""
     kept = 0
     item = near = f"conversation {conversation['id']}"
     for message in conversation["messages"]:
@@ -202,14 +214,21 @@ async def answer(
         messages.append({"role": "assistant", "content": said.text})
         turn = {"prompt_ids": said.prompt_ids, "answer_ids": said.token_ids, "finish_reason": said.finish_reason}
         if keeper:
-            file = await client.states_of(said, item=item)
-            turn["states"] = await asyncio.to_thread(keeper.keep, len(turns), said, file)
+            try:
+                file = await client.states_of(said, item=item)
+                turn["states"] = await asyncio.to_thread(keeper.keep, len(turns), said, file)
+            except (StageError, ContractError) as error:  # about this answer: what is about the server is another
+                if not keeper.skips:
+                    raise
+                dropped, why = BAD_STATES, error.message
+                break
             if turns and continues(turns[-1], turn):
                 keeper.drop(turns[-1].pop("states"))
             turn |= {"picks": picks} if (picks := of_answer(said)) else {}
         turns.append(turn)
         kept = len(messages)
-    return {**conversation, "messages": messages[:kept], "turns": turns, "dropped": dropped}
+    told = {"why": why} if why else {}
+    return {**conversation, "messages": messages[:kept], "turns": turns, "dropped": dropped, **told}
 
 
 def in_order(conversations: list[dict[str, Any]], waiting: Iterable[int]) -> list[int]:

@@ -59,12 +59,11 @@ class BadRows:
         if not self._skip:
             raise error
         self.reasons[row] = error.message
-        if len(self.reasons) > FEW + SHARE * seen:
+        try:
+            refuse_too_many(list(self.reasons.values()), "rows", seen, error.hint)
+        except StageError:
             self._path.unlink(missing_ok=True)  # whatever is wrong, the next attempt may find it mended
-            raise StageError(
-                f"the hidden states of {len(self.reasons)} rows cannot be used, after {seen} rows; the last: {error}",
-                error.hint,
-            )
+            raise
         write_json(self._path, {str(row): reason for row, reason in sorted(self.reasons.items())})
 
     def record(self) -> dict[str, Any]:
@@ -74,6 +73,15 @@ class BadRows:
         row, reason = next(iter(self.reasons.items()))
         note = f"{len(self.reasons)} rows were left out because their hidden states cannot be used, row {row}: {reason}"
         return {"skipped": len(self.reasons), "skipped_rows": sorted(self.reasons)[:20], "notes": [note]}
+
+
+def refuse_too_many(reasons: Sequence[str], what: str, seen: int, hint: str = "see the server's log") -> None:
+    """Raise StageError where so many were left out, of so many seen, that it is hardly the fault of each."""
+    if len(reasons) > FEW + SHARE * seen:
+        raise StageError(
+            f"the hidden states of {len(reasons)} {what} cannot be used, after {seen} {what}; the last: {reasons[-1]}",
+            hint,
+        )
 
 
 def read_skipped(directory: Path) -> dict[int, str]:

@@ -11,10 +11,13 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from speculators.config import Config, Regenerate
+from speculators.config import Config, Dtype, OnBadRow, Regenerate, from_plain
 from speculators.data.encoding import decode, encode
-from speculators.errors import ContractError
-from speculators.job import Job
+from speculators.errors import ContractError, StageError
+from speculators.fields import select
+from speculators.job import Endpoint, Job
+from speculators.runner.graph import KEEPING, KINDS
+from speculators.stages import regenerate
 from speculators.stages.regenerate import Keeper, answer, in_order, read_answers
 from speculators.targets.client import Completion, StatesFile
 from tests.stages.jobs import make_job
@@ -129,6 +132,7 @@ def said(prompt: list[int], tokens: list[int]) -> Completion:
 
 def keeping(tmp_path: Path, config: Config, stored: str) -> Job:
     job = make_job("regenerate", tmp_path / "work", config)
+    job.config = from_plain(Config, select(config, (*KINDS["regenerate"].reads, *KEEPING)))
     job.derived |= {"states_dtype": stored, "capture_layer_ids": [1]}
     return job
 
@@ -204,3 +208,75 @@ def test_states_of_a_turn_are_kept_in_the_stored_type_and_of_other_tokens_refuse
     assert "logprobs" not in Keeper(job, 16).request
     with pytest.raises(ContractError, match="conversation 12: the server gave the states of other tokens"):
         Keeper(job, 12).keep(2, said([1, 2], [9, 4]), written())
+
+
+class Troubled(WordsWithStates):
+    """The states of the answer `bad` are not numbers."""
+
+    async def states_of(self, said: Completion, *, item: str) -> StatesFile:
+        file = await super().states_of(said, item=item)
+        if said.text == "bad":
+            ids = torch.tensor([*said.prompt_ids, *said.token_ids[:-1]])
+            save_file({"hidden_states": torch.full((len(ids), 1, 1), torch.nan), "token_ids": ids}, file.path)
+        return file
+
+
+def test_an_answer_with_bad_states_stops_or_ends_its_conversation_as_the_recipe_says(
+    tmp_path: Path, config: Config
+) -> None:
+    def made(job: Job) -> dict[str, Any]:
+        words = Troubled(tmp_path, "one", "bad", "never")
+        return asyncio.run(answer(words, conversation("a", "b", "c"), CONFIG, 100, Keeper(job, 0)))  # type: ignore[arg-type]
+
+    config.target.dtype = Dtype.float32
+    with pytest.raises(StageError, match="conversation 0: the target's hidden states are not finite"):
+        made(keeping(tmp_path, config, "float32"))
+    config.extract.on_bad_row = OnBadRow.skip
+    found = made(keeping(tmp_path, config, "float32"))
+    assert [m["content"] for m in found["messages"]] == ["a", "one"]
+    assert (len(found["turns"]), found["dropped"]) == (1, "bad_states")
+    assert "not finite" in found["why"]
+
+
+@pytest.mark.parametrize(("bad", "kept"), [(2, 10), (9, 0)])
+def test_bad_answers_are_counted_asked_for_again_and_too_many_of_them_stop(
+    tmp_path: Path, config: Config, monkeypatch: pytest.MonkeyPatch, bad: int, kept: int
+) -> None:
+    prompts = tmp_path / "prompts"
+    prompts.mkdir()
+    every = [{**conversation("a"), "id": f"c{i}"} for i in range(12)]
+    (prompts / "conversations.jsonl").write_text("".join(json.dumps(c) + "\n" for c in every))
+    asked: list[str] = []
+    left = bad
+
+    async def played(client: Any, made: dict[str, Any], *_: Any) -> dict[str, Any]:
+        nonlocal left
+        asked.append(made["id"])
+        left -= 1
+        turns = [{"prompt_ids": [1], "answer_ids": [2], "finish_reason": "stop"}]
+        told = {"dropped": "bad_states", "why": "not finite", "turns": []} if left >= 0 else {"dropped": None}
+        return {**made, "turns": turns, **told}
+
+    monkeypatch.setattr(regenerate, "answer", played)
+
+    def attempt() -> Job:
+        job = keeping(tmp_path, config, "bfloat16")
+        job.inputs["prompts"] = prompts
+        job.services["target"] = Endpoint(
+            url="http://127.0.0.1:1", model="m", api_key="", mode="extract", directory=tmp_path, log=tmp_path / "log"
+        )
+        regenerate.main(job)
+        return job
+
+    if not kept:
+        with pytest.raises(StageError, match=r"of 5 answers cannot be used, after \d+ answers; the last: not finite"):
+            attempt()
+        return
+    job = attempt()
+    assert (job.record["kept"], job.record["dropped"]) == (10, {"bad_states": 2})
+    assert job.record["notes"] == [
+        "2 conversations end before an answer whose hidden states cannot be used: not finite"
+    ]
+    asked.clear()
+    assert attempt().record["kept"] == 12
+    assert sorted(asked) == ["c0", "c1"]
