@@ -246,6 +246,9 @@ class Extract(Stage):
     Training that draws from a live server stops in either case."""
     connector: Connector = if_set(Connector.ours)
     """What hands the states out of the server. Whatever it is, they are checked in the same way."""
+    workers: int = operational(1)
+    """Workers that share the rows, each with a server of its own where there are devices for it. What they make is
+    joined into what one would have made."""
     concurrency: int = operational(32)
     """Requests in flight."""
     retries: int = operational(3)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import shlex
 from collections.abc import Mapping
@@ -64,8 +65,8 @@ def estimate(planner: Planner, steps: Mapping[str, Step]) -> Needs:
     config = planner.config
     open_steps = [s for s in steps.values() if s.state in (State.run, State.waits)]
     servers = [
-        ServerNeed(stage=step.node.name, mode=serving.mode, command=shlex.join(_argv(planner, serving, steps)))
-        for step in open_steps
+        ServerNeed(stage=_served(step.node), mode=serving.mode, command=shlex.join(_argv(planner, serving, steps)))
+        for step in _without_equals(open_steps)
         for phase in graph.phases(step.node, config)
         for serving in phase
         if not config.serve.url
@@ -81,23 +82,28 @@ def estimate(planner: Planner, steps: Mapping[str, Step]) -> Needs:
     )
     splits = {s.node.name: split for s in open_steps if (split := schedule.split(s.node, config)) is not None}
     needs = replace(needs, splits=splits)
-    packing = next((s for s in open_steps if "features" in s.node.spec.gives or s.node.draws), None)
-    if packing is None or planner.facts is None:
+    packing = [s for s in open_steps if ("features" in s.node.spec.gives or s.node.draws) and not s.node.parts]
+    if not packing or planner.facts is None:
         return needs
-    tokens = _tokens(planner, steps[packing.node.inputs["tokens"]])
+    first = packing[0]
+    tokens = _tokens(planner, steps[first.node.inputs["tokens"]])
+    if first.node.part is not None:  # what other workers have extracted already is not extracted again
+        packing = [s for s in packing if s.node.part is not None]
+        tokens = math.ceil(tokens * len(packing) / first.node.part[1])
     each = derive.feature_bytes_per_token(config, planner.facts)
-    stored, prefilled = tokens, tokens if packing.node.mode else 0
-    if packing.node.draws:
+    stored, prefilled = tokens, tokens if first.node.mode else 0
+    if first.node.draws:
         stored = min(tokens, int(config.train.states_disk_gib * GIB) // each)
         in_memory = int(config.train.states_memory_gib * GIB) // each
         prefilled += (config.train.epochs - 1) * max(0, tokens - stored - in_memory)
-    storing = [packing, *(s for s in open_steps if s.node.keeps_states)]
+    keeping = [s for s in open_steps if s.node.keeps_states]
+    storing = [*(packing if first.node.part is not None else [first]), *keeping]
     written = sum(upkeep.size(planner.store.work(s.node.kind, s.key)) for s in storing if s.key)
     speed = _prefill_speed(planner, steps)
     return replace(
         needs,
         feature_tokens=stored,
-        feature_bytes=max(0, len(storing) * stored * each - written),
+        feature_bytes=max(0, (1 + len(keeping)) * stored * each - written),
         prefill_tokens=prefilled,
         prefill_seconds=prefilled / speed if speed else 0.0,
     )
@@ -121,6 +127,19 @@ def refuse_if_too_large(needs: Needs) -> None:
             "lower prompts.count, train.sequence_length or, if training keeps them, train.states_disk_gib; or name a "
             "larger disk: run.store=PATH",
         )
+
+
+def _without_equals(steps: list[Step]) -> list[Step]:
+    """Of the workers of one stage, which are served alike, the first that has something to do."""
+    firsts: dict[str, Step] = {}
+    for step in steps:
+        firsts.setdefault(_served(step.node), step)
+    return list(firsts.values())
+
+
+def _served(node: graph.Node) -> str:
+    """For whom a server is started."""
+    return node.name if node.part is None else f"{node.name.rpartition('.')[0]}, each of {node.part[1]} workers"
 
 
 def _writable(root: Path) -> bool:

@@ -18,7 +18,7 @@ import itertools
 import json
 import time
 from collections.abc import Callable, Generator, Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +26,7 @@ from speculators.config import Config
 from speculators.errors import ContractError, RecipeError, RunError, ServiceError, SourceError, StageError, StoreError
 from speculators.fields import select, to_plain
 from speculators.job import REQUEST_FORMAT, write_json
-from speculators.runner import endings, estimate, graph, schedule
+from speculators.runner import endings, estimate, graph, schedule, upkeep
 from speculators.runner.endings import PassingError
 from speculators.runner.events import Events, now
 from speculators.runner.executors import Handle, executor_of
@@ -101,13 +101,15 @@ class Execution:
                 self.services.close()
                 self.room.close()
                 for name in [name for name in self.planner.graph if name in self.steps]:
-                    self.steps[name] = self.steps.pop(name)  # in data-flow order, not as they ended
+                    step = self.steps.pop(name)
+                    if step.node.part is None or step.artifact is not None:
+                        self.steps[name] = step  # in data-flow order, not as they ended
         return self.steps
 
     def _loop(self, signals: Signals) -> None:
         nodes = self.planner.graph
         order = {name: place for place, name in enumerate(nodes)}
-        sorter = graphlib.TopologicalSorter({name: node.inputs.values() for name, node in nodes.items()})
+        sorter = graphlib.TopologicalSorter({name: node.needs for name, node in nodes.items()})
         sorter.prepare()
         failure: RunError | None = None
         pause = SHORTEST_POLL
@@ -117,7 +119,7 @@ class Execution:
             ended = [name for name in ready if self._take_up(nodes[name])]
             for name in sorted(self._tasks, key=lambda name: (name not in self._eager, order[name])):
                 try:
-                    if name in self._tasks and self._advance(name) and nodes[name].kind != "fetch":
+                    if name in self._tasks and self._advance(name) and not nodes[name].lazy:
                         ended.append(name)
                 except RunError as error:
                     failure = failure or error
@@ -134,10 +136,10 @@ class Execution:
 
     def _take_up(self, node: Node) -> bool:
         """Begin with a node whose inputs are there. True: that is all, a source is fetched when somebody wants it."""
-        if node.kind != "fetch":
+        if not node.lazy:
             self._tasks[node.name] = self._ensure(node)
             return False
-        step = self.planner.step(node.name, {})
+        step = self._step(node)
         self._done(step)
         if step.path is None and node.name in (self.config.only, self.config.until):
             self._tasks[node.name] = self._fetch(step)
@@ -188,13 +190,14 @@ class Execution:
             if self.config.only not in ("", node.name):
                 hint = f"make it first: until={node.name}"
                 raise RecipeError(f"only={self.config.only} needs `{node.name}`, which is not there", hint)
-            yield from self._fetched(node.inputs.values())
+            yield from self._fetched(node.needs)
             step = yield from self._made(step)
+        self._drop_parts(node)
         self._done(step)
 
     def _fetched(self, names: Iterable[str]) -> Waiting:
-        """Fetch the sources among these that are not here yet; anything else is left alone."""
-        missing = [name for name in names if self.steps[name].node.kind == "fetch" and self.steps[name].path is None]
+        """Fetch or make those among these that are made when they are wanted; anything else is left alone."""
+        missing = [name for name in names if self.steps[name].node.lazy and self.steps[name].path is None]
         for name in missing:
             if name not in self._tasks:
                 self._tasks[name] = self._fetch(self.steps[name])
@@ -202,8 +205,19 @@ class Execution:
             yield
 
     def _fetch(self, step: Step) -> Waiting:
+        yield from self._fetched(step.node.inputs.values())
+        if step.state is State.waits:  # a part that was taken up before the target was here
+            self.planner.learn_target()
+        step = self._step(step.node)
         self._decided(step)
         self._done((yield from self._made(step)))
+
+    def _drop_parts(self, node: Node) -> None:
+        """What a stage was joined from is in it now."""
+        for step in [self.steps[name] for name in node.parts]:
+            if step.artifact is not None:
+                upkeep.discard(self.planner.store, step.artifact)
+            self.steps[step.node.name] = replace(step, artifact=None)
 
     def _step(self, node: Node) -> Step:
         known = [name for name in node.inputs.values() if name in self.steps]
@@ -256,8 +270,8 @@ class Execution:
 
     def _to_come(self, node: Node) -> list[Node]:
         """Other nodes that ask for the pipeline's server and may still have to run."""
-        others = [n for n in self.planner.graph.values() if n.mode and n.name not in self.steps and n is not node]
-        return [n for n in others if self._step(n).state in (State.run, State.waits)]
+        begun = [n for n in self.planner.graph.values() if n.name not in self.steps or n.name in self._tasks]
+        return [n for n in begun if n.mode and n is not node and self._step(n).state in (State.run, State.waits)]
 
     def _give_back_servers(self, node: Node) -> None:
         """Keep only those that another stage may still need and that do not depend on what is still to be made."""
@@ -358,7 +372,7 @@ class Execution:
             "key": step.key,
             "config": select(self.config, node.reads),
             "derived": {**step.derived, "phase": index, "phases": count},
-            "inputs": {slot: str(self.steps[upstream].path) for slot, upstream in node.inputs.items()},
+            "inputs": {slot: str(self.steps[upstream].path) for slot, upstream in self._slots(node).items()},
             "digests": {slot: self.steps[upstream].digest for slot, upstream in node.inputs.items()},
             "services": {name: server.plain() for name, server in servers.items()},
             "work": str(self.planner.store.work(node.kind, step.key)),
@@ -378,6 +392,11 @@ class Execution:
         }
         write_json(path, request)
         return path
+
+    @staticmethod
+    def _slots(node: Node) -> dict[str, str]:
+        """What the worker gets to read; parts by names that sort as they are numbered."""
+        return {**node.inputs, **{f"part.{number:05d}": part for number, part in enumerate(node.parts)}}
 
     def _failure(self, step: Step, code: int, log: Path) -> RunError:
         """What the worker said about itself, or how it died and the end of its log."""

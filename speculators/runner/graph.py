@@ -147,10 +147,24 @@ class Node:
     """`checkpoint`, `file` or `directory`, for a `fetch` node."""
     keeps_states: bool = False
     """It answers, and some node takes the hidden states of its answers."""
+    part: tuple[int, int] | None = None
+    """Of a node that does a part of another one's work: which, from 0, and how many there are."""
+    parts: tuple[str, ...] = ()
+    """The nodes that share this one's work; it joins what they made, and is made of what they are made of."""
 
     @property
     def spec(self) -> Kind:
         return KINDS[self.kind]
+
+    @property
+    def needs(self) -> tuple[str, ...]:
+        """The nodes that come before it."""
+        return (*self.inputs.values(), *self.parts)
+
+    @property
+    def lazy(self) -> bool:
+        """Made only when another node that has to be made wants it."""
+        return self.kind == "fetch" or self.part is not None
 
     @property
     def draws(self) -> bool:
@@ -160,6 +174,8 @@ class Node:
     @property
     def mode(self) -> str:
         """The mode in which it needs the pipeline's server; empty if in none."""
+        if self.parts:
+            return ""
         return "extract" if self.keeps_states or self.draws else self.spec.serve
 
     @property
@@ -227,7 +243,22 @@ def build(config: Config) -> dict[str, Node]:
             nodes[fetch] = Node(name=fetch, kind="fetch", inputs={}, source=options.source, wanted_as=wanted_as)
         nodes[name] = Node(name=name, kind=kinds[name], inputs=inputs)
     wanted = {node.inputs["states"] for node in nodes.values() if "states" in node.inputs}
-    return _ordered({name: replace(node, keeps_states=name in wanted) for name, node in nodes.items()})
+    nodes = {name: replace(node, keeps_states=name in wanted) for name, node in nodes.items()}
+    return _ordered(_shared_out(nodes, config.extract.workers))
+
+
+def _shared_out(nodes: dict[str, Node], workers: int) -> dict[str, Node]:
+    """Put nodes for the workers of an extraction before it, if there are several: `extract.1`, `extract.2`, ..."""
+    if workers < 1:
+        raise RecipeError(f"extract.workers must be 1 or more, it is {workers}", "leave it out for one")
+    if workers == 1:
+        return nodes
+    shared: dict[str, Node] = {}
+    for name, node in nodes.items():
+        parts = tuple(f"{name}.{i + 1}" for i in range(workers)) if node.kind == "extract" else ()
+        shared |= {part: replace(node, name=part, part=(i, workers)) for i, part in enumerate(parts)}
+        shared[name] = replace(node, parts=parts)
+    return shared
 
 
 def chosen(nodes: dict[str, Node], config: Config) -> dict[str, Node]:
@@ -248,7 +279,7 @@ def chosen(nodes: dict[str, Node], config: Config) -> dict[str, Node]:
     while open_names:
         name = open_names.pop()
         needed.add(name)
-        open_names += nodes[name].inputs.values()
+        open_names += nodes[name].needs
     return {name: node for name, node in nodes.items() if name in needed}
 
 
@@ -258,7 +289,8 @@ def forced(nodes: Mapping[str, Node], config: Config) -> set[str]:
     for name, node in nodes.items():  # in data-flow order
         if follows & set(node.inputs.values()):
             follows.add(name)
-    return {*config.force, *follows}
+    whole = {*config.force, *follows}
+    return {*whole, *(part for name in whole if name in nodes for part in nodes[name].parts)}
 
 
 def _check_kinds(kinds: Mapping[str, str]) -> None:
@@ -326,7 +358,7 @@ def _gives(kind: str) -> tuple[str, ...]:
 
 def _ordered(nodes: dict[str, Node]) -> dict[str, Node]:
     """Data-flow order; among nodes that are free to move, the order of the recipe."""
-    sorter = graphlib.TopologicalSorter({name: list(node.inputs.values()) for name, node in nodes.items()})
+    sorter = graphlib.TopologicalSorter({name: node.needs for name, node in nodes.items()})
     try:
         order = list(sorter.static_order())
     except graphlib.CycleError as error:

@@ -52,6 +52,7 @@ def resolved(planner: Planner) -> dict[str, Any]:
             "in_key": _leaves(planner, step.node, digests),
         }
         for step in steps
+        if step.node.part is None  # into how many parts the work is cut is not what comes out
     }
     return {"format": FORMAT, "recipe": planner.config.recipe, "packages": libraries(), "stages": stages}
 

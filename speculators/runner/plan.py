@@ -85,15 +85,16 @@ class Planner:
             self.derived = derive.derive(self.config, self.facts)
 
     def plan(self) -> list[Step]:
-        """Every node in data-flow order, with what the store holds now."""
+        """Every node in data-flow order, with what the store holds now; parts of what is there are left out."""
         steps: dict[str, Step] = {}
         for name in self.graph:
             known = {n: s.digest for n, s in steps.items() if s.digest}
             steps[name] = self.step(name, known)
-        needed = {i for s in steps.values() if s.state in (State.run, State.waits) for i in s.node.inputs.values()}
-        return [
-            self._unneeded(s) if s.node.kind == "fetch" and s.node.name not in needed else s for s in steps.values()
-        ]
+        joined = {part for s in steps.values() if s.state is State.cached for part in s.node.parts}
+        kept = [step for name, step in steps.items() if name not in joined]
+        needed = {name for s in kept if s.state in (State.run, State.waits) for name in s.node.needs}
+        needed |= {self.config.only, self.config.until}
+        return [self._unneeded(s) if s.node.lazy and s.node.name not in needed else s for s in kept]
 
     def step(self, name: str, digests: Mapping[str, str]) -> Step:
         """Decide one node; `digests` are those of the outputs that are known so far, by node."""
@@ -169,10 +170,11 @@ class Planner:
     def _derived(self, node: Node) -> dict[str, Any]:
         if node.kind == "fetch":
             return {"source": self._sources[node.name].identity, "as": node.wanted_as}
-        return {name: self.derived[name] for name in node.derived}
+        part = {"part": list(node.part)} if node.part else {}
+        return {name: self.derived[name] for name in node.derived} | part
 
     def _preimage(self, node: Node, derived: Mapping[str, Any], digests: Mapping[str, str]) -> dict[str, Any]:
-        served = graph.phases(node, self.config) != [[]]
+        served = bool(node.parts) or graph.phases(node, self.config) != [[]]
         return key.preimage(
             node.kind,
             node.spec.version,
@@ -187,7 +189,8 @@ class Planner:
         if nearest is None or (node.kind == "fetch"):
             return "new"
         changes = key.differences(nearest.preimage, image)
-        return describe(changes) if changes else "incomplete"
+        of_work = [change for change in changes if change[0] != "part"]  # which is nobody's choice
+        return describe(of_work) if of_work else "new" if changes else "incomplete"
 
     @staticmethod
     def _unneeded(step: Step) -> Step:

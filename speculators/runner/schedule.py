@@ -214,10 +214,10 @@ def _names(config: Config) -> list[str]:
 
 
 def limits(config: Config, name: str) -> Limits:
-    """What `run` says for all stages, and `run.stages` for this one."""
+    """What `run` says for all stages, and `run.stages` for this one, or for the one that it is a part of."""
     run = config.run
     plain = {"retries": run.retries, "retry_wait": run.retry_wait, "time_limit": run.time_limit}
-    return Limits(**{**plain, **run.stages.get(name, {})})
+    return Limits(**{**plain, **run.stages.get(name, run.stages.get(name.rpartition(".")[0], {}))})
 
 
 def check(config: Config) -> None:

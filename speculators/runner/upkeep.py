@@ -133,6 +133,15 @@ def remove(store: Store, unwanted: Rubbish) -> bool:
         return True
 
 
+def discard(store: Store, artifact: artifacts.Artifact) -> None:
+    """Delete an artifact of this very store that nobody will want, unless somebody else is at work on its key."""
+    if artifact.path.is_relative_to(store.root):
+        with store.claimed_at_once(artifact.stage, artifact.key) as ours:
+            aside = store.set_aside(artifact.stage, artifact.key) if ours else None
+        if aside is not None:
+            _delete(aside)
+
+
 def _everything(store: Store) -> Iterator[Rubbish]:
     for stage in KINDS:
         for artifact in store.own(stage):

@@ -237,21 +237,27 @@ class EarlyGate:
         self._picks, self._seen = [], {}
 
 
-async def open_gate(job: Job, client: Client, table: Any, done: Container[int]) -> EarlyGate:
-    """The gate of an extraction of the token table, in which the rows `done` are kept already.
+async def open_gate(job: Job, client: Client, table: Any, done: Container[int], rows: range) -> EarlyGate:
+    """The gate of an extraction of some rows of the token table, of which the rows `done` are kept already.
 
-    The server is asked for the picks of the whole table first, unless an earlier attempt has asked.
+    The server is asked for the picks of these rows first, unless an earlier attempt has asked. One that does not begin
+    with the table's first rows has a server of its own too, and its first rows are asked about for the gate alone.
     """
+
+    async def work(place: tuple[int, int]) -> Pick:
+        row, position = place
+        return await ask(client, row, table[row]["input_ids"], position)
+
+    lengths = table["seq_len"]
     if not (job.output / PICKS).exists():
-
-        async def work(place: tuple[int, int]) -> Pick:
-            row, position = place
-            return await ask(client, row, table[row]["input_ids"], position)
-
-        write_picks(job.output, [pick async for pick in client.map(work, places(table["seq_len"]))])
+        wanted = [place for place in places(lengths) if place[0] in rows]
+        write_picks(job.output, [pick async for pick in client.map(work, wanted)])
+    early = [row for row in rows[:EARLY] if row not in done and lengths[row]]
+    picks = {pick.row: pick for pick in read_picks(job.output)}
+    unasked = [(row, _cut(row, lengths[row]) - 1) for row in early if row not in picks]
+    picks |= {pick.row: pick async for pick in client.map(work, unasked)}
     stored = getattr(torch, job.config.extract.dtype.name)  # a server may round to it already
-    picks = [pick for pick in read_picks(job.output) if pick.row < EARLY and pick.row not in done]
-    return EarlyGate(gate_of(job, stored), picks, job.output)
+    return EarlyGate(gate_of(job, stored), [picks[row] for row in early], job.output)
 
 
 def check_server(job: Job) -> None:

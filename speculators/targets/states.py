@@ -92,7 +92,12 @@ def read_skipped(directory: Path) -> dict[int, str]:
 
 def states_writer(job: Job) -> ShardWriter:
     """The shards of a stage whose output is hidden states; it goes on where an earlier attempt stopped."""
-    contract = feature_contract(
+    return ShardWriter(job.output, states_contract(job), job.config.extract.shard_tokens)
+
+
+def states_contract(job: Job) -> dict[str, Any]:
+    """What the hidden states are that such a stage makes."""
+    return feature_contract(
         target=job.digests["target"],
         tokens=job.digests["tokens"],
         dtype=job.config.extract.dtype.name,
@@ -100,7 +105,6 @@ def states_writer(job: Job) -> ShardWriter:
         layer_ids=job.derived["capture_layer_ids"],
         hidden_size=hidden_size(job.inputs["target"]),
     )
-    return ShardWriter(job.output, contract, job.config.extract.shard_tokens)
 
 
 def hidden_size(target: Path) -> int:

@@ -64,7 +64,7 @@ def run_recipe(
         announce(directory)
     write_json(directory / "config.json", resolved(config))
     status = "failed"
-    shown = [name for name, node in planner.graph.items() if node.kind != "fetch"]
+    shown = [name for name, node in planner.graph.items() if not node.lazy]
     with ui.watcher(shown, plain) as watch:
         events = Events(directory / "events.jsonl", [watch])
         process = {"pid": os.getpid(), "start": guard.start_time(os.getpid()), "machine": guard.machine()}

@@ -165,3 +165,23 @@ def test_a_store_over_its_quota_is_refused_before_any_worker_starts(
     assert cli._guarded([*words, "train.lr=5e-4"]) == 1
     assert "run.quota_gib allows 0.0 GiB" in capsys.readouterr().err
     assert not list(store.root.glob("work/*/*"))
+
+
+def test_what_a_worker_has_extracted_is_not_counted_again_and_a_server_is_named_once(store: Store) -> None:
+    config = recipe.compose(["recipe=smollm2_eagle3", "pipeline=offline"])
+    planner = Planner(config, store)
+    digests: dict[str, str] = {}
+    for name in ("dataset.sharegpt", "target", "prompts", "regenerate", "tokenize"):
+        digests[name] = publish(store, planner, name, digests)
+    whole = needs(config, store)
+    config.extract.workers = 4
+    shared = needs(config, store)
+    assert (shared.feature_bytes, shared.prefill_tokens) == (whole.feature_bytes, whole.prefill_tokens)
+    assert [s.stage for s in shared.servers if s.mode == "extract"] == ["extract, each of 4 workers"]
+    planner = Planner(config, store)
+    publish(store, planner, "extract.2", digests)
+    left = needs(config, store)
+    assert (left.feature_bytes * 4, left.prefill_tokens * 4) == (whole.feature_bytes * 3, whole.prefill_tokens * 3)
+    for part in ("extract.1", "extract.3", "extract.4"):
+        publish(store, planner, part, digests)
+    assert needs(config, store).feature_bytes == 0

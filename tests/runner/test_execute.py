@@ -272,6 +272,60 @@ def test_speed_is_measured_alone_where_all_share_the_cores(mill: Callable[..., W
     assert world.together() == 1
 
 
+@pytest.fixture
+def shared_out(mill: Callable[..., World], monkeypatch: pytest.MonkeyPatch) -> World:
+    """An extraction by two workers, on two GPUs."""
+    served = Kind(version=1, gives=("features",), takes={"tokens": "grain"}, serve="extract", derived=("layer_ids",))
+    monkeypatch.setitem(graph.KINDS, "extract", served)
+    world = mill({"serve": {}, "seed": {}, "extract": {"tokens": "seed", "target": "serve"}})
+    world.config.extract.workers, world.config.hardware.gpus = 2, 2
+    world.config.hardware.device = type(world.config.hardware.device).cuda
+    world.lasts = {"extract.1": 10, "extract.2": 10}
+    return world
+
+
+def test_workers_of_one_stage_run_beside_each_other_each_with_a_server_and_are_joined(shared_out: World) -> None:
+    steps = shared_out.run().steps
+    assert shared_out.together() == 2
+    assert len(shared_out.servers) == 2
+    assert {shared_out.env[f"extract.{i}"]["CUDA_VISIBLE_DEVICES"] for i in (1, 2)} == {"0", "1"}
+    assert shared_out.of("stage.started")[-1] == "started extract"
+    assert sorted(steps) == ["extract", "seed", "target"], "the parts are in the whole now"
+    assert [a.key for a in shared_out.store.artifacts("extract")] == [steps["extract"].key]
+    request = json.loads((shared_out.directory / "requests/extract-0.json").read_text())
+    assert sorted(request["inputs"]) == ["part.00000", "part.00001", "target", "tokens"]
+    assert sorted(request["provenance"]["inputs"]) == ["target", "tokens"]
+    assert json.loads((shared_out.directory / "requests/extract.2-0.json").read_text())["derived"]["part"] == [1, 2]
+    shared_out.run()
+    shared_out.config.extract.workers = 1
+    assert {s.state.name for s in shared_out.run().steps.values()} == {"cached"}
+    assert shared_out.of("stage.started") == []
+
+
+def test_a_worker_that_fails_costs_the_others_nothing(shared_out: World) -> None:
+    shared_out.script["extract.2"] = [StageError("row 9 is bad", "mend it")]
+    shared_out.lasts["extract.1"] = 40
+    with pytest.raises(StageError, match=r"extract\.2: row 9 is bad") as raised:
+        shared_out.run()
+    assert "only=extract.2" in raised.value.hint
+    assert shared_out.of("stage.finished") == ["finished seed", "finished extract.1"]
+    assert [s.reason for s in Planner(shared_out.config, shared_out.store).plan()][2:] == [
+        "made by run", "new", "new",
+    ]  # fmt: skip
+    shared_out.run()
+    assert shared_out.of("stage.started") == ["started extract.2", "started extract"]
+
+
+def test_workers_that_share_a_device_share_its_server_one_after_the_other(shared_out: World) -> None:
+    shared_out.config.hardware.gpus = 1
+    shared_out.config.run.stages = {"extract": {"retries": 1}}
+    shared_out.script["extract.1"] = [-9]
+    shared_out.run()
+    assert shared_out.together() == 1
+    assert len(shared_out.servers) == 1
+    assert shared_out.of("stage.retried") == ["retried extract.1"]
+
+
 def test_a_failure_starts_nothing_more_lets_the_others_end_and_is_raised(mill: Callable[..., World]) -> None:
     world = mill(TWO_BRANCHES)
     world.script["seed"] = [ContractError("the rows do not fit", "take others")]

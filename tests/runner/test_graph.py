@@ -123,3 +123,35 @@ def test_evaluation_in_float32_needs_one_phase_and_in_bfloat16_two(config: Confi
     ]
     config.evaluate.lossless_prompts = 0
     assert len(graph.phases(node, config)) == 1
+
+
+def offline() -> Config:
+    return recipe.compose(["recipe=smollm2_eagle3", "pipeline=offline"])
+
+
+def test_workers_of_an_extraction_come_before_it_and_move_no_key(store: Store) -> None:
+    config = offline()
+    alone = Planner(config, store)
+    config.extract.workers = 2
+    planner = Planner(config, store)
+    nodes = planner.graph
+    assert [name for name in nodes if name.startswith("extract")] == ["extract.1", "extract.2", "extract"]
+    assert (nodes["extract"].mode, nodes["extract.1"].mode) == ("", "extract")
+    assert nodes["extract"].inputs == alone.graph["extract"].inputs
+    digests = dict.fromkeys(alone.graph, "d")
+    planner.derived = alone.derived = {"layer_ids": [2], "capture_layer_ids": [2, 4]}
+    keys = {name: planner.step(name, digests).key for name in ("extract.1", "extract.2", "extract")}
+    assert keys["extract"] == alone.step("extract", digests).key
+    assert len(set(keys.values())) == 3
+
+
+def test_forcing_an_extraction_forces_its_workers() -> None:
+    config = offline()
+    config.extract.workers, config.force = 2, ["extract"]
+    assert graph.forced(graph.build(config), config) == {"extract", "extract.1", "extract.2"}
+
+
+def test_less_than_one_worker_is_refused(config: Config) -> None:
+    config.extract.workers = 0
+    with pytest.raises(RecipeError, match=r"extract\.workers must be 1 or more"):
+        graph.build(config)

@@ -155,3 +155,15 @@ def test_planning_writes_nothing(config: Config, store: Store) -> None:
 def test_reasons_name_inputs_options_and_versions() -> None:
     changes = [("input tokens", "a", "b"), ("train.lr", 1e-3, 5e-4), ("version", 1, 2)]
     assert describe(changes) == "upstream: tokens; changed: train.lr 0.001 -> 0.0005; version 1 -> 2"
+
+
+def test_parts_are_planned_while_the_whole_is_not_there_and_not_named_once_it_is(store: Store) -> None:
+    config = recipe.compose(["recipe=smollm2_eagle3", "pipeline=offline"])
+    config.extract.workers = 2
+    found = states(Planner(config, store))
+    assert [name for name in found if name.startswith("extract")] == ["extract.1", "extract.2", "extract"]
+    assert found["extract.1"] == ("waits", "upstream: tokenize")
+    config.extract.workers = 1
+    publish_all(store, Planner(config, store))
+    config.extract.workers = 2
+    assert {n for n in states(Planner(config, store)) if n.startswith("extract")} == {"extract"}

@@ -44,13 +44,18 @@ class StatesServer:
         outer = self
 
         class Handler(BaseHTTPRequestHandler):
+            def do_GET(self) -> None:
+                self.reply(200, {"data": [{"id": "m"}]})
+
             def do_POST(self) -> None:
                 fields = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
                 if len(outer.asked) >= outer.dies_after:
                     outer.stop()  # nobody is let in any more, and this one is left without an answer
                     self.close_connection = True
                     return
-                status, body = outer.answer(fields)
+                self.reply(*outer.answer(fields))
+
+            def reply(self, status: int, body: dict[str, Any]) -> None:
                 data = json.dumps(body).encode()
                 self.send_response(status)
                 self.send_header("Content-Length", str(len(data)))

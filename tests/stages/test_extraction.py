@@ -209,5 +209,76 @@ def test_a_disk_that_fills_up_costs_only_the_shard_that_was_being_written(
     assert files(again.output) == files(straight.output)
 
 
+def part_in(root: Path, config: Config, server: StatesServer, part: int, *, skip: bool = False) -> Job:
+    """One of two workers' parts of `ROWS`."""
+    job = job_in(root, config, server, name=f"part-{part}", skip=skip)
+    job.derived["part"] = [part, 2]
+    return job
+
+
+def joining(root: Path, config: Config, server: StatesServer, *parts: Job, name: str = "joined") -> Job:
+    job = job_in(root, config, server, name=name)
+    job.inputs |= {f"part.{i:05d}": part.output for i, part in enumerate(parts)}
+    return job
+
+
+def test_what_two_workers_make_is_byte_for_byte_what_one_makes(tmp_path: Path, config: Config, serve: Start) -> None:
+    main(one := job_in(tmp_path, config, serve(), name="one"))
+    servers = [serve(), serve()]
+    parts = [part_in(tmp_path, config, server, part) for part, server in enumerate(servers)]
+    for part in parts:
+        main(part)
+    assert [len(server.asked) for server in servers] == [12, 18], "two shards and three"
+    job = joining(tmp_path, config, servers[0], *parts)
+    (job.output / "shard-00009.safetensors").write_bytes(b"of an attempt that was killed")
+    main(job)
+    assert files(job.output) == files(one.output)
+    assert job.digests_written == one.digests_written
+    said = {name: job.record[name] for name in ("rows", "tokens", "bytes", "resumed", "workers")}
+    assert said == {**{name: one.record[name] for name in ("rows", "tokens", "bytes", "resumed")}, "workers": 2}
+    shard = "shard-00000.safetensors"
+    assert (job.output / shard).samefile(parts[0].output / shard), "nothing is stored twice"
+
+
+def test_a_worker_that_is_killed_goes_on_at_its_last_sealed_shard(tmp_path: Path, config: Config, serve: Start) -> None:
+    main(one := job_in(tmp_path, config, serve(), name="one"))
+    main(first := part_in(tmp_path, config, serve(), 0))
+    dying = serve()
+    dying.dies_after = 9
+    with pytest.raises(ServiceError, match="is gone"):
+        main(part_in(tmp_path, config, dying, 1))
+    other = serve()
+    main(second := part_in(tmp_path, config, other, 1))
+    assert second.record["resumed"] == 18 - len(other.asked) == 6
+    main(job := joining(tmp_path, config, other, first, second))
+    assert files(job.output) == files(one.output)
+
+
+def test_rows_that_workers_leave_out_are_left_out_of_the_whole(tmp_path: Path, config: Config, serve: Start) -> None:
+    server = serve({12: "nan", 39: "nan"})
+    parts = [part_in(tmp_path, config, server, part, skip=True) for part in (0, 1)]
+    for part in parts:
+        main(part)
+    main(job := joining(tmp_path, config, server, *parts))
+    reader = ShardReader(job.output)
+    assert reader.rows == [row for row in range(30) if row not in (2, 29)]
+    assert all(torch.equal(reader.states(row), states_of(ROWS[row])) for row in reader.rows)
+    assert (job.record["skipped"], job.record["skipped_rows"]) == (2, [2, 29])
+    assert list(json.loads((job.output / SKIPPED).read_text())) == ["2", "29"]
+
+
+def test_parts_that_are_not_the_whole_or_of_another_target_are_not_joined(
+    tmp_path: Path, config: Config, serve: Start
+) -> None:
+    server = serve()
+    main(first := part_in(tmp_path, config, server, 0))
+    with pytest.raises(ContractError, match="no worker has extracted row 12"):
+        main(joining(tmp_path, config, server, first))
+    other = joining(tmp_path, config, server, first, name="other")
+    other.digests["target"] = "another"
+    with pytest.raises(ContractError, match='target is "t", wanted "another"'):
+        main(other)
+
+
 def files(directory: Path) -> dict[str, bytes]:
     return {path.name: path.read_bytes() for path in sorted(directory.iterdir())}
