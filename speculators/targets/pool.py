@@ -50,7 +50,8 @@ class Server:
         self.probing: asyncio.Task[None] | None = None
         self.http = httpx.AsyncClient(
             base_url=endpoint.url,
-            headers={"Authorization": f"Bearer {endpoint.api_key}"},
+            # A server that is not ours may want no key, and an empty one makes no header.
+            headers={"Authorization": f"Bearer {endpoint.api_key}"} if endpoint.api_key else {},
             timeout=timeout,
             limits=httpx.Limits(max_connections=connections + 1, max_keepalive_connections=connections + 1),
             trust_env=False,

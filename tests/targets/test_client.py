@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import dataclasses
 import json
 import socket
 import threading
@@ -119,6 +120,18 @@ def use(url: str | list[str], directory: Path, work: Callable[[Client], Awaitabl
 
 def ask(client: Client) -> Awaitable[Any]:
     return client.complete([1, 2], item="row 12", max_tokens=1)
+
+
+def test_a_server_that_wants_no_key_gets_none(serve: Any, tmp_path: Path) -> None:
+    server = serve([(200, ANSWER)])
+
+    async def run() -> Any:
+        open_to_all = dataclasses.replace(endpoint(server.url, tmp_path), api_key="")
+        async with Client(open_to_all, concurrency=1, retries=0, timeout=5.0) as client:
+            return await ask(client)
+
+    assert asyncio.run(run()).token_ids
+    assert server.requests[0]["authorization"] is None
 
 
 def refused_url() -> str:
