@@ -17,6 +17,7 @@ An engine's process imports this module: it needs torch and nothing else that is
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 
 import torch
@@ -28,6 +29,10 @@ LARGEST = 448.0
 """Of e4m3: 0.875 * 2**9."""
 SIGN_AND_VALUE = 0x87F0 - 0x10000
 """As int16: the bits of e4m3 in bfloat16."""
+MISSING, LARGEST_FACTOR = 2.0**120, 2.0**127
+"""What those bits have to be multiplied by, and the largest power of two in bfloat16."""
+CHUNK_ELEMENTS = 1 << 19
+"""Values that are decoded at a time on a CPU: 1 MiB in bfloat16."""
 SMALLEST_EXPONENT = -100
 """Of a scale. Smaller states than any that matter become zero, and no product leaves the normal numbers."""
 
@@ -47,15 +52,27 @@ def quantise(states: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     return (states.float() / scales.float().unsqueeze(-1)).to(FLOAT8), scales
 
 
-def dequantise(quantised: torch.Tensor, scales: torch.Tensor) -> torch.Tensor:
-    """What `quantise` kept, exactly, in the type of the scales: bfloat16 or float32."""
+def dequantise(quantised: torch.Tensor, scales: torch.Tensor, out: torch.Tensor | None = None) -> torch.Tensor:
+    """What `quantise` kept, exactly, in the type of the scales: bfloat16 (in `out`, if it is given) or float32."""
+    if scales.dtype is not torch.bfloat16:
+        return dequantise(quantised, torch.ones_like(scales, dtype=torch.bfloat16)) * scales.unsqueeze(-1)
     # By its bits, since on a CPU torch converts float8 value by value, which takes ten times as long: with the sign in
     # its place, exponent and fraction read as bfloat16 are the value times 2**-120, subnormal ones too.
-    bits = quantised.view(torch.int8).to(torch.int16)
-    bits <<= 4
-    bits &= SIGN_AND_VALUE
-    values, factors = bits.view(torch.bfloat16).mul_(2.0**120), scales.unsqueeze(-1)
-    return values.mul_(factors) if factors.dtype is values.dtype else values * factors
+    out = torch.empty_like(quantised, dtype=torch.bfloat16) if out is None else out
+    step, factors = max(1, len(out)), [torch.full_like(scales, MISSING), scales]
+    if out.device.type == "cpu" and out.numel():
+        # As many at a time as stay in its cache, and no pass over them that can be saved.
+        step = max(1, CHUNK_ELEMENTS // out[0].numel())
+        if bool(scales.amax() <= LARGEST_FACTOR / MISSING):
+            factors = [scales * MISSING]
+    for begin in range(0, len(out), step):
+        some = slice(begin, begin + step)
+        bits = out[some].view(torch.int16).copy_(quantised[some].view(torch.int8))
+        bits <<= 4
+        bits &= SIGN_AND_VALUE
+        for factor in factors:
+            out[some] *= factor[some].unsqueeze(-1)
+    return out
 
 
 def encode(item: str, states: torch.Tensor, stored: str) -> dict[str, torch.Tensor]:
@@ -79,15 +96,27 @@ def encode(item: str, states: torch.Tensor, stored: str) -> dict[str, torch.Tens
     return kept
 
 
-def decode(tensors: Mapping[str, torch.Tensor]) -> torch.Tensor:
-    """The states [T, L, H] out of what `encode` made; bfloat16 if they were stored in float8."""
+def layout(layers: int, hidden_size: int, stored: str) -> dict[str, tuple[torch.dtype, tuple[int, ...]]]:
+    """What `encode` makes of one token, by name: its type, and its shape."""
+    dtype: torch.dtype = getattr(torch, stored)
+    scales = {"scales": (torch.bfloat16, (layers,))} if dtype is FLOAT8 else {}
+    return {**scales, "states": (dtype, (layers, hidden_size))}
+
+
+def decode(tensors: Mapping[str, torch.Tensor], out: torch.Tensor | None = None) -> torch.Tensor:
+    """The states [T, L, H] out of what `encode` made; bfloat16, in `out` if it is given, if they were in float8."""
     if "scales" in tensors:
-        return dequantise(tensors["states"], tensors["scales"])
+        return dequantise(tensors["states"], tensors["scales"], out)
     return tensors["states"]
+
+
+def copy_first(encoded: Mapping[str, torch.Tensor], into: Mapping[str, torch.Tensor]) -> None:
+    """Put the first tokens of what `encode` made into tensors of as many."""
+    for name, tensor in into.items():
+        tensor.copy_(encoded[name][: len(tensor)])
 
 
 def bytes_per_token(layers: int, hidden_size: int, stored: str) -> int:
     """What one token takes in a shard: its id, its states, and their scales if there are any."""
-    dtype: torch.dtype = getattr(torch, stored)
-    scales = layers * torch.bfloat16.itemsize if dtype is FLOAT8 else 0
-    return torch.int64.itemsize + layers * hidden_size * dtype.itemsize + scales
+    parts = layout(layers, hidden_size, stored).values()
+    return torch.int64.itemsize + sum(dtype.itemsize * math.prod(shape) for dtype, shape in parts)
