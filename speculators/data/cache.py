@@ -16,7 +16,8 @@ from typing import Any
 
 from torch import Tensor
 
-from speculators.data.shards import INDEX, ShardReader, ShardWriter, check_contract
+from speculators.data.encoding import copy_first
+from speculators.data.shards import INDEX, ShardReader, ShardWriter, check_contract, open_files
 from speculators.errors import ContractError
 
 SET_TOKENS = 4096
@@ -38,7 +39,8 @@ class StatesCache:
         self._budget = budget
         self._full = False
         self._sealed: dict[int, ShardReader] = {}
-        self._open: dict[int, Tensor] = {}
+        self._open: dict[int, Mapping[str, Tensor]] = {}
+        self._files = open_files()
         self._writer: ShardWriter | None = None
         self._tokens, self._open_bytes = 0, 0
         self._sets = 0
@@ -53,22 +55,26 @@ class StatesCache:
     def __len__(self) -> int:
         return len(self._sealed) + len(self._open)
 
-    def states(self, row: int) -> Tensor:
-        """The states of a row, [T, L, H], stored dtype; not to be written to."""
+    def fill(self, row: int, into: Mapping[str, Tensor]) -> None:
+        """Put the states of a row's first tokens, as they are stored, into tensors that have room for so many."""
         found = self._open.get(row)
-        return self._sealed[row].states(row) if found is None else found
+        if found is None:
+            self._sealed[row].fill([(row, len(into["states"]))], into)
+        else:
+            copy_first(found, into)
 
-    def add(self, row: int, token_ids: Tensor, states: Tensor) -> bool:
+    def add(self, row: int, token_ids: Tensor, encoded: Mapping[str, Tensor]) -> bool:
         """Keep a row, if the budget allows; once it has not, no further row is kept."""
-        more = states.nbytes + token_ids.nbytes + ROW_BYTES + (SET_BYTES if self._writer is None else 0)
+        size = token_ids.nbytes + sum(tensor.nbytes for tensor in encoded.values())
+        more = size + ROW_BYTES + (SET_BYTES if self._writer is None else 0)
         if self._full or self.bytes + self._open_bytes + more > self._budget:
             self._full = True
             self.seal()
             return False
         if self._writer is None:
             self._writer = ShardWriter(self._directory / f"{self._sets:05d}", self._contract, 2 * SET_TOKENS)
-        self._writer.add(row, token_ids, states)
-        self._open[row] = states
+        self._writer.add_encoded(row, token_ids, encoded)
+        self._open[row] = encoded
         self._open_bytes += more
         self._tokens += len(token_ids)
         if self._tokens >= SET_TOKENS:
@@ -80,7 +86,7 @@ class StatesCache:
         if self._writer is None:
             return
         self._writer.close()
-        reader = ShardReader(self._writer.directory)
+        reader = ShardReader(self._writer.directory, self._files)
         # In this order: a row that is asked for meanwhile is always in one of the two.
         self._sealed.update(dict.fromkeys(reader.rows, reader))
         self.bytes += _size(reader.directory)
@@ -93,10 +99,9 @@ class StatesCache:
         try:
             if not (place / INDEX).exists():
                 raise ContractError(f"{place} was not sealed", "its rows are asked for again")
-            reader = ShardReader(place)
+            reader = ShardReader(place, self._files)
             check_contract(reader.contract, self._contract)
-            for row in reader.rows:
-                reader.states(row)  # opens every shard
+            reader.check()
         except ContractError:
             shutil.rmtree(place)
             return

@@ -15,19 +15,20 @@ The contract: `format`, `target` and `tokens` (digests), `dtype` (stored, see `d
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import itertools
 import json
+import math
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import safe_open
 
-from speculators.data.encoding import FLOAT8, decode, encode
+from speculators.data.encoding import FLOAT8, decode, encode, layout
 from speculators.errors import ContractError
 from speculators.job import write_json
 
@@ -126,7 +127,10 @@ class ShardWriter:
                 f"the states of row {row} are {list(states.shape)}, {list(wanted)} was expected",
                 "the server does not capture the layers of this recipe; is `serve.url` a server of another run?",
             )
-        encoded = encode(f"row {row}", states, self.contract["dtype"])
+        self.add_encoded(row, token_ids, encode(f"row {row}", states, self.contract["dtype"]))
+
+    def add_encoded(self, row: int, token_ids: torch.Tensor, encoded: Mapping[str, torch.Tensor]) -> None:
+        """As `add`, but states that `encode` has been over, for this contract."""
         self._spans[row] = Span(len(self._digests), self._pending_tokens, len(token_ids))
         self._pending.append((row, {"token_ids": token_ids.to(torch.int64), **encoded}))
         self._pending_tokens += len(token_ids)
@@ -150,7 +154,7 @@ class ShardWriter:
         shard = len(self._digests)
         rows = [[row, self._spans[row].start, self._spans[row].length] for row, _ in self._pending]
         head = json.dumps({"contract": self.contract, "rows": rows}, sort_keys=True)
-        tensors = {name: [its[name] for _, its in self._pending] for name in shard_tensors(self.contract)}
+        tensors = {name: [its[name] for _, its in self._pending] for name in shard_layout(self.contract)}
         path = self.directory / shard_name(shard)
         beside = self.directory / f".{path.name}"
         digest = write_safetensors(beside, tensors, {"contract": head})
@@ -172,17 +176,39 @@ class ShardWriter:
             self._digests.append(hashlib.file_digest(file, "sha256").hexdigest())
 
 
-class ShardReader:
-    """Rows by number, memory-mapped: a row costs what it touches, and any number of processes share the pages."""
+class OpenFile:
+    """A descriptor for reading, closed when nobody has it any more."""
 
-    def __init__(self, directory: Path) -> None:
+    def __init__(self, path: Path) -> None:
+        self.descriptor = -1
+        self.descriptor = os.open(path, os.O_RDONLY)
+
+    def __del__(self) -> None:
+        if self.descriptor >= 0:
+            os.close(self.descriptor)
+
+
+def open_files(most: int = 64) -> Callable[[Path], OpenFile]:
+    """Opens a file; those that were asked for last stay open, as many as `most`."""
+    return functools.lru_cache(most)(OpenFile)
+
+
+class ShardReader:
+    """Rows by number, read into memory that is the caller's: what is read is all that takes any.
+
+    Args:
+        directory: of the set.
+        files: where several readers share what stays open.
+    """
+
+    def __init__(self, directory: Path, files: Callable[[Path], OpenFile] | None = None) -> None:
         self.directory = directory
         path = directory / INDEX
         try:
             index = json.loads(path.read_text())
             self.contract: dict[str, Any] = index["contract"]
             self._spans = {int(row): Span(*span) for row, span in index["rows"].items()}
-            self._files = [directory / shard["file"] for shard in index["shards"]]
+            self._paths = [directory / shard["file"] for shard in index["shards"]]
         except FileNotFoundError:
             raise ContractError(f"{directory} has no {INDEX}: it is no set of hidden states", "extract them") from None
         except (ValueError, KeyError, TypeError) as error:
@@ -193,10 +219,16 @@ class ShardReader:
                 "extract the hidden states again",
             )
         self.rows: list[int] = sorted(self._spans)
-        self._shards: dict[int, dict[str, torch.Tensor]] = {}
+        self._files = files or open_files()
+        self._columns: dict[int, dict[str, Column]] = {}
 
     def __len__(self) -> int:
         return len(self.rows)
+
+    @property
+    def layout(self) -> dict[str, tuple[torch.dtype, tuple[int, ...]]]:
+        """What there is of one token, by name: its type, and its shape."""
+        return shard_layout(self.contract)
 
     def length(self, row: int) -> int:
         """Tokens of a row, without touching its shard."""
@@ -204,43 +236,94 @@ class ShardReader:
 
     def token_ids(self, row: int) -> torch.Tensor:
         """The ids that the states of a row belong to, int64 [T]."""
-        return self._slices(row, ("token_ids",))["token_ids"]
+        return self._whole(row, ("token_ids",))["token_ids"]
 
     def states(self, row: int) -> torch.Tensor:
-        """The states of a row, [T, L, H]; not to be written to.
-
-        A view of the file in the stored dtype, but of float8 a copy in bfloat16.
-        """
+        """The states of a row, [T, L, H], in the stored dtype, but in bfloat16 if that is float8."""
         return decode(self.encoded(row))
 
     def encoded(self, row: int) -> dict[str, torch.Tensor]:
-        """The states of a row as `data.encoding.decode` takes them: views of the file.
+        """The states of a row as they are stored; `decode` makes states of it, also of several rows joined."""
+        return self._whole(row, tuple(name for name in self.layout if name != "token_ids"))
 
-        Many rows are joined name by name and decoded once, on the device that they are for.
+    def fill(self, parts: Sequence[tuple[int, int]], into: Mapping[str, torch.Tensor]) -> None:
+        """Read the beginnings of rows, one after the other.
+
+        Args:
+            parts: row and number of tokens of each.
+            into: contiguous tensors by name, as `layout` has them, of all these tokens.
         """
-        return self._slices(row, ("states", "scales"))
+        for name, tensor in into.items():
+            room, begin = tensor.view(torch.uint8).flatten().numpy().data, 0
+            for row, tokens in parts:
+                shard, offset, size = self._place(row, tokens, name)
+                self._read(shard, offset, room[begin : begin + size])
+                begin += size
+
+    def will_need(self, parts: Sequence[tuple[int, int]]) -> None:
+        """Let the kernel begin to read what `fill` will be asked for, where it is not in memory."""
+        for name in self.layout:
+            for row, tokens in parts:
+                shard, offset, size = self._place(row, tokens, name)
+                os.posix_fadvise(self._file(shard).descriptor, offset, size, os.POSIX_FADV_WILLNEED)
+
+    def check(self) -> None:
+        """Look whether every shard is there, whole, and of this contract.
+
+        Raises:
+            ContractError: one is not.
+        """
+        for shard in range(len(self._paths)):
+            self._opened(shard)
 
     def _span(self, row: int) -> Span:
-        if row not in self._spans:
+        try:
+            return self._spans[row]
+        except KeyError:
             raise ContractError(
                 f"{self.directory} has no hidden states of row {row}", "extract the hidden states again"
-            )
-        return self._spans[row]
+            ) from None
 
-    def _slices(self, row: int, names: tuple[str, ...]) -> dict[str, torch.Tensor]:
-        """A row's part of the tensors of these names that its shard has."""
+    def _whole(self, row: int, names: Iterable[str]) -> dict[str, torch.Tensor]:
+        tokens = self.length(row)
+        shapes = {name: self.layout[name] for name in names}
+        found = {name: torch.empty(tokens, *shape, dtype=dtype) for name, (dtype, shape) in shapes.items()}
+        self.fill([(row, tokens)], found)
+        return found
+
+    def _place(self, row: int, tokens: int, name: str) -> tuple[int, int, int]:
+        """Where a row's first tokens lie: shard, first byte, bytes."""
         span = self._span(row)
-        if span.shard not in self._shards:
-            contract, _, tensors = _open(self._files[span.shard])
+        assert tokens <= span.length
+        column = self._opened(span.shard)[name]
+        return span.shard, column.offset + span.start * column.bytes, tokens * column.bytes
+
+    def _opened(self, shard: int) -> dict[str, Column]:
+        if shard not in self._columns:
+            contract, _, columns = _open(self._paths[shard])
             check_contract(contract, self.contract)
-            self._shards[span.shard] = tensors
-        tensors, end = self._shards[span.shard], span.start + span.length
-        return {name: tensors[name][span.start : end] for name in names if name in tensors}
+            self._columns[shard] = columns
+        return self._columns[shard]
+
+    def _file(self, shard: int) -> OpenFile:
+        try:
+            return self._files(self._paths[shard])
+        except FileNotFoundError:
+            raise _missing(self._paths[shard]) from None
+
+    def _read(self, shard: int, offset: int, room: memoryview) -> None:
+        file = self._file(shard)
+        while room:
+            read = os.preadv(file.descriptor, [room], offset)
+            if not read:
+                raise _damaged(self._paths[shard], "it was cut off")
+            room, offset = room[read:], offset + read
 
 
-def shard_tensors(contract: Mapping[str, Any]) -> tuple[str, ...]:
-    """The names of the tensors in a shard."""
-    return ("token_ids", "scales", "states") if contract["format"] == FORMAT_SCALED else ("token_ids", "states")
+def shard_layout(contract: Mapping[str, Any]) -> dict[str, tuple[torch.dtype, tuple[int, ...]]]:
+    """What a shard holds of one token, in the order in which it lies there: name, type and shape."""
+    states = layout(len(contract["layer_ids"]), contract["hidden_size"], contract["dtype"])
+    return {"token_ids": (torch.int64, ()), **states}
 
 
 def shard_name(shard: int) -> str:
@@ -286,14 +369,46 @@ def sync_directory(directory: Path) -> None:
         os.close(descriptor)
 
 
-def _open(path: Path) -> tuple[dict[str, Any], list[list[int]], dict[str, torch.Tensor]]:
-    """A shard's contract, its rows as [row, start, length], and its tensors, which map the file."""
+@dataclass(frozen=True, slots=True)
+class Column:
+    """A tensor of a shard."""
+
+    offset: int
+    """Of its first byte in the file."""
+    bytes: int
+    """Of one token."""
+
+
+def _open(path: Path) -> tuple[dict[str, Any], list[list[int]], dict[str, Column]]:
+    """A shard's contract, its rows as [row, start, length], and its tensors; the file is as long as they say."""
     try:
-        with safe_open(path, "pt") as shard:
-            head = json.loads(shard.metadata()["contract"])
-            names = shard_tensors(head["contract"])
-            return head["contract"], head["rows"], {name: shard.get_tensor(name) for name in names}
+        with path.open("rb") as file:
+            length = int.from_bytes(file.read(8), "little")
+            size = os.fstat(file.fileno()).st_size
+            if not 0 < length <= size - 8:
+                raise ValueError("it has no header")
+            header = json.loads(file.read(length))
+        head = json.loads(header.pop("__metadata__")["contract"])
+        contract, rows = head["contract"], head["rows"]
+        tokens, end, columns = sum(row[2] for row in rows), 8 + length, {}
+        for name, (dtype, shape) in shard_layout(contract).items():
+            each = dtype.itemsize * math.prod(shape)
+            columns[name] = Column(8 + length + header[name]["data_offsets"][0], each)
+            if header[name]["dtype"] != DTYPES[dtype] or header[name]["shape"] != [tokens, *shape]:
+                raise ValueError(f"{name} is {header[name]}, of {tokens} tokens")
+            end = max(end, columns[name].offset + tokens * each)
+        if end != size:
+            raise ValueError(f"it has {size} bytes, {end} were expected")
     except FileNotFoundError:
-        raise ContractError(f"{path} is missing", "extract the hidden states again") from None
-    except Exception as error:  # safetensors has one error of its own for whatever is wrong with a file
-        raise ContractError(f"{path} is damaged: {error}", "delete it and run the same command again") from None
+        raise _missing(path) from None
+    except (ValueError, KeyError, TypeError, IndexError, AttributeError) as error:
+        raise _damaged(path, str(error) if type(error) is ValueError else repr(error)) from None
+    return contract, rows, columns
+
+
+def _missing(path: Path) -> ContractError:
+    return ContractError(f"{path} is missing", "extract the hidden states again")
+
+
+def _damaged(path: Path, why: str) -> ContractError:
+    return ContractError(f"{path} is damaged: {why}", "delete it and run the same command again")

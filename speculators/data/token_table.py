@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import bisect
 import hashlib
+import itertools
 from collections import Counter
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+import numpy.typing as npt
 import pyarrow as pa
 
 from speculators.errors import SourceError
@@ -64,3 +68,44 @@ def save_table(arrow: Path, directory: Path) -> None:
         fingerprint = hashlib.file_digest(file, "sha256").hexdigest()[:16]
     Dataset(MemoryMappedTable.from_file(str(arrow)), fingerprint=fingerprint).save_to_disk(directory)
     arrow.unlink()
+
+
+class TokenTable:
+    """Rows by number, as views of the mapped file: `datasets` takes longer for a row than its states take to read."""
+
+    def __init__(self, directory: Path) -> None:
+        from datasets import load_from_disk
+
+        columns: Any = load_from_disk(str(directory)).data
+        self.conversations: list[str] = columns.column("id").to_pylist()
+        self.lengths: list[int] = columns.column("seq_len").to_pylist()
+        """Tokens of each row."""
+        self._token_ids = _Lists(columns.column("input_ids"))
+        self._loss_mask = _Lists(columns.column("loss_mask"))
+
+    def __len__(self) -> int:
+        return len(self.lengths)
+
+    def token_ids(self, row: int) -> npt.NDArray[np.integer[Any]]:
+        """Of a row, not to be written to."""
+        return self._token_ids[row]
+
+    def loss_mask(self, row: int) -> npt.NDArray[np.integer[Any]]:
+        """1 where the target said a row's token; not to be written to."""
+        return self._loss_mask[row]
+
+
+class _Lists:
+    """A column of lists of integers."""
+
+    def __init__(self, column: pa.ChunkedArray) -> None:
+        chunks = [chunk for chunk in column.chunks if len(chunk)]
+        self._parts = [(chunk.offsets.to_numpy(), chunk.values.to_numpy(zero_copy_only=False)) for chunk in chunks]
+        self._firsts = list(itertools.accumulate(map(len, chunks), initial=0))
+
+    def __getitem__(self, row: int) -> npt.NDArray[np.integer[Any]]:
+        part = bisect.bisect_right(self._firsts, row) - 1
+        offsets, values = self._parts[part]
+        place = row - self._firsts[part]
+        found: npt.NDArray[np.integer[Any]] = values[offsets[place] : offsets[place + 1]]
+        return found

@@ -74,8 +74,7 @@ def main(job: Job) -> None:
 
     loop = Loop(draft, teacher, corpus, train, decay, save_dtype, job.scratch, device, report)
     with contextlib.ExitStack() as at_the_end, same_bytes_every_time():
-        if isinstance(source, Feed):
-            at_the_end.callback(source.close)
+        at_the_end.callback(corpus.close)
         loop.run()
     if isinstance(source, Feed):
         job.record |= source.record()

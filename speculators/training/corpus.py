@@ -2,6 +2,7 @@
 
 Where states come from is a `Source`: the shards of an artifact (`Shards`), or a live server (`training.feed`). Which
 batches there are depends on the tokens and the seed alone, so it is the same for all sources that cover whole rows.
+While one batch is trained on, a thread reads the next (`training.ahead`), into memory that is used again.
 
 Every row of the table has to have its states, but for those that extraction left out and named, and the states have
 to be of the row's own tokens. Neither is assumed: a row that does not fit stops the training, since leaving it out
@@ -12,22 +13,34 @@ one token shorter then.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Protocol
 
-import datasets
+import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor
 
+from speculators.data.encoding import decode
 from speculators.data.packing import Piece, held_out, pieces
 from speculators.data.shards import ShardReader
+from speculators.data.token_table import TokenTable
 from speculators.drafts.base import Pack
 from speculators.errors import ContractError
 from speculators.targets.states import read_skipped
+from speculators.training.ahead import Ahead, Buffers
+
+Parts = Sequence[tuple[int, int]]
+"""Rows, and how many of each one's tokens are wanted, from its beginning."""
 
 
 class Source(Protocol):
     """Hidden states by row of the token table."""
+
+    @property
+    def layout(self) -> Mapping[str, tuple[torch.dtype, tuple[int, ...]]]:
+        """What there is of one token, as `data.encoding` encodes it, by name: its type, and its shape."""
 
     def lengths(self, whole: Sequence[int]) -> dict[int, int]:
         """How many tokens of each row have states; `whole` are the rows' lengths in tokens.
@@ -39,22 +52,31 @@ class Source(Protocol):
     def expect(self, batches: Sequence[Sequence[int]]) -> None:
         """From now on the rows will be asked for in this order, a batch at a time. Replaces what was said before."""
 
-    def states(self, wanted: Mapping[int, Tensor]) -> Mapping[int, Tensor]:
-        """The states [T, L, H] of a batch of rows, stored dtype, not to be written to; waits until they are there.
+    def fill(self, parts: Parts, token_ids: npt.NDArray[np.int64], into: Mapping[str, Tensor]) -> None:
+        """Put the states of a batch, one row after the other, where they are wanted; waits until they are there.
 
         Args:
-            wanted: row -> the token ids, int64 [T], that the states have to be of.
+            parts: of the batch.
+            token_ids: of all parts, which the states have to be of.
+            into: contiguous tensors by name, as `layout` has them, of as many tokens.
 
         Raises:
             ContractError: they are of other tokens.
         """
 
+    def close(self) -> None:
+        """Nothing more will be asked for; whoever waits for states gets an error."""
+
 
 class Shards:
-    """States that an artifact holds. Nothing has to be waited for."""
+    """States that an artifact holds. Nothing has to be waited for but the disk."""
 
     def __init__(self, reader: ShardReader) -> None:
         self.reader = reader
+        self.layout = {name: column for name, column in reader.layout.items() if name != "token_ids"}
+        self._lengths = {row: reader.length(row) for row in reader.rows}
+        self._expected: list[list[int]] = []
+        """Batches to come, the next one last."""
 
     def lengths(self, whole: Sequence[int]) -> dict[int, int]:
         """See `Source`."""
@@ -67,27 +89,37 @@ class Shards:
                 f"(first row without: {missing[0] if missing else 'none'})",
                 "extract the hidden states of these tokens again",
             )
-        found = {row: self.reader.length(row) for row in rows}
-        for row, length in found.items():
+        for row, length in self._lengths.items():
             if not whole[row] - 1 <= length <= whole[row]:
                 raise ContractError(
                     f"row {row} has {whole[row]} tokens and states of {length}",
                     "extract the hidden states of these tokens again",
                 )
-        return found
+        return self._lengths
 
     def expect(self, batches: Sequence[Sequence[int]]) -> None:
-        """Everything is there."""
-
-    def states(self, wanted: Mapping[int, Tensor]) -> dict[int, Tensor]:
         """See `Source`."""
-        for row, token_ids in wanted.items():
-            if not torch.equal(token_ids, self.reader.token_ids(row)):
-                raise ContractError(
-                    f"the hidden states of row {row} are of other tokens",
-                    "extract the hidden states of these tokens again",
-                )
-        return {row: self.reader.states(row) for row in wanted}
+        self._expected = [list(batch) for batch in reversed(batches)]
+
+    def fill(self, parts: Parts, token_ids: npt.NDArray[np.int64], into: Mapping[str, Tensor]) -> None:
+        """See `Source`."""
+        if self._expected and self._expected[-1] == [row for row, _ in parts]:
+            self._expected.pop()
+            if self._expected:  # the disk reads the next batch while this one is copied, checked and trained on
+                following = dict.fromkeys(self._expected[-1])
+                self.reader.will_need([(row, self._lengths[row]) for row in following])
+        found = np.empty_like(token_ids)
+        self.reader.fill(parts, {**into, "token_ids": torch.from_numpy(found)})
+        if not np.array_equal(found, token_ids):
+            ends = np.cumsum([tokens for _, tokens in parts])
+            first = parts[int(np.searchsorted(ends, (found != token_ids).argmax(), side="right"))][0]
+            raise ContractError(
+                f"the hidden states of row {first} are of other tokens",
+                "extract the hidden states of these tokens again",
+            )
+
+    def close(self) -> None:
+        """Nobody waits."""
 
 
 class Corpus:
@@ -98,16 +130,18 @@ class Corpus:
     """
 
     def __init__(self, tokens: Path, source: Source) -> None:
-        self.table: Any = datasets.load_from_disk(str(tokens)).with_format("torch")
+        self.table = TokenTable(tokens)
         self.source = source
-        plain = self.table.with_format(None)
-        self.conversations: list[str] = list(plain["id"])
-        self.lengths: dict[int, int] = source.lengths(list(plain["seq_len"]))
+        self.lengths: dict[int, int] = source.lengths(self.table.lengths)
         """Tokens of each row that have states."""
+        self._device = torch.device("cpu")
+        self._buffers = Buffers()
+        self._stream: torch.cuda.Stream | None = None
+        self._ahead: Ahead[list[Piece], Read] = Ahead(self._read)
 
     def split(self, share: float) -> tuple[list[int], list[int]]:
         """Rows to train on, and rows to validate on: about `share` of the conversations."""
-        held = {row for row in self.lengths if held_out(self.conversations[row], share)}
+        held = {row for row in self.lengths if held_out(self.table.conversations[row], share)}
         return [row for row in self.lengths if row not in held], sorted(held)
 
     def pieces(self, rows: Sequence[int], batch_tokens: int) -> list[Piece]:
@@ -116,31 +150,87 @@ class Corpus:
         for row in rows:
             length, supervised = self.lengths[row], []
             if length > batch_tokens:
-                supervised = self.table[row]["loss_mask"][:length].nonzero()[:, 0].tolist()
+                supervised = np.flatnonzero(self.table.loss_mask(row)[:length]).tolist()
             found += pieces(row, length, supervised, batch_tokens)
         return found
 
     def expect(self, batches: Sequence[Sequence[Piece]]) -> None:
         """What `pack` will be asked for from now on, in this order."""
-        self.source.expect([[piece.row for piece in batch] for batch in batches])
+        begun = self._ahead.expect([list(batch) for batch in batches])
+        self.source.expect([[piece.row for piece in batch] for batch in batches[begun:]])
 
     def pack(self, wanted: Sequence[Piece], device: torch.device) -> Pack:
-        """The pieces as one pack: each row up to its piece's end, supervised inside the piece."""
-        rows = {piece.row: self.table[piece.row] for piece in wanted}
-        states = self.source.states({row: found["input_ids"][: self.lengths[row]] for row, found in rows.items()})
-        masks = []
-        for piece in wanted:
-            mask = rows[piece.row]["loss_mask"][: piece.end].bool()
-            mask[: piece.begin] = False
-            masks.append(mask)
+        """The pieces as one pack: each row up to its piece's end, supervised inside the piece.
+
+        Raises:
+            RunError: whatever went wrong with the states of these rows.
+        """
+        self._to(device)
+        found = self.read(wanted)
+        encoded, out = found.encoded, None
+        if self._stream is not None:
+            for tensor in (found.token_ids, found.loss_mask, *encoded.values()):
+                tensor.record_stream(torch.cuda.current_stream(device))
+        elif "scales" in encoded:
+            out = self._buffers.empty(torch.bfloat16, encoded["states"].shape)
         return Pack(
             rows=[piece.row for piece in wanted],
             lengths=[piece.end for piece in wanted],
-            token_ids=torch.cat([rows[piece.row]["input_ids"][: piece.end] for piece in wanted]).to(device),
-            loss_mask=torch.cat(masks).to(device),
-            states=torch.cat([states[piece.row][: piece.end] for piece in wanted]).to(device),
+            token_ids=found.token_ids,
+            loss_mask=found.loss_mask,
+            states=decode(encoded, out),
         )
+
+    def read(self, wanted: Sequence[Piece]) -> Read:
+        """What `pack` makes a pack of, on the device of the last one."""
+        return self._ahead.take(list(wanted))
+
+    def close(self) -> None:
+        """Read no further."""
+        self._ahead.stop()
+        self.source.close()
+        self._ahead.join()
 
     def name(self, rows: list[int]) -> str:
         """Rows for a message."""
-        return ", ".join(f"{row} (conversation {self.conversations[row]})" for row in rows)
+        return ", ".join(f"{row} (conversation {self.table.conversations[row]})" for row in rows)
+
+    def _to(self, device: torch.device) -> None:
+        """Where packs are wanted from now on."""
+        if device != self._device:
+            self._device, self._buffers = device, Buffers(pinned=device.type == "cuda")
+            self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None
+
+    def _read(self, wanted: list[Piece]) -> Read:
+        """In the thread that reads ahead."""
+        parts = [(piece.row, piece.end) for piece in wanted]
+        total = sum(piece.end for piece in wanted)
+        token_ids, loss_mask = np.empty(total, dtype=np.int64), np.zeros(total, dtype=np.bool_)
+        begin = 0
+        for piece in wanted:
+            token_ids[begin : begin + piece.end] = self.table.token_ids(piece.row)[: piece.end]
+            supervised = self.table.loss_mask(piece.row)[piece.begin : piece.end]
+            loss_mask[begin + piece.begin : begin + piece.end] = supervised != 0
+            begin += piece.end
+        encoded = {n: self._buffers.empty(dtype, (total, *each)) for n, (dtype, each) in self.source.layout.items()}
+        self.source.fill(parts, token_ids, encoded)
+        read = Read(torch.from_numpy(token_ids), torch.from_numpy(loss_mask), encoded)
+        if self._stream is None:
+            return read
+        with torch.cuda.stream(self._stream):
+            moved = Read(
+                read.token_ids.to(self._device, non_blocking=True),
+                read.loss_mask.to(self._device, non_blocking=True),
+                {name: tensor.to(self._device, non_blocking=True) for name, tensor in encoded.items()},
+            )
+        self._stream.synchronize()  # then what was copied can be used again
+        return moved
+
+
+@dataclass(frozen=True, slots=True)
+class Read:
+    """A batch on the device where it is wanted, states still encoded."""
+
+    token_ids: Tensor
+    loss_mask: Tensor
+    encoded: dict[str, Tensor]

@@ -19,14 +19,16 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import datasets
+import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor
 
 from speculators.config import Extract
 from speculators.data.cache import StatesCache
-from speculators.data.encoding import FLOAT8, decode, encode
-from speculators.errors import ContractError
+from speculators.data.encoding import bytes_per_token, copy_first, encode, layout
+from speculators.data.token_table import TokenTable
+from speculators.errors import ContractError, ServiceError
 from speculators.job import Endpoint
 from speculators.targets.client import Client, StatesFile
 from speculators.targets.states import check_states
@@ -42,14 +44,12 @@ class Shape:
     compute: torch.dtype
     """What the target computes in, and so what the server sends."""
     stored: str
-    """What they would be stored in; training gets what `data.encoding` makes of it."""
+    """What they are kept in, in memory and on disk."""
 
     @property
     def bytes(self) -> int:
         """Of one token in memory."""
-        stored: torch.dtype = getattr(torch, self.stored)
-        read = torch.bfloat16 if stored is FLOAT8 else stored
-        return self.layers * self.hidden_size * read.itemsize
+        return bytes_per_token(self.layers, self.hidden_size, self.stored) - torch.int64.itemsize
 
 
 class Feed:
@@ -74,8 +74,9 @@ class Feed:
         self.prefilled_rows = 0
         self.retried = 0
         """Requests."""
-        self._table: Any = datasets.load_from_disk(str(tokens))
-        lengths = self.lengths(list(self._table["seq_len"]))
+        self.layout = layout(shape.layers, shape.hidden_size, shape.stored)
+        self._table = TokenTable(tokens)
+        lengths = self.lengths(self._table.lengths)
         self._window = Window({row: length * shape.bytes for row, length in lengths.items()}, memory, ahead)
         self._endpoint, self._options, self._cache = endpoint, options, cache
         self._changed = threading.Condition()
@@ -83,6 +84,7 @@ class Feed:
         self._adding = threading.Lock()
         """One row at a time goes into the cache."""
         self._failure: BaseException | None = None
+        """What everybody who wants states gets instead."""
         self._thread: threading.Thread | None = None
         self._loop: asyncio.AbstractEventLoop | None = None
         self._work: asyncio.Task[None] | None = None
@@ -108,15 +110,18 @@ class Feed:
             self._thread.start()
         self._tell()
 
-    def states(self, wanted: Mapping[int, Tensor]) -> dict[int, Tensor]:
+    def fill(
+        self, parts: Sequence[tuple[int, int]], token_ids: npt.NDArray[np.int64], into: Mapping[str, Tensor]
+    ) -> None:
         """See `corpus.Source`; that a row's states are of its tokens was checked when they came.
 
         Raises:
             RunError: whatever went wrong with any row since.
         """
         assert self._thread is not None, "nothing was expected"
+        wanted = tuple(dict.fromkeys(row for row, _ in parts))
         with self._changed:
-            self._window.waited_for = tuple(wanted)
+            self._window.waited_for = wanted
             self._tell()
             self._changed.wait_for(lambda: self._failure is not None or all(self._is_here(row) for row in wanted))
             if self._failure is not None:
@@ -124,7 +129,16 @@ class Feed:
             found = {row: self._window.held.get(row) for row in wanted}
             self._window.used()
         self._tell()
-        return {row: self._kept(row) if states is None else states for row, states in found.items()}
+        begin = 0
+        for row, tokens in parts:
+            place = {name: tensor[begin : begin + tokens] for name, tensor in into.items()}
+            held = found[row]
+            if held is not None:
+                copy_first(held, place)
+            else:
+                assert self._cache is not None
+                self._cache.fill(row, place)
+            begin += tokens
 
     def close(self) -> None:
         """Ask for nothing more, and seal what the cache has not sealed."""
@@ -132,6 +146,9 @@ class Feed:
         if self._thread is not None:
             self._tell()
             self._thread.join()
+        with self._changed:
+            self._failure = self._failure or ServiceError("the hidden states' feed was closed", "run the command again")
+            self._changed.notify_all()
         if self._cache is not None:
             self._cache.seal()
 
@@ -150,10 +167,6 @@ class Feed:
 
     def _is_here(self, row: int) -> bool:
         return self._window.held.get(row) is not None or (self._cache is not None and row in self._cache)
-
-    def _kept(self, row: int) -> Tensor:
-        assert self._cache is not None
-        return self._cache.states(row)
 
     def _tell(self) -> None:
         """Let the feed's thread look again at what there is to do."""
@@ -204,7 +217,7 @@ class Feed:
             if row is None:
                 await self._news.wait()
                 continue
-            sent = list(self._table[row]["input_ids"])
+            sent = self._table.token_ids(row).tolist()
             self._count(1)
             try:
                 file = await client.hidden_states(sent, item=f"row {row}")
@@ -229,13 +242,13 @@ class Feed:
                 f"the states of row {row} are {list(states.shape)}, {wanted} was expected",
                 "the server does not capture the layers of this recipe; is `serve.url` a server of another run?",
             )
-        states = decode(encode(f"row {row}", states, self.shape.stored))
+        encoded = encode(f"row {row}", states, self.shape.stored)
         kept = False
         if self._cache is not None:
             with self._adding:
-                kept = self._cache.add(row, token_ids, states)
+                kept = self._cache.add(row, token_ids, encoded)
         with self._changed:
-            self._window.arrived(row, None if kept else states)
+            self._window.arrived(row, None if kept else encoded)
             self.prefilled_rows += 1
             self.prefilled_tokens += len(sent)
             self._changed.notify_all()

@@ -27,7 +27,7 @@ class Window:
     """
 
     def __init__(self, sizes: Mapping[int, int], room: int, ahead: int) -> None:
-        self.held: dict[int, Tensor | None] = {}
+        self.held: dict[int, Mapping[str, Tensor] | None] = {}
         """Rows that room is taken for; None while a row is on its way."""
         self.bytes = 0
         """Of them."""
@@ -76,7 +76,7 @@ class Window:
             self._asked += 1
         return None
 
-    def arrived(self, row: int, states: Tensor | None) -> None:
+    def arrived(self, row: int, states: Mapping[str, Tensor] | None) -> None:
         """The row is there; None: it was put elsewhere and needs no room here."""
         if states is None or self._next_use(row) == NEVER:
             self._forget(row)

@@ -2,19 +2,22 @@
 
 from __future__ import annotations
 
+import gc
 import hashlib
 import json
 import os
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from safetensors import safe_open
 
 from speculators.data.encoding import decode, encode
-from speculators.data.shards import ShardReader, ShardWriter, check_contract, feature_contract
+from speculators.data.shards import ShardReader, ShardWriter, check_contract, feature_contract, open_files
 from speculators.errors import ContractError, StageError
 
 LAYERS, WIDTH = 3, 5
@@ -224,6 +227,70 @@ def test_a_cut_off_shard_is_reported_by_name(tmp_path: Path) -> None:
         ShardReader(tmp_path).states(5)
 
 
+def test_a_shard_that_is_cut_off_while_it_is_read_is_an_error_and_no_signal(tmp_path: Path) -> None:
+    write(tmp_path, range(12)).close()
+    reader = ShardReader(tmp_path)
+    reader.check()
+    shard = tmp_path / "shard-00001.safetensors"
+    os.truncate(shard, shard.stat().st_size - 2)
+    with pytest.raises(ContractError, match=r"shard-00001\.safetensors is damaged: it was cut off"):
+        [reader.states(row) for row in reader.rows]
+
+
+@pytest.mark.parametrize(
+    "spoil",
+    [
+        lambda header: header["states"].update(dtype="F16"),
+        lambda header: header["states"].update(shape=[22, LAYERS, WIDTH - 1]),
+        lambda header: header.pop("token_ids"),
+        lambda header: header.update(__metadata__={}),
+        lambda header: header["states"].update(data_offsets=[0, 660]),
+    ],
+    ids=["dtype", "shape", "tensor", "contract", "place"],
+)
+def test_a_shard_that_is_not_what_its_contract_says_is_damaged(
+    tmp_path: Path, spoil: Callable[[dict[str, Any]], object]
+) -> None:
+    write(tmp_path, range(12)).close()
+    shard = tmp_path / "shard-00000.safetensors"
+    content = shard.read_bytes()
+    length = int.from_bytes(content[:8], "little")
+    header = json.loads(content[8 : 8 + length])
+    spoil(header)
+    text = json.dumps(header).encode()
+    shard.write_bytes(len(text).to_bytes(8, "little") + text + content[8 + length :])
+    with pytest.raises(ContractError, match=r"shard-00000\.safetensors is damaged"):
+        ShardReader(tmp_path).check()
+
+
+def test_beginnings_of_rows_are_read_one_after_the_other(tmp_path: Path) -> None:
+    write(tmp_path, range(12)).close()
+    reader = ShardReader(tmp_path)
+    into = {
+        "token_ids": torch.empty(8, dtype=torch.int64),
+        "states": torch.empty(8, LAYERS, WIDTH, dtype=torch.bfloat16),
+    }
+    reader.will_need([(9, 3), (2, 5)])
+    reader.fill([(9, 3), (2, 5)], into)
+    assert torch.equal(into["token_ids"], torch.cat([row_of(9)[0][:3], row_of(2)[0][:5]]))
+    assert torch.equal(into["states"], torch.cat([row_of(9)[1][:3], row_of(2)[1][:5]]).bfloat16())
+
+
+def test_readers_that_share_their_files_keep_few_of_them_open(tmp_path: Path) -> None:
+    for name in "abcd":
+        write(tmp_path / name, range(12), shard_tokens=8).close()
+    files = open_files(3)
+    readers = [ShardReader(tmp_path / name, files) for name in "abcd"]
+    before = len(os.listdir("/proc/self/fd"))
+    for row in range(12):
+        for reader in readers:
+            assert torch.equal(reader.token_ids(row), row_of(row)[0])
+    assert len(os.listdir("/proc/self/fd")) - before <= 3
+    del files, readers, reader
+    gc.collect()
+    assert len(os.listdir("/proc/self/fd")) <= before
+
+
 def test_a_missing_row_and_a_missing_index_are_reported(tmp_path: Path) -> None:
     write(tmp_path, range(12))
     with pytest.raises(ContractError, match=r"no index\.json"):
@@ -246,4 +313,4 @@ def test_reading_a_row_does_not_load_its_shard(tmp_path: Path) -> None:
 
     before = anonymous_kib()
     assert reader.states(7).shape == (1000, LAYERS, 4096)
-    assert anonymous_kib() - before < 20_000
+    assert anonymous_kib() - before < 40_000

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import datasets
 import pytest
 import tiny
 import torch
@@ -56,3 +57,43 @@ def test_a_piece_is_supervised_inside_itself_and_sees_all_before_it(tmp_path: Pa
         assert torch.equal(pack.states, whole.states[: piece.end])
         masks.append(torch.nn.functional.pad(pack.loss_mask.int(), (0, len(whole.loss_mask) - piece.end)))
     assert torch.equal(sum(masks, torch.zeros_like(masks[0])), whole.loss_mask.int())
+
+
+def test_states_of_other_tokens_are_refused_by_row(tmp_path: Path) -> None:
+    tokens, features = tiny.write_corpus(tmp_path)
+    reader = ShardReader(features)
+    writer = ShardWriter(tmp_path / "other", reader.contract, shard_tokens=200)
+    for row in reader.rows:
+        ids = reader.token_ids(row)
+        ids[-2] += row == 4
+        writer.add(row, ids, reader.states(row))
+    writer.close()
+    corpus = Corpus(tokens, Shards(ShardReader(tmp_path / "other")))
+    whole = {row: Piece(row, 0, length) for row, length in corpus.lengths.items()}
+    corpus.expect([[whole[2], whole[4], whole[5]]])
+    with pytest.raises(ContractError, match="hidden states of row 4 are of other tokens"):
+        corpus.pack([whole[2], whole[4], whole[5]], torch.device("cpu"))
+    assert len(corpus.pack([whole[3], whole[5]], torch.device("cpu")).lengths) == 2
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float8_e4m3fn"])
+def test_a_pack_is_what_its_rows_are_one_after_the_other(tmp_path: Path, dtype: str) -> None:
+    tokens, features = tiny.write_corpus(tmp_path)
+    reader = ShardReader(features)
+    contract = {**reader.contract, "dtype": dtype, "format": 1 if dtype == "bfloat16" else 2}
+    writer = ShardWriter(tmp_path / "stored", contract, shard_tokens=100)
+    for row in reader.rows:
+        writer.add(row, reader.token_ids(row), reader.states(row))
+    writer.close()
+    stored = ShardReader(tmp_path / "stored")
+    corpus = Corpus(tokens, Shards(stored))
+    batches = [[Piece(row, 1, corpus.lengths[row] - 1) for row in rows] for rows in ([7, 3, 7, 11], [0], [3, 23])]
+    corpus.expect(batches)
+    table = datasets.load_from_disk(str(tokens))
+    held = [corpus.pack(batch, torch.device("cpu")) for batch in batches]
+    for batch, pack in zip(batches, held, strict=True):
+        assert pack.rows == [piece.row for piece in batch]
+        assert torch.equal(pack.states, torch.cat([stored.states(piece.row)[: piece.end] for piece in batch]))
+        assert pack.token_ids.tolist() == [i for p in batch for i in table[p.row]["input_ids"][: p.end]]
+        assert pack.loss_mask.tolist() == [bool(m) for p in batch for m in [0, *table[p.row]["loss_mask"][1 : p.end]]]
+    corpus.close()

@@ -14,6 +14,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import states_server
 import tiny
@@ -102,9 +103,12 @@ def feed_of(world: World, server: StatesServer, memory: int) -> Feed:
     return Feed(server.endpoint, world.path / "tokens", shape, options, memory=memory, ahead=16, cache=None)
 
 
-def ids(world: World, *rows: int) -> dict[int, torch.Tensor]:
-    every = list(world.known)
-    return {row: torch.tensor(every[row]) for row in rows}
+def drawn(feed: Feed, world: World, row: int) -> torch.Tensor:
+    """The states of a row, as training asks for them."""
+    ids = np.array(list(world.known)[row])
+    into = {name: torch.empty(len(ids), *each, dtype=dtype) for name, (dtype, each) in feed.layout.items()}
+    feed.fill([(row, len(ids))], ids, into)
+    return decode(into)
 
 
 def times_asked(server: StatesServer, world: World) -> list[int]:
@@ -133,23 +137,24 @@ def test_states_that_would_be_stored_in_float8_are_trained_on_as_they_would_be_r
 ) -> None:
     server = serve()
     shape = Shape(layers=4, hidden_size=tiny.H, compute=torch.float32, stored="float8_e4m3fn")
-    assert shape.bytes == TOKEN
+    assert shape.bytes == TOKEN // 2 + 4 * 2, "a scale a layer"
     options = Extract(concurrency=2, retries=1, timeout=20.0)
-    kept = None
-    if on_disk:
-        contract = feature_contract(
-            target="t", tokens="k", dtype="float8_e4m3fn", compute_dtype="float32",
-            layer_ids=states_server.LAYER_IDS, hidden_size=tiny.H,
-        )  # fmt: skip
-        kept = StatesCache(tmp_path / "kept", contract, 2**30)
+    contract = feature_contract(
+        target="t", tokens="k", dtype="float8_e4m3fn", compute_dtype="float32",
+        layer_ids=states_server.LAYER_IDS, hidden_size=tiny.H,
+    )  # fmt: skip
+    kept = StatesCache(tmp_path / "kept", contract, 2**30) if on_disk else None
     feed = Feed(server.endpoint, world.path / "tokens", shape, options, memory=0, ahead=2, cache=kept)
     feed.expect([])
-    row = ids(world, 3)
-    read = decode(encode("row 3", world.known[tuple(row[3].tolist())], "float8_e4m3fn"))
-    assert torch.equal(feed.states(row)[3], read)
+    read = decode(encode("row 3", list(world.known.values())[3], "float8_e4m3fn"))
+    assert torch.equal(drawn(feed, world, 3), read)
     feed.close()
     if kept is not None:
-        assert torch.equal(kept.states(3), read)
+        reopened = StatesCache(tmp_path / "kept", contract, 2**30)
+        assert reopened.found == 1
+        into = {name: torch.empty(len(read), *each, dtype=dtype) for name, (dtype, each) in feed.layout.items()}
+        reopened.fill(3, into)
+        assert torch.equal(decode(into), read)
 
 
 def test_while_there_is_memory_a_row_is_prefilled_once_for_all_epochs(
@@ -185,7 +190,7 @@ def test_the_server_runs_ahead_of_training_and_no_further_than_memory_goes(
     feed = feed_of(world, server, memory=sum(lengths[:5]) * TOKEN)
     feed.expect([[row] for row in range(len(lengths))])
     assert enough.wait(20), "nobody has waited for a row yet"
-    assert set(feed.states(ids(world, 0))) == {0}
+    assert torch.equal(drawn(feed, world, 0), next(iter(world.known.values())).bfloat16())
     feed.close()
     assert len(server.asked) < len(lengths)
     assert feed.peak_bytes <= sum(lengths[:5]) * TOKEN

@@ -9,7 +9,7 @@ import torch
 
 from speculators.training.window import Window
 
-HERE = torch.zeros(1)
+HERE = {"states": torch.zeros(1)}
 
 
 def window(batches: list[list[int]], room: int, ahead: int = 100) -> Window:

@@ -1,0 +1,122 @@
+"""Ahead: what is wanted next is made while what came before it is used, in memory that is used again.
+
+One thread makes one thing at a time, in the order in which they are expected, and no more of them than are asked for
+ahead: so what is made does not depend on which side is faster, and memory is bounded by what is in flight.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import math
+import mmap
+import threading
+import weakref
+from collections import deque
+from collections.abc import Callable, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor, wait
+from typing import Any, Generic, TypeVar
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+Item = TypeVar("Item")
+Made = TypeVar("Made")
+
+
+class Ahead(Generic[Item, Made]):
+    """Calls `make` on items before they are taken; the thread starts with the first one that is.
+
+    What goes wrong in the thread is raised when the item is taken that it went wrong with.
+
+    Args:
+        make: called in the thread.
+        most: items that are made before anybody has taken them.
+    """
+
+    def __init__(self, make: Callable[[Item], Made], most: int = 1) -> None:
+        self._make, self._most = make, most
+        self._thread = ThreadPoolExecutor(1, thread_name_prefix="ahead")
+        self._begun: deque[tuple[Item, Future[Made]]] = deque()
+        self._coming: deque[Item] = deque()
+
+    def expect(self, items: Sequence[Item]) -> int:
+        """What will be taken from now on; returns how many of them, at the beginning, are made already or being made.
+
+        When it returns, nothing else is being made.
+        """
+        if [item for item, _ in self._begun] != list(items[: len(self._begun)]):
+            for _, made in self._begun:
+                made.cancel()
+            wait([made for _, made in self._begun if not made.cancelled()])
+            self._begun.clear()
+        self._coming = deque(items[len(self._begun) :])
+        return len(self._begun)
+
+    def take(self, item: Item) -> Made:
+        """What was made of the item; one that was not expected comes after what has been begun."""
+        if self._begun and self._begun[0][0] == item:
+            made = self._begun.popleft()[1]
+        else:
+            if self._coming and self._coming[0] == item:
+                self._coming.popleft()
+            made = self._thread.submit(self._make, item)
+        while self._coming and len(self._begun) < self._most:
+            following = self._coming.popleft()
+            self._begun.append((following, self._thread.submit(self._make, following)))
+        return made.result()
+
+    def stop(self) -> None:
+        """Begin nothing more."""
+        self._coming.clear()
+        self._thread.shutdown(wait=False, cancel_futures=True)
+
+    def join(self) -> None:
+        """Wait until the thread has ended."""
+        self._thread.shutdown()
+        self._begun.clear()
+
+
+class Buffers:
+    """Memory for tensors that goes on to the next one when nobody has the tensor or a part of it any more.
+
+    Fresh memory costs as much as what is written to it: the kernel zeroes every page when it is touched first.
+
+    Args:
+        pinned: for copies to an accelerator.
+    """
+
+    SMALL = 1 << 20
+    """Bytes; less than that is not kept."""
+
+    def __init__(self, pinned: bool = False) -> None:
+        self._pinned = pinned
+        self._free: list[npt.NDArray[np.uint8]] = []
+        self._choosing = threading.Lock()
+
+    def empty(self, dtype: torch.dtype, shape: Sequence[int]) -> torch.Tensor:
+        """A tensor on the CPU that holds anything."""
+        size = math.prod(shape) * dtype.itemsize
+        if size < self.SMALL:
+            return torch.empty(*shape, dtype=dtype)
+        block = self._block(size)
+        # A tensor made of an array keeps the array, and what is made of the tensor does too.
+        lent = block[:size]
+        weakref.finalize(lent, self._free.append, block).atexit = False
+        return torch.from_numpy(lent).view(dtype).view(*shape)
+
+    def _block(self, size: int) -> npt.NDArray[np.uint8]:
+        with self._choosing:
+            self._free.sort(key=len)
+            for index, block in enumerate(self._free):
+                if len(block) >= size:
+                    return self._free.pop(index)
+            if self._free:
+                self._free.pop()  # too small now, and in time all are as large as the largest batch
+        if self._pinned:
+            pinned: npt.NDArray[np.uint8] = torch.empty(size, dtype=torch.uint8, pin_memory=True).numpy()
+            return pinned
+        memory: Any = mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+        with contextlib.suppress(OSError):  # a kernel without huge pages
+            memory.madvise(mmap.MADV_HUGEPAGE)
+        return np.frombuffer(memory, dtype=np.uint8)

@@ -1,0 +1,123 @@
+"""What is wanted next is made meanwhile, in order, one thing ahead, and its memory is used again when it is free."""
+
+from __future__ import annotations
+
+import threading
+
+import pytest
+import torch
+
+from speculators.training.ahead import Ahead, Buffers
+
+
+class Maker:
+    """Makes tens of numbers, and remembers of which and where."""
+
+    def __init__(self) -> None:
+        self.made: list[int] = []
+        self.threads: set[threading.Thread] = set()
+        self.begun = threading.Semaphore(0)
+        self.go_on = threading.Event()
+        self.go_on.set()
+
+    def __call__(self, item: int) -> int:
+        self.made.append(item)
+        self.threads.add(threading.current_thread())
+        self.begun.release()
+        assert self.go_on.wait(20)
+        if item < 0:
+            raise ValueError(f"{item} is negative")
+        return 10 * item
+
+
+def test_one_more_is_made_than_was_taken_and_in_order() -> None:
+    maker = Maker()
+    ahead = Ahead(maker)
+    assert ahead.expect([3, 1, 2, 5]) == 0
+    assert maker.made == [], "nobody has wanted anything yet"
+    for count, item in enumerate([3, 1, 2, 5], start=1):
+        assert ahead.take(item) == 10 * item
+        for _ in range(2 if count == 1 else int(count < 4)):
+            assert maker.begun.acquire(timeout=20)
+        assert maker.made == [3, 1, 2, 5][: count + 1]
+    ahead.stop()
+    ahead.join()
+    assert len(maker.threads) == 1
+    assert not any(thread.is_alive() for thread in maker.threads)
+
+
+def test_what_goes_wrong_is_raised_when_it_is_wanted_and_not_before() -> None:
+    ahead = Ahead(Maker())
+    ahead.expect([1, -2, 3])
+    assert ahead.take(1) == 10
+    with pytest.raises(ValueError, match="-2 is negative"):
+        ahead.take(-2)
+    assert ahead.take(3) == 30
+
+
+def test_what_was_not_expected_is_made_too_and_what_was_begun_is_kept() -> None:
+    maker = Maker()
+    ahead = Ahead(maker)
+    ahead.expect([1, 2])
+    assert [ahead.take(item) for item in (1, 7, 2)] == [10, 70, 20]
+    assert maker.made == [1, 2, 7]
+
+
+def test_another_order_keeps_what_still_comes_first_and_drops_what_does_not() -> None:
+    maker = Maker()
+    ahead = Ahead(maker)
+    ahead.expect([1, 2, 3])
+    ahead.take(1)
+    assert ahead.expect([2, 5]) == 1
+    assert ahead.take(2) == 20
+    assert ahead.expect([4, 6]) == 0
+    assert maker.made[:3] == [1, 2, 5] or maker.made == [1, 2], "it was begun or it was not"
+    begun = len(maker.made)
+    assert ahead.take(4) == 40
+    assert maker.made[begun:][0] == 4
+
+
+def test_it_ends_while_something_is_being_made() -> None:
+    maker = Maker()
+    ahead = Ahead(maker)
+    ahead.expect([1, 2, 3])
+    ahead.take(1)
+    maker.go_on.clear()
+    assert maker.begun.acquire(timeout=20)
+    ahead.stop()
+    maker.go_on.set()
+    ahead.join()
+    assert 3 not in maker.made
+    assert not any(thread.is_alive() for thread in maker.threads)
+
+
+def test_memory_is_used_again_when_no_part_of_a_tensor_is_held_any_more() -> None:
+    buffers = Buffers()
+    first = buffers.empty(torch.bfloat16, (1000, 4, 300))
+    assert (first.dtype, first.shape) == (torch.bfloat16, (1000, 4, 300))
+    place, part = first.data_ptr(), first[7:9].flatten()
+    del first
+    second = buffers.empty(torch.bfloat16, (1000, 4, 300))
+    assert second.data_ptr() != place, "a part of the first is still held"
+    del part
+    third = buffers.empty(torch.float8_e4m3fn, (900, 4, 500))
+    assert third.data_ptr() == place, "what is smaller fits"
+
+
+def test_memory_that_is_too_small_is_given_back_for_larger() -> None:
+    buffers = Buffers()
+    for tokens in (1000, 2000, 4000, 3000):
+        buffers.empty(torch.bfloat16, (tokens, 600))
+    assert [len(block) for block in buffers._free] == [4000 * 600 * 2]
+
+
+def test_what_autograd_has_saved_is_not_written_over() -> None:
+    buffers = Buffers()
+    states = buffers.empty(torch.float32, (1000, 600)).fill_(2.0)
+    weight = torch.ones(600, requires_grad=True)
+    loss = (states * weight).sum()
+    del states
+    buffers.empty(torch.float32, (1000, 600)).fill_(5.0)
+    loss.backward()
+    assert weight.grad is not None
+    assert torch.equal(weight.grad, torch.full((600,), 2000.0))
