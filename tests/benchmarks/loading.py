@@ -1,14 +1,31 @@
-"""Tokens per second that hidden states are read with: our shards beside a file a sample, on the same states.
+"""Tokens per second that training reads its batches with: our shards beside a file a sample, on the same states.
 
     python tests/benchmarks/loading.py                         # 400 rows of about 300 tokens, 4 x 576
     python tests/benchmarks/loading.py --rows 2000 --width 4096 --directory /on/that/disk
 
-Rows come in random order, batches have about 4096 tokens. A batch is what training makes of it: the ids of each row are
-compared with those of the token table, the states of all rows lie in one tensor in bfloat16. Warm is every epoch but
-the first one. Cold means that the kernel has been told to forget the files (`posix_fadvise`), which it does where
-nothing maps them and the disk is no memory itself. The median and the best of the rounds are printed, by the clock and
-by the processor's time, which a busy machine changes less; the memory is what a batch adds to the process's own, mapped
-files not counted.
+The same rows in the same random batches of about 4096 tokens, in these ways:
+
+    upstream   one safetensors file a row, read as the package speculators 0.9 reads it, which the others are compared
+               with: `load_file`, rows of a `datasets` table, ids compared, layers flattened, everything copied into
+               zeroed memory. Its own `ArrowDataset` and `CollateFn` took as long, or a little longer.
+    files      the least that a reader of such files can do: ids and masks lie in memory, states are joined
+    float8     the least with upstream's float8 files, a scale a token, decoded as it does
+    shards     ours: `Corpus.pack` out of an artifact's shards, which reads the next batch while this one is used
+    shards 8   the same in float8, decoded on the CPU
+    encoded 8  the same as far as the CPU has to go where there is a GPU, which decodes
+
+The bound. A token has L * H * 2 bytes in bfloat16 (here 4608), half of that in float8. Each byte has to be copied once
+out of the page cache, so warm the bound is the speed of one core's copying (`--bound` measures it: 6 to 12 GB/s here,
+as other work allows, 1.3 to 2.6 million tokens/s). `shards` takes 1.3 times as long, `files` 3 times: fresh memory
+costs as much again, since its pages are zeroed when they are touched first, bytes are copied twice, and every file is
+opened, mapped, its header parsed. Float8 adds passes over the decoded values, 7 ms a batch here. Cold the bound is the
+disk, 0.5 to 1.6 GB/s through the page cache here when 1.4 MB are read at random and several at a time: 0.1 to 0.35
+million tokens/s, and twice that in float8.
+
+Warm is every epoch but the first one. Cold means that the kernel has been told to forget the files (`posix_fadvise`),
+which it does where nothing maps them and the disk is no memory itself. The median and the best of the rounds are
+printed, by the clock and by the processor's time, which a busy machine changes less; the memory is what the process
+has more of than before, mapped files not counted.
 """
 
 from __future__ import annotations
@@ -21,34 +38,55 @@ import statistics
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
+import datasets
 import torch
 from safetensors.torch import load_file, save_file
 
 sys.path.insert(0, str(Path(__file__).parents[2]))
 
-from speculators.data.encoding import decode
+from speculators.data.packing import Piece, training_batches
 from speculators.data.shards import ShardReader, ShardWriter, feature_contract
+from speculators.data.token_table import TokenTable, save_table, write_table
+from speculators.training.corpus import Corpus, Shards
 
-Read = Callable[[list[int]], tuple[list[torch.Tensor], torch.Tensor]]
-"""Rows -> the ids of each, and the states of all."""
+Batches = list[list[Piece]]
+Read = Callable[[Batches], None]
+"""Reads all batches, one after the other."""
 BATCH_TOKENS = 4096
+STORED = {"shards": "bfloat16", "shards 8": "float8_e4m3fn"}
 
 
-def write(directory: Path, ids: list[torch.Tensor], layers: int, width: int) -> None:
-    """The same rows three times: a file a sample, shards in bfloat16, shards in float8."""
+def write(root: Path, ids: list[torch.Tensor], layers: int, width: int) -> None:
+    """A token table, and the states of its rows four times."""
+    rows = [
+        {"input_ids": i.tolist(), "loss_mask": [1] * len(i), "seq_len": len(i), "id": f"{row}", "source": "random"}
+        for row, i in enumerate(ids)
+    ]
+    write_table(rows, root / "rows.arrow")
+    save_table(root / "rows.arrow", root / "tokens")
     writers = {}
-    for name in ("bfloat16", "float8_e4m3fn"):
+    for name, stored in STORED.items():
         contract = feature_contract(
-            target="t", tokens="k", dtype=name, compute_dtype="bfloat16", layer_ids=[*range(layers)], hidden_size=width
+            target="t",
+            tokens="k",
+            dtype=stored,
+            compute_dtype="bfloat16",
+            layer_ids=[*range(layers)],
+            hidden_size=width,
         )
-        writers[name] = ShardWriter(directory / name, contract, 32768)
-    (directory / "files").mkdir()
+        writers[name] = ShardWriter(root / name, contract, 32768)
+    for name in ("files", "float8"):
+        (root / name).mkdir()
     for row, its in enumerate(ids):
         states = torch.randn(len(its), layers, width).to(torch.bfloat16)
-        save_file({"hidden_states": states, "token_ids": its}, directory / f"files/hs_{row}.safetensors")
+        save_file({"hidden_states": states, "token_ids": its}, root / f"files/hs_{row}.safetensors")
+        scales = states.float().abs().amax((1, 2), keepdim=True) / 448
+        kept = {"hidden_states": (states.float() / scales).to(torch.float8_e4m3fn), "hidden_states_scales": scales}
+        save_file({**kept, "token_ids": its}, root / f"float8/hs_{row}.safetensors")
         for writer in writers.values():
             writer.add(row, its, states)
     for writer in writers.values():
@@ -56,52 +94,104 @@ def write(directory: Path, ids: list[torch.Tensor], layers: int, width: int) -> 
     os.sync()
 
 
-def from_files(directory: Path) -> Read:
-    """One file a sample, opened for every row."""
+def files(root: Path, name: str, dtype: torch.dtype) -> Read:
+    """One file a row."""
+    table = TokenTable(root / "tokens")
+    ids = [torch.tensor(table.token_ids(row)) for row in range(len(table))]
+    masks = [torch.tensor(table.loss_mask(row)) != 0 for row in range(len(table))]
 
-    def read(rows: list[int]) -> tuple[list[torch.Tensor], torch.Tensor]:
-        found = [load_file(directory / f"hs_{row}.safetensors") for row in rows]
-        return [its["token_ids"] for its in found], torch.cat([its["hidden_states"] for its in found])
+    def read(batches: Batches) -> None:
+        for batch in batches:
+            found = [load_file(root / name / f"hs_{piece.row}.safetensors") for piece in batch]
+            assert all(torch.equal(its["token_ids"], ids[p.row]) for p, its in zip(batch, found, strict=True))
+            states = [its["hidden_states"] for its in found]
+            if name == "float8":
+                scales = [its["hidden_states_scales"].to(torch.bfloat16) for its in found]
+                states = [its.to(torch.bfloat16) * scale for its, scale in zip(states, scales, strict=True)]
+            torch.cat([ids[piece.row] for piece in batch])
+            torch.cat([masks[piece.row] for piece in batch])
+            torch.cat(states).to(dtype)
 
     return read
 
 
-def from_shards(directory: Path) -> Read:
+def upstream(root: Path, name: str, dtype: torch.dtype) -> Read:
+    """One file a row, and what upstream does with it."""
+    table: Any = datasets.load_from_disk(str(root / "tokens")).with_format("torch")
+
+    def row_of(piece: Piece) -> dict[str, torch.Tensor]:
+        found = load_file(root / name / f"hs_{piece.row}.safetensors")
+        assert torch.equal(found["token_ids"], table[piece.row]["input_ids"])
+        states, tokens = found["hidden_states"], len(found["token_ids"])
+        return {
+            "hidden_states": states[:, :-1].flatten(1),
+            "last": states[:, -1],
+            "input_ids": found["token_ids"],
+            "loss_mask": table[piece.row]["loss_mask"],
+            "position_ids": torch.arange(tokens),
+        }
+
+    def read(batches: Batches) -> None:
+        for batch in batches:
+            found = [row_of(piece) for piece in batch]
+            total = sum(piece.end for piece in batch)
+            for key, first in found[0].items():
+                joined = torch.zeros(total, *first.shape[1:], dtype=dtype if first.is_floating_point() else first.dtype)
+                begin = 0
+                for its in found:
+                    joined[begin : begin + len(its[key])] = its[key]
+                    begin += len(its[key])
+
+    return read
+
+
+def shards(root: Path, name: str, dtype: torch.dtype) -> Read:
     """Ours."""
-    reader = ShardReader(directory)
+    corpus = Corpus(root / "tokens", Shards(ShardReader(root / name)))
 
-    def read(rows: list[int]) -> tuple[list[torch.Tensor], torch.Tensor]:
-        found = [reader.encoded(row) for row in rows]
-        joined = {name: torch.cat([its[name] for its in found]) for name in found[0]}
-        return [reader.token_ids(row) for row in rows], decode(joined)
+    def read(batches: Batches) -> None:
+        corpus.expect(batches)
+        for batch in batches:
+            corpus.pack(batch, torch.device("cpu")).states.to(dtype)
 
     return read
 
 
-def batches(order: list[int], lengths: list[int]) -> Iterator[list[int]]:
-    """Rows in this order, about BATCH_TOKENS of them at a time."""
-    batch: list[int] = []
-    for row in order:
-        batch.append(row)
-        if sum(lengths[r] for r in batch) >= BATCH_TOKENS:
-            yield batch
-            batch = []
-    if batch:
-        yield batch
+def encoded(root: Path, name: str, dtype: torch.dtype) -> Read:
+    """Ours, not decoded."""
+    corpus = Corpus(root / "tokens", Shards(ShardReader(root / name)))
+
+    def read(batches: Batches) -> None:
+        corpus.expect(batches)
+        for batch in batches:
+            corpus.read(batch)
+
+    return read
 
 
-def once(read: Read, ids: list[torch.Tensor], seed: int) -> tuple[float, float, float]:
-    """Seconds and CPU seconds for every row once, and the MiB that the process has more of while it has a batch."""
-    order = list(range(len(ids)))
-    random.Random(seed).shuffle(order)
-    before, most = own_mib(), 0.0
+WAYS = {
+    "upstream": upstream, "files": files, "float8": files, "shards": shards, "shards 8": shards, "encoded 8": encoded,
+}  # fmt: skip
+PLACES = {"upstream": "files", "encoded 8": "shards 8"}
+"""Where a way reads, if not in the directory of its name."""
+
+
+def once(read: Read, batches: Batches) -> tuple[float, float]:
+    """Seconds and CPU seconds for every row once."""
     began, used = time.perf_counter(), time.process_time()
-    for batch in batches(order, [len(its) for its in ids]):
-        found, states = read(batch)
-        assert all(torch.equal(its, ids[row]) for row, its in zip(batch, found, strict=True))
-        most = max(most, own_mib() - before)
-        del found, states
-    return time.perf_counter() - began, time.process_time() - used, most
+    read(batches)
+    return time.perf_counter() - began, time.process_time() - used
+
+
+def bound() -> float:
+    """GB/s that one core copies with, at best, between two places that it has touched before."""
+    source, place = torch.zeros(1 << 26, dtype=torch.uint8), torch.zeros(1 << 26, dtype=torch.uint8)
+    best = 1e9
+    for _ in range(10):
+        began = time.perf_counter()
+        place.copy_(source)
+        best = min(best, time.perf_counter() - began)
+    return (1 << 26) / best / 1e9
 
 
 def own_mib() -> float:
@@ -119,52 +209,55 @@ def forget(directory: Path) -> None:
 
 
 def main() -> None:
-    """Print a line a layout and temperature."""
+    """Print a line a way and temperature."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rows", type=int, default=400)
     parser.add_argument("--tokens", type=int, default=300, help="mean length of a row")
     parser.add_argument("--layers", type=int, default=4)
     parser.add_argument("--width", type=int, default=576)
     parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--dtype", default="bfloat16", help="what the batch is wanted in")
+    parser.add_argument("--bound", action="store_true", help="measure copying too")
     parser.add_argument("--directory", type=Path, default=None, help="where the files are written and deleted again")
     options = parser.parse_args()
     torch.set_num_threads(1)  # as a loader beside a trainer has it; and threads that wait for each other count as busy
     torch.manual_seed(0)
+    if options.bound:
+        print(f"copying: {bound():.1f} GB/s")
     draw = random.Random(0)
     lengths = [draw.randint(options.tokens // 2, options.tokens * 3 // 2) for _ in range(options.rows)]
     ids = [torch.randint(0, 50000, (length,)) for length in lengths]
-    layouts = {"files": from_files, "bfloat16": from_shards, "float8_e4m3fn": from_shards}
+    dtype, total = getattr(torch, options.dtype), sum(lengths)
+    pieces = [Piece(row, 0, length) for row, length in enumerate(lengths)]
     with tempfile.TemporaryDirectory(dir=options.directory) as made:
         root = Path(made)
         write(root, ids, options.layers, options.width)
+        opened = {name: way(root, PLACES.get(name, name), dtype) for name, way in WAYS.items()}
+        memory: dict[str, float] = {}
         for kind in ("cold", "warm"):
-            walls: dict[str, list[float]] = {name: [] for name in layouts}
-            cores: dict[str, list[float]] = {name: [] for name in layouts}
-            memory = dict.fromkeys(layouts, 0.0)
-            open_ones = {name: layout(root / name) for name, layout in layouts.items()} if kind == "warm" else {}
-            for read in open_ones.values():
-                once(read, ids, -1)
-            for number in range(options.rounds):
-                for name, layout in layouts.items():  # side by side, so that a busy machine hits all of them
+            walls: dict[str, list[float]] = {name: [] for name in WAYS}
+            cores: dict[str, list[float]] = {name: [] for name in WAYS}
+            for number in range(1 + options.rounds):
+                for name in WAYS:  # side by side, so that a busy machine hits all of them
+                    before = own_mib()
                     if kind == "cold":
-                        forget(root / name)
-                    seconds, core, mib = once(open_ones.get(name) or layout(root / name), ids, number)
-                    walls[name].append(sum(lengths) / seconds)
-                    cores[name].append(sum(lengths) / core)
-                    memory[name] = max(memory[name], mib)
-            for name in layouts:
-                size = sum(path.stat().st_size for path in (root / name).iterdir()) / sum(lengths)
-                print(
-                    f"{kind} {name:13} {said(walls, name)} tokens/s; {said(cores, name)} a CPU second; "
-                    f"{size:.0f} bytes a token, {memory[name]:.0f} MiB a batch"
-                )
+                        forget(root / PLACES.get(name, name))
+                    seconds, core = once(opened[name], training_batches(pieces, BATCH_TOKENS, number, 0))
+                    if not number:  # which also finds memory for its batches
+                        memory[name] = max(memory.get(name, 0.0), own_mib() - before)
+                    else:
+                        walls[name].append(total / seconds)
+                        cores[name].append(total / core)
+            for name in WAYS:
+                wall, core_speed = said(walls, name), said(cores, name)
+                print(f"{kind} {name:9} {wall} tokens/s; {core_speed} a CPU second; {memory[name]:.0f} MiB")
 
 
-def said(speeds: dict[str, list[float]], name: str) -> str:
-    """The median, how many times that of files it is, and the best."""
-    median = statistics.median(speeds[name])
-    ratio = median / statistics.median(speeds["files"])
-    return f"{median:8.0f} ({ratio:4.2f}x files, best {max(speeds[name]):.0f})"
+def said(speeds: dict[str, Sequence[float]], name: str) -> str:
+    """The median and the best, and how many times those of upstream they are."""
+    median, best = statistics.median(speeds[name]), max(speeds[name])
+    ratio, best_ratio = median / statistics.median(speeds["upstream"]), best / max(speeds["upstream"])
+    return f"{median:8.0f} ({ratio:4.2f}x; best {best:.0f}, {best_ratio:.2f}x)"
 
 
 if __name__ == "__main__":
