@@ -3,18 +3,55 @@
 from __future__ import annotations
 
 import enum
+import math
+from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
+from speculators.errors import RecipeError, closest
 from speculators.fields import MISSING, if_set
 
 
 class Loss(enum.Enum):
-    """What is asked of a prediction. Both over the draft's vocabulary."""
+    """What is asked of a prediction. All over the draft's vocabulary."""
 
     kl = "kl"
     """The target's distribution: KL(target || draft)."""
     ce = "ce"
     """The target's most likely token: cross-entropy against it."""
+    rkl = "rkl"
+    """Nothing that the target would not say: KL(draft || target)."""
+    js = "js"
+    """Jensen-Shannon divergence: half of each of the two, against their mean."""
+    tv = "tv"
+    """Total variation: the share of its samples that is rejected, 1 - sum(min(target, draft))."""
+    nla = "nla"
+    """Acceptance as a likelihood: -log(sum(min(target, draft))) (LK losses, arXiv:2602.23881). Its slope is that of
+    `tv` over the acceptance, so that it does not vanish where hardly anything is accepted yet."""
+    lk_hybrid = "lk_hybrid"
+    """From `kl` to `tv` as the acceptance grows: s * kl + (1 - s) * tv, s = exp(-3 * acceptance) taken as a constant
+    (LK losses, arXiv:2602.23881)."""
+
+
+def loss_weights(given: Any) -> dict[Loss, float]:
+    """The losses that `speculator.loss` asks for, with their weights: a name, or several as {name: weight}.
+
+    Raises:
+        RecipeError: no such loss, or a weight that is not positive.
+    """
+    weights: dict[Loss, float] = {}
+    for name, weight in (given if isinstance(given, Mapping) else {given: 1.0}).items():
+        known = name if isinstance(name, Loss) else Loss.__members__.get(str(name))
+        if known is None:
+            raise RecipeError(f"speculator.loss: there is no loss `{name}`", closest(str(name), Loss.__members__))
+        if not isinstance(weight, (int, float)) or not 0.0 < weight < math.inf:
+            raise RecipeError(
+                f"speculator.loss: the weight of {known.name} is {weight}", "give positive numbers: {kl: 0.7, tv: 0.3}"
+            )
+        weights[known] = float(weight)
+    if not weights:
+        raise RecipeError("speculator.loss names no loss", f"one of {', '.join(Loss.__members__)}")
+    return weights
 
 
 class Weighting(enum.Enum):
@@ -38,8 +75,8 @@ class Speculator:
     """Target layers whose input the draft reads; derived from the target's depth if null."""
     num_speculative_tokens: int = 3
     """Tokens proposed in one step: what is written into the checkpoint, and what evaluation serves with."""
-    loss: Loss = if_set(Loss.kl)
-    """What is asked of a prediction."""
+    loss: Any = if_set("kl")
+    """What is asked of a prediction: a name of `Loss`, or several with their weights: `{kl: 0.7, tv: 0.3}`."""
 
 
 @dataclass(kw_only=True, slots=True)
@@ -81,8 +118,8 @@ class DFlash(Speculator):
     """A place of a block sees only those before it; otherwise all of them see each other."""
     sliding_window: int | None = None
     """Tokens before the block that are seen; null: all of its document."""
-    loss: Loss = Loss.ce
-    """What is asked of a prediction. `dpace` needs `ce`."""
+    loss: Any = "ce"
+    """What is asked of a prediction, as everywhere. `dpace` needs `ce` or `nla`, alone."""
     weighting: Weighting = Weighting.dpace
     """What the places of a block weigh in the loss."""
     decay_gamma: float = 4.0

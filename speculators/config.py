@@ -20,6 +20,7 @@ from speculators.algorithms import Eagle3 as Eagle3
 from speculators.algorithms import Loss as Loss
 from speculators.algorithms import Speculator as Speculator
 from speculators.algorithms import Weighting as Weighting
+from speculators.algorithms import loss_weights as loss_weights
 from speculators.fields import MISSING as MISSING
 from speculators.fields import if_set, operational, secret
 

@@ -38,6 +38,7 @@ from speculators.config import (
     Speculator,
     Weighting,
     from_plain,
+    loss_weights,
 )
 from speculators.errors import RecipeError, closest
 from speculators.fields import leaves
@@ -337,6 +338,7 @@ def _check_launcher(name: str) -> None:
 def _check_values(config: Config) -> None:
     """What a type cannot say. One check per line, each naming the field."""
     train, evaluate = config.train, config.evaluate
+    loss_weights(config.speculator.loss)
     checks = (
         (
             type(config.speculator) is not Speculator,
@@ -390,10 +392,10 @@ def _check_values(config: Config) -> None:
 def _checks_of_dflash(options: DFlash) -> Iterator[tuple[bool, str, str, str]]:
     """(holds, field, what is wrong, how to mend it), as `_check_values` has them."""
     yield (
-        options.weighting is not Weighting.dpace or options.loss is Loss.ce,
+        options.weighting is not Weighting.dpace or loss_weights(options.loss) in ({Loss.ce: 1.0}, {Loss.nla: 1.0}),
         "speculator.weighting",
-        "dpace takes the cross-entropy for the draft's confidence",
-        "set speculator.loss=ce or speculator.weighting=decay",
+        "dpace takes the cross-entropy for the draft's confidence, or the likelihood of acceptance",
+        "set speculator.loss=ce, speculator.loss=nla or speculator.weighting=decay",
     )
     yield (options.anchors > 0, "speculator.anchors", "must be positive", "for example 512")
     yield (options.decay_gamma > 0, "speculator.decay_gamma", "must be positive", "for example 4")

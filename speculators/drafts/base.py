@@ -22,7 +22,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from speculators.config import Loss, Speculator
+from speculators.config import Loss, Speculator, loss_weights
 from speculators.drafts.layers import Frozen
 from speculators.errors import ContractError
 
@@ -81,6 +81,9 @@ class Pack:
     """bool [T]: the token is one that the target said."""
     states: Tensor
     """[T, L, H], stored dtype: the target's states, the draft's layers in order and the last layer's output."""
+    chosen: Tensor | None = None
+    """bool [T]: where a draft that draws places may train from, if they were drawn for a larger pack that this one is
+    a part of; the draft draws them itself if None."""
 
     def documents(self) -> list[tuple[int, int]]:
         """(first token, length) of each document."""
@@ -102,9 +105,21 @@ class Predictions:
     """bool [K, R]: there is such a place, and it is supervised."""
     weight: Tensor
     """float32 [K, R]: share of each prediction in the loss; 0 where it is not valid."""
+    count: Tensor | None = None
+    """float32 [K]: supervised predictions of which the weights are shares, at least 1; None: they are no shares."""
     reweigh: Callable[[Tensor], Tensor] | None = None
     """Where the weights follow from the losses themselves, taken as constants: loss of each prediction [K, R], 0 where
     it is not valid, -> weights [K, R]. `weight` is not looked at then."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Supervision:
+    """What the packs that one step of the optimiser is split into have in common."""
+
+    counts: Tensor
+    """float32 [K]: supervised predictions of each step over all of them, at least 1."""
+    chosen: Tensor
+    """bool [T]: places that are trained from."""
 
 
 class Draft(nn.Module, ABC):
@@ -121,8 +136,8 @@ class Draft(nn.Module, ABC):
         self.embed_tokens = Frozen(embeddings)
         self.lm_head = Frozen(head.float())
         self.vocabulary = vocabulary
-        self.loss = Loss.kl
-        """What is asked of a prediction; part of the training, not of the checkpoint."""
+        self.loss = {Loss.kl: 1.0}
+        """What is asked of a prediction, with weights; part of the training, not of the checkpoint."""
 
     @classmethod
     @abstractmethod
@@ -152,6 +167,10 @@ class Draft(nn.Module, ABC):
     @abstractmethod
     def forward(self, pack: Pack) -> Predictions:
         """Predict from every place of the pack that supervision asks for."""
+
+    @abstractmethod
+    def supervision(self, whole: Pack) -> Supervision:
+        """What is supervised in all packs of one step together. Their states are not read, and may be empty."""
 
     def left_out(self) -> set[str]:
         """Tensors that the checkpoint does not hold: whoever loads it takes them from the target."""
@@ -184,7 +203,7 @@ class Draft(nn.Module, ABC):
             **cls.describe(parts, options, layer_ids),
         }
         draft = cls(config, parts.embeddings, parts.head, vocabulary)
-        draft.loss = options.loss
+        draft.loss = loss_weights(options.loss)
         draft.initialise(seed)
         draft.configure(options)
         return draft

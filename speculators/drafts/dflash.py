@@ -33,7 +33,7 @@ import torch
 from torch import Tensor, nn
 
 from speculators.config import DFlash, Speculator, Weighting
-from speculators.drafts.base import Draft, Pack, Predictions, TargetParts, Vocabulary, layer_config
+from speculators.drafts.base import Draft, Pack, Predictions, Supervision, TargetParts, Vocabulary, layer_config
 from speculators.drafts.layers import (
     MLP,
     Attention,
@@ -178,7 +178,8 @@ class DFlashDraft(Draft):
         features = pack.states[at.context, :-1].flatten(1).to(self.fc.weight.dtype)
         context = self.hidden_norm(self.fc(features))
         hidden_RKH = self.norm(self._blocks(pack, at, context))
-        share = at.valid.float() / at.valid.sum().clamp(min=1)
+        count = at.valid.sum().clamp(min=1)
+        share = at.valid.float() / count
         weight, reweigh = share, None
         if self.options.weighting is Weighting.dpace:
             reweigh = partial(reach, share=share, alpha=self.options.dpace_alpha)
@@ -187,8 +188,19 @@ class DFlashDraft(Draft):
                 share * torch.exp(-torch.arange(len(share), device=share.device) / self.options.decay_gamma)[:, None]
             )
         return Predictions(
-            hidden=hidden_RKH.transpose(0, 1), target=at.target, valid=at.valid, weight=weight, reweigh=reweigh
+            hidden=hidden_RKH.transpose(0, 1),
+            target=at.target,
+            valid=at.valid,
+            weight=weight,
+            count=count.float().expand(len(share)),
+            reweigh=reweigh,
         )
+
+    def supervision(self, whole: Pack) -> Supervision:
+        at = self.layout(whole)
+        chosen = torch.zeros_like(whole.loss_mask)
+        chosen[at.anchors] = True
+        return Supervision(counts=at.valid.sum().clamp(min=1).float().expand(len(at.valid)), chosen=chosen)
 
     def _blocks(self, pack: Pack, at: Layout, context: Tensor) -> Tensor:
         """Run the layers over all blocks: what leaves them at the places that propose [R, K, H]."""
@@ -227,7 +239,10 @@ class DFlashDraft(Draft):
         places_T = torch.arange(total, device=device)
         asked_T = torch.zeros_like(pack.loss_mask)
         asked_T[:-1] = pack.loss_mask[:-1] & pack.loss_mask[1:] & (places_T[1:] < ends_T[:-1])
-        anchors = self._drawn(asked_T.nonzero()[:, 0])
+        if pack.chosen is None:
+            anchors = self._drawn(asked_T.nonzero()[:, 0])
+        else:
+            anchors = _one_at_least((asked_T & pack.chosen).nonzero()[:, 0])
         target_KR = anchors[None, :] + torch.arange(self.slots - 1, device=device)[:, None]
         inside_KR = target_KR + 1 < ends_T[anchors]
         target_KR = target_KR.clamp(max=total - 1)
@@ -243,12 +258,17 @@ class DFlashDraft(Draft):
         """The anchors of this step, of all `places` where one could be; ascending."""
         if self.visit is None:
             return places
-        if not len(places):  # a step needs gradients, if only zeros: one block, and none of it is supervised
-            return places.new_zeros(1)
+        if not len(places):
+            return _one_at_least(places)
         digest = hashlib.sha256(f"anchors {self.seed} {self.visit}".encode()).digest()
         draw = torch.Generator().manual_seed(int.from_bytes(digest[:7], "big"))
         picked = torch.randperm(len(places), generator=draw)[: self.anchors].sort().values
         return places[picked.to(places.device)]
+
+
+def _one_at_least(places: Tensor) -> Tensor:
+    """A step needs gradients, if only zeros: one block where there is none, and nothing of it is supervised."""
+    return places if len(places) else places.new_zeros(1)
 
 
 def reach(divergence: Tensor, share: Tensor, alpha: float) -> Tensor:

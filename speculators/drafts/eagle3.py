@@ -32,7 +32,7 @@ import torch
 from torch import Tensor, nn
 
 from speculators.config import Eagle3, Speculator
-from speculators.drafts.base import Draft, Pack, Predictions, TargetParts, Vocabulary, layer_config
+from speculators.drafts.base import Draft, Pack, Predictions, Supervision, TargetParts, Vocabulary, layer_config
 from speculators.drafts.layers import (
     MLP,
     Attention,
@@ -294,8 +294,13 @@ class Eagle3Draft(Draft):
             tokens = at.tokens[min(step + 1, self.unrolled - 1)]
         valid = at.valid.float()
         decay = self.step_decay ** torch.arange(self.unrolled, device=valid.device)[:, None]
-        weight = decay * valid / valid.sum(1, keepdim=True).clamp(min=1.0)
-        return Predictions(hidden=torch.stack(hidden), target=at.target, valid=at.valid, weight=weight)
+        count = valid.sum(1).clamp(min=1.0)
+        weight = decay * valid / count[:, None]
+        return Predictions(hidden=torch.stack(hidden), target=at.target, valid=at.valid, weight=weight, count=count)
+
+    def supervision(self, whole: Pack) -> Supervision:
+        counts = self.layout(whole).valid.sum(1).float().clamp(min=1.0)
+        return Supervision(counts=counts, chosen=torch.ones_like(whole.loss_mask))
 
     def _step(self, step: int, state: Tensor, tokens: Tensor, at: Layout, caches: list[KeyValues]) -> Tensor:
         """Run the layers once. Step 0 takes every source and gives the asking ones, later steps have only those."""

@@ -1,17 +1,22 @@
 """The loss between a draft's predictions and the target's own distributions, fused with the head.
 
-The head of the draft is frozen, so the gradient of the loss with respect to what enters the head can be computed
-along with the loss: logits live for one chunk of places and are gone before the next one. Nothing of the size
+The gradient of the loss with respect to what enters the head, and to the head where that is trained, is computed along
+with the loss: logits live for one chunk of places and are gone before the next one. Nothing of the size
 [tokens, vocabulary] exists. The target's distribution at a place is computed once and used by every step that
-predicts it.
+predicts it; at places that nobody predicts, it is not computed.
 
-Shapes: N predictions; U places that they predict; H width; V draft vocabulary.
+A loss is a sum of weighted predictions, and the weights are shares of what is supervised. Where one step of the
+optimiser is made of several packs, on one device after the other or on several, `Draft.supervision` of all of them
+together gives the counts to take the shares of: then the packs' losses, and their gradients, add up to those of one
+large pack, however it is cut.
+
+Shapes: N predictions; U places that they predict; K steps; H width; V draft vocabulary.
 """
 
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -21,6 +26,7 @@ from torch import Tensor
 
 from speculators.config import Loss
 from speculators.drafts.base import Pack, Predictions, Vocabulary
+from speculators.training.divergences import cost
 
 CHUNK_ELEMENTS = {"cpu": 1 << 22, "cuda": 1 << 27}
 """Logits that exist at one time. On a CPU fewer make flat products, which are slow, and more leave its cache."""
@@ -40,8 +46,12 @@ class Teacher:
 
     def logits(self, last: Tensor, dtype: torch.dtype) -> Tensor:
         """States before the final norm [U, H] -> float32 logits [U, V]; the product is computed in `dtype`."""
+        return self.through(self.head.to(dtype), last)
+
+    def through(self, head: Tensor, last: Tensor) -> Tensor:
+        """As `logits`, by a head that has been brought to the format of the product already."""
         normed = torch.nn.functional.rms_norm(last.float(), (last.shape[-1],), self.norm_weight, self.norm_eps)
-        logits = (normed.to(dtype) @ self.head.to(dtype).T).float()
+        logits = (normed.to(head.dtype) @ head.T).float()
         if self.scale != 1.0:
             logits *= self.scale
         return logits if self.softcap is None else self.softcap * torch.tanh(logits / self.softcap)
@@ -52,7 +62,7 @@ class Outcome:
     """What a pack gave. All [K, R], undefined where not valid, but for the loss."""
 
     loss: Tensor
-    """Scalar; carries the gradient."""
+    """Scalar; carries the gradient. Those of the packs of one optimiser step add up where they have the same counts."""
     divergence: Tensor
     """float32: loss of each prediction, not weighted; 0 where not valid."""
     correct: Tensor
@@ -60,38 +70,46 @@ class Outcome:
 
 
 def distill(
-    predictions: Predictions, last: Tensor, head: Tensor, teacher: Teacher, loss: Loss = Loss.kl,
-    chunk_elements: int | None = None,
+    predictions: Predictions, last: Tensor, head: Tensor, teacher: Teacher,
+    loss: Loss | Mapping[Loss, float] = Loss.kl, chunk_elements: int | None = None, counts: Tensor | None = None,
 ) -> Outcome:  # fmt: skip
     """The loss of every prediction over the draft's vocabulary, weighted and summed.
 
     Args:
         predictions: of one pack.
         last: the target's states before the final norm, of every place in the pack [T, H].
-        head: the draft's head [V, H], float32; frozen.
+        head: the draft's head [V, H], float32; gets a gradient if it wants one.
         teacher: gives the distributions to match.
-        loss: what is asked of a prediction.
+        loss: what is asked of a prediction; several with their weights.
         chunk_elements: logits that may exist at one time.
+        counts: supervised predictions of each step, over everything that one step of the optimiser is made of, which
+            the weights become shares of, float32 [K]; those of this pack alone if None.
     """
-    valid = predictions.valid
+    valid, weight, reweigh = predictions.valid, predictions.weight, predictions.reweigh
+    if counts is not None:
+        assert predictions.count is not None
+        share = (predictions.count / counts)[:, None]
+        weight, reweigh = weight * share, None if reweigh is None else partial(_times, reweigh, share)
     rows = predictions.hidden[valid]
-    divergence, correct = torch.zeros_like(predictions.weight), torch.zeros_like(valid)
+    divergence, correct = torch.zeros_like(weight), torch.zeros_like(valid)
     limit = chunk_elements or CHUNK_ELEMENTS[rows.device.type]
     dtype = torch.get_autocast_dtype(rows.device.type) if torch.is_autocast_enabled(rows.device.type) else torch.float32
-    how = _How(teacher, loss, limit, dtype, None if predictions.reweigh is None else partial(_reweigh, predictions))
-    total, row_divergence, row_correct = _Distill.apply(
-        rows, predictions.target[valid], predictions.weight[valid], last, head, how
-    )
+    losses = {loss: 1.0} if isinstance(loss, Loss) else loss
+    how = _How(teacher, losses, limit, dtype, None if reweigh is None else partial(_reweigh, reweigh, valid))
+    total, row_divergence, row_correct = _Distill.apply(rows, predictions.target[valid], weight[valid], last, head, how)
     divergence[valid], correct[valid] = row_divergence, row_correct
     return Outcome(loss=total, divergence=divergence, correct=correct)
 
 
-def _reweigh(predictions: Predictions, divergence_N: Tensor) -> Tensor:
+def _times(reweigh: Callable[[Tensor], Tensor], share: Tensor, divergence: Tensor) -> Tensor:
+    return reweigh(divergence) * share
+
+
+def _reweigh(reweigh: Callable[[Tensor], Tensor], valid: Tensor, divergence_N: Tensor) -> Tensor:
     """The weights of the valid predictions [N], from their losses."""
-    assert predictions.reweigh is not None
-    divergence = torch.zeros_like(predictions.weight)
-    divergence[predictions.valid] = divergence_N
-    return predictions.reweigh(divergence)[predictions.valid]
+    divergence = torch.zeros(valid.shape, dtype=divergence_N.dtype, device=valid.device)
+    divergence[valid] = divergence_N
+    return reweigh(divergence)[valid]
 
 
 @dataclass(frozen=True, slots=True)
@@ -99,7 +117,7 @@ class _How:
     """What `_Distill` needs beside tensors."""
 
     teacher: Teacher
-    loss: Loss
+    losses: Mapping[Loss, float]
     limit: int
     dtype: torch.dtype
     reweigh: Callable[[Tensor], Tensor] | None
@@ -113,74 +131,79 @@ class _Distill(torch.autograd.Function):
     def forward(
         ctx: Any, hidden_NH: Tensor, target_N: Tensor, weight_N: Tensor, last: Tensor, head: Tensor, how: _How
     ) -> tuple[Tensor, Tensor, Tensor]:
-        places_U, which_N = torch.unique(target_N, return_inverse=True)
-        order_N = torch.argsort(which_N, stable=True)
-        bounds = torch.searchsorted(which_N[order_N], torch.arange(len(places_U) + 1, device=last.device)).tolist()
-        gradient = torch.empty_like(hidden_NH) if ctx.needs_input_grad[0] else None
-        divergence, correct = torch.empty_like(weight_N), torch.empty_like(weight_N, dtype=torch.bool)
-        head = head.to(how.dtype)
-        for begin, end in _chunks(bounds, how.limit // len(head)):
-            picked = order_N[bounds[begin] : bounds[end]]
-            wanted = how.teacher.logits(last[places_U[begin:end]], how.dtype)
-            z = (hidden_NH[picked].to(how.dtype) @ head.T).float()
-            against = _divergence if how.loss is Loss.kl else _surprise
-            divergence[picked], correct[picked] = against(z, wanted, which_N[picked] - begin, how.dtype)
-            if gradient is not None:
-                slope = z if how.reweigh else z.mul_(weight_N[picked, None])
-                gradient[picked] = (slope.to(how.dtype) @ head).to(gradient.dtype)
-        if how.reweigh:
+        walk = _Walk(hidden_NH, target_N, last, head, how)
+        wants_hidden, wants_head = ctx.needs_input_grad[0], ctx.needs_input_grad[4]
+        slopes = torch.empty_like(hidden_NH) if wants_hidden else None
+        of_head = torch.zeros_like(head) if wants_head else None
+        if not how.reweigh:
+            divergence, correct = walk.costs(weight_N, slopes, of_head)
+        elif of_head is None:  # what a prediction weighs can be multiplied in afterwards
+            divergence, correct = walk.costs(None, slopes, None)
             weight_N = how.reweigh(divergence)
-        if gradient is not None:
-            ctx.save_for_backward(gradient.mul_(weight_N[:, None]) if how.reweigh else gradient)
+            if slopes is not None:
+                slopes.mul_(weight_N[:, None])
+        else:
+            weight_N = how.reweigh(walk.costs(None, None, None)[0])
+            divergence, correct = walk.costs(weight_N, slopes, of_head)
+        ctx.save_for_backward(slopes, of_head)
         ctx.mark_non_differentiable(divergence, correct)
         return (divergence * weight_N).sum(), divergence, correct
 
     @staticmethod
     def backward(ctx: Any, *upstream: Tensor) -> tuple[Tensor | None, ...]:
-        (gradient,) = ctx.saved_tensors
-        return (gradient * upstream[0], *(None,) * 5)
+        slopes, of_head = (None if g is None else g * upstream[0] for g in ctx.saved_tensors)
+        return (slopes, None, None, None, of_head, None)
 
 
-def _divergence(z: Tensor, wanted: Tensor, local: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """KL(target || draft) of logits z [n, V] against those of places `wanted` [u, V], row i against place local[i].
+class _Walk:
+    """All predictions, chunk by chunk of the places that they predict."""
 
-    Returns: the loss [n], and whether the most likely token is the target's [n]. The loss's slope is left in z.
-    """
-    log_p = wanted.log_softmax(-1)
-    p = log_p.exp()
-    negative_entropy = (p * log_p).sum(-1)
-    correct = _wins(z, p.argmax(-1)[local], exact=dtype is torch.float32)
-    p_rows = p[local]
-    divergence = negative_entropy[local] - torch.linalg.vecdot(p_rows, z) + _softmax_(z)
-    z.sub_(p_rows)
-    return divergence, correct
+    def __init__(self, hidden_NH: Tensor, target_N: Tensor, last: Tensor, head: Tensor, how: _How) -> None:
+        self.hidden_NH, self.last, self.how = hidden_NH, last, how
+        self.head = head.detach().to(how.dtype)
+        own = how.teacher.head.data_ptr() == head.data_ptr()
+        self.teacher_head = self.head if own else how.teacher.head.to(how.dtype)
+        self.places_U, self.which_N = torch.unique(target_N, return_inverse=True)
+        self.order_N = torch.argsort(self.which_N, stable=True)
+        starts = torch.arange(len(self.places_U) + 1, device=last.device)
+        self.bounds = torch.searchsorted(self.which_N[self.order_N], starts).tolist()
+
+    def costs(self, weight_N: Tensor | None, slopes: Tensor | None, of_head: Tensor | None) -> tuple[Tensor, Tensor]:
+        """Loss [N] and correctness [N] of each prediction.
+
+        Args:
+            weight_N: what slopes are multiplied by; 1 if None.
+            slopes: becomes the gradient of what enters the head [N, H].
+            of_head: the gradient of the head is added to it [V, H].
+        """
+        how, bounds = self.how, self.bounds
+        divergence = self.hidden_NH.new_empty(len(self.which_N), dtype=torch.float32)
+        correct = torch.empty_like(divergence, dtype=torch.bool)
+        rows = max(1, how.limit // len(self.head))
+        for begin, end in _chunks(bounds, rows):
+            wanted = how.teacher.through(self.teacher_head, self.last[self.places_U[begin:end]])
+            # More predictions of one place than fit are computed in turns.
+            for picked in self.order_N[bounds[begin] : bounds[end]].split(rows):
+                hidden = self.hidden_NH[picked].to(how.dtype)
+                z = (hidden @ self.head.T).float()
+                local = self.which_N[picked] - begin
+                divergence[picked], correct[picked] = cost(z, wanted, local, how.losses, how.dtype is torch.float32)
+                if slopes is None and of_head is None:
+                    continue
+                slope = (z if weight_N is None else z.mul_(weight_N[picked, None])).to(how.dtype)
+                if slopes is not None:
+                    slopes[picked] = (slope @ self.head).to(slopes.dtype)
+                if of_head is not None:
+                    _add_product(of_head, slope.T, hidden)
+        return divergence, correct
 
 
-def _surprise(z: Tensor, wanted: Tensor, local: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """As `_divergence`, the cross-entropy against the target's most likely token."""
-    label = wanted.argmax(-1)[local][:, None]
-    correct = _wins(z, label[:, 0], exact=dtype is torch.float32)
-    said = z.gather(1, label)[:, 0]
-    surprise = _softmax_(z) - said
-    z.scatter_add_(1, label, torch.full_like(z[:, :1], -1.0))
-    return surprise, correct
-
-
-def _wins(z: Tensor, label: Tensor, exact: bool) -> Tensor:
-    """Whether each row's largest logit is its label's.
-
-    Rounded logits tie, and then the first one counts, as in a server. Exact ones do not, and finding the largest value
-    is many times faster than finding its place.
-    """
-    return z.gather(1, label[:, None])[:, 0] == z.amax(-1) if exact else z.argmax(-1) == label
-
-
-def _softmax_(z: Tensor) -> Tensor:
-    """Turn logits into probabilities in place; returns their log-normaliser [N]."""
-    top = z.amax(-1, keepdim=True)
-    total = z.sub_(top).exp_().sum(-1, keepdim=True)
-    z.div_(total)
-    return (top + total.log()).squeeze(-1)
+def _add_product(total: Tensor, a: Tensor, b: Tensor) -> None:
+    """Add a @ b to a float32 sum."""
+    if a.dtype is total.dtype:
+        total.addmm_(a, b)
+    else:
+        total.add_(a @ b)
 
 
 def _chunks(bounds: list[int], rows: int) -> list[tuple[int, int]]:

@@ -35,13 +35,13 @@ CONFIG = {
 }
 
 
-def write_target(directory: Path, **changes: object) -> Path:
-    """A checkpoint directory with what training reads of a target."""
+def write_target(directory: Path, head: float = 1.0, **changes: object) -> Path:
+    """A checkpoint directory with what training reads of a target; `head` is the size of its head's weights."""
     directory.mkdir(parents=True, exist_ok=True)
     draw = torch.Generator().manual_seed(1)
     tensors = {
         "model.embed_tokens.weight": torch.randn(V, H, generator=draw),
-        "lm_head.weight": torch.randn(V, H, generator=draw),
+        "lm_head.weight": head * torch.randn(V, H, generator=draw),
         "model.norm.weight": 1.0 + 0.1 * torch.randn(H, generator=draw),
     }
     save_file({name: t.bfloat16() for name, t in tensors.items()}, directory / "model.safetensors")

@@ -14,21 +14,12 @@ import sys
 import torch
 from safetensors.torch import load_file
 from speculators.losses import resolve_loss_config
-from speculators.model import SpeculatorModel
 from speculators.models.dflash import core
+from upstream_model import answer, load
 
 
 def main(checkpoint: str, pack_file: str, options: str, saved_to: str) -> None:
-    loaded = SpeculatorModel.from_pretrained(checkpoint, dtype=torch.float32)
-    loaded.save_pretrained(saved_to)
-    loaded.config.transformer_layer_config._attn_implementation = "eager"
-    model = type(loaded)(loaded.config)
-    saved = load_file(f"{checkpoint}/model.safetensors")
-    model.load_vocab_mappings(saved.get("t2d"), saved.get("d2t"))
-    found = model.load_state_dict(
-        {name: t.float() if t.is_floating_point() else t for name, t in saved.items()}, strict=False
-    )
-    model.load_verifier_weights()
+    model, found = load(checkpoint, saved_to)
     pack = load_file(pack_file)
     anchors, lengths = pack["anchors"], pack["lengths"]
     core.select_anchors = lambda *_: (anchors, torch.ones_like(anchors, dtype=torch.bool))
@@ -46,13 +37,7 @@ def main(checkpoint: str, pack_file: str, options: str, saved_to: str) -> None:
             **asked,
         )
     taken = ("embed_tokens.weight", "lm_head.weight", "verifier_lm_head.weight", "verifier_norm.weight")
-    answer = {
-        "loss": float(loss),
-        "metrics": {name: float(value) for name, value in metrics.items()},
-        "missing": [name for name in found.missing_keys if name not in taken],
-        "unexpected": list(found.unexpected_keys),
-    }
-    print(json.dumps(answer))
+    answer(found, taken, loss, metrics)
 
 
 if __name__ == "__main__":

@@ -1,0 +1,117 @@
+"""The fused loss: cut in any way it is the same sum, and a head that is trained gets its gradient by chunks."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import tiny
+import torch
+
+from speculators.config import Loss, Weighting
+from speculators.drafts.base import Draft, Pack
+from speculators.drafts.dflash import DFlashDraft
+from speculators.training.losses import Teacher, distill
+
+LENGTHS = [20, 33, 9, 14]
+
+
+def gradients(draft: Draft, teacher: Teacher, packs: list[Pack], **how: Any) -> tuple[float, list[torch.Tensor]]:
+    """Sum of the packs' losses, and of their gradients."""
+    total = 0.0
+    draft.zero_grad()
+    for pack in packs:
+        outcome = distill(draft(pack), pack.states[:, -1], draft.lm_head.weight, teacher, draft.loss, **how)
+        outcome.loss.backward()
+        total += outcome.loss.item()
+    return total, [p.grad.clone() for p in draft.parameters() if p.grad is not None]
+
+
+def parts_of(pack: Pack, chosen: torch.Tensor) -> list[Pack]:
+    """Every document by itself."""
+    return [
+        replace(
+            pack,
+            rows=[i],
+            lengths=[n],
+            token_ids=pack.token_ids[begin : begin + n],
+            loss_mask=pack.loss_mask[begin : begin + n],
+            states=pack.states[begin : begin + n],
+            chosen=chosen[begin : begin + n],
+        )
+        for i, (begin, n) in enumerate(pack.documents())
+    ]
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda directory: tiny.make_draft(directory, ttt_step_decay=0.7, loss={"kl": 0.4, "tv": 0.6}),
+        lambda directory: tiny.make_dflash(directory, anchors=19),
+        lambda directory: tiny.make_dflash(directory, anchors=19, loss="lk_hybrid", weighting=Weighting.decay),
+    ],
+    ids=["eagle3, by steps", "dflash, by confidence", "dflash, fixed weights"],
+)
+def test_the_losses_of_the_parts_of_a_step_add_up_to_that_of_the_whole(tmp_path: Path, make: Any) -> None:
+    draft, teacher = make(tiny.write_target(tmp_path))
+    draft.advance(3, 10)
+    whole = tiny.make_pack(LENGTHS)
+    loss, expected = gradients(draft, teacher, [whole])
+    told = draft.supervision(replace(whole, states=torch.empty(len(whole.token_ids), 0, 0)))
+    found, summed = gradients(draft, teacher, parts_of(whole, told.chosen), counts=told.counts)
+    assert found == pytest.approx(loss, rel=1e-5)
+    torch.testing.assert_close(summed, expected, atol=1e-6, rtol=1e-4)
+    apart, _ = gradients(draft, teacher, parts_of(whole, told.chosen))
+    assert apart != pytest.approx(loss, rel=0.1)  # shares of each part alone
+
+
+def test_a_part_without_supervision_adds_nothing(tmp_path: Path) -> None:
+    for make in (tiny.make_draft, tiny.make_dflash):
+        draft, teacher = make(tiny.write_target(tmp_path))
+        silent = tiny.make_pack([12])
+        silent.loss_mask[:] = False
+        draft.advance(0, 10)
+        counts = draft.supervision(tiny.make_pack([30])).counts
+        loss, found = gradients(draft, teacher, [silent], counts=counts)
+        assert loss == 0.0
+        assert not any(g.any() for g in found)
+
+
+@pytest.mark.parametrize("weighting", [Weighting.decay, Weighting.dpace])
+@pytest.mark.parametrize("chunk", [1, 200, 1 << 20])
+def test_a_head_that_wants_its_gradient_gets_it(tmp_path: Path, weighting: Weighting, chunk: int) -> None:
+    draft, teacher = tiny.make_dflash(tiny.write_target(tmp_path), weighting=weighting)
+    assert isinstance(draft, DFlashDraft)
+    pack = tiny.make_pack(LENGTHS)
+    found = draft(pack)
+    hidden = found.hidden.detach().requires_grad_()
+    head = draft.lm_head.weight.clone().requires_grad_()
+    outcome = distill(replace(found, hidden=hidden), pack.states[:, -1], head, teacher, Loss.ce, chunk_elements=chunk)
+    (2.0 * outcome.loss).backward()
+
+    plain, plain_head = found.hidden.detach().requires_grad_(), draft.lm_head.weight.clone().requires_grad_()
+    label = teacher.logits(pack.states[:, -1], torch.float32).argmax(-1)[found.target]
+    each = -(plain @ plain_head.T).log_softmax(-1).gather(-1, label[..., None])[..., 0]
+    weight = found.weight if found.reweigh is None else found.reweigh(each.detach() * found.valid)
+    (2.0 * (each * weight).sum()).backward()
+    assert outcome.loss.item() == pytest.approx((each * weight).sum().item(), rel=1e-5)
+    torch.testing.assert_close(hidden.grad, plain.grad, atol=1e-6, rtol=1e-4)
+    torch.testing.assert_close(head.grad, plain_head.grad, atol=1e-5, rtol=1e-4)
+
+
+def test_a_frozen_head_costs_no_gradient_and_mixed_precision_keeps_it_close(tmp_path: Path) -> None:
+    draft, teacher = tiny.make_draft(tiny.write_target(tmp_path))
+    pack = tiny.make_pack(LENGTHS)
+    found = draft(pack)
+    grads = []
+    for mixed in (False, True):
+        head = draft.lm_head.weight.clone().requires_grad_()
+        with torch.autocast("cpu", torch.bfloat16, enabled=mixed):
+            distill(found, pack.states[:, -1], head, teacher).loss.backward(retain_graph=True)
+        assert head.grad is not None
+        assert head.grad.dtype is torch.float32
+        grads.append(head.grad)
+    assert draft.lm_head.weight.grad is None
+    assert (grads[0] - grads[1]).norm() < 0.02 * grads[0].norm()
