@@ -9,9 +9,10 @@ from typing import Any
 import pytest
 import tiny
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from speculators.config import Loss, Weighting
-from speculators.drafts.base import Draft, Pack
+from speculators.drafts.base import Draft, Pack, Predictions
 from speculators.drafts.dflash import DFlashDraft
 from speculators.training.losses import Teacher, distill
 
@@ -115,3 +116,30 @@ def test_a_frozen_head_costs_no_gradient_and_mixed_precision_keeps_it_close(tmp_
         grads.append(head.grad)
     assert draft.lm_head.weight.grad is None
     assert (grads[0] - grads[1]).norm() < 0.02 * grads[0].norm()
+
+
+class Largest(TorchDispatchMode):
+    """Sees the elements of the largest tensor that any operation makes."""
+
+    elements = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        made = func(*args, **(kwargs or {}))
+        for each in made if isinstance(made, (tuple, list)) else (made,):
+            if isinstance(each, torch.Tensor):
+                self.elements = max(self.elements, each.untyped_storage().nbytes() // each.element_size())
+        return made
+
+
+@pytest.mark.parametrize("size", [3000, 9000])
+@pytest.mark.parametrize("losses", [{Loss.kl: 1.0}, {Loss.ce: 1.0}, {Loss.kl: 0.5, Loss.lk_hybrid: 0.5}])
+def test_no_tensor_is_larger_than_a_chunk_whatever_the_vocabulary(size: int, losses: dict[Loss, float]) -> None:
+    draw = torch.Generator().manual_seed(0)
+    head, last, chunk = torch.randn(size, 4, generator=draw), torch.randn(8, 4, generator=draw), 40_000
+    hidden = torch.randn(20, 8, 4, generator=draw).requires_grad_()  # more predictions of a place than a chunk has
+    place = torch.arange(8).expand(20, 8)
+    found = Predictions(hidden=hidden, target=place, valid=place >= 0, weight=torch.ones(20, 8))
+    teacher = Teacher(norm_weight=torch.ones(4), norm_eps=1e-6, head=head)
+    with Largest() as seen:
+        distill(found, last, head, teacher, losses, chunk_elements=chunk).loss.backward()
+    assert size <= seen.elements <= chunk
