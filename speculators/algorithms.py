@@ -54,6 +54,14 @@ def loss_weights(given: Any) -> dict[Loss, float]:
     return weights
 
 
+class DraftArch(enum.Enum):
+    """What the draft's decoder layers are like."""
+
+    llama = "llama"
+    qwen3 = "qwen3"
+    """Queries and keys are normed head by head."""
+
+
 class Weighting(enum.Enum):
     """What the places of a block weigh in the loss."""
 
@@ -77,6 +85,11 @@ class Speculator:
     """Tokens proposed in one step: what is written into the checkpoint, and what evaluation serves with."""
     loss: Any = if_set("kl")
     """What is asked of a prediction: a name of `Loss`, or several with their weights: `{kl: 0.7, tv: 0.3}`."""
+    train_head: bool = if_set(False)
+    """Train the draft's own copy of the target's head, from the target's values on."""
+    train_embeddings: bool = if_set(False)
+    """Train the draft's own copy of the target's embeddings, from the target's values on; of a target whose head is
+    its embeddings (tied), the draft's two copies are apart."""
 
 
 @dataclass(kw_only=True, slots=True)
@@ -88,16 +101,23 @@ class Eagle3(Speculator):
     """Steps of the train-time test: how often the draft is fed its own output in training."""
     ttt_one_step_share: float = 0.0
     """Share of the training, from its beginning, in which one step only is unrolled: it costs less."""
+    ttt_drawn: bool = if_set(False)
+    """Each step of the training unrolls a number of steps that is drawn anew, from 1 to `ttt_steps`."""
     ttt_step_decay: float = 1.0
     """Weight of step k in the loss is this to the power k."""
     norm_before_residual: bool = True
     """The residual stream of the first layer starts from the normed features."""
     norm_before_fc: bool = True
     """RMSNorm over the concatenated target states before they are projected."""
+    fc_norm: bool = if_set(False)
+    """RMSNorm over each of the target's states before they are concatenated (EAGLE-3.1); instead of
+    `norm_before_fc`."""
     norm_output: bool = True
     """Feed the normed output back into the next step (EAGLE-3.1)."""
     induction: bool = True
     """Begin with attention that finds where the last token stood before and copies what followed it there."""
+    draft_arch: DraftArch = if_set(DraftArch.llama)
+    """What the decoder layers are like."""
 
 
 @dataclass(kw_only=True, slots=True)

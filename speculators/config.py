@@ -16,6 +16,7 @@ from typing import Any, TypeVar
 
 from speculators.algorithms import SPECULATORS as SPECULATORS
 from speculators.algorithms import DFlash as DFlash
+from speculators.algorithms import DraftArch as DraftArch
 from speculators.algorithms import Eagle3 as Eagle3
 from speculators.algorithms import Loss as Loss
 from speculators.algorithms import Speculator as Speculator

@@ -33,6 +33,7 @@ from speculators.config import (
     Config,
     Dataset,
     DFlash,
+    Eagle3,
     Executor,
     Loss,
     Speculator,
@@ -383,10 +384,22 @@ def _check_values(config: Config) -> None:
         ),
         (evaluate.prompts > 0, "evaluate.prompts", "must be positive", "for example 32"),
         *(_checks_of_dflash(config.speculator) if isinstance(config.speculator, DFlash) else ()),
+        *(_checks_of_eagle3(config.speculator) if isinstance(config.speculator, Eagle3) else ()),
     )
     for holds, name, wrong, hint in checks:
         if not holds:
             raise RecipeError(f"{name} {wrong}", hint)
+
+
+def _checks_of_eagle3(options: Eagle3) -> Iterator[tuple[bool, str, str, str]]:
+    """(holds, field, what is wrong, how to mend it), as `_check_values` has them."""
+    yield (
+        not (options.fc_norm and options.norm_before_fc),
+        "speculator.fc_norm",
+        "and norm_before_fc exclude each other",
+        "add speculator.norm_before_fc=false",
+    )
+    yield (options.ttt_steps > 0, "speculator.ttt_steps", "must be positive", "for example 3")
 
 
 def _checks_of_dflash(options: DFlash) -> Iterator[tuple[bool, str, str, str]]:

@@ -10,6 +10,7 @@ upstream's `speculators` package load as it is.
 
 from __future__ import annotations
 
+import hashlib
 import json
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Mapping
@@ -23,9 +24,11 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from speculators.config import Loss, Speculator, loss_weights
-from speculators.drafts.layers import Frozen
+from speculators.drafts.layers import Frozen, Trained
 from speculators.errors import ContractError
 
+TARGETS = {"embed_tokens.weight", "lm_head.weight"}
+"""Tensors that a draft takes over from its target."""
 FORMAT_VERSION = "0.9.0"
 """Release of upstream's package whose format is written."""
 
@@ -123,7 +126,15 @@ class Supervision:
 
 
 class Draft(nn.Module, ABC):
-    """A draft model: `embed_tokens`, `lm_head` and the vocabulary are the target's, the rest is trained."""
+    """A draft model: `embed_tokens`, `lm_head` and the vocabulary are the target's, the rest is trained.
+
+    Of the two matrices the draft may have copies of its own, which are trained too; they are in the checkpoint then.
+    """
+
+    embed_tokens: Frozen | Trained
+    """[V, H]: the target's, stored dtype, or the draft's own, float32."""
+    lm_head: Frozen | Trained
+    """[Vd, H] float32: the target's rows of the draft's vocabulary, or the draft's own."""
 
     algorithm: ClassVar[str]
     """Name in `DRAFTS` and `speculators_model_type` in the checkpoint."""
@@ -135,6 +146,8 @@ class Draft(nn.Module, ABC):
         self.config = dict(config)
         self.embed_tokens = Frozen(embeddings)
         self.lm_head = Frozen(head.float())
+        self.own: set[str] = set()
+        """Of `embed_tokens.weight` and `lm_head.weight`, those that are not the target's."""
         self.vocabulary = vocabulary
         self.loss = {Loss.kl: 1.0}
         """What is asked of a prediction, with weights; part of the training, not of the checkpoint."""
@@ -203,6 +216,12 @@ class Draft(nn.Module, ABC):
             **cls.describe(parts, options, layer_ids),
         }
         draft = cls(config, parts.embeddings, parts.head, vocabulary)
+        if options.train_embeddings:
+            draft.embed_tokens = Trained(parts.embeddings)
+            draft.own.add("embed_tokens.weight")
+        if options.train_head:
+            draft.lm_head = Trained(parts.head)
+            draft.own.add("lm_head.weight")
         draft.loss = loss_weights(options.loss)
         draft.initialise(seed)
         draft.configure(options)
@@ -240,6 +259,7 @@ class Draft(nn.Module, ABC):
             )
         with safe_open(directory / "model.safetensors", "pt") as file:
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (it is no mapping)
+        own = TARGETS & set(tensors)
         for name, given in (("embed_tokens.weight", embeddings), ("lm_head.weight", head)):
             if name not in tensors and given is not None:
                 tensors[name] = given
@@ -253,6 +273,7 @@ class Draft(nn.Module, ABC):
             t2d=tensors.pop("t2d", torch.ones(size, dtype=torch.bool)),
         )
         draft = cls(config, embeddings, head, vocabulary)
+        draft.own = own
         trouble = draft.load_state_dict(tensors, strict=False)
         if trouble.missing_keys or trouble.unexpected_keys:
             raise ContractError(
@@ -260,6 +281,11 @@ class Draft(nn.Module, ABC):
                 "config.json and model.safetensors have to be of one draft",
             )
         return draft
+
+
+def draw(what: str) -> int:
+    """A number of 56 bits that depends on these words alone, and looks random."""
+    return int.from_bytes(hashlib.sha256(what.encode()).digest()[:7], "big")
 
 
 def layer_config(parts: TargetParts, num_layers: int, model_type: str = "llama") -> dict[str, Any]:

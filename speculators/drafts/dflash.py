@@ -5,7 +5,7 @@ attend to the target's own states of everything before the anchor and to the blo
 all proposals are made at once, and each place knows what the others are about.
 
 Reads from the target: the states entering `layer_ids`, concatenated and projected once for all layers; embeddings and
-head, frozen. Assumes RoPE over whole heads.
+head, frozen unless they are asked to be trained. Assumes RoPE over whole heads.
 
 Slot 0 of the block at anchor a is token a; slot k is asked for token a+k, and learns the target's distribution at
 a+k-1. The block sees states of places before a only: the anchor's own is not there yet when a server proposes. Keys and
@@ -16,14 +16,15 @@ and the number of the step alone; validation takes all of them, because a server
 
 Where a checkpoint is read: upstream knows a causal block only in layers with a sliding window, and vLLM makes all
 blocks causal unless `sliding_window_non_causal` says otherwise. So every draft of ours that is not causal says so, and
-a causal one without a window has one as long as its positions.
+a causal one without a window has one as long as its positions. Embeddings and head that were trained are in the
+checkpoint, and vLLM takes them from there; upstream's package takes its embeddings, and the head of a whole
+vocabulary, from the target even then.
 
 Shape suffixes: T tokens of the pack; C context places; R blocks; B slots; K = B - 1 proposals; H width.
 """
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
@@ -33,7 +34,17 @@ import torch
 from torch import Tensor, nn
 
 from speculators.config import DFlash, Speculator, Weighting
-from speculators.drafts.base import Draft, Pack, Predictions, Supervision, TargetParts, Vocabulary, layer_config
+from speculators.drafts.base import (
+    TARGETS,
+    Draft,
+    Pack,
+    Predictions,
+    Supervision,
+    TargetParts,
+    Vocabulary,
+    draw,
+    layer_config,
+)
 from speculators.drafts.layers import (
     MLP,
     Attention,
@@ -78,19 +89,6 @@ class Layer(nn.Module):
         self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.window, self.causal = window, causal
-
-    def queries(self, read: Tensor) -> Tensor:
-        """Queries, not rotated yet, of rows [..., H]: [..., Q, D]."""
-        attention = self.self_attn
-        assert attention.q_norm is not None
-        found: Tensor = attention.q_norm(attention.heads(attention.q_proj, read))
-        return found
-
-    def keys_values(self, read: Tensor) -> tuple[Tensor, Tensor]:
-        """Keys, not rotated yet, and values of rows [..., H], each [..., G, D]."""
-        attention = self.self_attn
-        assert attention.k_norm is not None
-        return attention.k_norm(attention.heads(attention.k_proj, read)), attention.heads(attention.v_proj, read)
 
     def finish(self, attended: Tensor, stream: Tensor) -> Tensor:
         """Everything after attention, [R, L, H]."""
@@ -160,7 +158,8 @@ class DFlashDraft(Draft):
         }
 
     def left_out(self) -> set[str]:
-        return {"embed_tokens.weight"} if self.vocabulary.reduced else {"embed_tokens.weight", "lm_head.weight"}
+        kept = {"lm_head.weight"} if self.vocabulary.reduced else set()
+        return TARGETS - kept - self.own
 
     def initialise(self, seed: int) -> None:
         self.seed = seed
@@ -213,16 +212,16 @@ class DFlashDraft(Draft):
         for index, layer in enumerate(self.layers):
             assert isinstance(layer, Layer)
             read = layer.input_layernorm(stream)
-            q, (k, v) = layer.queries(read), layer.keys_values(read)
+            attention = layer.self_attn
+            q, k, v = attention.queries(read), attention.keys(read), attention.values(read)
             if index == 0:  # all masks are still the same row, which is projected once
                 q, k, v, stream = (self._laid_out(x) for x in (q, k, v, stream))
             q, k = rotate(q, (cosine, sine)), rotate(k, (cosine, sine))
             if index == len(self.layers) - 1:  # the anchor proposes nothing
                 q, stream = q[:, 1:], stream[:, 1:]
-            seen_k, seen_v = layer.keys_values(context)
             if layer.window not in over:
                 over[layer.window] = spans(pack.documents(), at.anchors, self.slots, layer.window)
-            seen = (rotate(seen_k, context_turn), seen_v)
+            seen = (rotate(attention.keys(context), context_turn), attention.values(context))
             stream = layer.finish(self.attend(q, seen, (k, v), over[layer.window], layer.causal), stream)
         return stream
 
@@ -260,9 +259,8 @@ class DFlashDraft(Draft):
             return places
         if not len(places):
             return _one_at_least(places)
-        digest = hashlib.sha256(f"anchors {self.seed} {self.visit}".encode()).digest()
-        draw = torch.Generator().manual_seed(int.from_bytes(digest[:7], "big"))
-        picked = torch.randperm(len(places), generator=draw)[: self.anchors].sort().values
+        generator = torch.Generator().manual_seed(draw(f"anchors {self.seed} {self.visit}"))
+        picked = torch.randperm(len(places), generator=generator)[: self.anchors].sort().values
         return places[picked.to(places.device)]
 
 

@@ -4,7 +4,8 @@ Idea: the target has already computed what the next tokens depend on, so a singl
 high state of the target and the token that was sampled, can guess on; training unrolls the draft over its own
 outputs (train-time test), because that is what it will be fed when it guesses the second and the third token.
 
-Reads from the target: the states entering `layer_ids`; embeddings and head, frozen. Assumes RoPE over whole heads.
+Reads from the target: the states entering `layer_ids`; embeddings and head, frozen unless they are asked to be
+trained. Assumes RoPE over whole heads.
 
 Step 0 at place t sees the states of t and token t+1, and predicts the target's distribution at t+1 (token t+2). Step k
 sees step k-1's output at t instead of the states, and token t+1+k; it predicts the distribution at t+1+k. Tokens are
@@ -31,8 +32,17 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from speculators.config import Eagle3, Speculator
-from speculators.drafts.base import Draft, Pack, Predictions, Supervision, TargetParts, Vocabulary, layer_config
+from speculators.config import DraftArch, Eagle3, Speculator
+from speculators.drafts.base import (
+    Draft,
+    Pack,
+    Predictions,
+    Supervision,
+    TargetParts,
+    Vocabulary,
+    draw,
+    layer_config,
+)
 from speculators.drafts.layers import (
     MLP,
     Attention,
@@ -47,6 +57,8 @@ from speculators.drafts.layers import (
     unrolled_attention,
 )
 
+SERVED_LAYERS = 3
+"""Target layers that vLLM takes for granted where a draft of Llama layers does not say `num_aux_hidden_states`."""
 SLOW = 75.0
 """Rotary pairs that take more tokens than this to turn by one radian compare contents; faster ones tell distances."""
 MATCH = 13.0
@@ -80,10 +92,10 @@ class Layout:
 class Layer(nn.Module):
     """A decoder layer; the first one also takes the token's embedding and is twice as wide where it attends."""
 
-    def __init__(self, config: LayerConfig, first: bool, norm_before_residual: bool) -> None:
+    def __init__(self, config: LayerConfig, first: bool, norm_before_residual: bool, head_norm: bool) -> None:
         super().__init__()
         width = config.hidden_size
-        self.self_attn = Attention(config, 2 * width if first else width)
+        self.self_attn = Attention(config, 2 * width if first else width, head_norm)
         self.mlp = MLP(config)
         self.input_layernorm = RMSNorm(width, config.rms_norm_eps)
         self.post_attention_layernorm = RMSNorm(width, config.rms_norm_eps)
@@ -192,12 +204,15 @@ class Eagle3Draft(Draft):
         self.steps: int = config["speculators_config"]["proposal_methods"][0]["speculative_tokens"]
         self.unrolled: int = self.steps
         self.step_decay, self.one_step_share, self.induction = 1.0, 0.0, False
+        self.drawn, self.seed = False, 0
         self.norm_output = bool(config["norm_output"])
         width, read = shape.hidden_size, len(config["eagle_aux_hidden_state_layer_ids"])
         self.input_norm = RMSNorm(read * width, shape.rms_norm_eps) if config["norm_before_fc"] else None
+        every = (RMSNorm(width, shape.rms_norm_eps) for _ in range(read))
+        self.fc_norm = nn.ModuleList(every) if config.get("fc_norm") else None
         self.fc = nn.Linear(read * width, width, bias=False)
         self.layers = nn.ModuleList(
-            Layer(shape, first=i == 0, norm_before_residual=config["norm_before_residual"])
+            Layer(shape, i == 0, config["norm_before_residual"], plain["model_type"] == DraftArch.qwen3.name)
             for i in range(plain["num_hidden_layers"])
         )
         self.norm = RMSNorm(width, shape.rms_norm_eps)
@@ -206,17 +221,21 @@ class Eagle3Draft(Draft):
     @classmethod
     def describe(cls, parts: TargetParts, options: Speculator, layer_ids: list[int]) -> dict[str, Any]:
         assert isinstance(options, Eagle3)
+        shape = layer_config(parts, options.num_layers, options.draft_arch.name)
+        if len(layer_ids) != SERVED_LAYERS:
+            shape["num_aux_hidden_states"] = len(layer_ids)
         return {
             "eagle_aux_hidden_state_layer_ids": layer_ids,
             "norm_before_residual": options.norm_before_residual,
             "norm_before_fc": options.norm_before_fc,
             "norm_output": options.norm_output,
-            "fc_norm": False,
-            "embed_requires_grad": False,
-            "transformer_layer_config": layer_config(parts, options.num_layers),
+            "fc_norm": options.fc_norm,
+            "embed_requires_grad": options.train_embeddings,
+            "transformer_layer_config": shape,
         }
 
     def initialise(self, seed: int) -> None:
+        self.seed = seed
         initialise(self, self.shape.initializer_range, torch.Generator().manual_seed(seed))
 
     def configure(self, options: Speculator) -> None:
@@ -224,9 +243,14 @@ class Eagle3Draft(Draft):
         self.steps = self.unrolled = options.ttt_steps
         self.step_decay = options.ttt_step_decay
         self.one_step_share, self.induction = options.ttt_one_step_share, options.induction
+        self.drawn = options.ttt_drawn
 
     def advance(self, step: int, total: int) -> None:
-        self.unrolled = 1 if step / total < self.one_step_share else self.steps
+        self.unrolled = self.steps
+        if step / total < self.one_step_share:
+            self.unrolled = 1
+        elif self.drawn and step < total:
+            self.unrolled = 1 + draw(f"steps {self.seed} {step}") % self.steps
 
     @torch.no_grad()
     def prepare(self, packs: Iterable[Pack], seed: int) -> None:
@@ -250,6 +274,8 @@ class Eagle3Draft(Draft):
         values = principal(self.embed_tokens.weight[self.vocabulary.tokens].cpu().float(), groups * head)
         sharp = MATCH * math.sqrt(head) / size
         attention = layer.self_attn
+        if attention.q_norm is not None:  # the norm takes the size of a query away, and gives back what it is told
+            attention.q_norm.weight.fill_(MATCH / math.sqrt(head))
         attention.v_proj.weight.zero_()[:, :width].copy_(values.view(head, groups, width).transpose(0, 1).flatten(0, 1))
         for group in range(groups):
             keys = attention.k_proj.weight[group * head : (group + 1) * head]
@@ -269,8 +295,13 @@ class Eagle3Draft(Draft):
 
     def _read(self, pack: Pack) -> Tensor:
         """What `fc` reads at every place [T, A * H]."""
-        features = pack.states[:, :-1].flatten(1).float()
-        return features if self.input_norm is None else self.input_norm(features)
+        return self._normed(pack.states[:, :-1].float())
+
+    def _normed(self, states: Tensor) -> Tensor:
+        """States of the target's layers [..., A, H] as `fc` reads them [..., A * H]."""
+        if self.fc_norm is not None:
+            return torch.cat([norm(x) for norm, x in zip(self.fc_norm, states.unbind(-2), strict=True)], dim=-1)
+        return states.flatten(-2) if self.input_norm is None else self.input_norm(states.flatten(-2))
 
     def _token(self, token_ids: Tensor) -> Tensor:
         """What the first layer reads of tokens at the beginning [T, H]."""
@@ -279,10 +310,7 @@ class Eagle3Draft(Draft):
 
     def forward(self, pack: Pack) -> Predictions:
         at = self.layout(pack)
-        features = pack.states[at.sources, :-1].flatten(1).to(self.fc.weight.dtype)
-        if self.input_norm is not None:
-            features = self.input_norm(features)
-        state = self.fc(features)
+        state = self.fc(self._normed(pack.states[at.sources, :-1].to(self.fc.weight.dtype)))
         tokens = pack.token_ids[at.sources + 1]
         caches: list[KeyValues] = []
         hidden = []
@@ -313,8 +341,7 @@ class Eagle3Draft(Draft):
             assert isinstance(layer, Layer)
             attention = layer.self_attn
             read, stream = layer.attend_to(embedded, state)
-            keys = rotate(attention.heads(attention.k_proj, read), turn)
-            values = attention.heads(attention.v_proj, read)
+            keys, values = rotate(attention.keys(read), turn), attention.values(read)
             blocks, asked_turn = at.asking_blocks, turn
             if step > 0:
                 caches[index].own.append((keys, values))
@@ -325,7 +352,7 @@ class Eagle3Draft(Draft):
                 else:  # nobody attends to this layer's output: only the rows that supervision asks for go on
                     read, stream = read.index_select(0, at.asking), stream.index_select(0, at.asking)
                     asked_turn = (turn[0][at.asking], turn[1][at.asking])
-            queries = rotate(attention.heads(attention.q_proj, read), asked_turn)
+            queries = rotate(attention.queries(read), asked_turn)
             state = layer.finish(unrolled_attention(queries, caches[index], blocks), stream)
         return state
 

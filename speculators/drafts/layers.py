@@ -73,6 +73,14 @@ class Frozen(nn.Module):
         self.register_buffer("weight", weight)
 
 
+class Trained(nn.Module):
+    """The draft's own copy of a matrix of the target, float32, that is trained."""
+
+    def __init__(self, weight: Tensor) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(weight.detach().to(torch.float32, copy=True))
+
+
 class Rotary(nn.Module):
     """Rotary positions (Su et al. 2021, arXiv:2104.09864), the two halves of a head rotated against each other."""
 
@@ -322,6 +330,20 @@ class Attention(nn.Module):
     def heads(self, projection: nn.Linear, x: Tensor) -> Tensor:
         """Project [..., width_in] and split into heads [..., heads, D]."""
         return projection(x).unflatten(-1, (-1, self.head_dim))
+
+    def queries(self, x: Tensor) -> Tensor:
+        """Queries of rows [..., width_in], not rotated yet [..., Q, D]."""
+        found = self.heads(self.q_proj, x)
+        return found if self.q_norm is None else self.q_norm(found)
+
+    def keys(self, x: Tensor) -> Tensor:
+        """Keys of rows [..., width_in], not rotated yet [..., G, D]."""
+        found = self.heads(self.k_proj, x)
+        return found if self.k_norm is None else self.k_norm(found)
+
+    def values(self, x: Tensor) -> Tensor:
+        """Values of rows [..., width_in]: [..., G, D]."""
+        return self.heads(self.v_proj, x)
 
 
 class MLP(nn.Module):

@@ -62,7 +62,7 @@ def main(job: Job) -> None:
     teacher = Teacher(
         norm_weight=norm.weight.to(device),
         norm_eps=norm.eps,
-        head=draft.lm_head.weight,
+        head=head.float().to(device) if options.train_head else draft.lm_head.weight,
         scale=target.logit_scale,
         softcap=target.logit_softcap,
     )

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from speculators.config import Optimizer, Schedule, Train
+from speculators.drafts.base import TARGETS
 
 MOMENTUM = 0.95
 """Muon's, with Nesterov's look-ahead."""
@@ -63,7 +64,8 @@ class Optimizers:
     def __init__(self, model: nn.Module, train: Train) -> None:
         named = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
         muon = train.optimizer is Optimizer.muon
-        self.matrices = {name: p for name, p in named if muon and p.ndim == 2}
+        # Rows of the vocabulary's matrices are learnt one by one, and most have no gradient in a step.
+        self.matrices = {name: p for name, p in named if muon and p.ndim == 2 and name not in TARGETS}
         self.others = {name: p for name, p in named if name not in self.matrices}
         self.lr = train.lr
         self.adamw_lr = train.lr if train.adamw_lr is None else train.adamw_lr

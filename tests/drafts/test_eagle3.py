@@ -6,17 +6,22 @@ import json
 import math
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import tiny
 import torch
+from safetensors import safe_open
+from safetensors.torch import load_file
 
-from speculators.config import Eagle3
+from speculators.config import DraftArch, Eagle3, Train
 from speculators.drafts.base import Pack, Predictions, TargetParts, Vocabulary
 from speculators.drafts.eagle3 import Eagle3Draft
 from speculators.drafts.layers import KeyValues, LayerConfig, Rotary, causal_blocks, unrolled_attention
 from speculators.errors import ContractError
+from speculators.targets.hf import TargetCheckpoint
 from speculators.training.losses import Tally, Teacher, distill, sayable_next
+from speculators.training.optim import Optimizers
 
 
 def dense_attention(q: torch.Tensor, cache: KeyValues, documents: list[int], asking: torch.Tensor) -> torch.Tensor:
@@ -239,8 +244,18 @@ def repeating_packs(embeddings: torch.Tensor, count: int) -> list[Pack]:
     return packs
 
 
-@pytest.mark.parametrize(("induction", "least", "most"), [(True, 0.7, 1.0), (False, 0.0, 0.1)])
-def test_an_untrained_draft_copies_what_followed_the_last_time(induction: bool, least: float, most: float) -> None:
+@pytest.mark.parametrize(
+    ("options", "least", "most"),
+    [
+        ({}, 0.7, 1.0),
+        ({"draft_arch": DraftArch.qwen3, "fc_norm": True, "norm_before_fc": False}, 0.7, 1.0),
+        ({"induction": False}, 0.0, 0.1),
+    ],
+    ids=["llama", "qwen3, a norm per layer", "without"],
+)
+def test_an_untrained_draft_copies_what_followed_the_last_time(
+    options: dict[str, Any], least: float, most: float
+) -> None:
     width, size = 128, 96
     config = {**tiny.CONFIG, "hidden_size": width, "head_dim": 32, "max_position_embeddings": 256}
     config["rope_parameters"] = {"rope_type": "default", "rope_theta": 100000.0}
@@ -254,7 +269,7 @@ def test_an_untrained_draft_copies_what_followed_the_last_time(induction: bool, 
         head=embeddings,
     )
     full = Vocabulary(d2t=torch.zeros(size, dtype=torch.int64), t2d=torch.ones(size, dtype=torch.bool))
-    draft = Eagle3Draft.build(parts, Eagle3(induction=induction), full, [1, 3, 4], seed=3)
+    draft = Eagle3Draft.build(parts, Eagle3(**options), full, [1, 3, 4], seed=3)
     packs = repeating_packs(embeddings, 40)
     draft.prepare(packs[:30], seed=3)
     right = total = 0
@@ -274,3 +289,99 @@ def test_the_first_share_of_a_training_unrolls_one_step(tmp_path: Path) -> None:
         draft.advance(step, 100)
         steps.append(len(draft(tiny.make_pack([12])).hidden))
     assert steps == [1, 1, 3, 3]
+
+
+def test_drawn_numbers_of_steps_depend_on_the_seed_and_the_step_alone(tmp_path: Path) -> None:
+    draft, _ = tiny.make_draft(tiny.write_target(tmp_path), ttt_drawn=True, ttt_steps=4)
+    again, _ = tiny.make_draft(tmp_path, ttt_drawn=True, ttt_steps=4)
+    steps = []
+    for step in range(40):
+        draft.advance(step, 40)
+        steps.append(draft.unrolled)
+    assert set(steps) == {1, 2, 3, 4}
+    again.advance(17, 40)
+    assert again.unrolled == steps[17]
+    again.advance(40, 40)  # a validation
+    assert again.unrolled == 4
+
+
+def names(directory: Path) -> dict[str, list[int]]:
+    with safe_open(directory / "model.safetensors", "pt") as file:
+        return {name: list(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118
+
+
+def test_a_checkpoint_of_every_variant_has_the_tensors_that_servers_look_for(tmp_path: Path) -> None:
+    tiny.write_target(tmp_path / "target")
+    plain, _ = tiny.make_draft(tmp_path / "target", num_layers=2)
+    variant, _ = tiny.make_draft(
+        tmp_path / "target", num_layers=2, draft_arch=DraftArch.qwen3, fc_norm=True, norm_before_fc=False
+    )
+    for name, draft in (("plain", plain), ("variant", variant)):
+        draft.save(tmp_path / name, torch.float32)
+    expected = names(tmp_path / "plain")
+    assert expected.pop("input_norm.weight") == [96]
+    expected |= {f"fc_norm.{i}.weight": [32] for i in range(3)}
+    expected |= {f"layers.{i}.self_attn.{x}_norm.weight": [8] for i in range(2) for x in "qk"}
+    assert names(tmp_path / "variant") == expected
+    config = json.loads((tmp_path / "variant" / "config.json").read_text())
+    assert (config["fc_norm"], config["norm_before_fc"], config["norm_output"]) == (True, False, True)
+    assert config["transformer_layer_config"]["model_type"] == "qwen3"
+    pack = tiny.make_pack([20, 9])
+    assert torch.equal(Eagle3Draft.load(tmp_path / "variant")(pack).hidden, variant(pack).hidden)
+
+
+@pytest.mark.parametrize("layer_ids", [[1, 2, 3, 4], [2, 4]])
+def test_a_server_is_told_how_many_layers_are_read_unless_they_are_three(tmp_path: Path, layer_ids: list[int]) -> None:
+    parts, vocabulary = tiny.make_parts(tiny.write_target(tmp_path))
+    told = [Eagle3Draft.build(parts, Eagle3(), vocabulary, ids, 0).config for ids in (layer_ids, [1, 3, 4])]
+    assert told[0]["transformer_layer_config"]["num_aux_hidden_states"] == len(layer_ids)
+    assert "num_aux_hidden_states" not in told[1]["transformer_layer_config"]
+
+
+@pytest.mark.parametrize("make", [tiny.make_draft, tiny.make_dflash], ids=["eagle3", "dflash"])
+@pytest.mark.parametrize("asked", [(True, False), (False, True), (True, True)], ids=["head", "embeddings", "both"])
+def test_head_and_embeddings_are_trained_where_it_is_asked(tmp_path: Path, make: Any, asked: tuple[bool, bool]) -> None:
+    directory = tiny.write_target(tmp_path / "target", tie_word_embeddings=True)
+    draft, teacher = make(directory, tiny.V, train_head=asked[0], train_embeddings=asked[1])
+    target = TargetCheckpoint(directory)
+    pack = tiny.make_pack([20, 33])
+    optimizers = Optimizers(draft, Train(lr=1e-2))
+    assert not {"lm_head.weight", "embed_tokens.weight"} & set(optimizers.matrices)  # Muon is for inner matrices
+    losses = []
+    for _ in range(4):
+        outcome = distill(draft(pack), pack.states[:, -1], draft.lm_head.weight, teacher, draft.loss)
+        outcome.loss.backward()
+        optimizers.step(1.0)
+        losses.append(outcome.loss.item())
+    assert losses[-1] < losses[0]
+    of_target = {"lm_head.weight": target.head(draft.vocabulary.tokens), "embed_tokens.weight": target.embeddings()}
+    for (name, theirs), trained in zip(of_target.items(), asked, strict=True):
+        assert torch.equal(draft.get_parameter(name) if trained else draft.get_buffer(name), theirs.float()) != trained
+    assert torch.equal(teacher.head, of_target["lm_head.weight"].float())
+
+    draft.save(tmp_path / "a", torch.float32)
+    held = load_file(tmp_path / "a" / "model.safetensors")
+    for name, trained in zip(of_target, asked, strict=True):
+        assert name in held if trained or make is tiny.make_draft else name not in held
+        assert not trained or torch.equal(held[name], draft.get_parameter(name))
+    again = type(draft).load(tmp_path / "a", of_target["embed_tokens.weight"], of_target["lm_head.weight"])
+    assert torch.equal(again(pack).hidden, draft(pack).hidden)
+    assert torch.equal(again.lm_head.weight, draft.lm_head.weight)
+    again.save(tmp_path / "b", torch.float32)
+    assert names(tmp_path / "b") == names(tmp_path / "a")
+
+
+def test_the_gradients_of_head_and_embeddings_are_autograds(tmp_path: Path) -> None:
+    draft, teacher = tiny.make_draft(tiny.write_target(tmp_path), train_head=True, train_embeddings=True)
+    pack = tiny.make_pack([20, 33])
+    found = draft(pack)
+    distill(found, pack.states[:, -1], draft.lm_head.weight, teacher, chunk_elements=300).loss.backward()
+    mine = {name: p.grad.clone() for name, p in draft.named_parameters() if p.grad is not None}
+    draft.zero_grad()
+    found = draft(pack)
+    log_p = teacher.logits(pack.states[:, -1], torch.float32).log_softmax(-1)[found.target]
+    log_q = (found.hidden @ draft.lm_head.weight.T).log_softmax(-1)
+    ((log_p.exp() * (log_p - log_q)).sum(-1) * found.weight).sum().backward()
+    assert set(mine) == set(dict(draft.named_parameters()))
+    for name, parameter in draft.named_parameters():
+        torch.testing.assert_close(mine[name], parameter.grad, atol=2e-5, rtol=1e-3)

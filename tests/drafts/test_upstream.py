@@ -19,7 +19,8 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
 
-from speculators.config import Loss, Weighting
+from speculators.config import DraftArch, Loss, Weighting
+from speculators.drafts.base import TARGETS, Draft
 from speculators.drafts.dflash import DFlashDraft
 from speculators.drafts.eagle3 import Eagle3Draft
 from speculators.training.losses import Tally, distill, run
@@ -59,6 +60,13 @@ def ask_upstream(
     return answer
 
 
+@torch.no_grad()
+def larger(draft: Draft) -> None:
+    """Larger weights than fresh ones, so that every part of the model matters; and head and embeddings of its own."""
+    for name, parameter in draft.named_parameters():
+        parameter.mul_(1.2 if name in TARGETS else 4.0)
+
+
 @pytest.mark.parametrize(
     ("kept", "options"),
     [
@@ -66,17 +74,26 @@ def ask_upstream(
         (tiny.V, {"norm_output": False, "norm_before_residual": False, "norm_before_fc": False}),
         (40, {"num_layers": 2}),
         (40, {"loss": {loss.name: 0.2 + 0.1 * i for i, loss in enumerate(Loss)}, "ttt_step_decay": 0.7}),
+        (
+            40,
+            {"draft_arch": DraftArch.qwen3, "num_layers": 3, "fc_norm": True, "norm_before_fc": False}
+            | {"train_head": True, "train_embeddings": True},
+        ),
     ],
-    ids=["reduced vocabulary", "full vocabulary, no extra norms", "two layers", "every loss, decay"],
+    ids=[
+        "reduced vocabulary",
+        "full vocabulary, no extra norms",
+        "two layers",
+        "every loss, decay",
+        "qwen3, three layers, a norm per layer, own head and embeddings",
+    ],
 )
 def test_upstream_loads_our_checkpoint_whole_and_computes_our_loss(
     tmp_path: Path, kept: int, options: dict[str, Any]
 ) -> None:
     # Of moderate logits: upstream's `nla` is cut off where fewer than 1 in 100 000 samples would be accepted.
     draft, teacher = tiny.make_draft(tiny.write_target(tmp_path / "target", head=0.3), kept, **options)
-    with torch.no_grad():
-        for parameter in draft.parameters():  # larger than fresh weights, so that every part of the model matters
-            parameter.mul_(4.0)
+    larger(draft)
     draft.save(tmp_path / "draft", torch.bfloat16)
     asked, draft = draft, Eagle3Draft.load(tmp_path / "draft")
     pack = tiny.make_pack([20, 33, 9, 14])
@@ -131,9 +148,7 @@ def test_upstream_and_we_load_each_others_dflash_and_compute_one_loss(
     parts, _ = tiny.make_parts(tiny.write_target(tmp_path / "target"), kept)
     draft, teacher = tiny.make_dflash(tmp_path / "target", kept, **options)
     asked = draft.options
-    with torch.no_grad():
-        for parameter in draft.parameters():
-            parameter.mul_(4.0)
+    larger(draft)
     draft.save(tmp_path / "draft", torch.float32)
     pack = tiny.make_pack([20, 33, 17, 14])
     draft.anchors = 25

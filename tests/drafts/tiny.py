@@ -73,8 +73,9 @@ def make_parts(directory: Path, kept: int = 40) -> tuple[TargetParts, Vocabulary
 
 def make_teacher(directory: Path, draft: Draft) -> Teacher:
     """The target in `directory`, for the draft's vocabulary."""
-    norm = TargetCheckpoint(directory).final_norm()
-    return Teacher(norm_weight=norm.weight, norm_eps=norm.eps, head=draft.lm_head.weight)
+    target = TargetCheckpoint(directory)
+    norm, head = target.final_norm(), target.head(draft.vocabulary.tokens).float()
+    return Teacher(norm_weight=norm.weight, norm_eps=norm.eps, head=head)
 
 
 def make_draft(directory: Path, kept: int = 40, **options: object) -> tuple[Eagle3Draft, Teacher]:
