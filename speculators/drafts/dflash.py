@@ -25,7 +25,7 @@ Shape suffixes: T tokens of the pack; C context places; R blocks; B slots; K = B
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, ClassVar
@@ -45,6 +45,7 @@ from speculators.drafts.base import (
     draw,
     layer_config,
 )
+from speculators.drafts.flex import AnchorMask
 from speculators.drafts.layers import (
     MLP,
     Attention,
@@ -102,10 +103,6 @@ class DFlashDraft(Draft):
 
     algorithm: ClassVar[str] = "dflash"
     architecture: ClassVar[str] = "DFlashDraftModel"
-    attend: Callable[[Tensor, tuple[Tensor, Tensor], tuple[Tensor, Tensor], list[Span], bool], Tensor] = staticmethod(
-        anchored_attention
-    )
-    """What computes attention; another device may have a faster way to the same numbers."""
 
     def __init__(self, config: Mapping[str, Any], embeddings: Tensor, head: Tensor, vocabulary: Vocabulary) -> None:
         super().__init__(config, embeddings, head, vocabulary)
@@ -208,7 +205,7 @@ class DFlashDraft(Draft):
         context_turn = self.rotary(at.positions[at.context])
         rows = torch.cat([pack.token_ids[at.anchors], pack.token_ids.new_tensor([self.mask_token_id])])
         stream = nn.functional.embedding(rows, self.embed_tokens.weight).float()
-        over: dict[int | None, list[Span]] = {}
+        over: dict[int | None, list[Span] | AnchorMask] = {}
         for index, layer in enumerate(self.layers):
             assert isinstance(layer, Layer)
             read = layer.input_layernorm(stream)
@@ -222,7 +219,7 @@ class DFlashDraft(Draft):
             if layer.window not in over:
                 over[layer.window] = spans(pack.documents(), at.anchors, self.slots, layer.window)
             seen = (rotate(attention.keys(context), context_turn), attention.values(context))
-            stream = layer.finish(self.attend(q, seen, (k, v), over[layer.window], layer.causal), stream)
+            stream = layer.finish(anchored_attention(q, seen, (k, v), over[layer.window], layer.causal), stream)
         return stream
 
     def _laid_out(self, rows: Tensor) -> Tensor:

@@ -43,6 +43,7 @@ from speculators.drafts.base import (
     draw,
     layer_config,
 )
+from speculators.drafts.flex import CausalMask
 from speculators.drafts.layers import (
     MLP,
     Attention,
@@ -83,9 +84,9 @@ class Layout:
     """Place whose distribution step k predicts [K, R]; anything where it is not valid."""
     valid: Tensor
     """bool [K, R]: that place is in the same document and supervised."""
-    source_blocks: list[Block]
+    source_blocks: list[Block] | CausalMask
     """For attention of every source; needed only by layers below the last."""
-    asking_blocks: list[Block]
+    asking_blocks: list[Block] | CausalMask
     """For attention of the asking ones."""
 
 

@@ -2,6 +2,7 @@
 
 All of it works on packed rows, [tokens, width], without a batch dimension. Attention follows the documents of the
 pack: it computes scores within each document only, block of queries by block, and no mask over the whole pack exists.
+On a GPU `flex` computes the same: `causal_blocks` and `spans` give masks for it there.
 
 Two kinds of drafts are served: those that go on from every place, by steps (`unrolled_attention`), and those that fill
 in blocks hanging at anchors (`anchored_attention`). A block sees the context of its own document strictly before its
@@ -22,6 +23,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from speculators.drafts import flex
+from speculators.drafts.flex import AnchorMask, CausalMask
 from speculators.errors import ContractError
 
 QUERY_BLOCK = 256
@@ -142,13 +145,15 @@ class Block:
     """bool [L, S]: key comes after query."""
 
 
-def causal_blocks(documents: Sequence[tuple[int, int]], asking: Tensor) -> list[Block]:
-    """Cut the queries of a pack into blocks.
+def causal_blocks(documents: Sequence[tuple[int, int]], asking: Tensor) -> list[Block] | CausalMask:
+    """Cut the queries of a pack into blocks; on a GPU, say what they see.
 
     Args:
         documents: (first token, length) of each document in the pack, in order.
         asking: ascending places in the pack of the rows that ask, int64 [R].
     """
+    if asking.device.type == "cuda":
+        return causal_mask(documents, asking)
     blocks = []
     bounds = torch.tensor([start + length for start, length in documents], device=asking.device)
     ends = torch.searchsorted(asking, bounds).tolist()
@@ -163,6 +168,12 @@ def causal_blocks(documents: Sequence[tuple[int, int]], asking: Tensor) -> list[
     return blocks
 
 
+def causal_mask(documents: Sequence[tuple[int, int]], asking: Tensor) -> CausalMask:
+    """As `causal_blocks`, for `flex`."""
+    starts, lengths = torch.tensor(list(documents), device=asking.device).view(-1, 2).unbind(1)
+    return CausalMask(starts.repeat_interleave(lengths)[asking], asking)
+
+
 @dataclass(slots=True)
 class KeyValues:
     """What one layer's queries may see: every token of step 0, and of each later step the query's own place."""
@@ -175,7 +186,7 @@ class KeyValues:
     """Keys and values of steps 1, 2, ..., each [R, G, D]."""
 
 
-def unrolled_attention(q: Tensor, cache: KeyValues, blocks: Sequence[Block]) -> Tensor:
+def unrolled_attention(q: Tensor, cache: KeyValues, blocks: Sequence[Block] | CausalMask) -> Tensor:
     """Causal attention inside documents over step 0, plus each query's own entries of the later steps.
 
     Args:
@@ -186,6 +197,9 @@ def unrolled_attention(q: Tensor, cache: KeyValues, blocks: Sequence[Block]) -> 
     Returns: [R, Q * D].
     """
     _, heads, width = q.shape
+    if isinstance(blocks, CausalMask):
+        steps = [(cache.keys, cache.values), *cache.own]
+        return flex.unrolled(q, [k for k, _ in steps], [v for _, v in steps], blocks) if len(q) else q.flatten(1)
     groups = cache.keys.shape[1]
     scaled = q * (1.0 / math.sqrt(width))
     keys, values = cache.keys.transpose(0, 1), cache.values.transpose(0, 1)  # [G, T, D]
@@ -233,8 +247,8 @@ def context_places(documents: Sequence[tuple[int, int]], anchors: Tensor) -> Ten
 
 def spans(
     documents: Sequence[tuple[int, int]], anchors: Tensor, slots: int, window: int | None = None
-) -> list[Span]:  # fmt: skip
-    """Cut the blocks of a pack into spans, over the context that `context_places` gives.
+) -> list[Span] | AnchorMask:  # fmt: skip
+    """Cut the blocks of a pack into spans, over the context that `context_places` gives; on a GPU, say what they see.
 
     Args:
         documents: as there.
@@ -242,6 +256,8 @@ def spans(
         slots: of a block.
         window: tokens before its anchor that a block sees; all of its document if None.
     """
+    if anchors.device.type == "cuda":
+        return anchor_mask(documents, anchors, window)
     found = []
     many, before = max(1, SPAN_QUERIES // slots), 0
     for start, own, first in _by_document(documents, anchors):
@@ -258,6 +274,16 @@ def spans(
     return found
 
 
+def anchor_mask(documents: Sequence[tuple[int, int]], anchors: Tensor, window: int | None = None) -> AnchorMask:
+    """As `spans`, for `flex`."""
+    first, end, before = [], [], 0
+    for start, own, _ in _by_document(documents, anchors):
+        end.append(own - start + before)
+        first.append(torch.full_like(own, before) if window is None else (end[-1] - window).clamp(min=before))
+        before += int(own[-1]) - start
+    return AnchorMask(torch.cat(first), torch.cat(end)) if end else AnchorMask(anchors, anchors)
+
+
 def _by_document(documents: Sequence[tuple[int, int]], anchors: Tensor) -> list[tuple[int, Tensor, int]]:
     """(first token, its anchors, number of anchors before) of each document that has any."""
     bounds = torch.tensor([start + length for start, length in documents], device=anchors.device)
@@ -270,8 +296,9 @@ def _by_document(documents: Sequence[tuple[int, int]], anchors: Tensor) -> list[
 
 
 def anchored_attention(
-    q: Tensor, context: tuple[Tensor, Tensor], own: tuple[Tensor, Tensor], over: Sequence[Span], causal: bool
-) -> Tensor:
+    q: Tensor, context: tuple[Tensor, Tensor], own: tuple[Tensor, Tensor],
+    over: Sequence[Span] | AnchorMask, causal: bool,
+) -> Tensor:  # fmt: skip
     """Attention of every block to the context that it sees and to itself.
 
     Args:
@@ -284,6 +311,8 @@ def anchored_attention(
     Returns: [R, L, Q * D].
     """
     count, length, heads, width = q.shape
+    if isinstance(over, AnchorMask):
+        return flex.anchored(q, context, own, over, causal) if count else q.flatten(2)
     slots, groups = own[0].shape[1:3]
     shared = heads // groups
     scaled = q * (1.0 / math.sqrt(width))

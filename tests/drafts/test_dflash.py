@@ -17,7 +17,7 @@ from speculators.config import Loss, Train, Weighting
 from speculators.decoding import Walk
 from speculators.drafts.base import Predictions
 from speculators.drafts.dflash import DFlashDraft, reach
-from speculators.drafts.layers import anchored_attention, context_places, spans
+from speculators.drafts.layers import anchor_mask, anchored_attention, context_places, spans
 from speculators.errors import ContractError
 from speculators.training.losses import Teacher, distill, run, sayable_next
 from speculators.training.optim import Optimizers
@@ -52,11 +52,13 @@ def dense_attention(
     return torch.einsum("hrs,shd->rhd", shares, v).reshape(blocks, length, heads * width)
 
 
+@pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile")
+@pytest.mark.parametrize("flex", [False, True], ids=["spans", "flex"])
 @pytest.mark.parametrize("documents", [[9], [7, 30, 12], [300, 4, 270]], ids=["one", "three", "several spans"])
 @pytest.mark.parametrize(("causal", "window"), [(False, None), (True, None), (False, 5), (True, 40)])
 @pytest.mark.parametrize("length", [4, 3], ids=["all slots", "without the anchor"])
 def test_attention_of_blocks_equals_a_dense_float64_reference(
-    documents: list[int], causal: bool, window: int | None, length: int
+    documents: list[int], causal: bool, window: int | None, length: int, flex: bool
 ) -> None:
     draw = torch.Generator().manual_seed(0)
     total = sum(documents)
@@ -67,9 +69,8 @@ def test_attention_of_blocks_equals_a_dense_float64_reference(
     keys, values = (torch.randn(total, 2, 8, generator=draw) for _ in range(2))
     own = tuple(torch.randn(len(anchors), 4, 2, 8, generator=draw) for _ in range(2))
     places = context_places(blocks, anchors)
-    found = anchored_attention(
-        q, (keys[places], values[places]), (own[0], own[1]), spans(blocks, anchors, 4, window), causal
-    )
+    over = anchor_mask(blocks, anchors, window) if flex else spans(blocks, anchors, 4, window)
+    found = anchored_attention(q, (keys[places], values[places]), (own[0], own[1]), over, causal)
     expected = dense_attention(q, (keys, values), own, documents, anchors, causal, window)
     torch.testing.assert_close(found.double(), expected, atol=2e-6, rtol=1e-5)
 

@@ -17,7 +17,7 @@ from safetensors.torch import load_file
 from speculators.config import DraftArch, Eagle3, Train
 from speculators.drafts.base import Pack, Predictions, TargetParts, Vocabulary
 from speculators.drafts.eagle3 import Eagle3Draft
-from speculators.drafts.layers import KeyValues, LayerConfig, Rotary, causal_blocks, unrolled_attention
+from speculators.drafts.layers import KeyValues, LayerConfig, Rotary, causal_blocks, causal_mask, unrolled_attention
 from speculators.errors import ContractError
 from speculators.targets.hf import TargetCheckpoint
 from speculators.training.losses import Tally, Teacher, distill, sayable_next
@@ -41,8 +41,10 @@ def dense_attention(q: torch.Tensor, cache: KeyValues, documents: list[int], ask
     return torch.einsum("hrs,shd->rhd", shares, v).flatten(1)
 
 
+@pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile")
+@pytest.mark.parametrize("flex", [False, True], ids=["blocks", "flex"])
 @pytest.mark.parametrize("documents", [[5], [7, 1, 12], [300, 4, 270]], ids=["one", "three", "longer than a block"])
-def test_attention_inside_documents_equals_a_dense_float64_reference(documents: list[int]) -> None:
+def test_attention_inside_documents_equals_a_dense_float64_reference(documents: list[int], flex: bool) -> None:
     draw = torch.Generator().manual_seed(0)
     total = sum(documents)
     asking = (torch.rand(total, generator=draw) < 0.7).nonzero()[:, 0]
@@ -50,7 +52,8 @@ def test_attention_inside_documents_equals_a_dense_float64_reference(documents: 
     own = [tuple(torch.randn(len(asking), 2, 8, generator=draw) for _ in range(2)) for _ in range(2)]
     starts = [sum(documents[:i]) for i in range(len(documents))]
     cache = KeyValues(rest[0], rest[1], [(k, v) for k, v in own])
-    blocks = causal_blocks(list(zip(starts, documents, strict=True)), asking)
+    cut = causal_mask if flex else causal_blocks
+    blocks = cut(list(zip(starts, documents, strict=True)), asking)
     torch.testing.assert_close(
         unrolled_attention(q, cache, blocks).double(),
         dense_attention(q, cache, documents, asking),
