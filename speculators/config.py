@@ -22,6 +22,12 @@ from speculators.algorithms import Loss as Loss
 from speculators.algorithms import Speculator as Speculator
 from speculators.algorithms import Weighting as Weighting
 from speculators.algorithms import loss_weights as loss_weights
+from speculators.choices import OnBadRow as OnBadRow
+from speculators.choices import OnDamage as OnDamage
+from speculators.choices import Optimizer as Optimizer
+from speculators.choices import Packing as Packing
+from speculators.choices import Schedule as Schedule
+from speculators.choices import Tracker as Tracker
 from speculators.fields import MISSING as MISSING
 from speculators.fields import if_set, operational, secret
 
@@ -57,21 +63,6 @@ class DataFormat(enum.Enum):
     """A directory of the PyPI package speculators 0.9, with rows and hidden states; for `pipeline=upstream`."""
 
 
-class OnDamage(enum.Enum):
-    """What to do with a data file that ends in the middle of a row."""
-
-    report = "report"
-    error = "error"
-
-
-class OnBadRow(enum.Enum):
-    """What to do with a row whose hidden states cannot be used: they are not finite, not whole, or of other tokens."""
-
-    error = "error"
-    skip = "skip"
-    """Leave it out, with its reason. Too many of them are an error still."""
-
-
 class Connector(enum.Enum):
     """What hands hidden states out of vLLM."""
 
@@ -93,21 +84,6 @@ class Device(enum.Enum):
     auto = "auto"
     cpu = "cpu"
     cuda = "cuda"
-
-
-class Optimizer(enum.Enum):
-    """`muon` orthogonalises the updates of the matrices and leaves the rest to AdamW."""
-
-    adamw = "adamw"
-    muon = "muon"
-
-
-class Schedule(enum.Enum):
-    """What the learning rate does after the warm-up."""
-
-    linear = "linear"
-    cosine = "cosine"
-    constant = "constant"
 
 
 class ExecutorName(enum.Enum):
@@ -265,10 +241,18 @@ class Train(Stage):
 
     epochs: int = 6
     """Passes over the training rows."""
+    max_steps: int | None = if_set(None)
+    """Steps after which the training ends, if its epochs take more; the learning rate's schedule ends there too."""
+    patience: int = if_set(0)
+    """The training ends after so many validations in a row that gained nothing; 0: it takes all its steps."""
+    keep_every: int = if_set(0)
+    """Epochs between checkpoints that are kept in `epochs/`, beside `best` and `last`; 0 keeps none."""
     sequence_length: int = 2048
     """Longest row, in tokens; longer ones are cut, and counted. Also what the target is served with."""
     batch_tokens: int = 2048
     """Tokens packed into one optimiser step, over all devices; of a longer row, a step trains on a piece."""
+    packing: Packing = if_set(Packing.best_fit)
+    """See `Packing`; validation is always packed in the same way."""
     lr: float = 1e-3
     """Peak learning rate of Muon's matrices, or of everything under AdamW."""
     adamw_lr: float | None = None
@@ -283,6 +267,10 @@ class Train(Stage):
     """What the learning rate does after the warm-up."""
     warmup: float = 0.01
     """Share of the steps in which the learning rate rises."""
+    cooldown: float = if_set(0.2)
+    """Share of the steps in which it falls, under `schedule: wsd`."""
+    ema: float = if_set(0.0)
+    """Decay of an average of the weights, which is then what is validated and written; 0: no average."""
     clip: float = 1.0
     """Largest norm of the gradient."""
     precision: Dtype = Dtype.bfloat16
@@ -293,6 +281,13 @@ class Train(Stage):
     """Initial weights, order of the rows, and everything else that is drawn."""
     device: Device = operational(Device.auto)
     """Where to train; `auto` takes an accelerator if there is one."""
+    processes: int = operational(1)
+    """Processes on this machine that share every step, each with a GPU of its own, or its part of the cores. The
+    result differs by rounding only."""
+    accumulate: int = operational(1)
+    """Packs that a process makes of its share of a step, one after the other, for less memory; differs as little."""
+    recompute: bool = operational(False)
+    """Compute the inside of every MLP again in the backward pass instead of keeping it, for less memory."""
     checkpoint_seconds: float = operational(60.0)
     """How often, at most, the state for resuming is written."""
     lookahead: int = operational(16)
@@ -303,6 +298,12 @@ class Train(Stage):
     """Disk on which such states are kept until the training is over, in GiB; 0: none."""
     log_every: int = operational(10)
     """Steps between lines of metrics."""
+    trackers: list[Tracker] = operational([])
+    """What is told of the metrics beside `metrics.jsonl`; see `Tracker`. W&B stays offline with WANDB_MODE=offline."""
+    tracker_project: str = operational("speculators-run")
+    """What the trackers call the project, or the experiment."""
+    tracker_dir: str = operational("trackers")
+    """Where trackers write that write files, in the working directory of the run."""
 
 
 @dataclass(kw_only=True, slots=True)

@@ -48,6 +48,11 @@ class Walk:
                 self.accepted[position] += yes
             at = bisect.bisect_left(places, places[at] + lengths[at] + 1, lo=at + 1)
 
+    def join(self, other: Walk) -> None:
+        """Count the proposals of `other` too."""
+        self.proposals += other.proposals
+        self.accepted = [a + b for a, b in zip(self.accepted, other.accepted, strict=True)]
+
     def metrics(self) -> dict[str, float]:
         """`acceptance_length`: tokens a proposal, the target's own one included; `accepted_k`: share of proposals."""
         shares = [count / max(self.proposals, 1) for count in self.accepted]

@@ -7,6 +7,9 @@ Exit codes: 0 the artifact (or this phase of it) is there; 1 a `RunError`, said 
 `failure.json`; 2 anything else, with a traceback; 143 or 130 asked to stop. Except on success the work directory
 stays, and the next attempt goes on in it. With `--held`, standard input is a pipe whose end means that the runner
 is gone: then this process ends too.
+
+Under `torchrun -m speculators.worker REQUEST.json`, on one machine or on several that see the same store, the first
+process is the worker. The others only help it with the stage, which has to know how; `train` does.
 """
 
 from __future__ import annotations
@@ -52,7 +55,10 @@ def main(arguments: list[str]) -> int:
     job = read_request(path)
     try:
         with _full_disk_in_words(job):
-            _attempt(request, job)
+            if _follows():
+                _stage(job)
+            else:
+                _attempt(request, job)
     except RunError as error:
         print(f"error: {error.message}\n\nhint: {error.hint}", file=sys.stderr)
         _write_failure(job, error.message, error.hint, type(error).__name__)
@@ -90,7 +96,7 @@ def _run_and_publish(request: dict[str, Any], job: Job, store: Store, surroundin
     """One phase of the stage; the last one publishes."""
     started, clock = _now(), time.monotonic()
     with _Heartbeat(job.work, started):
-        importlib.import_module(f"speculators.stages.{job.stage}").main(job)
+        _stage(job)
     seconds = round(time.monotonic() - clock, 3)
     if request["phase"] + 1 < request["phases"]:
         write_json(_phase_done(request, job), {"seconds": seconds, "record": job.record})
@@ -111,6 +117,15 @@ def _run_and_publish(request: dict[str, Any], job: Job, store: Store, surroundin
         written=job.digests_written,
         anew=request["forced"],
     )
+
+
+def _stage(job: Job) -> None:
+    importlib.import_module(f"speculators.stages.{job.stage}").main(job)
+
+
+def _follows() -> bool:
+    """Whether torchrun has started this process beside a first one, which claims, reports and publishes."""
+    return int(os.environ.get("WORLD_SIZE", "1")) > 1 and int(os.environ.get("RANK", "0")) > 0
 
 
 def _phase_done(request: dict[str, Any], job: Job) -> Path:
@@ -177,6 +192,8 @@ class _Heartbeat:
 
 def _write_failure(job: Job, message: str, hint: str, kind: str) -> None:
     """For the runner to quote. Where even that cannot be written, standard error has it."""
+    if _follows():
+        return
     try:
         job.work.mkdir(parents=True, exist_ok=True)
         write_json(job.work / "failure.json", {"message": message, "hint": hint, "kind": kind})

@@ -17,6 +17,7 @@ SHARED = [
     "speculators.errors",
     "speculators.fields",
     "speculators.algorithms",
+    "speculators.choices",
     "speculators.config",
     "speculators.job",
 ]
@@ -88,6 +89,10 @@ DOORS = {
     "vllm": {"speculators.targets.connector"},
     "submitit": {"speculators.runner.executors.submitit"},
     "ray": {"speculators.runner.executors.ray"},
+    "wandb": {"speculators.training.tracking"},
+    "trackio": {"speculators.training.tracking"},
+    "mlflow": {"speculators.training.tracking"},
+    "tensorboard": {"speculators.training.tracking"},
 }
 
 

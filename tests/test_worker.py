@@ -260,3 +260,17 @@ def test_a_file_in_the_users_directory_is_not_imported_in_place_of_a_module(
     (world / "tokenize.py").write_text("raise SystemExit('imported')")
     monkeypatch.chdir(world)
     assert ended(submit(world, request(world))) == 0
+
+
+def test_a_process_that_torchrun_started_beside_the_first_runs_the_stage_and_publishes_nothing(world: Path) -> None:
+    path = request(world, count=2)
+    for name in ("data", "scratch"):
+        (work(path) / name).mkdir(parents=True)
+    handle = executor("local").submit(path, world / "log", {"RANK": "1", "WORLD_SIZE": "2"})
+    assert ended(handle) == 0
+    assert (work(path) / "data/lines").read_text() == "xx"
+    assert artifact(path) is None
+    failing = request(world, raises="RunError")
+    (work(failing) / "scratch").mkdir(parents=True)
+    assert ended(executor("local").submit(failing, world / "log", {"RANK": "1", "WORLD_SIZE": "2"})) == 1
+    assert not (work(failing) / "failure.json").exists()

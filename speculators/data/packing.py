@@ -10,10 +10,16 @@ from __future__ import annotations
 
 import bisect
 import hashlib
+import heapq
 import itertools
 import random
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+
+from speculators.config import Packing
+
+WINDOW = 32
+"""Batches that are balanced among themselves, about: with more, the same long rows would meet in every epoch."""
 
 
 @dataclass(frozen=True, order=True, slots=True)
@@ -67,14 +73,61 @@ def pack(ordered: Iterable[Piece], batch_tokens: int) -> list[list[Piece]]:
     return batches
 
 
-def training_batches(every: Iterable[Piece], batch_tokens: int, seed: int, epoch: int) -> list[list[Piece]]:
+def balance(ordered: Sequence[Piece], batch_tokens: int) -> list[list[Piece]]:
+    """Put pieces into batches of about equal length: about `WINDOW` batches at a time, of the pieces that come next.
+
+    In a window, the longest piece goes first, each where there is least (LPT); there are as few batches as that can
+    do with. A piece that is longer than a batch is one by itself.
+    """
+    batches = [[piece] for piece in ordered if piece.tokens >= batch_tokens]
+    short = [piece for piece in ordered if piece.tokens < batch_tokens]
+    total = sum(piece.tokens for piece in short)
+    windows: list[list[Piece]] = [[] for _ in range(max(1, round(total / (WINDOW * batch_tokens))))]
+    before = 0
+    for piece in short:
+        windows[before * len(windows) // total].append(piece)
+        before += piece.tokens
+    return batches + [batch for window in windows for batch in _balanced(window, batch_tokens)]
+
+
+def _balanced(window: Sequence[Piece], batch_tokens: int) -> list[list[Piece]]:
+    count = -(-sum(piece.tokens for piece in window) // batch_tokens)
+    while window:
+        batches = divide(window, count, context=False)
+        if max(sum(piece.tokens for piece in batch) for batch in batches) <= batch_tokens:
+            return batches
+        count += 1
+    return []
+
+
+def training_batches(
+    every: Iterable[Piece], batch_tokens: int, seed: int, epoch: int, packing: Packing = Packing.best_fit
+) -> list[list[Piece]]:
     """The batches of one epoch, in the order in which they are trained on."""
     draw = random.Random(f"{seed} {epoch}")
     order = sorted(every)
     draw.shuffle(order)
-    batches = pack(order, batch_tokens)
+    batches = (balance if packing is Packing.lpt else pack)(order, batch_tokens)
     draw.shuffle(batches)  # the last ones packed are the emptiest, and must not always come last
     return batches
+
+
+def divide(batch: Sequence[Piece], parts: int, *, context: bool = True) -> list[list[Piece]]:
+    """Deal the pieces of a batch to `parts` packs so that all have about the same number of tokens to run through.
+
+    The longest piece comes first, and each goes where there is least (LPT): the fullest has at most a third more than
+    it had to have. Packs hold their pieces in the batch's order; where there are fewer pieces, some are empty. Without
+    `context`, what comes before a piece does not count.
+    """
+    sizes = [piece.end if context else piece.tokens for piece in batch]
+    order = sorted(range(len(batch)), key=lambda index: (-sizes[index], index))
+    dealt: list[list[int]] = [[] for _ in range(parts)]
+    least = [(0, part) for part in range(parts)]
+    for index in order:
+        tokens, part = heapq.heappop(least)
+        dealt[part].append(index)
+        heapq.heappush(least, (tokens + sizes[index], part))
+    return [[batch[index] for index in sorted(part)] for part in dealt]
 
 
 def validation_batches(every: Iterable[Piece], batch_tokens: int) -> list[list[Piece]]:

@@ -22,6 +22,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from speculators.drafts import flex
 from speculators.drafts.flex import AnchorMask, CausalMask
@@ -376,7 +377,12 @@ class Attention(nn.Module):
 
 
 class MLP(nn.Module):
-    """Gated feed-forward layer with SiLU."""
+    """Gated feed-forward layer with SiLU.
+
+    With `recompute`, what is inside, several times as wide as the layer, is not kept for the backward pass.
+    """
+
+    recompute = False
 
     def __init__(self, config: LayerConfig) -> None:
         super().__init__()
@@ -386,6 +392,10 @@ class MLP(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """[R, H] -> [R, H]."""
+        out: Tensor = checkpoint(self._inside, x, use_reentrant=False) if self.recompute else self._inside(x)
+        return out
+
+    def _inside(self, x: Tensor) -> Tensor:
         out: Tensor = self.down_proj(nn.functional.silu(self.gate_proj(x)) * self.up_proj(x))
         return out
 

@@ -3,8 +3,9 @@
 The states are read from an artifact, or, where the node is wired to a server (pipelines `online` and `hybrid`), drawn
 from it while training goes on; `scratch/states` then holds what is kept of them.
 
-The artifact: `best/` and `last/` (checkpoints in the speculators format), `metrics.jsonl` (one line every
-`train.log_every` steps, one for each validation), `summary.json`.
+The artifact: `best/` and `last/` (checkpoints in the speculators format), `epochs/N/` (more of them, if
+`train.keep_every` says so), `metrics.jsonl` (one line every `train.log_every` steps, one for each validation),
+`summary.json`.
 """
 
 from __future__ import annotations
@@ -13,38 +14,67 @@ import contextlib
 import shutil
 from collections.abc import Iterator
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors.torch import load_file
 
-from speculators.config import Device, DFlash, Eagle3
+from speculators.config import Device, DFlash, Eagle3, Train
 from speculators.data.cache import StatesCache
 from speculators.data.shards import ShardReader, check_contract, feature_contract
 from speculators.drafts import DRAFTS
 from speculators.drafts.base import TargetParts, Vocabulary
 from speculators.errors import ContractError, RecipeError, closest
+from speculators.fields import leaves, to_plain
 from speculators.job import Job, write_json
 from speculators.targets.fidelity import check_features, check_server
 from speculators.targets.hf import TargetCheckpoint, rope_parameters
 from speculators.training.corpus import Corpus, Shards
 from speculators.training.feed import Feed, Shape
-from speculators.training.loop import METRICS, Loop
+from speculators.training.loop import EPOCHS, METRICS, Loop
 from speculators.training.losses import Teacher
+from speculators.training.ranks import Ranks, check_devices, joined
+from speculators.training.tracking import About, Trackers
+from speculators.training.tracking import check as check_trackers
 
 GIB = 2**30
 
 
 def main(job: Job) -> None:
-    """Run the stage."""
+    """Run the stage, in as many processes as it is to have."""
+    check(job.config.train)
+    check_trackers(job.config.train.trackers)
+    with joined(job.config.train.processes, fit, job) as ranks:
+        loop = fit(ranks, job)
+    if ranks.first:
+        publish(job, loop)
+
+
+def track(job: Job) -> Trackers:
+    """The trackers that the recipe names, told which training this is."""
+    train = job.config.train
+    about = About(
+        project=train.tracker_project,
+        name=f"{job.node}-{job.key[:8]}",
+        options={name: to_plain(value) for name, value, *_ in leaves(job.config)},
+        directory=Path(train.tracker_dir).absolute(),
+        scratch=job.scratch,
+    )
+    return Trackers(train.trackers, about)
+
+
+def fit(ranks: Ranks, job: Job) -> Loop:
+    """Train, as one of the ranks."""
     train, options = job.config.train, job.config.speculator
     if options.algorithm not in DRAFTS:
         raise RecipeError(f"no draft named `{options.algorithm}`", closest(options.algorithm, DRAFTS))
     target = TargetCheckpoint(job.inputs["target"])
-    source = drawn(job, target) if "features" not in job.inputs else read(job, target)
+    source = drawn(job, target, ranks) if "features" not in job.inputs else read(job, target, ranks)
     vocabulary = read_vocabulary(job, target)
     corpus = Corpus(job.inputs["tokens"], source)
     device = pick_device(train.device)
+    check_devices(train.processes, device)
 
     if isinstance(options, DFlash) and options.mask_token_id is None:
         options = replace(options, mask_token_id=target.mask_token_id())
@@ -70,18 +100,35 @@ def main(job: Job) -> None:
     save_dtype = getattr(torch, job.config.target.dtype.name)
 
     def report(done: int, total: int, note: dict[str, Any]) -> None:
-        job.progress(done, total, "steps", **note)
+        if ranks.first:
+            job.progress(done, total, "steps", **note)
 
-    loop = Loop(draft, teacher, corpus, train, decay, save_dtype, job.scratch, device, report)
+    trackers = track(job) if ranks.first else Trackers()
+    loop = Loop(draft, teacher, corpus, train, decay, save_dtype, job.scratch, device, report, ranks, trackers)
     with contextlib.ExitStack() as at_the_end, same_bytes_every_time():
         at_the_end.callback(corpus.close)
+        at_the_end.callback(trackers.close)
         loop.run()
     if isinstance(source, Feed):
         job.record |= source.record()
-    publish(job, loop)
+    if trackers.failed:
+        job.record.setdefault("notes", []).extend(trackers.failed)
+    return loop
 
 
-def read(job: Job, target: TargetCheckpoint) -> Shards:
+def check(train: Train) -> None:
+    """Raises RecipeError where a number is out of its range."""
+    least = {"epochs": 1, "max_steps": 1, "patience": 0, "keep_every": 0, "accumulate": 1, "processes": 1}
+    for name, low in least.items():
+        value = getattr(train, name)
+        if value is not None and value < low:
+            raise RecipeError(f"train.{name} is {value}", f"it has to be {low} or more")
+    for name in ("ema", "cooldown"):
+        if not 0.0 <= getattr(train, name) <= 1.0 or train.ema == 1.0:
+            raise RecipeError(f"train.{name} is {getattr(train, name):g}", "it has to be between 0 and 1")
+
+
+def read(job: Job, target: TargetCheckpoint, ranks: Ranks) -> Shards:
     """States of an artifact, which have to be of this target, these tokens and these layers."""
     features = ShardReader(job.inputs["features"])
     wanted = {
@@ -92,13 +139,18 @@ def read(job: Job, target: TargetCheckpoint) -> Shards:
         "normed": False,
     }
     check_contract(features.contract, wanted)
-    check_features(job, features)
+    if ranks.first:
+        check_features(job, features)
     return Shards(features)
 
 
-def drawn(job: Job, target: TargetCheckpoint) -> Feed:
-    """States out of the server that the runner has started for this target and these layers."""
-    check_server(job)
+def drawn(job: Job, target: TargetCheckpoint, ranks: Ranks) -> Feed:
+    """States out of the server that the runner has started for this target and these layers.
+
+    Every rank asks for those of its own rows, within its share of the memory and of the disk.
+    """
+    if ranks.first:
+        check_server(job)
     options, layer_ids = job.config.train, job.derived["capture_layer_ids"]
     compute, stored = job.config.target.dtype.name, job.config.extract.dtype.name
     shape = Shape(
@@ -117,13 +169,14 @@ def drawn(job: Job, target: TargetCheckpoint) -> Feed:
             layer_ids=layer_ids,
             hidden_size=target.hidden_size,
         )
-        cache = StatesCache(job.scratch / "states", contract, int(options.states_disk_gib * GIB))
+        kept = job.scratch / ("states" if ranks.first else f"states-{ranks.rank}")
+        cache = StatesCache(kept, contract, int(options.states_disk_gib * GIB / ranks.size))
     return Feed(
         job.services["target"],
         job.inputs["tokens"],
         shape,
         job.config.extract,
-        memory=int(options.states_memory_gib * GIB),
+        memory=int(options.states_memory_gib * GIB / ranks.size),
         ahead=options.lookahead,
         cache=cache,
     )
@@ -169,7 +222,10 @@ def publish(job: Job, loop: Loop) -> None:
     """Move what is finished into the artifact. Times go into the record: the artifact's bytes depend on none."""
     shutil.rmtree(job.output / "best", ignore_errors=True)
     shutil.copytree(job.scratch / "best", job.output / "best")
-    loop.draft.save(job.output / "last", loop.save_dtype)
+    loop.save(job.output / "last")
+    shutil.rmtree(job.output / EPOCHS, ignore_errors=True)
+    if (job.scratch / EPOCHS).exists():
+        shutil.copytree(job.scratch / EPOCHS, job.output / EPOCHS)
     shutil.copyfile(job.scratch / METRICS, job.output / METRICS)
     rows, held = loop.corpus.split(loop.train.validation)
     summary = {

@@ -41,17 +41,22 @@ def seal(directory: Path, step: int, tensors: dict[str, Tensor], facts: dict[str
             shutil.rmtree(other)
 
 
-def newest(directory: Path) -> tuple[dict[str, Tensor], dict[str, Any]] | None:
-    """The newest whole state, or None; what is not whole is removed."""
+def newest(directory: Path) -> Path | None:
+    """The newest whole state, for `read`, or None; what is not whole is removed."""
     for place in sorted(directory.glob("step-*"), reverse=True):
         try:
             whole = json.loads((place / SEAL).read_text()) == _digests(place)
         except (OSError, ValueError):
             whole = False
         if whole:
-            return load_file(place / TENSORS), json.loads((place / FACTS).read_text())
+            return place
         shutil.rmtree(place)
     return None
+
+
+def read(place: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """The tensors and the facts of a whole state."""
+    return load_file(place / TENSORS), json.loads((place / FACTS).read_text())
 
 
 def _digests(place: Path) -> dict[str, str]:

@@ -191,6 +191,12 @@ class Corpus:
         self.source.close()
         self._ahead.join()
 
+    def mask(self, piece: Piece) -> Tensor:
+        """bool [T]: what of a row, up to its piece's end, is supervised in this piece."""
+        mask = self.table.loss_mask(piece.row)[: piece.end] != 0
+        mask[: piece.begin] = False
+        return torch.from_numpy(mask)
+
     def name(self, rows: list[int]) -> str:
         """Rows for a message."""
         return ", ".join(f"{row} (conversation {self.table.conversations[row]})" for row in rows)

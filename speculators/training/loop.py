@@ -1,12 +1,18 @@
 """The loop: packs -> steps -> a trained draft, and everything that makes a killed run end in the same bytes.
 
-What the next step depends on is sealed every so often (`checkpoint`): parameters, momenta, moments, the generators'
-state, the number of steps done, and the sums that the next line of metrics is made of. Which rows come next follows
-from that number, since the packs of every epoch follow from the seed. Nothing that is kept holds a time of day.
+What the next step depends on is sealed every so often (`checkpoint`): parameters, their averages, momenta, moments,
+the generators' state, the number of steps done, and the sums that the next line of metrics is made of. Which rows come
+next follows from that number, since the packs of every epoch follow from the seed. Nothing that is kept holds a time
+of day.
+
+The rows of a step follow from the recipe. They may be divided among ranks, and into several packs, whose gradients add
+up to what one pack's would be: every prediction weighs what it would weigh there (`Draft.supervision`). Apart from
+rounding, the weights do not depend on the number of ranks, and a run may go on with another one.
 """
 
 from __future__ import annotations
 
+import itertools
 import json
 import math
 import os
@@ -14,7 +20,7 @@ import shutil
 import time
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -22,16 +28,21 @@ import torch
 from torch import nn
 
 from speculators.config import Dtype, Train
-from speculators.data.packing import Piece, training_batches, validation_batches
+from speculators.data.packing import Piece, divide, training_batches, validation_batches
 from speculators.decoding import Walk
-from speculators.drafts.base import Draft, Pack, Predictions
+from speculators.drafts.base import Draft, Pack, Predictions, Supervision
+from speculators.drafts.layers import MLP
 from speculators.errors import StageError
 from speculators.training import checkpoint
 from speculators.training.corpus import Corpus
 from speculators.training.losses import Outcome, Tally, Teacher, distill, run, sayable_next
-from speculators.training.optim import Optimizers, rate
+from speculators.training.optim import Average, Optimizers, rate
+from speculators.training.ranks import Ranks
+from speculators.training.tracking import Trackers
 
 METRICS = "metrics.jsonl"
+EPOCHS = "epochs"
+"""Directory of the checkpoints that `train.keep_every` keeps."""
 SAMPLE_TOKENS = 32_768
 """Tokens that a draft may look at before it is trained."""
 
@@ -61,8 +72,12 @@ def schedule(corpus: Corpus, train: Train) -> Schedule:
     ends = []
     pieces = corpus.pieces(rows, train.batch_tokens)
     for epoch in range(train.epochs):
-        batches += training_batches(pieces, train.batch_tokens, train.seed, epoch)
+        batches += training_batches(pieces, train.batch_tokens, train.seed, epoch, train.packing)
+        if train.max_steps is not None:
+            batches = batches[: train.max_steps]
         ends.append(len(batches))
+        if len(batches) == train.max_steps:
+            break
     whole = [Piece(row, 0, corpus.lengths[row]) for row in held]
     return Schedule(batches, ends, validation_batches(whole, train.batch_tokens))
 
@@ -93,12 +108,18 @@ class Loop:
     def __init__(
         self, draft: Draft, teacher: Teacher, corpus: Corpus, train: Train, step_decay: float, save_dtype: torch.dtype,
         scratch: Path, device: torch.device, report: Callable[[int, int, dict[str, Any]], None],
+        ranks: Ranks | None = None, trackers: Trackers | None = None,
     ) -> None:  # fmt: skip
         self.draft, self.teacher, self.corpus, self.train = draft, teacher, corpus, train
         self.step_decay, self.save_dtype = step_decay, save_dtype
         self.scratch, self.device, self.report = scratch, device, report
         self.plan = schedule(corpus, train)
-        self.optimizers = Optimizers(draft, train)
+        self.ranks, self.trackers = ranks or Ranks(), trackers or Trackers()
+        self.optimizers = Optimizers(draft, train, self.ranks)
+        self.average: Average | None = None
+        for part in draft.modules():
+            if isinstance(part, MLP):
+                part.recompute = train.recompute
         self.at = Progress(0, Tally.empty(0), 0.0, 0, 0, 0, {})
         self.seconds = 0.0
         """Spent in steps by this attempt."""
@@ -113,20 +134,46 @@ class Loop:
         self.corpus.expect(self._to_come())
         sealed = time.monotonic()
         for index in range(self.at.step, len(self.plan.batches)):
+            if self._gains_nothing():
+                break
             self._step(index)
             if self.at.step in self.plan.epoch_ends:
                 self._validate()
-            if self.at.step in self.plan.epoch_ends or time.monotonic() - sealed > self.train.checkpoint_seconds:
+            late = self.ranks.agree(time.monotonic() - sealed > self.train.checkpoint_seconds)
+            if late or self.at.step in self.plan.epoch_ends:
                 self._seal()
                 sealed = time.monotonic()
+
+    def save(self, directory: Path) -> None:
+        """Write the checkpoint, of the averaged weights if there are any."""
+        with self._averaged():
+            self.draft.save(directory, self.save_dtype)
+
+    def _averaged(self) -> AbstractContextManager[None]:
+        return nullcontext() if self.average is None else self.average.in_place()
+
+    def _gains_nothing(self) -> bool:
+        """Whether as many validations as `patience` says have come since the best one."""
+        validated = [end for end in self.plan.epoch_ends if self.at.best_step < end <= self.at.step]
+        return 0 < self.train.patience <= len(validated)
+
+    def _packs(self, index: int) -> list[list[Piece]]:
+        """The packs that this rank makes of its share of a step, which may be none. Shares go round."""
+        shares = divide(self.plan.batches[index], self.ranks.size)
+        share = shares[(self.ranks.rank + index) % self.ranks.size]
+        return [part for part in divide(share, self.train.accumulate) if part]
+
+    def _own_validation(self) -> list[int]:
+        """The validation packs that this rank takes."""
+        return list(range(self.ranks.rank, len(self.plan.validation), self.ranks.size))
 
     def _to_come(self) -> list[list[Piece]]:
         """Every pack from here to the end, in order."""
         packs = []
         for index in range(self.at.step, len(self.plan.batches)):
-            packs.append(self.plan.batches[index])
+            packs += self._packs(index)
             if index + 1 in self.plan.epoch_ends:
-                packs += self.plan.validation
+                packs += [self.plan.validation[which] for which in self._own_validation()]
         return packs
 
     def _sample(self) -> Iterator[Pack]:
@@ -144,28 +191,25 @@ class Loop:
     def _step(self, index: int) -> None:
         began = time.monotonic()
         total = len(self.plan.batches)
-        factor = rate(index, total, self.train.warmup, self.train.schedule)
-        pieces = self.plan.batches[index]
-        pack, tokens = self.corpus.pack(pieces, self.device), sum(piece.tokens for piece in pieces)
-        self.waited += time.monotonic() - began
+        factor = rate(index, total, self.train.warmup, self.train.schedule, self.train.cooldown)
         self.draft.advance(index, total)
-        predictions, outcome = self._forward(pack)
-        tally = Tally.of(predictions.valid, outcome)
-        outcome.loss.backward()
+        loss, tally, wrong = self._backward(index)
+        self.ranks.add(self._gradients())
         norm = float(nn.utils.clip_grad_norm_(self.optimizers.parameters(), self.train.clip))
-        loss = outcome.loss.item()
-        if not math.isfinite(norm) or not math.isfinite(loss):
+        if wrong or not math.isfinite(norm):
+            rows = wrong or [piece.row for piece in self.plan.batches[index]]
             raise StageError(
-                f"step {index}: loss {loss}, norm of the gradient {norm}, on rows {self.corpus.name(pack.rows)}",
+                f"step {index}: loss {loss}, norm of the gradient {norm}, on rows {self.corpus.name(rows)}",
                 "look at these rows' hidden states; if they are finite, lower train.lr or train.clip",
             )
         self.optimizers.step(factor)
         self.at.step += 1
+        if self.average is not None:
+            self.average.update(self.at.step)
+        tokens = sum(piece.tokens for piece in self.plan.batches[index])
         self.at.tokens += tokens
         self.at.gradient_norm += norm
-        self.at.sums = tally if not self.at.sums.count else self.at.sums
-        if self.at.sums is not tally:
-            self.at.sums.add(tally)
+        self.at.sums.add(tally)
         self.seconds += time.monotonic() - began
         self.attempt_tokens += tokens
         note: dict[str, Any] = {
@@ -180,11 +224,65 @@ class Loop:
             self._log(factor)
         self.report(self.at.step, total, note)
 
-    def _forward(self, pack: Pack) -> tuple[Predictions, Outcome]:
+    def _backward(self, index: int) -> tuple[float, Tally, list[int]]:
+        """Make the gradients of this rank's packs; of all packs the loss, what was counted, and rows without a loss."""
+        loss, tally, wrong = 0.0, Tally.empty(0), []
+        packs = self._packs(index)
+        whole = None if packs == [self.plan.batches[index]] else self._whole(index)
+        for pieces in packs:
+            began = time.monotonic()
+            pack = self.corpus.pack(pieces, self.device)
+            self.waited += time.monotonic() - began
+            if whole is not None:
+                pack = replace(pack, chosen=self._own(index, pieces, whole))
+            predictions, outcome = self._forward(pack, whole)
+            tally.add(Tally.of(predictions.valid, outcome))
+            outcome.loss.backward()
+            loss += outcome.loss.item()
+            if not math.isfinite(outcome.loss.item()):
+                wrong += pack.rows
+        losses, tallies, wrongs = zip(*self.ranks.gather((loss, tally, wrong)), strict=True)
+        every = Tally.empty(0)
+        for part in tallies:
+            every.add(part)
+        return sum(losses), every, list(itertools.chain(*wrongs))
+
+    def _gradients(self) -> list[torch.Tensor]:
+        """Those of all parameters, zeros on a rank that had no share of the step."""
+        found = []
+        for p in self.optimizers.parameters():
+            if p.grad is None:
+                p.grad = torch.zeros_like(p)
+            found.append(p.grad)
+        return found
+
+    def _whole(self, index: int) -> Supervision:
+        """What the packs of a step have in common; it follows from where its tokens are supervised."""
+        every = self.plan.batches[index]
+        mask = torch.cat([self.corpus.mask(piece) for piece in every]).to(self.device)
+        return self.draft.supervision(
+            Pack(
+                rows=[piece.row for piece in every],
+                lengths=[piece.end for piece in every],
+                token_ids=torch.zeros_like(mask, dtype=torch.int64),
+                loss_mask=mask,
+                states=torch.empty(len(mask), 0, 0, device=self.device),
+            )
+        )
+
+    def _own(self, index: int, pieces: list[Piece], whole: Supervision) -> torch.Tensor:
+        """Of the places that a step trains from, those of some of its pieces, bool [T]."""
+        own = set(pieces)
+        parts = whole.chosen.split([piece.end for piece in self.plan.batches[index]])
+        return torch.cat([part for part, piece in zip(parts, self.plan.batches[index], strict=True) if piece in own])
+
+    def _forward(self, pack: Pack, whole: Supervision | None = None) -> tuple[Predictions, Outcome]:
+        """`whole`: of all packs of a step that is divided."""
         with self._autocast():
             predictions = self.draft(pack)
             last, head = pack.states[:, -1], self.draft.lm_head.weight
-            return predictions, distill(predictions, last, head, self.teacher, self.draft.loss)
+            counts = None if whole is None else whole.counts
+            return predictions, distill(predictions, last, head, self.teacher, self.draft.loss, counts=counts)
 
     def _autocast(self) -> AbstractContextManager[Any]:
         if self.train.precision is Dtype.float32:
@@ -194,33 +292,50 @@ class Loop:
     @torch.no_grad()
     def validate(self) -> dict[str, float]:
         """Metrics over all validation packs: losses, and what a server would accept. Empty if nothing is held out."""
-        tally, walk = None, None
         self.draft.advance(len(self.plan.batches), len(self.plan.batches))
-        for pieces in self.plan.validation:
-            pack = self.corpus.pack(pieces, self.device)
-            predictions, outcome = self._forward(pack)
-            counted = Tally.of(predictions.valid, outcome)
-            tally = counted if tally is None else tally
-            if tally is not counted:
-                tally.add(counted)
-            walk = walk or Walk.empty(len(predictions.valid))
-            # A token that the draft cannot say is a miss there, whatever its own vocabulary says is most likely.
-            sayable = sayable_next(pack, self.draft.vocabulary)[predictions.target]
-            walk.add(predictions.target[0].tolist(), run(predictions.valid & outcome.correct & sayable))
-        return {} if tally is None or walk is None else tally.metrics(self.step_decay) | walk.metrics()
+        found = [self._validated(which) for which in self._own_validation()]
+        # In the order of the packs, whoever took them: sums are the same to the last bit.
+        counted = sorted(itertools.chain(*self.ranks.gather(found)), key=lambda one: one[0])
+        if not counted:
+            return {}
+        _, tally, walk = counted[0]
+        for _, more, further in counted[1:]:
+            tally.add(more)
+            walk.join(further)
+        return tally.metrics(self.step_decay) | walk.metrics()
+
+    def _validated(self, which: int) -> tuple[int, Tally, Walk]:
+        """What one of the validation packs gives."""
+        pack = self.corpus.pack(self.plan.validation[which], self.device)
+        predictions, outcome = self._forward(pack)
+        walk = Walk.empty(len(predictions.valid))
+        # A token that the draft cannot say is a miss there, whatever its own vocabulary says is most likely.
+        sayable = sayable_next(pack, self.draft.vocabulary)[predictions.target]
+        walk.add(predictions.target[0].tolist(), run(predictions.valid & outcome.correct & sayable))
+        return which, Tally.of(predictions.valid, outcome), walk
 
     def _validate(self) -> None:
-        metrics = self.validate()
+        with self._averaged():
+            metrics = self.validate()
         epoch = self.plan.epoch_ends.index(self.at.step) + 1
         if metrics:
             self._write({"step": self.at.step, "epoch": epoch, "validation": metrics})
         if not metrics or not self.at.best or metrics["acceptance_length"] > self.at.best["acceptance_length"]:
             self.at.best, self.at.best_step = metrics, self.at.step
-            beside = self.scratch / "best.new"
-            shutil.rmtree(beside, ignore_errors=True)
-            self.draft.save(beside, self.save_dtype)
-            shutil.rmtree(self.scratch / "best", ignore_errors=True)
-            beside.rename(self.scratch / "best")
+            self._keep(self.scratch / "best")
+        if self.train.keep_every and epoch % self.train.keep_every == 0:
+            self._keep(self.scratch / EPOCHS / str(epoch))
+
+    def _keep(self, place: Path) -> None:
+        """Write the checkpoint to `place`, whole or not at all."""
+        if not self.ranks.first:
+            return
+        beside = self.scratch / "kept.new"
+        shutil.rmtree(beside, ignore_errors=True)
+        self.save(beside)
+        shutil.rmtree(place, ignore_errors=True)
+        place.parent.mkdir(exist_ok=True)
+        beside.rename(place)
 
     def _log(self, factor: float) -> None:
         lines = (self.at.step - 1) % self.train.log_every + 1
@@ -229,34 +344,65 @@ class Loop:
         self.at.sums, self.at.gradient_norm = Tally.empty(0), 0.0
 
     def _write(self, line: dict[str, Any]) -> None:
+        if not self.ranks.first:
+            return
         with (self.scratch / METRICS).open("ab") as file:
             file.write(json.dumps(line).encode() + b"\n")
             self.at.metrics_bytes = file.tell()
+        self.trackers.log(line)
 
     def _seal(self) -> None:
+        generators = self.ranks.gather(self._generators())
+        if not self.ranks.first:
+            return
         tensors: dict[str, torch.Tensor] = {f"draft.{name}": p for name, p in self.draft.named_parameters()}
         tensors |= {f"optimizer.{name}": t for name, t in self.optimizers.state().items()}
-        tensors["random.cpu"] = torch.get_rng_state()
-        if self.device.type == "cuda":
-            tensors["random.cuda"] = torch.cuda.get_rng_state(self.device)
+        if self.average is not None:
+            tensors |= {f"average.{name}": t for name, t in self.average.averages.items()}
+        for rank, states in enumerate(generators):
+            tensors |= {f"random.{rank}.{name}": state for name, state in states.items()}
         checkpoint.seal(self.scratch, self.at.step, tensors, asdict(self.at))
 
+    def _generators(self) -> dict[str, torch.Tensor]:
+        states = {"cpu": torch.get_rng_state()}
+        if self.device.type == "cuda":
+            states["cuda"] = torch.cuda.get_rng_state(self.device)
+        return states
+
     def _resume(self) -> None:
-        """Go on from the newest sealed state, or begin."""
-        found = checkpoint.newest(self.scratch)
+        """Go on from the newest sealed state, or begin. What all ranks read, rank 0 has looked through."""
+        found = self.ranks.agree(checkpoint.newest(self.scratch) if self.ranks.first else None)
+        torch.manual_seed(self.train.seed)
         if found is None:
-            (self.scratch / METRICS).write_bytes(b"")
-            torch.manual_seed(self.train.seed)
-            self.draft.prepare(self._sample(), self.train.seed)
+            if self.ranks.first:
+                (self.scratch / METRICS).write_bytes(b"")
+                self.draft.prepare(self._sample(), self.train.seed)
+            drawn = [p.data for p in self.draft.parameters()]
+            self.ranks.spread(drawn, [0] * len(drawn))
+            self._begin_average()
             return
-        tensors, facts = found
+        tensors, facts = checkpoint.read(found)
         self.at = Progress(**{**facts, "sums": Tally(**facts["sums"])})
-        os.truncate(self.scratch / METRICS, self.at.metrics_bytes)
+        if self.ranks.first:
+            os.truncate(self.scratch / METRICS, self.at.metrics_bytes)
         with torch.no_grad():
             for name, p in self.draft.named_parameters():
                 p.copy_(tensors[f"draft.{name}"])
-        prefix = "optimizer."
-        self.optimizers.load({n.removeprefix(prefix): t for n, t in tensors.items() if n.startswith(prefix)})
-        torch.set_rng_state(tensors["random.cpu"])
-        if self.device.type == "cuda":
-            torch.cuda.set_rng_state(tensors["random.cuda"], self.device)
+        self.optimizers.load(_under("optimizer.", tensors))
+        self._begin_average()
+        if self.average is not None:
+            self.average.load(_under("average.", tensors))
+        states = _under(f"random.{self.ranks.rank}.", tensors)  # none on a rank that was not there before
+        if "cpu" in states:
+            torch.set_rng_state(states["cpu"])
+        if "cuda" in states and self.device.type == "cuda":
+            torch.cuda.set_rng_state(states["cuda"], self.device)
+
+    def _begin_average(self) -> None:
+        if self.train.ema > 0:
+            self.average = Average(self.optimizers.named(), self.train.ema)
+
+
+def _under(prefix: str, tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Those whose names begin with `prefix`, without it."""
+    return {name.removeprefix(prefix): t for name, t in tensors.items() if name.startswith(prefix)}

@@ -8,14 +8,16 @@ Gram matrix, and in blocks if asked.
 
 from __future__ import annotations
 
+import contextlib
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
 
 from speculators.config import Optimizer, Schedule, Train
 from speculators.drafts.base import TARGETS
+from speculators.training.ranks import Ranks
 
 MOMENTUM = 0.95
 """Muon's, with Nesterov's look-ahead."""
@@ -59,9 +61,13 @@ def orthogonalise(matrix: Tensor, block: int = 0) -> Tensor:
 
 
 class Optimizers:
-    """What trains a draft: Muon for its matrices if asked, AdamW for the rest, one schedule for both."""
+    """What trains a draft: Muon for its matrices if asked, AdamW for the rest, one schedule for both.
 
-    def __init__(self, model: nn.Module, train: Train) -> None:
+    All ranks hold all of its state and give it the same gradients. Each makes only its share of the matrices
+    orthogonal, which is most of the work, and hands them to the others.
+    """
+
+    def __init__(self, model: nn.Module, train: Train, ranks: Ranks | None = None) -> None:
         named = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
         muon = train.optimizer is Optimizer.muon
         # Rows of the vocabulary's matrices are learnt one by one, and most have no gradient in a step.
@@ -72,6 +78,8 @@ class Optimizers:
         self.weight_decay = train.weight_decay
         self.block = train.muon_block
         self.momenta = {name: torch.zeros_like(p) for name, p in self.matrices.items()}
+        self.ranks = ranks or Ranks()
+        self.owners = owners({name: p.shape for name, p in self.matrices.items()}, self.ranks.size)
         decay = [p for p in self.others.values() if p.ndim == 2]
         plain = [p for p in self.others.values() if p.ndim != 2]
         groups = [{"params": decay, "weight_decay": train.weight_decay}, {"params": plain, "weight_decay": 0.0}]
@@ -84,21 +92,41 @@ class Optimizers:
         yield from self.matrices.values()
         yield from self.others.values()
 
+    def named(self) -> dict[str, nn.Parameter]:
+        """The same by name."""
+        return self.matrices | self.others
+
     @torch.no_grad()
     def step(self, factor: float) -> None:
         """Apply the gradients, at `factor` of the peak learning rate, and clear them."""
-        for name, p in self.matrices.items():
-            assert p.grad is not None
-            momentum = self.momenta[name].lerp_(p.grad, 1.0 - MOMENTUM)
-            update = orthogonalise(p.grad.lerp(momentum, MOMENTUM), self.block)
-            # The same size of update as AdamW's, so that one learning rate serves both.
-            size = self.lr * factor * 0.2 * math.sqrt(max(p.shape))
-            p.mul_(1.0 - self.lr * factor * self.weight_decay).add_(update, alpha=-size)
+        for names in self._groups():
+            updates = [self._update(name) for name in names]
+            self.ranks.spread(updates, [self.owners[name] for name in names])
+            for name, update in zip(names, updates, strict=True):
+                p = self.matrices[name]
+                # The same size of update as AdamW's, so that one learning rate serves both.
+                size = self.lr * factor * 0.2 * math.sqrt(max(p.shape))
+                p.mul_(1.0 - self.lr * factor * self.weight_decay).add_(update, alpha=-size)
         for group in self.adamw.param_groups:
             group["lr"] = self.adamw_lr * factor
         self.adamw.step()
         for p in self.parameters():
             p.grad = None
+
+    def _groups(self) -> list[list[str]]:
+        """Matrices whose updates exist at the same time: one by one, or all, so that the ranks need not wait."""
+        names = list(self.matrices)
+        return [names] if self.ranks.size > 1 else [[name] for name in names]
+
+    def _update(self, name: str) -> Tensor:
+        """Muon's update of a matrix, contiguous where it is handed on; room for it on a rank that gets it."""
+        gradient = self.matrices[name].grad
+        assert gradient is not None
+        momentum = self.momenta[name].lerp_(gradient, 1.0 - MOMENTUM)
+        if self.owners[name] != self.ranks.rank:
+            return torch.empty_like(momentum)
+        update = orthogonalise(gradient.lerp(momentum, MOMENTUM), self.block)
+        return update if self.ranks.size == 1 else update.contiguous()
 
     def state(self) -> dict[str, Tensor]:
         """Everything that the next step depends on, by name."""
@@ -116,10 +144,58 @@ class Optimizers:
             self.adamw.state[p] = {key: state[f"adamw.{key}.{name}"].to(p.device) for key in keys}
 
 
-def rate(step: int, total: int, warmup: float, schedule: Schedule) -> float:
+def owners(shapes: Mapping[str, Sequence[int]], ranks: int) -> dict[str, int]:
+    """Which rank makes which matrix orthogonal: the dearest first, each to whoever has least to do."""
+    cost = {name: math.prod(shape) * min(shape) for name, shape in shapes.items()}
+    load, found = [0] * ranks, {}
+    for name in sorted(cost, key=lambda name: (-cost[name], name)):
+        found[name] = load.index(min(load))
+        load[found[name]] += cost[name]
+    return found
+
+
+class Average:
+    """An exponential average of weights, float32 as they are; `decay` of it stays in every step.
+
+    The first steps count for more, or it would long be what the weights began as.
+    """
+
+    def __init__(self, weights: Mapping[str, nn.Parameter], decay: float) -> None:
+        self.decay = decay
+        self.weights = dict(weights)
+        self.averages = {name: p.detach().clone() for name, p in weights.items()}
+
+    @torch.no_grad()
+    def update(self, step: int) -> None:
+        """Take in the weights after `step` steps."""
+        share = 1.0 - min(self.decay, (1 + step) / (10 + step))
+        for name, average in self.averages.items():
+            average.lerp_(self.weights[name], share)
+
+    @contextlib.contextmanager
+    def in_place(self) -> Iterator[None]:
+        """The model has the averages for weights."""
+        self._swap()
+        try:
+            yield
+        finally:
+            self._swap()
+
+    def load(self, state: Mapping[str, Tensor]) -> None:
+        """Go on from `averages` as they were."""
+        for name, average in self.averages.items():
+            average.copy_(state[name])
+
+    def _swap(self) -> None:
+        for name, p in self.weights.items():
+            p.data, self.averages[name] = self.averages[name], p.data
+
+
+def rate(step: int, total: int, warmup: float, schedule: Schedule, cooldown: float = 0.2) -> float:
     """Share of the peak learning rate in step `step` of `total`, counted from 0: up over the warm-up, then down to 0.
 
     `warmup` is a share of all steps; it always takes at least one, which is trained at full rate if it is the only one.
+    So is `cooldown`, which only `wsd` looks at.
     """
     rising = max(1, round(warmup * total))
     if step < rising:
@@ -129,4 +205,6 @@ def rate(step: int, total: int, warmup: float, schedule: Schedule) -> float:
         return left
     if schedule is Schedule.cosine:
         return 0.5 * (1.0 - math.cos(math.pi * left))
+    if schedule is Schedule.wsd:
+        return min(1.0, (total - step) / max(1, round(cooldown * total)))
     return 1.0

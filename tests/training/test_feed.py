@@ -235,7 +235,7 @@ def test_a_training_killed_in_mid_feed_goes_on_from_its_seal_and_asks_for_no_kep
         assert process.wait(120) == -signal.SIGKILL, (tmp_path / "log").read_text()
     found = checkpoint.newest(work / "scratch")
     assert found is not None
-    assert found[1]["step"] > 0
+    assert checkpoint.read(found)[1]["step"] > 0
     kept = {p.name for p in (work / "scratch" / "states").iterdir()}
     before = Counter(server.asked)
     job = make_job(world.path, work, server.endpoint, states_disk_gib=9e4 / 2**30)
@@ -361,7 +361,7 @@ def test_progress_says_how_much_of_the_time_training_waits(
     train.main(job)
     note = json.loads((job.work / "progress.json").read_text())["note"]
     assert note["waiting"].endswith("%")
-    assert 0 < job.record["seconds_waited"] <= job.record["seconds_in_steps"]
+    assert 0 <= job.record["seconds_waited"] <= job.record["seconds_in_steps"]
 
 
 def test_options_of_a_stage_that_reads_files_are_not_there_for_it(world: World, tmp_path: Path) -> None:

@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from speculators.config import Optimizer, Schedule, Train
-from speculators.training.optim import POLYNOMIAL, Optimizers, orthogonalise, rate
+from speculators.training.optim import POLYNOMIAL, Average, Optimizers, orthogonalise, rate
 
 
 @pytest.mark.parametrize(
@@ -16,10 +16,11 @@ from speculators.training.optim import POLYNOMIAL, Optimizers, orthogonalise, ra
         (Schedule.linear, [0.5, 1.0, 1.0, 0.75, 0.5, 0.25]),
         (Schedule.constant, [0.5, 1.0, 1.0, 1.0, 1.0, 1.0]),
         (Schedule.cosine, [0.5, 1.0, 1.0, 0.853553, 0.5, 0.146447]),
+        (Schedule.wsd, [0.5, 1.0, 1.0, 1.0, 1.0, 0.5]),
     ],
 )
 def test_the_rate_rises_over_the_warm_up_and_falls_as_asked(schedule: Schedule, expected: list[float]) -> None:
-    assert [rate(step, 6, 1 / 3, schedule) for step in range(6)] == pytest.approx(expected, abs=1e-6)
+    assert [rate(step, 6, 1 / 3, schedule, 1 / 3) for step in range(6)] == pytest.approx(expected, abs=1e-6)
 
 
 def test_without_a_warm_up_the_first_step_is_at_full_rate() -> None:
@@ -85,3 +86,18 @@ def test_muon_takes_the_matrices_and_adamw_the_rest() -> None:
     assert sorted(optimizers.matrices) == ["0.weight", "2.weight"]
     assert sorted(optimizers.others) == ["0.bias", "1.bias", "1.weight"]
     assert not Optimizers(model(), Train(optimizer=Optimizer.adamw)).matrices
+
+
+def test_an_average_follows_the_weights_and_is_there_only_while_it_is_asked_for() -> None:
+    p = nn.Parameter(torch.tensor([0.0]))
+    average = Average({"p": p}, 0.5)
+    for step, value in ((1, 11.0), (2, 8.0), (30, 3.0)):
+        p.data.fill_(value)
+        average.update(step)
+    # decays 2/11, 3/12, 0.5: 0 -> 9 -> 0.25 * 9 + 0.75 * 8 = 8.25 -> 0.5 * 8.25 + 0.5 * 3 = 5.625
+    with average.in_place():
+        assert p.item() == pytest.approx(5.625)
+    assert p.item() == 3.0
+    other = Average({"p": nn.Parameter(torch.tensor([7.0]))}, 0.5)
+    other.load({"p": average.averages["p"].clone()})
+    assert torch.equal(other.averages["p"], average.averages["p"])

@@ -6,7 +6,17 @@ import random
 
 import pytest
 
-from speculators.data.packing import Piece, held_out, pack, pieces, training_batches, validation_batches
+from speculators.config import Packing
+from speculators.data.packing import (
+    Piece,
+    balance,
+    divide,
+    held_out,
+    pack,
+    pieces,
+    training_batches,
+    validation_batches,
+)
 
 
 def whole(lengths: dict[int, int]) -> list[Piece]:
@@ -59,3 +69,44 @@ def test_about_the_share_asked_for_is_held_out_whatever_else_is_held_out() -> No
     assert [name for name in names if held_out(name, 0.1)] == held
     assert set(held) < {name for name in names if held_out(name, 0.2)}
     assert not any(held_out(name, 0.0) for name in names)
+
+
+def test_a_batch_is_dealt_evenly_and_whole() -> None:
+    assert divide(whole({0: 7, 1: 3, 2: 6, 3: 5, 4: 5, 5: 4}), 2) == [
+        whole({0: 7, 1: 3, 4: 5}),  # 7 | 6, then 5 to the 6, 5 to the 7, 4 to the 11, 3 to the 12
+        whole({2: 6, 3: 5, 5: 4}),
+    ]
+    batch = [Piece(0, 10, 40), *whole({1: 12, 2: 12})]
+    assert divide(batch, 2) == [[batch[0]], batch[1:]]  # what comes before a piece is run through too
+    assert divide(batch, 5) == [[batch[0]], [batch[1]], [batch[2]], [], []]
+    assert divide(batch, 1) == [batch]
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_no_pack_of_a_divided_batch_is_much_longer_than_another(seed: int) -> None:
+    draw = random.Random(seed)
+    batch = whole({row: draw.randint(20, 400) for row in range(80)})
+    packs = divide(batch, 4)
+    assert sorted(piece for pack in packs for piece in pack) == batch
+    tokens = [sum(piece.tokens for piece in pack) for pack in packs]
+    assert max(tokens) - min(tokens) <= 40
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_balanced_batches_hold_every_row_once_and_are_about_equally_long(seed: int) -> None:
+    draw = random.Random(seed)
+    rows = whole({row: draw.randint(1, 400) for row in range(2000)})
+    batches = training_batches(rows, 2048, seed, 1, Packing.lpt)
+    assert sorted(piece for batch in batches for piece in batch) == rows
+    tokens = [sum(piece.tokens for piece in batch) for batch in batches]
+    assert max(tokens) <= 2048
+    assert min(tokens) >= 0.95 * max(tokens)
+    assert len(batches) <= 1.05 * sum(row.tokens for row in rows) / 2048 + 1
+    assert batches != training_batches(rows, 2048, seed, 2, Packing.lpt)
+    assert batches == training_batches(rows[::-1], 2048, seed, 1, Packing.lpt)
+
+
+def test_balancing_takes_as_few_batches_as_it_can_and_leaves_long_pieces_alone() -> None:
+    a, b, c, d, e = whole({0: 6, 1: 5, 2: 4, 3: 3, 4: 30})
+    assert balance([d, e, c, b, a], 9) == [[e], [d, a], [c, b]]  # 6 | 5 | 4 to the 5, 3 to the 6
+    assert balance([], 9) == []

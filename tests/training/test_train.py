@@ -9,6 +9,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 import tiny
@@ -16,9 +17,11 @@ import torch
 from run_train import make_job, write_world
 from safetensors.torch import load_file, save_file
 
+from speculators.config import Optimizer, Schedule
 from speculators.drafts.dflash import DFlashDraft
 from speculators.drafts.eagle3 import Eagle3Draft
-from speculators.errors import ContractError, StageError
+from speculators.errors import ContractError, RecipeError, StageError
+from speculators.job import Job
 from speculators.runner.history import METRICS
 from speculators.stages import train
 from speculators.training import checkpoint
@@ -83,6 +86,105 @@ def test_stopping_anywhere_and_going_on_gives_the_same_bytes(
         monkeypatch.undo()
         train.main(make_job(world, work, algorithm=algorithm, checkpoint_seconds=0.0))
         assert files(work / "data") == expected
+
+
+def metrics(job: Job) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (job.output / "metrics.jsonl").read_text().splitlines()]
+
+
+def losses(lines: list[dict[str, Any]]) -> list[float]:
+    """Those of every step, and of every validation."""
+    return [line.get("validation", line)["loss"] for line in lines]
+
+
+@ALGORITHMS
+@pytest.mark.parametrize("options", [{}, {"optimizer": Optimizer.adamw}], ids=["muon", "adamw"])
+def test_a_step_in_several_packs_is_the_step_in_one(
+    world: Path, tmp_path: Path, algorithm: str, options: dict[str, object]
+) -> None:
+    found = []
+    for packs in (1, 3):
+        job = make_job(
+            world, tmp_path / str(packs), algorithm=algorithm, accumulate=packs, batch_tokens=96, log_every=1, **options
+        )
+        train.main(job)
+        found.append(metrics(job))
+    assert losses(found[0]) == pytest.approx(losses(found[1]), abs=1e-5)
+    assert [line.get("tokens") for line in found[0]] == [line.get("tokens") for line in found[1]]
+
+
+@ALGORITHMS
+def test_activations_that_are_computed_again_give_the_same_bytes(world: Path, tmp_path: Path, algorithm: str) -> None:
+    for name, again in (("kept", False), ("again", True)):
+        train.main(make_job(world, tmp_path / name, algorithm=algorithm, epochs=1, recompute=again))
+    assert files(tmp_path / "kept" / "data") == files(tmp_path / "again" / "data")
+
+
+def test_a_run_of_so_many_steps_ends_there_and_its_schedule_too(world: Path, tmp_path: Path) -> None:
+    job = make_job(world, tmp_path, max_steps=10, log_every=1, schedule=Schedule.linear, warmup=0.0)
+    train.main(job)
+    steps = [line for line in metrics(job) if "lr" in line]
+    assert [line["step"] for line in steps] == list(range(1, 11))
+    assert [line["lr"] for line in steps] == pytest.approx([1e-3 * left / 9 for left in (9, *range(9, 0, -1))])
+    assert [line["step"] for line in metrics(job) if "validation" in line][-1] == 10
+
+
+def test_training_ends_when_validations_gain_nothing(world: Path, tmp_path: Path) -> None:
+    job = make_job(world, tmp_path, epochs=30, patience=2, lr=0.0)
+    train.main(job)
+    assert [line["epoch"] for line in metrics(job) if "validation" in line] == [1, 2, 3]
+    summary = json.loads((job.output / "summary.json").read_text())
+    assert summary["steps"] == 3 * summary["best_step"]
+    files_then = files(job.output)
+    train.main(job)  # as after a kill between the last validation and the artifact
+    assert files(job.output) == files_then
+
+
+def test_every_so_many_epochs_a_checkpoint_is_kept(world: Path, tmp_path: Path) -> None:
+    job = make_job(world, tmp_path, epochs=5, keep_every=2)
+    train.main(job)
+    assert sorted(p.name for p in (job.output / "epochs").iterdir()) == ["2", "4"]
+    kept = [Eagle3Draft.load(job.output / name).fc.weight for name in ("epochs/2", "epochs/4", "last")]
+    assert not torch.equal(kept[0], kept[1])
+    assert not torch.equal(kept[1], kept[2])
+
+
+def test_the_averaged_weights_are_what_is_validated_and_written(world: Path, tmp_path: Path) -> None:
+    plain, averaged = make_job(world, tmp_path / "plain"), make_job(world, tmp_path / "averaged", ema=0.9)
+    for job in (plain, averaged):
+        train.main(job)
+    assert [line for line in metrics(plain) if "lr" in line] == [line for line in metrics(averaged) if "lr" in line]
+    validated = [[line for line in metrics(job) if "validation" in line] for job in (plain, averaged)]
+    assert validated[0] != validated[1]
+    last = [Eagle3Draft.load(job.output / "last").fc.weight for job in (plain, averaged)]
+    assert 0.0 < (last[0] - last[1]).abs().max() < 0.1
+
+
+def test_a_run_with_an_average_and_several_packs_goes_on_in_the_same_bytes(
+    world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    options: dict[str, Any] = {"ema": 0.9, "accumulate": 2, "keep_every": 1, "checkpoint_seconds": 0.0}
+    train.main(make_job(world, tmp_path / "straight", **options))
+    job = make_job(world, tmp_path / "stopped", **options)
+
+    def stop_there(self: Job, done: float, total: float, unit: str, **note: object) -> None:
+        if done == 9:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(Job, "progress", stop_there)
+    with pytest.raises(KeyboardInterrupt):
+        train.main(job)
+    monkeypatch.undo()
+    train.main(make_job(world, tmp_path / "stopped", **options))
+    assert files(tmp_path / "stopped" / "data") == files(tmp_path / "straight" / "data")
+
+
+@pytest.mark.parametrize(
+    ("option", "value"), [("accumulate", 0), ("max_steps", 0), ("ema", 1.0), ("cooldown", -0.1), ("patience", -1)]
+)
+def test_a_number_out_of_its_range_is_named(world: Path, tmp_path: Path, option: str, value: float) -> None:
+    with pytest.raises(RecipeError, match=f"train.{option} is {value:g}"):
+        train.main(make_job(world, tmp_path, **{option: value}))
 
 
 def test_training_learns_and_says_what_it_did(world: Path, tmp_path: Path) -> None:
@@ -186,5 +288,5 @@ def test_a_state_without_its_seal_is_not_gone_on_from(tmp_path: Path) -> None:
         (torn / name).write_bytes(data if name != "state.safetensors" else data[:-1])
     found = checkpoint.newest(tmp_path)
     assert found is not None
-    assert found[1] == {"step": 3}
+    assert checkpoint.read(found)[1] == {"step": 3}
     assert not torn.exists()

@@ -1,0 +1,136 @@
+"""Trackers: what each is told, that several are told the same, and that none of them can stop a training."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import sys
+import types
+from pathlib import Path
+from typing import Any
+
+import pytest
+from run_train import make_job, write_world
+
+from speculators.config import Tracker
+from speculators.errors import RecipeError
+from speculators.stages import train
+from speculators.training import tracking
+from speculators.training.tracking import About, Trackers
+
+LINE = {"step": 20, "loss": 1.5, "lr": 1e-3}
+VALIDATION = {"step": 20, "epoch": 1, "validation": {"acceptance_length": 1.25}}
+Calls = list[tuple[Any, ...]]
+
+
+def about(directory: Path) -> About:
+    return About(
+        project="p", name="train-01234567", options={"train.lr": 0.1}, directory=directory / "shown", scratch=directory
+    )
+
+
+class Recorder:
+    """Stands in for a tracker's module: remembers every call, and fails where it is told to."""
+
+    def __init__(self, calls: Calls, fails: str = "") -> None:
+        self.calls, self.fails = calls, fails
+        self.info = types.SimpleNamespace(run_id="r1")
+
+    def __getattr__(self, name: str) -> Any:
+        def call(*args: Any, **kwargs: Any) -> Recorder:
+            self.calls.append((name, *args, kwargs))
+            if name == self.fails:
+                raise ConnectionError("no route")
+            return self
+
+        return call
+
+
+@pytest.fixture
+def calls(monkeypatch: pytest.MonkeyPatch) -> dict[str, Calls]:
+    found: dict[str, Calls] = {name: [] for name in ("wandb", "trackio", "mlflow")}
+    for name, its in found.items():
+        monkeypatch.setitem(sys.modules, name, Recorder(its))
+    return found
+
+
+def test_each_tracker_is_told_by_its_own_interface(tmp_path: Path, calls: dict[str, Calls]) -> None:
+    trackers = Trackers([Tracker.wandb, Tracker.trackio, Tracker.mlflow], about(tmp_path))
+    trackers.log(LINE)
+    trackers.log(VALIDATION)
+    trackers.close()
+    trained = {"train/loss": 1.5, "train/lr": 1e-3}
+    validated = {"train/epoch": 1.0, "validation/acceptance_length": 1.25}
+    begun = {"project": "p", "name": "train-01234567", "resume": "allow", "config": {"train.lr": 0.1}}
+    logged = [("log", trained, {"step": 20}), ("log", validated, {"step": 20}), ("finish", {})]
+    assert calls["trackio"] == [("init", begun), *logged]
+    assert calls["wandb"] == [("init", begun | {"id": "train-01234567", "dir": str(tmp_path / "shown")}), *logged]
+    assert calls["mlflow"] == [
+        ("set_experiment", "p", {}),
+        ("start_run", {"run_name": "train-01234567", "run_id": None}),
+        ("log_params", {"train.lr": 0.1}, {}),
+        ("log_metrics", trained, {"step": 20}),
+        ("log_metrics", validated, {"step": 20}),
+        ("end_run", {}),
+    ]
+
+
+def test_a_second_attempt_goes_on_with_the_same_run_of_mlflow(tmp_path: Path, calls: dict[str, Calls]) -> None:
+    Trackers([Tracker.mlflow], about(tmp_path)).close()
+    calls["mlflow"].clear()
+    Trackers([Tracker.mlflow], about(tmp_path)).close()
+    assert calls["mlflow"][1:] == [("start_run", {"run_name": "train-01234567", "run_id": "r1"}), ("end_run", {})]
+
+
+def test_trackers_that_are_not_installed_are_named_with_what_to_install() -> None:
+    missing = [kind for kind in Tracker if importlib.util.find_spec(tracking.MODULES[kind]) is None]
+    if not missing:
+        pytest.skip("all of them are installed here")
+    with pytest.raises(RecipeError, match=r"train.trackers: .* not installed here") as caught:
+        Trackers(missing)
+    assert f"pip install 'speculators-run[{','.join(kind.name for kind in missing)}]'" in caught.value.hint
+
+
+def test_a_tracker_that_does_not_start_stops_the_training_and_closes_the_others(
+    tmp_path: Path, calls: dict[str, Calls], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "trackio", Recorder([], fails="init"))
+    with pytest.raises(RecipeError, match="trackio does not start: ConnectionError: no route"):
+        Trackers([Tracker.wandb, Tracker.trackio], about(tmp_path))
+    assert calls["wandb"][-1] == ("finish", {})
+
+
+def test_a_tracker_that_fails_later_is_left_out_and_that_is_said_once(
+    tmp_path: Path, calls: dict[str, Calls], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    broken: Calls = []
+    monkeypatch.setitem(sys.modules, "wandb", Recorder(broken, fails="log"))
+    world = write_world(tmp_path / "world")
+    job = make_job(
+        world, tmp_path / "work", epochs=1, log_every=1, trackers=[Tracker.wandb, Tracker.mlflow],
+        tracker_dir=str(tmp_path / "shown"),
+    )  # fmt: skip
+    train.main(job)
+    assert [call[0] for call in broken] == ["init", "log"]
+    assert capsys.readouterr().err.count("warning: the tracker wandb failed") == 1
+    assert any("wandb failed" in note for note in job.record["notes"])
+    lines = [json.loads(line) for line in (job.output / "metrics.jsonl").read_text().splitlines()]
+    logged = [call for call in calls["mlflow"] if call[0] == "log_metrics"]
+    assert [call[-1]["step"] for call in logged] == [line["step"] for line in lines]
+    assert logged[0][1]["train/loss"] == lines[0]["loss"]
+    assert calls["mlflow"][-1] == ("end_run", {})
+
+
+def test_tensorboard_reads_what_it_was_told(tmp_path: Path) -> None:
+    pytest.importorskip("tensorboard")
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    trackers = Trackers([Tracker.tensorboard], about(tmp_path))
+    trackers.log(LINE)
+    trackers.log(VALIDATION)
+    trackers.close()
+    read = EventAccumulator(str(tmp_path / "shown" / "train-01234567"))
+    read.Reload()
+    (point,) = read.Scalars("validation/acceptance_length")
+    assert (point.step, point.value) == (20, 1.25)
+    assert read.Scalars("train/loss")[0].value == 1.5
