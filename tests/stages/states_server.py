@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 import fcntl
-import json
 import threading
 import uuid
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors.torch import save_file
+
+from tests.loopback import JsonHandler, serving
 
 LAYERS, WIDTH = 2, 8
 
@@ -43,31 +43,19 @@ class StatesServer:
         self.stopping = threading.Lock()
         outer = self
 
-        class Handler(BaseHTTPRequestHandler):
-            def do_GET(self) -> None:
+        class Handler(JsonHandler):
+            def get(self) -> None:
                 self.reply(200, {"data": [{"id": "m"}]})
 
-            def do_POST(self) -> None:
-                fields = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+            def post(self, body: dict[str, Any]) -> None:
                 if len(outer.asked) >= outer.dies_after:
                     outer.stop()  # nobody is let in any more, and this one is left without an answer
                     self.close_connection = True
                     return
-                self.reply(*outer.answer(fields))
+                self.reply(*outer.answer(body))
 
-            def reply(self, status: int, body: dict[str, Any]) -> None:
-                data = json.dumps(body).encode()
-                self.send_response(status)
-                self.send_header("Content-Length", str(len(data)))
-                self.end_headers()
-                self.wfile.write(data)
-
-            def log_message(self, format: str, *args: Any) -> None:
-                pass
-
-        self.http = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+        self.http = serving(Handler)
         self.url = f"http://127.0.0.1:{self.http.server_port}"
-        threading.Thread(target=self.http.serve_forever, kwargs={"poll_interval": 0.01}, daemon=True).start()
 
     def answer(self, fields: dict[str, Any]) -> tuple[int, dict[str, Any]]:
         """Status and body for one completion; its states are written on the way."""

@@ -38,8 +38,8 @@ def serve(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Start]:
     servers: list[StatesServer] = []
 
     def start(trouble: dict[int, str] | None = None) -> StatesServer:
-        directory = tmp_path / "states"
-        directory.mkdir(exist_ok=True)
+        directory = tmp_path / f"states{len(servers)}"
+        directory.mkdir()
         servers.append(StatesServer(directory, trouble))
         return servers[-1]
 
@@ -90,13 +90,10 @@ def test_stock_connectors_give_the_same_rows_and_leave_nothing_behind(
     tmp_path: Path, config: Config, serve: Start, connector: str
 ) -> None:
     main(ours := job_in(tmp_path, config, serve(), name="ours"))
-    server = serve({18: "unwritten"})
-    server.connector = connector
+    broken, server = serve({18: "unwritten"}), serve()
+    broken.connector = server.connector = connector
     with pytest.raises(StageError, match="the server could not write the hidden states of row 8"):
-        main(job_in(tmp_path, config, server))
-    for left in server.directory.iterdir():  # of what was in flight; it goes with the server
-        left.unlink()
-    server.trouble = {}
+        main(job_in(tmp_path, config, broken))  # what is in flight then goes with the server
     main(job := job_in(tmp_path, config, server))
     assert list(server.directory.iterdir()) == []
     if connector == "example":

@@ -4,12 +4,10 @@ from __future__ import annotations
 
 import asyncio
 import dataclasses
-import json
 import socket
 import threading
 import time
 from collections.abc import Awaitable, Callable, Iterator
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +22,7 @@ from speculators.targets import client as module
 from speculators.targets import pool
 from speculators.targets.client import TOKENS_IN_TIME, Client, StatesFile
 from speculators.targets.pool import explain
+from tests.loopback import JsonHandler, serving
 
 ANSWER = {
     "choices": [
@@ -44,35 +43,24 @@ class Server:
         self.probed = threading.Condition()
         outer = self
 
-        class Handler(BaseHTTPRequestHandler):
-            def do_GET(self) -> None:
+        class Handler(JsonHandler):
+            def get(self) -> None:
                 with outer.probed:
                     outer.probes += 1
                     outer.probed.notify_all()
-                self.send_response(outer.health)
-                self.send_header("Content-Length", "0")
-                self.end_headers()
+                self.reply(outer.health)
 
-            def do_POST(self) -> None:
-                body = self.rfile.read(int(self.headers["Content-Length"]))
-                outer.requests.append({"authorization": self.headers["Authorization"], **json.loads(body)})
+            def post(self, body: dict[str, Any]) -> None:
+                outer.requests.append({"authorization": self.headers["Authorization"], **body})
                 status, answer = outer.script[min(len(outer.requests), len(outer.script)) - 1]
                 time.sleep(outer.delay)
                 if status == 0:
                     self.connection.shutdown(socket.SHUT_RDWR)
                     return
-                data = json.dumps(answer).encode()
-                self.send_response(status)
-                self.send_header("Content-Length", str(len(data)))
-                self.end_headers()
-                self.wfile.write(data)
+                self.reply(status, answer)
 
-            def log_message(self, format: str, *args: Any) -> None:
-                pass
-
-        self.http = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+        self.http = serving(Handler)
         self.url = f"http://127.0.0.1:{self.http.server_port}"
-        threading.Thread(target=self.http.serve_forever, kwargs={"poll_interval": 0.01}, daemon=True).start()
 
     def await_probes(self, count: int) -> None:
         """Until /health was asked so many times more."""

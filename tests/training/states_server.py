@@ -6,11 +6,8 @@ them from a file and whoever gets them from the server gets the same bits.
 
 from __future__ import annotations
 
-import json
-import threading
 import uuid
 from collections.abc import Callable
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +18,7 @@ from safetensors.torch import save_file
 
 from speculators.data.shards import ShardWriter, feature_contract
 from speculators.job import Endpoint
+from tests.loopback import JsonHandler, serving
 
 LAYER_IDS = [1, 3, 4, 6]
 Known = dict[tuple[int, ...], torch.Tensor]
@@ -86,8 +84,7 @@ class StatesServer:
         """The token that is answered, by the states of the prompt's last token [L, H]."""
         self.directory = directory
         directory.mkdir(exist_ok=True)
-        self.http = ThreadingHTTPServer(("127.0.0.1", 0), _handler(self, model))
-        self.http.daemon_threads = True
+        self.http = serving(_handler(self, model))
         self.endpoint = Endpoint(
             url=f"http://127.0.0.1:{self.http.server_port}",
             model=model,
@@ -96,7 +93,6 @@ class StatesServer:
             directory=directory,
             log=directory / "server.log",
         )
-        threading.Thread(target=self.http.serve_forever, kwargs={"poll_interval": 0.01}, daemon=True).start()
 
     def answer(self, body: dict[str, Any]) -> dict[str, Any]:
         ids = tuple(body["prompt"])
@@ -121,30 +117,19 @@ class StatesServer:
         self.http.server_close()
 
 
-def _handler(server: StatesServer, model: str) -> type[BaseHTTPRequestHandler]:
-    class Handler(BaseHTTPRequestHandler):
+def _handler(server: StatesServer, model: str) -> type[JsonHandler]:
+    class Handler(JsonHandler):
         protocol_version = "HTTP/1.1"
 
-        def do_POST(self) -> None:
-            body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+        def post(self, body: dict[str, Any]) -> None:
             if body["model"] != model:
-                self._send(404, {"error": {"message": f"The model `{body['model']}` does not exist."}})
+                self.reply(404, {"error": {"message": f"The model `{body['model']}` does not exist."}})
                 return
             try:
                 answer = server.answer(body)
             except ConnectionError:
                 self.close_connection = True
                 return
-            self._send(200, answer)
-
-        def _send(self, status: int, answer: dict[str, Any]) -> None:
-            data = json.dumps(answer).encode()
-            self.send_response(status)
-            self.send_header("Content-Length", str(len(data)))
-            self.end_headers()
-            self.wfile.write(data)
-
-        def log_message(self, format: str, *args: Any) -> None:
-            pass
+            self.reply(200, answer)
 
     return Handler

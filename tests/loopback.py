@@ -1,0 +1,45 @@
+"""What the servers that tests play have in common: JSON in, JSON out, on a free port of loopback."""
+
+from __future__ import annotations
+
+import json
+import threading
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from typing import Any
+
+
+class JsonHandler(BaseHTTPRequestHandler):
+    """A subclass says what it does with a request."""
+
+    def do_GET(self) -> None:
+        self.get()
+
+    def do_POST(self) -> None:
+        self.post(json.loads(self.rfile.read(int(self.headers["Content-Length"]))))
+
+    def get(self) -> None:
+        """Answer a question."""
+        self.reply(404)
+
+    def post(self, body: dict[str, Any]) -> None:
+        """Answer what was posted."""
+        raise NotImplementedError
+
+    def reply(self, status: int, answer: Any = None) -> None:
+        """Answer with JSON, or with nothing."""
+        data = b"" if answer is None else json.dumps(answer).encode()
+        self.send_response(status)
+        self.send_header("Content-Length", str(len(data)))
+        self.end_headers()
+        self.wfile.write(data)
+
+    def log_message(self, format: str, *args: Any) -> None:
+        """Say nothing."""
+
+
+def serving(handler: type[JsonHandler]) -> ThreadingHTTPServer:
+    """A server that answers until it is shut down."""
+    http = ThreadingHTTPServer(("127.0.0.1", 0), handler)
+    http.daemon_threads = True
+    threading.Thread(target=http.serve_forever, kwargs={"poll_interval": 0.01}, daemon=True).start()
+    return http
