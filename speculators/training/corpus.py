@@ -12,6 +12,10 @@ one token shorter then.
 
 from __future__ import annotations
 
+import itertools
+import math
+import threading
+from collections import deque
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -68,6 +72,10 @@ class Source(Protocol):
         """Nothing more will be asked for; whoever waits for states gets an error."""
 
 
+FAR_BYTES = 64 << 20
+"""How much is asked of the disk ahead, and no less than a batch: one batch alone leaves it idle in between."""
+
+
 class Shards:
     """States that an artifact holds. Nothing has to be waited for but the disk."""
 
@@ -75,8 +83,14 @@ class Shards:
         self.reader = reader
         self.layout = {name: column for name, column in reader.layout.items() if name != "token_ids"}
         self._lengths = {row: reader.length(row) for row in reader.rows}
-        self._expected: list[list[int]] = []
-        """Batches to come, the next one last."""
+        each = sum(dtype.itemsize * math.prod(shape) for dtype, shape in reader.layout.values())
+        self._far = -(-FAR_BYTES // each)
+        """Tokens that the disk is told of ahead."""
+        self._expected: deque[list[int]] = deque()
+        """Batches to come."""
+        self._asked: deque[int] = deque()
+        """Tokens of the first of them, which the disk has been told of already."""
+        self._telling = threading.Lock()
 
     def lengths(self, whole: Sequence[int]) -> dict[int, int]:
         """See `Source`."""
@@ -99,15 +113,17 @@ class Shards:
 
     def expect(self, batches: Sequence[Sequence[int]]) -> None:
         """See `Source`."""
-        self._expected = [list(batch) for batch in reversed(batches)]
+        with self._telling:
+            self._expected, self._asked = deque(list(batch) for batch in batches), deque()
+            self._tell()
 
     def fill(self, parts: Parts, token_ids: npt.NDArray[np.int64], into: Mapping[str, Tensor]) -> None:
         """See `Source`."""
-        if self._expected and self._expected[-1] == [row for row, _ in parts]:
-            self._expected.pop()
-            if self._expected:  # the disk reads the next batch while this one is copied, checked and trained on
-                following = dict.fromkeys(self._expected[-1])
-                self.reader.will_need([(row, self._lengths[row]) for row in following])
+        with self._telling:
+            if self._expected and self._expected[0] == [row for row, _ in parts]:
+                self._expected.popleft()
+                self._asked.popleft()
+            self._tell()
         found = np.empty_like(token_ids)
         self.reader.fill(parts, {**into, "token_ids": torch.from_numpy(found)})
         if not np.array_equal(found, token_ids):
@@ -117,6 +133,15 @@ class Shards:
                 f"the hidden states of row {first} are of other tokens",
                 "extract the hidden states of these tokens again",
             )
+
+    def _tell(self) -> None:
+        """Let the disk read what comes next while batches before it are copied, checked and trained on."""
+        for batch in itertools.islice(self._expected, len(self._asked), None):
+            if self._asked and sum(self._asked) >= self._far:
+                break
+            rows = [(row, self._lengths[row]) for row in dict.fromkeys(batch)]
+            self.reader.will_need(rows)
+            self._asked.append(sum(tokens for _, tokens in rows))
 
     def close(self) -> None:
         """Nobody waits."""
