@@ -87,7 +87,12 @@ def test_no_file_of_a_run_or_of_the_store_holds_a_secret(
     monkeypatch.chdir(tmp_path)
     words = [DEMO, f"target.source={checkpoint}", f"data.sharegpt.source={rows}", "evaluate.sets=[sharegpt]"]
     words += ["target.num_hidden_layers=4", "target.hidden_size=8", "target.vocab_size=32", "vocab.size=16"]
-    words += ["speculator.layer_ids=[0,1,2]", "serve.url=http://127.0.0.1:9", "serve.api_key_env=PLANTED_KEY"]
+    words += [
+        "speculator.layer_ids=[0,1,2]",
+        "serve.url=http://127.0.0.1:9",
+        "serve.api_key_env=PLANTED_KEY",
+        "serve.states=states",
+    ]
     assert cli._guarded(words) == 1
     assert "no server answers" in capsys.readouterr().err
     (made,) = Store(tmp_path / "store").artifacts("prompts")

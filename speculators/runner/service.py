@@ -315,15 +315,9 @@ def external(config: Config, mode: str, directory: Path, log: Path) -> Service:
     """The server at `serve.url`, which is used and never stopped.
 
     Raises:
-        ServiceError: `serve.api_key_env` names a variable that is not set, or hidden states would not be found.
+        ServiceError: `serve.api_key_env` names a variable that is not set.
     """
     variable = config.serve.api_key_env
-    if mode == "extract" and not config.serve.states and config.extract.connector.name == "ours":
-        raise ServiceError(
-            f"the server at {config.serve.url} writes hidden states into a directory of its own, and nothing says "
-            "where that is",
-            "serve.states=DIRECTORY: its kv_connector_extra_config.shared_storage_path, as this machine has it mounted",
-        )
     if variable and variable not in os.environ:
         raise ServiceError(f"serve.api_key_env names {variable}, which is not set", f"export {variable}=KEY")
     spec = ServiceSpec(

@@ -170,8 +170,14 @@ def check_extraction(config: Config) -> None:
             f"{option}: hidden states in a Mooncake store cannot be read by this release",
             "extract.connector=ours hands them over through a directory that server and stage share",
         )
-    if config.serve.url:
-        return  # whoever has started it has chosen
+    if config.serve.url:  # whoever has started it has chosen
+        if connector is Connector.ours and not config.serve.states:
+            raise RecipeError(
+                f"the server at {config.serve.url} writes hidden states into a directory of its own, and nothing says "
+                "where that is",
+                "serve.states=DIRECTORY: its kv_connector_extra_config.shared_storage_path, as this machine sees it",
+            )
+        return
     if staged and device(config) == "cpu":
         raise RecipeError(
             f"serve.pipeline_parallel={config.serve.pipeline_parallel}: vLLM on a CPU does not hand the hidden states "

@@ -160,13 +160,9 @@ def test_a_stubborn_server_that_never_gets_ready_can_be_stopped(
     assert guard.start_time(pid) is None
 
 
-def test_the_directory_of_an_external_servers_states_has_to_be_said_unless_it_says_it_itself(tmp_path: Path) -> None:
+def test_the_directory_of_an_external_servers_states_is_the_one_that_the_recipe_names(tmp_path: Path) -> None:
     config = Config()
-    config.serve.url = "http://gpu-7:8000"
-    with pytest.raises(ServiceError, match="gpu-7:8000 writes hidden states into a directory of its own") as raised:
-        external(config, "extract", tmp_path / "n2", tmp_path / "log")
-    assert raised.value.hint.startswith("serve.states=DIRECTORY")
-    config.serve.states = "/mnt/states"
+    config.serve.url, config.serve.states = "http://gpu-7:8000", "/mnt/states"
     assert external(config, "extract", tmp_path / "n2", tmp_path / "log").plain()["directory"] == "/mnt/states"
     config.serve.states, config.extract.connector = "", Connector.example
     assert external(config, "extract", tmp_path / "n2", tmp_path / "log").spec.states is None

@@ -261,12 +261,22 @@ def test_what_a_connector_cannot_do_is_refused_before_anything_starts(
     config.target.dtype = Dtype[change.get("dtype", "bfloat16")]
     with pytest.raises(RecipeError, match=message):
         vllm.check_extraction(config)
-    config.serve.url = "http://gpu-7:8000"  # then it is for whoever has started it
+    config.serve.url, config.serve.states = "http://gpu-7:8000", "/mnt"  # then it is for whoever has started it
     if connector is Connector.mooncake:
         with pytest.raises(RecipeError, match=message):
             vllm.check_extraction(config)
     else:
         vllm.check_extraction(config)
+
+
+def test_an_external_server_keeps_states_only_where_the_recipe_says_they_are_seen() -> None:
+    config = extraction(Connector.ours)
+    config.serve.url = "http://gpu-7:8000"
+    with pytest.raises(RecipeError, match="gpu-7:8000 writes hidden states into a directory of its own") as raised:
+        vllm.check_extraction(config)
+    assert raised.value.hint.startswith("serve.states=DIRECTORY")
+    config.serve.states = "/mnt/states"
+    vllm.check_extraction(config)
 
 
 def test_float8_of_hs_connectors_is_taken_where_the_server_has_the_package(tmp_path: Path) -> None:
