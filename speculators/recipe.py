@@ -37,6 +37,7 @@ from speculators.config import (
     Executor,
     Loss,
     Speculator,
+    Train,
     Weighting,
     from_plain,
     loss_weights,
@@ -347,17 +348,6 @@ def _check_values(config: Config) -> None:
             "has no schema",
             f"one of {', '.join(SPECULATORS)}",
         ),
-        (train.epochs > 0, "train.epochs", "must be positive", "for example 6"),
-        (train.lr > 0, "train.lr", "must be positive", "for example 1e-3"),
-        (train.sequence_length > 1, "train.sequence_length", "must be at least 2", "for example 2048"),
-        (train.batch_tokens > 0, "train.batch_tokens", "must be positive", "for example 2048"),
-        (0 <= train.warmup < 1, "train.warmup", "is a share of the steps, from 0 to 1", "for example 0.01"),
-        (
-            0 < train.validation < 1,
-            "train.validation",
-            "is a share of the conversations, between 0 and 1",
-            "for example 0.1",
-        ),
         (
             0 <= config.prompts.hold_out < 1,
             "prompts.hold_out",
@@ -383,12 +373,32 @@ def _check_values(config: Config) -> None:
             "for example [1]",
         ),
         (evaluate.prompts > 0, "evaluate.prompts", "must be positive", "for example 32"),
+        *_checks_of_train(train),
         *(_checks_of_dflash(config.speculator) if isinstance(config.speculator, DFlash) else ()),
         *(_checks_of_eagle3(config.speculator) if isinstance(config.speculator, Eagle3) else ()),
     )
     for holds, name, wrong, hint in checks:
         if not holds:
             raise RecipeError(f"{name} {wrong}", hint)
+
+
+def _checks_of_train(train: Train) -> Iterator[tuple[bool, str, str, str]]:
+    """(holds, field, what is wrong, how to mend it), as `_check_values` has them."""
+    for name, example in (("epochs", "6"), ("lr", "1e-3"), ("batch_tokens", "2048"), ("accumulate", "1")):
+        yield getattr(train, name) > 0, f"train.{name}", "must be positive", f"for example {example}"
+    yield train.processes > 0, "train.processes", "must be positive", "1 takes the stage's own process"
+    yield train.sequence_length > 1, "train.sequence_length", "must be at least 2", "for example 2048"
+    whole = "leave it out for all steps of the epochs"
+    yield train.max_steps is None or train.max_steps > 0, "train.max_steps", "must be positive", whole
+    for name in ("patience", "keep_every"):
+        yield getattr(train, name) >= 0, f"train.{name}", "must not be negative", "0 leaves it off"
+    for name, example in (("warmup", "0.01"), ("ema", "0.999")):
+        yield (
+            0 <= getattr(train, name) < 1, f"train.{name}", "is a share, from 0 to below 1", f"for example {example}"
+        )  # fmt: skip
+    yield 0 <= train.cooldown <= 1, "train.cooldown", "is a share of the steps, from 0 to 1", "for example 0.2"
+    share = "is a share of the conversations, between 0 and 1"
+    yield 0 < train.validation < 1, "train.validation", share, "for example 0.1"
 
 
 def _checks_of_eagle3(options: Eagle3) -> Iterator[tuple[bool, str, str, str]]:

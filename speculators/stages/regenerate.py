@@ -29,8 +29,9 @@ from speculators.config import OnBadRow, Regenerate
 from speculators.data.encoding import encode
 from speculators.errors import ContractError, StageError
 from speculators.job import Job
-from speculators.targets.client import Client, Completion, StatesFile
+from speculators.targets.client import Client, Completion
 from speculators.targets.fidelity import of_answer
+from speculators.targets.handover import StatesFile
 from speculators.targets.states import check_states, refuse_too_many
 
 STATES = "states"

@@ -20,7 +20,7 @@ from typing import Any
 import torch
 from safetensors.torch import load_file
 
-from speculators.config import Device, DFlash, Eagle3, Train
+from speculators.config import Device, DFlash, Eagle3
 from speculators.data.cache import StatesCache
 from speculators.data.shards import ShardReader, check_contract, feature_contract
 from speculators.drafts import DRAFTS
@@ -43,7 +43,6 @@ GIB = 2**30
 
 def main(job: Job) -> None:
     """Run the stage, in as many processes as it is to have."""
-    check(job.config.train)
     check_trackers(job.config.train.trackers)
     with joined(job.config.train.processes, fit, job) as ranks:
         loop = fit(ranks, job)
@@ -103,29 +102,17 @@ def fit(ranks: Ranks, job: Job) -> Loop:
         if ranks.first:
             job.progress(done, total, "steps", **note)
 
-    trackers = track(job) if ranks.first else Trackers()
-    loop = Loop(draft, teacher, corpus, train, decay, save_dtype, job.scratch, device, report, ranks, trackers)
     with contextlib.ExitStack() as at_the_end, same_bytes_every_time():
         at_the_end.callback(corpus.close)
+        trackers = track(job) if ranks.first else Trackers()
         at_the_end.callback(trackers.close)
+        loop = Loop(draft, teacher, corpus, train, decay, save_dtype, job.scratch, device, report, ranks, trackers)
         loop.run()
     if isinstance(source, Feed):
         job.record |= source.record()
     if trackers.failed:
         job.record.setdefault("notes", []).extend(trackers.failed)
     return loop
-
-
-def check(train: Train) -> None:
-    """Raises RecipeError where a number is out of its range."""
-    least = {"epochs": 1, "max_steps": 1, "patience": 0, "keep_every": 0, "accumulate": 1, "processes": 1}
-    for name, low in least.items():
-        value = getattr(train, name)
-        if value is not None and value < low:
-            raise RecipeError(f"train.{name} is {value}", f"it has to be {low} or more")
-    for name in ("ema", "cooldown"):
-        if not 0.0 <= getattr(train, name) <= 1.0 or train.ema == 1.0:
-            raise RecipeError(f"train.{name} is {getattr(train, name):g}", "it has to be between 0 and 1")
 
 
 def read(job: Job, target: TargetCheckpoint, ranks: Ranks) -> Shards:

@@ -28,8 +28,7 @@ import httpx
 
 from speculators.errors import ServiceError, StageError
 from speculators.job import Endpoint
-from speculators.targets.handover import StatesFile as StatesFile
-from speculators.targets.handover import check_visible, promised
+from speculators.targets.handover import StatesFile, check_visible, promised
 from speculators.targets.pool import Pool, Server, explain
 
 FIRST_PAUSE = 0.5

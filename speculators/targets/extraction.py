@@ -24,7 +24,8 @@ from speculators.data.shards import INDEX, ShardWriter, check_contract, shard_na
 from speculators.errors import ContractError, RunError, StageError
 from speculators.job import Job, write_json
 from speculators.targets import fidelity
-from speculators.targets.client import Client, StatesFile
+from speculators.targets.client import Client
+from speculators.targets.handover import StatesFile
 from speculators.targets.states import SKIPPED, BadRows, check_states, read_skipped, states_contract, states_writer
 
 RECORD = "record.json"

@@ -30,7 +30,8 @@ from speculators.data.encoding import bytes_per_token, copy_first, encode, layou
 from speculators.data.token_table import TokenTable
 from speculators.errors import ContractError, ServiceError
 from speculators.job import Endpoint
-from speculators.targets.client import Client, StatesFile
+from speculators.targets.client import Client
+from speculators.targets.handover import StatesFile
 from speculators.targets.states import check_states
 from speculators.training.window import Window
 

@@ -238,8 +238,9 @@ class Loop:
             predictions, outcome = self._forward(pack, whole)
             tally.add(Tally.of(predictions.valid, outcome))
             outcome.loss.backward()
-            loss += outcome.loss.item()
-            if not math.isfinite(outcome.loss.item()):
+            own = outcome.loss.item()
+            loss += own
+            if not math.isfinite(own):
                 wrong += pack.rows
         losses, tallies, wrongs = zip(*self.ranks.gather((loss, tally, wrong)), strict=True)
         every = Tally.empty(0)

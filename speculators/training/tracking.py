@@ -19,14 +19,6 @@ from typing import Any, Protocol
 from speculators.config import Tracker
 from speculators.errors import RecipeError
 
-MODULES = {
-    Tracker.tensorboard: "tensorboard",
-    Tracker.wandb: "wandb",
-    Tracker.trackio: "trackio",
-    Tracker.mlflow: "mlflow",
-}
-"""What has to be importable for each; the extra of this package that brings it is called like the tracker."""
-
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class About:
@@ -186,8 +178,8 @@ class Trackers:
 
 
 def check(kinds: Sequence[Tracker]) -> None:
-    """Raises RecipeError where a tracker is not installed, for all of them at once."""
-    missing = [kind.name for kind in kinds if not _importable(MODULES[kind])]
+    """Raises RecipeError where a tracker is not installed, for all of them. Packages and extras have its name."""
+    missing = [kind.name for kind in kinds if not _importable(kind.name)]
     if missing:
         raise RecipeError(
             f"train.trackers: {', '.join(missing)} {'is' if len(missing) == 1 else 'are'} not installed here",

@@ -26,7 +26,8 @@ from speculators.runner import derive, vllm
 from speculators.runner.plan import Planner
 from speculators.runner.service import Service
 from speculators.runner.store import Store
-from speculators.targets.client import Client, Completion, StatesFile
+from speculators.targets.client import Client, Completion
+from speculators.targets.handover import StatesFile
 from speculators.targets.states import check_states
 
 ROUNDS = 2

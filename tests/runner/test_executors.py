@@ -83,9 +83,10 @@ def test_variables_reach_the_stage_and_its_words_the_log(
 ) -> None:
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "5")
     monkeypatch.setenv("OF_THE_RUNNER", "inherited")
-    path = request(world, tells=["OF_THE_RUNNER", "OF_THE_REQUEST", "CUDA_VISIBLE_DEVICES"])
+    monkeypatch.setenv("WORLD_SIZE", "2")  # of whatever the runner is a part of
+    path = request(world, tells=["OF_THE_RUNNER", "OF_THE_REQUEST", "CUDA_VISIBLE_DEVICES", "WORLD_SIZE"])
     assert ended(submit(name, world, path, OF_THE_REQUEST="secret-4711"), 60) == 0
-    assert (world / "log").read_text().splitlines()[-1] == "inherited secret-4711 5"
+    assert (world / "log").read_text().splitlines()[-1] == "inherited secret-4711 5 None"
     assert "OF_THE_REQUEST" not in os.environ
 
 
@@ -316,6 +317,14 @@ def test_an_executor_that_is_not_installed_is_refused_with_the_extra_that_brings
     with pytest.raises(RecipeError, match="train: its executor needs `ray`, which is not installed") as caught:
         executors.check(config, build(config))
     assert caught.value.hint == "pip install 'speculators-run[ray]'"
+
+
+def test_a_tracker_that_is_not_installed_is_refused_before_anything_starts(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == "wandb" else object())
+    config = recipe.compose([DEMO, "train.trackers=[tensorboard,wandb]"])
+    with pytest.raises(RecipeError, match="train: its tracker needs `wandb`, which is not installed") as caught:
+        executors.check(config, build(config))
+    assert caught.value.hint == "pip install 'speculators-run[wandb]'"
 
 
 def test_a_stage_out_of_reach_of_its_server_is_refused_before_anything_starts(monkeypatch: pytest.MonkeyPatch) -> None:

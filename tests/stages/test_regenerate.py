@@ -19,7 +19,8 @@ from speculators.job import Endpoint, Job
 from speculators.runner.graph import KEEPING, KINDS
 from speculators.stages import regenerate
 from speculators.stages.regenerate import Keeper, answer, in_order, read_answers
-from speculators.targets.client import Completion, StatesFile
+from speculators.targets.client import Completion
+from speculators.targets.handover import StatesFile
 from tests.stages.jobs import make_job
 
 CONFIG = Regenerate(max_tokens=50)

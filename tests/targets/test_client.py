@@ -20,7 +20,8 @@ from speculators.errors import ServiceError, StageError
 from speculators.job import Endpoint
 from speculators.targets import client as module
 from speculators.targets import pool
-from speculators.targets.client import TOKENS_IN_TIME, Client, StatesFile
+from speculators.targets.client import TOKENS_IN_TIME, Client
+from speculators.targets.handover import StatesFile
 from speculators.targets.pool import explain
 from tests.loopback import JsonHandler, serving
 

@@ -15,7 +15,6 @@ from run_train import make_job, write_world
 from speculators.config import Tracker
 from speculators.errors import RecipeError
 from speculators.stages import train
-from speculators.training import tracking
 from speculators.training.tracking import About, Trackers
 
 LINE = {"step": 20, "loss": 1.5, "lr": 1e-3}
@@ -83,7 +82,7 @@ def test_a_second_attempt_goes_on_with_the_same_run_of_mlflow(tmp_path: Path, ca
 
 
 def test_trackers_that_are_not_installed_are_named_with_what_to_install() -> None:
-    missing = [kind for kind in Tracker if importlib.util.find_spec(tracking.MODULES[kind]) is None]
+    missing = [kind for kind in Tracker if importlib.util.find_spec(kind.name) is None]
     if not missing:
         pytest.skip("all of them are installed here")
     with pytest.raises(RecipeError, match=r"train.trackers: .* not installed here") as caught:

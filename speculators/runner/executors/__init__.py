@@ -81,11 +81,15 @@ def check(config: Config, nodes: Mapping[str, Node]) -> None:
     """
     for node in nodes.values():
         name = chosen(config, node.kind)
-        if name in EXTRAS and importlib.util.find_spec(name) is None:
-            raise RecipeError(
-                f"{node.name}: its executor needs `{name}`, which is not installed",
-                f"pip install 'speculators-run[{EXTRAS[name]}]'",
-            )
+        needs = {name: ("executor", EXTRAS[name])} if name in EXTRAS else {}
+        if node.kind == "train" and not elsewhere(config, node.kind):
+            needs |= {tracker.name: ("tracker", tracker.name) for tracker in config.train.trackers}
+        for package, (what, extra) in needs.items():
+            if importlib.util.find_spec(package) is None:
+                raise RecipeError(
+                    f"{node.name}: its {what} needs `{package}`, which is not installed",
+                    f"pip install 'speculators-run[{extra}]'",
+                )
         if elsewhere(config, node.kind) and any(phases(node, config)) and not config.serve.url:
             raise RecipeError(
                 f"{node.name}: its server is started on this machine, out of reach of {name}'s jobs elsewhere",

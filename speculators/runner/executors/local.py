@@ -20,6 +20,9 @@ import speculators
 from speculators.runner import threads
 from speculators.runner.executors.nursery import Nursery
 
+TORCHRUN = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
+"""Not passed on: a worker that is started here is the only one, and would wait for others."""
+
 
 class LocalExecutor:
     """See `executors.Executor`. With a nursery, whose end is its owner's to see to, workers are forked from it."""
@@ -107,7 +110,8 @@ class LocalHandle:
 def environment(env: Mapping[str, str]) -> dict[str, str]:
     """All variables of a worker: this process's, those that every worker gets, and `env`."""
     ours = {"PYTHONPATH": python_path(), "PYTHONUNBUFFERED": "1"}
-    return {**os.environ, **threads.env(Path(sys.executable)), **ours, **env}
+    inherited = {name: value for name, value in os.environ.items() if name not in TORCHRUN}
+    return {**inherited, **threads.env(Path(sys.executable)), **ours, **env}
 
 
 def python_path() -> str:
