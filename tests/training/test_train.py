@@ -179,14 +179,6 @@ def test_a_run_with_an_average_and_several_packs_goes_on_in_the_same_bytes(
     assert files(tmp_path / "stopped" / "data") == files(tmp_path / "straight" / "data")
 
 
-@pytest.mark.parametrize(
-    ("option", "value"), [("accumulate", 0), ("max_steps", 0), ("ema", 1.0), ("cooldown", -0.1), ("patience", -1)]
-)
-def test_a_number_out_of_its_range_is_named(world: Path, tmp_path: Path, option: str, value: float) -> None:
-    with pytest.raises(RecipeError, match=f"train.{option} is {value:g}"):
-        train.main(make_job(world, tmp_path, **{option: value}))
-
-
 def test_training_learns_and_says_what_it_did(world: Path, tmp_path: Path) -> None:
     job = make_job(world, tmp_path, epochs=12)
     train.main(job)
