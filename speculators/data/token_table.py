@@ -58,15 +58,23 @@ def write_table(rows: Iterable[dict[str, Any]], arrow: Path) -> None:
             writer.write_batch(pa.RecordBatch.from_pylist(batch, schema=SCHEMA))
 
 
-def save_table(arrow: Path, directory: Path) -> None:
-    """As `datasets` writes it; `arrow` is deleted. The fingerprint is ours: the library's own has the time in it."""
+def save_table(arrow: Path, directory: Path, row_format: str | None = None) -> None:
+    """As `datasets` writes it; `arrow` is deleted. The fingerprint is ours: the library's own has the time in it.
+
+    Args:
+        arrow: what `write_table` wrote.
+        directory: is made.
+        row_format: what `datasets` gives rows as to whoever loads the table, "torch" say; Python's lists if None.
+    """
     from datasets import Dataset, disable_progress_bars
     from datasets.table import MemoryMappedTable
 
     disable_progress_bars()
     with arrow.open("rb") as file:
         fingerprint = hashlib.file_digest(file, "sha256").hexdigest()[:16]
-    Dataset(MemoryMappedTable.from_file(str(arrow)), fingerprint=fingerprint).save_to_disk(directory)
+    table = Dataset(MemoryMappedTable.from_file(str(arrow)), fingerprint=fingerprint)
+    table.set_format(row_format)
+    table.save_to_disk(directory)
     arrow.unlink()
 
 

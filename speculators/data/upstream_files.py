@@ -100,7 +100,7 @@ def export(tokens: Path, features: Path, directory: Path) -> int:
     (directory / STATES).mkdir(parents=True)
     arrow = directory / STATES / ".rows.arrow"  # not in `directory`: what is read there cannot be saved there
     write_table(_exported(table, reader, directory), arrow)
-    save_table(arrow, directory)
+    save_table(arrow, directory, row_format="torch")  # upstream's trainer takes it that rows come as tensors
     return len(table)
 
 
