@@ -81,6 +81,12 @@ class Speculator:
     """Decoder layers of the draft."""
     layer_ids: list[int] | None = None
     """Target layers whose input the draft reads; derived from the target's depth if null."""
+    heads: int | None = if_set(None)
+    """Query heads of the draft's layers, of the target's width each; as many as the target has if null."""
+    key_value_heads: int | None = if_set(None)
+    """Heads that the draft's keys and values have; as many as the target has if null."""
+    intermediate_size: int | None = if_set(None)
+    """Width inside the draft's MLPs; the target's if null, three times the hidden size where that has experts."""
     num_speculative_tokens: int = 3
     """Tokens proposed in one step: what is written into the checkpoint, and what evaluation serves with."""
     loss: Any = if_set("kl")

@@ -253,6 +253,9 @@ class Train(Stage):
     """Tokens packed into one optimiser step, over all devices; of a longer row, a step trains on a piece."""
     packing: Packing = if_set(Packing.best_fit)
     """See `Packing`; validation is always packed in the same way."""
+    supervise_prompts: bool = if_set(False)
+    """Train on prompts too: what the target would have said there is known as well, and more text is seen. Validation
+    keeps to answers."""
     lr: float = 1e-3
     """Peak learning rate of Muon's matrices, or of everything under AdamW."""
     adamw_lr: float | None = None

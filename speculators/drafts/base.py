@@ -288,21 +288,21 @@ def draw(what: str) -> int:
     return int.from_bytes(hashlib.sha256(what.encode()).digest()[:7], "big")
 
 
-def layer_config(parts: TargetParts, num_layers: int, model_type: str = "llama") -> dict[str, Any]:
-    """`transformer_layer_config` of a Llama or Qwen3 layer of the target's shape, with full attention.
-
-    A target with experts has no single MLP width; its draft takes three times the hidden size.
-    """
+def layer_config(parts: TargetParts, options: Speculator, model_type: str = "llama") -> dict[str, Any]:
+    """`transformer_layer_config` of Llama or Qwen3 layers with full attention: the target's shape, or what is asked."""
     target = parts.config
     heads = int(target["num_attention_heads"])
+    groups = options.key_value_heads or target.get("num_key_value_heads") or heads
+    # A target with experts has no single MLP width.
     dense = not any(target.get(name) for name in ("num_experts", "num_local_experts", "n_routed_experts"))
+    inside = target["intermediate_size"] if dense else 3 * target["hidden_size"]
     return {
         "model_type": model_type,
         "hidden_size": target["hidden_size"],
-        "intermediate_size": target["intermediate_size"] if dense else 3 * target["hidden_size"],
-        "num_hidden_layers": num_layers,
-        "num_attention_heads": heads,
-        "num_key_value_heads": target.get("num_key_value_heads") or heads,
+        "intermediate_size": options.intermediate_size or inside,
+        "num_hidden_layers": options.num_layers,
+        "num_attention_heads": options.heads or heads,
+        "num_key_value_heads": groups,
         "head_dim": target.get("head_dim") or target["hidden_size"] // heads,
         "hidden_act": "silu",
         "rms_norm_eps": target.get("rms_norm_eps") or 1e-6,
@@ -310,7 +310,7 @@ def layer_config(parts: TargetParts, num_layers: int, model_type: str = "llama")
         "max_position_embeddings": target["max_position_embeddings"],
         "rope_parameters": dict(parts.rope_parameters),
         "vocab_size": target["vocab_size"],
-        "layer_types": ["full_attention"] * num_layers,
+        "layer_types": ["full_attention"] * options.num_layers,
         "attention_bias": False,
         "attention_dropout": 0.0,
         **({"mlp_bias": False} if model_type == "llama" else {}),

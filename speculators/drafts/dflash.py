@@ -140,7 +140,7 @@ class DFlashDraft(Draft):
                 f"the mask token is {options.mask_token_id}, the target has {len(parts.embeddings)} tokens",
                 "set speculator.mask_token_id to a token that answers do not use",
             )
-        shape = layer_config(parts, options.num_layers, "qwen3")
+        shape = layer_config(parts, options, "qwen3")
         if options.causal or options.sliding_window:
             shape["layer_types"] = [SLIDING] * options.num_layers
             shape["sliding_window"] = options.sliding_window or shape["max_position_embeddings"]

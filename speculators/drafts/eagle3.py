@@ -222,7 +222,7 @@ class Eagle3Draft(Draft):
     @classmethod
     def describe(cls, parts: TargetParts, options: Speculator, layer_ids: list[int]) -> dict[str, Any]:
         assert isinstance(options, Eagle3)
-        shape = layer_config(parts, options.num_layers, options.draft_arch.name)
+        shape = layer_config(parts, options, options.draft_arch.name)
         if len(layer_ids) != SERVED_LAYERS:
             shape["num_aux_hidden_states"] = len(layer_ids)
         return {
@@ -255,11 +255,13 @@ class Eagle3Draft(Draft):
 
     @torch.no_grad()
     def prepare(self, packs: Iterable[Pack], seed: int) -> None:
-        """Set half of the first layer's query heads, all of its keys and values, and some rows of `fc`."""
+        """Set half of the first layer's query heads, the keys and values that they see, and some rows of `fc`."""
         layer, width = self.layers[0], self.shape.hidden_size
         assert isinstance(layer, Layer)
         groups, head = self.shape.num_key_value_heads, self.shape.head_dim
         per_group = self.shape.num_attention_heads // groups
+        if per_group == 1:
+            groups = (groups + 1) // 2
         slow = (self.rotary.frequencies < 1.0 / SLOW).nonzero()[:, 0].tolist()
         # The fit is given at most half of what `fc` puts out.
         slow = slow[max(0, len(slow) - width // (3 * groups) // 2) :]
@@ -277,7 +279,8 @@ class Eagle3Draft(Draft):
         attention = layer.self_attn
         if attention.q_norm is not None:  # the norm takes the size of a query away, and gives back what it is told
             attention.q_norm.weight.fill_(MATCH / math.sqrt(head))
-        attention.v_proj.weight.zero_()[:, :width].copy_(values.view(head, groups, width).transpose(0, 1).flatten(0, 1))
+        seen = attention.v_proj.weight[: groups * head].zero_()
+        seen[:, :width].copy_(values.view(head, groups, width).transpose(0, 1).flatten(0, 1))
         for group in range(groups):
             keys = attention.k_proj.weight[group * head : (group + 1) * head]
             written = attention.v_proj.weight[group * head : (group + 1) * head, :width].T

@@ -22,6 +22,9 @@ class Facts:
     num_hidden_layers: int
     hidden_size: int
     vocab_size: int
+    heads: int | None = None
+    """Query heads, and those of keys and values; None where only the recipe is known."""
+    key_value_heads: int | None = None
 
 
 def facts(config: Config, checkpoint: Path | None) -> Facts | None:
@@ -43,7 +46,8 @@ def facts(config: Config, checkpoint: Path | None) -> Facts | None:
                 f"target.{name} is {given[name]} in the recipe and {found[name]} in the checkpoint's config.json",
                 f"set target.{name}={found[name]}, or target.{name}=null to read it from there",
             )
-    return Facts(**found)
+    heads = text.get("num_attention_heads")
+    return Facts(**found, heads=heads, key_value_heads=text.get("num_key_value_heads") or heads)
 
 
 def derive(config: Config, known: Facts) -> dict[str, Any]:
@@ -66,6 +70,14 @@ def derive(config: Config, known: Facts) -> dict[str, Any]:
         raise RecipeError(
             f"vocab.size {size} does not fit the target's vocabulary of {known.vocab_size}",
             "null keeps the whole vocabulary",
+        )
+    heads = config.speculator.heads or known.heads
+    groups = config.speculator.key_value_heads or known.key_value_heads
+    if heads is not None and groups is not None and heads % groups:
+        raise RecipeError(
+            f"a draft of {heads} heads cannot share {groups} of keys and values",
+            f"let speculator.heads be a multiple of speculator.key_value_heads; the target has {known.heads} and "
+            f"{known.key_value_heads}",
         )
     captured = [*layer_ids, depth]
     return {

@@ -16,7 +16,7 @@ import itertools
 import math
 import threading
 from collections import deque
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
@@ -159,6 +159,7 @@ class Corpus:
         self.source = source
         self.lengths: dict[int, int] = source.lengths(self.table.lengths)
         """Tokens of each row that have states."""
+        self._whole: set[int] = set()
         self._device = torch.device("cpu")
         self._buffers = Buffers()
         self._stream: torch.cuda.Stream | None = None
@@ -169,13 +170,17 @@ class Corpus:
         held = {row for row in self.lengths if held_out(self.table.conversations[row], share)}
         return [row for row in self.lengths if row not in held], sorted(held)
 
+    def supervise_all(self, rows: Iterable[int]) -> None:
+        """From now on every token of these rows is supervised, whoever said it."""
+        self._whole.update(rows)
+
     def pieces(self, rows: Sequence[int], batch_tokens: int) -> list[Piece]:
         """The rows, those that are longer than a batch in several pieces."""
         found = []
         for row in rows:
             length, supervised = self.lengths[row], []
             if length > batch_tokens:
-                supervised = np.flatnonzero(self.table.loss_mask(row)[:length]).tolist()
+                supervised = np.flatnonzero(self._supervised(row)[:length]).tolist()
             found += pieces(row, length, supervised, batch_tokens)
         return found
 
@@ -218,13 +223,16 @@ class Corpus:
 
     def mask(self, piece: Piece) -> Tensor:
         """bool [T]: what of a row, up to its piece's end, is supervised in this piece."""
-        mask = self.table.loss_mask(piece.row)[: piece.end] != 0
+        mask = self._supervised(piece.row)[: piece.end].copy()
         mask[: piece.begin] = False
         return torch.from_numpy(mask)
 
     def name(self, rows: list[int]) -> str:
         """Rows for a message."""
         return ", ".join(f"{row} (conversation {self.table.conversations[row]})" for row in rows)
+
+    def _supervised(self, row: int) -> npt.NDArray[np.bool_]:
+        return np.ones(self.lengths[row], np.bool_) if row in self._whole else self.table.loss_mask(row) != 0
 
     def _to(self, device: torch.device) -> None:
         """Where packs are wanted from now on."""
@@ -240,8 +248,8 @@ class Corpus:
         begin = 0
         for piece in wanted:
             token_ids[begin : begin + piece.end] = self.table.token_ids(piece.row)[: piece.end]
-            supervised = self.table.loss_mask(piece.row)[piece.begin : piece.end]
-            loss_mask[begin + piece.begin : begin + piece.end] = supervised != 0
+            supervised = self._supervised(piece.row)[piece.begin : piece.end]
+            loss_mask[begin + piece.begin : begin + piece.end] = supervised
             begin += piece.end
         encoded = {n: self._buffers.empty(dtype, (total, *each)) for n, (dtype, each) in self.source.layout.items()}
         self.source.fill(parts, token_ids, encoded)

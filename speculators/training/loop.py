@@ -68,6 +68,8 @@ def schedule(corpus: Corpus, train: Train) -> Schedule:
     rows, held = corpus.split(train.validation)
     if not rows:
         raise StageError("no conversation is left to train on", "lower train.validation, or take more conversations")
+    if train.supervise_prompts:
+        corpus.supervise_all(rows)
     batches: list[list[Piece]] = []
     ends = []
     pieces = corpus.pieces(rows, train.batch_tokens)

@@ -252,9 +252,10 @@ def repeating_packs(embeddings: torch.Tensor, count: int) -> list[Pack]:
     [
         ({}, 0.7, 1.0),
         ({"draft_arch": DraftArch.qwen3, "fc_norm": True, "norm_before_fc": False}, 0.7, 1.0),
+        ({"heads": 4, "key_value_heads": 4}, 0.7, 1.0),
         ({"induction": False}, 0.0, 0.1),
     ],
-    ids=["llama", "qwen3, a norm per layer", "without"],
+    ids=["llama", "qwen3, a norm per layer", "a query head per key", "without"],
 )
 def test_an_untrained_draft_copies_what_followed_the_last_time(
     options: dict[str, Any], least: float, most: float
@@ -331,6 +332,19 @@ def test_a_checkpoint_of_every_variant_has_the_tensors_that_servers_look_for(tmp
     assert config["transformer_layer_config"]["model_type"] == "qwen3"
     pack = tiny.make_pack([20, 9])
     assert torch.equal(Eagle3Draft.load(tmp_path / "variant")(pack).hidden, variant(pack).hidden)
+
+
+def test_a_draft_may_be_of_another_shape_than_its_target(tmp_path: Path) -> None:
+    tiny.write_target(tmp_path / "target")
+    draft, _ = tiny.make_draft(tmp_path / "target", heads=6, key_value_heads=3, intermediate_size=40)
+    draft.save(tmp_path / "draft", torch.float32)
+    shapes = names(tmp_path / "draft")
+    assert shapes["layers.0.self_attn.q_proj.weight"] == [6 * 8, 2 * 32]
+    assert shapes["layers.0.self_attn.k_proj.weight"] == shapes["layers.0.self_attn.v_proj.weight"] == [3 * 8, 2 * 32]
+    assert shapes["layers.0.mlp.up_proj.weight"] == [40, 32]
+    told = json.loads((tmp_path / "draft" / "config.json").read_text())["transformer_layer_config"]
+    assert (told["num_attention_heads"], told["num_key_value_heads"], told["head_dim"]) == (6, 3, 8)
+    assert told["intermediate_size"] == 40
 
 
 @pytest.mark.parametrize("layer_ids", [[1, 2, 3, 4], [2, 4]])

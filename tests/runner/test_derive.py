@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import pytest
 
+from speculators import recipe
 from speculators.config import DFlash, Eagle3
-from speculators.runner.derive import default_layers, entered_after
+from speculators.errors import RecipeError
+from speculators.runner.derive import Facts, default_layers, derive, entered_after
 
 
 def test_the_authors_layers_are_ours_one_higher() -> None:
@@ -28,3 +30,11 @@ def test_a_shallow_target_is_read_at_fewer_layers_that_it_has(depth: int) -> Non
 
 def test_eagle3_reads_a_low_a_middle_and_a_high_layer() -> None:
     assert default_layers(Eagle3(), 30) == [2, 15, 27]
+
+
+@pytest.mark.parametrize("words", [["speculator.key_value_heads=4"], ["speculator.heads=8"]])
+def test_heads_that_cannot_share_keys_are_refused_with_the_targets(words: list[str]) -> None:
+    known = Facts(num_hidden_layers=30, hidden_size=576, vocab_size=49152, heads=9, key_value_heads=3)
+    with pytest.raises(RecipeError, match="heads cannot share") as caught:
+        derive(recipe.compose(["recipe=smollm2_eagle3", *words]), known)
+    assert "the target has 9 and 3" in caught.value.hint

@@ -59,6 +59,19 @@ def test_a_piece_is_supervised_inside_itself_and_sees_all_before_it(tmp_path: Pa
     assert torch.equal(sum(masks, torch.zeros_like(masks[0])), whole.loss_mask.int())
 
 
+def test_of_a_row_that_is_supervised_whole_every_token_is_in_one_piece(tmp_path: Path) -> None:
+    tokens, features = tiny.write_corpus(tmp_path)
+    corpus = Corpus(tokens, Shards(ShardReader(features)))
+    answers = corpus.mask(Piece(6, 0, corpus.lengths[6]))
+    assert not answers.all()
+    corpus.supervise_all([5])
+    pieces = corpus.pieces([5], batch_tokens=5)
+    masks = [corpus.pack([piece], torch.device("cpu")).loss_mask for piece in pieces]
+    assert all(torch.equal(mask, corpus.mask(piece)) for mask, piece in zip(masks, pieces, strict=True))
+    assert [int(mask.sum()) for mask in masks] == [piece.tokens for piece in pieces]
+    assert torch.equal(corpus.pack([Piece(6, 0, corpus.lengths[6])], torch.device("cpu")).loss_mask, answers)
+
+
 def test_states_of_other_tokens_are_refused_by_row(tmp_path: Path) -> None:
     tokens, features = tiny.write_corpus(tmp_path)
     reader = ShardReader(features)

@@ -20,7 +20,7 @@ from safetensors.torch import load_file, save_file
 from speculators.config import Optimizer, Schedule
 from speculators.drafts.dflash import DFlashDraft
 from speculators.drafts.eagle3 import Eagle3Draft
-from speculators.errors import ContractError, RecipeError, StageError
+from speculators.errors import ContractError, StageError
 from speculators.job import Job
 from speculators.runner.history import METRICS
 from speculators.stages import train

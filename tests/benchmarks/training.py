@@ -1,0 +1,239 @@
+"""Tokens per second that training takes in, beside upstream's trainer on the same rows and states.
+
+    python tests/benchmarks/training.py STORE UPSTREAM_PYTHON DRIVER [eagle3|dflash [KEY=VALUE ...]]
+
+STORE holds what `speculators-run recipe=smollm2_eagle3 vocab.size=8000 until=vocab` and `until=extract` make, with the
+same further KEY=VALUEs. UPSTREAM_PYTHON is the interpreter of an environment with the package speculators 0.9; DRIVER
+is a script that runs that package's trainer on a machine without an accelerator, since it refuses to by itself.
+
+Both train one epoch from noise, on the same rows with the same held out, packed to 512 tokens, on the same draft
+vocabulary, with the same optimiser, schedule and rate: EAGLE-3 of one layer, unrolled three times, or DFlash of two
+layers, blocks of eight, 64 anchors. Upstream goes first and then ours, with nothing beside; both checkpoints are then
+validated by the same code on the rows that were held out.
+
+Upstream computes products in bfloat16, and Muon always does. A processor without instructions for it emulates them,
+up to a hundred times slower than float32, which would make this a comparison of arithmetic. So a few steps of it as it
+is are measured, and the ratio is taken with float32 everywhere, Muon's products too, which upstream has no option for:
+it is told that bfloat16 is float32.
+
+The bound is the machine's rate of products, measured in the same run at the shapes of a step; what ours needs of them
+is counted (`torch.utils.flop_counter`).
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+import sys
+import tempfile
+import time
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+import torch
+from safetensors.torch import load_file, save_file
+from torch.utils.flop_counter import FlopCounterMode
+
+from speculators import recipe
+from speculators.config import Config, DFlash, loss_weights
+from speculators.data.shards import ShardReader
+from speculators.data.token_table import save_table, write_table
+from speculators.data.upstream_files import STATES, states_path
+from speculators.drafts import DRAFTS
+from speculators.drafts.base import Draft, TargetParts, Vocabulary
+from speculators.runner.plan import Planner
+from speculators.runner.store import Store
+from speculators.targets.hf import TargetCheckpoint, rope_parameters
+from speculators.training.corpus import Corpus, Shards
+from speculators.training.loop import Loop
+from speculators.training.losses import Teacher
+
+BATCH_TOKENS = 512
+RATE = 1e-3
+SAME = [
+    "vocab.size=8000", "train.epochs=1", f"train.batch_tokens={BATCH_TOKENS}", "train.sequence_length=1024",
+    f"train.lr={RATE}", "train.muon_block=0", "train.precision=float32", "train.log_every=1", "train.weight_decay=0.1",
+]  # fmt: skip
+OURS = {
+    "eagle3": ["speculator.induction=false", "speculator.ttt_one_step_share=0.0"],
+    "dflash": ["speculator.num_layers=2", "speculator.num_speculative_tokens=7", "speculator.anchors=64"],
+}
+THEIRS = {
+    "eagle3": ["--ttt-steps", "3"],
+    "dflash": ["--num-layers", "2", "--block-size", "8", "--max-anchors", "64", "--full-attention-indices", "0", "1"],
+}
+WARM = 3
+"""Steps that are not counted."""
+STEPS_AS_IT_IS = 6
+SHAPES = ((1152, 960), (576, 3072), (1536, 576), (576, 8000))
+
+
+class World:
+    """The artifacts of the store that both train on, and what is made of them."""
+
+    def __init__(self, store: str, algorithm: str, words: list[str]) -> None:
+        self.words = [f"recipe=smollm2_{algorithm}", *SAME, *OURS[algorithm], *words]
+        self.config: Config = recipe.compose(self.words)
+        planner = Planner(self.config, Store(Path(store)))
+        steps = {step.node.name: step for step in planner.plan()}
+        paths = {name: steps[name].path for name in ("target", "tokenize", "vocab", "extract")}
+        missing = [name for name, path in paths.items() if path is None]
+        assert not missing, f"the store has no {missing}: run until=vocab and until=extract first"
+        target, tokens, vocab, features = (path for path in paths.values() if path is not None)
+        self.target, self.tokens, self.features = TargetCheckpoint(target), tokens, ShardReader(features)
+        tensors = load_file(vocab / "vocab.safetensors")
+        self.vocabulary = Vocabulary(d2t=tensors["d2t"], t2d=tensors["t2d"])
+        self.layer_ids: list[int] = planner.derived["layer_ids"]
+
+    def loop(self, draft: Draft, scratch: Path) -> Loop:
+        """Our training of a draft."""
+        draft.configure(self.config.speculator)
+        draft.loss = loss_weights(self.config.speculator.loss)
+        norm = self.target.final_norm()
+        teacher = Teacher(norm_weight=norm.weight, norm_eps=norm.eps, head=draft.lm_head.weight)
+        corpus, train = Corpus(self.tokens, Shards(self.features)), self.config.train
+        device = torch.device("cpu")
+        return Loop(draft, teacher, corpus, train, 1.0, torch.float32, scratch, device, lambda *_: None)
+
+    def fresh(self) -> Draft:
+        """A draft from noise."""
+        options = self.config.speculator
+        if isinstance(options, DFlash):
+            options.mask_token_id = self.target.mask_token_id()
+        parts = TargetParts(
+            name=self.target.name,
+            architectures=self.target.architectures,
+            config=self.target.config,
+            rope_parameters=rope_parameters(self.target.config),
+            embeddings=self.target.embeddings(),
+            head=self.target.head(self.vocabulary.tokens),
+        )
+        draft_type = DRAFTS[options.algorithm]
+        return draft_type.build(parts, options, self.vocabulary, self.layer_ids, self.config.train.seed)
+
+    def validate(self, checkpoint: Path) -> dict[str, float]:
+        """What a checkpoint, of either, gives on the rows that were held out."""
+        head = self.target.head(self.vocabulary.tokens)
+        draft = DRAFTS[self.config.speculator.algorithm].load(checkpoint, self.target.embeddings(), head)
+        with tempfile.TemporaryDirectory() as scratch:
+            return self.loop(draft, Path(scratch)).validate()
+
+    def export(self, directory: Path) -> float:
+        """Write everything as upstream reads it, held out rows last, where it splits; returns the share before them."""
+        corpus = Corpus(self.tokens, Shards(self.features))
+        rows, held = corpus.split(self.config.train.validation)
+        (directory / STATES).mkdir(parents=True)
+        table = []
+        for place, row in enumerate([*rows, *held]):
+            token_ids, length = self.features.token_ids(row), self.features.length(row)
+            mask = corpus.table.loss_mask(row)[:length].tolist()
+            table.append({"input_ids": token_ids.tolist(), "loss_mask": mask, "seq_len": length})
+            states = self.features.states(row).to(torch.bfloat16).contiguous()
+            save_file({STATES: states, "token_ids": token_ids.contiguous()}, states_path(directory, place))
+        write_table(iter(table), directory.parent / "rows.arrow")
+        save_table(directory.parent / "rows.arrow", directory, row_format="torch")
+        np.save(directory.parent / "d2t.npy", self.vocabulary.d2t.numpy())
+        np.save(directory.parent / "t2d.npy", self.vocabulary.t2d.numpy())
+        return (len(rows) + 0.5) / len(table)
+
+
+def upstream(
+    python: str, driver: Path, world: World, root: Path, share: float, algorithm: str, *further: str
+) -> tuple[float, Path]:
+    """Run upstream's trainer; returns tokens/s in its steps, as it counts them, and its checkpoint."""
+    script, float32 = root / "upstream.py", "--max-steps" not in further
+    told = "import torch; torch.Tensor.bfloat16 = torch.Tensor.float" if float32 else ""
+    # Processes that load data import the script, and need what the driver does on import.
+    script.write_text(
+        f"""import sys; sys.path.insert(0, {str(driver.parent)!r})
+{told}
+import {driver.stem}
+if __name__ == "__main__":
+    from speculators.train.cli import main
+    from speculators.train.config import TrainConfig
+    main(TrainConfig.resolve(sys.argv[1:]))
+"""
+    )
+    output = root / ("float32" if float32 else "as-it-is")
+    flags = {
+        "speculator-type": algorithm, "verifier-name-or-path": world.target.directory, "data-path": root / "rows",
+        "d2t-path": root / "d2t.npy", "t2d-path": root / "t2d.npy", "save-path": output, "on-missing": "raise",
+        "draft-attn-impl": "sdpa", "loss-implementation": "eager", "total-seq-len": BATCH_TOKENS, "num-workers": 1,
+        "hidden-states-dtype": "float32" if float32 else "bfloat16", "train-data-ratio": share, "epochs": 1,
+        "optimizer": "muon", "lr": RATE, "weight-decay": world.config.train.weight_decay,
+        "muon-weight-decay": world.config.train.weight_decay, "log-dir": root / "logs",
+    }  # fmt: skip
+    words = [text for name, value in flags.items() for text in (f"--{name}", str(value))]
+    layers = ["--target-layer-ids", *map(str, world.layer_ids)]
+    done = subprocess.run(
+        [python, str(script), *words, *layers, *THEIRS[algorithm], *further],
+        capture_output=True, text=True, cwd=root, env={**os.environ, "COLUMNS": "2000"}, check=False,
+    )  # fmt: skip
+    said = done.stdout + done.stderr
+    steps = re.findall(r"step_ms=([\d.e+]+).*?tokens_per_s=([\d.e+]+)", said)[WARM:]
+    assert done.returncode == 0, said[-4000:]
+    seconds = [float(ms) / 1000 for ms, _ in steps]
+    return sum(s * float(rate) for s, (_, rate) in zip(seconds, steps, strict=True)) / sum(seconds), output
+
+
+def ours(world: World, store: str) -> tuple[float, Path]:
+    """Run our trainer as a recipe does; returns tokens/s in its steps, and its checkpoint."""
+    command = [str(Path(sys.executable).with_name("speculators-run")), *world.words, f"run.store={store}"]
+    with tempfile.TemporaryDirectory() as directory:
+        subprocess.run([*command, "until=train", "force=train"], check=True, cwd=directory, capture_output=True)
+    planner = Planner(world.config, Store(Path(store)))
+    step = next(step for step in planner.plan() if step.node.name == "train")
+    assert step.path is not None
+    assert step.artifact is not None
+    return step.artifact.record["tokens_per_second"], step.path / "last"
+
+
+def flops_per_token(world: World) -> float:
+    """Operations in products, of a step of ours, counted while it is made."""
+    with tempfile.TemporaryDirectory() as scratch:
+        loop = world.loop(world.fresh(), Path(scratch))
+        with FlopCounterMode(display=False) as counter:
+            for index in range(WARM):
+                loop._step(index)
+        return counter.get_total_flops() / loop.at.tokens
+
+
+def gemm_rate() -> float:
+    """Operations per second of products at the shapes of a step, weighted by their size."""
+    work, seconds = 0.0, 0.0
+    for k, n in SHAPES:
+        x, w = torch.randn(BATCH_TOKENS * 3 // 4, k), torch.randn(n, k)
+        times = []
+        for _ in range(30):
+            began = time.perf_counter()
+            torch.nn.functional.linear(x, w)
+            times.append(time.perf_counter() - began)
+        work, seconds = work + 2.0 * len(x) * k * n, seconds + sorted(times)[len(times) // 2]
+    return work / seconds
+
+
+def main(store: str, python: str, driver: str, algorithm: str = "eagle3", *words: str) -> None:
+    """Measure and print."""
+    world = World(store, algorithm, list(words))
+    with tempfile.TemporaryDirectory() as directory:
+        root = Path(directory)
+        run = partial(upstream, python, Path(driver), world, root, world.export(root / "rows"), algorithm)
+        print(f"upstream as it is, {STEPS_AS_IT_IS} steps: {run('--max-steps', str(STEPS_AS_IT_IS))[0]:.0f} tokens/s")
+        theirs, checkpoint = run()
+        found = {"upstream, float32": (theirs, world.validate(next(checkpoint.glob("0"))))}
+        speed, mine = ours(world, store)
+        found["ours"] = (speed, world.validate(mine))
+    for name, (rate, metrics) in found.items():
+        print(
+            f"{name}: {rate:.0f} tokens/s; held out: loss {metrics['loss']:.4f}, "
+            f"acceptance length {metrics['acceptance_length']:.3f}"
+        )
+    flops, bound = flops_per_token(world), gemm_rate()
+    share = flops * speed / bound
+    print(f"ratio {speed / theirs:.2f}; {flops / 1e6:.0f} MFLOP a token, {share:.0%} of {bound / 1e9:.0f} GFLOP/s")
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])
