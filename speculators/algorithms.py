@@ -91,6 +91,9 @@ class Speculator:
     """Tokens proposed in one step: what is written into the checkpoint, and what evaluation serves with."""
     loss: Any = if_set("kl")
     """What is asked of a prediction: a name of `Loss`, or several with their weights: `{kl: 0.7, tv: 0.3}`."""
+    regression: float = if_set(0.0)
+    """Weight, beside that loss, of how far what enters the draft's head is from what enters the target's (EAGLE, Li et
+    al. 2024, arXiv:2401.15077): it says more of each token than which token follows, where there are few."""
     train_head: bool = if_set(False)
     """Train the draft's own copy of the target's head, from the target's values on."""
     train_embeddings: bool = if_set(False)

@@ -374,7 +374,7 @@ def _check_values(config: Config) -> None:
         ),
         (evaluate.prompts > 0, "evaluate.prompts", "must be positive", "for example 32"),
         *_checks_of_train(train),
-        *_checks_of_shape(config.speculator),
+        *_checks_of_draft(config.speculator),
         *(_checks_of_dflash(config.speculator) if isinstance(config.speculator, DFlash) else ()),
         *(_checks_of_eagle3(config.speculator) if isinstance(config.speculator, Eagle3) else ()),
     )
@@ -402,11 +402,12 @@ def _checks_of_train(train: Train) -> Iterator[tuple[bool, str, str, str]]:
     yield 0 < train.validation < 1, "train.validation", share, "for example 0.1"
 
 
-def _checks_of_shape(options: Speculator) -> Iterator[tuple[bool, str, str, str]]:
+def _checks_of_draft(options: Speculator) -> Iterator[tuple[bool, str, str, str]]:
     """(holds, field, what is wrong, how to mend it), as `_check_values` has them."""
     for name in ("heads", "key_value_heads", "intermediate_size"):
         given = getattr(options, name)
         yield given is None or given > 0, f"speculator.{name}", "must be positive", "leave it out for the target's"
+    yield options.regression >= 0, "speculator.regression", "must not be negative", "0 leaves it off"
 
 
 def _checks_of_eagle3(options: Eagle3) -> Iterator[tuple[bool, str, str, str]]:

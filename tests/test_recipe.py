@@ -107,6 +107,7 @@ def test_schemas_choices_and_algorithms_are_one_list() -> None:
         ([DEMO, "train.accumulate=0"], "train.accumulate must be positive", "1"),
         ([DEMO, "train.processes=0"], "train.processes must be positive", "1"),
         ([DEMO, "speculator.heads=0"], "speculator.heads must be positive", "the target's"),
+        ([DEMO, "speculator.regression=-1"], "speculator.regression must not be negative", "0"),
         ([DEMO, "regenerate.max_tokens=1024"], "regenerate.max_tokens leaves no room", "below 1024"),
         ([DEMO, "foo bar=1"], "cannot read an override", "quote"),
         ([DEMO, "data.sharegpt.maxchars=3"], "there is no option `data.sharegpt.maxchars`", "max_chars"),

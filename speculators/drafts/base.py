@@ -149,6 +149,8 @@ class Draft(nn.Module, ABC):
         self.own: set[str] = set()
         """Of `embed_tokens.weight` and `lm_head.weight`, those that are not the target's."""
         self.vocabulary = vocabulary
+        self.regression = 0.0
+        """Weight of the distance between what enters this head and the target's; no part of the checkpoint either."""
         self.loss = {Loss.kl: 1.0}
         """What is asked of a prediction, with weights; part of the training, not of the checkpoint."""
 
@@ -222,7 +224,7 @@ class Draft(nn.Module, ABC):
         if options.train_head:
             draft.lm_head = Trained(parts.head)
             draft.own.add("lm_head.weight")
-        draft.loss = loss_weights(options.loss)
+        draft.loss, draft.regression = loss_weights(options.loss), options.regression
         draft.initialise(seed)
         draft.configure(options)
         return draft

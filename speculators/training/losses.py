@@ -48,10 +48,13 @@ class Teacher:
         """States before the final norm [U, H] -> float32 logits [U, V]; the product is computed in `dtype`."""
         return self.through(self.head.to(dtype), last)
 
+    def normed(self, last: Tensor) -> Tensor:
+        """States before the final norm [U, H] -> what enters the head, float32."""
+        return torch.nn.functional.rms_norm(last.float(), (last.shape[-1],), self.norm_weight, self.norm_eps)
+
     def through(self, head: Tensor, last: Tensor) -> Tensor:
         """As `logits`, by a head that has been brought to the format of the product already."""
-        normed = torch.nn.functional.rms_norm(last.float(), (last.shape[-1],), self.norm_weight, self.norm_eps)
-        logits = (normed.to(head.dtype) @ head.T).float()
+        logits = (self.normed(last).to(head.dtype) @ head.T).float()
         if self.scale != 1.0:
             logits *= self.scale
         return logits if self.softcap is None else self.softcap * torch.tanh(logits / self.softcap)
@@ -72,6 +75,7 @@ class Outcome:
 def distill(
     predictions: Predictions, last: Tensor, head: Tensor, teacher: Teacher,
     loss: Loss | Mapping[Loss, float] = Loss.kl, chunk_elements: int | None = None, counts: Tensor | None = None,
+    regression: float = 0.0,
 ) -> Outcome:  # fmt: skip
     """The loss of every prediction over the draft's vocabulary, weighted and summed.
 
@@ -84,6 +88,8 @@ def distill(
         chunk_elements: logits that may exist at one time.
         counts: supervised predictions of each step, over everything that one step of the optimiser is made of, which
             the weights become shares of, float32 [K]; those of this pack alone if None.
+        regression: weight, in the loss alone, of how far what enters the draft's head is from what enters the target's
+            (EAGLE, Li et al. 2024, arXiv:2401.15077).
     """
     valid, weight, reweigh = predictions.valid, predictions.weight, predictions.reweigh
     if counts is not None:
@@ -97,8 +103,17 @@ def distill(
     losses = {loss: 1.0} if isinstance(loss, Loss) else loss
     how = _How(teacher, losses, limit, dtype, None if reweigh is None else partial(_reweigh, reweigh, valid))
     total, row_divergence, row_correct = _Distill.apply(rows, predictions.target[valid], weight[valid], last, head, how)
+    if regression:
+        total = (
+            total + regression * (weight[valid] * distance(rows, teacher.normed(last[predictions.target[valid]]))).sum()
+        )
     divergence[valid], correct[valid] = row_divergence, row_correct
     return Outcome(loss=total, divergence=divergence, correct=correct)
+
+
+def distance(found: Tensor, wanted: Tensor) -> Tensor:
+    """Squared distance of rows [N, H] from those that are wanted, against the latter's squared length [N]."""
+    return (found - wanted).square().sum(-1) / wanted.square().sum(-1).clamp(min=1e-12)
 
 
 def _times(reweigh: Callable[[Tensor], Tensor], share: Tensor, divergence: Tensor) -> Tensor:

@@ -59,13 +59,27 @@ def test_the_losses_of_the_parts_of_a_step_add_up_to_that_of_the_whole(tmp_path:
     draft, teacher = make(tiny.write_target(tmp_path))
     draft.advance(3, 10)
     whole = tiny.make_pack(LENGTHS)
-    loss, expected = gradients(draft, teacher, [whole])
+    loss, expected = gradients(draft, teacher, [whole], regression=0.3)
     told = draft.supervision(replace(whole, states=torch.empty(len(whole.token_ids), 0, 0)))
-    found, summed = gradients(draft, teacher, parts_of(whole, told.chosen), counts=told.counts)
+    found, summed = gradients(draft, teacher, parts_of(whole, told.chosen), counts=told.counts, regression=0.3)
     assert found == pytest.approx(loss, rel=1e-5)
     torch.testing.assert_close(summed, expected, atol=1e-6, rtol=1e-4)
-    apart, _ = gradients(draft, teacher, parts_of(whole, told.chosen))
+    apart, _ = gradients(draft, teacher, parts_of(whole, told.chosen), regression=0.3)
     assert apart != pytest.approx(loss, rel=0.1)  # shares of each part alone
+
+
+def test_regression_asks_for_what_enters_the_targets_head(tmp_path: Path) -> None:
+    draft, teacher = tiny.make_draft(tiny.write_target(tmp_path))
+    pack = tiny.make_pack(LENGTHS)
+    last, found = pack.states[:, -1], draft(pack)
+    plain = distill(found, last, draft.lm_head.weight, teacher)
+    wanted = teacher.normed(last)[found.target]
+    apart = (found.hidden - wanted).square().sum(-1) / wanted.square().sum(-1)
+    both = distill(found, last, draft.lm_head.weight, teacher, regression=0.5)
+    assert both.loss.item() == pytest.approx((plain.loss + 0.5 * (found.weight * apart).sum()).item(), rel=1e-5)
+    assert torch.equal(both.divergence, plain.divergence)
+    there = distill(replace(found, hidden=wanted), last, draft.lm_head.weight, teacher, regression=9.0)
+    assert there.loss.item() == pytest.approx(0.0, abs=1e-5)
 
 
 def test_a_part_without_supervision_adds_nothing(tmp_path: Path) -> None:
