@@ -284,8 +284,11 @@ class Loop:
         with self._autocast():
             predictions = self.draft(pack)
             last, head = pack.states[:, -1], self.draft.lm_head.weight
-            how: dict[str, Any] = {"counts": None if whole is None else whole.counts, "regression": self.draft.regression}
-            return predictions, distill(predictions, last, head, self.teacher, self.draft.loss, **how)
+            outcome = distill(
+                predictions, last, head, self.teacher, self.draft.loss,
+                counts=None if whole is None else whole.counts, regression=self.draft.regression,
+            )  # fmt: skip
+            return predictions, outcome
 
     def _autocast(self) -> AbstractContextManager[Any]:
         if self.train.precision is Dtype.float32:
