@@ -95,14 +95,14 @@ def test_plan_prints_reasons_servers_and_bytes(capsys: pytest.CaptureFixture[str
     assert "waits  evaluate            -         upstream: train" in out
     assert "server for regenerate (extract):" in out
     assert "eagle_aux_hidden_state_layer_ids" in out
-    assert "hidden states: at most 393,216 tokens, 3.4 GiB" in out
+    assert "hidden states: at most 393,216 tokens, 4.2 GiB" in out
 
 
 def test_plan_as_json_is_data_alone(capsys: pytest.CaptureFixture[str]) -> None:
     assert main("plan", DEMO, "--json") == 0
     plan = json.loads(capsys.readouterr().out)
     assert plan["steps"]["train"]["state"] == "waits"
-    assert plan["derived"]["layer_ids"] == [2, 15, 27]
+    assert plan["derived"]["layer_ids"] == [0, 2, 15, 27]
 
 
 def test_plan_works_where_nothing_can_be_written_and_leaves_no_file(tmp_path: Path) -> None:
@@ -139,9 +139,9 @@ def test_explain_names_the_option_that_moved_within_80_columns(
     store: Store, config: Config, capsys: pytest.CaptureFixture[str]
 ) -> None:
     publish_all(store, Planner(config, store))
-    assert main("explain", "train", DEMO, "train.lr=5e-4") == 0
+    assert main("explain", "train", DEMO, "train.lr=3e-4") == 0
     out = capsys.readouterr().out
-    assert f"differs\n  train.lr  {config.train.lr} -> 0.0005" in out
+    assert f"differs\n  train.lr  {config.train.lr} -> 0.0003" in out
     assert max(len(line) for line in out.splitlines()) <= 80
     assert main("explain", "train", DEMO, "--json") == 0
     assert json.loads(capsys.readouterr().out)["state"] == "cached"
@@ -196,7 +196,13 @@ def test_a_disk_without_room_is_refused_before_any_worker_starts(
     rows.write_text("[]")
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(estimate, "free_bytes", lambda root: 1 << 20)
-    facts = ["target.num_hidden_layers=4", "target.hidden_size=8", "target.vocab_size=32", "vocab.size=16"]
+    facts = [
+        "target.num_hidden_layers=4",
+        "target.hidden_size=8",
+        "target.vocab_size=32",
+        "vocab.size=16",
+        "speculator.layer_ids=null",
+    ]
     sources = [f"target.source={checkpoint}", f"data.sharegpt.source={rows}", "evaluate.sets=[sharegpt]"]
     assert main(DEMO, *facts, *sources) == 1
     assert "the hidden states need up to" in capsys.readouterr().err

@@ -6,10 +6,10 @@ STORE holds what `speculators-run recipe=smollm2_eagle3 vocab.size=8000 until=vo
 same further KEY=VALUEs. UPSTREAM_PYTHON is the interpreter of an environment with the package speculators 0.9; DRIVER
 is a script that runs that package's trainer on a machine without an accelerator, since it refuses to by itself.
 
-Both train one epoch from noise, on the same rows with the same held out, packed to 512 tokens, on the same draft
-vocabulary, with the same optimiser, schedule and rate: EAGLE-3 of one layer, unrolled three times, or DFlash of two
-layers, blocks of eight, 64 anchors. Upstream goes first and then ours, with nothing beside; both checkpoints are then
-validated by the same code on the rows that were held out.
+Both train a number of steps (`train.max_steps`, 80 unless told) from noise, on the same rows with the same held out,
+packed to 512 tokens, on the same draft vocabulary, with the same optimiser, schedule and rate: EAGLE-3 of one layer,
+unrolled three times, or DFlash of two layers, blocks of eight, 64 anchors. Upstream goes first and then ours, with
+nothing beside; both checkpoints are then validated by the same code on the rows that were held out.
 
 Upstream computes products in bfloat16, and Muon always does. A processor without instructions for it emulates them,
 up to a hundred times slower than float32, which would make this a comparison of arithmetic. So a few steps of it as it
@@ -53,8 +53,10 @@ from speculators.training.losses import Teacher
 BATCH_TOKENS = 512
 RATE = 1e-3
 SAME = [
-    "vocab.size=8000", "train.epochs=1", f"train.batch_tokens={BATCH_TOKENS}", "train.sequence_length=1024",
-    f"train.lr={RATE}", "train.muon_block=0", "train.precision=float32", "train.log_every=1", "train.weight_decay=0.1",
+    "vocab.size=8000", "train.epochs=1", "train.max_steps=80", f"train.batch_tokens={BATCH_TOKENS}",
+    "train.sequence_length=1024", f"train.lr={RATE}", "train.muon_block=0", "train.precision=float32",
+    "train.weight_decay=0.1", "train.supervise_prompts=false", "speculator.key_value_heads=null",
+    "speculator.regression=0", "speculator.layer_ids=[2,15,27]",
 ]  # fmt: skip
 OURS = {
     "eagle3": ["speculator.induction=false", "speculator.ttt_one_step_share=0.0"],
@@ -66,7 +68,8 @@ THEIRS = {
 }
 WARM = 3
 """Steps that are not counted."""
-STEPS_AS_IT_IS = 6
+STEPS_AS_IT_IS = 2
+"""A step may take a minute; the last one is counted."""
 SHAPES = ((1152, 960), (576, 3072), (1536, 576), (576, 8000))
 
 
@@ -140,10 +143,10 @@ class World:
 
 
 def upstream(
-    python: str, driver: Path, world: World, root: Path, share: float, algorithm: str, *further: str
+    python: str, driver: Path, world: World, root: Path, share: float, algorithm: str, steps: int, float32: bool
 ) -> tuple[float, Path]:
     """Run upstream's trainer; returns tokens/s in its steps, as it counts them, and its checkpoint."""
-    script, float32 = root / "upstream.py", "--max-steps" not in further
+    script = root / "upstream.py"
     told = "import torch; torch.Tensor.bfloat16 = torch.Tensor.float" if float32 else ""
     # Processes that load data import the script, and need what the driver does on import.
     script.write_text(
@@ -163,19 +166,20 @@ if __name__ == "__main__":
         "draft-attn-impl": "sdpa", "loss-implementation": "eager", "total-seq-len": BATCH_TOKENS, "num-workers": 1,
         "hidden-states-dtype": "float32" if float32 else "bfloat16", "train-data-ratio": share, "epochs": 1,
         "optimizer": "muon", "lr": RATE, "weight-decay": world.config.train.weight_decay,
-        "muon-weight-decay": world.config.train.weight_decay, "log-dir": root / "logs",
+        "muon-weight-decay": world.config.train.weight_decay, "log-dir": root / "logs", "max-steps": steps,
     }  # fmt: skip
     words = [text for name, value in flags.items() for text in (f"--{name}", str(value))]
     layers = ["--target-layer-ids", *map(str, world.layer_ids)]
     done = subprocess.run(
-        [python, str(script), *words, *layers, *THEIRS[algorithm], *further],
+        [python, str(script), *words, *layers, *THEIRS[algorithm]],
         capture_output=True, text=True, cwd=root, env={**os.environ, "COLUMNS": "2000"}, check=False,
     )  # fmt: skip
     said = done.stdout + done.stderr
-    steps = re.findall(r"step_ms=([\d.e+]+).*?tokens_per_s=([\d.e+]+)", said)[WARM:]
+    timed = re.findall(r"step_ms=([\d.e+]+).*?tokens_per_s=([\d.e+]+)", said)
+    timed = timed[WARM:] or timed[-1:]
     assert done.returncode == 0, said[-4000:]
-    seconds = [float(ms) / 1000 for ms, _ in steps]
-    return sum(s * float(rate) for s, (_, rate) in zip(seconds, steps, strict=True)) / sum(seconds), output
+    seconds = [float(ms) / 1000 for ms, _ in timed]
+    return sum(s * float(rate) for s, (_, rate) in zip(seconds, timed, strict=True)) / sum(seconds), output
 
 
 def ours(world: World, store: str) -> tuple[float, Path]:
@@ -220,8 +224,10 @@ def main(store: str, python: str, driver: str, algorithm: str = "eagle3", *words
     with tempfile.TemporaryDirectory() as directory:
         root = Path(directory)
         run = partial(upstream, python, Path(driver), world, root, world.export(root / "rows"), algorithm)
-        print(f"upstream as it is, {STEPS_AS_IT_IS} steps: {run('--max-steps', str(STEPS_AS_IT_IS))[0]:.0f} tokens/s")
-        theirs, checkpoint = run()
+        print(f"upstream as it is, {STEPS_AS_IT_IS} steps: {run(STEPS_AS_IT_IS, float32=False)[0]:.0f} tokens/s")
+        steps = world.config.train.max_steps
+        assert steps is not None
+        theirs, checkpoint = run(steps, float32=True)
         found = {"upstream, float32": (theirs, world.validate(next(checkpoint.glob("0"))))}
         speed, mine = ours(world, store)
         found["ours"] = (speed, world.validate(mine))

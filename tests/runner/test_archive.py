@@ -263,7 +263,7 @@ def test_a_whole_recipe_is_exported_and_found_again_elsewhere(
 ) -> None:
     monkeypatch.setattr(vllm, "engine_version", lambda python: "1.2.3")
     publish_all(store, Planner(config, store))
-    assert cli._guarded(["export", "recipe=smollm2_eagle3", "train.lr=5e-4", f"{tmp_path}/all.tar"]) == 0
+    assert cli._guarded(["export", "recipe=smollm2_eagle3", "train.lr=3e-4", f"{tmp_path}/all.tar"]) == 0
     assert "missing  train               changed: train.lr" in capsys.readouterr().err
     monkeypatch.setenv("SPECULATORS_STORE", str(tmp_path / "elsewhere"))
     assert cli._guarded(["import", f"{tmp_path}/all.tar", "--json"]) == 0

@@ -53,12 +53,12 @@ def test_float8_halves_the_bytes_and_keeps_the_scales_in_them(config: Config) ->
     for dtype in StatesDtype:
         config.extract.dtype = dtype
         stored = derive.feature_bytes_per_token(config, known)
-        assert stored == bytes_per_token(4, 576, dtype.name) - 8  # ids are not counted
+        assert stored == bytes_per_token(5, 576, dtype.name) - 8  # ids are not counted
 
 
 TOKENS = 384 * 1024
 """Of the demo, while it is not known how long its rows are."""
-EACH = 4 * 576 * 2
+EACH = 5 * 576 * 2
 FIT = GIB // EACH
 
 
@@ -89,7 +89,7 @@ def test_what_is_stored_and_what_is_prefilled_follow_from_where_states_are_kept(
 def test_a_budget_that_the_disk_does_not_hold_is_refused_and_one_that_is_never_used_up_is_not(store: Store) -> None:
     now = needs(demo("hybrid", "train.states_disk_gib=10000"), store)
     refuse_if_too_large(dataclasses.replace(now, free_bytes=TOKENS * EACH))
-    with pytest.raises(StoreError, match=r"need up to 1\.7 GiB") as caught:
+    with pytest.raises(StoreError, match=r"need up to 2\.1 GiB") as caught:
         refuse_if_too_large(dataclasses.replace(now, free_bytes=TOKENS * EACH - 1))
     assert "train.states_disk_gib" in caught.value.hint
 
@@ -119,7 +119,7 @@ def test_a_plan_says_how_a_server_and_the_training_beside_it_share_the_machine(
     assert cli._guarded(["plan", "recipe=smollm2_eagle3", "pipeline=hybrid", "hardware.train_cores=3"]) == 0
     said = capsys.readouterr().out
     assert "train and the server that it draws from: 3 and 5 cores" in said
-    assert "hidden states: at most 393,216 tokens, 1.7 GiB" in said
+    assert "hidden states: at most 393,216 tokens, 2.1 GiB" in said
     assert "to be prefilled for them: about 393,216 tokens" in said
 
 
@@ -133,7 +133,7 @@ def test_without_a_quota_nothing_is_counted_and_with_one_the_states_must_fit_bes
     now = needs(config, store)
     assert now.held_bytes > 0
     assert now.quota_bytes == GIB
-    said = r"the store holds 0\.0 GiB and the hidden states need up to 1\.7 GiB, run\.quota_gib allows 1\.0 GiB"
+    said = r"the store holds 0\.0 GiB and the hidden states need up to 2\.1 GiB, run\.quota_gib allows 1\.0 GiB"
     with pytest.raises(StoreError, match=said) as caught:
         refuse_if_too_large(dataclasses.replace(now, free_bytes=100 * GIB))
     assert "gc --delete" in caught.value.hint
@@ -162,7 +162,7 @@ def test_a_store_over_its_quota_is_refused_before_any_worker_starts(
     monkeypatch.chdir(tmp_path)
     words = ["recipe=smollm2_eagle3", "run.quota_gib=1e-9"]
     assert cli._guarded(words) == 0, "nothing is to be made"
-    assert cli._guarded([*words, "train.lr=5e-4"]) == 1
+    assert cli._guarded([*words, "train.lr=3e-4"]) == 1
     assert "run.quota_gib allows 0.0 GiB" in capsys.readouterr().err
     assert not list(store.root.glob("work/*/*"))
 

@@ -29,7 +29,7 @@ CHANGES = {
     "vocab": ["vocab.size=100"],
     "extract": ["extract.dtype=float32", "target.dtype=bfloat16", "speculator.layer_ids=[1,2,3]"],
     "train": [
-        "train.lr=5e-4",
+        "train.lr=3e-4",
         "train.epochs=9",
         "train.batch_tokens=7",
         "train.optimizer=adamw",

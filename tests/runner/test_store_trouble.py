@@ -223,12 +223,12 @@ def test_a_read_only_store_is_read_and_refused_before_anything_starts(
     monkeypatch.chdir(disk.path)
     monkeypatch.setenv("SPECULATORS_STORE", str(store.root))
     assert cli._guarded(["plan", DEMO]) == 0
-    assert cli._guarded(["plan", DEMO, "train.lr=5e-4"]) == 0
+    assert cli._guarded(["plan", DEMO, "train.lr=3e-4"]) == 0
     assert cli._guarded(["ls"]) == cli._guarded(["verify"]) == cli._guarded(["gc", "days=0"]) == 0
     runs = f"run.dir={tmp_path}/runs"
     assert cli._guarded([DEMO, runs]) == 0, "everything is there"
     capsys.readouterr()
-    assert cli._guarded([DEMO, runs, "train.lr=5e-4"]) == 1
+    assert cli._guarded([DEMO, runs, "train.lr=3e-4"]) == 1
     assert f"something is to be made, and the store {store.root} cannot be written" in capsys.readouterr().err
     assert cli._guarded(["gc", "days=0", "--delete"]) == 1
     assert "Read-only file system" in capsys.readouterr().err
