@@ -287,6 +287,10 @@ class Train(Stage):
     processes: int = operational(1)
     """Processes on this machine that share every step, each with a GPU of its own, or its part of the cores. The
     result differs by rounding only."""
+    sharded: bool = operational(False)
+    """Of the weights that are trained, of their gradients and of the optimiser's state, each process has only its rows,
+    for less memory (FSDP2). The result differs by rounding only: to `precision`, of weights and of a pack's gradients,
+    where they are handed from one process to the other. Without a second process it changes nothing."""
     accumulate: int = operational(1)
     """Packs that a process makes of its share of a step, one after the other, for less memory; differs as little."""
     recompute: bool = operational(False)

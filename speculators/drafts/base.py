@@ -229,10 +229,14 @@ class Draft(nn.Module, ABC):
         draft.configure(options)
         return draft
 
-    def save(self, directory: Path, dtype: torch.dtype) -> None:
-        """Write the checkpoint; floating-point tensors as `dtype`. The same draft gives the same bytes."""
+    def save(self, directory: Path, dtype: torch.dtype, weights: Mapping[str, Tensor] | None = None) -> None:
+        """Write the checkpoint; floating-point tensors as `dtype`. The same draft gives the same bytes.
+
+        `weights`, by name, take the place of the draft's own, which may be there in part only.
+        """
         directory.mkdir(parents=True, exist_ok=True)
-        kept = {name: value for name, value in self.state_dict().items() if name not in self.left_out()}
+        own = self.state_dict() | dict(weights or {})
+        kept = {name: value for name, value in own.items() if name not in self.left_out()}
         tensors = {name: value.detach().to("cpu", dtype).contiguous() for name, value in kept.items()}
         if self.vocabulary.reduced:
             tensors |= {"d2t": self.vocabulary.d2t.cpu(), "t2d": self.vocabulary.t2d.cpu()}

@@ -32,7 +32,7 @@ from speculators.targets.fidelity import check_features, check_server
 from speculators.targets.hf import TargetCheckpoint, rope_parameters
 from speculators.training.corpus import Corpus, Shards
 from speculators.training.feed import Feed, Shape
-from speculators.training.loop import EPOCHS, METRICS, Loop
+from speculators.training.loop import BEST, EPOCHS, LAST, METRICS, Loop
 from speculators.training.losses import Teacher
 from speculators.training.ranks import Ranks, check_devices, joined
 from speculators.training.tracking import About, Trackers
@@ -207,9 +207,9 @@ def same_bytes_every_time() -> Iterator[None]:
 
 def publish(job: Job, loop: Loop) -> None:
     """Move what is finished into the artifact. Times go into the record: the artifact's bytes depend on none."""
-    shutil.rmtree(job.output / "best", ignore_errors=True)
-    shutil.copytree(job.scratch / "best", job.output / "best")
-    loop.save(job.output / "last")
+    for name in (BEST, LAST):
+        shutil.rmtree(job.output / name, ignore_errors=True)
+        shutil.copytree(job.scratch / name, job.output / name)
     shutil.rmtree(job.output / EPOCHS, ignore_errors=True)
     if (job.scratch / EPOCHS).exists():
         shutil.copytree(job.scratch / EPOCHS, job.output / EPOCHS)
@@ -222,7 +222,7 @@ def publish(job: Job, loop: Loop) -> None:
         "validation_rows": len(held),
         "best_step": loop.at.best_step,
         "validation": loop.at.best,
-        "parameters": sum(p.numel() for p in loop.optimizers.parameters()),
+        "parameters": sum(shape.numel() for shape in loop.optimizers.shapes.values()),
     }
     write_json(job.output / "summary.json", summary)
     speed = loop.attempt_tokens / loop.seconds if loop.seconds else 0.0

@@ -21,11 +21,11 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
 
 from speculators.config import Dtype, Train
 from speculators.data.packing import Piece, divide, training_batches, validation_batches
@@ -38,9 +38,12 @@ from speculators.training.corpus import Corpus
 from speculators.training.losses import Outcome, Tally, Teacher, distill, run, sayable_next
 from speculators.training.optim import Average, Optimizers, rate
 from speculators.training.ranks import Ranks
+from speculators.training.sharding import Weights, weights
 from speculators.training.tracking import Trackers
 
 METRICS = "metrics.jsonl"
+BEST, LAST = "best", "last"
+"""Directories of the checkpoints of the best validation, and of the end."""
 EPOCHS = "epochs"
 """Directory of the checkpoints that `train.keep_every` keeps."""
 SAMPLE_TOKENS = 32_768
@@ -117,7 +120,9 @@ class Loop:
         self.scratch, self.device, self.report = scratch, device, report
         self.plan = schedule(corpus, train)
         self.ranks, self.trackers = ranks or Ranks(), trackers or Trackers()
-        self.optimizers = Optimizers(draft, train, self.ranks)
+        # What a rank holds of the weights, and of what goes with them, is decided once they are all there (`run`).
+        self.weights: Weights
+        self.optimizers: Optimizers
         self.average: Average | None = None
         for part in draft.modules():
             if isinstance(part, MLP):
@@ -145,11 +150,7 @@ class Loop:
             if late or self.at.step in self.plan.epoch_ends:
                 self._seal()
                 sealed = time.monotonic()
-
-    def save(self, directory: Path) -> None:
-        """Write the checkpoint, of the averaged weights if there are any."""
-        with self._averaged():
-            self.draft.save(directory, self.save_dtype)
+        self._keep(self.scratch / LAST)
 
     def _averaged(self) -> AbstractContextManager[None]:
         return nullcontext() if self.average is None else self.average.in_place()
@@ -196,8 +197,8 @@ class Loop:
         factor = rate(index, total, self.train.warmup, self.train.schedule, self.train.cooldown)
         self.draft.advance(index, total)
         loss, tally, wrong = self._backward(index)
-        self.ranks.add(self._gradients())
-        norm = float(nn.utils.clip_grad_norm_(self.optimizers.parameters(), self.train.clip))
+        self.weights.add_up()
+        norm = self.weights.clip(self.train.clip)
         if wrong or not math.isfinite(norm):
             rows = wrong or [piece.row for piece in self.plan.batches[index]]
             raise StageError(
@@ -237,27 +238,19 @@ class Loop:
             self.waited += time.monotonic() - began
             if whole is not None:
                 pack = replace(pack, chosen=self._own(index, pieces, whole))
-            predictions, outcome = self._forward(pack, whole)
+            predictions, outcome = self.weights.backward(partial(self._forward, pack, whole), pieces is packs[-1])
             tally.add(Tally.of(predictions.valid, outcome))
-            outcome.loss.backward()
             own = outcome.loss.item()
             loss += own
             if not math.isfinite(own):
                 wrong += pack.rows
+        if not packs:
+            self.weights.sit_out()
         losses, tallies, wrongs = zip(*self.ranks.gather((loss, tally, wrong)), strict=True)
         every = Tally.empty(0)
         for part in tallies:
             every.add(part)
         return sum(losses), every, list(itertools.chain(*wrongs))
-
-    def _gradients(self) -> list[torch.Tensor]:
-        """Those of all parameters, zeros on a rank that had no share of the step."""
-        found = []
-        for p in self.optimizers.parameters():
-            if p.grad is None:
-                p.grad = torch.zeros_like(p)
-            found.append(p.grad)
-        return found
 
     def _whole(self, index: int) -> Supervision:
         """What the packs of a step have in common; it follows from where its tokens are supervised."""
@@ -299,7 +292,8 @@ class Loop:
     def validate(self) -> dict[str, float]:
         """Metrics over all validation packs: losses, and what a server would accept. Empty if nothing is held out."""
         self.draft.advance(len(self.plan.batches), len(self.plan.batches))
-        found = [self._validated(which) for which in self._own_validation()]
+        with self.weights.gathered():
+            found = [self._validated(which) for which in self._own_validation()]
         # In the order of the packs, whoever took them: sums are the same to the last bit.
         counted = sorted(itertools.chain(*self.ranks.gather(found)), key=lambda one: one[0])
         if not counted:
@@ -328,17 +322,19 @@ class Loop:
             self._write({"step": self.at.step, "epoch": epoch, "validation": metrics})
         if not metrics or not self.at.best or metrics["acceptance_length"] > self.at.best["acceptance_length"]:
             self.at.best, self.at.best_step = metrics, self.at.step
-            self._keep(self.scratch / "best")
+            self._keep(self.scratch / BEST)
         if self.train.keep_every and epoch % self.train.keep_every == 0:
             self._keep(self.scratch / EPOCHS / str(epoch))
 
     def _keep(self, place: Path) -> None:
-        """Write the checkpoint to `place`, whole or not at all."""
-        if not self.ranks.first:
-            return
-        beside = self.scratch / "kept.new"
-        shutil.rmtree(beside, ignore_errors=True)
-        self.save(beside)
+        """Write the checkpoint to `place`, of the averaged weights if there are any, whole or not at all."""
+        with self._averaged():
+            whole = self.weights.whole()
+            if not self.ranks.first:
+                return
+            beside = self.scratch / "kept.new"
+            shutil.rmtree(beside, ignore_errors=True)
+            self.draft.save(beside, self.save_dtype, whole)
         shutil.rmtree(place, ignore_errors=True)
         place.parent.mkdir(exist_ok=True)
         beside.rename(place)
@@ -359,15 +355,13 @@ class Loop:
 
     def _seal(self) -> None:
         generators = self.ranks.gather(self._generators())
-        if not self.ranks.first:
-            return
-        tensors: dict[str, torch.Tensor] = {f"draft.{name}": p for name, p in self.draft.named_parameters()}
+        tensors: dict[str, torch.Tensor] = {f"draft.{name}": p for name, p in self.weights.held.items()}
         tensors |= {f"optimizer.{name}": t for name, t in self.optimizers.state().items()}
         if self.average is not None:
             tensors |= {f"average.{name}": t for name, t in self.average.averages.items()}
         for rank, states in enumerate(generators):
             tensors |= {f"random.{rank}.{name}": state for name, state in states.items()}
-        checkpoint.seal(self.scratch, self.at.step, tensors, asdict(self.at))
+        checkpoint.seal(self.scratch, self.at.step, self.weights.sealed(tensors), asdict(self.at), self.ranks)
 
     def _generators(self) -> dict[str, torch.Tensor]:
         states = {"cpu": torch.get_rng_state()}
@@ -385,17 +379,17 @@ class Loop:
                 self.draft.prepare(self._sample(), self.train.seed)
             drawn = [p.data for p in self.draft.parameters()]
             self.ranks.spread(drawn, [0] * len(drawn))
-            self._begin_average()
+            self._hold()
             return
-        tensors, facts = checkpoint.read(found)
+        self._hold()
+        tensors, facts = checkpoint.read(found, *self.weights.part)
         self.at = Progress(**{**facts, "sums": Tally(**facts["sums"])})
         if self.ranks.first:
             os.truncate(self.scratch / METRICS, self.at.metrics_bytes)
         with torch.no_grad():
-            for name, p in self.draft.named_parameters():
+            for name, p in self.weights.held.items():
                 p.copy_(tensors[f"draft.{name}"])
         self.optimizers.load(_under("optimizer.", tensors))
-        self._begin_average()
         if self.average is not None:
             self.average.load(_under("average.", tensors))
         states = _under(f"random.{self.ranks.rank}.", tensors)  # none on a rank that was not there before
@@ -404,9 +398,12 @@ class Loop:
         if "cuda" in states and self.device.type == "cuda":
             torch.cuda.set_rng_state(states["cuda"], self.device)
 
-    def _begin_average(self) -> None:
+    def _hold(self) -> None:
+        """Give each rank what it holds of the weights, and the optimisers' state and the average with it."""
+        self.weights = weights(self.draft, self.train, self.ranks, self.device)
+        self.optimizers = self.weights.optimizers(self.train)
         if self.train.ema > 0:
-            self.average = Average(self.optimizers.named(), self.train.ema)
+            self.average = Average(self.weights.held, self.train.ema)
 
 
 def _under(prefix: str, tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:

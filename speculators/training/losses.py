@@ -149,7 +149,8 @@ class _Distill(torch.autograd.Function):
         walk = _Walk(hidden_NH, target_N, last, head, how)
         wants_hidden, wants_head = ctx.needs_input_grad[0], ctx.needs_input_grad[4]
         slopes = torch.empty_like(hidden_NH) if wants_hidden else None
-        of_head = torch.zeros_like(head) if wants_head else None
+        # A sum over all chunks, whatever format the head was handed over in.
+        of_head = torch.zeros_like(head, dtype=torch.float32) if wants_head else None
         if not how.reweigh:
             divergence, correct = walk.costs(weight_N, slopes, of_head)
         elif of_head is None:  # what a prediction weighs can be multiplied in afterwards

@@ -9,6 +9,7 @@ Gram matrix, and in blocks if asked.
 from __future__ import annotations
 
 import contextlib
+import itertools
 import math
 from collections.abc import Iterator, Mapping, Sequence
 
@@ -17,7 +18,7 @@ from torch import Tensor, nn
 
 from speculators.config import Optimizer, Schedule, Train
 from speculators.drafts.base import TARGETS
-from speculators.training.ranks import Ranks
+from speculators.training.ranks import Ranks, rows
 
 MOMENTUM = 0.95
 """Muon's, with Nesterov's look-ahead."""
@@ -63,23 +64,34 @@ def orthogonalise(matrix: Tensor, block: int = 0) -> Tensor:
 class Optimizers:
     """What trains a draft: Muon for its matrices if asked, AdamW for the rest, one schedule for both.
 
-    All ranks hold all of its state and give it the same gradients. Each makes only its share of the matrices
-    orthogonal, which is most of the work, and hands them to the others.
+    All ranks hold all of its state and give it the same gradients, or each holds its own rows and gives theirs. Each
+    makes only its share of the matrices orthogonal, which is most of the work, and hands them to the others.
+
+    Args:
+        model: what is trained.
+        train: how.
+        ranks: who trains it.
+        held: this rank's rows of all parameters, where they are divided (`sharding`).
     """
 
-    def __init__(self, model: nn.Module, train: Train, ranks: Ranks | None = None) -> None:
-        named = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
+    def __init__(
+        self, model: nn.Module, train: Train, ranks: Ranks | None = None, held: Mapping[str, nn.Parameter] | None = None
+    ) -> None:
+        whole = {name: p for name, p in model.named_parameters() if p.requires_grad}
+        named = whole if held is None else held
+        self.divided = held is not None
+        self.shapes = {name: p.shape for name, p in whole.items()}
         muon = train.optimizer is Optimizer.muon
         # Rows of the vocabulary's matrices are learnt one by one, and most have no gradient in a step.
-        self.matrices = {name: p for name, p in named if muon and p.ndim == 2 and name not in TARGETS}
-        self.others = {name: p for name, p in named if name not in self.matrices}
+        self.matrices = {name: p for name, p in named.items() if muon and p.ndim == 2 and name not in TARGETS}
+        self.others = {name: p for name, p in named.items() if name not in self.matrices}
         self.lr = train.lr
         self.adamw_lr = train.lr if train.adamw_lr is None else train.adamw_lr
         self.weight_decay = train.weight_decay
         self.block = train.muon_block
         self.momenta = {name: torch.zeros_like(p) for name, p in self.matrices.items()}
         self.ranks = ranks or Ranks()
-        self.owners = owners({name: p.shape for name, p in self.matrices.items()}, self.ranks.size)
+        self.owners = owners({name: self.shapes[name] for name in self.matrices}, self.ranks.size)
         decay = [p for p in self.others.values() if p.ndim == 2]
         plain = [p for p in self.others.values() if p.ndim != 2]
         groups = [{"params": decay, "weight_decay": train.weight_decay}, {"params": plain, "weight_decay": 0.0}]
@@ -92,20 +104,14 @@ class Optimizers:
         yield from self.matrices.values()
         yield from self.others.values()
 
-    def named(self) -> dict[str, nn.Parameter]:
-        """The same by name."""
-        return self.matrices | self.others
-
     @torch.no_grad()
     def step(self, factor: float) -> None:
         """Apply the gradients, at `factor` of the peak learning rate, and clear them."""
         for names in self._groups():
-            updates = [self._update(name) for name in names]
-            self.ranks.spread(updates, [self.owners[name] for name in names])
-            for name, update in zip(names, updates, strict=True):
+            for name, update in zip(names, self._updates(names), strict=True):
                 p = self.matrices[name]
                 # The same size of update as AdamW's, so that one learning rate serves both.
-                size = self.lr * factor * 0.2 * math.sqrt(max(p.shape))
+                size = self.lr * factor * 0.2 * math.sqrt(max(self.shapes[name]))
                 p.mul_(1.0 - self.lr * factor * self.weight_decay).add_(update, alpha=-size)
         for group in self.adamw.param_groups:
             group["lr"] = self.adamw_lr * factor
@@ -118,15 +124,43 @@ class Optimizers:
         names = list(self.matrices)
         return [names] if self.ranks.size > 1 else [[name] for name in names]
 
+    def _updates(self, names: list[str]) -> list[Tensor]:
+        """Muon's updates of what is held of these matrices."""
+        if self.divided:
+            return self._updates_of_rows(names) if names else []
+        updates = [self._update(name) for name in names]
+        self.ranks.spread(updates, [self.owners[name] for name in names])
+        return updates
+
     def _update(self, name: str) -> Tensor:
         """Muon's update of a matrix, contiguous where it is handed on; room for it on a rank that gets it."""
-        gradient = self.matrices[name].grad
-        assert gradient is not None
-        momentum = self.momenta[name].lerp_(gradient, 1.0 - MOMENTUM)
+        gradient, momentum = self._moved(name)
         if self.owners[name] != self.ranks.rank:
             return torch.empty_like(momentum)
         update = orthogonalise(gradient.lerp(momentum, MOMENTUM), self.block)
         return update if self.ranks.size == 1 else update.contiguous()
+
+    def _updates_of_rows(self, names: list[str]) -> list[Tensor]:
+        """The rows of all ranks go to the matrix's owner, who hands back those of the update."""
+        rank, everyone = self.ranks.rank, range(self.ranks.size)
+        owned = [[name for name in names if self.owners[name] == owner] for owner in everyone]
+        asked = {name: torch.lerp(*self._moved(name), MOMENTUM) for name in names}
+        cut = {name: [rows(self.shapes[name][0], of, len(everyone)) for of in everyone] for name in names}
+        shapes = [[(cut[n][of].stop - cut[n][of].start, self.shapes[n][1]) for n in owned[rank]] for of in everyone]
+        got = self.ranks.exchange([[asked[name] for name in owned[owner]] for owner in everyone], shapes)
+        made = [orthogonalise(torch.cat(parts), self.block) for parts in zip(*got, strict=True)]
+        back = self.ranks.exchange(
+            [[update[cut[name][of]] for name, update in zip(owned[rank], made, strict=True)] for of in everyone],
+            [[asked[name].shape for name in owned[owner]] for owner in everyone],
+        )
+        found = dict(zip(itertools.chain(*owned), itertools.chain(*back), strict=True))
+        return [found[name] for name in names]
+
+    def _moved(self, name: str) -> tuple[Tensor, Tensor]:
+        """The gradient of what is held of a matrix, and its momentum once it has taken that in."""
+        gradient = self.matrices[name].grad
+        assert gradient is not None
+        return gradient, self.momenta[name].lerp_(gradient, 1.0 - MOMENTUM)
 
     def state(self) -> dict[str, Tensor]:
         """Everything that the next step depends on, by name."""
@@ -186,9 +220,13 @@ class Average:
         for name, average in self.averages.items():
             average.copy_(state[name])
 
+    @torch.no_grad()
     def _swap(self) -> None:
+        # By value: weights that are divided among ranks are gathered from where they were when they were divided.
         for name, p in self.weights.items():
-            p.data, self.averages[name] = self.averages[name], p.data
+            kept = p.clone()
+            p.copy_(self.averages[name])
+            self.averages[name].copy_(kept)
 
 
 def rate(step: int, total: int, warmup: float, schedule: Schedule, cooldown: float = 0.2) -> float:

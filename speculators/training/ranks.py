@@ -4,15 +4,16 @@ Rank 0 is the stage's own process. It starts the others of its machine as its ch
 that whoever owns it owns them; they end with it, however it ends. Under `torchrun` (RANK, WORLD_SIZE, MASTER_ADDR and
 MASTER_PORT are set), on one machine or on several, each process is a rank and starts none.
 
-Every rank holds the whole draft and all the state of its optimisers, trains on its share of each step's rows, and adds
-up the gradients with the others; after that all of them do the same, and only rank 0 writes. gloo carries tensors of a
-CPU, NCCL those of GPUs.
+Every rank trains on its share of each step's rows and adds up the gradients with the others. It holds the whole draft
+and all the state of its optimisers, or rows of them (`sharding`); only rank 0 writes what is kept. gloo carries tensors
+of a CPU, NCCL those of GPUs.
 """
 
 from __future__ import annotations
 
 import contextlib
 import datetime
+import math
 import multiprocessing
 import os
 import sys
@@ -77,6 +78,24 @@ class Ranks:
             pairs = zip(tensors, sources, strict=True)
             for work in [dist.broadcast(tensor, src=source, async_op=True) for tensor, source in pairs]:
                 work.wait()
+
+    def exchange(
+        self, sent: Sequence[Sequence[Tensor]], shapes: Sequence[Sequence[Sequence[int]]]
+    ) -> list[list[Tensor]]:
+        """Give each rank its own tensors and get those that each rank has for this one, of these shapes."""
+        flat = torch.cat([tensor.flatten() for tensors in sent for tensor in tensors])
+        sizes = [[math.prod(shape) for shape in each] for each in shapes]
+        got = flat.new_empty(sum(map(sum, sizes)))
+        counts = [sum(tensor.numel() for tensor in tensors) for tensors in sent]
+        dist.all_to_all_single(got, flat, [sum(each) for each in sizes], counts)
+        parts = iter(got.split([size for each in sizes for size in each]))
+        return [[next(parts).view(*shape) for shape in each] for each in shapes]
+
+
+def rows(count: int, rank: int, size: int) -> slice:
+    """The rows that one of `size` ranks has of a divided matrix with `count`; FSDP cuts at the same places."""
+    most = -(-count // size)
+    return slice(min(rank * most, count), min((rank + 1) * most, count))
 
 
 @contextlib.contextmanager

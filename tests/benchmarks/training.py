@@ -198,6 +198,7 @@ def flops_per_token(world: World) -> float:
     """Operations in products, of a step of ours, counted while it is made."""
     with tempfile.TemporaryDirectory() as scratch:
         loop = world.loop(world.fresh(), Path(scratch))
+        loop._resume()
         with FlopCounterMode(display=False) as counter:
             for index in range(WARM):
                 loop._step(index)

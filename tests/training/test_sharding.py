@@ -1,0 +1,142 @@
+"""Weights that are divided among processes: the same result as whole ones, from less memory, and just as resumable.
+
+The processes are real, and talk over gloo. Most of their time goes into starting, so those of one test run several
+trainings one after the other.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from run_train import make_job, write_world
+from safetensors.torch import load_file
+
+from speculators.config import Dtype, Optimizer
+from speculators.job import Job
+from speculators.stages import train
+from speculators.training.ranks import Ranks, joined, rows
+from speculators.training.sharding import Shards
+
+WAYS: list[dict[str, Any]] = [
+    {"algorithm": "eagle3"},
+    {"algorithm": "eagle3", "optimizer": Optimizer.adamw, "accumulate": 2, "own": True},
+    {"algorithm": "dflash", "accumulate": 2},
+    {"algorithm": "dflash", "own": True, "precision": Dtype.bfloat16},
+]
+Counts = tuple[int, int]
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_world(tmp_path_factory.mktemp("world"))
+
+
+@pytest.fixture(scope="module", autouse=True)
+def one_thread() -> None:
+    """The processes share two cores with other tests."""
+    torch.set_num_threads(1)
+
+
+def job_of(world: Path, work: Path, own: bool = False, **options: Any) -> Job:
+    """`own`: embeddings and head are trained too."""
+    job = make_job(world, work, **{"log_every": 1, "batch_tokens": 96, "epochs": 1, "sharded": True, **options})
+    job.config.target.reference_gib = 0.0  # what the gate does is tested elsewhere, and takes its time
+    job.config.speculator.train_embeddings = job.config.speculator.train_head = own
+    return job
+
+
+def losses(job: Job) -> list[float]:
+    """Of every step and of every validation."""
+    lines = [json.loads(line) for line in (job.output / "metrics.jsonl").read_text().splitlines()]
+    return [line.get("validation", line)["loss"] for line in lines]
+
+
+def fit_all(ranks: Ranks, jobs: list[Job]) -> list[list[Counts]]:
+    """Of each training, numbers of each rank: elements of weights, and of the optimisers' state."""
+    counts = []
+    for job in jobs:
+        loop = train.fit(ranks, job)
+        held = sum(p.numel() for p in loop.weights.held.values())
+        if isinstance(loop.weights, Shards):  # nor does the draft itself hold more
+            assert held == sum(p.to_local().numel() for p in loop.weights.divided.values()) + sum(
+                p.numel() for p in loop.draft.parameters() if p.ndim < 2
+            )
+        counts.append(ranks.gather((held, sum(t.numel() for t in loop.optimizers.state().values()))))
+        if ranks.first:
+            train.publish(job, loop)
+    return counts
+
+
+@pytest.fixture(scope="module")
+def alone(world: Path, tmp_path_factory: pytest.TempPathFactory) -> list[tuple[Job, Counts]]:
+    """The same trainings by one process."""
+    jobs = [job_of(world, tmp_path_factory.mktemp("alone"), **{**way, "accumulate": 1}) for way in WAYS]
+    return [(job, counts[0]) for job, counts in zip(jobs, fit_all(Ranks(), jobs), strict=True)]
+
+
+@pytest.mark.parametrize("processes", [2, 4])
+def test_divided_weights_train_as_whole_ones_do_and_each_process_has_its_share(
+    world: Path, tmp_path: Path, alone: list[tuple[Job, Counts]], processes: int
+) -> None:
+    jobs = [job_of(world, tmp_path / str(n), **way) for n, way in enumerate(WAYS)]
+    with joined(processes, fit_all, jobs) as ranks:
+        counts = fit_all(ranks, jobs)
+    for job, way, (whole, total), parts in zip(jobs, WAYS, alone, counts, strict=True):
+        rounded = "precision" in way
+        assert losses(job) == pytest.approx(losses(whole), **({"rel": 1e-2} if rounded else {"abs": 1e-5})), way
+        mine, theirs = (load_file(one.output / "last" / "model.safetensors") for one in (job, whole))
+        assert mine.keys() == theirs.keys()
+        for name, tensor in theirs.items():
+            # what is written is bfloat16: rounding may fall to the other side
+            near = {"rtol": 2**-6, "atol": 2e-2 if rounded else 5e-4}
+            assert torch.allclose(mine[name].float(), tensor.float(), **near), (way, name)
+        for held, everything in zip(zip(*parts, strict=True), total, strict=True):
+            assert sum(held) >= everything
+            assert max(held) < 1.15 * everything / processes, "vectors are whole everywhere"
+
+
+def stop_at(monkeypatch: pytest.MonkeyPatch, step: int, job: Job) -> None:
+    def stop_there(self: Job, done: float, total: float, unit: str, **note: object) -> None:
+        if done == step:
+            raise KeyboardInterrupt
+
+    with monkeypatch.context() as patched:
+        patched.setattr(Job, "progress", stop_there)
+        with pytest.raises(KeyboardInterrupt):
+            train.main(job)
+
+
+def test_a_divided_run_that_was_stopped_goes_on_bit_by_bit_and_to_1e_5_with_another_number_of_processes(
+    world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def work(name: str, processes: int) -> Job:
+        return job_of(world, tmp_path / name, processes=processes, ema=0.9, checkpoint_seconds=0.0)
+
+    stop_at(monkeypatch, 3, work("two", 2))
+    stop_at(monkeypatch, 3, work("more", 1))
+    (sealed,) = (tmp_path / "two" / "scratch").glob("step-*")
+    assert sorted(path.name for path in sealed.iterdir()) == [
+        "sealed.json", "state-1.safetensors", "state.json", "state.safetensors",
+    ]  # fmt: skip
+    shutil.copytree(tmp_path / "two", tmp_path / "fewer")
+    straight, two, more, fewer = work("straight", 2), work("two", 2), work("more", 2), work("fewer", 1)
+    with joined(2, fit_all, [straight, two, more]) as ranks:
+        fit_all(ranks, [straight, two, more])
+    train.main(fewer)
+    for name in ("best/model.safetensors", "last/model.safetensors", "metrics.jsonl", "summary.json"):
+        assert (two.output / name).read_bytes() == (straight.output / name).read_bytes(), name
+    assert losses(more) == pytest.approx(losses(straight), abs=1e-5)
+    assert losses(fewer) == pytest.approx(losses(straight), abs=1e-5)
+
+
+@pytest.mark.parametrize(("count", "size"), [(8, 2), (5, 2), (5, 4), (2, 4)])
+def test_rows_are_dealt_out_as_torch_cuts_them(count: int, size: int) -> None:
+    whole = torch.arange(count)
+    cut = [whole[rows(count, rank, size)].tolist() for rank in range(size)]
+    chunks = [chunk.tolist() for chunk in whole.chunk(size)]
+    assert cut == chunks + [[]] * (size - len(chunks))
