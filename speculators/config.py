@@ -276,10 +276,13 @@ class Train(Stage):
     """Decay of an average of the weights, which is then what is validated and written; 0: no average."""
     clip: float = 1.0
     """Largest norm of the gradient."""
+    explodes_at: float = operational(5.0)
+    """The training stops when its loss stays above so many times the lowest one, see `training.watch`; 0: never."""
     precision: Dtype = Dtype.bfloat16
     """What matrix products are computed in; parameters, gradients' sums and moments stay float32."""
     validation: float = 0.1
-    """Share of the conversations, chosen by the digest of their id, that is only validated on."""
+    """Share of the conversations, chosen by the digest of their id, that is only validated on; with 0 the last epoch's
+    checkpoint counts as the best."""
     seed: int = 0
     """Initial weights, order of the rows, and everything else that is drawn."""
     device: Device = operational(Device.auto)
@@ -438,7 +441,7 @@ class Config:
     data: dict[str, Dataset] = field(default_factory=dict)
     """The data sets that are trained on, by name."""
     datasets: dict[str, Dataset] = field(default_factory=dict)
-    """The data sets that `evaluate.sets` names; filled from `conf/data/`."""
+    """The data sets that `evaluate.sets` names: those of `data`, then those given here, then those of `conf/data/`."""
     pipeline: dict[str, dict[str, str]] = field(default_factory=dict)
     """Node -> its inputs; see `runner.graph`."""
     speculator: Speculator = field(default_factory=Speculator)

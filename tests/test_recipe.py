@@ -102,6 +102,7 @@ def test_schemas_choices_and_algorithms_are_one_list() -> None:
         ([DEMO, "train.validation=1"], "train.validation is a share", "0.1"),
         ([DEMO, "train.ema=1"], "train.ema is a share", "0.999"),
         ([DEMO, "train.cooldown=1.5"], "train.cooldown is a share of the steps", "0.2"),
+        ([DEMO, "train.explodes_at=0.5"], "train.explodes_at is how many times the lowest loss", "5"),
         ([DEMO, "train.max_steps=0"], "train.max_steps must be positive", "leave it out"),
         ([DEMO, "train.patience=-1"], "train.patience must not be negative", "0"),
         ([DEMO, "train.accumulate=0"], "train.accumulate must be positive", "1"),
