@@ -193,7 +193,9 @@ def typed(composed: DictConfig) -> Config:
     if missing:
         raise RecipeError(f"`{missing[0]}` is not given", f"set it in the recipe, or say {missing[0]}=VALUE")
     given = config.datasets
-    config.datasets = {name: config.data.get(name) or given.get(name) or _dataset(name) for name in config.evaluate.sets}
+    config.datasets = {
+        name: config.data.get(name) or given.get(name) or _dataset(name) for name in config.evaluate.sets
+    }
     _check_values(config)
     _refuse_secrets(config)
     return config
