@@ -406,7 +406,8 @@ class Loop:
             self._begin_average()
             return
         tensors, facts = checkpoint.read(found)
-        self.at = Progress(**{**facts, "sums": Tally(**facts["sums"]), "watch": Watch(**facts["watch"])})
+        watch = Watch(**facts.get("watch", {}))  # states that were sealed before there was one may be gone on from
+        self.at = Progress(**{**facts, "sums": Tally(**facts["sums"]), "watch": watch})
         if self.ranks.first:
             os.truncate(self.scratch / METRICS, self.at.metrics_bytes)
         with torch.no_grad():
