@@ -1,8 +1,78 @@
-"""What options choose from, apart from what formats and devices there are; the options are in `config`."""
+"""What options choose from; the options themselves are in `config`, those of drafts in `algorithms`."""
 
 from __future__ import annotations
 
 import enum
+
+
+class Dtype(enum.Enum):
+    """Floating-point formats by the names that torch and vLLM use."""
+
+    bfloat16 = "bfloat16"
+    float16 = "float16"
+    float32 = "float32"
+
+
+class StatesDtype(enum.Enum):
+    """What hidden states are stored in."""
+
+    bfloat16 = "bfloat16"
+    float16 = "float16"
+    float32 = "float32"
+    float8_e4m3fn = "float8_e4m3fn"
+    """Half the bytes of bfloat16: e4m3 with a scale for every token and layer; see `data.encoding`."""
+
+
+class DataFormat(enum.Enum):
+    """How one file of a data set is written."""
+
+    sharegpt = "sharegpt"
+    """A JSON list of `{"id", "conversations": [{"from", "value"}]}`; may be cut off."""
+    messages = "messages"
+    """JSON lines of `{"id", "messages": [{"role", "content"}]}`."""
+    prompts = "prompts"
+    """JSON lines, plain or gzip, with the prompt in `prompt_field` and an id in `id_field`."""
+    upstream = "upstream"
+    """A directory of the PyPI package speculators 0.9, with rows and hidden states; for `pipeline=upstream`."""
+
+
+class Connector(enum.Enum):
+    """What hands hidden states out of vLLM."""
+
+    ours = "ours"
+    """`targets.connector`: on CPUs and accelerators, for the requests that ask, whole or not at all."""
+    example = "example"
+    """vLLM's ExampleHiddenStatesConnector, which is upstream's `file` backend. Needs an accelerator; it writes the
+    states of every request."""
+    fp8 = "fp8"
+    """The package hs-connectors' FP8HiddenStatesConnector, as `example`; float8 with one scale a token over all
+    layers, read as bfloat16. Coarser than `extract.dtype=float8_e4m3fn`, which has a scale for every layer."""
+    mooncake = "mooncake"
+    """hs-connectors' store without files; this release cannot read it, and says so."""
+
+
+class Device(enum.Enum):
+    """Where tensors live."""
+
+    auto = "auto"
+    cpu = "cpu"
+    cuda = "cuda"
+
+
+class ExecutorName(enum.Enum):
+    """What starts the workers."""
+
+    local = "local"
+    submitit = "submitit"
+    ray = "ray"
+
+
+class Cluster(enum.Enum):
+    """Where submitit runs what it is given."""
+
+    local = "local"
+    """Processes of this machine, through the same code as a cluster's."""
+    slurm = "slurm"
 
 
 class Optimizer(enum.Enum):

@@ -22,84 +22,21 @@ from speculators.algorithms import Loss as Loss
 from speculators.algorithms import Speculator as Speculator
 from speculators.algorithms import Weighting as Weighting
 from speculators.algorithms import loss_weights as loss_weights
+from speculators.choices import Cluster as Cluster
+from speculators.choices import Connector as Connector
+from speculators.choices import DataFormat as DataFormat
+from speculators.choices import Device as Device
+from speculators.choices import Dtype as Dtype
+from speculators.choices import ExecutorName as ExecutorName
 from speculators.choices import OnBadRow as OnBadRow
 from speculators.choices import OnDamage as OnDamage
 from speculators.choices import Optimizer as Optimizer
 from speculators.choices import Packing as Packing
 from speculators.choices import Schedule as Schedule
+from speculators.choices import StatesDtype as StatesDtype
 from speculators.choices import Tracker as Tracker
 from speculators.fields import MISSING as MISSING
 from speculators.fields import if_set, operational, secret
-
-
-class Dtype(enum.Enum):
-    """Floating-point formats by the names that torch and vLLM use."""
-
-    bfloat16 = "bfloat16"
-    float16 = "float16"
-    float32 = "float32"
-
-
-class StatesDtype(enum.Enum):
-    """What hidden states are stored in."""
-
-    bfloat16 = "bfloat16"
-    float16 = "float16"
-    float32 = "float32"
-    float8_e4m3fn = "float8_e4m3fn"
-    """Half the bytes of bfloat16: e4m3 with a scale for every token and layer; see `data.encoding`."""
-
-
-class DataFormat(enum.Enum):
-    """How one file of a data set is written."""
-
-    sharegpt = "sharegpt"
-    """A JSON list of `{"id", "conversations": [{"from", "value"}]}`; may be cut off."""
-    messages = "messages"
-    """JSON lines of `{"id", "messages": [{"role", "content"}]}`."""
-    prompts = "prompts"
-    """JSON lines, plain or gzip, with the prompt in `prompt_field` and an id in `id_field`."""
-    upstream = "upstream"
-    """A directory of the PyPI package speculators 0.9, with rows and hidden states; for `pipeline=upstream`."""
-
-
-class Connector(enum.Enum):
-    """What hands hidden states out of vLLM."""
-
-    ours = "ours"
-    """`targets.connector`: on CPUs and accelerators, for the requests that ask, whole or not at all."""
-    example = "example"
-    """vLLM's ExampleHiddenStatesConnector, which is upstream's `file` backend. Needs an accelerator; it writes the
-    states of every request."""
-    fp8 = "fp8"
-    """The package hs-connectors' FP8HiddenStatesConnector, as `example`; float8 with one scale a token over all
-    layers, read as bfloat16. Coarser than `extract.dtype=float8_e4m3fn`, which has a scale for every layer."""
-    mooncake = "mooncake"
-    """hs-connectors' store without files; this release cannot read it, and says so."""
-
-
-class Device(enum.Enum):
-    """Where tensors live."""
-
-    auto = "auto"
-    cpu = "cpu"
-    cuda = "cuda"
-
-
-class ExecutorName(enum.Enum):
-    """What starts the workers."""
-
-    local = "local"
-    submitit = "submitit"
-    ray = "ray"
-
-
-class Cluster(enum.Enum):
-    """Where submitit runs what it is given."""
-
-    local = "local"
-    """Processes of this machine, through the same code as a cluster's."""
-    slurm = "slurm"
 
 
 @dataclass(kw_only=True, slots=True)
@@ -276,10 +213,13 @@ class Train(Stage):
     """Decay of an average of the weights, which is then what is validated and written; 0: no average."""
     clip: float = 1.0
     """Largest norm of the gradient."""
+    explodes_at: float = operational(5.0)
+    """The training stops when its loss stays above so many times the lowest one, see `training.watch`; 0: never."""
     precision: Dtype = Dtype.bfloat16
     """What matrix products are computed in; parameters, gradients' sums and moments stay float32."""
     validation: float = 0.1
-    """Share of the conversations, chosen by the digest of their id, that is only validated on."""
+    """Share of the conversations, chosen by the digest of their id, that is only validated on; with 0 the last epoch's
+    checkpoint counts as the best."""
     seed: int = 0
     """Initial weights, order of the rows, and everything else that is drawn."""
     device: Device = operational(Device.auto)
@@ -442,7 +382,7 @@ class Config:
     data: dict[str, Dataset] = field(default_factory=dict)
     """The data sets that are trained on, by name."""
     datasets: dict[str, Dataset] = field(default_factory=dict)
-    """The data sets that `evaluate.sets` names; filled from `conf/data/`."""
+    """The data sets that `evaluate.sets` names: those of `data`, then those given here, then those of `conf/data/`."""
     pipeline: dict[str, dict[str, str]] = field(default_factory=dict)
     """Node -> its inputs; see `runner.graph`."""
     speculator: Speculator = field(default_factory=Speculator)

@@ -192,8 +192,10 @@ def typed(composed: DictConfig) -> Config:
     missing = sorted(name for name, value, *_ in leaves(config) if value == MISSING)
     if missing:
         raise RecipeError(f"`{missing[0]}` is not given", f"set it in the recipe, or say {missing[0]}=VALUE")
-    for name in config.evaluate.sets:
-        config.datasets[name] = config.data[name] if name in config.data else _dataset(name)
+    given = config.datasets
+    config.datasets = {
+        name: config.data.get(name) or given.get(name) or _dataset(name) for name in config.evaluate.sets
+    }
     _check_values(config)
     _refuse_secrets(config)
     return config
@@ -397,9 +399,11 @@ def _checks_of_train(train: Train) -> Iterator[tuple[bool, str, str, str]]:
         yield (
             0 <= getattr(train, name) < 1, f"train.{name}", "is a share, from 0 to below 1", f"for example {example}"
         )  # fmt: skip
+    often = "is how many times the lowest loss is too much: above 1, or 0 for never"
+    yield train.explodes_at == 0 or train.explodes_at > 1, "train.explodes_at", often, "for example 5"
     yield 0 <= train.cooldown <= 1, "train.cooldown", "is a share of the steps, from 0 to 1", "for example 0.2"
-    share = "is a share of the conversations, between 0 and 1"
-    yield 0 < train.validation < 1, "train.validation", share, "for example 0.1"
+    share = "is a share of the conversations, from 0 to below 1"
+    yield 0 <= train.validation < 1, "train.validation", share, "for example 0.1"
 
 
 def _checks_of_draft(options: Speculator) -> Iterator[tuple[bool, str, str, str]]:

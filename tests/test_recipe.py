@@ -74,6 +74,17 @@ def test_a_set_that_is_also_trained_on_is_the_same_data_set() -> None:
     assert config.datasets["human_eval"].id_field == "task_id"
 
 
+def test_a_recipe_brings_data_sets_of_its_own_to_be_evaluated_with(tmp_path: Path) -> None:
+    path = tmp_path / "mine.yaml"
+    path.write_text(
+        (recipe.RECIPES / "smollm2_eagle3.yaml").read_text()
+        + "datasets: {mine: {source: mine.jsonl, format: prompts}, unasked: {source: x.jsonl, format: prompts}}\n"
+    )
+    config = recipe.compose([f"recipe={path}", "evaluate.sets=[sharegpt, mine]"])
+    assert list(config.datasets) == ["sharegpt", "mine"]
+    assert config.datasets["mine"].source == "mine.jsonl"
+
+
 def test_the_hub_is_one_override_away() -> None:
     config = recipe.compose([DEMO, "target.source=hub:HuggingFaceTB/SmolLM2-135M-Instruct@" + "a" * 40])
     assert config.target.source.startswith("hub:HuggingFaceTB")
@@ -102,6 +113,7 @@ def test_schemas_choices_and_algorithms_are_one_list() -> None:
         ([DEMO, "train.validation=1"], "train.validation is a share", "0.1"),
         ([DEMO, "train.ema=1"], "train.ema is a share", "0.999"),
         ([DEMO, "train.cooldown=1.5"], "train.cooldown is a share of the steps", "0.2"),
+        ([DEMO, "train.explodes_at=0.5"], "train.explodes_at is how many times the lowest loss", "5"),
         ([DEMO, "train.max_steps=0"], "train.max_steps must be positive", "leave it out"),
         ([DEMO, "train.patience=-1"], "train.patience must not be negative", "0"),
         ([DEMO, "train.accumulate=0"], "train.accumulate must be positive", "1"),

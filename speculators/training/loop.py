@@ -20,7 +20,7 @@ import shutil
 import time
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -40,6 +40,7 @@ from speculators.training.optim import Average, Optimizers, rate
 from speculators.training.ranks import Ranks
 from speculators.training.sharding import Weights, weights
 from speculators.training.tracking import Trackers
+from speculators.training.watch import Watch
 
 METRICS = "metrics.jsonl"
 BEST, LAST = "best", "last"
@@ -105,6 +106,8 @@ class Progress:
     """0 before the first validation."""
     best: dict[str, float]
     """Validation metrics of the best checkpoint."""
+    watch: Watch = field(default_factory=Watch)
+    """Over the losses."""
 
 
 class Loop:
@@ -205,6 +208,7 @@ class Loop:
                 f"step {index}: loss {loss}, norm of the gradient {norm}, on rows {self.corpus.name(rows)}",
                 "look at these rows' hidden states; if they are finite, lower train.lr or train.clip",
             )
+        self._stop_if_exploded(index, tally)
         self.optimizers.step(factor)
         self.at.step += 1
         if self.average is not None:
@@ -226,6 +230,19 @@ class Loop:
         if self.at.step % self.train.log_every == 0 or self.at.step == total:
             self._log(factor)
         self.report(self.at.step, total, note)
+
+    def _stop_if_exploded(self, index: int, tally: Tally) -> None:
+        watch, times, predictions = self.at.watch, self.train.explodes_at, sum(tally.count)
+        if not times or not watch.exploded(sum(tally.loss) / predictions if predictions else None, times):
+            return
+        began = index - watch.ago(times)
+        # What made that step high is its own rows, or what the step before has learnt from its rows.
+        rows = [piece.row for step in range(max(0, began - 1), began + 1) for piece in self.plan.batches[step]]
+        raise StageError(
+            f"step {index}: loss {watch.now:.4g} a prediction, {watch.lowest:.4g} at its lowest; "
+            f"it rose in step {began}, on rows {self.corpus.name(rows)}",
+            "lower train.lr; if such rows are to be trained on, raise train.explodes_at, or set it to 0",
+        )
 
     def _backward(self, index: int) -> tuple[float, Tally, list[int]]:
         """Make the gradients of this rank's packs; of all packs the loss, what was counted, and rows without a loss."""
@@ -322,7 +339,8 @@ class Loop:
             self._write({"step": self.at.step, "epoch": epoch, "validation": metrics})
         if not metrics or not self.at.best or metrics["acceptance_length"] > self.at.best["acceptance_length"]:
             self.at.best, self.at.best_step = metrics, self.at.step
-            self._keep(self.scratch / BEST)
+            if metrics or self.at.step == len(self.plan.batches):  # where nothing is held out, only the last can be it
+                self._keep(self.scratch / BEST)
         if self.train.keep_every and epoch % self.train.keep_every == 0:
             self._keep(self.scratch / EPOCHS / str(epoch))
 
@@ -383,7 +401,8 @@ class Loop:
             return
         self._hold()
         tensors, facts = checkpoint.read(found, *self.weights.part)
-        self.at = Progress(**{**facts, "sums": Tally(**facts["sums"])})
+        watch = Watch(**facts.get("watch", {}))  # states that were sealed before there was one may be gone on from
+        self.at = Progress(**{**facts, "sums": Tally(**facts["sums"]), "watch": watch})
         if self.ranks.first:
             os.truncate(self.scratch / METRICS, self.at.metrics_bytes)
         with torch.no_grad():

@@ -1,5 +1,6 @@
 """The whole pipeline, small, on the real engine: killed on the way, resumed by the same command, and measured; then
-training from the live engine: the batches of training from files, the same losses but for rounding, over a lost server.
+training from the live engine: the batches of training from files, the same losses but for rounding, over a lost server;
+then, of each algorithm, a draft that knows one row by heart, served.
 
 Target, prompts and engine are the demo's. The tests of this module are one story and run in order: each
 starts from the store that the one before left.
@@ -203,4 +204,26 @@ def test_hybrid_loses_its_server_on_the_way_goes_on_and_prefills_no_row_again(wo
     assert record["found_rows"] > 0
     assert record["found_rows"] + record["prefilled_rows"] == record["kept_rows"]
     assert record["kept_rows"] <= summary["rows"] + summary["validation_rows"]
+    assert gone(world)
+
+
+ONE_ROW = Path(__file__).parent / "one_row.yaml"
+QUESTION = {"id": "row", "prompt": "Tell me how a letter travels from one town to another, step by step."}
+DRAFTS = {
+    "dflash": ("speculator=dflash", "speculator.num_layers=2", "speculator.num_speculative_tokens=7"),
+    "eagle3": ("speculator=eagle3",),
+}
+
+
+@pytest.mark.parametrize("algorithm", sorted(DRAFTS))
+def test_a_draft_that_knows_a_row_by_heart_is_served_as_it_was_trained(world: World, algorithm: str) -> None:
+    """Wherever training and the engine differ, in a layout, a position, a layer or the template, tokens are refused."""
+    (world.root / "row.jsonl").write_text(json.dumps(QUESTION) + "\n")
+    code, _, err = world.run(*DRAFTS[algorithm], recipe=ONE_ROW)
+    assert code == 0, err
+    evaluation = json.loads((Path(world.last_run()["steps"]["evaluate"]["path"]) / "evaluation.json").read_text())
+    measured, longest = evaluation["sets"]["again"], evaluation["num_speculative_tokens"] + 1
+    assert measured["tokens"] == evaluation["max_tokens"]
+    assert measured["identical_answers"] == 1
+    assert measured["acceptance_length"] > 0.9 * longest
     assert gone(world)

@@ -25,14 +25,14 @@ class World:
         self.root = root
         self.store = root / "store"
 
-    def start(self, *words: str, verb: str = "run") -> subprocess.Popen[str]:
-        command = [sys.executable, "-m", "speculators.cli", verb, f"recipe={RECIPE}", *words]
+    def start(self, *words: str, verb: str = "run", recipe: Path = RECIPE) -> subprocess.Popen[str]:
+        command = [sys.executable, "-m", "speculators.cli", verb, f"recipe={recipe}", *words]
         env = {**os.environ, "SPECULATORS_STORE": str(self.store)}
         pipe = subprocess.PIPE
         return subprocess.Popen(command, cwd=self.root, env=env, stdout=pipe, stderr=pipe, text=True)
 
-    def run(self, *words: str, verb: str = "run") -> tuple[int, str, str]:
-        process = self.start(*words, verb=verb)
+    def run(self, *words: str, verb: str = "run", recipe: Path = RECIPE) -> tuple[int, str, str]:
+        process = self.start(*words, verb=verb, recipe=recipe)
         out, err = process.communicate()
         return process.returncode, out, err
 

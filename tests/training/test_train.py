@@ -271,6 +271,29 @@ def test_a_loss_that_is_no_number_stops_with_its_rows(tmp_path: Path) -> None:
         train.main(make_job(world, tmp_path / "work", validation=0.0))
 
 
+def test_a_loss_that_explodes_stops_with_its_rows_and_a_resumed_run_at_the_same_step(
+    world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    options: dict[str, Any] = {"epochs": 9, "lr": 100.0, "weight_decay": 0.0, "optimizer": Optimizer.adamw}
+    said = r"^step 31: loss .* a prediction, 12\.\d+ at its lowest; it rose in step 1, on rows \d+ \(conversation"
+    with pytest.raises(StageError, match=said) as straight:
+        train.main(make_job(world, tmp_path / "straight", **options))
+    assert "lower train.lr" in straight.value.hint
+    job = make_job(world, tmp_path / "stopped", checkpoint_seconds=0.0, **options)
+
+    def stop_there(self: Job, done: float, total: float, unit: str, **note: object) -> None:
+        if done == 20:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(Job, "progress", stop_there)
+    with pytest.raises(KeyboardInterrupt):
+        train.main(job)
+    monkeypatch.undo()
+    with pytest.raises(StageError) as resumed:
+        train.main(make_job(world, tmp_path / "stopped", checkpoint_seconds=0.0, **options))
+    assert resumed.value.message == straight.value.message
+
+
 def test_a_state_without_its_seal_is_not_gone_on_from(tmp_path: Path) -> None:
     checkpoint.seal(tmp_path, 3, {"a": torch.ones(2)}, {"step": 3})
     whole = {p.name: p.read_bytes() for p in (tmp_path / "step-00000003").iterdir()}
