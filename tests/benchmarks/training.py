@@ -225,21 +225,21 @@ def main(store: str, python: str, driver: str, algorithm: str = "eagle3", *words
     with tempfile.TemporaryDirectory() as directory:
         root = Path(directory)
         run = partial(upstream, python, Path(driver), world, root, world.export(root / "rows"), algorithm)
-        print(f"upstream as it is, {STEPS_AS_IT_IS} steps: {run(STEPS_AS_IT_IS, float32=False)[0]:.0f} tokens/s")
         steps = world.config.train.max_steps
         assert steps is not None
         theirs, checkpoint = run(steps, float32=True)
         found = {"upstream, float32": (theirs, world.validate(next(checkpoint.glob("0"))))}
         speed, mine = ours(world, store)
         found["ours"] = (speed, world.validate(mine))
-    for name, (rate, metrics) in found.items():
-        print(
-            f"{name}: {rate:.0f} tokens/s; held out: loss {metrics['loss']:.4f}, "
-            f"acceptance length {metrics['acceptance_length']:.3f}"
-        )
-    flops, bound = flops_per_token(world), gemm_rate()
-    share = flops * speed / bound
-    print(f"ratio {speed / theirs:.2f}; {flops / 1e6:.0f} MFLOP a token, {share:.0%} of {bound / 1e9:.0f} GFLOP/s")
+        for name, (rate, metrics) in found.items():
+            print(
+                f"{name}: {rate:.0f} tokens/s; held out: loss {metrics['loss']:.4f}, "
+                f"acceptance length {metrics['acceptance_length']:.3f}"
+            )
+        flops, bound = flops_per_token(world), gemm_rate()
+        share = flops * speed / bound
+        print(f"ratio {speed / theirs:.2f}; {flops / 1e6:.0f} MFLOP a token, {share:.0%} of {bound / 1e9:.0f} GFLOP/s")
+        print(f"upstream as it is, {STEPS_AS_IT_IS} steps: {run(STEPS_AS_IT_IS, float32=False)[0]:.0f} tokens/s")
 
 
 if __name__ == "__main__":
