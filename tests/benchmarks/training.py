@@ -121,7 +121,9 @@ class World:
         head = self.target.head(self.vocabulary.tokens)
         draft = DRAFTS[self.config.speculator.algorithm].load(checkpoint, self.target.embeddings(), head)
         with tempfile.TemporaryDirectory() as scratch:
-            return self.loop(draft, Path(scratch)).validate()
+            loop = self.loop(draft, Path(scratch))
+            loop._hold()
+            return loop.validate()
 
     def export(self, directory: Path) -> float:
         """Write everything as upstream reads it, held out rows last, where it splits; returns the share before them."""
