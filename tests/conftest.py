@@ -85,6 +85,11 @@ def publish_all(store: Store, planner: Planner) -> dict[str, str]:
     return digests
 
 
+OF_CHECKPOINT = ["target.num_hidden_layers=4", "target.hidden_size=8", "target.vocab_size=32", "vocab.size=16"]
+OF_CHECKPOINT += ["speculator.layer_ids=null"]
+"""What a recipe has to say of `checkpoint` where the demo's says something else."""
+
+
 @pytest.fixture
 def checkpoint(tmp_path: Path) -> Path:
     """A model directory as far as the runner looks into one: 4 layers, and files that nobody reads here."""

@@ -17,7 +17,7 @@ from speculators.runner.installed import installed
 from speculators.runner.plan import Planner
 from speculators.runner.store import Store
 from speculators.verbs import query
-from tests.conftest import EVALUATION, publish_all
+from tests.conftest import EVALUATION, OF_CHECKPOINT, publish_all
 
 DEMO = "recipe=smollm2_eagle3"
 
@@ -196,15 +196,8 @@ def test_a_disk_without_room_is_refused_before_any_worker_starts(
     rows.write_text("[]")
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(estimate, "free_bytes", lambda root: 1 << 20)
-    facts = [
-        "target.num_hidden_layers=4",
-        "target.hidden_size=8",
-        "target.vocab_size=32",
-        "vocab.size=16",
-        "speculator.layer_ids=null",
-    ]
     sources = [f"target.source={checkpoint}", f"data.sharegpt.source={rows}", "evaluate.sets=[sharegpt]"]
-    assert main(DEMO, *facts, *sources) == 1
+    assert main(DEMO, *OF_CHECKPOINT, *sources) == 1
     assert "the hidden states need up to" in capsys.readouterr().err
     assert not list((tmp_path / "store").glob("work/*/*"))
 

@@ -11,6 +11,7 @@ The artifact: `best/` and `last/` (checkpoints in the speculators format), `epoc
 from __future__ import annotations
 
 import contextlib
+import os
 import shutil
 from collections.abc import Iterator
 from dataclasses import replace
@@ -197,6 +198,8 @@ def pick_device(wanted: Device) -> torch.device:
 @contextlib.contextmanager
 def same_bytes_every_time() -> Iterator[None]:
     """Only operations that give the same bits every time; torch raises an error at any other."""
+    # cuBLAS asks for it when it is first used, and torch lets nobody multiply without it.
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
     before = torch.are_deterministic_algorithms_enabled()
     torch.use_deterministic_algorithms(True)
     try:

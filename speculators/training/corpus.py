@@ -180,7 +180,7 @@ class Corpus:
         for row in rows:
             length, supervised = self.lengths[row], []
             if length > batch_tokens:
-                supervised = np.flatnonzero(self._supervised(row)[:length]).tolist()
+                supervised = np.flatnonzero(self._supervised(row, 0, length)).tolist()
             found += pieces(row, length, supervised, batch_tokens)
         return found
 
@@ -223,16 +223,16 @@ class Corpus:
 
     def mask(self, piece: Piece) -> Tensor:
         """bool [T]: what of a row, up to its piece's end, is supervised in this piece."""
-        mask = self._supervised(piece.row)[: piece.end].copy()
-        mask[: piece.begin] = False
+        mask = np.zeros(piece.end, np.bool_)
+        mask[piece.begin :] = self._supervised(piece.row, piece.begin, piece.end)
         return torch.from_numpy(mask)
 
     def name(self, rows: list[int]) -> str:
         """Rows for a message."""
         return ", ".join(f"{row} (conversation {self.table.conversations[row]})" for row in rows)
 
-    def _supervised(self, row: int) -> npt.NDArray[np.bool_]:
-        return np.ones(self.lengths[row], np.bool_) if row in self._whole else self.table.loss_mask(row) != 0
+    def _supervised(self, row: int, begin: int, end: int) -> npt.NDArray[np.bool_]:
+        return np.ones(end - begin, np.bool_) if row in self._whole else self.table.loss_mask(row)[begin:end] != 0
 
     def _to(self, device: torch.device) -> None:
         """Where packs are wanted from now on."""
@@ -248,7 +248,7 @@ class Corpus:
         begin = 0
         for piece in wanted:
             token_ids[begin : begin + piece.end] = self.table.token_ids(piece.row)[: piece.end]
-            supervised = self._supervised(piece.row)[piece.begin : piece.end]
+            supervised = self._supervised(piece.row, piece.begin, piece.end)
             loss_mask[begin + piece.begin : begin + piece.end] = supervised
             begin += piece.end
         encoded = {n: self._buffers.empty(dtype, (total, *each)) for n, (dtype, each) in self.source.layout.items()}

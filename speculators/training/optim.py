@@ -2,8 +2,8 @@
 
 Muon (Jordan et al. 2024; scaled as in Liu et al. 2025, arXiv:2502.16982) replaces the update of a matrix by the nearest
 orthogonal matrix, so that every direction is learnt at the same rate. It is written out here because torch's computes
-in bfloat16, which many processors emulate slowly, and iterates on the full matrix; this one iterates on the small
-Gram matrix, and in blocks if asked.
+in bfloat16, which many processors emulate slowly, and takes fifteen products of the whole matrix; this one takes two
+and two inverses of the small Gram matrix, comes closer, and goes in blocks if asked.
 """
 
 from __future__ import annotations
@@ -25,16 +25,50 @@ MOMENTUM = 0.95
 BETAS = (0.9, 0.95)
 """AdamW's."""
 EPS = 1e-8
-POLYNOMIAL = (3.4445, -4.7750, 2.0315)
-"""a, b, c of X <- aX + b(XX')X + c(XX')^2 X: steep at zero, and around one for everything else."""
-ITERATIONS = 5
+FLOOR = 5e-3
+"""Singular values from this share of the largest upwards end near one, smaller ones in between."""
+
+
+def zolotarev(poles: int, floor: float) -> tuple[float, list[float], list[float]]:
+    """The odd rational function with so many pairs of poles that is nearest to 1 on [floor, 1].
+
+    It is scale * x * (1 + sum(weight / (x^2 + pole))). Zolotarev found it in 1877; Nakatsukasa and Freund use it for
+    the polar factor (SIAM Review 2016, doi:10.1137/140990334). Its zeros and poles are Jacobi's elliptic functions at
+    equal distances, computed here by their descent to circular ones (Abramowitz and Stegun, 16.4).
+
+    Returns:
+        scale, the weights, and the poles.
+    """
+    larger, smaller = 1.0, floor
+    descent = []
+    while larger - smaller > 1e-15:
+        descent.append((larger - smaller) / (larger + smaller))
+        larger, smaller = (larger + smaller) / 2, math.sqrt(larger * smaller)
+    squares = []
+    for place in range(1, 2 * poles + 1):
+        amplitude = 2 ** len(descent) * math.pi / 2 * place / (2 * poles + 1)
+        for ratio in reversed(descent):
+            amplitude = (amplitude + math.asin(ratio * math.sin(amplitude))) / 2
+        squares.append((floor * math.tan(amplitude)) ** 2)
+    at, zeros = squares[0::2], squares[1::2]
+    weights = [
+        math.prod(zero - pole for zero in zeros) / math.prod(other - pole for other in at if other != pole)
+        for pole in at
+    ]
+    # It swings evenly about what shall be one, from its lowest at the floor to its highest at one.
+    ends = [x * (1.0 + sum(w / (x * x + pole) for w, pole in zip(weights, at, strict=True))) for x in (floor, 1.0)]
+    return 2.0 / sum(ends), weights, at
+
+
+SCALE, WEIGHTS, POLES = zolotarev(2, FLOOR)
 
 
 def orthogonalise(matrix: Tensor, block: int = 0) -> Tensor:
-    """The orthogonal matrix nearest to `matrix` [m, n], about: singular values end between 0.7 and 1.2.
+    """The orthogonal matrix nearest to `matrix` [m, n], about: singular values end between 0.9 and 1.1.
 
-    A polynomial of X X' commutes with it, so the iteration runs on the Gram matrix [k, k] and on the product of the
-    polynomials [k, k], k = min(m, n), and X is multiplied once at the end: less work wherever X is not square.
+    With X = USV', f(S) is wanted for S, f being `zolotarev`'s function, which is X times a function of its Gram matrix
+    [k, k], k = min(m, n). That takes one product to form it, one to apply the function, and in between an inverse for
+    each pole, which are far enough from zero that float32 will do.
 
     With `block`, the shorter side is cut into groups of so many rows, each made orthogonal by itself: k / block
     times less work, and what is lost is that two groups may still move along the same direction.
@@ -46,18 +80,21 @@ def orthogonalise(matrix: Tensor, block: int = 0) -> Tensor:
     groups = -(-rows // size)
     # Rows of zeros stay what they are.
     x = nn.functional.pad(x, (0, 0, 0, groups * size - rows)).reshape(groups, size, columns)
-    x = x / (x.flatten(1).norm(dim=1)[:, None, None] + 1e-7)
-    a, b, c = POLYNOMIAL
+    # First by what keeps the squares within float32, then by the fourth root of the sum of the fourth powers of the
+    # singular values, which is hardly above the largest.
+    x = x / (x.flatten(1).norm(dim=1)[:, None, None] + 1e-30)
     gram = x @ x.mT
-    product: Tensor | None = None
-    for iteration in range(ITERATIONS):
-        factor = torch.baddbmm(gram, gram, gram, beta=b, alpha=c)
-        factor.diagonal(dim1=-2, dim2=-1).add_(a)
-        product = factor if product is None else factor @ product
-        if iteration < ITERATIONS - 1:
-            gram = factor @ gram @ factor
-    assert product is not None
-    x = (product @ x).reshape(groups * size, columns)[:rows]
+    norm = (gram.flatten(1).norm(dim=1).sqrt() + 1e-7)[:, None, None]
+    gram = gram / norm.square()
+    applied: Tensor | None = None
+    for weight, pole in zip(WEIGHTS, POLES, strict=True):
+        shifted = gram.clone()
+        shifted.diagonal(dim1=-2, dim2=-1).add_(pole)
+        inverse = torch.cholesky_inverse(torch.linalg.cholesky_ex(shifted).L)
+        applied = inverse.mul_(weight) if applied is None else applied.add_(inverse, alpha=weight)
+    assert applied is not None
+    applied.diagonal(dim1=-2, dim2=-1).add_(1.0)
+    x = (applied.mul_(SCALE / norm) @ x).reshape(groups * size, columns)[:rows]
     return x.T if tall else x
 
 

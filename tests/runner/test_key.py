@@ -19,6 +19,7 @@ from speculators.runner import key
 from speculators.runner.graph import KINDS
 from speculators.runner.plan import Planner
 from speculators.runner.store import Store
+from tests.conftest import OF_CHECKPOINT
 
 GOLDEN = Path(__file__).parent.parent / "goldens" / "keys.json"
 RECIPES = sorted(path.stem for path in recipe.RECIPES.glob("*.yaml"))
@@ -145,16 +146,8 @@ def test_keys_do_not_depend_on_the_spelling_of_a_value(spellings: list[str], sto
 def test_a_target_moves_keys_by_its_content_and_not_by_its_place(
     checkpoint: Path, tmp_path: Path, store: Store
 ) -> None:
-    facts = [
-        "target.num_hidden_layers=4",
-        "target.hidden_size=8",
-        "target.vocab_size=32",
-        "vocab.size=16",
-        "speculator.layer_ids=null",
-    ]
-
     def own(path: Path) -> str:
-        planner = Planner(recipe.compose(["recipe=smollm2_eagle3", *facts, f"target.source={path}"]), store)
+        planner = Planner(recipe.compose(["recipe=smollm2_eagle3", *OF_CHECKPOINT, f"target.source={path}"]), store)
         return planner.step("target", {}).key
 
     copy = shutil.copytree(checkpoint, tmp_path / "copy")

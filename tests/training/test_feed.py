@@ -58,17 +58,8 @@ class World:
         return sum(map(len, self.known))
 
 
-@pytest.fixture(autouse=True, scope="module")
-def _one_thread() -> Iterator[None]:
-    """So small a training is faster so, and several threads round otherwise than one."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
 @pytest.fixture(scope="module")
-def world(_one_thread: None, tmp_path_factory: pytest.TempPathFactory) -> World:
+def world(one_thread: None, tmp_path_factory: pytest.TempPathFactory) -> World:
     path = tmp_path_factory.mktemp("world")
     known = states_server.write_world(path)
     job = make_job(path, path / "work")

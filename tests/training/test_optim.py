@@ -1,13 +1,15 @@
-"""Schedules by hand; Muon against the textbook iteration; the state of the optimisers."""
+"""Schedules by hand; Muon against singular values; the state of the optimisers."""
 
 from __future__ import annotations
+
+import math
 
 import pytest
 import torch
 from torch import nn
 
 from speculators.config import Optimizer, Schedule, Train
-from speculators.training.optim import POLYNOMIAL, Average, Optimizers, orthogonalise, rate
+from speculators.training.optim import FLOOR, Average, Optimizers, orthogonalise, rate, zolotarev
 
 
 @pytest.mark.parametrize(
@@ -27,29 +29,47 @@ def test_without_a_warm_up_the_first_step_is_at_full_rate() -> None:
     assert rate(0, 100, 0.0, Schedule.linear) == 1.0
 
 
-def iterated(matrix: torch.Tensor) -> torch.Tensor:
-    """Newton and Schulz as they are written in the paper, for a wide matrix."""
-    a, b, c = POLYNOMIAL
-    x = matrix / matrix.norm()
-    for _ in range(5):
-        gram = x @ x.T
-        x = a * x + (b * gram + c * gram @ gram) @ x
-    return x
+def spread(rows: int, columns: int, least: float) -> torch.Tensor:
+    """A matrix whose singular values run from one down to `least`."""
+    draw = torch.Generator().manual_seed(0)
+    u, _, v = torch.linalg.svd(torch.randn(rows, columns, generator=draw), full_matrices=False)
+    return (u * torch.logspace(0, math.log10(least), min(rows, columns))) @ v
 
 
-@pytest.mark.parametrize("shape", [(24, 40), (40, 24), (16, 16)])
-def test_orthogonalising_on_the_gram_matrix_equals_iterating_on_the_matrix(shape: tuple[int, int]) -> None:
-    matrix = torch.randn(shape, generator=torch.Generator().manual_seed(0))
-    expected = iterated(matrix) if shape[0] <= shape[1] else iterated(matrix.T).T
-    torch.testing.assert_close(orthogonalise(matrix), expected, atol=1e-4, rtol=1e-3)
+@pytest.mark.parametrize(("poles", "floor"), [(1, 0.1), (2, 5e-3), (3, 1e-3), (4, 1e-6)])
+def test_the_function_swings_about_one_as_often_as_the_best_of_its_type_must(poles: int, floor: float) -> None:
+    # Chebyshev's criterion: no other function of the type is nearer if the error is greatest 2r + 2 times in turn.
+    scale, weights, at = zolotarev(poles, floor)
+    x = torch.logspace(math.log10(floor), 0, 200_001, dtype=torch.float64)
+    error = scale * x * (1 + sum(w / (x * x + pole) for w, pole in zip(weights, at, strict=True))) - 1
+    turns = [0, *(torch.where(error.diff()[1:] * error.diff()[:-1] < 0)[0] + 1).tolist(), len(x) - 1]
+    assert len(turns) == 2 * poles + 2
+    signs = torch.tensor([(-1.0) ** (place + 1) for place in range(len(turns))], dtype=torch.float64)
+    torch.testing.assert_close(error[turns], signs * error.abs().max(), atol=0, rtol=1e-5)
+
+
+@pytest.mark.parametrize("shape", [(24, 40), (40, 24), (16, 16), (96, 96)])
+@pytest.mark.parametrize("size", [1.0, 1e-12, 1e12])
+def test_a_matrix_becomes_orthogonal_whatever_its_size_and_shape(shape: tuple[int, int], size: float) -> None:
+    matrix = spread(*shape, least=4 * FLOOR) * size
+    u, _, v = torch.linalg.svd(matrix.double(), full_matrices=False)
+    expected = u @ v
+    assert torch.linalg.matrix_norm(orthogonalise(matrix).double() - expected, 2) < 0.1
+
+
+def test_directions_that_hardly_move_are_not_blown_up_and_none_is_not_a_number() -> None:
+    for matrix in (spread(32, 48, least=1e-9), torch.zeros(32, 48), torch.ones(32, 48)):
+        found = torch.linalg.matrix_norm(orthogonalise(matrix), 2)
+        assert found <= 1.1
+    assert torch.equal(orthogonalise(torch.zeros(8, 9)), torch.zeros(8, 9))
 
 
 @pytest.mark.parametrize("tall", [False, True])
 def test_blocks_are_orthogonalised_each_by_itself_down_to_a_last_short_one(tall: bool) -> None:
     matrix = torch.randn(20, 40, generator=torch.Generator().manual_seed(0))
-    expected = torch.cat([iterated(matrix[:8]), iterated(matrix[8:16]), iterated(matrix[16:])])
+    expected = torch.cat([orthogonalise(matrix[:8]), orthogonalise(matrix[8:16]), orthogonalise(matrix[16:])])
     found = orthogonalise(matrix.T, 8).T if tall else orthogonalise(matrix, 8)
-    torch.testing.assert_close(found, expected, atol=1e-4, rtol=1e-3)
+    torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-4)
     torch.testing.assert_close(orthogonalise(matrix, 64), orthogonalise(matrix))
 
 

@@ -6,7 +6,6 @@ trainings one after the other.
 
 from __future__ import annotations
 
-import json
 import os
 import re
 import shutil
@@ -14,8 +13,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
-from run_train import make_job, write_world
+from run_train import write_world
+from trainings import job_of, losses, stop_at
 
 from speculators.config import Optimizer
 from speculators.errors import StageError
@@ -32,28 +31,7 @@ WAYS: list[dict[str, Any]] = [
     {"algorithm": "dflash", "accumulate": 2},
 ]
 
-
-@pytest.fixture(scope="module")
-def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_world(tmp_path_factory.mktemp("world"))
-
-
-@pytest.fixture(scope="module", autouse=True)
-def one_thread() -> None:
-    """The processes share two cores with other tests."""
-    torch.set_num_threads(1)
-
-
-def job_of(world: Path, work: Path, **options: Any) -> Job:
-    job = make_job(world, work, log_every=1, batch_tokens=96, **options)
-    job.config.target.reference_gib = 0.0  # what the gate does is tested elsewhere, and takes its time
-    return job
-
-
-def losses(job: Job) -> list[float]:
-    """Of every step and of every validation."""
-    lines = [json.loads(line) for line in (job.output / "metrics.jsonl").read_text().splitlines()]
-    return [line.get("validation", line)["loss"] for line in lines]
+pytestmark = pytest.mark.usefixtures("one_thread")  # the processes share the cores with other tests
 
 
 def fit_all(ranks: Ranks, jobs: list[Job]) -> None:
@@ -94,14 +72,7 @@ def test_a_run_that_was_stopped_goes_on_with_as_many_processes_bit_by_bit_and_wi
     straight = job_of(world, tmp_path / "straight", **options)
     train.main(straight)
 
-    def stop_there(self: Job, done: float, total: float, unit: str, **note: object) -> None:
-        if done == 9:
-            raise KeyboardInterrupt
-
-    monkeypatch.setattr(Job, "progress", stop_there)
-    with pytest.raises(KeyboardInterrupt):
-        train.main(job_of(world, tmp_path / "two", **options))
-    monkeypatch.undo()
+    stop_at(monkeypatch, 9, job_of(world, tmp_path / "two", **options))
     shutil.copytree(tmp_path / "two", tmp_path / "one")
     two, one = (
         job_of(world, tmp_path / "two", **options),

@@ -6,15 +6,14 @@ trainings one after the other.
 
 from __future__ import annotations
 
-import json
 import shutil
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from run_train import make_job, write_world
 from safetensors.torch import load_file
+from trainings import job_of, losses, stop_at
 
 from speculators.config import Dtype, Optimizer
 from speculators.job import Job
@@ -30,30 +29,14 @@ WAYS: list[dict[str, Any]] = [
 ]
 Counts = tuple[int, int]
 
-
-@pytest.fixture(scope="module")
-def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_world(tmp_path_factory.mktemp("world"))
+pytestmark = pytest.mark.usefixtures("one_thread")  # the processes share the cores with other tests
 
 
-@pytest.fixture(scope="module", autouse=True)
-def one_thread() -> None:
-    """The processes share two cores with other tests."""
-    torch.set_num_threads(1)
-
-
-def job_of(world: Path, work: Path, own: bool = False, **options: Any) -> Job:
+def divided(world: Path, work: Path, own: bool = False, **options: Any) -> Job:
     """`own`: embeddings and head are trained too."""
-    job = make_job(world, work, **{"log_every": 1, "batch_tokens": 96, "epochs": 1, "sharded": True, **options})
-    job.config.target.reference_gib = 0.0  # what the gate does is tested elsewhere, and takes its time
+    job = job_of(world, work, **{"epochs": 1, "sharded": True, **options})
     job.config.speculator.train_embeddings = job.config.speculator.train_head = own
     return job
-
-
-def losses(job: Job) -> list[float]:
-    """Of every step and of every validation."""
-    lines = [json.loads(line) for line in (job.output / "metrics.jsonl").read_text().splitlines()]
-    return [line.get("validation", line)["loss"] for line in lines]
 
 
 def fit_all(ranks: Ranks, jobs: list[Job]) -> list[list[Counts]]:
@@ -75,7 +58,7 @@ def fit_all(ranks: Ranks, jobs: list[Job]) -> list[list[Counts]]:
 @pytest.fixture(scope="module")
 def alone(world: Path, tmp_path_factory: pytest.TempPathFactory) -> list[tuple[Job, Counts]]:
     """The same trainings by one process."""
-    jobs = [job_of(world, tmp_path_factory.mktemp("alone"), **{**way, "accumulate": 1}) for way in WAYS]
+    jobs = [divided(world, tmp_path_factory.mktemp("alone"), **{**way, "accumulate": 1}) for way in WAYS]
     return [(job, counts[0]) for job, counts in zip(jobs, fit_all(Ranks(), jobs), strict=True)]
 
 
@@ -83,7 +66,7 @@ def alone(world: Path, tmp_path_factory: pytest.TempPathFactory) -> list[tuple[J
 def test_divided_weights_train_as_whole_ones_do_and_each_process_has_its_share(
     world: Path, tmp_path: Path, alone: list[tuple[Job, Counts]], processes: int
 ) -> None:
-    jobs = [job_of(world, tmp_path / str(n), **way) for n, way in enumerate(WAYS)]
+    jobs = [divided(world, tmp_path / str(n), **way) for n, way in enumerate(WAYS)]
     with joined(processes, fit_all, jobs) as ranks:
         counts = fit_all(ranks, jobs)
     for job, way, (whole, total), parts in zip(jobs, WAYS, alone, counts, strict=True):
@@ -100,22 +83,11 @@ def test_divided_weights_train_as_whole_ones_do_and_each_process_has_its_share(
             assert max(held) < 1.15 * everything / processes, "vectors are whole everywhere"
 
 
-def stop_at(monkeypatch: pytest.MonkeyPatch, step: int, job: Job) -> None:
-    def stop_there(self: Job, done: float, total: float, unit: str, **note: object) -> None:
-        if done == step:
-            raise KeyboardInterrupt
-
-    with monkeypatch.context() as patched:
-        patched.setattr(Job, "progress", stop_there)
-        with pytest.raises(KeyboardInterrupt):
-            train.main(job)
-
-
 def test_a_divided_run_that_was_stopped_goes_on_bit_by_bit_and_to_1e_5_with_another_number_of_processes(
     world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def work(name: str, processes: int) -> Job:
-        return job_of(world, tmp_path / name, processes=processes, ema=0.9, checkpoint_seconds=0.0)
+        return divided(world, tmp_path / name, processes=processes, ema=0.9, checkpoint_seconds=0.0)
 
     stop_at(monkeypatch, 3, work("two", 2))
     stop_at(monkeypatch, 3, work("more", 1))

@@ -16,21 +16,15 @@ import tiny
 import torch
 from run_train import make_job, write_world
 from safetensors.torch import load_file, save_file
+from trainings import losses, metrics, stop_at
 
-from speculators.config import Optimizer, Schedule
+from speculators.config import Device, Dtype, Optimizer, Schedule
 from speculators.drafts.dflash import DFlashDraft
 from speculators.drafts.eagle3 import Eagle3Draft
 from speculators.errors import ContractError, StageError
-from speculators.job import Job
 from speculators.runner.history import METRICS
 from speculators.stages import train
 from speculators.training import checkpoint
-
-
-@pytest.fixture(scope="module")
-def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_world(tmp_path_factory.mktemp("world"))
-
 
 ALGORITHMS = pytest.mark.parametrize("algorithm", ["eagle3", "dflash"])
 
@@ -74,27 +68,9 @@ def test_stopping_anywhere_and_going_on_gives_the_same_bytes(
     expected = files(tmp_path / "straight" / "data")
     for stop in (1, 6, 13):
         work = tmp_path / f"stopped-{stop}"
-        job = make_job(world, work, algorithm=algorithm, checkpoint_seconds=0.0)
-
-        def stop_there(done: float, total: float, unit: str, stop: int = stop, **note: object) -> None:
-            if done == stop:
-                raise KeyboardInterrupt
-
-        monkeypatch.setattr(type(job), "progress", lambda self, *args, f=stop_there, **note: f(*args, **note))
-        with pytest.raises(KeyboardInterrupt):
-            train.main(job)
-        monkeypatch.undo()
+        stop_at(monkeypatch, stop, make_job(world, work, algorithm=algorithm, checkpoint_seconds=0.0))
         train.main(make_job(world, work, algorithm=algorithm, checkpoint_seconds=0.0))
         assert files(work / "data") == expected
-
-
-def metrics(job: Job) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in (job.output / "metrics.jsonl").read_text().splitlines()]
-
-
-def losses(lines: list[dict[str, Any]]) -> list[float]:
-    """Those of every step, and of every validation."""
-    return [line.get("validation", line)["loss"] for line in lines]
 
 
 @ALGORITHMS
@@ -102,15 +78,16 @@ def losses(lines: list[dict[str, Any]]) -> list[float]:
 def test_a_step_in_several_packs_is_the_step_in_one(
     world: Path, tmp_path: Path, algorithm: str, options: dict[str, object]
 ) -> None:
-    found = []
-    for packs in (1, 3):
-        job = make_job(
+    one, several = (
+        make_job(
             world, tmp_path / str(packs), algorithm=algorithm, accumulate=packs, batch_tokens=96, log_every=1, **options
         )
-        train.main(job)
-        found.append(metrics(job))
-    assert losses(found[0]) == pytest.approx(losses(found[1]), abs=1e-5)
-    assert [line.get("tokens") for line in found[0]] == [line.get("tokens") for line in found[1]]
+        for packs in (1, 3)
+    )
+    train.main(one)
+    train.main(several)
+    assert losses(one) == pytest.approx(losses(several), abs=1e-5)
+    assert [line.get("tokens") for line in metrics(one)] == [line.get("tokens") for line in metrics(several)]
 
 
 @ALGORITHMS
@@ -165,16 +142,32 @@ def test_a_run_with_an_average_and_several_packs_goes_on_in_the_same_bytes(
 ) -> None:
     options: dict[str, Any] = {"ema": 0.9, "accumulate": 2, "keep_every": 1, "checkpoint_seconds": 0.0}
     train.main(make_job(world, tmp_path / "straight", **options))
-    job = make_job(world, tmp_path / "stopped", **options)
+    stop_at(monkeypatch, 9, make_job(world, tmp_path / "stopped", **options))
+    train.main(make_job(world, tmp_path / "stopped", **options))
+    assert files(tmp_path / "stopped" / "data") == files(tmp_path / "straight" / "data")
 
-    def stop_there(self: Job, done: float, total: float, unit: str, **note: object) -> None:
-        if done == 9:
-            raise KeyboardInterrupt
 
-    monkeypatch.setattr(Job, "progress", stop_there)
-    with pytest.raises(KeyboardInterrupt):
-        train.main(job)
-    monkeypatch.undo()
+def test_only_operations_with_the_same_bits_every_time_are_let_through_and_a_gpu_can_multiply(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setenv("CUBLAS_WORKSPACE_CONFIG", "as it was")
+    monkeypatch.delenv("CUBLAS_WORKSPACE_CONFIG")
+    with train.same_bytes_every_time():
+        assert torch.are_deterministic_algorithms_enabled()
+        # without it torch refuses every product on a GPU
+        assert os.environ["CUBLAS_WORKSPACE_CONFIG"] == ":4096:8"
+    assert not torch.are_deterministic_algorithms_enabled()
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="torch finds no CUDA device")
+@ALGORITHMS
+def test_on_a_gpu_too_a_run_that_was_stopped_ends_in_the_same_bytes(
+    world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, algorithm: str
+) -> None:
+    options: dict[str, Any] = {"algorithm": algorithm, "device": Device.cuda, "precision": Dtype.bfloat16}
+    train.main(make_job(world, tmp_path / "straight", **options))
+    stop_at(monkeypatch, 9, make_job(world, tmp_path / "stopped", checkpoint_seconds=0.0, **options))
     train.main(make_job(world, tmp_path / "stopped", **options))
     assert files(tmp_path / "stopped" / "data") == files(tmp_path / "straight" / "data")
 
@@ -182,7 +175,7 @@ def test_a_run_with_an_average_and_several_packs_goes_on_in_the_same_bytes(
 def test_training_learns_and_says_what_it_did(world: Path, tmp_path: Path) -> None:
     job = make_job(world, tmp_path, epochs=12)
     train.main(job)
-    lines = [json.loads(line) for line in (job.output / "metrics.jsonl").read_text().splitlines()]
+    lines = metrics(job)
     steps = [line for line in lines if "lr" in line]
     assert steps[-1]["loss"] < 0.8 * steps[0]["loss"]
     assert len([line for line in lines if "validation" in line]) == 12
@@ -206,7 +199,7 @@ def test_training_learns_and_says_what_it_did(world: Path, tmp_path: Path) -> No
 def test_a_block_draft_learns_and_is_walked_as_a_server_would(world: Path, tmp_path: Path) -> None:
     job = make_job(world, tmp_path, algorithm="dflash", epochs=12, lr=5e-3)
     train.main(job)
-    lines = [json.loads(line) for line in (job.output / "metrics.jsonl").read_text().splitlines()]
+    lines = metrics(job)
     steps = [line for line in lines if "lr" in line]
     assert steps[-1]["loss"] < 0.8 * steps[0]["loss"]
     validated = [line["validation"] for line in lines if "validation" in line]
@@ -279,16 +272,7 @@ def test_a_loss_that_explodes_stops_with_its_rows_and_a_resumed_run_at_the_same_
     with pytest.raises(StageError, match=said) as straight:
         train.main(make_job(world, tmp_path / "straight", **options))
     assert "lower train.lr" in straight.value.hint
-    job = make_job(world, tmp_path / "stopped", checkpoint_seconds=0.0, **options)
-
-    def stop_there(self: Job, done: float, total: float, unit: str, **note: object) -> None:
-        if done == 20:
-            raise KeyboardInterrupt
-
-    monkeypatch.setattr(Job, "progress", stop_there)
-    with pytest.raises(KeyboardInterrupt):
-        train.main(job)
-    monkeypatch.undo()
+    stop_at(monkeypatch, 20, make_job(world, tmp_path / "stopped", checkpoint_seconds=0.0, **options))
     with pytest.raises(StageError) as resumed:
         train.main(make_job(world, tmp_path / "stopped", checkpoint_seconds=0.0, **options))
     assert resumed.value.message == straight.value.message
