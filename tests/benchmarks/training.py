@@ -22,8 +22,6 @@ is counted (`torch.utils.flop_counter`).
 
 from __future__ import annotations
 
-import os
-import re
 import subprocess
 import sys
 import tempfile
@@ -31,16 +29,14 @@ import time
 from functools import partial
 from pathlib import Path
 
-import numpy as np
 import torch
-from safetensors.torch import load_file, save_file
+import upstream_trainer
+from safetensors.torch import load_file
 from torch.utils.flop_counter import FlopCounterMode
 
 from speculators import recipe
 from speculators.config import Config, DFlash, loss_weights
 from speculators.data.shards import ShardReader
-from speculators.data.token_table import save_table, write_table
-from speculators.data.upstream_files import STATES, states_path
 from speculators.drafts import DRAFTS
 from speculators.drafts.base import Draft, TargetParts, Vocabulary
 from speculators.runner.plan import Planner
@@ -66,8 +62,6 @@ THEIRS = {
     "eagle3": ["--ttt-steps", "3"],
     "dflash": ["--num-layers", "2", "--block-size", "8", "--max-anchors", "64", "--full-attention-indices", "0", "1"],
 }
-WARM = 3
-"""Steps that are not counted."""
 STEPS_AS_IT_IS = 2
 """A step may take a minute; the last one is counted."""
 SHAPES = ((1152, 960), (576, 3072), (1536, 576), (576, 8000))
@@ -125,63 +119,28 @@ class World:
             loop._hold()
             return loop.validate()
 
-    def export(self, directory: Path) -> float:
-        """Write everything as upstream reads it, held out rows last, where it splits; returns the share before them."""
+    def export(self, root: Path) -> float:
+        """Write everything as upstream reads it; returns the share of the rows that is trained on."""
         corpus = Corpus(self.tokens, Shards(self.features))
         rows, held = corpus.split(self.config.train.validation)
-        (directory / STATES).mkdir(parents=True)
-        table = []
-        for place, row in enumerate([*rows, *held]):
-            token_ids, length = self.features.token_ids(row), self.features.length(row)
-            mask = corpus.table.loss_mask(row)[:length].tolist()
-            table.append({"input_ids": token_ids.tolist(), "loss_mask": mask, "seq_len": length})
-            states = self.features.states(row).to(torch.bfloat16).contiguous()
-            save_file({STATES: states, "token_ids": token_ids.contiguous()}, states_path(directory, place))
-        write_table(iter(table), directory.parent / "rows.arrow")
-        save_table(directory.parent / "rows.arrow", directory, row_format="torch")
-        np.save(directory.parent / "d2t.npy", self.vocabulary.d2t.numpy())
-        np.save(directory.parent / "t2d.npy", self.vocabulary.t2d.numpy())
-        return (len(rows) + 0.5) / len(table)
+        return upstream_trainer.export(corpus, self.features, rows, held, self.vocabulary, root)
 
 
 def upstream(
     python: str, driver: Path, world: World, root: Path, share: float, algorithm: str, steps: int, float32: bool
 ) -> tuple[float, Path]:
     """Run upstream's trainer; returns tokens/s in its steps, as it counts them, and its checkpoint."""
-    script = root / "upstream.py"
-    told = "import torch; torch.Tensor.bfloat16 = torch.Tensor.float" if float32 else ""
-    # Processes that load data import the script, and need what the driver does on import.
-    script.write_text(
-        f"""import sys; sys.path.insert(0, {str(driver.parent)!r})
-{told}
-import {driver.stem}
-if __name__ == "__main__":
-    from speculators.train.cli import main
-    from speculators.train.config import TrainConfig
-    main(TrainConfig.resolve(sys.argv[1:]))
-"""
-    )
     output = root / ("float32" if float32 else "as-it-is")
-    flags = {
-        "speculator-type": algorithm, "verifier-name-or-path": world.target.directory, "data-path": root / "rows",
-        "d2t-path": root / "d2t.npy", "t2d-path": root / "t2d.npy", "save-path": output, "on-missing": "raise",
-        "draft-attn-impl": "sdpa", "loss-implementation": "eager", "total-seq-len": BATCH_TOKENS, "num-workers": 1,
-        "hidden-states-dtype": "float32" if float32 else "bfloat16", "train-data-ratio": share, "epochs": 1,
+    flags: dict[str, object] = {
+        "speculator-type": algorithm, "verifier-name-or-path": world.target.directory, "save-path": output,
+        "draft-attn-impl": "sdpa", "loss-implementation": "eager", "total-seq-len": BATCH_TOKENS,
+        "hidden-states-dtype": "float32" if float32 else "bfloat16", "train-data-ratio": share,
         "optimizer": "muon", "lr": RATE, "weight-decay": world.config.train.weight_decay,
-        "muon-weight-decay": world.config.train.weight_decay, "log-dir": root / "logs", "max-steps": steps,
+        "muon-weight-decay": world.config.train.weight_decay, "max-steps": steps,
     }  # fmt: skip
-    words = [text for name, value in flags.items() for text in (f"--{name}", str(value))]
-    layers = ["--target-layer-ids", *map(str, world.layer_ids)]
-    done = subprocess.run(
-        [python, str(script), *words, *layers, *THEIRS[algorithm]],
-        capture_output=True, text=True, cwd=root, env={**os.environ, "COLUMNS": "2000"}, check=False,
-    )  # fmt: skip
-    said = done.stdout + done.stderr
-    timed = re.findall(r"step_ms=([\d.e+]+).*?tokens_per_s=([\d.e+]+)", said)
-    timed = timed[WARM:] or timed[-1:]
-    assert done.returncode == 0, said[-4000:]
-    seconds = [float(ms) / 1000 for ms, _ in timed]
-    return sum(s * float(rate) for s, (_, rate) in zip(seconds, timed, strict=True)) / sum(seconds), output
+    words = ["--target-layer-ids", *world.layer_ids, *THEIRS[algorithm]]
+    told = "import torch; torch.Tensor.bfloat16 = torch.Tensor.float" if float32 else ""
+    return upstream_trainer.run(python, root, flags, words, driver, told)[0], output
 
 
 def ours(world: World, store: str) -> tuple[float, Path]:
@@ -202,7 +161,7 @@ def flops_per_token(world: World) -> float:
         loop = world.loop(world.fresh(), Path(scratch))
         loop._resume()
         with FlopCounterMode(display=False) as counter:
-            for index in range(WARM):
+            for index in range(upstream_trainer.WARM):
                 loop._step(index)
         return counter.get_total_flops() / loop.at.tokens
 
@@ -226,7 +185,7 @@ def main(store: str, python: str, driver: str, algorithm: str = "eagle3", *words
     world = World(store, algorithm, list(words))
     with tempfile.TemporaryDirectory() as directory:
         root = Path(directory)
-        run = partial(upstream, python, Path(driver), world, root, world.export(root / "rows"), algorithm)
+        run = partial(upstream, python, Path(driver), world, root, world.export(root), algorithm)
         steps = world.config.train.max_steps
         assert steps is not None
         theirs, checkpoint = run(steps, float32=True)
