@@ -100,9 +100,9 @@ def _dispatch(words: list[str]) -> int:
 
 
 def _help() -> int:
-    from speculators import recipe
+    from speculators import shipped
 
-    rows = [("  " + name, _first_comment(path)) for name, path in sorted(recipe.available().items())]
+    rows = [("  " + name, _first_comment(path)) for name, path in sorted(shipped.available().items())]
     print(f"{__doc__}\nRecipes (made of the choices in conf/; ./recipes is looked up too):\n\n{ui.columns(rows)}")
     return 0
 

@@ -45,9 +45,9 @@ from speculators.config import (
 from speculators.errors import RecipeError, closest
 from speculators.fields import leaves
 from speculators.runner.installed import installed
+from speculators.shipped import CONF, available
 
 _VERSION_BASE = "1.3"
-_PACKAGE = Path(__file__).parent
 _OPEN = ("data.", "datasets.", "pipeline.")
 """Sections whose keys are names that the recipe gives."""
 _GROUPS = ("target", "data", "speculator", "pipeline", "hardware", "executor")
@@ -58,22 +58,6 @@ _LAUNCHERS = {
     "ray": ("hydra-ray-launcher", "sweep-ray"),
 }
 """Launchers of sweeps: the distribution that has one, and the extra that brings it."""
-
-
-def _shipped(name: str) -> Path:
-    """`conf` or `recipes`: inside the package when it was installed from a wheel, beside it in a checkout."""
-    inside = _PACKAGE / name
-    return inside if inside.is_dir() else _PACKAGE.parent / name
-
-
-CONF = _shipped("conf")
-RECIPES = _shipped("recipes")
-
-
-def available() -> dict[str, Path]:
-    """Every recipe by name; one in `./recipes` goes before a shipped one of that name."""
-    folders = (RECIPES, Path.cwd() / "recipes")
-    return {path.stem: path for folder in folders for path in sorted(folder.glob("*.yaml"))}
 
 
 def compose(words: Sequence[str]) -> Config:

@@ -26,7 +26,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 @pytest.fixture(autouse=True)
 def _own_store(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """No test sees or touches the store of whoever runs it."""
+    """No test sees or touches the store, or what lies beside it, of whoever runs it."""
     monkeypatch.setenv("SPECULATORS_STORE", str(tmp_path / "store"))
 
 

@@ -6,12 +6,12 @@ from pathlib import Path
 
 import pytest
 
-from speculators import recipe
+from speculators import recipe, shipped
 from speculators.config import SPECULATORS, Eagle3
 from speculators.errors import RecipeError
 from speculators.runner.graph import build
 
-RECIPES = sorted(recipe.RECIPES.glob("*.yaml"))
+RECIPES = sorted(shipped.RECIPES.glob("*.yaml"))
 DEMO = "recipe=smollm2_eagle3"
 
 
@@ -54,14 +54,14 @@ def test_what_a_block_draft_cannot_be_trained_with_is_said_before_anything_start
 
 def test_a_recipe_of_the_working_directory_is_found(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "recipes").mkdir()
-    text = (recipe.RECIPES / "smollm2_eagle3.yaml").read_text().replace("count: 384", "count: 7")
+    text = (shipped.RECIPES / "smollm2_eagle3.yaml").read_text().replace("count: 384", "count: 7")
     (tmp_path / "recipes" / "mine.yaml").write_text(text)
     monkeypatch.chdir(tmp_path)
     assert recipe.compose(["recipe=mine"]).prompts.count == 7
 
 
 def test_a_recipe_by_path_is_found(tmp_path: Path) -> None:
-    text = (recipe.RECIPES / "smollm2_eagle3.yaml").read_text().replace("count: 384", "count: 8")
+    text = (shipped.RECIPES / "smollm2_eagle3.yaml").read_text().replace("count: 384", "count: 8")
     path = tmp_path / "elsewhere.yaml"
     path.write_text(text)
     config = recipe.compose([f"recipe={path}"])
@@ -77,7 +77,7 @@ def test_a_set_that_is_also_trained_on_is_the_same_data_set() -> None:
 def test_a_recipe_brings_data_sets_of_its_own_to_be_evaluated_with(tmp_path: Path) -> None:
     path = tmp_path / "mine.yaml"
     path.write_text(
-        (recipe.RECIPES / "smollm2_eagle3.yaml").read_text()
+        (shipped.RECIPES / "smollm2_eagle3.yaml").read_text()
         + "datasets: {mine: {source: mine.jsonl, format: prompts}, unasked: {source: x.jsonl, format: prompts}}\n"
     )
     config = recipe.compose([f"recipe={path}", "evaluate.sets=[sharegpt, mine]"])
@@ -93,7 +93,7 @@ def test_the_hub_is_one_override_away() -> None:
 def test_schemas_choices_and_algorithms_are_one_list() -> None:
     from speculators.drafts import DRAFTS
 
-    assert set(SPECULATORS) == set(DRAFTS) == {p.stem for p in (recipe.CONF / "speculator").glob("*.yaml")}
+    assert set(SPECULATORS) == set(DRAFTS) == {p.stem for p in (shipped.CONF / "speculator").glob("*.yaml")}
 
 
 @pytest.mark.parametrize(
@@ -137,7 +137,7 @@ def test_a_mistake_gets_one_error_and_one_hint(words: list[str], message: str, h
 
 def test_a_misspelt_key_in_a_recipe_file_names_the_key(tmp_path: Path) -> None:
     path = tmp_path / "wrong.yaml"
-    path.write_text((recipe.RECIPES / "smollm2_eagle3.yaml").read_text() + "\ntokenize: {min_supervized: 3}\n")
+    path.write_text((shipped.RECIPES / "smollm2_eagle3.yaml").read_text() + "\ntokenize: {min_supervized: 3}\n")
     with pytest.raises(RecipeError, match=r"there is no option `tokenize\.min_supervized`") as caught:
         recipe.compose([f"recipe={path}"])
     assert caught.value.hint == "did you mean `tokenize.min_supervised`?"

@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 
-from speculators import cli, recipe
+from speculators import cli, recipe, shipped
 from speculators.errors import RecipeError
 from speculators.runner import guard
 from speculators.runner.installed import installed
@@ -236,7 +236,7 @@ def test_a_recipe_by_path_stays_the_path_in_what_runs_one_job_alone(
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sys, "argv", ["speculators-run"])
     for name in ("mine", "yours"):
-        (tmp_path / f"{name}.yaml").write_text((recipe.RECIPES / "smollm2_eagle3.yaml").read_text())
+        (tmp_path / f"{name}.yaml").write_text((shipped.RECIPES / "smollm2_eagle3.yaml").read_text())
     found = []
     recipe.sweep(
         ["recipe=mine.yaml,yours.yaml", "-m"], tmp_path / "sweep", lambda job: found.append((job.words, job.config()))

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 
-from speculators import recipe, ui
+from speculators import composed, ui
 from speculators.errors import RecipeError
 from speculators.job import write_json
 from speculators.runner import lock as locks
@@ -15,7 +15,7 @@ from speculators.runner.store import open_store
 
 def lock(words: list[str]) -> int:
     """Write `<recipe>.lock.json` in the working directory; starts nothing."""
-    config = recipe.compose([word for word in words if word != "--json"])
+    config = composed.compose([word for word in words if word != "--json"])
     # A lock is of the whole recipe, whatever part of it would be run.
     config = dataclasses.replace(config, force=[], from_="", until="", only="")
     plain = locks.resolved(Planner(config, open_store(config.run)))

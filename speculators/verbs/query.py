@@ -6,7 +6,7 @@ import dataclasses
 import json
 from collections.abc import Mapping
 
-from speculators import recipe, ui
+from speculators import composed, ui
 from speculators.errors import RecipeError
 from speculators.runner import estimate, lock
 from speculators.runner.execute import as_json
@@ -19,7 +19,7 @@ from speculators.runner.store import open_store
 def plan(words: list[str]) -> int:
     """What would run, and why; starts nothing, writes nothing."""
     as_data = "--json" in words
-    config = recipe.compose([w for w in words if w != "--json"])
+    config = composed.compose([w for w in words if w != "--json"])
     planner = Planner(config, open_store(config.run))
     if config.run.locked:
         lock.refuse_if_different(planner)
@@ -81,7 +81,7 @@ def explain(words: list[str]) -> int:
     words = [word for word in words if word != "--json"]
     if not words or "=" in words[0]:
         raise RecipeError("explain wants a stage", "speculators-run explain train recipe=NAME")
-    config = recipe.compose(words[1:])
+    config = composed.compose(words[1:])
     found = explanation(Planner(config, open_store(config.run)), words[0])
     print(json.dumps(dataclasses.asdict(found), indent=1) if as_data else ui.explanation(found))
     return 0

@@ -9,7 +9,7 @@ import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from speculators import recipe, ui
+from speculators import composed, ui
 from speculators.config import Config
 from speculators.errors import StoreError
 from speculators.job import write_json
@@ -19,7 +19,6 @@ from speculators.runner.execute import Execution, as_json, resolved
 from speculators.runner.interrupt import Interrupted
 from speculators.runner.plan import Planner
 from speculators.runner.store import open_store
-from speculators.verbs import sweep
 
 _FLAGS = (
     "--cfg",
@@ -38,11 +37,15 @@ _FLAGS = (
 def main(words: list[str]) -> int:
     """`run RECIPE ...`; as a Hydra app where one of its flags is there."""
     if "-m" in words or "--multirun" in words:
+        from speculators.verbs import sweep
+
         return sweep.main(words, run_recipe, _fresh_directory)
     if any(word in _FLAGS or word.startswith("--") for word in words):
+        from speculators import recipe
+
         recipe.run_as_hydra_app(words, lambda config: run_recipe(config, words))
     else:
-        run_recipe(recipe.compose(words), words)
+        run_recipe(composed.compose(words, keep=True), words)
     return 0
 
 

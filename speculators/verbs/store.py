@@ -7,7 +7,7 @@ import json
 from collections.abc import Sequence
 from pathlib import Path
 
-from speculators import recipe, ui
+from speculators import composed, ui
 from speculators.config import Run
 from speculators.errors import RecipeError, StoreError, closest
 from speculators.runner import archive, upkeep
@@ -149,7 +149,7 @@ def _kept(runs: list[str] | None) -> set[str]:
 
 def _of_recipe(words: Sequence[str]) -> list[Artifact]:
     """What a recipe finds, in data-flow order."""
-    config = recipe.compose(words)
+    config = composed.compose(words)
     steps = Planner(config, open_store(config.run)).plan()
     for step in steps:
         if step.artifact is None and not step.path:

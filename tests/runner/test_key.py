@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 import yaml
 
-from speculators import recipe
+from speculators import recipe, shipped
 from speculators.fields import leaves
 from speculators.runner import key
 from speculators.runner.graph import KINDS
@@ -22,7 +22,7 @@ from speculators.runner.store import Store
 from tests.conftest import OF_CHECKPOINT
 
 GOLDEN = Path(__file__).parent.parent / "goldens" / "keys.json"
-RECIPES = sorted(path.stem for path in recipe.RECIPES.glob("*.yaml"))
+RECIPES = sorted(path.stem for path in shipped.RECIPES.glob("*.yaml"))
 COMMIT = {"gemma4_dflash": f"target.source=hub:google/gemma-4-31B-it@{'0' * 40}"}
 """What the hub would be asked for: recipes that name a model there without a commit get this one."""
 FACTS = ["target.num_hidden_layers=60", "target.hidden_size=5376", "target.vocab_size=262144"]
@@ -83,7 +83,7 @@ def test_keys_are_the_golden_ones(name: str, store: Store) -> None:
 
 KEYS_OF_ALL = """
 import json, pathlib, sys
-from speculators import recipe
+from speculators import recipe, shipped
 from speculators.runner.plan import Planner
 from speculators.runner.store import Store
 found = {}
@@ -119,7 +119,7 @@ def _reversed(value: Any) -> Any:
 
 
 def test_keys_do_not_depend_on_the_order_in_which_a_recipe_is_written(tmp_path: Path, store: Store) -> None:
-    text = (recipe.RECIPES / "smollm2_eagle3.yaml").read_text()
+    text = (shipped.RECIPES / "smollm2_eagle3.yaml").read_text()
     plain = _reversed(yaml.safe_load(text))
     (tmp_path / "mine.yaml").write_text("# @package _global_\n" + yaml.safe_dump(plain, sort_keys=False))
     words = ["train.epochs=2", "train.lr=0.5", f"recipe={tmp_path}/mine.yaml"]

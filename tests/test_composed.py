@@ -1,0 +1,146 @@
+"""What a run composed is found again without Hydra, and only as long as it would come out the same."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from speculators import composed, recipe, shipped
+from speculators.config import Config
+
+WORDS = ["recipe=smollm2_eagle3", "train.lr=3e-4"]
+
+
+@pytest.fixture
+def place(tmp_path: Path) -> Path:
+    """Where compositions are kept in a test."""
+    return tmp_path / "store-composed"
+
+
+@pytest.fixture
+def counted(monkeypatch: pytest.MonkeyPatch) -> list[list[str]]:
+    """The words that Hydra was asked for."""
+    asked: list[list[str]] = []
+    compose = recipe.compose
+
+    def counting(words: list[str]) -> Config:
+        asked.append(list(words))
+        return compose(words)
+
+    monkeypatch.setattr(recipe, "compose", counting)
+    return asked
+
+
+@pytest.mark.parametrize("path", sorted(shipped.RECIPES.glob("*.yaml")), ids=lambda p: p.stem)
+def test_what_is_found_is_what_was_composed(path: Path, counted: list[list[str]]) -> None:
+    words = [f"recipe={path.stem}", "speculator.num_speculative_tokens=2"]
+    kept = composed.compose(words, keep=True)
+    found = composed.compose(words)
+    assert len(counted) == 1
+    assert found == kept
+    assert type(found.speculator) is type(kept.speculator)
+
+
+def test_only_a_run_keeps_what_it_composed(place: Path, counted: list[list[str]]) -> None:
+    composed.compose(WORDS)
+    assert not place.exists()
+    composed.compose(WORDS, keep=True)
+    assert len(list(place.iterdir())) == 1
+    composed.compose(WORDS)
+    assert len(counted) == 2
+
+
+def test_other_words_are_composed(counted: list[list[str]]) -> None:
+    composed.compose(WORDS, keep=True)
+    assert composed.compose([*WORDS, "train.lr=1e-4"]).train.lr == 1e-4
+    assert composed.compose(WORDS[:1]).train.lr != 3e-4
+    assert len(counted) == 3
+
+
+def test_a_changed_recipe_is_composed_wherever_it_lies(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, counted: list[list[str]]
+) -> None:
+    text = (shipped.RECIPES / "smollm2_eagle3.yaml").read_text()
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "recipes").mkdir()
+    for path, words in ((Path("recipes/own.yaml"), ["recipe=own"]), (Path("other.yaml"), ["recipe=other.yaml"])):
+        for count in ("count: 7", "count: 8"):
+            path.write_text(text.replace("count: 384", count))
+            for _ in range(2):
+                assert composed.compose(words, keep=True).prompts.count == int(count[-1])
+    assert len(counted) == 4
+    Path("other.yaml").unlink()
+    with pytest.raises(recipe.RecipeError, match="no recipe at"):
+        composed.compose(["recipe=other.yaml"])
+
+
+def test_a_changed_choice_and_another_hydra_are_composed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, counted: list[list[str]]
+) -> None:
+    composed.compose(WORDS, keep=True)
+    conf = shutil.copytree(shipped.CONF, tmp_path / "conf")
+    monkeypatch.setattr(shipped, "CONF", conf)
+    composed.compose(WORDS)
+    assert len(counted) == 1
+    (conf / "hardware" / "cpu.yaml").write_text("# changed\n" + (conf / "hardware" / "cpu.yaml").read_text())
+    composed.compose(WORDS)
+    assert len(counted) == 2
+    monkeypatch.undo()
+    monkeypatch.setattr(composed, "installed", lambda: {"hydra-core": "0"})
+    assert composed._place(WORDS) != composed._place([]), "words tell them apart"
+    before = composed._place(WORDS)
+    monkeypatch.setattr(composed, "installed", lambda: {"hydra-core": "1"})
+    assert composed._place(WORDS) != before
+
+
+def test_what_asks_the_environment_or_sets_hydra_is_composed_every_time(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, counted: list[list[str]]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    text = (shipped.RECIPES / "smollm2_eagle3.yaml").read_text().replace("{count: 384}", '{count: "${oc.env:COUNT}"}')
+    Path("asks.yaml").write_text(text)
+    for count in (5, 6):
+        monkeypatch.setenv("COUNT", str(count))
+        assert composed.compose(["recipe=asks.yaml"], keep=True).prompts.count == count
+    for _ in range(2):
+        composed.compose([*WORDS, "hydra.verbose=false"], keep=True)
+    assert len(counted) == 4
+
+
+def test_a_damaged_file_is_as_good_as_none(place: Path, counted: list[list[str]]) -> None:
+    expected = composed.compose(WORDS, keep=True)
+    (path,) = place.iterdir()
+    whole = path.read_text()
+    for damaged in (whole[:100], ""):
+        path.write_text(damaged)
+        assert composed.compose(WORDS, keep=True) == expected
+        assert path.read_text() == whole
+    assert len(counted) == 3
+
+
+def test_the_oldest_go_and_where_nothing_can_be_written_nothing_is_said(
+    place: Path, monkeypatch: pytest.MonkeyPatch, counted: list[list[str]]
+) -> None:
+    monkeypatch.setattr(composed, "KEPT", 2)
+    for epochs in (1, 2, 3):
+        composed.compose([*WORDS, f"train.epochs={epochs}"], keep=True)
+        os.utime(composed._place([*WORDS, f"train.epochs={epochs}"]) or "", (epochs, epochs))
+    assert len(list(place.iterdir())) == 2
+    composed.compose([*WORDS, "train.epochs=3"])
+    assert len(counted) == 3
+    shutil.rmtree(place)
+    place.write_text("a file where the directory would be")
+    assert composed.compose(WORDS, keep=True).train.lr == 3e-4
+
+
+def test_help_and_what_was_composed_load_no_hydra(tmp_path: Path) -> None:
+    composed.compose(WORDS, keep=True)
+    for words in (["--help"], ["plan", *WORDS]):
+        code = f"import sys; sys.argv = ['speculators-run', *{words!r}]\nfrom speculators.cli import main\n"
+        code += "try: main()\nexcept SystemExit as stop: assert not stop.code\nassert 'hydra' not in sys.modules\n"
+        subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, cwd=tmp_path)
