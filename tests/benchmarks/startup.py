@@ -1,8 +1,8 @@
 """What it costs to say nothing new, and to plan a lot. `python tests/benchmarks/startup.py [STORE]`.
 
-Wall time of `--help`, of `plan` where Hydra has to compose, and, with a store in which the demo is finished, of a run that
-finds everything and of `plan` after it; beside importing hydra in a bare interpreter. Then what an executed stage costs beside an interpreter that does nothing, and
-planning 1 000 stages side by side and 10 000 in a chain.
+Wall time of `--help`, of `plan` where Hydra has to compose, and, with a store in which the demo is finished, of a run
+that finds everything and of `plan` after it; beside importing hydra in a bare interpreter. Then what an executed stage
+costs beside an interpreter that does nothing, and planning 1 000 stages side by side and 10 000 in a chain.
 """
 
 from __future__ import annotations
