@@ -23,7 +23,7 @@ from safetensors.torch import load_file
 
 from speculators.config import Device, DFlash, Eagle3
 from speculators.data.cache import StatesCache
-from speculators.data.shards import ShardReader, check_contract, feature_contract
+from speculators.data.shards import ShardReader, check_contract, feature_contract, larger_than_memory
 from speculators.drafts import DRAFTS
 from speculators.drafts.base import TargetParts, Vocabulary
 from speculators.errors import ContractError, RecipeError, closest
@@ -118,7 +118,8 @@ def fit(ranks: Ranks, job: Job) -> Loop:
 
 def read(job: Job, target: TargetCheckpoint, ranks: Ranks) -> Shards:
     """States of an artifact, which have to be of this target, these tokens and these layers."""
-    features = ShardReader(job.inputs["features"])
+    path = job.inputs["features"]
+    features = ShardReader(path, past_the_cache=larger_than_memory(path))
     wanted = {
         "target": job.digests["target"],
         "tokens": job.digests["tokens"],

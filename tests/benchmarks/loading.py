@@ -11,6 +11,7 @@ The same rows in the same random batches of about 4096 tokens, in these ways:
     files      the least that a reader of such files can do: ids and masks lie in memory, states are joined
     float8     the least with upstream's float8 files, a scale a token, decoded as it does
     shards     ours: `Corpus.pack` out of an artifact's shards, which reads the next batch while this one is used
+    past       the same past the page cache, as training reads what is larger than memory; every epoch is a cold one
     shards 8   the same in float8, decoded on the CPU
     encoded 8  the same as far as the CPU has to go where there is a GPU, which decodes
 
@@ -157,6 +158,18 @@ def shards(root: Path, name: str, dtype: torch.dtype) -> Read:
     return read
 
 
+def past(root: Path, name: str, dtype: torch.dtype) -> Read:
+    """Ours, as it reads what no page cache would hold."""
+    corpus = Corpus(root / "tokens", Shards(ShardReader(root / name, past_the_cache=True)))
+
+    def read(batches: Batches) -> None:
+        corpus.expect(batches)
+        for batch in batches:
+            corpus.pack(batch, torch.device("cpu")).states.to(dtype)
+
+    return read
+
+
 def encoded(root: Path, name: str, dtype: torch.dtype) -> Read:
     """Ours, not decoded."""
     corpus = Corpus(root / "tokens", Shards(ShardReader(root / name)))
@@ -170,9 +183,10 @@ def encoded(root: Path, name: str, dtype: torch.dtype) -> Read:
 
 
 WAYS = {
-    "upstream": upstream, "files": files, "float8": files, "shards": shards, "shards 8": shards, "encoded 8": encoded,
+    "upstream": upstream, "files": files, "float8": files, "shards": shards, "past": past,
+    "shards 8": shards, "encoded 8": encoded,
 }  # fmt: skip
-PLACES = {"upstream": "files", "encoded 8": "shards 8"}
+PLACES = {"upstream": "files", "past": "shards", "encoded 8": "shards 8"}
 """Where a way reads, if not in the directory of its name."""
 
 

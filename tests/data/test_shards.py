@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import gc
 import hashlib
 import json
@@ -17,7 +18,15 @@ import torch
 from safetensors import safe_open
 
 from speculators.data.encoding import decode, encode
-from speculators.data.shards import ShardReader, ShardWriter, check_contract, feature_contract, open_files
+from speculators.data.shards import (
+    PastTheCache,
+    ShardReader,
+    ShardWriter,
+    check_contract,
+    feature_contract,
+    larger_than_memory,
+    open_files,
+)
 from speculators.errors import ContractError, StageError
 
 LAYERS, WIDTH = 3, 5
@@ -274,6 +283,72 @@ def test_beginnings_of_rows_are_read_one_after_the_other(tmp_path: Path) -> None
     reader.fill([(9, 3), (2, 5)], into)
     assert torch.equal(into["token_ids"], torch.cat([row_of(9)[0][:3], row_of(2)[0][:5]]))
     assert torch.equal(into["states"], torch.cat([row_of(9)[1][:3], row_of(2)[1][:5]]).bfloat16())
+
+
+@pytest.fixture
+def long_rows(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Rows of several blocks each, in several shards, none of which begins or ends where a sector does."""
+    monkeypatch.setattr(PastTheCache, "BLOCK", PastTheCache.SECTOR)
+    draw = torch.Generator().manual_seed(0)
+    writer = ShardWriter(tmp_path, contract(), 1500)
+    for row, tokens in enumerate((700, 3, 411, 900, 137)):
+        writer.add(row, torch.full((tokens,), row), torch.randn(tokens, LAYERS, WIDTH, generator=draw))
+    writer.close()
+    return tmp_path
+
+
+def past_the_cache(directory: Path) -> ShardReader:
+    reader = ShardReader(directory, past_the_cache=True)
+    if reader._past is None:
+        pytest.skip("this file system has no reads past the page cache")
+    return reader
+
+
+def test_past_the_cache_the_same_is_read(long_rows: Path) -> None:
+    plain, past = ShardReader(long_rows), past_the_cache(long_rows)
+    past.will_need([(row, 3) for row in past.rows])
+    for row in plain.rows:
+        assert torch.equal(past.states(row), plain.states(row))
+        assert torch.equal(past.token_ids(row), plain.token_ids(row))
+    parts = [(3, 899), (0, 1), (2, 411), (1, 2)]
+    found = [torch.empty(1313, LAYERS, WIDTH, dtype=torch.bfloat16) for _ in range(2)]
+    for reader, states in zip((plain, past), found, strict=True):
+        reader.fill(parts, {"states": states})
+    assert torch.equal(*found)
+
+
+def test_past_the_cache_too_a_shard_that_is_cut_off_is_an_error(long_rows: Path) -> None:
+    reader = past_the_cache(long_rows)
+    reader.check()
+    shard = long_rows / "shard-00001.safetensors"
+    os.truncate(shard, shard.stat().st_size - 2)
+    with pytest.raises(ContractError, match=r"shard-00001\.safetensors is damaged: it was cut off"):
+        reader.states(4)
+
+
+def test_a_file_system_without_such_reads_is_read_through_the_cache(
+    long_rows: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    opened = os.open
+
+    def refusing(path: Any, flags: int, *rest: Any, **named: Any) -> int:
+        if flags & os.O_DIRECT:
+            raise OSError(errno.EINVAL, "Invalid argument")
+        return opened(path, flags, *rest, **named)
+
+    monkeypatch.setattr(os, "open", refusing)
+    reader = ShardReader(long_rows, past_the_cache=True)
+    assert reader._past is None
+    assert torch.equal(reader.states(3), ShardReader(long_rows).states(3))
+
+
+def test_a_set_is_larger_than_memory_when_half_of_that_does_not_hold_it(
+    long_rows: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    total = sum(path.stat().st_size for path in long_rows.glob("shard-*"))
+    for pages, larger in ((2 * total, False), (2 * total - 2, True)):
+        monkeypatch.setattr(os, "sysconf", {"SC_PHYS_PAGES": pages, "SC_PAGE_SIZE": 1}.__getitem__)
+        assert larger_than_memory(long_rows) is larger
 
 
 def test_readers_that_share_their_files_keep_few_of_them_open(tmp_path: Path) -> None:
