@@ -56,7 +56,9 @@ def main(arguments: list[str]) -> int:
     try:
         with _full_disk_in_words(job):
             if _follows():
-                _stage(job)
+                # Where the first process finds the artifact there is nothing to help with, and nobody to wait for.
+                if request["forced"] or Store(Path(request["store"])).find(job.stage, job.key) is None:
+                    _stage(job)
             else:
                 _attempt(request, job)
     except RunError as error:

@@ -274,3 +274,17 @@ def test_a_process_that_torchrun_started_beside_the_first_runs_the_stage_and_pub
     (work(failing) / "scratch").mkdir(parents=True)
     assert ended(executor("local").submit(failing, world / "log", {"RANK": "1", "WORLD_SIZE": "2"})) == 1
     assert not (work(failing) / "failure.json").exists()
+
+
+def test_a_process_that_torchrun_started_does_nothing_where_the_artifact_is_there_unless_it_is_made_anew(
+    world: Path,
+) -> None:
+    path = request(world, count=2)
+    assert ended(submit(world, path)) == 0
+    assert ended(executor("local").submit(path, world / "log", {"RANK": "1", "WORLD_SIZE": "2"})) == 0
+    assert not work(path).exists()
+    forced = request(world, count=2, forced=True)
+    for name in ("data", "scratch"):
+        (work(forced) / name).mkdir(parents=True)
+    assert ended(executor("local").submit(forced, world / "log", {"RANK": "1", "WORLD_SIZE": "2"})) == 0
+    assert (work(forced) / "data/lines").read_text() == "xx"
