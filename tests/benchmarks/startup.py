@@ -92,6 +92,9 @@ def main(store: str = "") -> None:
     with tempfile.TemporaryDirectory() as own, mock.patch.dict(os.environ, SPECULATORS_STORE=f"{own}/store"):
         print("plan, of what no run has composed", told(wall(*cli, "plan", RECIPE, f"run.store={store}")))
         if store:
+            steps = Planner(recipe.compose([RECIPE]), Store(Path(store))).plan()
+            missing = [step.node.name for step in steps if step.artifact is None and not step.node.lazy]
+            assert not missing, f"the store lacks {missing}: this would make them"
             print("run, all hits", told(wall(*cli, RECIPE, f"run.store={store}")))
             print("plan, of the same", told(wall(*cli, "plan", RECIPE, f"run.store={store}")))
     print("python       ", told(wall("-c", "pass")))
