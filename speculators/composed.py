@@ -51,16 +51,17 @@ def compose(words: Sequence[str], keep: bool = False) -> Config:
 def _place(words: Sequence[str]) -> Path | None:
     """Where the composition of these words is kept; None if it may not be."""
     try:
-        recipes = [(name, path.read_bytes()) for name, path in _recipes(words)]
-        ours = [path.read_bytes() for path in _ours()]
+        recipes = {name: path.read_bytes() for name, path in _recipes(words)}
+        ours = {str(path): path.read_bytes() for path in _ours()}
     except OSError:
         return None  # whoever composes has the words for it
-    if any(_NOT_THE_SAME_TWICE.search(text) for text in (*map(str.encode, words), *(text for _, text in recipes))):
+    if any(_NOT_THE_SAME_TWICE.search(text) for text in (*map(os.fsencode, words), *recipes.values())):
         return None
     versions = installed()
-    digest = hashlib.sha256(json.dumps([list(words), [versions.get(name) for name in _COMPOSERS]]).encode())
-    for name, text in (*recipes, *(("", text) for text in ours)):
-        digest.update(name.encode() + hashlib.sha256(text).digest())
+    made_of = [list(words), [versions.get(name) for name in _COMPOSERS]]
+    digest = hashlib.sha256(json.dumps(made_of).encode())
+    for name, text in (*recipes.items(), *ours.items()):
+        digest.update(hashlib.sha256(os.fsencode(name)).digest() + hashlib.sha256(text).digest())
     # Beside the store of whoever names none: which one is meant is what composing tells.
     store = store_root("")
     return store.with_name(f"{store.name}-composed") / f"{digest.hexdigest()}.json"

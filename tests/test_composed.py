@@ -85,11 +85,14 @@ def test_a_changed_choice_and_another_hydra_are_composed(
     composed.compose(WORDS, keep=True)
     conf = shutil.copytree(shipped.CONF, tmp_path / "conf")
     monkeypatch.setattr(shipped, "CONF", conf)
-    composed.compose(WORDS)
-    assert len(counted) == 1
+    composed.compose(WORDS, keep=True)
+    assert len(counted) == 2, "another place is another choice"
     (conf / "hardware" / "cpu.yaml").write_text("# changed\n" + (conf / "hardware" / "cpu.yaml").read_text())
+    composed.compose(WORDS, keep=True)
+    assert len(counted) == 3
+    (conf / "hardware" / "cpu.yaml").rename(conf / "hardware" / "cpu2.yaml")
     composed.compose(WORDS)
-    assert len(counted) == 2
+    assert len(counted) == 4, "under another name it is another choice"
     monkeypatch.undo()
     monkeypatch.setattr(composed, "installed", lambda: {"hydra-core": "0"})
     assert composed._place(WORDS) != composed._place([]), "words tell them apart"
@@ -110,6 +113,11 @@ def test_what_asks_the_environment_or_sets_hydra_is_composed_every_time(
     for _ in range(2):
         composed.compose([*WORDS, "hydra.verbose=false"], keep=True)
     assert len(counted) == 4
+
+
+def test_words_that_are_no_text_are_left_to_whoever_composes() -> None:
+    with pytest.raises(recipe.RecipeError, match="cannot read an override"):
+        composed.compose([*WORDS, "run.dir=/tmp/\udcff"], keep=True)
 
 
 def test_a_damaged_file_is_as_good_as_none(place: Path, counted: list[list[str]]) -> None:

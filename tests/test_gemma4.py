@@ -15,12 +15,12 @@ import tiny
 
 from speculators import recipe
 from speculators.config import DFlash, Train
-from speculators.drafts.base import Pack, TargetParts, Vocabulary
+from speculators.drafts.base import Pack, Vocabulary
 from speculators.drafts.dflash import DFlashDraft
 from speculators.errors import ContractError
 from speculators.runner.plan import Planner, State
 from speculators.runner.store import Store
-from speculators.targets.hf import TargetCheckpoint, rope_parameters
+from speculators.targets.hf import TargetCheckpoint
 from speculators.training.losses import Teacher, distill
 from speculators.training.optim import Optimizers
 
@@ -82,14 +82,7 @@ def test_a_draft_of_the_recipe_learns_from_its_states(gemma: tuple[Path, Any], t
     directory, model = gemma
     target, ids = TargetCheckpoint(directory), [2, 4, 6]
     full = Vocabulary(d2t=torch.zeros(V, dtype=torch.int64), t2d=torch.ones(V, dtype=torch.bool))
-    parts = TargetParts(
-        name=str(directory),
-        architectures=target.architectures,
-        config=target.config,
-        rope_parameters=rope_parameters(target.config),
-        embeddings=target.embeddings(),
-        head=target.head(),
-    )
+    parts = target.parts()
     options = DFlash(num_layers=2, num_speculative_tokens=3, mask_token_id=target.mask_token_id())
     draft = DFlashDraft.build(parts, options, full, ids, seed=1)
     assert draft.mask_token_id == MASK

@@ -54,6 +54,8 @@ DTYPES = {
     FLOAT8: "F8_E4M3",
 }
 """The names that safetensors gives to what a shard may hold."""
+PAST = {"states"}
+"""What may be read past the page cache; all else is a few bytes a token."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -333,7 +335,7 @@ class ShardReader:
             room, begin = tensor.view(torch.uint8).flatten().numpy(), 0
             for row, tokens in parts:
                 shard, offset, size = self._place(row, tokens, name)
-                if self._past is not None and name == "states":
+                if self._past is not None and name in PAST:
                     past.append((self._paths[shard], offset, room[begin : begin + size]))
                 else:
                     self._read(shard, offset, room.data[begin : begin + size])
@@ -344,7 +346,7 @@ class ShardReader:
     def will_need(self, parts: Sequence[tuple[int, int]]) -> None:
         """Let the kernel begin to read what `fill` will be asked for, where it is not in memory."""
         for name in self.layout:
-            if self._past is not None and name == "states":
+            if self._past is not None and name in PAST:
                 continue
             for row, tokens in parts:
                 shard, offset, size = self._place(row, tokens, name)

@@ -25,12 +25,12 @@ from speculators.config import Device, DFlash, Eagle3
 from speculators.data.cache import StatesCache
 from speculators.data.shards import ShardReader, check_contract, feature_contract, larger_than_memory
 from speculators.drafts import DRAFTS
-from speculators.drafts.base import TargetParts, Vocabulary
+from speculators.drafts.base import Vocabulary
 from speculators.errors import ContractError, RecipeError, closest
 from speculators.fields import leaves, to_plain
 from speculators.job import Job, write_json
 from speculators.targets.fidelity import check_features, check_server
-from speculators.targets.hf import TargetCheckpoint, rope_parameters
+from speculators.targets.hf import TargetCheckpoint
 from speculators.training.corpus import Corpus, Shards
 from speculators.training.feed import Feed, Shape
 from speculators.training.loop import BEST, EPOCHS, LAST, METRICS, Loop
@@ -78,21 +78,13 @@ def fit(ranks: Ranks, job: Job) -> Loop:
 
     if isinstance(options, DFlash) and options.mask_token_id is None:
         options = replace(options, mask_token_id=target.mask_token_id())
-    head = target.head(vocabulary.tokens)
-    parts = TargetParts(
-        name=target.name,
-        architectures=target.architectures,
-        config=target.config,
-        rope_parameters=rope_parameters(target.config),
-        embeddings=target.embeddings(),
-        head=head,
-    )
+    parts = target.parts(vocabulary.tokens)
     draft = DRAFTS[options.algorithm].build(parts, options, vocabulary, job.derived["layer_ids"], train.seed).to(device)
     norm = target.final_norm()
     teacher = Teacher(
         norm_weight=norm.weight.to(device),
         norm_eps=norm.eps,
-        head=head.float().to(device) if options.train_head else draft.lm_head.weight,
+        head=parts.head.float().to(device) if options.train_head else draft.lm_head.weight,
         scale=target.logit_scale,
         softcap=target.logit_softcap,
     )

@@ -16,6 +16,7 @@ from typing import Any
 from safetensors import safe_open
 from torch import Tensor
 
+from speculators.drafts.base import TargetParts
 from speculators.errors import ContractError, SourceError
 
 PREFIXES = ("", "model.", *("model.language_model.", "language_model.model.", "language_model.", "transformer."))
@@ -139,6 +140,17 @@ class TargetCheckpoint:
         name = self._find(EMBEDDINGS, "input embeddings") if self.tied else self._find(HEAD, "output head")
         head = self._matrix(name)
         return head if rows is None else head.index_select(0, rows)
+
+    def parts(self, rows: Tensor | None = None) -> TargetParts:
+        """What a draft takes over; of the head its `rows`, if they are given."""
+        return TargetParts(
+            name=self.name,
+            architectures=self.architectures,
+            config=self.config,
+            rope_parameters=rope_parameters(self.config),
+            embeddings=self.embeddings(),
+            head=self.head(rows),
+        )
 
     def final_norm(self) -> FinalNorm:
         """The norm that the head's input goes through."""

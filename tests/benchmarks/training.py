@@ -38,10 +38,10 @@ from speculators import recipe
 from speculators.config import Config, DFlash, loss_weights
 from speculators.data.shards import ShardReader
 from speculators.drafts import DRAFTS
-from speculators.drafts.base import Draft, TargetParts, Vocabulary
+from speculators.drafts.base import Draft, Vocabulary
 from speculators.runner.plan import Planner
 from speculators.runner.store import Store
-from speculators.targets.hf import TargetCheckpoint, rope_parameters
+from speculators.targets.hf import TargetCheckpoint
 from speculators.training.corpus import Corpus, Shards
 from speculators.training.loop import Loop
 from speculators.training.losses import Teacher
@@ -99,14 +99,7 @@ class World:
         options = self.config.speculator
         if isinstance(options, DFlash):
             options.mask_token_id = self.target.mask_token_id()
-        parts = TargetParts(
-            name=self.target.name,
-            architectures=self.target.architectures,
-            config=self.target.config,
-            rope_parameters=rope_parameters(self.target.config),
-            embeddings=self.target.embeddings(),
-            head=self.target.head(self.vocabulary.tokens),
-        )
+        parts = self.target.parts(self.vocabulary.tokens)
         draft_type = DRAFTS[options.algorithm]
         return draft_type.build(parts, options, self.vocabulary, self.layer_ids, self.config.train.seed)
 

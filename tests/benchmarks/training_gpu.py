@@ -31,9 +31,9 @@ from speculators.config import DFlash, Dtype, Eagle3, Speculator, Train
 from speculators.data.shards import ShardReader, ShardWriter, feature_contract
 from speculators.data.token_table import save_table, write_table
 from speculators.drafts import DRAFTS
-from speculators.drafts.base import TargetParts, Vocabulary
+from speculators.drafts.base import Vocabulary
 from speculators.stages.train import same_bytes_every_time
-from speculators.targets.hf import TargetCheckpoint, rope_parameters
+from speculators.targets.hf import TargetCheckpoint
 from speculators.training.corpus import Corpus, Shards
 from speculators.training.loop import Loop
 from speculators.training.losses import Teacher
@@ -157,14 +157,7 @@ def build(
     """Our training, as the stage builds it."""
     options = size.speculators[algorithm]
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    parts = TargetParts(
-        name=target.name,
-        architectures=target.architectures,
-        config=target.config,
-        rope_parameters=rope_parameters(target.config),
-        embeddings=target.embeddings(),
-        head=target.head(vocabulary.tokens),
-    )
+    parts = target.parts(vocabulary.tokens)
     draft = DRAFTS[algorithm].build(parts, options, vocabulary, size.layer_ids[algorithm], seed=0).to(device)
     norm = target.final_norm()
     teacher = Teacher(norm_weight=norm.weight.to(device), norm_eps=norm.eps, head=draft.lm_head.weight)

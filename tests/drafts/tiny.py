@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import datasets
@@ -14,7 +15,7 @@ from speculators.data.shards import ShardWriter, feature_contract
 from speculators.drafts.base import Draft, Pack, TargetParts, Vocabulary
 from speculators.drafts.dflash import DFlashDraft
 from speculators.drafts.eagle3 import Eagle3Draft
-from speculators.targets.hf import TargetCheckpoint, rope_parameters
+from speculators.targets.hf import TargetCheckpoint
 from speculators.training.losses import Teacher
 
 H, V, LAYERS = 32, 96, 6
@@ -59,16 +60,8 @@ def vocabulary(kept: int = 40) -> Vocabulary:
 
 def make_parts(directory: Path, kept: int = 40) -> tuple[TargetParts, Vocabulary]:
     """What a draft takes over from the target in `directory`, and its vocabulary."""
-    target, vocab = TargetCheckpoint(directory), vocabulary(kept)
-    parts = TargetParts(
-        name=str(directory),
-        architectures=target.architectures,
-        config=target.config,
-        rope_parameters=rope_parameters(target.config),
-        embeddings=target.embeddings(),
-        head=target.head(vocab.tokens),
-    )
-    return parts, vocab
+    vocab = vocabulary(kept)
+    return replace(TargetCheckpoint(directory).parts(vocab.tokens), name=str(directory)), vocab
 
 
 def make_teacher(directory: Path, draft: Draft) -> Teacher:
