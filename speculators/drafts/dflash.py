@@ -25,7 +25,8 @@ Shape suffixes: T tokens of the pack; C context places; R blocks; B slots; K = B
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import math
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, ClassVar
@@ -46,6 +47,7 @@ from speculators.drafts.base import (
     layer_config,
 )
 from speculators.drafts.flex import AnchorMask
+from speculators.drafts.induction import MATCH, Fit, principal, slow_places
 from speculators.drafts.layers import (
     MLP,
     Attention,
@@ -62,6 +64,12 @@ from speculators.drafts.layers import (
 from speculators.errors import ContractError
 
 SLIDING = "sliding_attention"
+ALONE = 20.0
+"""Of a head that looks at one thing: how far what it is told by stands above what was drawn."""
+CONSTANT = 6.0
+"""Of what is constant in the context, against what varies there."""
+LOUD = 3.0
+"""Of what is compared, against what was drawn in the same head."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -165,6 +173,88 @@ class DFlashDraft(Draft):
     def configure(self, options: Speculator) -> None:
         assert isinstance(options, DFlash)
         self.options, self.anchors = options, options.anchors
+
+    @torch.no_grad()
+    def prepare(self, packs: Iterable[Pack], seed: int) -> None:
+        """Let the second layer look for where the anchor stood before, once the first has told the masks what it is.
+
+        The context is laid out along a basis: something constant, in which it is told from anchors; the token before;
+        the token itself; and what was drawn.
+        """
+        if not self.options.induction or len(self.layers) < 2:
+            return
+        fit = Fit.of(packs, self._read, self._token)
+        head, width, groups = self.shape.head_dim, self.shape.hidden_size, self.shape.num_key_value_heads
+        shared = self.shape.num_attention_heads // groups
+        places = slow_places(self.rotary.frequencies, head, width // 3)
+        size = len(places)
+        # What is copied is where tokens differ most; the anchor is written down where they differ least.
+        principals = principal(self.embed_tokens.weight[self.vocabulary.tokens].cpu().float())
+        copied = principals[: min((groups if shared > 1 else (groups + 1) // 2) * head, width // 2)]
+        told = principals[-size:]
+        deviation = fit.deviation(copied.double())
+        scale = deviation.square().mean().sqrt()
+        mask = self._token(torch.tensor([self.mask_token_id], device=self.fc.weight.device))[0].cpu()
+        apart = fit.apart_from(mask.double())
+        drawn = torch.randn(width, width, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+        drawn[:, 0] = -apart
+        basis = torch.linalg.qr(drawn)[0]
+        basis[:, 0] = -apart / apart.norm()
+        look = fit.directions(size)
+        readers = torch.cat(
+            [
+                fit.readers(look, before=True),
+                fit.readers(copied.double()) * (deviation / scale)[:, None],
+                self.fc.weight.cpu().double()[1 + size + len(copied) :],
+            ]
+        )
+        readers[size + len(copied) :] /= fit.spread(readers[size + len(copied) :])[:, None]
+        laid = torch.cat([CONSTANT * fit.constant()[None], fit.centred(readers)])
+        self.fc.weight.copy_((basis @ laid).float())
+        basis = basis.float().to(self.fc.weight.device)
+        self._tell_anchor(mask, apart.float(), look.float(), told)
+        attention, before = self._attention(1), basis[:, 1 : 1 + size].T
+        assert attention.q_norm is not None
+        attention.q_norm.weight.fill_(MATCH / math.sqrt(head))
+        values = basis[:, 1 + size : 1 + size + len(copied)].T
+        attention.v_proj.weight[: len(copied)].copy_(values)
+        for group, part in enumerate((copied * scale.float()).split(head)):
+            attention.k_proj.weight[[group * head + place for place in places]] = LOUD * before
+            query = group * shared
+            attention.q_proj.weight[[query * head + place for place in places]] = LOUD * told.to(before)
+            attention.o_proj.weight[:, query * head : query * head + len(part)] = part.T.to(before)
+
+    def _tell_anchor(self, mask: Tensor, apart: Tensor, look: Tensor, told: Tensor) -> None:
+        """Let the first layer's last head, of every mask, look at the anchor alone, and write down what it is.
+
+        Args:
+            mask: what is read of the mask's embedding [H].
+            apart: reads 1 of an anchor, and -1 of a mask and of the context [H].
+            look: what is to be told of the anchor [n, H].
+            told: the directions in which it is written down [n, H].
+        """
+        attention, head = self._attention(0), self.shape.head_dim
+        slowest = head // 2 - 1
+        query = (self.shape.num_attention_heads - 1) * head
+        group = (self.shape.num_key_value_heads - 1) * head
+        attention.q_proj.weight[query + slowest].copy_(ALONE * mask / mask.square().sum())
+        attention.k_proj.weight[group + slowest].copy_(ALONE * apart)
+        attention.v_proj.weight[group : group + len(look)].copy_(look)
+        attention.o_proj.weight[:, query : query + len(look)].copy_(told.T)
+
+    def _attention(self, index: int) -> Attention:
+        layer = self.layers[index]
+        assert isinstance(layer, Layer)
+        return layer.self_attn
+
+    def _read(self, pack: Pack) -> Tensor:
+        """What `fc` reads at every place [T, A * H]."""
+        return pack.states[:, :-1].flatten(1).float()
+
+    def _token(self, token_ids: Tensor) -> Tensor:
+        """What the first layer reads of tokens at the beginning [T, H]."""
+        embedded = nn.functional.embedding(token_ids, self.embed_tokens.weight).float()
+        return nn.functional.rms_norm(embedded, (self.shape.hidden_size,), eps=self.shape.rms_norm_eps)
 
     def advance(self, step: int, total: int) -> None:
         self.visit = step if step < total else None

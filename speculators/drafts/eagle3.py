@@ -11,12 +11,9 @@ Step 0 at place t sees the states of t and token t+1, and predicts the target's 
 sees step k-1's output at t instead of the states, and token t+1+k; it predicts the distribution at t+1+k. Tokens are
 the true ones at every step. Step k attends to step 0 of all places up to t, and to its own steps 1 to k.
 
-Small training sets teach a draft which token follows which, and not to look back for the last time that it did: of the
-answers of a small target, a third to a half can be copied from where the last two tokens stood before, and a draft
-trained on 60 000 tokens from noise does not (docs/log.md). So attention begins as induction heads (Olsson et al.
-2022, arXiv:2209.11895), which one layer can have here, because the target's low state at a place still tells its token:
-the query is the token that was sampled, the key is what a linear fit reads of a place's own token (and of the one
-before) in the target's states, the value is the token that came next. Everything is trained on from there.
+Attention begins as induction heads (`induction`): the query is the token that was sampled, the key is what a linear
+fit reads of a place's own token (and of the one before) in the target's states, the value is the token that came next.
+Everything is trained on from there.
 
 Shape suffixes: T tokens of the pack; S sources, places with a successor in their document; R sources that
 supervision asks for; A target layers read; H width; K steps.
@@ -25,7 +22,7 @@ supervision asks for; A target layers read; H width; K steps.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -44,6 +41,7 @@ from speculators.drafts.base import (
     layer_config,
 )
 from speculators.drafts.flex import CausalMask
+from speculators.drafts.induction import MATCH, Fit, principal, slow_places, widened
 from speculators.drafts.layers import (
     MLP,
     Attention,
@@ -60,12 +58,6 @@ from speculators.drafts.layers import (
 
 SERVED_LAYERS = 3
 """Target layers that vLLM takes for granted where a draft of Llama layers does not say `num_aux_hidden_states`."""
-SLOW = 75.0
-"""Rotary pairs that take more tokens than this to turn by one radian compare contents; faster ones tell distances."""
-MATCH = 13.0
-"""Logit of a place whose token is the one that is looked for, among a few hundred of others around 0."""
-RIDGE = 0.1
-"""Of the fit, against states of unit variance."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -116,79 +108,6 @@ class Layer(nn.Module):
         stream = stream + self.self_attn.o_proj(attended)
         out: Tensor = stream + self.mlp(self.post_attention_layernorm(stream))
         return out
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Fit:
-    """Second moments of what `fc` reads and of the tokens that are to be read out of it; float64, on the CPU."""
-
-    count: int
-    read: Tensor
-    """Sum of what is read [F]."""
-    reads: Tensor
-    """Sum of its products [F, F]."""
-    token: Tensor
-    """Sum of the tokens' embeddings [H]."""
-    tokens: Tensor
-    """Sum of their products [H, H]."""
-    own: Tensor
-    """Sum of read times its own token's embedding [F, H]."""
-    before: Tensor
-    """The same for the token before [F, H]."""
-
-    @classmethod
-    def of(cls, packs: Iterable[Pack], read: Callable[[Pack], Tensor], token: Callable[[Tensor], Tensor]) -> Fit:
-        """Sum over all places of the packs but the first of each document."""
-        sums: list[Tensor] = []
-        count = 0
-        for pack in packs:
-            kept = torch.ones(len(pack.token_ids), dtype=torch.bool, device=pack.token_ids.device)
-            kept[[start for start, _ in pack.documents()]] = False
-            f, x = read(pack)[kept], token(pack.token_ids)
-            own, before = x[kept], x[:-1][kept[1:]]
-            new = [f.sum(0), f.T @ f, own.sum(0), own.T @ own, f.T @ own, f.T @ before]
-            count += len(f)
-            sums = [a.cpu().double() + (sums[i] if sums else 0.0) for i, a in enumerate(new)]
-        return cls(count=count, **dict(zip(cls.__slots__[1:], sums, strict=True)))
-
-    def spread(self, rows: Tensor) -> Tensor:
-        """Standard deviation of what linear readers [n, F] read [n]."""
-        mean = rows @ self.read / self.count
-        return ((rows @ self.reads * rows).sum(1) / self.count - mean.square()).clamp(min=1e-12).sqrt()
-
-    def probes(self, size: int, half: int, generator: torch.Generator) -> tuple[Tensor, Tensor, Tensor]:
-        """Random directions of tokens, and readers that find them in the states; all of them of unit variance.
-
-        Args:
-            size: number of directions.
-            half: of the first so many, the token before is read too.
-            generator: draws the directions.
-
-        Returns: directions [size, H] float32; readers of a place's own token [size, F], of the one before [half, F].
-        """
-        mean = self.token / self.count
-        covariance = self.tokens / self.count - mean[:, None] * mean
-        drawn = torch.randn(len(mean), size, generator=generator, dtype=torch.float64)
-        # Embeddings have a large part in common, which tells no token from another.
-        common = mean / mean.norm().clamp(min=1e-12)
-        drawn -= common[:, None] * (common @ drawn)
-        look = torch.linalg.qr(drawn)[0].T
-        look = look / (look @ covariance * look).sum(1).clamp(min=1e-12).sqrt()[:, None]
-        scale = (self.reads.diagonal() / self.count).clamp(min=1e-12).sqrt()
-        gram = self.reads / self.count / scale[:, None] / scale
-        gram.diagonal().add_(RIDGE)
-        wanted = [(cross - self.read[:, None] * mean) @ look.T for cross in (self.own, self.before)]
-        solved = torch.linalg.solve(gram, torch.cat(wanted, dim=1) / self.count / scale[:, None]) / scale[:, None]
-        readers = solved.T
-        readers = readers / self.spread(readers)[:, None]
-        return look.float(), readers[:size].float(), readers[size : size + half].float()
-
-
-def principal(rows: Tensor, count: int) -> Tensor:
-    """The directions in which rows [n, H] differ most, widest first [count, H]; zeros after the H-th."""
-    centred = rows - rows.mean(0)
-    directions = torch.linalg.eigh((centred.T @ centred).double())[1].flip(1).T.float()
-    return nn.functional.pad(directions[:count], (0, 0, 0, max(0, count - len(directions))))
 
 
 class Eagle3Draft(Draft):
@@ -262,19 +181,20 @@ class Eagle3Draft(Draft):
         per_group = self.shape.num_attention_heads // groups
         if per_group == 1:
             groups = (groups + 1) // 2
-        slow = (self.rotary.frequencies < 1.0 / SLOW).nonzero()[:, 0].tolist()
         # The fit is given at most half of what `fc` puts out.
-        slow = slow[max(0, len(slow) - width // (3 * groups) // 2) :]
-        places = [*slow, *(pair + head // 2 for pair in slow)]
+        places = slow_places(self.rotary.frequencies, head, width // (3 * groups))
         if not self.induction or not places:
             return
         size, half = len(places), len(places) // 2
         fit = Fit.of(packs, self._read, self._token)
-        look, own, before = fit.probes(groups * size, half, torch.Generator().manual_seed(seed))
+        drawn = fit.random(groups * size - half, torch.Generator().manual_seed(seed))
+        look = torch.cat([fit.directions(half), drawn])
+        own, before = fit.readers(look).float(), fit.readers(look[:half], before=True).float()
+        look = look.float()
         self.fc.weight.mul_(1.0 / fit.spread(self.fc.weight.cpu().double()).pow(2).mean().sqrt())
         self.fc.weight[: len(own)].copy_(own)
         self.fc.weight[len(own) : len(own) + half].copy_(before)
-        values = principal(self.embed_tokens.weight[self.vocabulary.tokens].cpu().float(), groups * head)
+        values = widened(principal(self.embed_tokens.weight[self.vocabulary.tokens].cpu().float()), groups * head)
         sharp = MATCH * math.sqrt(head) / size
         attention = layer.self_attn
         if attention.q_norm is not None:  # the norm takes the size of a query away, and gives back what it is told

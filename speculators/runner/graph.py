@@ -106,7 +106,7 @@ KINDS: dict[str, Kind] = {
         derived=("layer_ids", "capture_layer_ids"),
     ),
     "train": Kind(
-        version=3,
+        version=4,
         gives=("speculator",),
         takes={"tokens": "tokens", "features": "features", "vocab": "vocabulary"},
         reads=("train", "speculator", "target.dtype", *GATE),

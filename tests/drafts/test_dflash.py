@@ -13,7 +13,7 @@ import tiny
 import torch
 from safetensors import safe_open
 
-from speculators.config import Loss, Train, Weighting
+from speculators.config import DFlash, Loss, Train, Weighting
 from speculators.decoding import Walk
 from speculators.drafts.base import Predictions
 from speculators.drafts.dflash import DFlashDraft, reach
@@ -323,3 +323,31 @@ def test_variants_are_written_so_that_servers_and_upstream_read_them_alike(
 def test_a_mask_token_that_the_target_does_not_have_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ContractError, match="the mask token is 96, the target has 96 tokens"):
         tiny.make_dflash(tiny.write_target(tmp_path), mask_token_id=tiny.V)
+
+
+@pytest.mark.parametrize(
+    ("options", "least", "most"),
+    [
+        ({}, 0.7, 1.0),
+        ({"heads": 4, "key_value_heads": 4}, 0.7, 1.0),
+        ({"num_layers": 1}, 0.0, 0.1),
+        ({"induction": False}, 0.0, 0.1),
+    ],
+    ids=["two query heads per key", "a query head per key", "one layer", "without"],
+)
+def test_an_untrained_draft_copies_what_followed_the_last_time(
+    options: dict[str, Any], least: float, most: float
+) -> None:
+    parts, full = tiny.copying_target()
+    given = {"num_layers": 2, "num_speculative_tokens": 3, "mask_token_id": 7, "induction": True, **options}
+    draft = DFlashDraft.build(parts, DFlash(**given), full, [0, 1, 3], seed=3)
+    packs = tiny.repeating_packs(parts.embeddings, 40)
+    draft.prepare(packs[:30], seed=3)
+    right = total = 0
+    for pack in packs[30:]:
+        predictions = draft(pack)
+        said = (predictions.hidden[0] @ draft.lm_head.weight.T).argmax(-1)
+        asked = predictions.valid[0]
+        right += int((said == pack.token_ids.roll(-1)[predictions.target[0]])[asked].sum())
+        total += int(asked.sum())
+    assert least <= right / total <= most

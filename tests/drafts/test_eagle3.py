@@ -15,7 +15,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 
 from speculators.config import DraftArch, Eagle3, Train
-from speculators.drafts.base import Pack, Predictions, TargetParts, Vocabulary
+from speculators.drafts.base import Predictions, Vocabulary
 from speculators.drafts.eagle3 import Eagle3Draft
 from speculators.drafts.layers import KeyValues, LayerConfig, Rotary, causal_blocks, causal_mask, unrolled_attention
 from speculators.errors import ContractError
@@ -233,20 +233,6 @@ def test_mixed_precision_on_the_cpu_stays_close(tmp_path: Path) -> None:
     assert all(p.grad is not None and p.grad.dtype == torch.float32 for p in draft.parameters())
 
 
-def repeating_packs(embeddings: torch.Tensor, count: int) -> list[Pack]:
-    """Documents that say 30 random tokens twice; the first state tells the token, the others are noise."""
-    draw = torch.Generator().manual_seed(6)
-    packs = []
-    for row in range(count):
-        said = torch.randint(len(embeddings), (30,), generator=draw)
-        tokens = said.repeat(2)
-        states = torch.randn(60, 4, embeddings.shape[1], generator=draw)
-        states[:, 0] = embeddings[tokens] + 0.3 * states[:, 0]
-        mask = torch.arange(60) >= 32
-        packs.append(Pack(rows=[row], lengths=[60], token_ids=tokens, loss_mask=mask, states=states.bfloat16()))
-    return packs
-
-
 @pytest.mark.parametrize(
     ("options", "least", "most"),
     [
@@ -260,21 +246,9 @@ def repeating_packs(embeddings: torch.Tensor, count: int) -> list[Pack]:
 def test_an_untrained_draft_copies_what_followed_the_last_time(
     options: dict[str, Any], least: float, most: float
 ) -> None:
-    width, size = 128, 96
-    config = {**tiny.CONFIG, "hidden_size": width, "head_dim": 32, "max_position_embeddings": 256}
-    config["rope_parameters"] = {"rope_type": "default", "rope_theta": 100000.0}
-    embeddings = torch.randn(size, width, generator=torch.Generator().manual_seed(5))
-    parts = TargetParts(
-        name="copy",
-        architectures=["LlamaForCausalLM"],
-        config=config,
-        rope_parameters=config["rope_parameters"],
-        embeddings=embeddings,
-        head=embeddings,
-    )
-    full = Vocabulary(d2t=torch.zeros(size, dtype=torch.int64), t2d=torch.ones(size, dtype=torch.bool))
+    parts, full = tiny.copying_target()
     draft = Eagle3Draft.build(parts, Eagle3(**options), full, [1, 3, 4], seed=3)
-    packs = repeating_packs(embeddings, 40)
+    packs = tiny.repeating_packs(parts.embeddings, 40)
     draft.prepare(packs[:30], seed=3)
     right = total = 0
     for pack in packs[30:]:

@@ -132,3 +132,34 @@ def write_vocabulary(directory: Path, kept: int = 40) -> Path:
     vocab = vocabulary(kept)
     save_file({"d2t": vocab.d2t, "t2d": vocab.t2d}, directory / "vocab.safetensors")
     return directory
+
+
+def copying_target() -> tuple[TargetParts, Vocabulary]:
+    """A target whose embeddings are wide enough to be told from each other, and its whole vocabulary."""
+    width = 128
+    config = {**CONFIG, "hidden_size": width, "head_dim": 32, "max_position_embeddings": 256}
+    config["rope_parameters"] = {"rope_type": "default", "rope_theta": 100000.0}
+    embeddings = 0.1 * torch.randn(V, width, generator=torch.Generator().manual_seed(5))
+    parts = TargetParts(
+        name="copy",
+        architectures=["LlamaForCausalLM"],
+        config=config,
+        rope_parameters=config["rope_parameters"],
+        embeddings=embeddings,
+        head=embeddings,
+    )
+    return parts, Vocabulary(d2t=torch.zeros(V, dtype=torch.int64), t2d=torch.ones(V, dtype=torch.bool))
+
+
+def repeating_packs(embeddings: torch.Tensor, count: int) -> list[Pack]:
+    """Documents that say 30 random tokens twice; the first state tells the token, the second the one before it."""
+    draw = torch.Generator().manual_seed(6)
+    packs = []
+    for row in range(count):
+        tokens = torch.randint(len(embeddings), (30,), generator=draw).repeat(2)
+        states = 0.1 * torch.randn(60, 4, embeddings.shape[1], generator=draw)
+        states[:, 0] = embeddings[tokens] + 0.3 * states[:, 0]
+        states[1:, 1] = embeddings[tokens[:-1]] + 0.3 * states[1:, 1]
+        mask = torch.arange(60) >= 32
+        packs.append(Pack(rows=[row], lengths=[60], token_ids=tokens, loss_mask=mask, states=states.bfloat16()))
+    return packs
