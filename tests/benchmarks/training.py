@@ -11,10 +11,11 @@ packed to 512 tokens, on the same draft vocabulary, with the same optimiser, sch
 unrolled three times, or DFlash of two layers, blocks of eight, 64 anchors. Upstream goes first and then ours, with
 nothing beside; both checkpoints are then validated by the same code on the rows that were held out.
 
-Upstream computes products in bfloat16, and Muon always does. A processor without instructions for it emulates them,
-up to a hundred times slower than float32, which would make this a comparison of arithmetic. So a few steps of it as it
-is are measured, and the ratio is taken with float32 everywhere, Muon's products too, which upstream has no option for:
-it is told that bfloat16 is float32.
+Upstream computes products in bfloat16, and Muon always does. On a processor with instructions for it, both do: ours is
+told `train.precision=bfloat16`. One without emulates them, up to a hundred times slower than float32, which would make
+this a comparison of arithmetic. There a few steps of upstream as it is are measured, and the ratio is taken with
+float32 everywhere, Muon's products too, which upstream has no option for: it is told that bfloat16 is float32. Which
+of the two this machine is, its rates of products say.
 
 The bound is the machine's rate of products, measured in the same run at the shapes of a step; what ours needs of them
 is counted (`torch.utils.flop_counter`).
@@ -50,7 +51,7 @@ BATCH_TOKENS = 512
 RATE = 1e-3
 SAME = [
     "vocab.size=8000", "train.epochs=1", "train.max_steps=80", f"train.batch_tokens={BATCH_TOKENS}",
-    "train.sequence_length=1024", f"train.lr={RATE}", "train.muon_block=0", "train.precision=float32",
+    "train.sequence_length=1024", f"train.lr={RATE}", "train.muon_block=0",
     "train.weight_decay=0.1", "train.supervise_prompts=false", "speculator.key_value_heads=null",
     "speculator.regression=0", "speculator.layer_ids=[2,15,27]",
 ]  # fmt: skip
@@ -70,8 +71,10 @@ SHAPES = ((1152, 960), (576, 3072), (1536, 576), (576, 8000))
 class World:
     """The artifacts of the store that both train on, and what is made of them."""
 
-    def __init__(self, store: str, algorithm: str, words: list[str]) -> None:
-        self.words = [f"recipe=smollm2_{algorithm}", *SAME, *OURS[algorithm], *words]
+    def __init__(self, store: str, algorithm: str, dtype: torch.dtype, words: list[str]) -> None:
+        precision = f"train.precision={str(dtype).removeprefix('torch.')}"
+        self.words = [f"recipe=smollm2_{algorithm}", *SAME, precision, *OURS[algorithm], *words]
+        self.dtype = dtype
         self.config: Config = recipe.compose(self.words)
         planner = Planner(self.config, Store(Path(store)))
         steps = {step.node.name: step for step in planner.plan()}
@@ -92,7 +95,7 @@ class World:
         teacher = Teacher(norm_weight=norm.weight, norm_eps=norm.eps, head=draft.lm_head.weight)
         corpus, train = Corpus(self.tokens, Shards(self.features)), self.config.train
         device = torch.device("cpu")
-        return Loop(draft, teacher, corpus, train, 1.0, torch.float32, scratch, device, lambda *_: None)
+        return Loop(draft, teacher, corpus, train, 1.0, self.dtype, scratch, device, lambda *_: None)
 
     def fresh(self) -> Draft:
         """A draft from noise."""
@@ -159,11 +162,11 @@ def flops_per_token(world: World) -> float:
         return counter.get_total_flops() / loop.at.tokens
 
 
-def gemm_rate() -> float:
+def gemm_rate(dtype: torch.dtype) -> float:
     """Operations per second of products at the shapes of a step, weighted by their size."""
     work, seconds = 0.0, 0.0
     for k, n in SHAPES:
-        x, w = torch.randn(BATCH_TOKENS * 3 // 4, k), torch.randn(n, k)
+        x, w = torch.randn(BATCH_TOKENS * 3 // 4, k, dtype=dtype), torch.randn(n, k, dtype=dtype)
         times = []
         for _ in range(30):
             began = time.perf_counter()
@@ -175,25 +178,29 @@ def gemm_rate() -> float:
 
 def main(store: str, python: str, driver: str, algorithm: str = "eagle3", *words: str) -> None:
     """Measure and print."""
-    world = World(store, algorithm, list(words))
+    rates = {dtype: gemm_rate(dtype) for dtype in (torch.float32, torch.bfloat16)}
+    dtype = max(rates, key=lambda dtype: rates[dtype])
+    float32 = dtype is torch.float32
+    world = World(store, algorithm, dtype, list(words))
     with tempfile.TemporaryDirectory() as directory:
         root = Path(directory)
         run = partial(upstream, python, Path(driver), world, root, world.export(root), algorithm)
         steps = world.config.train.max_steps
         assert steps is not None
-        theirs, checkpoint = run(steps, float32=True)
-        found = {"upstream, float32": (theirs, world.validate(next(checkpoint.glob("0"))))}
+        theirs, checkpoint = run(steps, float32=float32)
+        found = {"upstream": (theirs, world.validate(next(checkpoint.glob("0"))))}
         speed, mine = ours(world, store)
         found["ours"] = (speed, world.validate(mine))
         for name, (rate, metrics) in found.items():
             print(
-                f"{name}: {rate:.0f} tokens/s; held out: loss {metrics['loss']:.4f}, "
+                f"{name}, {dtype}: {rate:.0f} tokens/s; held out: loss {metrics['loss']:.4f}, "
                 f"acceptance length {metrics['acceptance_length']:.3f}"
             )
-        flops, bound = flops_per_token(world), gemm_rate()
+        flops, bound = flops_per_token(world), gemm_rate(dtype)
         share = flops * speed / bound
         print(f"ratio {speed / theirs:.2f}; {flops / 1e6:.0f} MFLOP a token, {share:.0%} of {bound / 1e9:.0f} GFLOP/s")
-        print(f"upstream as it is, {STEPS_AS_IT_IS} steps: {run(STEPS_AS_IT_IS, float32=False)[0]:.0f} tokens/s")
+        if float32:
+            print(f"upstream as it is, {STEPS_AS_IT_IS} steps: {run(STEPS_AS_IT_IS, float32=False)[0]:.0f} tokens/s")
 
 
 if __name__ == "__main__":
