@@ -121,6 +121,20 @@ def test_an_attempt_that_is_repeated_says_when_and_why(screen: Any) -> None:
     assert "attempt 2  1/2 steps" in lines()[0]
 
 
+def test_a_run_that_is_asked_to_stop_says_what_goes_on_and_what_a_second_signal_does(
+    screen: Any, clock: Clock, capsys: pytest.CaptureFixture[str]
+) -> None:
+    live, seen = screen("tokenize", "train")
+    for watch in (live, ui.Lines(clock)):
+        told(watch, "stage.started", node="train", log="")
+        told(watch, "run.stopping", seconds=30.0)
+    assert seen()[-1] == "stopping  stages have 30 s to write a checkpoint; Ctrl-C again ends them at once"
+    assert len(seen()[-1]) <= 80
+    assert "stopping stages have 30 s to write a checkpoint" in capsys.readouterr().err
+    told(live, "run.finished", status="interrupted", seconds=3.0)
+    assert "stopped  train" in seen()[1]
+
+
 def test_on_a_low_screen_only_what_goes_on_is_listed_and_the_rest_is_counted(screen: Any) -> None:
     watch, lines = screen(*(f"stage{i}" for i in range(300)), height=20)
     for i in range(5):

@@ -502,6 +502,7 @@ def test_the_first_signal_lets_stages_stop_in_order(mill: Callable[..., World], 
     with pytest.raises(Interrupted) as stop:
         world.run()
     assert stop.value.exit_code == 128 + number
+    assert [e["seconds"] for e in world.seen if e["event"] == "run.stopping"] == [execute.GRACE]
     assert world.of("stage.started") == ["started seed", "started seed2"]
     assert signal.getsignal(number) is before
 
