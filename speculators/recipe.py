@@ -447,6 +447,7 @@ def _refuse_secrets(config: Config) -> None:
     """A recipe is written into run directories, so it names the variables that hold secrets and never holds one."""
     told = {
         "serve.url": "@" in config.serve.url,
+        "serve.also": any("@" in url for url in config.serve.also),
         "serve.extra_args": any(word.startswith(("--api-key", "--hf-token")) for word in config.serve.extra_args),
     }
     for name, holds in told.items():

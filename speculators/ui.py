@@ -46,7 +46,7 @@ def error(failure: RunError) -> None:
 
 def narrate(verb: str, subject: str, detail: str = "") -> None:
     """One line about one thing, with the verb padded so that subjects stand in a column."""
-    print(f"{verb:<9}{subject:<20}{detail}".rstrip(), file=sys.stderr)
+    print(f"{verb:<9}{subject:<19} {detail}".rstrip(), file=sys.stderr)
 
 
 def duration(seconds: float) -> str:

@@ -170,6 +170,15 @@ def test_a_rate_forgets_what_is_long_past_and_begins_anew_with_another_total() -
     assert hear(301, 1, total=20) == ""  # backwards: another pass
 
 
+def test_a_long_subject_is_set_apart_from_what_is_said_of_it(capsys: pytest.CaptureFixture[str]) -> None:
+    ui.narrate("locked", "smollm2_eagle3.lock.json", "5 of 10 keys known")
+    ui.narrate("cached", "train", "0123abcd")
+    assert capsys.readouterr().err.splitlines() == [
+        "locked   smollm2_eagle3.lock.json 5 of 10 keys known",
+        "cached   train               0123abcd",
+    ]
+
+
 def test_in_a_file_a_run_is_plain_lines(capsys: pytest.CaptureFixture[str], clock: Clock, tmp_path: Path) -> None:
     log = tmp_path / "t.log"
     log.write_text("the last line\n")

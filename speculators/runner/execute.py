@@ -74,6 +74,7 @@ class Execution:
         self.room = schedule.room(self.config, self.planner.store.root / "locks", self.events)
         self.services = Services(self.planner, self.steps, self.directory, self.events)
         self._nursery = Nursery()
+        self._disk = estimate.DiskWatch(self.planner.store, self.config.run.quota_gib)
 
     @property
     def config(self) -> Config:
@@ -356,6 +357,11 @@ class Execution:
             if lost is not None or 0 < limit < time.monotonic() - began:
                 yield from _ended(handle)
                 raise PassingError(lost.failure() if lost is not None else self._too_long(step.node, limit))
+            try:
+                self._disk.check()
+            except StoreError:
+                yield from _ended(handle)
+                raise
             try:
                 if (stamp := progress.stat().st_mtime_ns) != seen:
                     seen = stamp
