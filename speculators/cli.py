@@ -56,7 +56,7 @@ VERBS = {
 
 def main() -> None:
     """The console script: every error becomes one message and an exit code here."""
-    # What starting makes is no garbage, and looking for some in it, the last time at the end, is a seventh of `plan`.
+    # What starting makes is no garbage, and looking for some in it, the last time at the end, is a tenth of `plan`.
     gc.set_threshold(100_000)
     code = _guarded(sys.argv[1:])
     gc.freeze()
