@@ -361,7 +361,7 @@ def retried(event: Mapping[str, Any]) -> str:
 
 def stopping(event: Mapping[str, Any]) -> str:
     """What the first Ctrl-C does, and what a second one would."""
-    return f"stages have {event['seconds']:.0f} s to write a checkpoint; Ctrl-C again ends them at once"
+    return f"stages have {event['seconds']:.0f} s for a checkpoint; Ctrl-C again ends them at once"
 
 
 def last_words(log: str, message: str) -> list[str]:
