@@ -57,8 +57,9 @@ class ContractError(RunError):
     """Two artifacts do not belong together, or a file is not what it says it is."""
 
 
-def closest(name: str, known: Iterable[str]) -> str:
-    """Say the closest match of a mistyped name, or list what there is."""
+def closest(name: str, known: Iterable[str], listed: Iterable[str] | None = None) -> str:
+    """Say the closest match of a mistyped name, or list what there is; `listed`, where all is too much to read."""
     names = sorted(known)
     match = difflib.get_close_matches(name, names, n=1, cutoff=0.5)
-    return f"did you mean `{match[0]}`?" if match else f"there is: {', '.join(names) or 'nothing'}"
+    there = names if listed is None else sorted(listed)
+    return f"did you mean `{match[0]}`?" if match else f"there is: {', '.join(there) or 'nothing'}"

@@ -51,6 +51,8 @@ _VERSION_BASE = "1.3"
 _OPEN = ("data.", "datasets.", "pipeline.")
 """Sections whose keys are names that the recipe gives."""
 _GROUPS = ("target", "data", "speculator", "pipeline", "hardware", "executor")
+_HYDRA_S_OWN = ("output", "launcher", "sweeper", "help", "hydra_help", "hydra_logging", "job_logging", "env")
+"""Choices about Hydra itself. Where it only composes nothing asks for them, and reading them is a tenth of its time."""
 _LAUNCHERS = {
     "joblib": ("hydra-joblib-launcher", "joblib"),
     "submitit_local": ("hydra-submitit-launcher", "sweep-slurm"),
@@ -58,6 +60,9 @@ _LAUNCHERS = {
     "ray": ("hydra-ray-launcher", "sweep-ray"),
 }
 """Launchers of sweeps: the distribution that has one, and the extra that brings it."""
+
+# Every composition copies where Hydra looks, this store and all schemas with it, and then copies what it takes again.
+ConfigStore.__deepcopy__ = lambda store, _: store  # type: ignore[attr-defined]
 
 
 def compose(words: Sequence[str]) -> Config:
@@ -70,7 +75,8 @@ def compose(words: Sequence[str]) -> Config:
     _check_overrides(words, known)
     try:
         with _initialized():
-            composed = hydra.compose(config_name="config", overrides=list(words))
+            overrides = [*words, *(f"~hydra/{group}" for group in _HYDRA_S_OWN)]
+            composed = hydra.compose(config_name="config", overrides=overrides)
         return typed(composed)
     except (HydraException, omegaconf.errors.OmegaConfBaseException) as error:
         raise _mended(error) from None
@@ -263,6 +269,14 @@ def _options(near: str = "") -> set[str]:
     return names | {name.rsplit(".", 1)[0] for name in names if "." in name} | {"data", "datasets", "pipeline"}
 
 
+def _closest_option(name: str, options: set[str]) -> str:
+    """The closest match; without one, what there is beside it, since all of them are a screen full."""
+    written = {option.rstrip("_") for option in options}  # `from`
+    section = name.rpartition(".")[0]
+    beside = [option for option in written if option.rpartition(".")[0] == section]
+    return closest(name, written, beside or [option for option in written if "." not in option])
+
+
 def _check_overrides(words: Sequence[str], known: Mapping[str, Path], sweep: bool = False) -> None:
     """Say what is wrong with a word before Hydra does: it would advise `+key`, which smuggles unknown keys in."""
     try:
@@ -286,7 +300,7 @@ def _check_override(override: Override, options: set[str], known: Mapping[str, P
     if name.startswith(("hydra.", "hydra/")):
         return
     if override.is_add() or override.is_force_add():
-        raise RecipeError(f"`+{name}`: options cannot be added", closest(name, options))
+        raise RecipeError(f"`+{name}`: options cannot be added", _closest_option(name, options))
     if override.is_delete():
         raise RecipeError(f"`~{name}`: options cannot be taken away", "set the option to null, or to its default")
     if override.is_sweep_override() and not sweep:
@@ -294,7 +308,7 @@ def _check_override(override: Override, options: set[str], known: Mapping[str, P
     if name in (*_GROUPS, "recipe"):
         _check_choice(name, override, known)
     elif name not in options and not name.startswith(_OPEN):
-        raise RecipeError(f"there is no option `{name}`", closest(name, options))
+        raise RecipeError(f"there is no option `{name}`", _closest_option(name, options))
 
 
 def _check_choice(name: str, override: Override, known: Mapping[str, Path]) -> None:
@@ -433,6 +447,7 @@ def _refuse_secrets(config: Config) -> None:
     """A recipe is written into run directories, so it names the variables that hold secrets and never holds one."""
     told = {
         "serve.url": "@" in config.serve.url,
+        "serve.also": any("@" in url for url in config.serve.also),
         "serve.extra_args": any(word.startswith(("--api-key", "--hf-token")) for word in config.serve.extra_args),
     }
     for name, holds in told.items():
@@ -455,9 +470,8 @@ def _mended(error: Exception) -> RecipeError:
             f"add `override /{found[1]}: NAME`; " + closest("", _choices(found[1])),
         )
     if found := re.search(r"Key '([^']+)' (?:not in|is not in)", text):
-        return RecipeError(
-            f"there is no option `{name or found[1]}`", closest(str(name or found[1]), _options(str(name)))
-        )
+        wrong = str(name or found[1])
+        return RecipeError(f"there is no option `{wrong}`", _closest_option(wrong, _options(wrong)))
     invalid = next((e for e in chain if isinstance(e, omegaconf.errors.ValidationError)), None)
     if invalid is not None and name:
         return RecipeError(

@@ -46,7 +46,7 @@ def error(failure: RunError) -> None:
 
 def narrate(verb: str, subject: str, detail: str = "") -> None:
     """One line about one thing, with the verb padded so that subjects stand in a column."""
-    print(f"{verb:<9}{subject:<20}{detail}".rstrip(), file=sys.stderr)
+    print(f"{verb:<9}{subject:<19} {detail}".rstrip(), file=sys.stderr)
 
 
 def duration(seconds: float) -> str:
@@ -223,6 +223,8 @@ class Lines:
                 narrate("", "", line)
         elif kind.startswith("service."):
             narrate(kind.removeprefix("service."), f"vllm {event['mode']}", _took(event))
+        elif kind == "run.stopping":
+            narrate("stopping", stopping(event))
 
     def _progress(self, name: str, event: Mapping[str, Any]) -> None:
         now, pace = self._clock(), self._paces.setdefault(name, Pace())
@@ -264,6 +266,11 @@ class Live:
         kind = event["event"]
         if kind.startswith("service."):
             self._hear_server(kind.removeprefix("service."), event)
+        elif kind == "run.stopping":
+            self._notes.append(f"stopping  {stopping(event)}")
+        elif kind == "run.finished":
+            for row in self._rows.values():
+                row["state"] = "stopped" if row["state"] in ("running", "again") else row["state"]
         elif "node" in event:
             # A source gets a line when something is done about it, and not before.
             self._hear_stage(kind, self._rows.setdefault(event["node"], {"state": "", "detail": ""}), event)
@@ -350,6 +357,11 @@ def progress(event: Mapping[str, Any], pace: Pace) -> str:
 def retried(event: Mapping[str, Any]) -> str:
     """`attempt 2 in 8.0s, because ...`."""
     return f"attempt {event['attempt'] + 1} in {duration(event['seconds'])}, because {event['message']}"
+
+
+def stopping(event: Mapping[str, Any]) -> str:
+    """What the first Ctrl-C does, and what a second one would."""
+    return f"stages have {event['seconds']:.0f} s for a checkpoint; Ctrl-C again ends them at once"
 
 
 def last_words(log: str, message: str) -> list[str]:

@@ -104,7 +104,14 @@ def test_no_file_of_a_run_or_of_the_store_holds_a_secret(
     assert [path for path in files if any(value.encode() in path.read_bytes() for value in PLANTED.values())] == []
 
 
-@pytest.mark.parametrize("word", ["serve.url=http://me:planted@host:8000", "serve.extra_args=[--api-key,planted]"])
+@pytest.mark.parametrize(
+    "word",
+    [
+        "serve.url=http://me:planted@host:8000",
+        "serve.also=[http://me:planted@host:8000]",
+        "serve.extra_args=[--api-key,planted]",
+    ],
+)
 def test_a_secret_in_a_recipe_is_refused_without_repeating_it(word: str) -> None:
     with pytest.raises(RecipeError, match="holds a secret") as raised:
         compose([DEMO, word])

@@ -102,6 +102,7 @@ def test_schemas_choices_and_algorithms_are_one_list() -> None:
         (["recipe=smollm_eagle3"], "no recipe named `smollm_eagle3`", "did you mean `smollm2_eagle3`?"),
         ([], "no recipe is named", "smollm2_eagle3"),
         ([DEMO, "train.lrr=3"], "there is no option `train.lrr`", "did you mean `train.lr`?"),
+        ([DEMO, "qq=3"], "there is no option `qq`", "evaluate, executor, extract, force, from, hardware"),
         ([DEMO, "train.lr=abc"], "train.lr: Value 'abc' of type 'str' could not be converted to Float", "type"),
         ([DEMO, "train.precision=fp4"], "train.precision: Invalid value 'fp4'", "type"),
         ([DEMO, "+train.x=1"], "`+train.x`: options cannot be added", "train"),

@@ -121,6 +121,20 @@ def test_an_attempt_that_is_repeated_says_when_and_why(screen: Any) -> None:
     assert "attempt 2  1/2 steps" in lines()[0]
 
 
+def test_a_run_that_is_asked_to_stop_says_what_goes_on_and_what_a_second_signal_does(
+    screen: Any, clock: Clock, capsys: pytest.CaptureFixture[str]
+) -> None:
+    live, seen = screen("tokenize", "train")
+    for watch in (live, ui.Lines(clock)):
+        told(watch, "stage.started", node="train", log="")
+        told(watch, "run.stopping", seconds=30.0)
+    assert seen()[-1] == "stopping  stages have 30 s for a checkpoint; Ctrl-C again ends them at once"
+    assert len(seen()[-1] + "^C") < 80, "which the terminal writes behind it"
+    assert "stopping stages have 30 s for a checkpoint" in capsys.readouterr().err
+    told(live, "run.finished", status="interrupted", seconds=3.0)
+    assert "stopped  train" in seen()[1]
+
+
 def test_on_a_low_screen_only_what_goes_on_is_listed_and_the_rest_is_counted(screen: Any) -> None:
     watch, lines = screen(*(f"stage{i}" for i in range(300)), height=20)
     for i in range(5):
@@ -154,6 +168,15 @@ def test_a_rate_forgets_what_is_long_past_and_begins_anew_with_another_total() -
     assert hear(200, 1, total=20) == ""
     assert hear(300, 2, total=20) == "30m00s left  0.6/min"
     assert hear(301, 1, total=20) == ""  # backwards: another pass
+
+
+def test_a_long_subject_is_set_apart_from_what_is_said_of_it(capsys: pytest.CaptureFixture[str]) -> None:
+    ui.narrate("locked", "smollm2_eagle3.lock.json", "5 of 10 keys known")
+    ui.narrate("cached", "train", "0123abcd")
+    assert capsys.readouterr().err.splitlines() == [
+        "locked   smollm2_eagle3.lock.json 5 of 10 keys known",
+        "cached   train               0123abcd",
+    ]
 
 
 def test_in_a_file_a_run_is_plain_lines(capsys: pytest.CaptureFixture[str], clock: Clock, tmp_path: Path) -> None:

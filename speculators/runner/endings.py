@@ -12,6 +12,8 @@ from speculators.errors import RunError
 
 TAIL_LINES = 40
 """How much of the log of a stage that failed is shown."""
+ATTEMPT = "--- "
+"""What the line begins with that opens an attempt in a log."""
 _LIKELY = {
     signal.SIGKILL: "probably out of memory",
     signal.SIGSEGV: "a native library crashed",
@@ -62,6 +64,15 @@ def tail(log: Path, lines: int = TAIL_LINES) -> list[str]:
         return []
 
 
+def tail_before(log: Path, said: str) -> list[str]:
+    """The same up to where the worker itself has written the failure that `said` tells, if anything stands there."""
+    lines = tail(log)
+    own = f"error: {said}".partition("\n")[0]
+    if own in lines:
+        del lines[len(lines) - 1 - lines[::-1].index(own) :]
+    return lines if any(line and not line.startswith(ATTEMPT) for line in lines) else []
+
+
 def again(words: Sequence[str], stage: str) -> str:
     """The command that runs only this stage; empty for a sweep, whose words are those of several runs."""
     if any(word.startswith("-") for word in words):
@@ -72,5 +83,6 @@ def again(words: Sequence[str], stage: str) -> str:
 
 def where_to_look(hint: str, log: Path, command: str) -> str:
     """A hint, the log's path, and the command to try again."""
-    lines = [hint, "", f"log:    {log}"]
-    return "\n".join([*lines, f"again:  {command}"] if command else lines)
+    lines = [f"log:    {log}"] if log.exists() else []
+    lines += [f"again:  {command}"] if command else []
+    return "\n".join([hint, "", *lines] if lines else [hint])

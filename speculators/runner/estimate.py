@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import os
 import shlex
+import time
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -14,7 +15,7 @@ from speculators.runner import derive, graph, schedule, upkeep, vllm
 from speculators.runner.graph import TARGET
 from speculators.runner.plan import Planner, State, Step
 from speculators.runner.schedule import GIB, Split
-from speculators.runner.store import free_bytes
+from speculators.runner.store import Store, free_bytes
 
 PREFILLING = {"extract": "tokens_per_second", "train": "prefill_tokens_per_second"}
 """What stages say in their records about how fast they had the target run over their tokens."""
@@ -127,6 +128,35 @@ def refuse_if_too_large(needs: Needs) -> None:
             "lower prompts.count, train.sequence_length or, if training keeps them, train.states_disk_gib; or name a "
             "larger disk: run.store=PATH",
         )
+
+
+class DiskWatch:
+    """The room in a store while stages work there, looked at now and then."""
+
+    EVERY = 5.0
+    """Seconds between two looks, at least; what a store holds is counted for a hundredth of the time at most."""
+    RESERVE = 256 * 2**20
+    """Bytes that are left for last checkpoints, and for whoever else uses the disk."""
+
+    def __init__(self, store: Store, quota_gib: float) -> None:
+        self._store = store
+        self._quota = int(quota_gib * GIB)
+        self._had_more = free_bytes(store.root) > self.RESERVE  # else the disk is a small one, and full is full
+        self._next = time.monotonic() + self.EVERY
+
+    def check(self) -> None:
+        """Raises StoreError when what is written meanwhile has used the room up but for the reserve."""
+        began = time.monotonic()
+        if began < self._next:
+            return
+        hint = "make room (`speculators-run gc` tells what nobody uses), then run the same command again"
+        if self._had_more and (free := free_bytes(self._store.root)) < self.RESERVE:
+            raise StoreError(f"the disk of the store runs full: {free / 2**20:.0f} MiB are free", hint)
+        if self._quota and (held := upkeep.held(self._store)) > self._quota:
+            allowed = f"run.quota_gib allows {_gib(self._quota)}"
+            raise StoreError(f"the store holds {_gib(held)} by now, {allowed}", f"{hint}; or raise run.quota_gib")
+        now = time.monotonic()
+        self._next = now + max(self.EVERY, 100 * (now - began))
 
 
 def _without_equals(steps: list[Step]) -> list[Step]:

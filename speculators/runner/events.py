@@ -6,6 +6,7 @@ stage.started {node, log, phase, phases, attempt}
 stage.progress {node, done, total, unit, note}
 stage.retried {node, attempt, message, seconds}          that attempt failed, the next starts after so many seconds
 stage.finished {node, seconds, record, key}    stage.failed {node, message}
+run.stopping {seconds}                         a signal came, and stages have so long to end
 run.finished {status, seconds}
 """
 

@@ -32,7 +32,7 @@ from speculators.runner.events import Events, now
 from speculators.runner.executors import Handle, executor_of
 from speculators.runner.executors.nursery import Nursery
 from speculators.runner.graph import TARGET, Node
-from speculators.runner.interrupt import Signals
+from speculators.runner.interrupt import Interrupted, Signals
 from speculators.runner.plan import Planner, State, Step
 from speculators.runner.schedule import Devices, Need
 from speculators.runner.service import Service, reap_left_overs
@@ -74,6 +74,7 @@ class Execution:
         self.room = schedule.room(self.config, self.planner.store.root / "locks", self.events)
         self.services = Services(self.planner, self.steps, self.directory, self.events)
         self._nursery = Nursery()
+        self._disk = estimate.DiskWatch(self.planner.store, self.config.run.quota_gib)
 
     @property
     def config(self) -> Config:
@@ -95,6 +96,9 @@ class Execution:
         with Signals(self._kill) as signals:
             try:
                 self._loop(signals)
+            except Interrupted:
+                self.events.emit("run.stopping", seconds=GRACE)
+                raise
             finally:
                 self._stop_workers()
                 self._nursery.close()
@@ -246,7 +250,7 @@ class Execution:
                 raise StageError(f"{node.name}: its worker left no artifact", f"look at {self._log(node)}")
         except RunError as failure:
             self.events.emit("stage.failed", node=node.name, message=failure.message)
-            raise
+            raise self._with_its_log(node, failure) from None
         finally:
             self.services.release(node)
             self.room.give_back(node.name, self.services.occupied())
@@ -320,7 +324,8 @@ class Execution:
         request = self._request(step, *phase, attempt, servers)
         env = {k: v for server in servers.values() for k, v in server.worker_env().items()}
         with log.open("a") as file:
-            file.write(f"--- {node.name}: attempt {attempt}, phase {phase[0] + 1} of {phase[1]}, {now()}\n")
+            opened = f"{node.name}: attempt {attempt}, phase {phase[0] + 1} of {phase[1]}, {now()}"
+            file.write(f"{endings.ATTEMPT}{opened}\n")
         env.update(self.services.worker_environment(node))
         handle = executor_of(self.config, node.kind, self._nursery).submit(request, log, env)
         self._workers[node.name] = handle
@@ -334,7 +339,7 @@ class Execution:
                 del self._workers[node.name]
         if code == 0:
             return
-        failure = self._failure(step, code, log)
+        failure = self._failure(step, code)
         if isinstance(failure, ServiceError):
             yield from _pause(DEATH_SECONDS, unless=lambda: _lost(servers) is not None)
         lost = _lost(servers)
@@ -352,6 +357,11 @@ class Execution:
             if lost is not None or 0 < limit < time.monotonic() - began:
                 yield from _ended(handle)
                 raise PassingError(lost.failure() if lost is not None else self._too_long(step.node, limit))
+            try:
+                self._disk.check()
+            except StoreError:
+                yield from _ended(handle)
+                raise
             try:
                 if (stamp := progress.stat().st_mtime_ns) != seen:
                     seen = stamp
@@ -398,24 +408,26 @@ class Execution:
         """What the worker gets to read; parts by names that sort as they are numbered."""
         return {**node.inputs, **{f"part.{number:05d}": part for number, part in enumerate(node.parts)}}
 
-    def _failure(self, step: Step, code: int, log: Path) -> RunError:
-        """What the worker said about itself, or how it died and the end of its log."""
+    def _failure(self, step: Step, code: int) -> RunError:
+        """What the worker said about itself, or how it died."""
         name = step.node.name
         said = self.planner.store.work(step.node.kind, step.key) / "failure.json"
         if code == 1 and said.exists():
             plain = json.loads(said.read_text())
-            hint = self._hint(step.node, plain["hint"])
-            return _KINDS.get(plain["kind"], StageError)(f"{name}: {plain['message']}", hint)
-        lines = "\n".join(endings.tail(log))
-        hint = self._hint(step.node, "what it finished is kept: the next attempt goes on there")
-        return StageError(f"{name} {endings.in_words(code)}\n\n{lines}", hint)
+            return _KINDS.get(plain["kind"], StageError)(f"{name}: {plain['message']}", plain["hint"])
+        hint = "what it finished is kept: the next attempt goes on there"
+        return StageError(f"{name} {endings.in_words(code)}", hint)
 
     def _too_long(self, node: Node, limit: float) -> StageError:
-        hint = self._hint(node, "what it finished is kept; give it more time: run.time_limit=SECONDS")
+        hint = "what it finished is kept; give it more time: run.time_limit=SECONDS"
         return StageError(f"{node.name} was stopped after {limit:g} s, its run.time_limit", hint)
 
-    def _hint(self, node: Node, hint: str) -> str:
-        return endings.where_to_look(hint, self._log(node), endings.again(self.words, node.name))
+    def _with_its_log(self, node: Node, failure: RunError) -> RunError:
+        """The same, with the end of the stage's log, where that is, and the command that runs only this stage again."""
+        log, again = self._log(node), endings.again(self.words, node.name)
+        lines = endings.tail_before(log, failure.message.removeprefix(f"{node.name}: "))
+        message = "\n\n".join([failure.message, "\n".join(lines)] if lines else [failure.message])
+        return type(failure)(message, endings.where_to_look(failure.hint, log, again))
 
     def _log(self, node: Node) -> Path:
         return self.directory / "logs" / f"{node.name}.log"

@@ -6,8 +6,9 @@ device in their hands. So every server is started through this program, which
 - starts ARGV in a session of its own, its output appended to the log;
 - is the child subreaper, so that whatever is orphaned below it becomes its child, detached sessions included;
 - writes down pid and start time of all it owns, for the next run to reap should this process itself be killed;
-- ends the tree when ARGV ends, when its own standard input is closed (whoever held it died, or wants this to stop), or
-  when it gets SIGTERM or SIGINT: SIGTERM to the group, a while of grace, SIGKILL to everything that is left.
+- ends the tree when ARGV ends, when it reads a word on its standard input or that is at its end (whoever holds it wants
+  this to stop, or died), or when it gets SIGTERM or SIGINT: SIGTERM to the group, a while of grace, SIGKILL to whatever
+  is left.
 
 Its exit code is ARGV's, 128 + N for death by signal N. Standard library only and nothing of ours, so that it starts
 in a few ms as a script of an isolated interpreter. Without /proc (macOS) it knows the group and no more.
@@ -34,6 +35,10 @@ SCAN_SECONDS, LONGEST_SCAN_SECONDS = 0.25, 2.0
 """How old the list of owned processes may be: the first after a change, up to the second while nothing changes."""
 ORPHAN_GRACE = 1.0
 """What is left when ARGV itself has ended has nobody to finish for."""
+DEAD_HOLDER_GRACE = 3.0
+"""Seconds of grace at most where the holder died: nobody waits for an orderly end, the next run needs the memory."""
+STOP = b"stop"
+"""What a holder writes that lives."""
 KILL_SECONDS = 30.0
 """A process that SIGKILL does not end in this time hangs in the kernel; waiting longer helps nobody."""
 PROC = Path("/proc")
@@ -55,14 +60,15 @@ def main(arguments: list[str]) -> int:
         except OSError as error:
             log.write(f"cannot start {options.argv[0]}: {error.strerror}\n".encode())
             return 127
-    tree = Tree(child, Path(options.pids))
-    # The runner that started this one may be dead already, and the next one have removed what it left.
-    with contextlib.suppress(FileNotFoundError):
+    tree, told = Tree(child, Path(options.pids)), ""
+    try:
         pause = SCAN_SECONDS
         tree.record()
-        while tree.status is None and not _told_to_stop(wake_read, pause):
+        while tree.status is None and not (told := _told(wake_read, pause)):
             pause = SCAN_SECONDS if tree.record() else min(2 * pause, LONGEST_SCAN_SECONDS)
-    tree.end(options.grace, wake_read)
+    except FileNotFoundError:
+        told = "dead"  # before this one could say what it owns, and the next run has removed what was left
+    tree.end(options.grace, wake_read, dead=told == "dead")
     with contextlib.suppress(FileNotFoundError):
         tree.record()
     if tree.status is None:
@@ -100,16 +106,19 @@ class Tree:
         claim(self.pids, owned)
         return True
 
-    def end(self, grace: float, wake: int) -> None:
-        """Leave nothing: ask the group, then kill what is left until nothing is."""
+    def end(self, grace: float, wake: int, *, dead: bool) -> None:
+        """Leave nothing: ask the group, then kill what is left until nothing is. The holder is `dead`, or may be."""
         self._signal(signal.SIGTERM)
-        deadline = time.monotonic() + grace
+        deadline, shorter = time.monotonic() + grace, time.monotonic() + DEAD_HOLDER_GRACE
         while self.alive():
             if self.status is not None:
                 deadline = min(deadline, time.monotonic() + ORPHAN_GRACE)
-            if time.monotonic() >= deadline:
+            if time.monotonic() >= (min(deadline, shorter) if dead else deadline):
                 break
-            _wait(wake, 0.1)
+            if dead:
+                _wait(wake, 0.1)  # its end of the pipe has nothing more to say
+            else:
+                dead = _told(wake, 0.1) == "dead"
         give_up = time.monotonic() + KILL_SECONDS
         while self._signal(signal.SIGKILL) and time.monotonic() < give_up:
             _wait(wake, 0.02)
@@ -268,12 +277,13 @@ def _prctl(option: int, value: int) -> None:
         ctypes.CDLL(None, use_errno=True).prctl(option, value, 0, 0, 0)
 
 
-def _told_to_stop(wake: int, seconds: float) -> bool:
-    """Wait a moment for news. True: standard input is at its end, or a signal asks to stop."""
+def _told(wake: int, seconds: float) -> str:
+    """Wait a moment for news: `stop`, which the holder or a signal asks for, `dead`, if the holder is, or nothing."""
     readable, _, _ = select.select([0, wake], [], [], seconds)
     signals = os.read(wake, 512) if wake in readable else b""
-    at_end = 0 in readable and not os.read(0, 512)
-    return at_end or any(number != signal.SIGCHLD for number in signals)
+    if any(number != signal.SIGCHLD for number in signals):
+        return "stop"
+    return ("stop" if os.read(0, 512) else "dead") if 0 in readable else ""
 
 
 def _wait(wake: int, seconds: float) -> None:

@@ -78,10 +78,9 @@ def find(directory: Path, word: str) -> Run:
     """
     names = sorted(path.name for path in directory.iterdir() if _is_run(path)) if directory.is_dir() else []
     if word == "last":
-        newest = max((run for name in names if (run := read(directory / name))), key=lambda r: r.started, default=None)
-        if newest is None:
+        if not (every := runs(directory)):
             raise RecipeError(f"there is no run in `{directory}`", "name where they are: run.dir=PATH")
-        return newest
+        return every[-1]
     fitting = [word] if word in names else [name for name in names if name.startswith(word)]
     if len(fitting) > 1:
         shown = ", ".join(fitting[:3]) + (", ..." if len(fitting) > 3 else "")

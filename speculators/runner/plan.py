@@ -19,6 +19,7 @@ from speculators.fields import identity
 from speculators.runner import derive, graph, key, schedule, sources, vllm
 from speculators.runner.artifact import Artifact
 from speculators.runner.graph import TARGET, Node
+from speculators.runner.installed import installed
 from speculators.runner.store import Store
 
 
@@ -180,7 +181,7 @@ class Planner:
             node.spec.version,
             config=identity(self.config, node.reads) | dict(derived),
             inputs={slot: digests[upstream] for slot, upstream in node.inputs.items() if upstream in digests},
-            packages={},
+            packages={name: installed().get(name, "") for name in node.spec.packages},
             service={"engine": self.engine} if served else {},
         )
 

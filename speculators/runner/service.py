@@ -143,7 +143,8 @@ class Service:
         self._give_up = time.monotonic() + GRACE + guard.KILL_SECONDS
         if self._guard is not None:
             assert self._guard.stdin is not None
-            self._guard.stdin.close()
+            with contextlib.suppress(BrokenPipeError, ValueError):  # it has ended, or is gone
+                self._guard.stdin.write(guard.STOP)  # and held on: that this process dies too is told by its end
 
     def gone(self) -> bool:
         """Whether nothing is left of it since `close`. Its directory is removed then; the log stays."""
@@ -152,6 +153,8 @@ class Service:
                 return False
             self._guard.kill()
             self._guard.wait()
+        if self._guard is not None and self._guard.stdin is not None:
+            self._guard.stdin.close()
         guard.reap(self.directory / "pids.json")
         shutil.rmtree(self.directory, ignore_errors=True)
         return True
@@ -200,6 +203,7 @@ class Service:
         with self.spec.log.open("ab") as log:
             self._guard = subprocess.Popen(
                 [*argv, "--", *self.spec.argv],
+                bufsize=0,
                 stdin=subprocess.PIPE,
                 stdout=subprocess.DEVNULL,
                 stderr=log,

@@ -16,14 +16,18 @@ from speculators.runner.graph import KINDS
 from speculators.runner.plan import Planner
 from speculators.runner.store import Store, free_bytes, open_store
 
+_WORDS = ("run.store", "run.stores_read", "--json")
+"""What every verb here takes besides stages."""
+
 
 def ls(words: list[str]) -> int:
     """What the store and those below it hold."""
     store, wanted, as_data = _store_words(words)
+    stages = dict.fromkeys(word.partition(":")[0] for word in wanted) or KINDS
     rows = [
         {"stage": a.stage, "key": a.key, "bytes": a.bytes, "finished": a.provenance.get("finished", ""),
          "run": a.provenance.get("run", ""), "store": str(a.path.parents[3])}
-        for stage in _stages(wanted) for a in store.artifacts(stage)
+        for stage in stages for a in store.artifacts(stage) if _fits(wanted, a.stage, a.key)
     ]  # fmt: skip
     if as_data:
         print(json.dumps(rows, indent=1))
@@ -39,9 +43,11 @@ def ls(words: list[str]) -> int:
 
 def verify(words: list[str]) -> int:
     """Whether all that lies in the store still is what was stored; what is not is moved aside if asked."""
-    store, wanted, as_data = _store_words([word for word in words if word != "--aside"])
+    store, wanted, as_data = _store_words([word for word in words if word != "--aside"], "--aside")
     broken, left = {}, 0
-    for entry in upkeep.entries(store, _stages(wanted) if wanted else ()):
+    for entry in upkeep.entries(store, {word.partition(":")[0] for word in wanted}):
+        if not _fits(wanted, entry.stage, entry.key):
+            continue
         ui.narrate("broken" if entry.trouble else "whole", entry.stage, f"{entry.key[:8]}  {entry.trouble}")
         if not entry.trouble:
             continue
@@ -76,18 +82,19 @@ def gc(words: list[str]) -> int:
             runs = _listed(value)
         elif word != "--delete":
             rest.append(word)
-    store, _, as_data = _store_words(rest)
-    found = upkeep.rubbish(store, _kept(runs), days)
-    delete = "--delete" in words
+    store, wanted, as_data = _store_words(rest, "days", "run.dir", "--delete")
+    found = [item for item in upkeep.rubbish(store, _kept(runs), days) if _fits(wanted, item.stage, item.key)]
+    delete, kept = "--delete" in words, []
     for item in found:
-        gone = delete and upkeep.remove(store, item)
-        verb = "deleted" if gone else "in use" if delete else "would go"
+        if delete and not upkeep.remove(store, item):
+            kept.append(item)
+        verb = "in use" if item in kept else "deleted" if delete else "would go"
         ui.narrate(verb, f"{item.what} {item.stage}", f"{item.key[:8]}  {ui.size(item.bytes)}  {item.days:.0f} days")
     if as_data:
         print(json.dumps([{**dataclasses.asdict(item), "path": str(item.path)} for item in found], indent=1))
-    total = ui.size(sum(item.bytes for item in found))
+    total = ui.size(sum(item.bytes for item in found if item not in kept))
     how = "" if delete or not found else "; nothing was deleted: add --delete"
-    ui.narrate("gc", f"{len(found)} directories", f"{total}{how}")
+    ui.narrate("gc", f"{len(found) - len(kept)} directories", f"{total}{how}")
     return 0
 
 
@@ -180,13 +187,14 @@ def _listed(value: str) -> list[str]:
     return [item.strip() for item in value.removeprefix("[").removesuffix("]").split(",") if item.strip()]
 
 
-def _stages(wanted: Sequence[str]) -> list[str]:
-    """The stages that were named; all of them if none is."""
-    return list(wanted) or list(KINDS)
+def _fits(wanted: Sequence[str], stage: str, key: str) -> bool:
+    """Whether a `STAGE` or `STAGE:KEY-PREFIX` means this one; without any, all are meant."""
+    named = [word.partition(":") for word in wanted]
+    return not named or any(stage == name and key.startswith(prefix) for name, _, prefix in named)
 
 
-def _store_words(words: Sequence[str]) -> tuple[Store, list[str], bool]:
-    """The store, the words that name stages, and whether data is wanted."""
+def _store_words(words: Sequence[str], *others: str) -> tuple[Store, list[str], bool]:
+    """The store, the words that name stages, and whether data is wanted; `others` are the verb's own words."""
     run, stages = Run(), []
     for word in words:
         name, _, value = word.partition("=")
@@ -195,6 +203,8 @@ def _store_words(words: Sequence[str]) -> tuple[Store, list[str], bool]:
         elif name == "run.stores_read":
             run.stores_read = _listed(value)
         elif word != "--json":
+            if "=" in word or word.startswith("-"):
+                raise RecipeError(f"there is no option `{name}` here", closest(name, [*others, *_WORDS]))
             if (stage := word.partition(":")[0]) not in KINDS:
                 raise RecipeError(f"there is no stage `{stage}`", closest(stage, KINDS))
             stages.append(word)

@@ -44,7 +44,8 @@ def main(world: Path, pipeline: dict[str, dict[str, str]]) -> int:
     declare()
     vllm.engine_version = lambda python: "1.2.3"
     options = shlex.split(os.environ.get("CRASH_SERVER", ""))
-    vllm.argv = lambda config, *, model, port, **_: [sys.executable, str(FAKE), str(port), model, *options]
+    stranger = os.environ.get("CRASH_STRANGER", "")
+    vllm.argv = lambda config, *, model, port, **_: [sys.executable, str(FAKE), str(port), stranger or model, *options]
     planner = Planner(config(world, pipeline), Store(world / "store"))
     directory = world / "runs" / f"{time.time_ns()}-{os.getpid()}"
     (directory / "logs").mkdir(parents=True)

@@ -216,17 +216,32 @@ def test_killed(where: str, worlds: Any, undisturbed: dict[str, Any]) -> None:
     world.recovers(undisturbed["served"], mark, died)
 
 
+SERVERS = (
+    {},
+    {"CRASH_SERVER": "--late 0.5"},
+    {"CRASH_SERVER": "--ill 0.5"},
+    {"CRASH_SERVER": "--stubborn --detach {world}/orphan"},
+    {"CRASH_SERVER": "--die {world}/die --detach {world}/orphan"},
+    {"CRASH_STRANGER": "target-of-somebody-else"},
+)
+"""Ways in which a server is or becomes what it should not be; `die` is made some time before something is killed."""
+
+
 def test_killed_at_any_time(round_seed: int, worlds: Any, undisturbed: dict[str, Any]) -> None:
-    """Any process of the run, any moment; several rounds in one world until one of them gets through."""
+    """Any process of the run, any moment, any server; several rounds in one world until one of them gets through."""
     chance = random.Random(round_seed)
     world = worlds("served")
     for _ in range(2):
-        with world.start(CRASH_PACE="0.05") as runner:
-            time.sleep(chance.uniform(0.05, 1.5))
+        server = {name: words.format(world=world.root) for name, words in chance.choice(SERVERS).items()}
+        with world.start(CRASH_PACE="0.05", **server) as runner:
+            time.sleep(chance.uniform(0.0, 0.75))
+            (world.root / "die").touch()
+            time.sleep(chance.uniform(0.05, 0.75))
             alive = world.processes(world.mark())
             if alive:
                 os.kill(chance.choice([runner.pid, *alive]), signal.SIGKILL)
-            if runner.poll() is None and chance.random() < 0.5:
+            # What a guard owned that only it could find is reaped by the runner, or, if both were killed, by the next.
+            if runner.poll() is None and "--detach" not in str(server) and chance.random() < 0.5:
                 runner.kill()
             runner.communicate(timeout=120)
         died = time.monotonic()

@@ -1,8 +1,9 @@
 """A server that behaves as vLLM does towards its runner, or misbehaves on demand. Standard library only.
 
-    fake_server.py PORT MODEL [--late SECONDS] [--die FILE] [--say TEXT] [--detach FILE] [--stubborn]
+    fake_server.py PORT MODEL [--late SECONDS] [--ill SECONDS] [--die FILE] [--say TEXT] [--detach FILE] [--stubborn]
 
 --late     is not listening before
+--ill      listens, and is slow to say that it is not healthy yet, for so long
 --die      ends with exit code 1 once this file is there, saying TEXT
 --detach   a child of a child in a session of its own, whose pid goes into FILE, as vLLM's engine may be
 --stubborn ignores SIGTERM, and so does its child
@@ -27,6 +28,7 @@ def main() -> None:
     parser.add_argument("port", type=int)
     parser.add_argument("model")
     parser.add_argument("--late", type=float, default=0.0)
+    parser.add_argument("--ill", type=float, default=0.0)
     parser.add_argument("--die", type=Path)
     parser.add_argument("--say", default="")
     parser.add_argument("--detach", type=Path)
@@ -39,7 +41,7 @@ def main() -> None:
     if options.die:
         threading.Thread(target=die, args=[options.die, options.say]).start()
     time.sleep(options.late)
-    http.server.ThreadingHTTPServer(("127.0.0.1", options.port), handler(options.model)).serve_forever()
+    http.server.ThreadingHTTPServer(("127.0.0.1", options.port), handler(options)).serve_forever()
 
 
 def orphan(pid_file: Path) -> None:
@@ -58,10 +60,16 @@ def die(when: Path, text: str) -> None:
     os._exit(1)
 
 
-def handler(model: str) -> type[http.server.BaseHTTPRequestHandler]:
+def handler(options: argparse.Namespace) -> type[http.server.BaseHTTPRequestHandler]:
+    healthy = time.monotonic() + options.ill
+
     class Handler(http.server.BaseHTTPRequestHandler):
         def do_GET(self) -> None:
-            self.answer({"data": [{"id": model}]} if self.path == "/v1/models" else None)
+            if self.path == "/health" and time.monotonic() < healthy:
+                time.sleep(min(0.2, options.ill))
+                self.send_error(503)
+                return
+            self.answer({"data": [{"id": options.model}]} if self.path == "/v1/models" else None)
 
         def do_POST(self) -> None:
             asked = json.loads(self.rfile.read(int(self.headers["Content-Length"])))

@@ -37,3 +37,19 @@ def test_the_tail_of_a_log_is_its_last_lines(tmp_path: Path) -> None:
     assert endings.tail(log) == []
     log.write_bytes(b"\xff\n" + b"".join(b"%d\n" % n for n in range(50)))
     assert endings.tail(log, 3) == ["47", "48", "49"]
+
+
+def test_what_the_worker_says_itself_is_not_told_twice(tmp_path: Path) -> None:
+    log = tmp_path / "log"
+    own = "error: no rows\nat all\n\nhint: give it some\n"
+    log.write_text(f"--- seed: attempt 1\n{own}--- seed: attempt 2\nreading\n{own}")
+    lines = ["--- seed: attempt 1", *own.splitlines(), "--- seed: attempt 2", "reading"]
+    assert endings.tail_before(log, "no rows\nat all") == lines
+    assert endings.tail_before(log, "was killed") == [*lines, *own.splitlines()]
+    log.write_text(f"--- seed: attempt 1\n{own}")
+    assert endings.tail_before(log, "no rows\nat all") == [], "nothing but that"
+
+
+def test_a_log_that_was_never_begun_is_not_pointed_to(tmp_path: Path) -> None:
+    assert endings.where_to_look("mend it", tmp_path / "log", "again") == "mend it\n\nagain:  again"
+    assert endings.where_to_look("mend it", tmp_path / "log", "") == "mend it"

@@ -18,8 +18,8 @@ from typing import Any
 import pytest
 
 from speculators.config import Config
-from speculators.errors import ContractError, RecipeError, RunError, ServiceError, StageError
-from speculators.runner import execute, graph, services
+from speculators.errors import ContractError, RecipeError, RunError, ServiceError, StageError, StoreError
+from speculators.runner import estimate, execute, graph, services, upkeep
 from speculators.runner.events import Events
 from speculators.runner.execute import Execution
 from speculators.runner.graph import Kind
@@ -394,6 +394,30 @@ def test_a_stage_that_takes_too_long_is_stopped_and_tried_again(
         world.run()
 
 
+@pytest.mark.parametrize("full", ["free_bytes", "held"])
+def test_a_store_that_runs_full_stops_the_stage_while_it_can_still_write_where_it_was(
+    mill: Callable[..., World], monkeypatch: pytest.MonkeyPatch, full: str
+) -> None:
+    world = mill({"seed": {}})
+    world.config.run.quota_gib, world.lasts["seed"] = 1.0, 10**6
+    room = {"free_bytes": 2**40, "held": 0}
+    monkeypatch.setattr(estimate, "free_bytes", lambda root: room["free_bytes"])
+    monkeypatch.setattr(upkeep, "held", lambda store: room["held"])
+    monkeypatch.setattr(estimate.DiskWatch, "EVERY", 0.0)
+    world.when["seed", 3] = lambda: room.update({full: {"free_bytes": 2**20, "held": 2**31}[full]})
+    said = {"free_bytes": "runs full: 1 MiB are free", "held": r"holds 2\.0 GiB by now, run\.quota_gib allows 1\.0 GiB"}
+    with pytest.raises(StoreError, match=said[full]) as raised:
+        world.run()
+    assert "make room" in raised.value.hint
+    assert world.of("stage.started", "stage.retried", "stage.failed") == ["started seed", "failed seed"]
+
+
+def test_a_small_disk_is_used_to_its_end(mill: Callable[..., World], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(estimate, "free_bytes", lambda root: 2**20)
+    monkeypatch.setattr(estimate.DiskWatch, "EVERY", 0.0)
+    assert mill({"seed": {}}).run().steps["seed"].artifact is not None
+
+
 def test_options_that_fit_no_stage_are_refused_before_anything_runs(mill: Callable[..., World]) -> None:
     world = mill({"seed": {}})
     for stages, message in (
@@ -502,6 +526,7 @@ def test_the_first_signal_lets_stages_stop_in_order(mill: Callable[..., World], 
     with pytest.raises(Interrupted) as stop:
         world.run()
     assert stop.value.exit_code == 128 + number
+    assert [e["seconds"] for e in world.seen if e["event"] == "run.stopping"] == [execute.GRACE]
     assert world.of("stage.started") == ["started seed", "started seed2"]
     assert signal.getsignal(number) is before
 

@@ -94,6 +94,24 @@ def test_closing_its_input_ends_the_tree_and_what_was_detached_from_it(tmp_path:
     assert not any(alive(pid) for pid in pids)
 
 
+@pytest.mark.parametrize("after", [None, 0.0, 1.5])
+def test_who_lives_waits_for_an_orderly_end_and_the_dead_do_not(tmp_path: Path, after: float | None) -> None:
+    """The holder asks for the end, and lives; or dies, at once or while it waits."""
+    process, pids = tree(tmp_path, "--stubborn", grace=guard.DEAD_HOLDER_GRACE + 1.5)
+    with process:
+        assert process.stdin is not None
+        began = time.monotonic()
+        if after != 0.0:
+            process.stdin.write(guard.STOP)
+            process.stdin.flush()
+        if after is not None:
+            time.sleep(after)
+            process.stdin.close()
+        process.wait(30)
+        assert (time.monotonic() - began > guard.DEAD_HOLDER_GRACE + 1) == (after is None)
+    assert not any(alive(pid) for pid in pids)
+
+
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_a_signal_to_it_ends_the_tree_even_if_that_ignores_signals(tmp_path: Path, number: int) -> None:
     process, pids = tree(tmp_path, "--stubborn", grace=0.3)

@@ -156,8 +156,9 @@ def test_a_target_moves_keys_by_its_content_and_not_by_its_place(
     assert own(copy) != own(checkpoint)
 
 
-def test_every_operational_field_moves_no_key_and_every_semantic_one_moves_some(store: Store) -> None:
-    config = recipe.compose(["recipe=smollm2_eagle3"])
+@pytest.mark.parametrize("named", ["smollm2_eagle3", "smollm2_dflash"])
+def test_every_operational_field_moves_no_key_and_every_semantic_one_moves_some(named: str, store: Store) -> None:
+    config = recipe.compose([f"recipe={named}"])
     planner = Planner(config, store)
     before = keys(planner)
     read = tuple(f"{name}." for kind in KINDS.values() for name in kind.reads)

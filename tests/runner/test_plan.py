@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -9,7 +10,7 @@ import pytest
 from speculators import recipe
 from speculators.config import Config
 from speculators.errors import ContractError, RecipeError, ServiceError
-from speculators.runner import vllm
+from speculators.runner import graph, plan, vllm
 from speculators.runner.plan import Planner, State, describe
 from speculators.runner.store import Store
 from tests.conftest import publish_all
@@ -150,6 +151,17 @@ def test_a_missing_engine_is_said_before_anything_starts(
 def test_planning_writes_nothing(config: Config, store: Store) -> None:
     Planner(config, store).plan()
     assert not store.root.exists()
+
+
+def test_a_package_that_a_stage_declares_makes_it_anew_when_its_version_changes(
+    config: Config, store: Store, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(graph.KINDS, "prompts", replace(graph.KINDS["prompts"], packages=("torch",)))
+    monkeypatch.setattr(plan, "installed", lambda: {"torch": "3.0"})
+    digests = publish_all(store, Planner(config, store))
+    monkeypatch.setattr(plan, "installed", lambda: {"torch": "3.1"})
+    step = Planner(config, store).step("prompts", digests)
+    assert (step.state, step.reason) == (State.run, "changed: package torch 3.0 -> 3.1")
 
 
 def test_reasons_name_inputs_options_and_versions() -> None:

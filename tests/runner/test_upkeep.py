@@ -98,6 +98,25 @@ def test_gc_is_dry_until_it_is_told_to_delete(
     assert cli._guarded(["gc", "days=soon"]) == 1
 
 
+def test_gc_ls_and_verify_look_at_what_is_named_and_at_nothing_else(
+    store: Store, made: dict[str, Artifact], tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:  # fmt: skip
+    monkeypatch.chdir(tmp_path)
+    one = f"train:{made['train'].key[:6]}"
+    for word in ("train", one):
+        capsys.readouterr()
+        assert cli._guarded(["ls", word, "--json"]) == 0
+        assert [row["key"] for row in json.loads(capsys.readouterr().out)] == [made["train"].key]
+        assert cli._guarded(["verify", word]) == 0
+        assert len(capsys.readouterr().err.splitlines()) == 1
+    for words in (["dasy=1", "--delete"], ["--delte"], ["trian", "--delete"]):
+        assert cli._guarded(["gc", *words]) == 1
+        assert "hint: did you mean" in capsys.readouterr().err
+    assert cli._guarded(["gc", one, "--delete"]) == 0
+    assert {name for name, artifact in made.items() if store.find(artifact.stage, artifact.key) is None} == {"train"}
+
+
 def test_what_a_worker_reads_stays(store: Store, made: dict[str, Artifact]) -> None:
     with store.claim("train", "f" * 64, waiting=print, uses=[made["vocab"].key]):
         assert made["vocab"].key not in {item.key for item in rubbish(store, set(), days=0)}

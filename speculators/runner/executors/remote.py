@@ -161,11 +161,11 @@ class Served:
             time.sleep(POLL)
 
     def _obey(self, wish: str) -> None:
-        if wish and self._deadline is None:
-            self._deadline = time.monotonic() + GRACE
-            self._handle.terminate()
         if wish == "kill" or (self._deadline is not None and time.monotonic() > self._deadline):
             self._handle.kill()
+        elif wish and self._deadline is None:
+            self._deadline = time.monotonic() + GRACE
+            self._handle.terminate()
 
 
 def serve(place: Path, request: Path, log: Path, env: dict[str, str], devices_are_ours: bool) -> None:
