@@ -17,7 +17,8 @@ from typing import Any
 from torch import Tensor
 
 from speculators.data.encoding import copy_first
-from speculators.data.shards import INDEX, ShardReader, ShardWriter, check_contract, open_files
+from speculators.data.reading import open_files
+from speculators.data.shards import INDEX, ShardReader, ShardWriter, check_contract
 from speculators.errors import ContractError
 
 SET_TOKENS = 4096
@@ -63,9 +64,9 @@ class StatesCache:
         else:
             copy_first(found, into)
 
-    def add(self, row: int, token_ids: Tensor, encoded: Mapping[str, Tensor]) -> bool:
-        """Keep a row, if the budget allows; once it has not, no further row is kept."""
-        size = token_ids.nbytes + sum(tensor.nbytes for tensor in encoded.values())
+    def add(self, row: int, token_ids: Tensor, sifted: Mapping[str, Tensor], last: Tensor) -> bool:
+        """Keep a row, as `ShardWriter.add_sifted`, if the budget allows; once it has not, no further row is kept."""
+        size = token_ids.nbytes + sum(tensor.nbytes for tensor in sifted.values())
         more = size + ROW_BYTES + (SET_BYTES if self._writer is None else 0)
         if self._full or self.bytes + self._open_bytes + more > self._budget:
             self._full = True
@@ -73,8 +74,8 @@ class StatesCache:
             return False
         if self._writer is None:
             self._writer = ShardWriter(self._directory / f"{self._sets:05d}", self._contract, 2 * SET_TOKENS)
-        self._writer.add_encoded(row, token_ids, encoded)
-        self._open[row] = encoded
+        self._writer.add_sifted(row, token_ids, sifted, last)
+        self._open[row] = sifted
         self._open_bytes += more
         self._tokens += len(token_ids)
         if self._tokens >= SET_TOKENS:

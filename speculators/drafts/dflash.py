@@ -171,7 +171,7 @@ class DFlashDraft(Draft):
 
     def forward(self, pack: Pack) -> Predictions:
         at = self.layout(pack)
-        features = pack.states[at.context, :-1].flatten(1).to(self.fc.weight.dtype)
+        features = pack.states[at.context].flatten(1).to(self.fc.weight.dtype)
         context = self.hidden_norm(self.fc(features))
         hidden_RKH = self.norm(self._blocks(pack, at, context))
         count = at.valid.sum().clamp(min=1)

@@ -26,7 +26,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from speculators.data.encoding import decode
+from speculators.data.encoding import LAST, decode, last_of
 from speculators.data.packing import Piece, held_out, pieces
 from speculators.data.shards import ShardReader
 from speculators.data.token_table import TokenTable
@@ -44,7 +44,7 @@ class Source(Protocol):
 
     @property
     def layout(self) -> Mapping[str, tuple[torch.dtype, tuple[int, ...]]]:
-        """What there is of one token, as `data.encoding` encodes it, by name: its type, and its shape."""
+        """What `data.encoding` keeps of one token, and in `LAST` of one place, by name: its type, and its shape."""
 
     def lengths(self, whole: Sequence[int]) -> dict[int, int]:
         """How many tokens of each row have states; `whole` are the rows' lengths in tokens.
@@ -52,6 +52,9 @@ class Source(Protocol):
         Raises:
             ContractError: not all rows have states.
         """
+
+    def last_places(self, row: int, tokens: int) -> npt.NDArray[np.bool_]:
+        """A row's first tokens, true where there is what leaves the last layer."""
 
     def expect(self, batches: Sequence[Sequence[int]]) -> None:
         """From now on the rows will be asked for in this order, a batch at a time. Replaces what was said before."""
@@ -62,7 +65,7 @@ class Source(Protocol):
         Args:
             parts: of the batch.
             token_ids: of all parts, which the states have to be of.
-            into: contiguous tensors by name, as `layout` has them, of as many tokens.
+            into: contiguous tensors by name, as `layout` has them, of as many tokens or places of the last layer.
 
         Raises:
             ContractError: they are of other tokens.
@@ -110,6 +113,10 @@ class Shards:
                     "extract the hidden states of these tokens again",
                 )
         return self._lengths
+
+    def last_places(self, row: int, tokens: int) -> npt.NDArray[np.bool_]:
+        """See `Source`."""
+        return self.reader.last_places(row, tokens)
 
     def expect(self, batches: Sequence[Sequence[int]]) -> None:
         """See `Source`."""
@@ -197,18 +204,17 @@ class Corpus:
         """
         self._to(device)
         found = self.read(wanted)
-        encoded, out = found.encoded, None
         if self._stream is not None:
-            for tensor in (found.token_ids, found.loss_mask, *encoded.values()):
+            for tensor in (found.token_ids, found.loss_mask, found.last_at, *found.encoded.values()):
                 tensor.record_stream(torch.cuda.current_stream(device))
-        elif "scales" in encoded:
-            out = self._buffers.empty(torch.bfloat16, encoded["states"].shape)
         return Pack(
             rows=[piece.row for piece in wanted],
             lengths=[piece.end for piece in wanted],
             token_ids=found.token_ids,
             loss_mask=found.loss_mask,
-            states=decode(encoded, out),
+            states=self._decoded(found.encoded),
+            last=self._decoded(last_of(found.encoded)),
+            last_at=found.last_at,
         )
 
     def read(self, wanted: Sequence[Piece]) -> Read:
@@ -234,6 +240,12 @@ class Corpus:
     def _supervised(self, row: int, begin: int, end: int) -> npt.NDArray[np.bool_]:
         return np.ones(end - begin, np.bool_) if row in self._whole else self.table.loss_mask(row)[begin:end] != 0
 
+    def _decoded(self, encoded: Mapping[str, Tensor]) -> Tensor:
+        out = None
+        if self._stream is None and "scales" in encoded:
+            out = self._buffers.empty(torch.bfloat16, encoded["states"].shape)
+        return decode(encoded, out)
+
     def _to(self, device: torch.device) -> None:
         """Where packs are wanted from now on."""
         if device != self._device:
@@ -245,21 +257,32 @@ class Corpus:
         parts = [(piece.row, piece.end) for piece in wanted]
         total = sum(piece.end for piece in wanted)
         token_ids, loss_mask = np.empty(total, dtype=np.int64), np.zeros(total, dtype=np.bool_)
+        last = np.concatenate([self.source.last_places(row, tokens) for row, tokens in parts])
         begin = 0
         for piece in wanted:
             token_ids[begin : begin + piece.end] = self.table.token_ids(piece.row)[: piece.end]
             supervised = self._supervised(piece.row, piece.begin, piece.end)
             loss_mask[begin + piece.begin : begin + piece.end] = supervised
             begin += piece.end
-        encoded = {n: self._buffers.empty(dtype, (total, *each)) for n, (dtype, each) in self.source.layout.items()}
+        if (loss_mask & ~last).any():
+            raise ContractError(
+                f"what leaves the last layer was not kept where rows {self.name([row for row, _ in parts])} are "
+                "supervised",
+                "extract the hidden states again, with extract.last_state=everywhere",
+            )
+        encoded, places = {}, int(last.sum())
+        for name, (dtype, each) in self.source.layout.items():
+            encoded[name] = self._buffers.empty(dtype, (places if name in LAST.values() else total, *each))
         self.source.fill(parts, token_ids, encoded)
-        read = Read(torch.from_numpy(token_ids), torch.from_numpy(loss_mask), encoded)
+        last_at = np.maximum(last.cumsum() - 1, 0)
+        read = Read(torch.from_numpy(token_ids), torch.from_numpy(loss_mask), torch.from_numpy(last_at), encoded)
         if self._stream is None:
             return read
         with torch.cuda.stream(self._stream):
             moved = Read(
                 read.token_ids.to(self._device, non_blocking=True),
                 read.loss_mask.to(self._device, non_blocking=True),
+                read.last_at.to(self._device, non_blocking=True),
                 {name: tensor.to(self._device, non_blocking=True) for name, tensor in encoded.items()},
             )
         self._stream.synchronize()  # then what was copied can be used again
@@ -272,4 +295,6 @@ class Read:
 
     token_ids: Tensor
     loss_mask: Tensor
+    last_at: Tensor
+    """See `Pack`."""
     encoded: dict[str, Tensor]

@@ -9,7 +9,7 @@ import pytest
 
 from speculators import cli, recipe
 from speculators.config import Config, StatesDtype
-from speculators.data.encoding import bytes_per_token
+from speculators.data.encoding import bytes_each
 from speculators.errors import StoreError
 from speculators.runner import derive, vllm
 from speculators.runner.estimate import Needs, estimate, refuse_if_too_large
@@ -53,7 +53,7 @@ def test_float8_halves_the_bytes_and_keeps_the_scales_in_them(config: Config) ->
     for dtype in StatesDtype:
         config.extract.dtype = dtype
         stored = derive.feature_bytes_per_token(config, known)
-        assert stored == bytes_per_token(5, 576, dtype.name) - 8  # ids are not counted
+        assert stored == sum(bytes_each(5, 576, dtype.name))
 
 
 TOKENS = 384 * 1024
