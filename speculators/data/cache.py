@@ -17,7 +17,7 @@ from typing import Any
 from torch import Tensor
 
 from speculators.data.encoding import copy_first
-from speculators.data.reading import open_files
+from speculators.data.reading import Reading
 from speculators.data.shards import INDEX, ShardReader, ShardWriter, check_contract
 from speculators.errors import ContractError
 
@@ -41,7 +41,7 @@ class StatesCache:
         self._full = False
         self._sealed: dict[int, ShardReader] = {}
         self._open: dict[int, Mapping[str, Tensor]] = {}
-        self._files = open_files()
+        self._reading = Reading()
         self._writer: ShardWriter | None = None
         self._tokens, self._open_bytes = 0, 0
         self._sets = 0
@@ -87,7 +87,7 @@ class StatesCache:
         if self._writer is None:
             return
         self._writer.close()
-        reader = ShardReader(self._writer.directory, self._files)
+        reader = ShardReader(self._writer.directory, self._reading)
         # In this order: a row that is asked for meanwhile is always in one of the two.
         self._sealed.update(dict.fromkeys(reader.rows, reader))
         self.bytes += _size(reader.directory)
@@ -100,7 +100,7 @@ class StatesCache:
         try:
             if not (place / INDEX).exists():
                 raise ContractError(f"{place} was not sealed", "its rows are asked for again")
-            reader = ShardReader(place, self._files)
+            reader = ShardReader(place, self._reading)
             check_contract(reader.contract, self._contract)
             reader.check()
         except ContractError:

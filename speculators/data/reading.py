@@ -2,18 +2,23 @@
 
 from __future__ import annotations
 
+import contextlib
+import errno
 import functools
 import mmap
 import os
 import threading
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
 from speculators.errors import ContractError
+
+Bytes = npt.NDArray[np.uint8]
 
 
 class OpenFile:
@@ -28,65 +33,110 @@ class OpenFile:
             os.close(self.descriptor)
 
 
-def open_files(most: int = 64) -> Callable[[Path], OpenFile]:
-    """Opens a file; those that were asked for last stay open, as many as `most`."""
-    return functools.lru_cache(most)(OpenFile)
-
-
-class PastTheCache:
-    """Reads files past the kernel's page cache, several blocks at a time.
+class Reading:
+    """Reads files, several blocks at a time: one after the other they leave the disk idle in between, or a core.
 
     What does not fit into memory is read from the disk in every epoch. Through the page cache that takes half a second
-    of a core for a gigabyte and, one read after the other, leaves the disk idle in between; past it, a tenth
-    (docs/log.md). The disk wants whole sectors at page boundaries, so each block goes through memory of our own.
+    of a core for a gigabyte; past it, a tenth (docs/log.md). A disk wants whole sectors at such addresses then: what
+    lies so is read straight into its place, all else through memory of our own.
 
-    Raises:
-        OSError: the file system has no such reads, or `path`, one of the files to come, is not there.
+    Args:
+        most: files that stay open, those that were asked for last.
+        past: the cache.
     """
 
     READS = 4
     BLOCK = 1 << 20
-    SECTOR = 4096
+    SMALL = 1 << 16
+    """Bytes that are not worth a thread."""
+    SECTOR = 512
+    PAGE = 4096
+    """What a sector is at most."""
 
-    def __init__(self, path: Path) -> None:
-        self._files = functools.lru_cache(64)(functools.partial(OpenFile, flags=os.O_DIRECT))
-        self._files(path)
+    def __init__(self, most: int = 64, *, past: bool = False) -> None:
+        self._files = functools.lru_cache(most)(functools.partial(OpenFile, flags=os.O_DIRECT if past else 0))
+        self._past = self._straight = past
         self._readers = ThreadPoolExecutor(self.READS, "states")
         self._own = threading.local()
 
-    def read(self, wanted: Iterable[tuple[Path, int, npt.NDArray[np.uint8]]]) -> None:
+    def can(self, path: Path) -> bool:
+        """Whether the file is there, on a file system that has such reads."""
+        with contextlib.suppress(OSError):
+            self._files(path)
+            return True
+        return False
+
+    def will_need(self, path: Path, offset: int, size: int) -> None:
+        """Let the kernel begin to read that part of a file, where it is not in memory."""
+        os.posix_fadvise(self._file(path).descriptor, offset, size, os.POSIX_FADV_WILLNEED)
+
+    def read(self, wanted: Iterable[tuple[Path, int, Bytes]]) -> None:
         """Fill each array from a file, beginning at an offset.
 
         Raises:
-            ContractError: a file ends before.
+            ContractError: a file is missing, or ends before.
         """
-        blocks = [
-            (path, offset + begin, room[begin : begin + self.BLOCK])
-            for path, offset, room in wanted
-            for begin in range(0, len(room), self.BLOCK)
-        ]
-        for _ in self._readers.map(self._block, blocks):
+        large = []
+        for path, offset, room in wanted:
+            if len(room) < self.SMALL:
+                self._block((path, offset, room))
+            else:
+                blocks = range(0, len(room), self.BLOCK)
+                large += [(path, offset + begin, room[begin : begin + self.BLOCK]) for begin in blocks]
+        for _ in self._readers.map(self._block, large):
             pass
 
-    def _block(self, wanted: tuple[Path, int, npt.NDArray[np.uint8]]) -> None:
+    def _block(self, wanted: tuple[Path, int, Bytes]) -> None:
         path, offset, room = wanted
-        try:
-            file = self._files(path)
-        except FileNotFoundError:
-            raise missing(path) from None
-        if not hasattr(self._own, "memory"):  # a mapping begins with a page
-            self._own.memory = np.frombuffer(mmap.mmap(-1, self.BLOCK + 2 * self.SECTOR), np.uint8)
-        memory: npt.NDArray[np.uint8] = self._own.memory
-        before = offset % self.SECTOR
-        wanted_bytes, read = before + len(room), 0
-        while read < wanted_bytes:
-            at = read // self.SECTOR * self.SECTOR
-            sectors = memory[at : -(-wanted_bytes // self.SECTOR) * self.SECTOR]
-            got = os.preadv(file.descriptor, [sectors.data], offset - before + at)
+        file = self._file(path)
+        if not self._past:
+            self._into(path, file, offset, room)
+            return
+        if self._straight and not (offset | room.ctypes.data | len(room)) % self.SECTOR:
+            try:
+                self._into(path, file, offset, room)
+            except OSError as error:
+                if error.errno != errno.EINVAL:
+                    raise
+                self._straight = False  # the sectors of this disk are larger
+            else:
+                return
+        before = offset % self.PAGE
+        memory = self._memory()[: -(-(before + len(room)) // self.PAGE) * self.PAGE]
+        self._into(path, file, offset - before, memory, before + len(room))
+        np.copyto(room, memory[before : before + len(room)])
+
+    def _into(self, path: Path, file: OpenFile, offset: int, room: Bytes, least: int | None = None) -> None:
+        """Fill an array, or at `least` so much of it where the file may end before."""
+        read, least = 0, len(room) if least is None else least
+        while read < least:
+            # What came short of a whole sector, at the end of a file, is read again with it.
+            at = read // self.PAGE * self.PAGE if self._past else read
+            got = os.preadv(file.descriptor, [room[at:].data], offset + at)
             if at + got <= read:
                 raise damaged(path, "it was cut off")
             read = at + got
-        np.copyto(room, memory[before:wanted_bytes])
+
+    def _memory(self) -> Bytes:
+        """This thread's own: it begins with a page."""
+        if not hasattr(self._own, "memory"):
+            self._own.memory = pages(self.BLOCK + 2 * self.PAGE)
+        memory: Bytes = self._own.memory
+        return memory
+
+    def _file(self, path: Path) -> OpenFile:
+        try:
+            return self._files(path)
+        except FileNotFoundError:
+            raise missing(path) from None
+
+
+def pages(size: int) -> Bytes:
+    """Fresh memory that begins with a page, of large ones where the kernel has them: they cost less to touch."""
+    memory: Any = mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    with contextlib.suppress(OSError):
+        memory.madvise(mmap.MADV_HUGEPAGE)
+    return np.frombuffer(memory, dtype=np.uint8)
 
 
 def larger_than_memory(directory: Path) -> bool:
@@ -96,8 +146,10 @@ def larger_than_memory(directory: Path) -> bool:
 
 
 def missing(path: Path) -> ContractError:
+    """There is no such file."""
     return ContractError(f"{path} is missing", "extract the hidden states again")
 
 
 def damaged(path: Path, why: str) -> ContractError:
+    """A file is not what was written."""
     return ContractError(f"{path} is damaged: {why}", "delete it and run the same command again")

@@ -18,13 +18,12 @@ The contract: `format`, `target` and `tokens` (digests), `dtype` (stored, see `d
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
 import itertools
 import json
 import math
 import os
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -34,7 +33,7 @@ import numpy.typing as npt
 import torch
 
 from speculators.data.encoding import FLOAT8, LAST, decode, encode, last_of, layout, sift
-from speculators.data.reading import OpenFile, PastTheCache, damaged, missing, open_files
+from speculators.data.reading import Bytes, Reading, damaged, missing
 from speculators.errors import ContractError
 from speculators.job import write_json
 
@@ -222,36 +221,32 @@ class ShardReader:
 
     Args:
         directory: of the set.
-        files: where several readers share what stays open.
+        reading: where several readers share what stays open.
         past_the_cache: read states so, where the file system can.
     """
 
-    def __init__(
-        self, directory: Path, files: Callable[[Path], OpenFile] | None = None, past_the_cache: bool = False
-    ) -> None:
+    def __init__(self, directory: Path, reading: Reading | None = None, past_the_cache: bool = False) -> None:
         self.directory = directory
         path = directory / INDEX
         try:
             index = json.loads(path.read_text())
             self.contract: dict[str, Any] = index["contract"]
+            if self.contract.get("format") != FORMAT:
+                raise ContractError(
+                    f"{path} has format {self.contract.get('format')}, this release reads {FORMAT}",
+                    "extract the hidden states again",
+                )
             self._spans = {int(row): Span(*span) for row, span in index["rows"].items()}
             self._paths = [directory / shard["file"] for shard in index["shards"]]
         except FileNotFoundError:
             raise ContractError(f"{directory} has no {INDEX}: it is no set of hidden states", "extract them") from None
         except (ValueError, KeyError, TypeError) as error:
             raise ContractError(f"{path} is damaged: {error!r}", "extract the hidden states again") from None
-        if self.contract.get("format") != FORMAT:
-            raise ContractError(
-                f"{path} has format {self.contract.get('format')}, this release reads {FORMAT}",
-                "extract the hidden states again",
-            )
         self.rows: list[int] = sorted(self._spans)
-        self._files = files or open_files()
         self._columns: dict[int, dict[str, Column]] = {}
-        self._past: PastTheCache | None = None
-        if past_the_cache and self._paths:
-            with contextlib.suppress(OSError):
-                self._past = PastTheCache(self._paths[0])
+        self._reading = reading or Reading()
+        past = Reading(past=True) if past_the_cache and self._paths else None
+        self._past = past if past is not None and past.can(self._paths[0]) else None
 
     def __len__(self) -> int:
         return len(self.rows)
@@ -292,16 +287,16 @@ class ShardReader:
             into: contiguous tensors by name, as `layout` has them, of all these tokens, or of those of them where the
                 last layer is kept.
         """
-        past: list[tuple[Path, int, npt.NDArray[np.uint8]]] = []
+        through: list[tuple[Path, int, Bytes]] = []
+        past: list[tuple[Path, int, Bytes]] = []
         for name, tensor in into.items():
             room, begin = tensor.view(torch.uint8).flatten().numpy(), 0
+            wanted = past if name in PAST and self._past is not None else through
             for row, tokens in parts:
-                shard, offset, size = self._place(row, tokens, name)
-                if self._past is not None and name in PAST:
-                    past.append((self._paths[shard], offset, room[begin : begin + size]))
-                else:
-                    self._read(shard, offset, room.data[begin : begin + size])
+                path, offset, size = self._place(row, tokens, name)
+                wanted.append((path, offset, room[begin : begin + size]))
                 begin += size
+        self._reading.read(through)
         if self._past is not None:
             self._past.read(past)
 
@@ -311,8 +306,7 @@ class ShardReader:
             if self._past is not None and name in PAST:
                 continue
             for row, tokens in parts:
-                shard, offset, size = self._place(row, tokens, name)
-                os.posix_fadvise(self._file(shard).descriptor, offset, size, os.POSIX_FADV_WILLNEED)
+                self._reading.will_need(*self._place(row, tokens, name))
 
     def check(self) -> None:
         """Look whether every shard is there, whole, and of this contract.
@@ -340,13 +334,13 @@ class ShardReader:
         self.fill([(row, span.length)], found)
         return found
 
-    def _place(self, row: int, tokens: int, name: str) -> tuple[int, int, int]:
-        """Where what there is of a row's first tokens lies: shard, first byte, bytes."""
+    def _place(self, row: int, tokens: int, name: str) -> tuple[Path, int, int]:
+        """Where what there is of a row's first tokens lies: file, first byte, bytes."""
         span = self._span(row)
         assert tokens <= span.length
         column = self._opened(span.shard)[name]
         start, count = (span.last, span.before(tokens)) if name in LAST.values() else (span.start, tokens)
-        return span.shard, column.offset + start * column.bytes, count * column.bytes
+        return self._paths[span.shard], column.offset + start * column.bytes, count * column.bytes
 
     def _opened(self, shard: int) -> dict[str, Column]:
         if shard not in self._columns:
@@ -354,20 +348,6 @@ class ShardReader:
             check_contract(contract, self.contract)
             self._columns[shard] = columns
         return self._columns[shard]
-
-    def _file(self, shard: int) -> OpenFile:
-        try:
-            return self._files(self._paths[shard])
-        except FileNotFoundError:
-            raise missing(self._paths[shard]) from None
-
-    def _read(self, shard: int, offset: int, room: memoryview) -> None:
-        file = self._file(shard)
-        while room:
-            read = os.preadv(file.descriptor, [room], offset)
-            if not read:
-                raise damaged(self._paths[shard], "it was cut off")
-            room, offset = room[read:], offset + read
 
 
 def _plain(span: Span) -> list[Any]:
@@ -389,16 +369,18 @@ def write_safetensors(path: Path, tensors: Mapping[str, list[torch.Tensor]], met
     """Write tensors, each given as pieces along its first axis, and return the sha256 of the file.
 
     Piece by piece, so that a shard is never in memory twice, and in the order given, so that the same rows are the same
-    bytes. Wider types have to come first: a tensor starts where the one before it ends.
+    bytes. Wider types have to come first: a tensor starts where the one before it ends. The `PAST` ones start at a
+    sector, if the length of a token's states allows, so that they can be read straight into their place.
     """
     header: dict[str, Any] = {"__metadata__": dict(metadata)}
-    end = 0
+    end, before = 0, 0
     for name, pieces in tensors.items():
         start, end = end, end + sum(piece.nbytes for piece in pieces)
         shape = [sum(len(piece) for piece in pieces), *pieces[0].shape[1:]]
         header[name] = {"dtype": DTYPES[pieces[0].dtype], "shape": shape, "data_offsets": [start, end]}
+        before = before if name in PAST else end
     text = json.dumps(header).encode()
-    text += b" " * (-len(text) % 8)
+    text += b" " * (-(8 + len(text) + before) % Reading.SECTOR)
     digest = hashlib.sha256()
     with path.open("wb") as file:
         for part in itertools.chain([len(text).to_bytes(8, "little"), text], *map(_bytes, tensors.values())):

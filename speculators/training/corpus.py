@@ -212,8 +212,7 @@ class Corpus:
             lengths=[piece.end for piece in wanted],
             token_ids=found.token_ids,
             loss_mask=found.loss_mask,
-            states=self._decoded(found.encoded),
-            last=self._decoded(last_of(found.encoded)),
+            **self._decoded(found.encoded),
             last_at=found.last_at,
         )
 
@@ -240,11 +239,14 @@ class Corpus:
     def _supervised(self, row: int, begin: int, end: int) -> npt.NDArray[np.bool_]:
         return np.ones(end - begin, np.bool_) if row in self._whole else self.table.loss_mask(row)[begin:end] != 0
 
-    def _decoded(self, encoded: Mapping[str, Tensor]) -> Tensor:
-        out = None
+    def _decoded(self, encoded: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        out: dict[str, Tensor] = {}
         if self._stream is None and "scales" in encoded:
-            out = self._buffers.empty(torch.bfloat16, encoded["states"].shape)
-        return decode(encoded, out)
+            out = self._buffers.empty({name: (torch.bfloat16, encoded[name].shape) for name in ("states", "last")})
+        return {
+            "states": decode(encoded, out.get("states")),
+            "last": decode(last_of(encoded), out.get("last")),
+        }
 
     def _to(self, device: torch.device) -> None:
         """Where packs are wanted from now on."""
@@ -270,9 +272,13 @@ class Corpus:
                 "supervised",
                 "extract the hidden states again, with extract.last_state=everywhere",
             )
-        encoded, places = {}, int(last.sum())
-        for name, (dtype, each) in self.source.layout.items():
-            encoded[name] = self._buffers.empty(dtype, (places if name in LAST.values() else total, *each))
+        places = int(last.sum())
+        encoded = self._buffers.empty(
+            {
+                name: (dtype, (places if name in LAST.values() else total, *each))
+                for name, (dtype, each) in self.source.layout.items()
+            }
+        )
         self.source.fill(parts, token_ids, encoded)
         last_at = np.maximum(last.cumsum() - 1, 0)
         read = Read(torch.from_numpy(token_ids), torch.from_numpy(loss_mask), torch.from_numpy(last_at), encoded)

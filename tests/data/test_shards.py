@@ -13,14 +13,16 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from safetensors import safe_open
 
 from speculators.data.encoding import decode, encode
-from speculators.data.reading import PastTheCache, larger_than_memory, open_files
+from speculators.data.reading import Reading, larger_than_memory
 from speculators.data.shards import ANSWERS, ShardReader, ShardWriter, check_contract, feature_contract
 from speculators.errors import ContractError, StageError
+from speculators.training.ahead import Buffers
 
 LAYERS, WIDTH = 3, 5
 
@@ -321,7 +323,8 @@ def test_a_row_of_which_the_last_layer_is_nowhere_kept(tmp_path: Path) -> None:
 @pytest.fixture
 def long_rows(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """Rows of several blocks each, in several shards, none of which begins or ends where a sector does."""
-    monkeypatch.setattr(PastTheCache, "BLOCK", PastTheCache.SECTOR)
+    monkeypatch.setattr(Reading, "BLOCK", Reading.PAGE)
+    monkeypatch.setattr(Reading, "SMALL", 1)
     draw = torch.Generator().manual_seed(0)
     writer = ShardWriter(tmp_path, contract(), 1500)
     for row, tokens in enumerate((700, 3, 411, 900, 137)):
@@ -348,6 +351,51 @@ def test_past_the_cache_the_same_is_read(long_rows: Path) -> None:
     for reader, states in zip((plain, past), found, strict=True):
         reader.fill(parts, {"states": states})
     assert torch.equal(*found)
+
+
+@pytest.fixture
+def wide_rows(tmp_path: Path) -> Path:
+    """Rows of which every token takes whole sectors."""
+    writer = ShardWriter(tmp_path, contract(hidden_size=256, last_state=ANSWERS), 500)
+    draw = torch.Generator().manual_seed(0)
+    for row, tokens in enumerate((700, 3, 411, 900, 137)):
+        states = torch.randn(tokens, LAYERS, 256, generator=draw)
+        writer.add(row, torch.full((tokens,), row), states, torch.arange(tokens) > tokens // 3)
+    writer.close()
+    return tmp_path
+
+
+def read_wide(reader: ShardReader) -> dict[str, torch.Tensor]:
+    parts = [(3, 899), (0, 1), (2, 411), (1, 2)]
+    places = sum(int(reader.last_places(row, tokens).sum()) for row, tokens in parts)
+    into = Buffers().empty(
+        {"states": (torch.bfloat16, (1313, LAYERS - 1, 256)), "last": (torch.bfloat16, (places, 256))}
+    )
+    reader.fill(parts, into)
+    return into
+
+
+def test_whole_sectors_are_read_straight_into_their_place(wide_rows: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    past, wanted = past_the_cache(wide_rows), read_wide(ShardReader(wide_rows))
+    monkeypatch.setattr(Reading, "_memory", lambda self: pytest.fail("they went through memory of ours"))
+    found = read_wide(past)
+    assert all(torch.equal(found[name], wanted[name]) for name in wanted)
+
+
+def test_a_disk_of_larger_sectors_is_read_in_those(wide_rows: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    past, wanted, real = past_the_cache(wide_rows), read_wide(ShardReader(wide_rows)), os.preadv
+    direct = past._past
+    assert direct is not None
+
+    def preadv(descriptor: int, rooms: list[memoryview], offset: int) -> int:
+        pages = not (offset | np.frombuffer(rooms[0], np.uint8).ctypes.data | len(rooms[0])) % Reading.PAGE
+        if descriptor in [direct._files(path).descriptor for path in past._paths] and not pages:
+            raise OSError(errno.EINVAL, "Invalid argument")
+        return real(descriptor, rooms, offset)
+
+    monkeypatch.setattr(os, "preadv", preadv)
+    found = read_wide(past)
+    assert all(torch.equal(found[name], wanted[name]) for name in wanted)
 
 
 def test_past_the_cache_too_a_shard_that_is_cut_off_is_an_error(long_rows: Path) -> None:
@@ -387,14 +435,14 @@ def test_a_set_is_larger_than_memory_when_half_of_that_does_not_hold_it(
 def test_readers_that_share_their_files_keep_few_of_them_open(tmp_path: Path) -> None:
     for name in "abcd":
         write(tmp_path / name, range(12), shard_tokens=8).close()
-    files = open_files(3)
-    readers = [ShardReader(tmp_path / name, files) for name in "abcd"]
+    reading = Reading(3)
+    readers = [ShardReader(tmp_path / name, reading) for name in "abcd"]
     before = len(os.listdir("/proc/self/fd"))
     for row in range(12):
         for reader in readers:
             assert torch.equal(reader.token_ids(row), row_of(row)[0])
     assert len(os.listdir("/proc/self/fd")) - before <= 3
-    del files, readers, reader
+    del reading, readers, reader
     gc.collect()
     assert len(os.listdir("/proc/self/fd")) <= before
 

@@ -91,33 +91,55 @@ def test_it_ends_while_something_is_being_made() -> None:
     assert not any(thread.is_alive() for thread in maker.threads)
 
 
+def one(buffers: Buffers, dtype: torch.dtype, *shape: int) -> torch.Tensor:
+    return buffers.empty({"it": (dtype, shape)})["it"]
+
+
 def test_memory_is_used_again_when_no_part_of_a_tensor_is_held_any_more() -> None:
     buffers = Buffers()
-    first = buffers.empty(torch.bfloat16, (1000, 4, 300))
+    first = one(buffers, torch.bfloat16, 1000, 4, 300)
     assert (first.dtype, first.shape) == (torch.bfloat16, (1000, 4, 300))
     place, part = first.data_ptr(), first[7:9].flatten()
     del first
-    second = buffers.empty(torch.bfloat16, (1000, 4, 300))
+    second = one(buffers, torch.bfloat16, 1000, 4, 300)
     assert second.data_ptr() != place, "a part of the first is still held"
     del part
-    third = buffers.empty(torch.float8_e4m3fn, (900, 4, 500))
+    third = one(buffers, torch.float8_e4m3fn, 900, 4, 500)
     assert third.data_ptr() == place, "what is smaller fits"
+
+
+def test_what_belongs_together_takes_one_piece_of_memory_and_each_begins_with_a_page() -> None:
+    buffers = Buffers()
+    made = buffers.empty({"a": (torch.bfloat16, (1000, 601)), "b": (torch.float32, ()), "c": (torch.uint8, (5,))})
+    assert {name: (its.dtype, its.shape) for name, its in made.items()} == {
+        "a": (torch.bfloat16, (1000, 601)),
+        "b": (torch.float32, ()),
+        "c": (torch.uint8, (5,)),
+    }
+    assert {its.data_ptr() % 4096 for its in made.values()} == {0}
+    made["a"].fill_(1.0), made["b"].fill_(2.0), made["c"].fill_(3)
+    assert [float(its.float().mean()) for its in made.values()] == [1.0, 2.0, 3.0]
+    del made["a"]
+    assert buffers._free == []
+    del made
+    assert len(buffers._free) == 1
+    assert buffers.empty({"small": (torch.float32, (4, 2))})["small"].shape == (4, 2)
 
 
 def test_memory_that_is_too_small_is_given_back_for_larger() -> None:
     buffers = Buffers()
-    for tokens in (1000, 2000, 4000, 3000):
-        buffers.empty(torch.bfloat16, (tokens, 600))
-    assert [len(block) for block in buffers._free] == [4000 * 600 * 2]
+    for tokens in (1024, 2048, 4096, 3072):
+        one(buffers, torch.bfloat16, tokens, 600)
+    assert [len(block) for block in buffers._free] == [4096 * 600 * 2]
 
 
 def test_what_autograd_has_saved_is_not_written_over() -> None:
     buffers = Buffers()
-    states = buffers.empty(torch.float32, (1000, 600)).fill_(2.0)
+    states = one(buffers, torch.float32, 1000, 600).fill_(2.0)
     weight = torch.ones(600, requires_grad=True)
     loss = (states * weight).sum()
     del states
-    buffers.empty(torch.float32, (1000, 600)).fill_(5.0)
+    one(buffers, torch.float32, 1000, 600).fill_(5.0)
     loss.backward()
     assert weight.grad is not None
     assert torch.equal(weight.grad, torch.full((600,), 2000.0))
