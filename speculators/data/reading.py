@@ -8,7 +8,7 @@ import functools
 import mmap
 import os
 import threading
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -45,8 +45,9 @@ class Reading:
         past: the cache.
     """
 
-    READS = 4
+    READS = 6
     BLOCK = 1 << 20
+    """Bytes, at most."""
     SMALL = 1 << 16
     """Bytes that are not worth a thread."""
     SECTOR = 512
@@ -79,15 +80,21 @@ class Reading:
         large = []
         for path, offset, room in wanted:
             if len(room) < self.SMALL:
-                self._block((path, offset, room))
-            else:
-                blocks = range(0, len(room), self.BLOCK)
-                large += [(path, offset + begin, room[begin : begin + self.BLOCK]) for begin in blocks]
-        for _ in self._readers.map(self._block, large):
+                self._block(path, offset, room)
+                continue
+            # In parts of one size: a small rest would cost as much as a block.
+            size = -(-len(room) // -(-len(room) // self.BLOCK) // self.PAGE) * self.PAGE
+            large += [(path, offset + begin, room[begin : begin + size]) for begin in range(0, len(room), size)]
+        waiting = iter(large)
+        for _ in self._readers.map(self._blocks, [waiting] * min(self.READS, len(large))):
             pass
 
-    def _block(self, wanted: tuple[Path, int, Bytes]) -> None:
-        path, offset, room = wanted
+    def _blocks(self, waiting: Iterator[tuple[Path, int, Bytes]]) -> None:
+        """One reader: takes the next block from all that wait, which others take from too."""
+        for block in waiting:
+            self._block(*block)
+
+    def _block(self, path: Path, offset: int, room: Bytes) -> None:
         file = self._file(path)
         if not self._past:
             self._into(path, file, offset, room)
@@ -118,9 +125,9 @@ class Reading:
             read = at + got
 
     def _memory(self) -> Bytes:
-        """This thread's own: it begins with a page."""
+        """This thread's own: it begins with a page, and is large enough to be one large page."""
         if not hasattr(self._own, "memory"):
-            self._own.memory = pages(self.BLOCK + 2 * self.PAGE)
+            self._own.memory = pages(max(4 << 20, self.BLOCK + 2 * self.PAGE))
         memory: Bytes = self._own.memory
         return memory
 
