@@ -1,7 +1,7 @@
 """Ahead: what is wanted next is made while what came before it is used, in memory that is used again.
 
-One thread makes one thing at a time, in the order in which they are expected, and no more of them than are asked for
-ahead: so what is made does not depend on which side is faster, and memory is bounded by what is in flight.
+They are begun in the order in which they are expected, a thread for each, and no more of them than are asked for ahead:
+so what is made does not depend on which side is faster, and memory is bounded by what is in flight.
 """
 
 from __future__ import annotations
@@ -25,18 +25,18 @@ Made = TypeVar("Made")
 
 
 class Ahead(Generic[Item, Made]):
-    """Calls `make` on items before they are taken; the thread starts with the first one that is.
+    """Calls `make` on items before they are taken; the first thread starts with the first one that is.
 
-    What goes wrong in the thread is raised when the item is taken that it went wrong with.
+    What goes wrong in a thread is raised when the item is taken that it went wrong with.
 
     Args:
-        make: called in the thread.
-        most: items that are made before anybody has taken them.
+        make: called in a thread.
+        most: items that are made before anybody has taken them, and at the same time.
     """
 
     def __init__(self, make: Callable[[Item], Made], most: int = 1) -> None:
         self._make, self._most = make, most
-        self._thread = ThreadPoolExecutor(1, thread_name_prefix="ahead")
+        self._threads = ThreadPoolExecutor(most, thread_name_prefix="ahead")
         self._begun: deque[tuple[Item, Future[Made]]] = deque()
         self._coming: deque[Item] = deque()
 
@@ -60,20 +60,20 @@ class Ahead(Generic[Item, Made]):
         else:
             if self._coming and self._coming[0] == item:
                 self._coming.popleft()
-            made = self._thread.submit(self._make, item)
+            made = self._threads.submit(self._make, item)
         while self._coming and len(self._begun) < self._most:
             following = self._coming.popleft()
-            self._begun.append((following, self._thread.submit(self._make, following)))
+            self._begun.append((following, self._threads.submit(self._make, following)))
         return made.result()
 
     def stop(self) -> None:
         """Begin nothing more."""
         self._coming.clear()
-        self._thread.shutdown(wait=False, cancel_futures=True)
+        self._threads.shutdown(wait=False, cancel_futures=True)
 
     def join(self) -> None:
-        """Wait until the thread has ended."""
-        self._thread.shutdown()
+        """Wait until the threads have ended."""
+        self._threads.shutdown()
         self._begun.clear()
 
 

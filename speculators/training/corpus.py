@@ -2,7 +2,7 @@
 
 Where states come from is a `Source`: the shards of an artifact (`Shards`), or a live server (`training.feed`). Which
 batches there are depends on the tokens and the seed alone, so it is the same for all sources that cover whole rows.
-While one batch is trained on, a thread reads the next (`training.ahead`), into memory that is used again.
+While one batch is trained on, threads read the next ones (`training.ahead`), into memory that is used again.
 
 Every row of the table has to have its states, but for those that extraction left out and named, and the states have
 to be of the row's own tokens. Neither is assumed: a row that does not fit stops the training, since leaving it out
@@ -41,6 +41,9 @@ Parts = Sequence[tuple[int, int]]
 
 class Source(Protocol):
     """Hidden states by row of the token table."""
+
+    at_once: int
+    """Batches that may be filled at the same time."""
 
     @property
     def layout(self) -> Mapping[str, tuple[torch.dtype, tuple[int, ...]]]:
@@ -81,6 +84,9 @@ FAR_BYTES = 64 << 20
 
 class Shards:
     """States that an artifact holds. Nothing has to be waited for but the disk."""
+
+    at_once = 2
+    """Or the disk would wait while the end of one batch is looked at, and the beginning of the next."""
 
     def __init__(self, reader: ShardReader) -> None:
         self.reader = reader
@@ -126,10 +132,12 @@ class Shards:
 
     def fill(self, parts: Parts, token_ids: npt.NDArray[np.int64], into: Mapping[str, Tensor]) -> None:
         """See `Source`."""
+        rows = [row for row, _ in parts]
         with self._telling:
-            if self._expected and self._expected[0] == [row for row, _ in parts]:
-                self._expected.popleft()
-                self._asked.popleft()
+            for place in range(min(self.at_once, len(self._asked))):
+                if self._expected[place] == rows:
+                    del self._expected[place], self._asked[place]
+                    break
             self._tell()
         found = np.empty_like(token_ids)
         self.reader.fill(parts, {**into, "token_ids": torch.from_numpy(found)})
@@ -170,7 +178,7 @@ class Corpus:
         self._device = torch.device("cpu")
         self._buffers = Buffers()
         self._stream: torch.cuda.Stream | None = None
-        self._ahead: Ahead[list[Piece], Read] = Ahead(self._read)
+        self._ahead: Ahead[list[Piece], Read] = Ahead(self._read, source.at_once)
 
     def split(self, share: float) -> tuple[list[int], list[int]]:
         """Rows to train on, and rows to validate on: about `share` of the conversations."""
@@ -255,7 +263,7 @@ class Corpus:
             self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None
 
     def _read(self, wanted: list[Piece]) -> Read:
-        """In the thread that reads ahead."""
+        """In a thread that reads ahead."""
         parts = [(piece.row, piece.end) for piece in wanted]
         total = sum(piece.end for piece in wanted)
         token_ids, loss_mask = np.empty(total, dtype=np.int64), np.zeros(total, dtype=np.bool_)

@@ -68,6 +68,9 @@ class Feed:
         cache: where rows are kept on disk, if they are.
     """
 
+    at_once = 1
+    """In their order: the window knows which is wanted next."""
+
     def __init__(
         self, endpoint: Endpoint, tokens: Path, shape: Shape, options: Extract, *, memory: int, ahead: int,
         cache: StatesCache | None,

@@ -1,4 +1,4 @@
-"""What is wanted next is made meanwhile, in order, one thing ahead, and its memory is used again when it is free."""
+"""What is wanted next is made meanwhile, in order and so many ahead, and its memory is used again when it is free."""
 
 from __future__ import annotations
 
@@ -44,6 +44,23 @@ def test_one_more_is_made_than_was_taken_and_in_order() -> None:
     ahead.join()
     assert len(maker.threads) == 1
     assert not any(thread.is_alive() for thread in maker.threads)
+
+
+def test_two_may_be_made_at_the_same_time_and_are_taken_in_order() -> None:
+    maker, taken = Maker(), list[int]()
+    ahead = Ahead(maker, 2)
+    ahead.expect([3, 1, 2, 5])
+    maker.go_on.clear()
+    taker = threading.Thread(target=lambda: taken.extend(map(ahead.take, (3, 1, 2, 5))))
+    taker.start()
+    assert all(maker.begun.acquire(timeout=20) for _ in range(2))
+    assert not maker.begun.acquire(timeout=0.1), "the third waits for a thread"
+    maker.go_on.set()
+    taker.join(20)
+    ahead.join()
+    assert taken == [30, 10, 20, 50]
+    assert sorted(maker.made[:2]) == [1, 3]
+    assert len(maker.threads) == 2
 
 
 def test_what_goes_wrong_is_raised_when_it_is_wanted_and_not_before() -> None:
