@@ -23,6 +23,16 @@ class StatesDtype(enum.Enum):
     """Half the bytes of bfloat16: e4m3 with a scale for every token and layer; see `data.encoding`."""
 
 
+class LastState(enum.Enum):
+    """Where the state that leaves the target's last layer is kept, by which a draft learns what the target says."""
+
+    auto = "auto"
+    """`everywhere` with `train.supervise_prompts`, else `answers`."""
+    answers = "answers"
+    """Where a token of an answer is predicted."""
+    everywhere = "everywhere"
+
+
 class DataFormat(enum.Enum):
     """How one file of a data set is written."""
 

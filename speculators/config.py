@@ -28,6 +28,7 @@ from speculators.choices import DataFormat as DataFormat
 from speculators.choices import Device as Device
 from speculators.choices import Dtype as Dtype
 from speculators.choices import ExecutorName as ExecutorName
+from speculators.choices import LastState as LastState
 from speculators.choices import OnBadRow as OnBadRow
 from speculators.choices import OnDamage as OnDamage
 from speculators.choices import Optimizer as Optimizer
@@ -153,6 +154,9 @@ class Extract(Stage):
 
     dtype: StatesDtype = StatesDtype.bfloat16
     """What the states are stored in. `float8_e4m3fn` takes half the disk, and training reads it as bfloat16."""
+    last_state: LastState = operational(LastState.auto)
+    """See `LastState`; `everywhere` makes states that serve trainings with and without prompts. Operational, because
+    keys hold what it comes to."""
     shard_tokens: int = 32768
     """Tokens in a shard before it is sealed; what a killed extraction can lose. Semantic: it moves the bytes."""
     on_bad_row: OnBadRow = if_set(OnBadRow.error)

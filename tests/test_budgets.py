@@ -10,7 +10,7 @@ SOURCES = sorted((ROOT / "speculators").rglob("*.py"))
 MODULE_LINES = 500
 FUNCTION_LINES = 60
 RUNNER_LINES = 6_250
-PACKAGE_LINES = 19_800
+PACKAGE_LINES = 20_200
 
 
 def lines(path: Path) -> int:

@@ -17,7 +17,8 @@ from typing import Any
 from torch import Tensor
 
 from speculators.data.encoding import copy_first
-from speculators.data.shards import INDEX, ShardReader, ShardWriter, check_contract, open_files
+from speculators.data.reading import Reading
+from speculators.data.shards import INDEX, ShardReader, ShardWriter, check_contract
 from speculators.errors import ContractError
 
 SET_TOKENS = 4096
@@ -40,7 +41,7 @@ class StatesCache:
         self._full = False
         self._sealed: dict[int, ShardReader] = {}
         self._open: dict[int, Mapping[str, Tensor]] = {}
-        self._files = open_files()
+        self._reading = Reading()
         self._writer: ShardWriter | None = None
         self._tokens, self._open_bytes = 0, 0
         self._sets = 0
@@ -63,9 +64,9 @@ class StatesCache:
         else:
             copy_first(found, into)
 
-    def add(self, row: int, token_ids: Tensor, encoded: Mapping[str, Tensor]) -> bool:
-        """Keep a row, if the budget allows; once it has not, no further row is kept."""
-        size = token_ids.nbytes + sum(tensor.nbytes for tensor in encoded.values())
+    def add(self, row: int, token_ids: Tensor, sifted: Mapping[str, Tensor], last: Tensor) -> bool:
+        """Keep a row, as `ShardWriter.add_sifted`, if the budget allows; once it has not, no further row is kept."""
+        size = token_ids.nbytes + sum(tensor.nbytes for tensor in sifted.values())
         more = size + ROW_BYTES + (SET_BYTES if self._writer is None else 0)
         if self._full or self.bytes + self._open_bytes + more > self._budget:
             self._full = True
@@ -73,8 +74,8 @@ class StatesCache:
             return False
         if self._writer is None:
             self._writer = ShardWriter(self._directory / f"{self._sets:05d}", self._contract, 2 * SET_TOKENS)
-        self._writer.add_encoded(row, token_ids, encoded)
-        self._open[row] = encoded
+        self._writer.add_sifted(row, token_ids, sifted, last)
+        self._open[row] = sifted
         self._open_bytes += more
         self._tokens += len(token_ids)
         if self._tokens >= SET_TOKENS:
@@ -86,7 +87,7 @@ class StatesCache:
         if self._writer is None:
             return
         self._writer.close()
-        reader = ShardReader(self._writer.directory, self._files)
+        reader = ShardReader(self._writer.directory, self._reading)
         # In this order: a row that is asked for meanwhile is always in one of the two.
         self._sealed.update(dict.fromkeys(reader.rows, reader))
         self.bytes += _size(reader.directory)
@@ -99,7 +100,7 @@ class StatesCache:
         try:
             if not (place / INDEX).exists():
                 raise ContractError(f"{place} was not sealed", "its rows are asked for again")
-            reader = ShardReader(place, self._files)
+            reader = ShardReader(place, self._reading)
             check_contract(reader.contract, self._contract)
             reader.check()
         except ContractError:

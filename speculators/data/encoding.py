@@ -31,6 +31,8 @@ SIGN_AND_VALUE = 0x87F0 - 0x10000
 """As int16: the bits of e4m3 in bfloat16."""
 MISSING, LARGEST_FACTOR = 2.0**120, 2.0**127
 """What those bits have to be multiplied by, and the largest power of two in bfloat16."""
+LAST = {"scales": "last_scales", "states": "last"}
+"""How the last layer's part of what `encode` makes is called where it is kept apart."""
 CHUNK_ELEMENTS = 1 << 19
 """Values that are decoded at a time on a CPU: 1 MiB in bfloat16."""
 SMALLEST_EXPONENT = -100
@@ -96,27 +98,46 @@ def encode(item: str, states: torch.Tensor, stored: str) -> dict[str, torch.Tens
     return kept
 
 
+def sift(encoded: Mapping[str, torch.Tensor], wanted: torch.Tensor) -> dict[str, torch.Tensor]:
+    """Of what `encode` made, what training needs: the draft's layers of all tokens, the last one at `wanted`, bool [T].
+
+    The last layer's output only says what the target says next, and nobody asks for that everywhere.
+    """
+    last = {LAST[name]: tensor[wanted, -1] for name, tensor in encoded.items()}
+    return {**{name: tensor[:, :-1].contiguous() for name, tensor in encoded.items()}, **last}
+
+
+def last_of(sifted: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """The last layer's part as `decode` takes it: [U, H], and its scales [U]."""
+    return {name: sifted[own] for name, own in LAST.items() if own in sifted}
+
+
 def layout(layers: int, hidden_size: int, stored: str) -> dict[str, tuple[torch.dtype, tuple[int, ...]]]:
-    """What `encode` makes of one token, by name: its type, and its shape."""
+    """What `sift` leaves of one token, and in `LAST` of one place, by name: its type, and its shape.
+
+    `layers` counts the last one.
+    """
     dtype: torch.dtype = getattr(torch, stored)
-    scales = {"scales": (torch.bfloat16, (layers,))} if dtype is FLOAT8 else {}
-    return {**scales, "states": (dtype, (layers, hidden_size))}
+    scales = {"scales": (torch.bfloat16, (layers - 1,)), "last_scales": (torch.bfloat16, ())}
+    states = {"states": (dtype, (layers - 1, hidden_size)), "last": (dtype, (hidden_size,))}
+    return {**(scales if dtype is FLOAT8 else {}), **states}
 
 
 def decode(tensors: Mapping[str, torch.Tensor], out: torch.Tensor | None = None) -> torch.Tensor:
-    """The states [T, L, H] out of what `encode` made; bfloat16, in `out` if it is given, if they were in float8."""
+    """The states [..., H] out of what `encode` made; bfloat16, in `out` if it is given, if they were in float8."""
     if "scales" in tensors:
         return dequantise(tensors["states"], tensors["scales"], out)
     return tensors["states"]
 
 
 def copy_first(encoded: Mapping[str, torch.Tensor], into: Mapping[str, torch.Tensor]) -> None:
-    """Put the first tokens of what `encode` made into tensors of as many."""
+    """Put the beginning of what `sift` left into tensors of as many tokens, and as many places of the last layer."""
     for name, tensor in into.items():
         tensor.copy_(encoded[name][: len(tensor)])
 
 
-def bytes_per_token(layers: int, hidden_size: int, stored: str) -> int:
-    """What one token takes in a shard: its id, its states, and their scales if there are any."""
-    parts = layout(layers, hidden_size, stored).values()
-    return torch.int64.itemsize + sum(dtype.itemsize * math.prod(shape) for dtype, shape in parts)
+def bytes_each(layers: int, hidden_size: int, stored: str) -> tuple[int, int]:
+    """What one token takes, and what one place of the last layer takes beside it."""
+    each = {n: d.itemsize * math.prod(s) for n, (d, s) in layout(layers, hidden_size, stored).items()}
+    last = sum(each.get(name, 0) for name in LAST.values())
+    return sum(each.values()) - last, last

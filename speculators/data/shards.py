@@ -1,31 +1,29 @@
 """Hidden states on disk: safetensors shards of many rows, an index, and the contract that says what they are.
 
-    shard-00000.safetensors   token_ids int64 [N], states [N, L, H] and for float8 scales bfloat16 [N, L];
-                              the metadata holds the contract and the rows
+    shard-00000.safetensors   token_ids int64 [N], states [N, L - 1, H], last [U, H], and for float8 scales
+                              bfloat16 [N, L - 1], last_scales [U]; the metadata holds the contract and the rows
     shard-00001.safetensors   ...
-    index.json                the contract, each row's (shard, start, length), the sha256 of every shard
+    index.json                the contract, each row's `Span`, the sha256 of every shard
+
+`last` is what leaves the last layer. It is only there to say what the target says next, so it is kept at those places
+of a row where that is asked for, the draft's own layers everywhere.
 
 A shard is written when it is full: beside its place, fsynced, then renamed. So whatever bears a shard's name is whole,
 a killed writer loses only the rows of the shard it was filling, and a new writer in the same directory goes on after
 the last sealed one. Every shard can be read without the index, which is made from them at the end.
 
 The contract: `format`, `target` and `tokens` (digests), `dtype` (stored, see `data.encoding`), `compute_dtype`,
-`layer_ids`, `convention`, `hidden_size`, `normed`.
+`layer_ids`, `convention`, `hidden_size`, `normed`, `last_state` (where `last` is kept, a name).
 """
 
 from __future__ import annotations
 
-import contextlib
-import functools
 import hashlib
 import itertools
 import json
 import math
-import mmap
 import os
-import threading
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -34,14 +32,13 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from speculators.data.encoding import FLOAT8, decode, encode, layout
+from speculators.data.encoding import FLOAT8, LAST, decode, encode, last_of, layout, sift
+from speculators.data.reading import Bytes, Reading, damaged, missing
 from speculators.errors import ContractError
 from speculators.job import write_json
 
-FORMAT = 1
+FORMAT = 3
 """Raised when a reader of an older release could not read the shards."""
-FORMAT_SCALED = 2
-"""Of states with scales. Older releases read the others still."""
 CONVENTION = (
     "layer id i is the residual stream entering layer i; the number of layers is the last one's output, not normed"
 )
@@ -54,8 +51,10 @@ DTYPES = {
     FLOAT8: "F8_E4M3",
 }
 """The names that safetensors gives to what a shard may hold."""
-PAST = {"states"}
+PAST = {"states", "last"}
 """What may be read past the page cache; all else is a few bytes a token."""
+EVERYWHERE, ANSWERS = "everywhere", "answers"
+"""A contract's `last_state`: of every token; where an answer is predicted."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,14 +64,38 @@ class Span:
     shard: int
     start: int
     length: int
+    last: int
+    """Where its part of `last` begins."""
+    ranges: list[list[int]]
+    """Where the last layer is kept: from the first of two places to before the second."""
+
+    def before(self, tokens: int) -> int:
+        """How many of these places are among the row's first tokens."""
+        return sum(min(end, tokens) - min(begin, tokens) for begin, end in self.ranges)
+
+    def places(self, tokens: int) -> npt.NDArray[np.bool_]:
+        """The first tokens, true where the last layer is kept."""
+        found = np.zeros(tokens, np.bool_)
+        for begin, end in self.ranges:
+            found[begin:end] = True
+        return found
+
+
+def ranges_of(wanted: torch.Tensor) -> list[list[int]]:
+    """`Span.ranges` of bool [T]."""
+    outside = torch.zeros(1, dtype=torch.bool)
+    framed = torch.cat([outside, wanted, outside])
+    ranges: list[list[int]] = (framed[1:] != framed[:-1]).nonzero().view(-1, 2).tolist()
+    return ranges
 
 
 def feature_contract(
-    *, target: str, tokens: str, dtype: str, compute_dtype: str, layer_ids: list[int], hidden_size: int
-) -> dict[str, Any]:
+    *, target: str, tokens: str, dtype: str, compute_dtype: str, layer_ids: list[int], hidden_size: int,
+    last_state: str = EVERYWHERE,
+) -> dict[str, Any]:  # fmt: skip
     """What a set of hidden states is; `target` and `tokens` are digests, `layer_ids` everything captured, in order."""
     return {
-        "format": FORMAT_SCALED if getattr(torch, dtype) is FLOAT8 else FORMAT,
+        "format": FORMAT,
         "target": target,
         "tokens": tokens,
         "dtype": dtype,
@@ -81,6 +104,7 @@ def feature_contract(
         "convention": CONVENTION,
         "hidden_size": hidden_size,
         "normed": False,
+        "last_state": last_state,
     }
 
 
@@ -114,14 +138,16 @@ class ShardWriter:
         self._digests: list[str] = []
         self._spans: dict[int, Span] = {}
         self._pending: list[tuple[int, dict[str, torch.Tensor]]] = []
-        self._pending_tokens = 0
+        self._pending_tokens, self._pending_last = 0, 0
         for leftover in directory.glob(".shard-*"):
             leftover.unlink()
         while (path := directory / shard_name(len(self._digests))).exists():
             self._adopt(path)
 
-    def add(self, row: int, token_ids: torch.Tensor, states: torch.Tensor) -> None:
+    def add(self, row: int, token_ids: torch.Tensor, states: torch.Tensor, last: torch.Tensor | None = None) -> None:
         """Append one row: `token_ids` int64 [T], `states` [T, L, H]; they are converted to the stored dtype.
+
+        The last layer is kept where `last`, bool [T], says so; everywhere if it is None.
 
         Raises:
             ContractError: the states are those of other layers or of another target.
@@ -135,13 +161,19 @@ class ShardWriter:
                 f"the states of row {row} are {list(states.shape)}, {list(wanted)} was expected",
                 "the server does not capture the layers of this recipe; is `serve.url` a server of another run?",
             )
-        self.add_encoded(row, token_ids, encode(f"row {row}", states, self.contract["dtype"]))
+        wanted_last = torch.ones(len(token_ids), dtype=torch.bool) if last is None else last
+        encoded = encode(f"row {row}", states, self.contract["dtype"])
+        self.add_sifted(row, token_ids, sift(encoded, wanted_last), wanted_last)
 
-    def add_encoded(self, row: int, token_ids: torch.Tensor, encoded: Mapping[str, torch.Tensor]) -> None:
-        """As `add`, but states that `encode` has been over, for this contract."""
-        self._spans[row] = Span(len(self._digests), self._pending_tokens, len(token_ids))
-        self._pending.append((row, {"token_ids": token_ids.to(torch.int64), **encoded}))
+    def add_sifted(
+        self, row: int, token_ids: torch.Tensor, sifted: Mapping[str, torch.Tensor], last: torch.Tensor
+    ) -> None:
+        """As `add`, but what `sift` has left of the states for this contract."""
+        ranges = ranges_of(last)
+        self._spans[row] = Span(len(self._digests), self._pending_tokens, len(token_ids), self._pending_last, ranges)
+        self._pending.append((row, {"token_ids": token_ids.to(torch.int64), **sifted}))
         self._pending_tokens += len(token_ids)
+        self._pending_last += len(sifted["last"])
         if self._pending_tokens >= self.shard_tokens:
             self._seal()
 
@@ -150,7 +182,7 @@ class ShardWriter:
         if self._pending:
             self._seal()
         shards = [{"file": name, "sha256": digest} for name, digest in self.digests.items()]
-        rows = {str(row): [span.shard, span.start, span.length] for row, span in sorted(self._spans.items())}
+        rows = {str(row): [span.shard, *_plain(span)] for row, span in sorted(self._spans.items())}
         write_json(self.directory / INDEX, {"contract": self.contract, "shards": shards, "rows": rows})
 
     @property
@@ -160,7 +192,7 @@ class ShardWriter:
 
     def _seal(self) -> None:
         shard = len(self._digests)
-        rows = [[row, self._spans[row].start, self._spans[row].length] for row, _ in self._pending]
+        rows = [[row, *_plain(self._spans[row])] for row, _ in self._pending]
         head = json.dumps({"contract": self.contract, "rows": rows}, sort_keys=True)
         tensors = {name: [its[name] for _, its in self._pending] for name in shard_layout(self.contract)}
         path = self.directory / shard_name(shard)
@@ -171,96 +203,17 @@ class ShardWriter:
         self._digests.append(digest)
         self.done.update(row for row, _ in self._pending)
         self._pending.clear()
-        self._pending_tokens = 0
+        self._pending_tokens, self._pending_last = 0, 0
 
     def _adopt(self, path: Path) -> None:
         """Take over a shard that an earlier attempt sealed."""
         contract, rows, _ = _open(path)
         check_contract(contract, self.contract)
         shard = len(self._digests)
-        self._spans.update({row: Span(shard, start, length) for row, start, length in rows})
-        self.done.update(row for row, _, _ in rows)
+        self._spans.update({row: Span(shard, *where) for row, *where in rows})
+        self.done.update(row for row, *_ in rows)
         with path.open("rb") as file:
             self._digests.append(hashlib.file_digest(file, "sha256").hexdigest())
-
-
-class OpenFile:
-    """A descriptor for reading, closed when nobody has it any more."""
-
-    def __init__(self, path: Path, flags: int = 0) -> None:
-        self.descriptor = -1
-        self.descriptor = os.open(path, os.O_RDONLY | flags)
-
-    def __del__(self) -> None:
-        if self.descriptor >= 0:
-            os.close(self.descriptor)
-
-
-def open_files(most: int = 64) -> Callable[[Path], OpenFile]:
-    """Opens a file; those that were asked for last stay open, as many as `most`."""
-    return functools.lru_cache(most)(OpenFile)
-
-
-class PastTheCache:
-    """Reads files past the kernel's page cache, several blocks at a time.
-
-    What does not fit into memory is read from the disk in every epoch. Through the page cache that takes half a second
-    of a core for a gigabyte and, one read after the other, leaves the disk idle in between; past it, a tenth
-    (docs/log.md). The disk wants whole sectors at page boundaries, so each block goes through memory of our own.
-
-    Raises:
-        OSError: the file system has no such reads, or `path`, one of the files to come, is not there.
-    """
-
-    READS = 4
-    BLOCK = 1 << 20
-    SECTOR = 4096
-
-    def __init__(self, path: Path) -> None:
-        self._files = functools.lru_cache(64)(functools.partial(OpenFile, flags=os.O_DIRECT))
-        self._files(path)
-        self._readers = ThreadPoolExecutor(self.READS, "states")
-        self._own = threading.local()
-
-    def read(self, wanted: Iterable[tuple[Path, int, npt.NDArray[np.uint8]]]) -> None:
-        """Fill each array from a file, beginning at an offset.
-
-        Raises:
-            ContractError: a file ends before.
-        """
-        blocks = [
-            (path, offset + begin, room[begin : begin + self.BLOCK])
-            for path, offset, room in wanted
-            for begin in range(0, len(room), self.BLOCK)
-        ]
-        for _ in self._readers.map(self._block, blocks):
-            pass
-
-    def _block(self, wanted: tuple[Path, int, npt.NDArray[np.uint8]]) -> None:
-        path, offset, room = wanted
-        try:
-            file = self._files(path)
-        except FileNotFoundError:
-            raise _missing(path) from None
-        if not hasattr(self._own, "memory"):  # a mapping begins with a page
-            self._own.memory = np.frombuffer(mmap.mmap(-1, self.BLOCK + 2 * self.SECTOR), np.uint8)
-        memory: npt.NDArray[np.uint8] = self._own.memory
-        before = offset % self.SECTOR
-        wanted_bytes, read = before + len(room), 0
-        while read < wanted_bytes:
-            at = read // self.SECTOR * self.SECTOR
-            sectors = memory[at : -(-wanted_bytes // self.SECTOR) * self.SECTOR]
-            got = os.preadv(file.descriptor, [sectors.data], offset - before + at)
-            if at + got <= read:
-                raise _damaged(path, "it was cut off")
-            read = at + got
-        np.copyto(room, memory[before:wanted_bytes])
-
-
-def larger_than_memory(directory: Path) -> bool:
-    """Whether the shards of a set are more than the page cache is likely to hold: half of this machine's memory."""
-    pages, page = os.sysconf("SC_PHYS_PAGES"), os.sysconf("SC_PAGE_SIZE")
-    return sum(path.stat().st_size for path in directory.glob("shard-*")) > pages * page // 2
 
 
 class ShardReader:
@@ -268,43 +221,39 @@ class ShardReader:
 
     Args:
         directory: of the set.
-        files: where several readers share what stays open.
+        reading: where several readers share what stays open.
         past_the_cache: read states so, where the file system can.
     """
 
-    def __init__(
-        self, directory: Path, files: Callable[[Path], OpenFile] | None = None, past_the_cache: bool = False
-    ) -> None:
+    def __init__(self, directory: Path, reading: Reading | None = None, past_the_cache: bool = False) -> None:
         self.directory = directory
         path = directory / INDEX
         try:
             index = json.loads(path.read_text())
             self.contract: dict[str, Any] = index["contract"]
+            if self.contract.get("format") != FORMAT:
+                raise ContractError(
+                    f"{path} has format {self.contract.get('format')}, this release reads {FORMAT}",
+                    "extract the hidden states again",
+                )
             self._spans = {int(row): Span(*span) for row, span in index["rows"].items()}
             self._paths = [directory / shard["file"] for shard in index["shards"]]
         except FileNotFoundError:
             raise ContractError(f"{directory} has no {INDEX}: it is no set of hidden states", "extract them") from None
         except (ValueError, KeyError, TypeError) as error:
             raise ContractError(f"{path} is damaged: {error!r}", "extract the hidden states again") from None
-        if self.contract.get("format") not in (FORMAT, FORMAT_SCALED):
-            raise ContractError(
-                f"{path} has format {self.contract.get('format')}, this release reads {FORMAT} and {FORMAT_SCALED}",
-                "extract the hidden states again",
-            )
         self.rows: list[int] = sorted(self._spans)
-        self._files = files or open_files()
         self._columns: dict[int, dict[str, Column]] = {}
-        self._past: PastTheCache | None = None
-        if past_the_cache and self._paths:
-            with contextlib.suppress(OSError):
-                self._past = PastTheCache(self._paths[0])
+        self._reading = reading or Reading()
+        past = Reading(past=True) if past_the_cache and self._paths else None
+        self._past = past if past is not None and past.can(self._paths[0]) else None
 
     def __len__(self) -> int:
         return len(self.rows)
 
     @property
     def layout(self) -> dict[str, tuple[torch.dtype, tuple[int, ...]]]:
-        """What there is of one token, by name: its type, and its shape."""
+        """What there is of one token, and in `LAST` of one place, by name: its type, and its shape."""
         return shard_layout(self.contract)
 
     def length(self, row: int) -> int:
@@ -315,31 +264,39 @@ class ShardReader:
         """The ids that the states of a row belong to, int64 [T]."""
         return self._whole(row, ("token_ids",))["token_ids"]
 
-    def states(self, row: int) -> torch.Tensor:
-        """The states of a row, [T, L, H], in the stored dtype, but in bfloat16 if that is float8."""
-        return decode(self.encoded(row))
+    def last_places(self, row: int, tokens: int) -> npt.NDArray[np.bool_]:
+        """A row's first tokens, true where the last layer is kept."""
+        return self._span(row).places(tokens)
 
-    def encoded(self, row: int) -> dict[str, torch.Tensor]:
-        """The states of a row as they are stored; `decode` makes states of it, also of several rows joined."""
-        return self._whole(row, tuple(name for name in self.layout if name != "token_ids"))
+    def states(self, row: int) -> torch.Tensor:
+        """The states of a row, [T, L, H], in the stored dtype, but in bfloat16 if that is float8.
+
+        The last layer's are NaN where they were not kept.
+        """
+        sifted = self._whole(row, tuple(name for name in self.layout if name != "token_ids"))
+        states, kept = decode(sifted), torch.from_numpy(self.last_places(row, self.length(row)))
+        last = states.new_full((len(states), states.shape[-1]), math.nan)
+        last[kept] = decode(last_of(sifted))
+        return torch.cat([states, last[:, None]], 1)
 
     def fill(self, parts: Sequence[tuple[int, int]], into: Mapping[str, torch.Tensor]) -> None:
         """Read the beginnings of rows, one after the other.
 
         Args:
             parts: row and number of tokens of each.
-            into: contiguous tensors by name, as `layout` has them, of all these tokens.
+            into: contiguous tensors by name, as `layout` has them, of all these tokens, or of those of them where the
+                last layer is kept.
         """
-        past: list[tuple[Path, int, npt.NDArray[np.uint8]]] = []
+        through: list[tuple[Path, int, Bytes]] = []
+        past: list[tuple[Path, int, Bytes]] = []
         for name, tensor in into.items():
             room, begin = tensor.view(torch.uint8).flatten().numpy(), 0
+            wanted = past if name in PAST and self._past is not None else through
             for row, tokens in parts:
-                shard, offset, size = self._place(row, tokens, name)
-                if self._past is not None and name in PAST:
-                    past.append((self._paths[shard], offset, room[begin : begin + size]))
-                else:
-                    self._read(shard, offset, room.data[begin : begin + size])
+                path, offset, size = self._place(row, tokens, name)
+                wanted.append((path, offset, room[begin : begin + size]))
                 begin += size
+        self._reading.read(through)
         if self._past is not None:
             self._past.read(past)
 
@@ -349,8 +306,7 @@ class ShardReader:
             if self._past is not None and name in PAST:
                 continue
             for row, tokens in parts:
-                shard, offset, size = self._place(row, tokens, name)
-                os.posix_fadvise(self._file(shard).descriptor, offset, size, os.POSIX_FADV_WILLNEED)
+                self._reading.will_need(*self._place(row, tokens, name))
 
     def check(self) -> None:
         """Look whether every shard is there, whole, and of this contract.
@@ -370,18 +326,21 @@ class ShardReader:
             ) from None
 
     def _whole(self, row: int, names: Iterable[str]) -> dict[str, torch.Tensor]:
-        tokens = self.length(row)
-        shapes = {name: self.layout[name] for name in names}
-        found = {name: torch.empty(tokens, *shape, dtype=dtype) for name, (dtype, shape) in shapes.items()}
-        self.fill([(row, tokens)], found)
+        span, found = self._span(row), {}
+        for name in names:
+            dtype, shape = self.layout[name]
+            count = span.before(span.length) if name in LAST.values() else span.length
+            found[name] = torch.empty(count, *shape, dtype=dtype)
+        self.fill([(row, span.length)], found)
         return found
 
-    def _place(self, row: int, tokens: int, name: str) -> tuple[int, int, int]:
-        """Where a row's first tokens lie: shard, first byte, bytes."""
+    def _place(self, row: int, tokens: int, name: str) -> tuple[Path, int, int]:
+        """Where what there is of a row's first tokens lies: file, first byte, bytes."""
         span = self._span(row)
         assert tokens <= span.length
         column = self._opened(span.shard)[name]
-        return span.shard, column.offset + span.start * column.bytes, tokens * column.bytes
+        start, count = (span.last, span.before(tokens)) if name in LAST.values() else (span.start, tokens)
+        return self._paths[span.shard], column.offset + start * column.bytes, count * column.bytes
 
     def _opened(self, shard: int) -> dict[str, Column]:
         if shard not in self._columns:
@@ -390,23 +349,13 @@ class ShardReader:
             self._columns[shard] = columns
         return self._columns[shard]
 
-    def _file(self, shard: int) -> OpenFile:
-        try:
-            return self._files(self._paths[shard])
-        except FileNotFoundError:
-            raise _missing(self._paths[shard]) from None
 
-    def _read(self, shard: int, offset: int, room: memoryview) -> None:
-        file = self._file(shard)
-        while room:
-            read = os.preadv(file.descriptor, [room], offset)
-            if not read:
-                raise _damaged(self._paths[shard], "it was cut off")
-            room, offset = room[read:], offset + read
+def _plain(span: Span) -> list[Any]:
+    return [span.start, span.length, span.last, span.ranges]
 
 
 def shard_layout(contract: Mapping[str, Any]) -> dict[str, tuple[torch.dtype, tuple[int, ...]]]:
-    """What a shard holds of one token, in the order in which it lies there: name, type and shape."""
+    """What a shard holds of one token, or place, in the order in which it lies there: name, type and shape."""
     states = layout(len(contract["layer_ids"]), contract["hidden_size"], contract["dtype"])
     return {"token_ids": (torch.int64, ()), **states}
 
@@ -420,16 +369,18 @@ def write_safetensors(path: Path, tensors: Mapping[str, list[torch.Tensor]], met
     """Write tensors, each given as pieces along its first axis, and return the sha256 of the file.
 
     Piece by piece, so that a shard is never in memory twice, and in the order given, so that the same rows are the same
-    bytes. Wider types have to come first: a tensor starts where the one before it ends.
+    bytes. Wider types have to come first: a tensor starts where the one before it ends. The `PAST` ones start at a
+    sector, if the length of a token's states allows, so that they can be read straight into their place.
     """
     header: dict[str, Any] = {"__metadata__": dict(metadata)}
-    end = 0
+    end, before = 0, 0
     for name, pieces in tensors.items():
         start, end = end, end + sum(piece.nbytes for piece in pieces)
         shape = [sum(len(piece) for piece in pieces), *pieces[0].shape[1:]]
         header[name] = {"dtype": DTYPES[pieces[0].dtype], "shape": shape, "data_offsets": [start, end]}
+        before = before if name in PAST else end
     text = json.dumps(header).encode()
-    text += b" " * (-len(text) % 8)
+    text += b" " * (-(8 + len(text) + before) % Reading.SECTOR)
     digest = hashlib.sha256()
     with path.open("wb") as file:
         for part in itertools.chain([len(text).to_bytes(8, "little"), text], *map(_bytes, tensors.values())):
@@ -464,8 +415,8 @@ class Column:
     """Of one token."""
 
 
-def _open(path: Path) -> tuple[dict[str, Any], list[list[int]], dict[str, Column]]:
-    """A shard's contract, its rows as [row, start, length], and its tensors; the file is as long as they say."""
+def _open(path: Path) -> tuple[dict[str, Any], list[list[Any]], dict[str, Column]]:
+    """A shard's contract, its rows as [row, and what `_plain` gives], its tensors; the file is as long as they say."""
     try:
         with path.open("rb") as file:
             length = int.from_bytes(file.read(8), "little")
@@ -475,25 +426,18 @@ def _open(path: Path) -> tuple[dict[str, Any], list[list[int]], dict[str, Column
             header = json.loads(file.read(length))
         head = json.loads(header.pop("__metadata__")["contract"])
         contract, rows = head["contract"], head["rows"]
-        tokens, end, columns = sum(row[2] for row in rows), 8 + length, {}
+        spans, columns, begin = [Span(0, *where) for _, *where in rows], {}, 0
+        tokens, places = sum(span.length for span in spans), sum(span.before(span.length) for span in spans)
         for name, (dtype, shape) in shard_layout(contract).items():
-            each = dtype.itemsize * math.prod(shape)
-            columns[name] = Column(8 + length + header[name]["data_offsets"][0], each)
-            if header[name]["dtype"] != DTYPES[dtype] or header[name]["shape"] != [tokens, *shape]:
-                raise ValueError(f"{name} is {header[name]}, of {tokens} tokens")
-            end = max(end, columns[name].offset + tokens * each)
-        if end != size:
-            raise ValueError(f"it has {size} bytes, {end} were expected")
+            each, count = dtype.itemsize * math.prod(shape), places if name in LAST.values() else tokens
+            end = begin + count * each
+            if header[name] != {"dtype": DTYPES[dtype], "shape": [count, *shape], "data_offsets": [begin, end]}:
+                raise ValueError(f"{name} is {header[name]}, of {count} tokens")
+            columns[name], begin = Column(8 + length + begin, each), end
+        if 8 + length + begin != size:
+            raise ValueError(f"it has {size} bytes, {8 + length + begin} were expected")
     except FileNotFoundError:
-        raise _missing(path) from None
+        raise missing(path) from None
     except (ValueError, KeyError, TypeError, IndexError, AttributeError) as error:
-        raise _damaged(path, str(error) if type(error) is ValueError else repr(error)) from None
+        raise damaged(path, str(error) if type(error) is ValueError else repr(error)) from None
     return contract, rows, columns
-
-
-def _missing(path: Path) -> ContractError:
-    return ContractError(f"{path} is missing", "extract the hidden states again")
-
-
-def _damaged(path: Path, why: str) -> ContractError:
-    return ContractError(f"{path} is damaged: {why}", "delete it and run the same command again")

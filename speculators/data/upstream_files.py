@@ -84,7 +84,8 @@ def histories(rows: Sequence[Sequence[int]], masks: Sequence[Sequence[int]]) -> 
 def export(tokens: Path, features: Path, directory: Path) -> int:
     """Write rows and states for upstream's trainer; returns the number of rows.
 
-    States in bfloat16, whatever they are stored in. A row whose last token has no state is one token shorter.
+    States in bfloat16, whatever they are stored in; the last layer's are 0 where they were not kept, which is where
+    upstream, too, multiplies what it makes of them by 0. A row whose last token has no state is one token shorter.
 
     Raises:
         ContractError: the states are not those of these tokens, or `directory` holds something.
@@ -112,7 +113,7 @@ def _exported(table: Any, reader: ShardReader, directory: Path) -> Iterator[dict
             raise ContractError(f"the states of row {number} are of other tokens", "name one run's two artifacts")
         path = states_path(directory, number)
         beside = path.with_name(f".{path.name}")
-        states = reader.states(number).to(torch.bfloat16).contiguous()
+        states = reader.states(number).to(torch.bfloat16).nan_to_num(nan=0.0)
         save_file({STATES: states, "token_ids": token_ids.contiguous()}, beside)
         os.replace(beside, path)
         cut = {name: row[name][:length] for name in ("input_ids", "loss_mask")}

@@ -83,7 +83,11 @@ class Pack:
     loss_mask: Tensor
     """bool [T]: the token is one that the target said."""
     states: Tensor
-    """[T, L, H], stored dtype: the target's states, the draft's layers in order and the last layer's output."""
+    """[T, A, H], stored dtype: the target's states, of the draft's layers in order."""
+    last: Tensor
+    """[U, H], stored dtype: the last layer's output, at the places where a prediction may ask for it."""
+    last_at: Tensor
+    """int64 [T]: of each of these places, the row of `last`; of others anything."""
     chosen: Tensor | None = None
     """bool [T]: where a draft that draws places may train from, if they were drawn for a larger pack that this one is
     a part of; the draft draws them itself if None."""

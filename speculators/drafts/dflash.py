@@ -249,7 +249,7 @@ class DFlashDraft(Draft):
 
     def _read(self, pack: Pack) -> Tensor:
         """What `fc` reads at every place [T, A * H]."""
-        return pack.states[:, :-1].flatten(1).float()
+        return pack.states.flatten(1).float()
 
     def _token(self, token_ids: Tensor) -> Tensor:
         """What the first layer reads of tokens at the beginning [T, H]."""
@@ -261,7 +261,7 @@ class DFlashDraft(Draft):
 
     def forward(self, pack: Pack) -> Predictions:
         at = self.layout(pack)
-        features = pack.states[at.context, :-1].flatten(1).to(self.fc.weight.dtype)
+        features = pack.states[at.context].flatten(1).to(self.fc.weight.dtype)
         context = self.hidden_norm(self.fc(features))
         hidden_RKH = self.norm(self._blocks(pack, at, context))
         count = at.valid.sum().clamp(min=1)

@@ -219,7 +219,7 @@ class Eagle3Draft(Draft):
 
     def _read(self, pack: Pack) -> Tensor:
         """What `fc` reads at every place [T, A * H]."""
-        return self._normed(pack.states[:, :-1].float())
+        return self._normed(pack.states.float())
 
     def _normed(self, states: Tensor) -> Tensor:
         """States of the target's layers [..., A, H] as `fc` reads them [..., A * H]."""
@@ -234,7 +234,7 @@ class Eagle3Draft(Draft):
 
     def forward(self, pack: Pack) -> Predictions:
         at = self.layout(pack)
-        state = self.fc(self._normed(pack.states[at.sources, :-1].to(self.fc.weight.dtype)))
+        state = self.fc(self._normed(pack.states[at.sources].to(self.fc.weight.dtype)))
         tokens = pack.token_ids[at.sources + 1]
         caches: list[KeyValues] = []
         hidden = []

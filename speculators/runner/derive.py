@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from speculators.config import Config, DFlash, Speculator
+from speculators.config import Config, DFlash, LastState, Speculator
 from speculators.errors import ContractError, RecipeError
 
 
@@ -55,7 +55,8 @@ def derive(config: Config, known: Facts) -> dict[str, Any]:
 
     `layer_ids`: target layers whose *input* the draft reads. `capture_layer_ids`: the same and, as the last, the state
     that leaves the last layer before the final norm, from which training computes the target's own distribution.
-    `states_dtype`: how answers' states are kept on their way to the shards.
+    `states_dtype`: how answers' states are kept on their way to the shards. `last_state`: where the last one's are kept
+    in them.
     """
     depth = known.num_hidden_layers
     layer_ids = config.speculator.layer_ids or default_layers(config.speculator, depth)
@@ -79,11 +80,19 @@ def derive(config: Config, known: Facts) -> dict[str, Any]:
             f"let speculator.heads be a multiple of speculator.key_value_heads; the target has {known.heads} and "
             f"{known.key_value_heads}",
         )
-    captured = [*layer_ids, depth]
+    captured, last = [*layer_ids, depth], config.extract.last_state
+    if last is LastState.auto:
+        last = LastState.everywhere if config.train.supervise_prompts else LastState.answers
+    elif last is LastState.answers and config.train.supervise_prompts:
+        raise RecipeError(
+            "extract.last_state=answers keeps nothing by which train.supervise_prompts could train on prompts",
+            "leave extract.last_state out, or set train.supervise_prompts=false",
+        )
     return {
         "layer_ids": list(layer_ids),
         "capture_layer_ids": captured,
         "states_dtype": config.extract.dtype.name,
+        "last_state": last.name,
     }
 
 
@@ -117,6 +126,6 @@ def max_model_len(config: Config) -> int:
 
 
 def feature_bytes_per_token(config: Config, known: Facts) -> int:
-    """Bytes of hidden states stored for one token."""
+    """Bytes of hidden states stored for one token, at most: of those whose last state is kept, too."""
     width, scale = {"float32": (4, 0), "float8_e4m3fn": (1, 2)}.get(config.extract.dtype.name, (2, 0))
     return len(derive(config, known)["capture_layer_ids"]) * (known.hidden_size * width + scale)

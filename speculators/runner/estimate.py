@@ -19,6 +19,8 @@ from speculators.runner.store import Store, free_bytes
 
 PREFILLING = {"extract": "tokens_per_second", "train": "prefill_tokens_per_second"}
 """What stages say in their records about how fast they had the target run over their tokens."""
+ANSWERING = {"regenerate": "tokens_per_second"}
+"""... and about how fast it answered, which takes longer a token."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -43,7 +45,10 @@ class Needs:
     """Tokens that the target is run over for their hidden states alone, about; an answer's, taken while it is given,
     do not count. Where training draws them from a server, over all epochs."""
     prefill_seconds: float = 0.0
-    """For them, at the speed of the last extraction from this target; 0 if there was none."""
+    """For them, at the speed of the last extraction from this target, or else of its last answers; 0 if there were
+    none."""
+    prefill_at_most: bool = False
+    """It was that of answers."""
     splits: dict[str, Split] = field(default_factory=dict)
     """How training shares the machine with the server that it draws from, by stage."""
     store: str = ""
@@ -100,13 +105,15 @@ def estimate(planner: Planner, steps: Mapping[str, Step]) -> Needs:
     keeping = [s for s in open_steps if s.node.keeps_states]
     storing = [*(packing if first.node.part is not None else [first]), *keeping]
     written = sum(upkeep.size(planner.store.work(s.node.kind, s.key)) for s in storing if s.key)
-    speed = _prefill_speed(planner, steps)
+    measured = _speed(planner, steps, PREFILLING)
+    speed = measured or _speed(planner, steps, ANSWERING)
     return replace(
         needs,
         feature_tokens=stored,
         feature_bytes=max(0, (1 + len(keeping)) * stored * each - written),
         prefill_tokens=prefilled,
         prefill_seconds=prefilled / speed if speed else 0.0,
+        prefill_at_most=bool(speed and not measured),
     )
 
 
@@ -190,11 +197,11 @@ def _tokens(planner: Planner, tokens: Step) -> int:
     return (planner.config.prompts.count or 0) * planner.config.train.sequence_length
 
 
-def _prefill_speed(planner: Planner, steps: Mapping[str, Step]) -> float:
+def _speed(planner: Planner, steps: Mapping[str, Step], telling: Mapping[str, str]) -> float:
     """Tokens a second, as the newest artifact says that had this target run in this type; 0 if there is none."""
     said = [
         (str(artifact.provenance.get("finished", "")), float(artifact.record.get(name) or 0.0))
-        for stage, name in PREFILLING.items()
+        for stage, name in telling.items()
         for artifact in planner.store.artifacts(stage)
         if artifact.record.get(name)
         and artifact.preimage["inputs"].get(TARGET) == steps[TARGET].digest

@@ -74,11 +74,11 @@ KINDS: dict[str, Kind] = {
     ),
     "vocab": Kind(version=1, gives=("vocabulary",), takes={"tokens": "tokens"}, reads=("vocab",)),
     "extract": Kind(
-        version=2,
+        version=3,
         gives=("features",),
         takes={"tokens": "tokens"},
         reads=("extract", "target.dtype", *GATE),
-        derived=("layer_ids", "capture_layer_ids"),
+        derived=("layer_ids", "capture_layer_ids", "last_state"),
         serve="extract",
     ),
     "adopt_tokens": Kind(
@@ -90,20 +90,20 @@ KINDS: dict[str, Kind] = {
         adopts=True,
     ),
     "adopt_states": Kind(
-        version=1,
+        version=2,
         gives=("features",),
         takes={"tokens": "tokens"},
         reads=("extract", "target.dtype"),
-        derived=("layer_ids", "capture_layer_ids"),
+        derived=("layer_ids", "capture_layer_ids", "last_state"),
         datasets="data",
         adopts=True,
     ),
     "collect": Kind(
-        version=2,
+        version=3,
         gives=("features",),
         takes={"tokens": "tokens", "states": "states"},
         reads=("extract", "target.dtype"),
-        derived=("layer_ids", "capture_layer_ids"),
+        derived=("layer_ids", "capture_layer_ids", "last_state"),
     ),
     "train": Kind(
         version=4,

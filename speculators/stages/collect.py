@@ -19,7 +19,7 @@ from speculators.errors import ContractError
 from speculators.job import Job
 from speculators.targets.fidelity import write_picks
 from speculators.targets.readings import Pick
-from speculators.targets.states import states_writer
+from speculators.targets.states import last_places, states_writer
 
 
 def main(job: Job) -> None:
@@ -40,8 +40,9 @@ def main(job: Job) -> None:
                     "use `pipeline=offline`, which runs the target over the rows themselves",
                 )
             found = load_file(job.inputs["states"] / "states" / turn["states"])
-            length = len(row["input_ids"])
-            writer.add(number, found["token_ids"][:length], decode(found)[:length])
+            length = min(len(row["input_ids"]), len(found["token_ids"]))
+            last = last_places(job, row["loss_mask"])[:length]
+            writer.add(number, found["token_ids"][:length], decode(found)[:length], last)
             job.progress(number + 1, len(tokens), "rows")
     writer.close()
     job.digests_written |= writer.digests

@@ -23,7 +23,8 @@ from safetensors.torch import load_file
 
 from speculators.config import Device, DFlash, Eagle3
 from speculators.data.cache import StatesCache
-from speculators.data.shards import ShardReader, check_contract, feature_contract, larger_than_memory
+from speculators.data.reading import larger_than_memory
+from speculators.data.shards import ANSWERS, EVERYWHERE, ShardReader, check_contract, feature_contract
 from speculators.drafts import DRAFTS
 from speculators.drafts.base import Vocabulary
 from speculators.errors import ContractError, RecipeError, closest
@@ -118,6 +119,7 @@ def read(job: Job, target: TargetCheckpoint, ranks: Ranks) -> Shards:
         "layer_ids": job.derived["capture_layer_ids"],
         "hidden_size": target.hidden_size,
         "normed": False,
+        **({"last_state": EVERYWHERE} if job.config.train.supervise_prompts else {}),
     }
     check_contract(features.contract, wanted)
     if ranks.first:
@@ -139,6 +141,7 @@ def drawn(job: Job, target: TargetCheckpoint, ranks: Ranks) -> Feed:
         hidden_size=target.hidden_size,
         compute=getattr(torch, compute),
         stored=stored,
+        everywhere=options.supervise_prompts,
     )
     cache = None
     if options.states_disk_gib > 0:
@@ -149,6 +152,7 @@ def drawn(job: Job, target: TargetCheckpoint, ranks: Ranks) -> Feed:
             compute_dtype=compute,
             layer_ids=layer_ids,
             hidden_size=target.hidden_size,
+            last_state=EVERYWHERE if shape.everywhere else ANSWERS,
         )
         kept = job.scratch / ("states" if ranks.first else f"states-{ranks.rank}")
         cache = StatesCache(kept, contract, int(options.states_disk_gib * GIB / ranks.size))

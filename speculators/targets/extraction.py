@@ -26,7 +26,15 @@ from speculators.job import Job, write_json
 from speculators.targets import fidelity
 from speculators.targets.client import Client
 from speculators.targets.handover import StatesFile
-from speculators.targets.states import SKIPPED, BadRows, check_states, read_skipped, states_contract, states_writer
+from speculators.targets.states import (
+    SKIPPED,
+    BadRows,
+    check_states,
+    last_places,
+    read_skipped,
+    states_contract,
+    states_writer,
+)
 
 RECORD = "record.json"
 """What a part says about itself, beside its shards."""
@@ -66,6 +74,7 @@ async def _run(job: Job, tokens: Dataset, rows: range, writer: ShardWriter) -> i
     start, done, seen = time.monotonic(), 0, 0
     async with client:
         gate = await fidelity.open_gate(job, client, tokens, writer.done | set(bad.reasons), rows)
+        asked = {row: [position] for row, position in fidelity.places(tokens["seq_len"])}
 
         async def work(row: int) -> tuple[int, list[int], StatesFile | RunError]:
             sent = list(tokens[row]["input_ids"])
@@ -80,7 +89,7 @@ async def _run(job: Job, tokens: Dataset, rows: range, writer: ShardWriter) -> i
                     raise file
                 token_ids, states = file.take()
                 check_states(f"row {row}", sent, token_ids, states, compute)
-                writer.add(row, token_ids, states)
+                writer.add(row, token_ids, states, last_places(job, tokens[row]["loss_mask"], asked.get(row, ())))
             except RunError as error:
                 bad.leave_out(row, error, seen)
                 gate.leave_out(row)
@@ -129,7 +138,7 @@ def join(job: Job, tokens: Dataset, parts: Sequence[Path]) -> None:
     job.output.mkdir()
     wanted = states_contract(job)
     shards: list[dict[str, str]] = []
-    rows: dict[str, list[int]] = {}
+    rows: dict[str, list[Any]] = {}
     picks, skipped = [], dict[int, str]()
     for part in parts:
         index = json.loads((part / INDEX).read_text())
@@ -139,7 +148,7 @@ def join(job: Job, tokens: Dataset, parts: Sequence[Path]) -> None:
             name = shard_name(len(shards))
             _link(part / shard["file"], job.output / name)
             shards.append({"file": name, "sha256": shard["sha256"]})
-        rows |= {row: [before + shard, start, length] for row, (shard, start, length) in index["rows"].items()}
+        rows |= {row: [before + shard, *where] for row, (shard, *where) in index["rows"].items()}
         picks += fidelity.read_picks(part)
         skipped |= read_skipped(part)
     missing = set(range(len(tokens))) - set(map(int, rows)) - set(skipped)

@@ -55,7 +55,10 @@ def compare(
         return Seen(note=f"transformers does not run the target: {type(error).__name__}: {error}")
     # [rows, L, layers + 1] and then the median over everything but the layers: a first token is like no other
     off = torch.cat([_differences(states, truth) for (_, states), truth in zip(samples, references, strict=True)])
-    off = off.median(0).values
+    off = off.nanmedian(0).values
+    # The last layer's output may have been kept at none of these tokens.
+    known = [place for place in range(len(layer_ids)) if not off[place].isnan().any()]
+    off, layer_ids = off[known], [layer_ids[place] for place in known]
     nearest = off.argmin(-1)
     wrong = [
         (asked, int(found))

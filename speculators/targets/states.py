@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from speculators.config import OnBadRow
-from speculators.data.shards import ShardWriter, feature_contract
+from speculators.data.shards import EVERYWHERE, ShardWriter, feature_contract
+from speculators.data.token_table import asked_for
 from speculators.errors import ContractError, RunError, StageError
 from speculators.job import Job, write_json
 
@@ -95,6 +96,15 @@ def states_writer(job: Job) -> ShardWriter:
     return ShardWriter(job.output, states_contract(job), job.config.extract.shard_tokens)
 
 
+def last_places(job: Job, loss_mask: Sequence[int], asked: Iterable[int] = ()) -> torch.Tensor:
+    """Where such a stage keeps the last layer of a row, bool [T]; also where the server was asked for its pick."""
+    if job.derived["last_state"] == EVERYWHERE:
+        return torch.ones(len(loss_mask), dtype=torch.bool)
+    places = torch.from_numpy(asked_for(loss_mask))
+    places[list(asked)] = True
+    return places
+
+
 def states_contract(job: Job) -> dict[str, Any]:
     """What the hidden states are that such a stage makes."""
     return feature_contract(
@@ -104,6 +114,7 @@ def states_contract(job: Job) -> dict[str, Any]:
         compute_dtype=job.config.target.dtype.name,
         layer_ids=job.derived["capture_layer_ids"],
         hidden_size=hidden_size(job.inputs["target"]),
+        last_state=job.derived["last_state"],
     )
 
 

@@ -1,42 +1,42 @@
 """Ahead: what is wanted next is made while what came before it is used, in memory that is used again.
 
-One thread makes one thing at a time, in the order in which they are expected, and no more of them than are asked for
-ahead: so what is made does not depend on which side is faster, and memory is bounded by what is in flight.
+They are begun in the order in which they are expected, a thread for each, and no more of them than are asked for ahead:
+so what is made does not depend on which side is faster, and memory is bounded by what is in flight.
 """
 
 from __future__ import annotations
 
-import contextlib
 import math
-import mmap
 import threading
 import weakref
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
-from typing import Any, Generic, TypeVar
+from typing import Generic, TypeVar
 
 import numpy as np
 import numpy.typing as npt
 import torch
+
+from speculators.data.reading import pages
 
 Item = TypeVar("Item")
 Made = TypeVar("Made")
 
 
 class Ahead(Generic[Item, Made]):
-    """Calls `make` on items before they are taken; the thread starts with the first one that is.
+    """Calls `make` on items before they are taken; the first thread starts with the first one that is.
 
-    What goes wrong in the thread is raised when the item is taken that it went wrong with.
+    What goes wrong in a thread is raised when the item is taken that it went wrong with.
 
     Args:
-        make: called in the thread.
-        most: items that are made before anybody has taken them.
+        make: called in a thread.
+        most: items that are made before anybody has taken them, and at the same time.
     """
 
     def __init__(self, make: Callable[[Item], Made], most: int = 1) -> None:
         self._make, self._most = make, most
-        self._thread = ThreadPoolExecutor(1, thread_name_prefix="ahead")
+        self._threads = ThreadPoolExecutor(most, thread_name_prefix="ahead")
         self._begun: deque[tuple[Item, Future[Made]]] = deque()
         self._coming: deque[Item] = deque()
 
@@ -60,20 +60,20 @@ class Ahead(Generic[Item, Made]):
         else:
             if self._coming and self._coming[0] == item:
                 self._coming.popleft()
-            made = self._thread.submit(self._make, item)
+            made = self._threads.submit(self._make, item)
         while self._coming and len(self._begun) < self._most:
             following = self._coming.popleft()
-            self._begun.append((following, self._thread.submit(self._make, following)))
+            self._begun.append((following, self._threads.submit(self._make, following)))
         return made.result()
 
     def stop(self) -> None:
         """Begin nothing more."""
         self._coming.clear()
-        self._thread.shutdown(wait=False, cancel_futures=True)
+        self._threads.shutdown(wait=False, cancel_futures=True)
 
     def join(self) -> None:
-        """Wait until the thread has ended."""
-        self._thread.shutdown()
+        """Wait until the threads have ended."""
+        self._threads.shutdown()
         self._begun.clear()
 
 
@@ -88,22 +88,29 @@ class Buffers:
 
     SMALL = 1 << 20
     """Bytes; less than that is not kept."""
+    APART = 4096
+    """Bytes; each tensor begins with a page, which a disk can write to."""
 
     def __init__(self, pinned: bool = False) -> None:
         self._pinned = pinned
         self._free: list[npt.NDArray[np.uint8]] = []
         self._choosing = threading.Lock()
 
-    def empty(self, dtype: torch.dtype, shape: Sequence[int]) -> torch.Tensor:
-        """A tensor on the CPU that holds anything."""
-        size = math.prod(shape) * dtype.itemsize
-        if size < self.SMALL:
-            return torch.empty(*shape, dtype=dtype)
-        block = self._block(size)
+    def empty(self, wanted: Mapping[str, tuple[torch.dtype, Sequence[int]]]) -> dict[str, torch.Tensor]:
+        """Tensors on the CPU that hold anything, by name; together they take one piece of memory."""
+        sizes = {name: math.prod(shape) * dtype.itemsize for name, (dtype, shape) in wanted.items()}
+        room = sum(-(-size // self.APART) * self.APART for size in sizes.values())
+        if room < self.SMALL:
+            return {name: torch.empty(*shape, dtype=dtype) for name, (dtype, shape) in wanted.items()}
+        block, begin, made = self._block(room), 0, {}
         # A tensor made of an array keeps the array, and what is made of the tensor does too.
-        lent = block[:size]
+        lent = block[:room]
         weakref.finalize(lent, self._free.append, block).atexit = False
-        return torch.from_numpy(lent).view(dtype).view(*shape)
+        whole = torch.from_numpy(lent)
+        for name, (dtype, shape) in wanted.items():
+            made[name] = whole[begin : begin + sizes[name]].view(dtype).view(tuple(shape))
+            begin += -(-sizes[name] // self.APART) * self.APART
+        return made
 
     def _block(self, size: int) -> npt.NDArray[np.uint8]:
         with self._choosing:
@@ -116,7 +123,4 @@ class Buffers:
         if self._pinned:
             pinned: npt.NDArray[np.uint8] = torch.empty(size, dtype=torch.uint8, pin_memory=True).numpy()
             return pinned
-        memory: Any = mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
-        with contextlib.suppress(OSError):  # a kernel without huge pages
-            memory.madvise(mmap.MADV_HUGEPAGE)
-        return np.frombuffer(memory, dtype=np.uint8)
+        return pages(size)

@@ -2,7 +2,7 @@
 
 Where states come from is a `Source`: the shards of an artifact (`Shards`), or a live server (`training.feed`). Which
 batches there are depends on the tokens and the seed alone, so it is the same for all sources that cover whole rows.
-While one batch is trained on, a thread reads the next (`training.ahead`), into memory that is used again.
+While one batch is trained on, threads read the next ones (`training.ahead`), into memory that is used again.
 
 Every row of the table has to have its states, but for those that extraction left out and named, and the states have
 to be of the row's own tokens. Neither is assumed: a row that does not fit stops the training, since leaving it out
@@ -26,7 +26,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from speculators.data.encoding import decode
+from speculators.data.encoding import LAST, decode, last_of
 from speculators.data.packing import Piece, held_out, pieces
 from speculators.data.shards import ShardReader
 from speculators.data.token_table import TokenTable
@@ -42,9 +42,12 @@ Parts = Sequence[tuple[int, int]]
 class Source(Protocol):
     """Hidden states by row of the token table."""
 
+    at_once: int
+    """Batches that may be filled at the same time."""
+
     @property
     def layout(self) -> Mapping[str, tuple[torch.dtype, tuple[int, ...]]]:
-        """What there is of one token, as `data.encoding` encodes it, by name: its type, and its shape."""
+        """What `data.encoding` keeps of one token, and in `LAST` of one place, by name: its type, and its shape."""
 
     def lengths(self, whole: Sequence[int]) -> dict[int, int]:
         """How many tokens of each row have states; `whole` are the rows' lengths in tokens.
@@ -52,6 +55,9 @@ class Source(Protocol):
         Raises:
             ContractError: not all rows have states.
         """
+
+    def last_places(self, row: int, tokens: int) -> npt.NDArray[np.bool_]:
+        """A row's first tokens, true where there is what leaves the last layer."""
 
     def expect(self, batches: Sequence[Sequence[int]]) -> None:
         """From now on the rows will be asked for in this order, a batch at a time. Replaces what was said before."""
@@ -62,7 +68,7 @@ class Source(Protocol):
         Args:
             parts: of the batch.
             token_ids: of all parts, which the states have to be of.
-            into: contiguous tensors by name, as `layout` has them, of as many tokens.
+            into: contiguous tensors by name, as `layout` has them, of as many tokens or places of the last layer.
 
         Raises:
             ContractError: they are of other tokens.
@@ -78,6 +84,9 @@ FAR_BYTES = 64 << 20
 
 class Shards:
     """States that an artifact holds. Nothing has to be waited for but the disk."""
+
+    at_once = 2
+    """Or the disk would wait while the end of one batch is looked at, and the beginning of the next."""
 
     def __init__(self, reader: ShardReader) -> None:
         self.reader = reader
@@ -111,6 +120,10 @@ class Shards:
                 )
         return self._lengths
 
+    def last_places(self, row: int, tokens: int) -> npt.NDArray[np.bool_]:
+        """See `Source`."""
+        return self.reader.last_places(row, tokens)
+
     def expect(self, batches: Sequence[Sequence[int]]) -> None:
         """See `Source`."""
         with self._telling:
@@ -119,10 +132,12 @@ class Shards:
 
     def fill(self, parts: Parts, token_ids: npt.NDArray[np.int64], into: Mapping[str, Tensor]) -> None:
         """See `Source`."""
+        rows = [row for row, _ in parts]
         with self._telling:
-            if self._expected and self._expected[0] == [row for row, _ in parts]:
-                self._expected.popleft()
-                self._asked.popleft()
+            for place in range(min(self.at_once, len(self._asked))):
+                if self._expected[place] == rows:
+                    del self._expected[place], self._asked[place]
+                    break
             self._tell()
         found = np.empty_like(token_ids)
         self.reader.fill(parts, {**into, "token_ids": torch.from_numpy(found)})
@@ -163,7 +178,7 @@ class Corpus:
         self._device = torch.device("cpu")
         self._buffers = Buffers()
         self._stream: torch.cuda.Stream | None = None
-        self._ahead: Ahead[list[Piece], Read] = Ahead(self._read)
+        self._ahead: Ahead[list[Piece], Read] = Ahead(self._read, source.at_once)
 
     def split(self, share: float) -> tuple[list[int], list[int]]:
         """Rows to train on, and rows to validate on: about `share` of the conversations."""
@@ -197,18 +212,16 @@ class Corpus:
         """
         self._to(device)
         found = self.read(wanted)
-        encoded, out = found.encoded, None
         if self._stream is not None:
-            for tensor in (found.token_ids, found.loss_mask, *encoded.values()):
+            for tensor in (found.token_ids, found.loss_mask, found.last_at, *found.encoded.values()):
                 tensor.record_stream(torch.cuda.current_stream(device))
-        elif "scales" in encoded:
-            out = self._buffers.empty(torch.bfloat16, encoded["states"].shape)
         return Pack(
             rows=[piece.row for piece in wanted],
             lengths=[piece.end for piece in wanted],
             token_ids=found.token_ids,
             loss_mask=found.loss_mask,
-            states=decode(encoded, out),
+            **self._decoded(found.encoded),
+            last_at=found.last_at,
         )
 
     def read(self, wanted: Sequence[Piece]) -> Read:
@@ -234,6 +247,15 @@ class Corpus:
     def _supervised(self, row: int, begin: int, end: int) -> npt.NDArray[np.bool_]:
         return np.ones(end - begin, np.bool_) if row in self._whole else self.table.loss_mask(row)[begin:end] != 0
 
+    def _decoded(self, encoded: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        out: dict[str, Tensor] = {}
+        if self._stream is None and "scales" in encoded:
+            out = self._buffers.empty({name: (torch.bfloat16, encoded[name].shape) for name in ("states", "last")})
+        return {
+            "states": decode(encoded, out.get("states")),
+            "last": decode(last_of(encoded), out.get("last")),
+        }
+
     def _to(self, device: torch.device) -> None:
         """Where packs are wanted from now on."""
         if device != self._device:
@@ -241,25 +263,40 @@ class Corpus:
             self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None
 
     def _read(self, wanted: list[Piece]) -> Read:
-        """In the thread that reads ahead."""
+        """In a thread that reads ahead."""
         parts = [(piece.row, piece.end) for piece in wanted]
         total = sum(piece.end for piece in wanted)
         token_ids, loss_mask = np.empty(total, dtype=np.int64), np.zeros(total, dtype=np.bool_)
+        last = np.concatenate([self.source.last_places(row, tokens) for row, tokens in parts])
         begin = 0
         for piece in wanted:
             token_ids[begin : begin + piece.end] = self.table.token_ids(piece.row)[: piece.end]
             supervised = self._supervised(piece.row, piece.begin, piece.end)
             loss_mask[begin + piece.begin : begin + piece.end] = supervised
             begin += piece.end
-        encoded = {n: self._buffers.empty(dtype, (total, *each)) for n, (dtype, each) in self.source.layout.items()}
+        if (loss_mask & ~last).any():
+            raise ContractError(
+                f"what leaves the last layer was not kept where rows {self.name([row for row, _ in parts])} are "
+                "supervised",
+                "extract the hidden states again, with extract.last_state=everywhere",
+            )
+        places = int(last.sum())
+        encoded = self._buffers.empty(
+            {
+                name: (dtype, (places if name in LAST.values() else total, *each))
+                for name, (dtype, each) in self.source.layout.items()
+            }
+        )
         self.source.fill(parts, token_ids, encoded)
-        read = Read(torch.from_numpy(token_ids), torch.from_numpy(loss_mask), encoded)
+        last_at = np.maximum(last.cumsum() - 1, 0)
+        read = Read(torch.from_numpy(token_ids), torch.from_numpy(loss_mask), torch.from_numpy(last_at), encoded)
         if self._stream is None:
             return read
         with torch.cuda.stream(self._stream):
             moved = Read(
                 read.token_ids.to(self._device, non_blocking=True),
                 read.loss_mask.to(self._device, non_blocking=True),
+                read.last_at.to(self._device, non_blocking=True),
                 {name: tensor.to(self._device, non_blocking=True) for name, tensor in encoded.items()},
             )
         self._stream.synchronize()  # then what was copied can be used again
@@ -272,4 +309,6 @@ class Read:
 
     token_ids: Tensor
     loss_mask: Tensor
+    last_at: Tensor
+    """See `Pack`."""
     encoded: dict[str, Tensor]

@@ -26,8 +26,8 @@ from torch import Tensor
 
 from speculators.config import Extract
 from speculators.data.cache import StatesCache
-from speculators.data.encoding import bytes_per_token, copy_first, encode, layout
-from speculators.data.token_table import TokenTable
+from speculators.data.encoding import LAST, bytes_each, copy_first, encode, layout, sift
+from speculators.data.token_table import TokenTable, asked_for
 from speculators.errors import ContractError, ServiceError
 from speculators.job import Endpoint
 from speculators.targets.client import Client
@@ -46,11 +46,13 @@ class Shape:
     """What the target computes in, and so what the server sends."""
     stored: str
     """What they are kept in, in memory and on disk."""
+    everywhere: bool
+    """The last layer's are kept of all tokens, and not only where an answer is predicted."""
 
-    @property
-    def bytes(self) -> int:
-        """Of one token in memory."""
-        return bytes_per_token(self.layers, self.hidden_size, self.stored) - torch.int64.itemsize
+    def bytes(self, tokens: int, places: int) -> int:
+        """Of a row in memory, with so many places of the last layer."""
+        each, last = bytes_each(self.layers, self.hidden_size, self.stored)
+        return tokens * each + places * last
 
 
 class Feed:
@@ -66,6 +68,9 @@ class Feed:
         cache: where rows are kept on disk, if they are.
     """
 
+    at_once = 1
+    """In their order: the window knows which is wanted next."""
+
     def __init__(
         self, endpoint: Endpoint, tokens: Path, shape: Shape, options: Extract, *, memory: int, ahead: int,
         cache: StatesCache | None,
@@ -78,7 +83,8 @@ class Feed:
         self.layout = layout(shape.layers, shape.hidden_size, shape.stored)
         self._table = TokenTable(tokens)
         lengths = self.lengths(self._table.lengths)
-        self._window = Window({row: length * shape.bytes for row, length in lengths.items()}, memory, ahead)
+        sizes = {row: shape.bytes(n, int(self.last_places(row, n).sum())) for row, n in lengths.items()}
+        self._window = Window(sizes, memory, ahead)
         self._endpoint, self._options, self._cache = endpoint, options, cache
         self._changed = threading.Condition()
         """Guards everything that both threads touch."""
@@ -101,6 +107,12 @@ class Feed:
     def lengths(self, whole: Sequence[int]) -> dict[int, int]:
         """Every row is prefilled whole."""
         return dict(enumerate(whole))
+
+    def last_places(self, row: int, tokens: int) -> npt.NDArray[np.bool_]:
+        """See `corpus.Source`."""
+        if self.shape.everywhere:
+            return np.ones(tokens, np.bool_)
+        return asked_for(self._table.loss_mask(row))[:tokens]
 
     def expect(self, batches: Sequence[Sequence[int]]) -> None:
         """See `corpus.Source`."""
@@ -130,16 +142,17 @@ class Feed:
             found = {row: self._window.held.get(row) for row in wanted}
             self._window.used()
         self._tell()
-        begin = 0
+        begin = first = 0
         for row, tokens in parts:
-            place = {name: tensor[begin : begin + tokens] for name, tensor in into.items()}
+            end, behind = begin + tokens, first + int(self.last_places(row, tokens).sum())
+            place = {n: t[first:behind] if n in LAST.values() else t[begin:end] for n, t in into.items()}
             held = found[row]
             if held is not None:
                 copy_first(held, place)
             else:
                 assert self._cache is not None
                 self._cache.fill(row, place)
-            begin += tokens
+            begin, first = end, behind
 
     def close(self) -> None:
         """Ask for nothing more, and seal what the cache has not sealed."""
@@ -243,13 +256,14 @@ class Feed:
                 f"the states of row {row} are {list(states.shape)}, {wanted} was expected",
                 "the server does not capture the layers of this recipe; is `serve.url` a server of another run?",
             )
-        encoded = encode(f"row {row}", states, self.shape.stored)
+        last = torch.from_numpy(self.last_places(row, len(sent)))
+        sifted = sift(encode(f"row {row}", states, self.shape.stored), last)
         kept = False
         if self._cache is not None:
             with self._adding:
-                kept = self._cache.add(row, token_ids, encoded)
+                kept = self._cache.add(row, token_ids, sifted, last)
         with self._changed:
-            self._window.arrived(row, None if kept else encoded)
+            self._window.arrived(row, None if kept else sifted)
             self.prefilled_rows += 1
             self.prefilled_tokens += len(sent)
             self._changed.notify_all()

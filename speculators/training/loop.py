@@ -280,6 +280,8 @@ class Loop:
                 token_ids=torch.zeros_like(mask, dtype=torch.int64),
                 loss_mask=mask,
                 states=torch.empty(len(mask), 0, 0, device=self.device),
+                last=torch.empty(0, 0, device=self.device),
+                last_at=torch.zeros_like(mask, dtype=torch.int64),
             )
         )
 
@@ -293,9 +295,9 @@ class Loop:
         """`whole`: of all packs of a step that is divided."""
         with self._autocast():
             predictions = self.draft(pack)
-            last, head = pack.states[:, -1], self.draft.lm_head.weight
+            asked = replace(predictions, target=pack.last_at[predictions.target])
             outcome = distill(
-                predictions, last, head, self.teacher, self.draft.loss,
+                asked, pack.last, self.draft.lm_head.weight, self.teacher, self.draft.loss,
                 counts=None if whole is None else whole.counts, regression=self.draft.regression,
             )  # fmt: skip
             return predictions, outcome

@@ -80,8 +80,8 @@ def distill(
     """The loss of every prediction over the draft's vocabulary, weighted and summed.
 
     Args:
-        predictions: of one pack.
-        last: the target's states before the final norm, of every place in the pack [T, H].
+        predictions: of one pack; their `target` says which of `last`.
+        last: the target's states before the final norm [U, H].
         head: the draft's head [V, H], float32; gets a gradient if it wants one.
         teacher: gives the distributions to match.
         loss: what is asked of a prediction; several with their weights.

@@ -58,7 +58,10 @@ def _states(needs: estimate.Needs) -> list[str]:
         bytes_, free = ui.size(needs.feature_bytes), ui.size(needs.free_bytes)
         said.append(f"hidden states: at most {needs.feature_tokens:,} tokens, {bytes_}; free in the store: {free}")
     if needs.prefill_tokens:
-        took = f", {ui.duration(needs.prefill_seconds)} at the last speed" if needs.prefill_seconds else ""
+        took = "; how long that takes is known when this target has run"
+        if needs.prefill_seconds:
+            how = "as fast as it answered, at most" if needs.prefill_at_most else "at the last speed"
+            took = f", {ui.duration(needs.prefill_seconds)} {how}"
         said.append(f"to be prefilled for them: about {needs.prefill_tokens:,} tokens{took}")
     for stage, split in needs.splits.items():
         said.append(f"{stage} and the server that it draws from: {split.training} and {split.server} {split.unit}"

@@ -39,13 +39,19 @@ def load(directory: Path, target: Any) -> Draft:
 
 
 def pack(target: Any, prompt: list[int], answer: list[int], layer_ids: list[int]) -> Pack:
-    """One answer with the target's states of it; the last layer's are not looked at, since nothing is trained."""
+    """One answer with the target's states of it; without the last layer's, since nothing is trained."""
     ids = torch.tensor(prompt + answer)
     states = target.model(ids[None], output_hidden_states=True, use_cache=False).hidden_states
     picked = [states[layer][0] for layer in layer_ids]
     mask = torch.arange(len(ids)) >= len(prompt)
     return Pack(
-        rows=[0], lengths=[len(ids)], token_ids=ids, loss_mask=mask, states=torch.stack([*picked, picked[-1]], dim=1)
+        rows=[0],
+        lengths=[len(ids)],
+        token_ids=ids,
+        loss_mask=mask,
+        states=torch.stack(picked, dim=1),
+        last=torch.empty(0, picked[0].shape[-1]),
+        last_at=torch.zeros_like(ids),
     )
 
 

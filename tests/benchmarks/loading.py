@@ -15,13 +15,13 @@ The same rows in the same random batches of about 4096 tokens, in these ways:
     shards 8   the same in float8, decoded on the CPU
     encoded 8  the same as far as the CPU has to go where there is a GPU, which decodes
 
-The bound. A token has L * H * 2 bytes in bfloat16 (here 4608), half of that in float8. Each byte has to be copied once
-out of the page cache, so warm the bound is the speed of one core's copying (`--bound` measures it: 6 to 12 GB/s here,
-as other work allows, 1.3 to 2.6 million tokens/s). `shards` takes 1.3 times as long, `files` 3 times: fresh memory
-costs as much again, since its pages are zeroed when they are touched first, bytes are copied twice, and every file is
-opened, mapped, its header parsed. Float8 adds passes over the decoded values, 7 ms a batch here. Cold the bound is the
-disk, 0.5 to 1.6 GB/s through the page cache here when 1.4 MB are read at random and several at a time: 0.1 to 0.35
-million tokens/s, and twice that in float8.
+The bound, which `--bound` measures. A token has L * H * 2 bytes in bfloat16 (here 4608), half of that in float8. Each
+byte has to be copied once out of the page cache, so warm the bound is the speed at which cores copy, 6 to 12 GB/s for
+one here, as other work allows, 1.3 to 2.6 million tokens/s; several readers use several, where they have nothing else
+to do. `files` copies into fresh memory, whose pages are zeroed when they are touched first, copies twice, and opens and
+maps every file. Float8 adds passes over the decoded values, 7 ms a batch here. Cold the bound is the disk: through the
+page cache 0.5 to 1.6 GB/s here, past it 2 to 3 GB/s. States of which a token is whole sectors (`--width 512`) are read
+straight into the batch then, others by way of one copy more.
 
 Warm is every epoch but the first one. Cold means that the kernel has been told to forget the files (`posix_fadvise`),
 which it does where nothing maps them and the disk is no memory itself. The median and the best of the rounds are
@@ -50,6 +50,7 @@ from safetensors.torch import load_file, save_file
 sys.path.insert(0, str(Path(__file__).parents[2]))
 
 from speculators.data.packing import Piece, training_batches
+from speculators.data.reading import Reading, pages
 from speculators.data.shards import ShardReader, ShardWriter, feature_contract
 from speculators.data.token_table import TokenTable, save_table, write_table
 from speculators.training.corpus import Corpus, Shards
@@ -208,6 +209,19 @@ def bound() -> float:
     return (1 << 26) / best / 1e9
 
 
+def disk(directory: Path) -> float:
+    """GB/s at which a set's files are read past the page cache, one after the other, at best."""
+    reading, best = Reading(past=True), 0.0
+    files = [(path, path.stat().st_size // Reading.PAGE * Reading.PAGE) for path in sorted(directory.glob("shard-*"))]
+    room = pages(max(size for _, size in files))
+    for _ in range(5):
+        began = time.perf_counter()
+        for path, size in files:
+            reading.read([(path, 0, room[:size])])
+        best = max(best, sum(size for _, size in files) / (time.perf_counter() - began) / 1e9)
+    return best
+
+
 def own_mib() -> float:
     """Memory of this process that no file backs."""
     return int(Path("/proc/self/status").read_text().split("RssAnon:")[1].split()[0]) / 1024
@@ -246,6 +260,8 @@ def main() -> None:
     with tempfile.TemporaryDirectory(dir=options.directory) as made:
         root = Path(made)
         write(root, ids, options.layers, options.width)
+        if options.bound:
+            print(f"the disk: {disk(root / 'shards'):.1f} GB/s")
         opened = {name: way(root, PLACES.get(name, name), dtype) for name, way in WAYS.items()}
         memory: dict[str, float] = {}
         for kind in ("cold", "warm"):

@@ -33,7 +33,7 @@ def export(
     def table() -> Iterator[dict[str, object]]:
         for place, row in enumerate([*rows, *held]):
             token_ids, length = features.token_ids(row), features.length(row)
-            states = features.states(row).to(torch.bfloat16).contiguous()
+            states = features.states(row).to(torch.bfloat16).nan_to_num(nan=0.0)
             save_file({STATES: states, "token_ids": token_ids.contiguous()}, states_path(directory, place))
             mask = corpus.table.loss_mask(row)[:length].tolist()
             yield {"input_ids": token_ids.tolist(), "loss_mask": mask, "seq_len": length}

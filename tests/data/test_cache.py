@@ -9,7 +9,7 @@ import torch
 
 from speculators.data import cache as module
 from speculators.data.cache import StatesCache
-from speculators.data.encoding import encode
+from speculators.data.encoding import encode, sift
 from speculators.data.shards import feature_contract
 
 CONTRACT = feature_contract(
@@ -17,6 +17,7 @@ CONTRACT = feature_contract(
 )
 TOKENS = 10
 ROW = TOKENS * (2 * 8 * 2 + 8) + module.ROW_BYTES
+EVERYWHERE = torch.ones(TOKENS, dtype=torch.bool)
 
 
 @pytest.fixture(autouse=True)
@@ -30,13 +31,21 @@ def states(row: int) -> torch.Tensor:
 
 def fill(cache: StatesCache, rows: range) -> list[int]:
     """The rows that were kept."""
-    return [row for row in rows if cache.add(row, torch.arange(TOKENS), encode("row", states(row), "bfloat16"))]
+
+    def add(row: int) -> bool:
+        sifted = sift(encode("row", states(row), "bfloat16"), EVERYWHERE)
+        return cache.add(row, torch.arange(TOKENS), sifted, EVERYWHERE)
+
+    return [row for row in rows if add(row)]
 
 
 def kept(cache: StatesCache, row: int, tokens: int = TOKENS) -> torch.Tensor:
-    found = torch.empty(tokens, 2, 8, dtype=torch.bfloat16)
-    cache.fill(row, {"states": found})
-    return found
+    found = {
+        "states": torch.empty(tokens, 1, 8, dtype=torch.bfloat16),
+        "last": torch.empty(tokens, 8, dtype=torch.bfloat16),
+    }
+    cache.fill(row, found)
+    return torch.cat([found["states"], found["last"][:, None]], 1)
 
 
 def on_disk(directory: Path) -> int:

@@ -5,7 +5,17 @@ from __future__ import annotations
 import pytest
 import torch
 
-from speculators.data.encoding import FLOAT8, bytes_per_token, decode, dequantise, encode, quantise
+from speculators.data.encoding import (
+    FLOAT8,
+    bytes_each,
+    decode,
+    dequantise,
+    encode,
+    last_of,
+    layout,
+    quantise,
+    sift,
+)
 from speculators.errors import StageError
 
 
@@ -102,13 +112,17 @@ def test_states_that_float16_cannot_hold_are_refused() -> None:
 
 @pytest.mark.parametrize("stored", ["bfloat16", "float16", "float32", "float8_e4m3fn"])
 def test_a_token_takes_the_bytes_that_are_promised(stored: str) -> None:
-    kept = encode("row 0", drawn(10, 4, 576), stored)
-    taken = sum(tensor.nbytes for tensor in kept.values()) + 10 * 8
-    assert taken == 10 * bytes_per_token(4, 576, stored)
-    assert decode(kept).shape == (10, 4, 576)
+    states, wanted = encode("row 0", drawn(10, 4, 576), stored), torch.arange(10) > 6
+    kept = sift(states, wanted)
+    each, last = bytes_each(4, 576, stored)
+    assert sum(tensor.nbytes for tensor in kept.values()) == 10 * each + 3 * last
+    assert {name: (tensor.dtype, tensor.shape[1:]) for name, tensor in kept.items()} == layout(4, 576, stored)
+    assert torch.equal(decode(kept), decode(states)[:, :3])
+    assert torch.equal(decode(last_of(kept)), decode(states)[wanted, 3])
 
 
 def test_float8_takes_half_of_what_bfloat16_takes() -> None:
-    assert bytes_per_token(4, 576, "float8_e4m3fn") / bytes_per_token(4, 576, "bfloat16") < 0.504
-    assert bytes_per_token(4, 4096, "float8_e4m3fn") / bytes_per_token(4, 4096, "bfloat16") < 0.501
+    for width in (576, 4096):
+        half, whole = bytes_each(4, width, "float8_e4m3fn"), bytes_each(4, width, "bfloat16")
+        assert all(a / b < 0.504 for a, b in zip(half, whole, strict=True))
     assert quantise(drawn(1, 1, 4))[0].dtype is FLOAT8

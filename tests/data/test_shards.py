@@ -13,21 +13,16 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from safetensors import safe_open
 
 from speculators.data.encoding import decode, encode
-from speculators.data.shards import (
-    PastTheCache,
-    ShardReader,
-    ShardWriter,
-    check_contract,
-    feature_contract,
-    larger_than_memory,
-    open_files,
-)
+from speculators.data.reading import Reading, larger_than_memory
+from speculators.data.shards import ANSWERS, ShardReader, ShardWriter, check_contract, feature_contract
 from speculators.errors import ContractError, StageError
+from speculators.training.ahead import Buffers
 
 LAYERS, WIDTH = 3, 5
 
@@ -87,7 +82,7 @@ def test_every_stored_dtype_survives(tmp_path: Path, dtype: str) -> None:
 
 
 def test_float8_comes_back_as_bfloat16_and_as_exact_as_it_is_encoded(tmp_path: Path) -> None:
-    stored = contract(dtype="float8_e4m3fn", format=2)
+    stored = contract(dtype="float8_e4m3fn")
     writer = ShardWriter(tmp_path, stored, 20)
     for row in range(12):
         writer.add(row, *row_of(row))
@@ -99,15 +94,14 @@ def test_float8_comes_back_as_bfloat16_and_as_exact_as_it_is_encoded(tmp_path: P
         assert torch.equal(reader.token_ids(row), ids)
         assert torch.equal(reader.states(row), decode(encode("row", states, "float8_e4m3fn")))
         assert reader.states(row).dtype is torch.bfloat16
-    pieces = [reader.encoded(row) for row in (3, 5)]
-    joined = decode({name: torch.cat([piece[name] for piece in pieces]) for name in ("states", "scales")})
-    assert torch.equal(joined, torch.cat([reader.states(3), reader.states(5)]))
     with safe_open(tmp_path / "shard-00000.safetensors", "pt") as shard:
         tensors = {name: shard.get_tensor(name) for name in shard.keys()}  # noqa: SIM118
     assert {name: list(tensor.shape) for name, tensor in tensors.items()} == {
         "token_ids": [22],
-        "scales": [22, 3],
-        "states": [22, 3, 5],
+        "scales": [22, 2],
+        "last_scales": [22],
+        "states": [22, 2, 5],
+        "last": [22, 5],
     }
     assert (tensors["states"].dtype, tensors["scales"].dtype) == (torch.float8_e4m3fn, torch.bfloat16)
 
@@ -115,7 +109,7 @@ def test_float8_comes_back_as_bfloat16_and_as_exact_as_it_is_encoded(tmp_path: P
 def test_an_interrupted_writer_of_float8_ends_in_the_same_bytes(tmp_path: Path) -> None:
     for directory, attempts in (("whole", [30]), ("cut", [17, 30])):
         for rows in attempts:
-            writer = ShardWriter(tmp_path / directory, contract(dtype="float8_e4m3fn", format=2), 20)
+            writer = ShardWriter(tmp_path / directory, contract(dtype="float8_e4m3fn"), 20)
             for row in range(rows):
                 if row not in writer.done:
                     writer.add(row, *row_of(row))
@@ -123,15 +117,9 @@ def test_an_interrupted_writer_of_float8_ends_in_the_same_bytes(tmp_path: Path) 
     assert contents(tmp_path / "cut") == contents(tmp_path / "whole")
 
 
-def test_only_states_with_scales_ask_for_a_newer_reader() -> None:
-    facts = {"target": "a", "tokens": "b", "compute_dtype": "float32", "layer_ids": [1], "hidden_size": 5}
-    formats = {name: feature_contract(dtype=name, **facts)["format"] for name in ("bfloat16", "float8_e4m3fn")}
-    assert formats == {"bfloat16": 1, "float8_e4m3fn": 2}
-
-
 @pytest.mark.parametrize("dtype", ["bfloat16", "float8_e4m3fn"])
 def test_a_row_with_a_value_that_is_not_finite_is_refused_and_leaves_nothing(tmp_path: Path, dtype: str) -> None:
-    writer = ShardWriter(tmp_path, contract(dtype=dtype, format=2 if dtype == "float8_e4m3fn" else 1), 20)
+    writer = ShardWriter(tmp_path, contract(dtype=dtype), 20)
     ids, states = row_of(0)
     states[1, 2, 3] = float("nan")
     with pytest.raises(StageError, match="row 0: the hidden states cannot be stored"):
@@ -147,8 +135,14 @@ def test_a_shard_is_plain_safetensors_and_says_what_it_is(tmp_path: Path) -> Non
         head = json.loads(shard.metadata()["contract"])
         assert head["contract"] == contract()
         # rows of 4, 5, 6 and 7 tokens: the fourth one reaches 20
-        assert head["rows"] == [[0, 0, 4], [1, 4, 5], [2, 9, 6], [3, 15, 7]]
-        assert shard.get_tensor("states").shape == (22, LAYERS, WIDTH)
+        assert head["rows"] == [
+            [0, 0, 4, 0, [[0, 4]]],
+            [1, 4, 5, 4, [[0, 5]]],
+            [2, 9, 6, 9, [[0, 6]]],
+            [3, 15, 7, 15, [[0, 7]]],
+        ]
+        assert shard.get_tensor("states").shape == (22, LAYERS - 1, WIDTH)
+        assert shard.get_tensor("last").shape == (22, WIDTH)
         assert shard.get_tensor("token_ids").dtype == torch.int64
 
 
@@ -250,7 +244,7 @@ def test_a_shard_that_is_cut_off_while_it_is_read_is_an_error_and_no_signal(tmp_
     "spoil",
     [
         lambda header: header["states"].update(dtype="F16"),
-        lambda header: header["states"].update(shape=[22, LAYERS, WIDTH - 1]),
+        lambda header: header["states"].update(shape=[22, LAYERS - 1, WIDTH - 1]),
         lambda header: header.pop("token_ids"),
         lambda header: header.update(__metadata__={}),
         lambda header: header["states"].update(data_offsets=[0, 660]),
@@ -277,18 +271,60 @@ def test_beginnings_of_rows_are_read_one_after_the_other(tmp_path: Path) -> None
     reader = ShardReader(tmp_path)
     into = {
         "token_ids": torch.empty(8, dtype=torch.int64),
-        "states": torch.empty(8, LAYERS, WIDTH, dtype=torch.bfloat16),
+        "states": torch.empty(8, LAYERS - 1, WIDTH, dtype=torch.bfloat16),
+        "last": torch.empty(8, WIDTH, dtype=torch.bfloat16),
     }
     reader.will_need([(9, 3), (2, 5)])
     reader.fill([(9, 3), (2, 5)], into)
     assert torch.equal(into["token_ids"], torch.cat([row_of(9)[0][:3], row_of(2)[0][:5]]))
-    assert torch.equal(into["states"], torch.cat([row_of(9)[1][:3], row_of(2)[1][:5]]).bfloat16())
+    states = torch.cat([row_of(9)[1][:3], row_of(2)[1][:5]]).bfloat16()
+    assert torch.equal(into["states"], states[:, :-1])
+    assert torch.equal(into["last"], states[:, -1])
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float8_e4m3fn"])
+def test_the_last_layer_is_kept_where_it_is_asked_for(tmp_path: Path, dtype: str) -> None:
+    writer = ShardWriter(tmp_path, contract(dtype=dtype, last_state=ANSWERS), 20)
+    for row in range(12):
+        ids, states = row_of(row)
+        writer.add(row, ids, states, torch.arange(len(ids)) % 4 > (row % 3))
+    writer.close()
+    size = sum(path.stat().st_size for path in tmp_path.glob("shard-*"))
+    reader = ShardReader(tmp_path)
+    for row in reader.rows:
+        ids, states = row_of(row)
+        kept = torch.arange(len(ids)) % 4 > (row % 3)
+        wanted = decode(encode("row", states, dtype))
+        wanted[~kept, -1] = torch.nan
+        torch.testing.assert_close(reader.states(row), wanted, rtol=0, atol=0, equal_nan=True)
+        assert reader.last_places(row, 4).tolist() == kept[:4].tolist()
+    into = torch.empty(3, WIDTH, dtype=reader.layout["last"][0])
+    reader.fill([(1, 4), (0, 2)], {"last": into})  # places 2 and 3 of the one, 1 of the other
+    if dtype == "bfloat16":
+        assert torch.equal(into, torch.stack([*row_of(1)[1][2:4, -1], row_of(0)[1][1, -1]]).bfloat16())
+    again = ShardWriter(tmp_path, contract(dtype=dtype, last_state=ANSWERS), 20)
+    again.close()
+    assert sum(path.stat().st_size for path in tmp_path.glob("shard-*")) == size
+    assert again.done == set(range(12))
+    with pytest.raises(ContractError, match="last_state"):
+        check_contract(reader.contract, contract(dtype=dtype))
+
+
+def test_a_row_of_which_the_last_layer_is_nowhere_kept(tmp_path: Path) -> None:
+    writer = ShardWriter(tmp_path, contract(last_state=ANSWERS), 20)
+    ids, states = row_of(0)
+    writer.add(0, ids, states, torch.zeros(len(ids), dtype=torch.bool))
+    writer.close()
+    found = ShardReader(tmp_path).states(0)
+    assert torch.equal(found[:, :-1], states[:, :-1].bfloat16())
+    assert bool(found[:, -1].isnan().all())
 
 
 @pytest.fixture
 def long_rows(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """Rows of several blocks each, in several shards, none of which begins or ends where a sector does."""
-    monkeypatch.setattr(PastTheCache, "BLOCK", PastTheCache.SECTOR)
+    monkeypatch.setattr(Reading, "BLOCK", Reading.PAGE)
+    monkeypatch.setattr(Reading, "SMALL", 1)
     draw = torch.Generator().manual_seed(0)
     writer = ShardWriter(tmp_path, contract(), 1500)
     for row, tokens in enumerate((700, 3, 411, 900, 137)):
@@ -311,10 +347,55 @@ def test_past_the_cache_the_same_is_read(long_rows: Path) -> None:
         assert torch.equal(past.states(row), plain.states(row))
         assert torch.equal(past.token_ids(row), plain.token_ids(row))
     parts = [(3, 899), (0, 1), (2, 411), (1, 2)]
-    found = [torch.empty(1313, LAYERS, WIDTH, dtype=torch.bfloat16) for _ in range(2)]
+    found = [torch.empty(1313, LAYERS - 1, WIDTH, dtype=torch.bfloat16) for _ in range(2)]
     for reader, states in zip((plain, past), found, strict=True):
         reader.fill(parts, {"states": states})
     assert torch.equal(*found)
+
+
+@pytest.fixture
+def wide_rows(tmp_path: Path) -> Path:
+    """Rows of which every token takes whole sectors."""
+    writer = ShardWriter(tmp_path, contract(hidden_size=256, last_state=ANSWERS), 500)
+    draw = torch.Generator().manual_seed(0)
+    for row, tokens in enumerate((700, 3, 411, 900, 137)):
+        states = torch.randn(tokens, LAYERS, 256, generator=draw)
+        writer.add(row, torch.full((tokens,), row), states, torch.arange(tokens) > tokens // 3)
+    writer.close()
+    return tmp_path
+
+
+def read_wide(reader: ShardReader) -> dict[str, torch.Tensor]:
+    parts = [(3, 899), (0, 1), (2, 411), (1, 2)]
+    places = sum(int(reader.last_places(row, tokens).sum()) for row, tokens in parts)
+    into = Buffers().empty(
+        {"states": (torch.bfloat16, (1313, LAYERS - 1, 256)), "last": (torch.bfloat16, (places, 256))}
+    )
+    reader.fill(parts, into)
+    return into
+
+
+def test_whole_sectors_are_read_straight_into_their_place(wide_rows: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    past, wanted = past_the_cache(wide_rows), read_wide(ShardReader(wide_rows))
+    monkeypatch.setattr(Reading, "_memory", lambda self: pytest.fail("they went through memory of ours"))
+    found = read_wide(past)
+    assert all(torch.equal(found[name], wanted[name]) for name in wanted)
+
+
+def test_a_disk_of_larger_sectors_is_read_in_those(wide_rows: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    past, wanted, real = past_the_cache(wide_rows), read_wide(ShardReader(wide_rows)), os.preadv
+    direct = past._past
+    assert direct is not None
+
+    def preadv(descriptor: int, rooms: list[memoryview], offset: int) -> int:
+        pages = not (offset | np.frombuffer(rooms[0], np.uint8).ctypes.data | len(rooms[0])) % Reading.PAGE
+        if descriptor in [direct._files(path).descriptor for path in past._paths] and not pages:
+            raise OSError(errno.EINVAL, "Invalid argument")
+        return real(descriptor, rooms, offset)
+
+    monkeypatch.setattr(os, "preadv", preadv)
+    found = read_wide(past)
+    assert all(torch.equal(found[name], wanted[name]) for name in wanted)
 
 
 def test_past_the_cache_too_a_shard_that_is_cut_off_is_an_error(long_rows: Path) -> None:
@@ -354,14 +435,14 @@ def test_a_set_is_larger_than_memory_when_half_of_that_does_not_hold_it(
 def test_readers_that_share_their_files_keep_few_of_them_open(tmp_path: Path) -> None:
     for name in "abcd":
         write(tmp_path / name, range(12), shard_tokens=8).close()
-    files = open_files(3)
-    readers = [ShardReader(tmp_path / name, files) for name in "abcd"]
+    reading = Reading(3)
+    readers = [ShardReader(tmp_path / name, reading) for name in "abcd"]
     before = len(os.listdir("/proc/self/fd"))
     for row in range(12):
         for reader in readers:
             assert torch.equal(reader.token_ids(row), row_of(row)[0])
     assert len(os.listdir("/proc/self/fd")) - before <= 3
-    del files, readers, reader
+    del reading, readers, reader
     gc.collect()
     assert len(os.listdir("/proc/self/fd")) <= before
 
@@ -388,4 +469,4 @@ def test_reading_a_row_does_not_load_its_shard(tmp_path: Path) -> None:
 
     before = anonymous_kib()
     assert reader.states(7).shape == (1000, LAYERS, 4096)
-    assert anonymous_kib() - before < 40_000
+    assert anonymous_kib() - before < 60_000  # as it is stored, and as it is asked for

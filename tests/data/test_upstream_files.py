@@ -10,7 +10,7 @@ import torch
 from datasets import Dataset, load_from_disk
 from safetensors.torch import load_file, save_file
 
-from speculators.data.shards import ShardWriter, feature_contract
+from speculators.data.shards import ShardReader, ShardWriter, feature_contract
 from speculators.data.upstream_files import export, histories, main, read_states
 from speculators.errors import ContractError
 
@@ -53,6 +53,20 @@ def test_an_export_is_a_table_and_a_file_a_row_of_the_same_tokens(tmp_path: Path
         assert len(table[row]["loss_mask"]) == table[row]["seq_len"] == len(its)
         assert found["hidden_states"].dtype is torch.bfloat16
         assert torch.equal(found["hidden_states"], its)
+
+
+def test_a_last_layer_that_was_not_kept_is_zero_where_upstream_does_not_look(tmp_path: Path) -> None:
+    tokens, features, states = artifacts(tmp_path)
+    reader = ShardReader(features)
+    writer = ShardWriter(tmp_path / "answers", {**reader.contract, "last_state": "answers"}, 10)
+    for row, its in enumerate(states):
+        writer.add(row, torch.tensor(ids_of(row)), its, torch.arange(len(its)) > 1)
+    writer.close()
+    export(tokens, tmp_path / "answers", tmp_path / "out")
+    for row, its in enumerate(states):
+        _, found = read_states(tmp_path / f"out/hidden_states/hs_{row}.safetensors")
+        its[:2, -1] = 0.0
+        assert torch.equal(found, its)
 
 
 def test_an_export_of_float8_is_bfloat16(tmp_path: Path) -> None:

@@ -134,11 +134,11 @@ def test_chunks_change_neither_loss_nor_gradient(tmp_path: Path, chunk: int) -> 
     found = draft(pack)
     hidden = found.hidden.detach().requires_grad_()
     again = Predictions(hidden=hidden, target=found.target, valid=found.valid, weight=found.weight)
-    outcome = distill(again, pack.states[:, -1], draft.lm_head.weight, teacher, chunk_elements=chunk)
+    outcome = distill(again, pack.last, draft.lm_head.weight, teacher, chunk_elements=chunk)
     outcome.loss.backward()
 
     plain = found.hidden.detach().requires_grad_()
-    log_p = teacher.logits(pack.states[:, -1], torch.float32).log_softmax(-1)[found.target]
+    log_p = teacher.logits(pack.last, torch.float32).log_softmax(-1)[found.target]
     log_q = (plain @ draft.lm_head.weight.T).log_softmax(-1)
     divergence = (log_p.exp() * (log_p - log_q)).sum(-1)
     (divergence * found.weight).sum().backward()
@@ -224,9 +224,9 @@ def test_rotary_positions_equal_those_of_transformers(rope: dict[str, object]) -
 def test_mixed_precision_on_the_cpu_stays_close(tmp_path: Path) -> None:
     draft, teacher = tiny.make_draft(tiny.write_target(tmp_path))
     pack = tiny.make_pack([20, 33])
-    exact = distill(draft(pack), pack.states[:, -1], draft.lm_head.weight, teacher).loss.item()
+    exact = distill(draft(pack), pack.last, draft.lm_head.weight, teacher).loss.item()
     with torch.autocast("cpu", torch.bfloat16):
-        outcome = distill(draft(pack), pack.states[:, -1], draft.lm_head.weight, teacher)
+        outcome = distill(draft(pack), pack.last, draft.lm_head.weight, teacher)
     outcome.loss.backward()
     assert outcome.loss.item() != exact
     assert outcome.loss.item() == pytest.approx(exact, rel=0.02)
@@ -340,7 +340,7 @@ def test_head_and_embeddings_are_trained_where_it_is_asked(tmp_path: Path, make:
     assert not {"lm_head.weight", "embed_tokens.weight"} & set(optimizers.matrices)  # Muon is for inner matrices
     losses = []
     for _ in range(4):
-        outcome = distill(draft(pack), pack.states[:, -1], draft.lm_head.weight, teacher, draft.loss)
+        outcome = distill(draft(pack), pack.last, draft.lm_head.weight, teacher, draft.loss)
         outcome.loss.backward()
         optimizers.step(1.0)
         losses.append(outcome.loss.item())
@@ -366,11 +366,11 @@ def test_the_gradients_of_head_and_embeddings_are_autograds(tmp_path: Path) -> N
     draft, teacher = tiny.make_draft(tiny.write_target(tmp_path), train_head=True, train_embeddings=True)
     pack = tiny.make_pack([20, 33])
     found = draft(pack)
-    distill(found, pack.states[:, -1], draft.lm_head.weight, teacher, chunk_elements=300).loss.backward()
+    distill(found, pack.last, draft.lm_head.weight, teacher, chunk_elements=300).loss.backward()
     mine = {name: p.grad.clone() for name, p in draft.named_parameters() if p.grad is not None}
     draft.zero_grad()
     found = draft(pack)
-    log_p = teacher.logits(pack.states[:, -1], torch.float32).log_softmax(-1)[found.target]
+    log_p = teacher.logits(pack.last, torch.float32).log_softmax(-1)[found.target]
     log_q = (found.hidden @ draft.lm_head.weight.T).log_softmax(-1)
     ((log_p.exp() * (log_p - log_q)).sum(-1) * found.weight).sum().backward()
     assert set(mine) == set(dict(draft.named_parameters()))

@@ -91,13 +91,26 @@ def make_pack(lengths: list[int], seed: int = 4) -> Pack:
     draw = torch.Generator().manual_seed(seed)
     total = sum(lengths)
     mask = torch.cat([torch.arange(n) >= max(1, n // 3) for n in lengths])
+    token_ids, states = torch.randint(V, (total,), generator=draw), torch.randn(total, 4, H, generator=draw).bfloat16()
+    return pack_of(lengths, token_ids, mask, states)
+
+
+def pack_of(lengths: list[int], token_ids: torch.Tensor, loss_mask: torch.Tensor, states: torch.Tensor) -> Pack:
+    """Documents with all states [T, L, H]."""
     return Pack(
         rows=list(range(len(lengths))),
         lengths=lengths,
-        token_ids=torch.randint(V, (total,), generator=draw),
-        loss_mask=mask,
-        states=torch.randn(total, 4, H, generator=draw).bfloat16(),
+        token_ids=token_ids,
+        loss_mask=loss_mask,
+        states=states[:, :-1],
+        last=states[:, -1],
+        last_at=torch.arange(len(states)),
     )
+
+
+def whole(pack: Pack) -> torch.Tensor:
+    """All states of a pack that has them everywhere, [T, L, H]."""
+    return torch.cat([pack.states, pack.last[:, None]], 1)
 
 
 def write_corpus(directory: Path, rows: int = 24) -> tuple[Path, Path]:
@@ -120,7 +133,7 @@ def write_corpus(directory: Path, rows: int = 24) -> tuple[Path, Path]:
         table["seq_len"].append(pack.lengths[0])
         table["id"].append(f"conversation-{row}")
         table["source"].append("random")
-        writer.add(row, pack.token_ids, pack.states)
+        writer.add(row, pack.token_ids, whole(pack))
     writer.close()
     datasets.Dataset.from_dict(table).save_to_disk(str(directory / "tokens"))
     return directory / "tokens", directory / "features"
@@ -161,5 +174,5 @@ def repeating_packs(embeddings: torch.Tensor, count: int) -> list[Pack]:
         states[:, 0] = embeddings[tokens] + 0.3 * states[:, 0]
         states[1:, 1] = embeddings[tokens[:-1]] + 0.3 * states[1:, 1]
         mask = torch.arange(60) >= 32
-        packs.append(Pack(rows=[row], lengths=[60], token_ids=tokens, loss_mask=mask, states=states.bfloat16()))
+        packs.append(replace(pack_of([60], tokens, mask, states.bfloat16()), rows=[row]))
     return packs

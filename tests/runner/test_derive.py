@@ -38,3 +38,20 @@ def test_heads_that_cannot_share_keys_are_refused_with_the_targets(words: list[s
     with pytest.raises(RecipeError, match="heads cannot share") as caught:
         derive(recipe.compose(["recipe=smollm2_eagle3", *words]), known)
     assert "the target has 9 and 3" in caught.value.hint
+
+
+@pytest.mark.parametrize(
+    ("words", "kept"),
+    [
+        ([], "everywhere"),  # the demo trains on prompts too
+        (["train.supervise_prompts=false"], "answers"),
+        (["train.supervise_prompts=false", "extract.last_state=everywhere"], "everywhere"),
+    ],
+)
+def test_the_last_layer_is_kept_where_training_asks_for_it_unless_the_recipe_says_where(
+    words: list[str], kept: str
+) -> None:
+    known = Facts(num_hidden_layers=30, hidden_size=576, vocab_size=49152)
+    assert derive(recipe.compose(["recipe=smollm2_eagle3", *words]), known)["last_state"] == kept
+    with pytest.raises(RecipeError, match="keeps nothing by which"):
+        derive(recipe.compose(["recipe=smollm2_eagle3", "extract.last_state=answers"]), known)

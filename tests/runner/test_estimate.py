@@ -9,7 +9,7 @@ import pytest
 
 from speculators import cli, recipe
 from speculators.config import Config, StatesDtype
-from speculators.data.encoding import bytes_per_token
+from speculators.data.encoding import bytes_each
 from speculators.errors import StoreError
 from speculators.runner import derive, vllm
 from speculators.runner.estimate import Needs, estimate, refuse_if_too_large
@@ -53,7 +53,7 @@ def test_float8_halves_the_bytes_and_keeps_the_scales_in_them(config: Config) ->
     for dtype in StatesDtype:
         config.extract.dtype = dtype
         stored = derive.feature_bytes_per_token(config, known)
-        assert stored == bytes_per_token(5, 576, dtype.name) - 8  # ids are not counted
+        assert stored == sum(bytes_each(5, 576, dtype.name))
 
 
 TOKENS = 384 * 1024
@@ -94,20 +94,29 @@ def test_a_budget_that_the_disk_does_not_hold_is_refused_and_one_that_is_never_u
     assert "train.states_disk_gib" in caught.value.hint
 
 
-@pytest.mark.parametrize(("stage", "said"), [("extract", "tokens_per_second"), ("train", "prefill_tokens_per_second")])
+@pytest.mark.parametrize(
+    ("stage", "said"),
+    [
+        ("extract", "tokens_per_second"),
+        ("train", "prefill_tokens_per_second"),
+        ("regenerate", "tokens_per_second"),
+    ],
+)
 def test_the_time_is_told_by_the_speed_of_what_ran_this_target_last(store: Store, stage: str, said: str) -> None:
     config = demo("offline")
     planner = Planner(config, store)
     digests = dict.fromkeys(planner.graph, "d") | {"target": planner.step("target", {}).digest}
     for finished, speed in (("2026-01", 50.0), ("2026-02", 100.0)):
-        config.extract.shard_tokens, config.train.lr = int(speed), speed
+        config.extract.shard_tokens = config.regenerate.max_tokens = int(speed)
+        config.train.lr = speed
         step = planner.step(stage, digests)
         data = store.work(stage, step.key) / "data"
         data.mkdir(parents=True)
         (data / "content").write_text("something")
         made = {"preimage": step.preimage, "record": {said: speed}, "provenance": {"finished": finished}}
         store.publish(stage, step.key, **made, digest=None)
-    assert needs(demo("offline"), store).prefill_seconds == TOKENS / 100.0
+    found = needs(demo("offline"), store)
+    assert (found.prefill_seconds, found.prefill_at_most) == (TOKENS / 100.0, stage == "regenerate")
     assert needs(demo("offline", "target.dtype=bfloat16"), store).prefill_seconds == 0.0, "it was another type"
 
 
@@ -120,7 +129,9 @@ def test_a_plan_says_how_a_server_and_the_training_beside_it_share_the_machine(
     said = capsys.readouterr().out
     assert "train and the server that it draws from: 3 and 5 cores" in said
     assert "hidden states: at most 393,216 tokens, 2.1 GiB" in said
-    assert "to be prefilled for them: about 393,216 tokens" in said
+    assert (
+        "to be prefilled for them: about 393,216 tokens; how long that takes is known when this target has run" in said
+    )
 
 
 def test_without_a_quota_nothing_is_counted_and_with_one_the_states_must_fit_beside_what_is_there(

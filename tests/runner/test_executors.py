@@ -333,6 +333,11 @@ def test_a_stage_out_of_reach_of_its_server_is_refused_before_anything_starts(mo
     with pytest.raises(RecipeError, match="regenerate: its server is started on this machine") as caught:
         executors.check(config, build(config))
     assert "regenerate.executor=local" in caught.value.hint
+    workers = recipe.compose([DEMO, "pipeline=offline", "extract.executor=submitit", "executor.cluster=slurm",
+                              "extract.workers=2"])  # fmt: skip
+    with pytest.raises(RecipeError, match=r"extract\.1: its server is started on this machine") as caught:
+        executors.check(workers, build(workers))
+    assert "start a run with until=extract.1 on each of those machines, into this store" in caught.value.hint
     beside = ["regenerate.executor=local", "evaluate.executor=local"]
     for words in (beside, ["serve.url=http://gpu-7:8000"]):
         config = recipe.compose([DEMO, "executor=slurm", *words])

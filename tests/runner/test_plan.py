@@ -107,9 +107,10 @@ def test_derived_values_reach_who_declared_them(config: Config, store: Store) ->
         "layer_ids": [0, 2, 15, 27],
         "capture_layer_ids": [0, 2, 15, 27, 30],
         "states_dtype": "bfloat16",
+        "last_state": "everywhere",
     }
     names = {name: name for name in planner.graph}
-    layers = {name: planner.derived[name] for name in ("layer_ids", "capture_layer_ids")}
+    layers = {name: planner.derived[name] for name in ("layer_ids", "capture_layer_ids", "last_state")}
     assert planner.step("extract", names).derived == layers
     assert planner.step("tokenize", names).derived == {}
 

@@ -33,7 +33,7 @@ def server(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[StatesSe
     server.stop()
 
 
-def extracting(tmp_path: Path, server: StatesServer, workers: int) -> Config:
+def extracting(tmp_path: Path, server: StatesServer, workers: int, until: str = "extract") -> Config:
     """The demo's extraction from a target of four layers, which is there already, by a server of somebody else's."""
     checkpoint = tmp_path / "target"
     checkpoint.mkdir(exist_ok=True)
@@ -47,7 +47,7 @@ def extracting(tmp_path: Path, server: StatesServer, workers: int) -> Config:
         "target.dtype=bfloat16", *[f"target.{name}=null" for name in own], "vocab.size=null",
         "speculator.layer_ids=[2]",
         "extract.shard_tokens=60", f"extract.workers={workers}", f"serve.url={server.url}",
-        f"serve.states={server.directory}", "until=extract",
+        f"serve.states={server.directory}", f"until={until}",
     ])  # fmt: skip
 
 
@@ -79,7 +79,7 @@ def run(config: Config, store: Store, directory: Path) -> tuple[Path, list[str]]
         steps = Execution(planner=Planner(config, store), directory=directory, events=events, words=["test"]).run()
     finally:
         events.close()
-    path = steps["extract"].path
+    path = steps[config.until].path
     assert path is not None
     return path, [line.removeprefix("stage.started ") for line in seen if line.startswith("stage.started")]
 
@@ -106,3 +106,15 @@ def test_two_workers_make_what_one_makes_in_processes_of_their_own(tmp_path: Pat
     joined, alone = ({file.name: file.read_bytes() for file in directory.iterdir()} for directory in made)
     assert joined == alone
     assert len(joined) == 7, "five shards, the index and the picks"
+
+
+def test_workers_may_be_runs_of_their_own_each_on_its_machine(tmp_path: Path, server: StatesServer) -> None:
+    config, store = extracting(tmp_path, server, 2), Store(tmp_path / "store")
+    made_beforehand(config, store)
+    for part, asked in (("extract.2", 18), ("extract.1", 30)):
+        _, started = run(extracting(tmp_path, server, 2, until=part), store, tmp_path / part)
+        assert (started, len(server.asked)) == ([part], asked)
+    path, started = run(config, store, tmp_path / "whole")
+    assert (started, len(server.asked)) == (["extract"], 30)
+    assert len(list(path.glob("shard-*"))) == 5
+    assert len(list(store.artifacts("extract"))) == 1

@@ -48,7 +48,7 @@ def adopted(root: Path, config: Config, source: Path) -> Path:
     (root / "target/config.json").write_text('{"hidden_size": 8}')
     inputs = {"tokens": tokens.output, "target": root / "target", "dataset__mine": source}
     states = make_job("adopt_states", root / "states", config, **inputs)
-    states.derived |= {"layer_ids": [2], "capture_layer_ids": [2, 4]}
+    states.derived |= {"layer_ids": [2], "capture_layer_ids": [2, 4], "last_state": "answers"}
     states.digests |= {"target": "t", "tokens": "k"}
     adopt_states.main(states)
     return tokens.output
@@ -62,6 +62,7 @@ def test_rows_and_states_are_adopted_and_a_history_once(tmp_path: Path, config: 
     reader = ShardReader(tmp_path / "states/data")
     assert [reader.token_ids(row).tolist() for row in reader.rows] == [ROWS[0], ROWS[1]]
     assert reader.states(1)[:, 1, 0].tolist() == [7, 8, 9]
+    assert reader.last_places(0, 6).tolist() == [False, True, True, False, True, True]
     assert reader.contract["layer_ids"] == [2, 4]
 
 

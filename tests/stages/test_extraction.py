@@ -14,12 +14,13 @@ import torch
 
 from speculators.config import Config, Dtype, OnBadRow
 from speculators.data import shards
-from speculators.data.shards import ShardReader
+from speculators.data.packing import Piece
+from speculators.data.shards import ShardReader, check_contract
 from speculators.errors import ContractError, RunError, ServiceError, StageError
 from speculators.job import Endpoint, Job
 from speculators.stages.extract import main
 from speculators.targets import client, pool
-from speculators.targets.fidelity import PICKS
+from speculators.targets.fidelity import PICKS, read_picks
 from speculators.targets.states import SKIPPED
 from speculators.training.corpus import Corpus, Shards
 from tests.stages.jobs import make_job
@@ -48,11 +49,14 @@ def serve(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Start]:
         server.stop()
 
 
-def job_in(root: Path, config: Config, server: StatesServer, *, name: str = "work", skip: bool = False) -> Job:
+def job_in(
+    root: Path, config: Config, server: StatesServer, *, name: str = "work", skip: bool = False,
+    last_state: str = "everywhere",
+) -> Job:  # fmt: skip
     """A job over `ROWS`; a second one in the same directory is the next attempt."""
     if not (root / "tokens").exists():
         table = [
-            {"input_ids": ids, "loss_mask": [1] * len(ids), "seq_len": len(ids), "id": f"c{i}"}
+            {"input_ids": ids, "loss_mask": [0] * 7 + [1] * 4, "seq_len": len(ids), "id": f"c{i}"}
             for i, ids in enumerate(ROWS)
         ]
         datasets.Dataset.from_list(table).save_to_disk(root / "tokens")
@@ -62,7 +66,7 @@ def job_in(root: Path, config: Config, server: StatesServer, *, name: str = "wor
     config.extract.shard_tokens, config.extract.concurrency, config.extract.retries = 60, 4, 1
     config.extract.on_bad_row = OnBadRow.skip if skip else OnBadRow.error
     job = make_job("extract", root / name, config, tokens=root / "tokens", target=root / "target")
-    job.derived |= {"layer_ids": [2], "capture_layer_ids": [2, 4]}
+    job.derived |= {"layer_ids": [2], "capture_layer_ids": [2, 4], "last_state": last_state}
     job.digests |= {"target": "t", "tokens": "k"}
     job.services["target"] = Endpoint(
         url=server.url, model="m", api_key="k", mode="extract", directory=server.directory, log=root / "server.log"
@@ -83,6 +87,35 @@ def test_every_row_is_kept_with_its_own_states_and_nothing_else_is_left(
     assert (job.output / PICKS).exists()
     assert not (job.output / SKIPPED).exists()
     assert (job.record["rows"], job.record["tokens"], "skipped" in job.record) == (30, 330, False)
+
+
+def test_the_last_layer_is_kept_where_an_answer_is_predicted_and_where_the_gate_looks(
+    tmp_path: Path, config: Config, serve: Start
+) -> None:
+    server = serve()
+    main(everywhere := job_in(tmp_path, config, server, name="everywhere"))
+    main(job := job_in(tmp_path, config, server, last_state="answers"))
+    reader, picks = ShardReader(job.output), {pick.row: pick.position for pick in read_picks(job.output)}
+    assert len(picks) == 30
+    for row in reader.rows:
+        wanted = states_of(ROWS[row])
+        wanted[[place for place in range(6) if place != picks[row]], 1] = torch.nan
+        torch.testing.assert_close(reader.states(row), wanted, rtol=0, atol=0, equal_nan=True)
+    parts = [part_in(tmp_path, config, serve(), part, last_state="answers") for part in (0, 1)]
+    for part in parts:
+        main(part)
+    main(whole := joining(tmp_path, config, server, *parts, last_state="answers"))
+    assert files(whole.output) == files(job.output)
+    with pytest.raises(ContractError, match='last_state is "answers", wanted "everywhere"'):
+        check_contract(reader.contract, ShardReader(everywhere.output).contract)
+    corpus = Corpus(job.inputs["tokens"], Shards(reader))
+    pack = corpus.pack([Piece(3, 0, 11), Piece(20, 0, 9)], torch.device("cpu"))
+    places = pack.loss_mask.nonzero()[:, 0]
+    states = torch.cat([states_of(ROWS[3]), states_of(ROWS[20][:9])])
+    assert torch.equal(pack.last[pack.last_at[places]], states[places, 1])
+    corpus.supervise_all([3])
+    with pytest.raises(ContractError, match=r"last layer was not kept where rows 3 \(conversation c3\)"):
+        corpus.pack([Piece(3, 0, 11)], torch.device("cpu"))
 
 
 @pytest.mark.parametrize("connector", ["example", "fp8"])
@@ -205,15 +238,19 @@ def test_a_disk_that_fills_up_costs_only_the_shard_that_was_being_written(
     assert files(again.output) == files(straight.output)
 
 
-def part_in(root: Path, config: Config, server: StatesServer, part: int, *, skip: bool = False) -> Job:
+def part_in(
+    root: Path, config: Config, server: StatesServer, part: int, *, skip: bool = False, last_state: str = "everywhere"
+) -> Job:
     """One of two workers' parts of `ROWS`."""
-    job = job_in(root, config, server, name=f"part-{part}", skip=skip)
+    job = job_in(root, config, server, name=f"part-{part}", skip=skip, last_state=last_state)
     job.derived["part"] = [part, 2]
     return job
 
 
-def joining(root: Path, config: Config, server: StatesServer, *parts: Job, name: str = "joined") -> Job:
-    job = job_in(root, config, server, name=name)
+def joining(
+    root: Path, config: Config, server: StatesServer, *parts: Job, name: str = "joined", last_state: str = "everywhere"
+) -> Job:
+    job = job_in(root, config, server, name=name, last_state=last_state)
     job.inputs |= {f"part.{i:05d}": part.output for i, part in enumerate(parts)}
     return job
 

@@ -257,6 +257,19 @@ def test_states_that_came_without_picks_are_compared_with_their_layers(tmp_path:
     assert world.gate(least=0.0).check_layers([]) == {"picks": 0}
 
 
+@pytest.mark.parametrize("kept", [[5, 16, 23], []])
+def test_a_last_layer_that_is_kept_at_few_places_is_judged_there(tmp_path: Path, kept: list[int]) -> None:
+    world = World(tmp_path, "llama")
+    for _, states in world.rows.values():
+        states[[place for place in range(24) if place not in kept], -1] = torch.nan
+    if kept:
+        assert world.gate().check(world.picks, world.captured())["agree"] == len(world.picks)
+        assert world.refusal([0, 2, 3, 6]).message.endswith("0 instead of 1, 2 instead of 3, 3 instead of 4")
+    assert world.gate().check_layers(map(world.captured(), world.rows))["states_off"] < 1e-3
+    with pytest.raises(ContractError, match="not the target's: they are of other layers: 2 instead of 3"):
+        world.gate().check_layers(map(world.captured([1, 2, 4, 6]), world.rows))
+
+
 def test_a_checkpoint_that_lacks_layers_is_no_reference(tmp_path: Path) -> None:
     world = World(tmp_path, "llama")
     world.change(lambda tensors: tensors.pop("model.layers.2.mlp.up_proj.weight"))

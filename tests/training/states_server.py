@@ -16,7 +16,8 @@ import tiny
 import torch
 from safetensors.torch import save_file
 
-from speculators.data.shards import ShardWriter, feature_contract
+from speculators.data.shards import ANSWERS, ShardWriter, feature_contract
+from speculators.data.token_table import TokenTable, asked_for
 from speculators.job import Endpoint
 from tests.loopback import JsonHandler, serving
 
@@ -31,11 +32,12 @@ def write_world(directory: Path, rows: int = 24) -> Known:
     tiny.write_vocabulary(directory / "vocab")
     contract = feature_contract(
         target="t" * 64, tokens="k" * 64, dtype="bfloat16", compute_dtype="float32",
-        layer_ids=LAYER_IDS, hidden_size=tiny.H,
+        layer_ids=LAYER_IDS, hidden_size=tiny.H, last_state=ANSWERS,
     )  # fmt: skip
     writer = ShardWriter(directory / "features", contract, shard_tokens=200)
+    table = TokenTable(directory / "tokens")
     for row, (ids, states) in enumerate(known.items()):
-        writer.add(row, torch.tensor(ids), states)
+        writer.add(row, torch.tensor(ids), states, torch.from_numpy(asked_for(table.loss_mask(row))))
     writer.close()
     return known
 

@@ -1,4 +1,4 @@
-"""What is wanted next is made meanwhile, in order, one thing ahead, and its memory is used again when it is free."""
+"""What is wanted next is made meanwhile, in order and so many ahead, and its memory is used again when it is free."""
 
 from __future__ import annotations
 
@@ -46,6 +46,23 @@ def test_one_more_is_made_than_was_taken_and_in_order() -> None:
     assert not any(thread.is_alive() for thread in maker.threads)
 
 
+def test_two_may_be_made_at_the_same_time_and_are_taken_in_order() -> None:
+    maker, taken = Maker(), list[int]()
+    ahead = Ahead(maker, 2)
+    ahead.expect([3, 1, 2, 5])
+    maker.go_on.clear()
+    taker = threading.Thread(target=lambda: taken.extend(map(ahead.take, (3, 1, 2, 5))))
+    taker.start()
+    assert all(maker.begun.acquire(timeout=20) for _ in range(2))
+    assert not maker.begun.acquire(timeout=0.1), "the third waits for a thread"
+    maker.go_on.set()
+    taker.join(20)
+    ahead.join()
+    assert taken == [30, 10, 20, 50]
+    assert sorted(maker.made[:2]) == [1, 3]
+    assert len(maker.threads) == 2
+
+
 def test_what_goes_wrong_is_raised_when_it_is_wanted_and_not_before() -> None:
     ahead = Ahead(Maker())
     ahead.expect([1, -2, 3])
@@ -91,33 +108,55 @@ def test_it_ends_while_something_is_being_made() -> None:
     assert not any(thread.is_alive() for thread in maker.threads)
 
 
+def one(buffers: Buffers, dtype: torch.dtype, *shape: int) -> torch.Tensor:
+    return buffers.empty({"it": (dtype, shape)})["it"]
+
+
 def test_memory_is_used_again_when_no_part_of_a_tensor_is_held_any_more() -> None:
     buffers = Buffers()
-    first = buffers.empty(torch.bfloat16, (1000, 4, 300))
+    first = one(buffers, torch.bfloat16, 1000, 4, 300)
     assert (first.dtype, first.shape) == (torch.bfloat16, (1000, 4, 300))
     place, part = first.data_ptr(), first[7:9].flatten()
     del first
-    second = buffers.empty(torch.bfloat16, (1000, 4, 300))
+    second = one(buffers, torch.bfloat16, 1000, 4, 300)
     assert second.data_ptr() != place, "a part of the first is still held"
     del part
-    third = buffers.empty(torch.float8_e4m3fn, (900, 4, 500))
+    third = one(buffers, torch.float8_e4m3fn, 900, 4, 500)
     assert third.data_ptr() == place, "what is smaller fits"
+
+
+def test_what_belongs_together_takes_one_piece_of_memory_and_each_begins_with_a_page() -> None:
+    buffers = Buffers()
+    made = buffers.empty({"a": (torch.bfloat16, (1000, 601)), "b": (torch.float32, ()), "c": (torch.uint8, (5,))})
+    assert {name: (its.dtype, its.shape) for name, its in made.items()} == {
+        "a": (torch.bfloat16, (1000, 601)),
+        "b": (torch.float32, ()),
+        "c": (torch.uint8, (5,)),
+    }
+    assert {its.data_ptr() % 4096 for its in made.values()} == {0}
+    made["a"].fill_(1.0), made["b"].fill_(2.0), made["c"].fill_(3)
+    assert [float(its.float().mean()) for its in made.values()] == [1.0, 2.0, 3.0]
+    del made["a"]
+    assert buffers._free == []
+    del made
+    assert len(buffers._free) == 1
+    assert buffers.empty({"small": (torch.float32, (4, 2))})["small"].shape == (4, 2)
 
 
 def test_memory_that_is_too_small_is_given_back_for_larger() -> None:
     buffers = Buffers()
-    for tokens in (1000, 2000, 4000, 3000):
-        buffers.empty(torch.bfloat16, (tokens, 600))
-    assert [len(block) for block in buffers._free] == [4000 * 600 * 2]
+    for tokens in (1024, 2048, 4096, 3072):
+        one(buffers, torch.bfloat16, tokens, 600)
+    assert [len(block) for block in buffers._free] == [4096 * 600 * 2]
 
 
 def test_what_autograd_has_saved_is_not_written_over() -> None:
     buffers = Buffers()
-    states = buffers.empty(torch.float32, (1000, 600)).fill_(2.0)
+    states = one(buffers, torch.float32, 1000, 600).fill_(2.0)
     weight = torch.ones(600, requires_grad=True)
     loss = (states * weight).sum()
     del states
-    buffers.empty(torch.float32, (1000, 600)).fill_(5.0)
+    one(buffers, torch.float32, 1000, 600).fill_(5.0)
     loss.backward()
     assert weight.grad is not None
     assert torch.equal(weight.grad, torch.full((600,), 2000.0))

@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import datasets
+import numpy as np
 import pytest
 import tiny
 import torch
 
 from speculators.data.packing import Piece
 from speculators.data.shards import ShardReader, ShardWriter
+from speculators.data.token_table import asked_for
+from speculators.drafts.base import Draft
 from speculators.errors import ContractError
 from speculators.training.corpus import Corpus, Shards
 
@@ -93,8 +98,7 @@ def test_states_of_other_tokens_are_refused_by_row(tmp_path: Path) -> None:
 def test_a_pack_is_what_its_rows_are_one_after_the_other(tmp_path: Path, dtype: str) -> None:
     tokens, features = tiny.write_corpus(tmp_path)
     reader = ShardReader(features)
-    contract = {**reader.contract, "dtype": dtype, "format": 1 if dtype == "bfloat16" else 2}
-    writer = ShardWriter(tmp_path / "stored", contract, shard_tokens=100)
+    writer = ShardWriter(tmp_path / "stored", {**reader.contract, "dtype": dtype}, shard_tokens=100)
     for row in reader.rows:
         writer.add(row, reader.token_ids(row), reader.states(row))
     writer.close()
@@ -106,7 +110,24 @@ def test_a_pack_is_what_its_rows_are_one_after_the_other(tmp_path: Path, dtype: 
     held = [corpus.pack(batch, torch.device("cpu")) for batch in batches]
     for batch, pack in zip(batches, held, strict=True):
         assert pack.rows == [piece.row for piece in batch]
-        assert torch.equal(pack.states, torch.cat([stored.states(piece.row)[: piece.end] for piece in batch]))
+        assert torch.equal(tiny.whole(pack), torch.cat([stored.states(piece.row)[: piece.end] for piece in batch]))
         assert pack.token_ids.tolist() == [i for p in batch for i in table[p.row]["input_ids"][: p.end]]
         assert pack.loss_mask.tolist() == [bool(m) for p in batch for m in [0, *table[p.row]["loss_mask"][1 : p.end]]]
     corpus.close()
+
+
+@pytest.mark.parametrize("make", [tiny.make_draft, tiny.make_dflash])
+def test_no_draft_asks_where_the_last_layer_is_not_kept(
+    tmp_path: Path, make: Callable[..., tuple[Draft, object]]
+) -> None:
+    draft, _ = make(tiny.write_target(tmp_path))
+    draw, asked = torch.Generator().manual_seed(9), 0
+    for seed in range(20):
+        lengths = [23, 9, 31]
+        mask = torch.rand(63, generator=draw) < (0.2, 0.5, 0.8)[seed % 3]
+        pack = replace(tiny.make_pack(lengths, seed), loss_mask=mask)
+        found = draft(pack)
+        kept = np.concatenate([asked_for(part) for part in mask.split(lengths)])
+        asked += int(found.valid.sum())
+        assert bool(torch.from_numpy(kept)[found.target[found.valid]].all())
+    assert asked > 200

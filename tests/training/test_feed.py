@@ -25,9 +25,10 @@ from states_server import Known, StatesServer
 from speculators.config import Dtype, Extract
 from speculators.data import cache
 from speculators.data.cache import StatesCache
-from speculators.data.encoding import decode, encode
+from speculators.data.encoding import LAST, decode, encode, last_of
 from speculators.data.packing import Piece
 from speculators.data.shards import feature_contract
+from speculators.data.token_table import asked_for
 from speculators.errors import ContractError, RunError, ServiceError, StageError
 from speculators.job import Job
 from speculators.stages import train
@@ -89,17 +90,30 @@ def files(directory: Path) -> dict[str, bytes]:
 
 
 def feed_of(world: World, server: StatesServer, memory: int) -> Feed:
-    shape = Shape(layers=4, hidden_size=tiny.H, compute=torch.float32, stored="bfloat16")
+    shape = Shape(layers=4, hidden_size=tiny.H, compute=torch.float32, stored="bfloat16", everywhere=False)
     options = Extract(concurrency=2, retries=1, timeout=20.0)
     return Feed(server.endpoint, world.path / "tokens", shape, options, memory=memory, ahead=16, cache=None)
 
 
 def drawn(feed: Feed, world: World, row: int) -> torch.Tensor:
-    """The states of a row, as training asks for them."""
+    """The states of a row, as training asks for them, NaN where they are not kept."""
     ids = np.array(list(world.known)[row])
-    into = {name: torch.empty(len(ids), *each, dtype=dtype) for name, (dtype, each) in feed.layout.items()}
+    places = torch.from_numpy(feed.last_places(row, len(ids)))
+    into = room(feed, places)
     feed.fill([(row, len(ids))], ids, into)
-    return decode(into)
+    return joined(into, places)
+
+
+def room(feed: Feed, places: torch.Tensor) -> dict[str, torch.Tensor]:
+    counts = {name: int(places.sum()) if name in LAST.values() else len(places) for name in feed.layout}
+    return {name: torch.empty(counts[name], *each, dtype=dtype) for name, (dtype, each) in feed.layout.items()}
+
+
+def joined(into: dict[str, torch.Tensor], places: torch.Tensor) -> torch.Tensor:
+    states = decode(into)
+    last = torch.full((len(states), 1, tiny.H), torch.nan, dtype=states.dtype)
+    last[places, 0] = decode(last_of(into))
+    return torch.cat([states, last], 1)
 
 
 def times_asked(server: StatesServer, world: World) -> list[int]:
@@ -127,8 +141,8 @@ def test_states_that_would_be_stored_in_float8_are_trained_on_as_they_would_be_r
     world: World, tmp_path: Path, serve: Callable[..., StatesServer], on_disk: bool
 ) -> None:
     server = serve()
-    shape = Shape(layers=4, hidden_size=tiny.H, compute=torch.float32, stored="float8_e4m3fn")
-    assert shape.bytes == TOKEN // 2 + 4 * 2, "a scale a layer"
+    shape = Shape(layers=4, hidden_size=tiny.H, compute=torch.float32, stored="float8_e4m3fn", everywhere=False)
+    assert shape.bytes(1, 1) == TOKEN // 2 + 4 * 2, "a scale a layer"
     options = Extract(concurrency=2, retries=1, timeout=20.0)
     contract = feature_contract(
         target="t", tokens="k", dtype="float8_e4m3fn", compute_dtype="float32",
@@ -138,14 +152,17 @@ def test_states_that_would_be_stored_in_float8_are_trained_on_as_they_would_be_r
     feed = Feed(server.endpoint, world.path / "tokens", shape, options, memory=0, ahead=2, cache=kept)
     feed.expect([])
     read = decode(encode("row 3", list(world.known.values())[3], "float8_e4m3fn"))
-    assert torch.equal(drawn(feed, world, 3), read)
+    places = torch.from_numpy(feed.last_places(3, len(read)))
+    assert 0 < int(places.sum()) < len(places)
+    read[~places, -1] = torch.nan
+    torch.testing.assert_close(drawn(feed, world, 3), read, rtol=0, atol=0, equal_nan=True)
     feed.close()
     if kept is not None:
         reopened = StatesCache(tmp_path / "kept", contract, 2**30)
         assert reopened.found == 1
-        into = {name: torch.empty(len(read), *each, dtype=dtype) for name, (dtype, each) in feed.layout.items()}
+        into = room(feed, places)
         reopened.fill(3, into)
-        assert torch.equal(decode(into), read)
+        torch.testing.assert_close(joined(into, places), read, rtol=0, atol=0, equal_nan=True)
 
 
 def test_while_there_is_memory_a_row_is_prefilled_once_for_all_epochs(
@@ -181,8 +198,9 @@ def test_the_server_runs_ahead_of_training_and_no_further_than_memory_goes(
     feed = feed_of(world, server, memory=sum(lengths[:5]) * TOKEN)
     feed.expect([[row] for row in range(len(lengths))])
     assert enough.wait(20), "nobody has waited for a row yet"
-    assert torch.equal(drawn(feed, world, 0), next(iter(world.known.values())).bfloat16())
+    found = drawn(feed, world, 0)
     feed.close()
+    torch.testing.assert_close(found[:, :-1], next(iter(world.known.values()))[:, :-1].bfloat16(), rtol=0, atol=0)
     assert len(server.asked) < len(lengths)
     assert feed.peak_bytes <= sum(lengths[:5]) * TOKEN
 
@@ -341,7 +359,9 @@ def test_rows_that_were_not_expected_come_too(world: World, serve: Callable[...,
     corpus.expect([[Piece(0, 0, 8)]])
     for row in (7, 0, 3):
         pack = corpus.pack([Piece(row, 0, corpus.lengths[row])], torch.device("cpu"))
-        assert torch.equal(pack.states, world.known[tuple(pack.token_ids.tolist())].bfloat16())
+        known = world.known[tuple(pack.token_ids.tolist())].bfloat16()
+        assert torch.equal(pack.states, known[:, :-1])
+        assert torch.equal(pack.last, known[torch.from_numpy(asked_for(pack.loss_mask)), -1])
     feed.close()
 
 

@@ -24,7 +24,7 @@ def gradients(draft: Draft, teacher: Teacher, packs: list[Pack], **how: Any) -> 
     total = 0.0
     draft.zero_grad()
     for pack in packs:
-        outcome = distill(draft(pack), pack.states[:, -1], draft.lm_head.weight, teacher, draft.loss, **how)
+        outcome = distill(draft(pack), pack.last, draft.lm_head.weight, teacher, draft.loss, **how)
         outcome.loss.backward()
         total += outcome.loss.item()
     return total, [p.grad.clone() for p in draft.parameters() if p.grad is not None]
@@ -40,6 +40,7 @@ def parts_of(pack: Pack, chosen: torch.Tensor) -> list[Pack]:
             token_ids=pack.token_ids[begin : begin + n],
             loss_mask=pack.loss_mask[begin : begin + n],
             states=pack.states[begin : begin + n],
+            last=pack.last[begin : begin + n],
             chosen=chosen[begin : begin + n],
         )
         for i, (begin, n) in enumerate(pack.documents())
@@ -71,7 +72,7 @@ def test_the_losses_of_the_parts_of_a_step_add_up_to_that_of_the_whole(tmp_path:
 def test_regression_asks_for_what_enters_the_targets_head(tmp_path: Path) -> None:
     draft, teacher = tiny.make_draft(tiny.write_target(tmp_path))
     pack = tiny.make_pack(LENGTHS)
-    last, found = pack.states[:, -1], draft(pack)
+    last, found = pack.last, draft(pack)
     plain = distill(found, last, draft.lm_head.weight, teacher)
     wanted = teacher.normed(last)[found.target]
     apart = (found.hidden - wanted).square().sum(-1) / wanted.square().sum(-1)
@@ -103,11 +104,11 @@ def test_a_head_that_wants_its_gradient_gets_it(tmp_path: Path, weighting: Weigh
     found = draft(pack)
     hidden = found.hidden.detach().requires_grad_()
     head = draft.lm_head.weight.clone().requires_grad_()
-    outcome = distill(replace(found, hidden=hidden), pack.states[:, -1], head, teacher, Loss.ce, chunk_elements=chunk)
+    outcome = distill(replace(found, hidden=hidden), pack.last, head, teacher, Loss.ce, chunk_elements=chunk)
     (2.0 * outcome.loss).backward()
 
     plain, plain_head = found.hidden.detach().requires_grad_(), draft.lm_head.weight.clone().requires_grad_()
-    label = teacher.logits(pack.states[:, -1], torch.float32).argmax(-1)[found.target]
+    label = teacher.logits(pack.last, torch.float32).argmax(-1)[found.target]
     each = -(plain @ plain_head.T).log_softmax(-1).gather(-1, label[..., None])[..., 0]
     weight = found.weight if found.reweigh is None else found.reweigh(each.detach() * found.valid)
     (2.0 * (each * weight).sum()).backward()
@@ -124,7 +125,7 @@ def test_a_frozen_head_costs_no_gradient_and_mixed_precision_keeps_it_close(tmp_
     for mixed in (False, True):
         head = draft.lm_head.weight.clone().requires_grad_()
         with torch.autocast("cpu", torch.bfloat16, enabled=mixed):
-            distill(found, pack.states[:, -1], head, teacher).loss.backward(retain_graph=True)
+            distill(found, pack.last, head, teacher).loss.backward(retain_graph=True)
         assert head.grad is not None
         assert head.grad.dtype is torch.float32
         grads.append(head.grad)

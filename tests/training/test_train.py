@@ -19,6 +19,8 @@ from safetensors.torch import load_file, save_file
 from trainings import losses, metrics, stop_at
 
 from speculators.config import Device, Dtype, Optimizer, Schedule
+from speculators.data.shards import ANSWERS, ShardReader, ShardWriter
+from speculators.data.token_table import TokenTable, asked_for
 from speculators.drafts.dflash import DFlashDraft
 from speculators.drafts.eagle3 import Eagle3Draft
 from speculators.errors import ContractError, StageError
@@ -228,6 +230,29 @@ def test_features_of_something_else_are_refused_by_name(
         job.digests[field] = str(value)
     with pytest.raises(ContractError, match=message):
         train.main(job)
+
+
+@ALGORITHMS
+def test_a_last_layer_that_is_kept_where_answers_are_predicted_trains_the_same_draft_and_none_on_prompts(
+    world: Path, tmp_path: Path, algorithm: str
+) -> None:
+    for name in ("tokens", "vocab", "target"):
+        (tmp_path / name).symlink_to(world / name)
+    table, whole = TokenTable(world / "tokens"), ShardReader(world / "features")
+    writer = ShardWriter(tmp_path / "features", {**whole.contract, "last_state": ANSWERS}, shard_tokens=200)
+    for row in whole.rows:
+        last = torch.from_numpy(asked_for(table.loss_mask(row)))
+        writer.add(row, whole.token_ids(row), whole.states(row), last)
+    writer.close()
+    trained = []
+    for place in (world, tmp_path):
+        job = make_job(place, tmp_path / f"work-{place.name}", algorithm=algorithm, epochs=1)
+        train.main(job)
+        trained.append(files(job.output))
+    assert trained[0] == trained[1]
+    with pytest.raises(ContractError, match='last_state is "answers", wanted "everywhere"'):
+        train.main(make_job(tmp_path, tmp_path / "prompts", algorithm=algorithm, supervise_prompts=True))
+    train.main(make_job(world, tmp_path / "whole", algorithm=algorithm, supervise_prompts=True, epochs=1))
 
 
 def test_states_that_do_not_give_what_the_server_picks_are_not_trained_on(tmp_path: Path) -> None:

@@ -91,9 +91,11 @@ def check(config: Config, nodes: Mapping[str, Node]) -> None:
                     f"pip install 'speculators-run[{extra}]'",
                 )
         if elsewhere(config, node.kind) and any(phases(node, config)) and not config.serve.url:
+            own = f"; or start a run with until={node.name} on each of those machines, into this store"
             raise RecipeError(
                 f"{node.name}: its server is started on this machine, out of reach of {name}'s jobs elsewhere",
-                f"{node.kind}.executor=local runs it beside its server; serve.url names one that all can reach",
+                f"{node.kind}.executor=local runs it beside its server; serve.url names one that all can reach"
+                f"{own if node.part is not None else ''}",
             )
 
 
