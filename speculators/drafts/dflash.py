@@ -52,6 +52,7 @@ from speculators.drafts.layers import (
     MLP,
     Attention,
     LayerConfig,
+    Linear,
     RMSNorm,
     Rotary,
     Span,
@@ -129,7 +130,7 @@ class DFlashDraft(Draft):
         """The step that is trained on; None where all anchors are wanted."""
         self.options = DFlash()
         width, read = shape.hidden_size, len(config["aux_hidden_state_layer_ids"])
-        self.fc = nn.Linear(read * width, width, bias=False)
+        self.fc = Linear(read * width, width)
         self.hidden_norm = RMSNorm(width, shape.rms_norm_eps)
         count = plain["num_hidden_layers"]
         slides = [kind == SLIDING for kind in plain.get("layer_types") or ["full_attention"] * count]

@@ -48,6 +48,7 @@ from speculators.drafts.layers import (
     Block,
     KeyValues,
     LayerConfig,
+    Linear,
     RMSNorm,
     Rotary,
     causal_blocks,
@@ -130,7 +131,7 @@ class Eagle3Draft(Draft):
         self.input_norm = RMSNorm(read * width, shape.rms_norm_eps) if config["norm_before_fc"] else None
         every = (RMSNorm(width, shape.rms_norm_eps) for _ in range(read))
         self.fc_norm = nn.ModuleList(every) if config.get("fc_norm") else None
-        self.fc = nn.Linear(read * width, width, bias=False)
+        self.fc = Linear(read * width, width)
         self.layers = nn.ModuleList(
             Layer(shape, i == 0, config["norm_before_residual"], plain["model_type"] == DraftArch.qwen3.name)
             for i in range(plain["num_hidden_layers"])

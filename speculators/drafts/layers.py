@@ -32,6 +32,8 @@ QUERY_BLOCK = 256
 """Queries whose scores exist at one time; keys after the block's last query are not computed at all."""
 SPAN_QUERIES = 256
 """Queries whose scores exist at one time, about."""
+ROWS = 64
+"""Of a product in a short format on a CPU, the number of rows is a multiple of this."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -65,6 +67,31 @@ class RMSNorm(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """[..., width] of any dtype -> the same shape in float32."""
         return nn.functional.rms_norm(x.float(), (x.shape[-1],), self.weight, self.eps)
+
+
+def whole_blocks(x: Tensor) -> Tensor:
+    """Rows [n, W], and behind them rows of zeros up to a multiple of `ROWS` where that is faster.
+
+    On a CPU, oneDNN makes products in short formats, and compiles each for every number of rows that it has not met
+    before, which takes longer than most of them. Hardly two steps have the same number.
+    """
+    short = -len(x) % ROWS
+    wanted = short and x.device.type == "cpu" and x.dtype in (torch.bfloat16, torch.float16)
+    return nn.functional.pad(x, (0, 0, 0, short)) if wanted else x
+
+
+class Linear(nn.Linear):
+    """A product with a matrix, nothing added; see `whole_blocks`."""
+
+    def __init__(self, width_in: int, width_out: int) -> None:
+        super().__init__(width_in, width_out, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[..., width_in] -> [..., width_out], in the format that products are to have."""
+        if x.device.type != "cpu" or not torch.is_autocast_enabled("cpu"):
+            return super().forward(x)
+        rows = x.reshape(-1, x.shape[-1]).to(torch.get_autocast_dtype("cpu"))
+        return super().forward(whole_blocks(rows))[: len(rows)].unflatten(0, x.shape[:-1])
 
 
 class Frozen(nn.Module):
@@ -187,8 +214,11 @@ class KeyValues:
     """Keys and values of steps 1, 2, ..., each [R, G, D]."""
 
 
+@torch.autocast("cpu", enabled=False)  # type: ignore[untyped-decorator]
 def unrolled_attention(q: Tensor, cache: KeyValues, blocks: Sequence[Block] | CausalMask) -> Tensor:
     """Causal attention inside documents over step 0, plus each query's own entries of the later steps.
+
+    On a CPU it is computed in float32: its products are small, and of another shape each time (`whole_blocks`).
 
     Args:
         q: queries [R, Q, D], rotated.
@@ -203,7 +233,7 @@ def unrolled_attention(q: Tensor, cache: KeyValues, blocks: Sequence[Block] | Ca
         return flex.unrolled(q, [k for k, _ in steps], [v for _, v in steps], blocks) if len(q) else q.flatten(1)
     groups = cache.keys.shape[1]
     scaled = q * (1.0 / math.sqrt(width))
-    keys, values = cache.keys.transpose(0, 1), cache.values.transpose(0, 1)  # [G, T, D]
+    keys, values = cache.keys.transpose(0, 1), cache.values.float().transpose(0, 1)  # [G, T, D]
     out = []
     for block in blocks:
         length, seen = block.future.shape
@@ -214,7 +244,7 @@ def unrolled_attention(q: Tensor, cache: KeyValues, blocks: Sequence[Block] | Ca
         scores = scores.masked_fill(block.future, float("-inf"))
         own_k = [k[block.queries].transpose(0, 1)[:, None] for k, _ in cache.own]  # [G, 1, L, D]
         own_scores = [(asked * k).sum(-1, keepdim=True) for k in own_k]
-        shares = torch.cat([scores, *own_scores], dim=-1).float().softmax(-1).to(values.dtype)
+        shares = torch.cat([scores, *own_scores], dim=-1).softmax(-1)
         mixed = shares[..., :seen].reshape(groups, -1, seen) @ values[:, block.keys]
         mixed = mixed.view(groups, -1, length, width)
         for step, (_, v) in enumerate(cache.own):
@@ -296,11 +326,12 @@ def _by_document(documents: Sequence[tuple[int, int]], anchors: Tensor) -> list[
     ]
 
 
+@torch.autocast("cpu", enabled=False)  # type: ignore[untyped-decorator]
 def anchored_attention(
     q: Tensor, context: tuple[Tensor, Tensor], own: tuple[Tensor, Tensor],
     over: Sequence[Span] | AnchorMask, causal: bool,
 ) -> Tensor:  # fmt: skip
-    """Attention of every block to the context that it sees and to itself.
+    """Attention of every block to the context that it sees and to itself; on a CPU in float32, as above.
 
     Args:
         q: queries of the last L slots of each block [R, L, Q, D], rotated.
@@ -317,8 +348,8 @@ def anchored_attention(
     slots, groups = own[0].shape[1:3]
     shared = heads // groups
     scaled = q * (1.0 / math.sqrt(width))
-    keys, values = (x.transpose(0, 1) for x in context)  # [G, C, D]
-    own_keys, own_values = (x.permute(2, 0, 1, 3) for x in own)  # [G, R, B, D]
+    keys, values = (x.float().transpose(0, 1) for x in context)  # [G, C, D]
+    own_keys, own_values = (x.float().permute(2, 0, 1, 3) for x in own)  # [G, R, B, D]
     order = torch.arange(slots, device=q.device)
     later = (order[None, :] > order[slots - length :, None]) if causal else None  # [L, B]
     out = []
@@ -333,7 +364,7 @@ def anchored_attention(
         inside = rows @ own_keys[:, span.blocks].transpose(2, 3)
         if later is not None:
             inside = inside.view(groups, blocks, shared, length, slots).masked_fill(later, float("-inf")).flatten(2, 3)
-        shares = torch.cat([scores, inside], dim=-1).float().softmax(-1).to(values.dtype)
+        shares = torch.cat([scores, inside], dim=-1).softmax(-1)
         mixed = shares[..., :seen].reshape(groups, blocks * shared * length, seen) @ values[:, span.context]
         mixed = mixed.view(groups, blocks, shared * length, width) + shares[..., seen:] @ own_values[:, span.blocks]
         mixed = mixed.view(groups, blocks, shared, length, width).permute(1, 3, 0, 2, 4)
@@ -350,10 +381,10 @@ class Attention(nn.Module):
     def __init__(self, config: LayerConfig, width_in: int, head_norm: bool = False) -> None:
         super().__init__()
         self.head_dim = config.head_dim
-        self.q_proj = nn.Linear(width_in, config.num_attention_heads * config.head_dim, bias=False)
-        self.k_proj = nn.Linear(width_in, config.num_key_value_heads * config.head_dim, bias=False)
-        self.v_proj = nn.Linear(width_in, config.num_key_value_heads * config.head_dim, bias=False)
-        self.o_proj = nn.Linear(config.num_attention_heads * config.head_dim, config.hidden_size, bias=False)
+        self.q_proj = Linear(width_in, config.num_attention_heads * config.head_dim)
+        self.k_proj = Linear(width_in, config.num_key_value_heads * config.head_dim)
+        self.v_proj = Linear(width_in, config.num_key_value_heads * config.head_dim)
+        self.o_proj = Linear(config.num_attention_heads * config.head_dim, config.hidden_size)
         self.q_norm = RMSNorm(config.head_dim, config.rms_norm_eps) if head_norm else None
         self.k_norm = RMSNorm(config.head_dim, config.rms_norm_eps) if head_norm else None
 
@@ -386,9 +417,9 @@ class MLP(nn.Module):
 
     def __init__(self, config: LayerConfig) -> None:
         super().__init__()
-        self.gate_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
-        self.up_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
-        self.down_proj = nn.Linear(config.intermediate_size, config.hidden_size, bias=False)
+        self.gate_proj = Linear(config.hidden_size, config.intermediate_size)
+        self.up_proj = Linear(config.hidden_size, config.intermediate_size)
+        self.down_proj = Linear(config.intermediate_size, config.hidden_size)
 
     def forward(self, x: Tensor) -> Tensor:
         """[R, H] -> [R, H]."""

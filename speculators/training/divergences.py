@@ -160,9 +160,13 @@ def _wins(z: Tensor, label: Tensor, exact: bool) -> Tensor:
     """Whether each row's largest logit is its label's.
 
     Rounded logits tie, and then the first one counts, as in a server. Exact ones do not, and finding the largest value
-    is many times faster than finding its place.
+    is many times faster than finding its place, which only rows need whose label has it.
     """
-    return z.gather(1, label[:, None])[:, 0] == z.amax(-1) if exact else z.argmax(-1) == label
+    won = z.gather(1, label[:, None])[:, 0] == z.amax(-1)
+    if not exact:
+        tied = won.nonzero()[:, 0]
+        won[tied] = z[tied].argmax(-1) == label[tied]
+    return won
 
 
 def _softmax_(z: Tensor) -> Tensor:

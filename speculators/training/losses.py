@@ -26,6 +26,7 @@ from torch import Tensor
 
 from speculators.config import Loss
 from speculators.drafts.base import Pack, Predictions, Vocabulary
+from speculators.drafts.layers import whole_blocks
 from speculators.training.divergences import cost
 
 CHUNK_ELEMENTS = {"cpu": 1 << 22, "cuda": 1 << 27}
@@ -54,7 +55,7 @@ class Teacher:
 
     def through(self, head: Tensor, last: Tensor) -> Tensor:
         """As `logits`, by a head that has been brought to the format of the product already."""
-        logits = (self.normed(last).to(head.dtype) @ head.T).float()
+        logits = (whole_blocks(self.normed(last).to(head.dtype)) @ head.T)[: len(last)].float()
         if self.scale != 1.0:
             logits *= self.scale
         return logits if self.softcap is None else self.softcap * torch.tanh(logits / self.softcap)
@@ -151,15 +152,13 @@ class _Distill(torch.autograd.Function):
         slopes = torch.empty_like(hidden_NH) if wants_hidden else None
         # A sum over all chunks, whatever format the head was handed over in.
         of_head = torch.zeros_like(head, dtype=torch.float32) if wants_head else None
-        if not how.reweigh:
-            divergence, correct = walk.costs(weight_N, slopes, of_head)
-        elif of_head is None:  # what a prediction weighs can be multiplied in afterwards
+        if of_head is None:  # what a prediction weighs can be multiplied in afterwards
             divergence, correct = walk.costs(None, slopes, None)
-            weight_N = how.reweigh(divergence)
+            weight_N = how.reweigh(divergence) if how.reweigh else weight_N
             if slopes is not None:
                 slopes.mul_(weight_N[:, None])
         else:
-            weight_N = how.reweigh(walk.costs(None, None, None)[0])
+            weight_N = how.reweigh(walk.costs(None, None, None)[0]) if how.reweigh else weight_N
             divergence, correct = walk.costs(weight_N, slopes, of_head)
         ctx.save_for_backward(slopes, of_head)
         ctx.mark_non_differentiable(divergence, correct)
@@ -200,15 +199,15 @@ class _Walk:
             wanted = how.teacher.through(self.teacher_head, self.last[self.places_U[begin:end]])
             # More predictions of one place than fit are computed in turns.
             for picked in self.order_N[bounds[begin] : bounds[end]].split(rows):
-                hidden = self.hidden_NH[picked].to(how.dtype)
-                z = (hidden @ self.head.T).float()
+                hidden = whole_blocks(self.hidden_NH[picked].to(how.dtype))
+                z = (hidden @ self.head.T)[: len(picked)].float()
                 local = self.which_N[picked] - begin
                 divergence[picked], correct[picked] = cost(z, wanted, local, how.losses, how.dtype is torch.float32)
                 if slopes is None and of_head is None:
                     continue
-                slope = (z if weight_N is None else z.mul_(weight_N[picked, None])).to(how.dtype)
+                slope = whole_blocks((z if weight_N is None else z.mul_(weight_N[picked, None])).to(how.dtype))
                 if slopes is not None:
-                    slopes[picked] = (slope @ self.head).to(slopes.dtype)
+                    slopes[picked] = (slope @ self.head)[: len(picked)].to(slopes.dtype)
                 if of_head is not None:
                     _add_product(of_head, slope.T, hidden)
         return divergence, correct

@@ -63,7 +63,7 @@ def zolotarev(poles: int, floor: float) -> tuple[float, list[float], list[float]
 SCALE, WEIGHTS, POLES = zolotarev(2, FLOOR)
 
 
-def orthogonalise(matrix: Tensor, block: int = 0) -> Tensor:
+def orthogonalise(matrix: Tensor, block: int = 0, dtype: torch.dtype = torch.float32) -> Tensor:
     """The orthogonal matrix nearest to `matrix` [m, n], about: singular values end between 0.9 and 1.1.
 
     With X = USV', f(S) is wanted for S, f being `zolotarev`'s function, which is X times a function of its Gram matrix
@@ -72,6 +72,8 @@ def orthogonalise(matrix: Tensor, block: int = 0) -> Tensor:
 
     With `block`, the shorter side is cut into groups of so many rows, each made orthogonal by itself: k / block
     times less work, and what is lost is that two groups may still move along the same direction.
+
+    `dtype` is the format of the last product, whose result needs no more digits than the function is near to one.
     """
     tall = matrix.shape[0] > matrix.shape[1]
     x = matrix.T if tall else matrix
@@ -94,7 +96,7 @@ def orthogonalise(matrix: Tensor, block: int = 0) -> Tensor:
         applied = inverse.mul_(weight) if applied is None else applied.add_(inverse, alpha=weight)
     assert applied is not None
     applied.diagonal(dim1=-2, dim2=-1).add_(1.0)
-    x = (applied.mul_(SCALE / norm) @ x).reshape(groups * size, columns)[:rows]
+    x = (applied.mul_(SCALE / norm).to(dtype) @ x.to(dtype)).float().reshape(groups * size, columns)[:rows]
     return x.T if tall else x
 
 
@@ -125,7 +127,7 @@ class Optimizers:
         self.lr = train.lr
         self.adamw_lr = train.lr if train.adamw_lr is None else train.adamw_lr
         self.weight_decay = train.weight_decay
-        self.block = train.muon_block
+        self.block, self.dtype = train.muon_block, getattr(torch, train.precision.name)
         self.momenta = {name: torch.zeros_like(p) for name, p in self.matrices.items()}
         self.ranks = ranks or Ranks()
         self.owners = owners({name: self.shapes[name] for name in self.matrices}, self.ranks.size)
@@ -174,7 +176,7 @@ class Optimizers:
         gradient, momentum = self._moved(name)
         if self.owners[name] != self.ranks.rank:
             return torch.empty_like(momentum)
-        update = orthogonalise(gradient.lerp(momentum, MOMENTUM), self.block)
+        update = orthogonalise(gradient.lerp(momentum, MOMENTUM), self.block, self.dtype)
         return update if self.ranks.size == 1 else update.contiguous()
 
     def _updates_of_rows(self, names: list[str]) -> list[Tensor]:
@@ -185,7 +187,7 @@ class Optimizers:
         cut = {name: [rows(self.shapes[name][0], of, len(everyone)) for of in everyone] for name in names}
         shapes = [[(cut[n][of].stop - cut[n][of].start, self.shapes[n][1]) for n in owned[rank]] for of in everyone]
         got = self.ranks.exchange([[asked[name] for name in owned[owner]] for owner in everyone], shapes)
-        made = [orthogonalise(torch.cat(parts), self.block) for parts in zip(*got, strict=True)]
+        made = [orthogonalise(torch.cat(parts), self.block, self.dtype) for parts in zip(*got, strict=True)]
         back = self.ranks.exchange(
             [[update[cut[name][of]] for name, update in zip(owned[rank], made, strict=True)] for of in everyone],
             [[asked[name].shape for name in owned[owner]] for owner in everyone],

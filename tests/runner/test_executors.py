@@ -19,6 +19,7 @@ from speculators.config import Cluster, Executor
 from speculators.errors import RecipeError, StageError
 from speculators.runner import executors, guard, lease
 from speculators.runner.executors import Handle
+from speculators.runner.executors.local import environment
 from speculators.runner.executors.nursery import Nursery
 from speculators.runner.graph import build
 from speculators.runner.store import Store
@@ -423,3 +424,12 @@ def test_a_recipe_has_the_same_keys_and_bytes_through_every_executor(name: str, 
         [found] = Store(world / chosen).artifacts("prompts")
         made[chosen] = (found.key, found.digest)
     assert made["local"] == made[name]
+
+
+def test_a_worker_keeps_the_memory_that_it_frees_unless_the_user_says_otherwise(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.delenv("GLIBC_TUNABLES", raising=False)
+    assert "trim_threshold" in environment({})["GLIBC_TUNABLES"]
+    monkeypatch.setenv("GLIBC_TUNABLES", "glibc.malloc.check=3")
+    assert environment({})["GLIBC_TUNABLES"] == "glibc.malloc.check=3"

@@ -119,3 +119,11 @@ def test_a_recipes_losses_are_names_with_weights() -> None:
 def test_a_loss_that_cannot_be_is_refused(given: object, said: str) -> None:
     with pytest.raises(RecipeError, match=said):
         loss_weights(given)
+
+
+def test_of_rounded_logits_that_tie_the_first_one_counts() -> None:
+    z = torch.tensor([[1.0, 3.0, 3.0], [1.0, 3.0, 3.0], [2.0, 1.0, 0.0]])
+    wanted = torch.tensor([[0.0, 9.0, 0.0], [0.0, 0.0, 9.0], [9.0, 0.0, 0.0]])
+    local = torch.arange(3)
+    assert cost(z.clone(), wanted, local, {Loss.kl: 1.0}, exact=False)[1].tolist() == [True, False, True]
+    assert cost(z.clone(), wanted, local, {Loss.kl: 1.0}, exact=True)[1].tolist() == [True, True, True]

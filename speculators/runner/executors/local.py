@@ -111,7 +111,7 @@ def environment(env: Mapping[str, str]) -> dict[str, str]:
     """All variables of a worker: this process's, those that every worker gets, and `env`."""
     ours = {"PYTHONPATH": python_path(), "PYTHONUNBUFFERED": "1"}
     inherited = {name: value for name, value in os.environ.items() if name not in TORCHRUN}
-    return {**inherited, **threads.env(Path(sys.executable)), **ours, **env}
+    return {**inherited, **threads.env(Path(sys.executable)), **threads.memory(), **ours, **env}
 
 
 def python_path() -> str:

@@ -1,0 +1,43 @@
+"""Products: how many rows they have, and what comes out of them."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from speculators.drafts.layers import ROWS, Linear, whole_blocks
+
+
+@pytest.mark.parametrize(
+    ("rows", "dtype", "expected"),
+    [
+        (1, torch.bfloat16, ROWS),
+        (ROWS, torch.bfloat16, ROWS),
+        (ROWS + 1, torch.float16, 2 * ROWS),
+        (0, torch.bfloat16, 0),
+        (ROWS + 1, torch.float32, ROWS + 1),
+    ],
+)
+def test_rows_of_a_short_format_come_in_whole_blocks(rows: int, dtype: torch.dtype, expected: int) -> None:
+    x = torch.ones(rows, 3, dtype=dtype)
+    found = whole_blocks(x)
+    assert found.shape == (expected, 3)
+    assert torch.equal(found[:rows], x)
+    assert found[rows:].abs().sum() == 0
+
+
+def test_a_product_in_a_short_format_and_its_gradients_are_those_of_its_own_rows() -> None:
+    layer, generator = Linear(8, 5), torch.Generator().manual_seed(1)
+    x = torch.randn(3, 7, 8, generator=generator, requires_grad=True)
+    slope = torch.randn(3, 7, 5, generator=generator)
+    with torch.autocast("cpu", torch.bfloat16):
+        found = layer(x)
+    (found * slope).sum().backward()
+    assert found.shape == (3, 7, 5)
+    assert found.dtype is torch.bfloat16
+    assert x.grad is not None
+    assert layer.weight.grad is not None
+    torch.testing.assert_close(found.float(), x @ layer.weight.T, atol=0.02, rtol=0.02)
+    torch.testing.assert_close(x.grad, slope @ layer.weight, atol=0.02, rtol=0.02)
+    expected = slope.flatten(0, 1).T @ x.detach().flatten(0, 1)
+    torch.testing.assert_close(layer.weight.grad, expected, atol=0.05, rtol=0.02)
