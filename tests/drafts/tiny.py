@@ -176,3 +176,16 @@ def repeating_packs(embeddings: torch.Tensor, count: int) -> list[Pack]:
         mask = torch.arange(60) >= 32
         packs.append(replace(pack_of([60], tokens, mask, states.bfloat16()), rows=[row]))
     return packs
+
+
+def copied(draft: Draft, packs: list[Pack]) -> float:
+    """Of the first proposals in such documents, the share that says what comes next."""
+    right = total = 0
+    for pack in packs:
+        predictions = draft(pack)
+        target = predictions.target[0]
+        said = (predictions.hidden[0] @ draft.lm_head.weight.T).argmax(-1)
+        asked = predictions.valid[0] & (target + 1 < len(pack.token_ids))
+        right += int((said == pack.token_ids.roll(-1)[target])[asked].sum())
+        total += int(asked.sum())
+    return right / total
