@@ -29,7 +29,9 @@ def env(interpreter: Path) -> dict[str, str]:
     library = interpreter.parent.parent / "lib" / "libiomp5.so"
     preloaded = os.environ.get("LD_PRELOAD", "")
     if library.exists() and not any(name in preloaded for name in ("libomp", "libgomp", "libiomp")):
-        variables["LD_PRELOAD"] = ":".join(filter(None, [preloaded, str(library)]))
+        preloaded = ":".join(filter(None, [preloaded, str(library)]))
+        variables["LD_PRELOAD"] = preloaded
+    if "libiomp" in preloaded:
         variables["KMP_BLOCKTIME"] = os.environ.get("KMP_BLOCKTIME", BLOCK_MS)
     return variables
 

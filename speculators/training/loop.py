@@ -201,7 +201,7 @@ class Loop:
         self.draft.advance(index, total)
         loss, tally, wrong = self._backward(index)
         self.weights.add_up()
-        norm = self.weights.clip(self.train.clip)
+        norm = self.weights.norm()
         if wrong or not math.isfinite(norm):
             rows = wrong or [piece.row for piece in self.plan.batches[index]]
             raise StageError(
@@ -209,7 +209,7 @@ class Loop:
                 "look at these rows' hidden states; if they are finite, lower train.lr or train.clip",
             )
         self._stop_if_exploded(index, tally)
-        self.optimizers.step(factor)
+        self.optimizers.step(factor, min(1.0, self.train.clip / (norm + 1e-6)))
         self.at.step += 1
         if self.average is not None:
             self.average.update(self.at.step)

@@ -1,9 +1,10 @@
 """Optimisers and schedules. Parameters, momenta and moments are float32, whatever the products are computed in.
 
 Muon (Jordan et al. 2024; scaled as in Liu et al. 2025, arXiv:2502.16982) replaces the update of a matrix by the nearest
-orthogonal matrix, so that every direction is learnt at the same rate. It is written out here because torch's computes
-in bfloat16, which many processors emulate slowly, and takes fifteen products of the whole matrix; this one takes two
-and two inverses of the small Gram matrix, comes closer, and goes in blocks if asked.
+orthogonal matrix, so that every direction is learnt at the same rate. It is written out here because torch's takes
+fifteen products in bfloat16, which many processors emulate slowly, one matrix after the other. In float32 this one
+takes two products and two inverses of the small Gram matrix; in bfloat16, where that is what the machine is fast at,
+twelve products of all matrices of a shape at once. Both come closer, and go in blocks if asked.
 """
 
 from __future__ import annotations
@@ -26,7 +27,9 @@ BETAS = (0.9, 0.95)
 """AdamW's."""
 EPS = 1e-8
 FLOOR = 5e-3
-"""Singular values from this share of the largest upwards end near one, smaller ones in between."""
+"""Singular values from this share of the largest upwards end near one, smaller ones in between; in float32."""
+ROUGH_FLOOR = 2e-3
+"""The same in shorter formats, where they end less near: small ones count for more (docs/log.md)."""
 
 
 def zolotarev(poles: int, floor: float) -> tuple[float, list[float], list[float]]:
@@ -60,32 +63,88 @@ def zolotarev(poles: int, floor: float) -> tuple[float, list[float], list[float]
     return 2.0 / sum(ends), weights, at
 
 
+def quintics(count: int, floor: float, margin: float) -> list[tuple[float, float, float]]:
+    """Odd polynomials a x + b x^3 + c x^5 that, one after the other, bring [floor, 1] nearest to 1.
+
+    Each is the nearest to 1 on the interval that the one before leaves, which makes the whole the best of its kind
+    (Amsel et al. 2025, arXiv:2505.16932). Of a quintic the error is greatest at both ends and at two places between
+    them, in turn up and down; those are found by going to where the last polynomial turned (Remez). Beyond its
+    interval a quintic soon grows, so each one's reaches `margin` times further up than values should come.
+    """
+    low, high, found = floor, 1.0, []
+    for _ in range(count):
+        high *= margin
+        inner = [(3 * low + high) / 4, (low + 3 * high) / 4]
+        for _ in range(20):
+            at = torch.tensor([low, *inner, high], dtype=torch.float64)
+            powers = torch.stack([at, at**3, at**5, torch.tensor([1, -1, 1, -1])], dim=1)
+            a, b, c, error = torch.linalg.solve(powers, torch.ones_like(at)).tolist()
+            root = math.sqrt(9 * b * b - 20 * a * c)
+            inner = [math.sqrt((-3 * b - root) / (10 * c)), math.sqrt((-3 * b + root) / (10 * c))]
+        found.append((a, b, c))
+        low, high = 1.0 - error, 1.0 + error
+    return found
+
+
 SCALE, WEIGHTS, POLES = zolotarev(2, FLOOR)
+QUINTICS = quintics(4, ROUGH_FLOOR, 1.02)
+TOGETHER = 1 << 22
+"""Numbers in matrices that are made orthogonal together, unless one alone has more: what a CPU's cache holds."""
 
 
-def orthogonalise(matrix: Tensor, block: int = 0, dtype: torch.dtype = torch.float32) -> Tensor:
-    """The orthogonal matrix nearest to `matrix` [m, n], about: singular values end between 0.9 and 1.1.
+def orthogonalise(matrices: Sequence[Tensor], block: int = 0, dtype: torch.dtype = torch.float32) -> list[Tensor]:
+    """The orthogonal matrix nearest to each [m, n], about: singular values from the floor up end around one.
 
-    With X = USV', f(S) is wanted for S, f being `zolotarev`'s function, which is X times a function of its Gram matrix
-    [k, k], k = min(m, n). That takes one product to form it, one to apply the function, and in between an inverse for
-    each pole, which are far enough from zero that float32 will do.
+    With X = USV', f(S) is wanted for S, f being `zolotarev`'s function, which ends between 0.9 and 1.1, or `quintics`'
+    chain in formats shorter than float32, between 0.65 and 1.35; either is X times a function of its Gram matrix
+    [k, k], k = min(m, n). The usual chain (Jordan et al. 2024) takes one step more, to 0.68 and 1.19.
 
     With `block`, the shorter side is cut into groups of so many rows, each made orthogonal by itself: k / block
     times less work, and what is lost is that two groups may still move along the same direction.
 
-    `dtype` is the format of the last product, whose result needs no more digits than the function is near to one.
+    Args:
+        matrices: float32.
+        block: rows of a group; 0 for all.
+        dtype: the format of the products, and of what is returned.
     """
-    tall = matrix.shape[0] > matrix.shape[1]
-    x = matrix.T if tall else matrix
-    rows, columns = x.shape
+    found = list(matrices)
+    flat = [matrix.T if matrix.shape[0] > matrix.shape[1] else matrix for matrix in matrices]
+    for alike in together([x.shape for x in flat]):
+        made = _in_blocks(torch.stack([flat[place].to(dtype) for place in alike]), block)
+        for place, x in zip(alike, made, strict=True):
+            found[place] = x if flat[place] is matrices[place] else x.T
+    return found
+
+
+def together(shapes: Sequence[Sequence[int]]) -> list[list[int]]:
+    """Which matrices are made orthogonal at once: of one shape or its transpose, and `TOGETHER` at most."""
+    groups: list[list[int]] = []
+    last: dict[tuple[int, ...], list[int]] = {}
+    for place, shape in enumerate(shapes):
+        kind = tuple(sorted(shape))
+        if kind not in last or (len(last[kind]) + 1) * math.prod(kind) > TOGETHER:
+            last[kind] = []
+            groups.append(last[kind])
+        last[kind].append(place)
+    return groups
+
+
+def _in_blocks(matrices: Tensor, block: int) -> Tensor:
+    """`orthogonalise` for some of a shape [B, m, n], m <= n, in their format."""
+    count, rows, columns = matrices.shape
     size = min(block, rows) if block else rows
     groups = -(-rows // size)
     # Rows of zeros stay what they are.
-    x = nn.functional.pad(x, (0, 0, 0, groups * size - rows)).reshape(groups, size, columns)
-    # First by what keeps the squares within float32, then by the fourth root of the sum of the fourth powers of the
-    # singular values, which is hardly above the largest.
-    x = x / (x.flatten(1).norm(dim=1)[:, None, None] + 1e-30)
+    x = nn.functional.pad(matrices, (0, 0, 0, groups * size - rows)).reshape(count * groups, size, columns)
+    x = x / (x.flatten(1).norm(dim=1)[:, None, None] + 1e-30)  # which keeps the powers within float32
+    x = _by_inverses(x) if x.dtype is torch.float32 else _by_products(x)
+    return x.reshape(count, groups * size, columns)[:, :rows]
+
+
+def _by_inverses(x: Tensor) -> Tensor:
+    """By `zolotarev`'s function: two products, and an inverse a pole, which float32 will do for."""
     gram = x @ x.mT
+    # By the fourth root of the sum of the singular values' fourth powers, which is hardly above the largest.
     norm = (gram.flatten(1).norm(dim=1).sqrt() + 1e-7)[:, None, None]
     gram = gram / norm.square()
     applied: Tensor | None = None
@@ -96,8 +155,30 @@ def orthogonalise(matrix: Tensor, block: int = 0, dtype: torch.dtype = torch.flo
         applied = inverse.mul_(weight) if applied is None else applied.add_(inverse, alpha=weight)
     assert applied is not None
     applied.diagonal(dim1=-2, dim2=-1).add_(1.0)
-    x = (applied.mul_(SCALE / norm).to(dtype) @ x.to(dtype)).float().reshape(groups * size, columns)[:rows]
-    return x.T if tall else x
+    return applied.mul_(SCALE / norm) @ x
+
+
+def _by_products(x: Tensor) -> Tensor:
+    """By `quintics`."""
+    for number, (a, b, c) in enumerate(QUINTICS):
+        gram = _gram(x)
+        square = gram @ gram
+        if number:
+            applied = gram.mul_(b).add_(square, alpha=c)
+        else:  # as above, by the eighth powers, which are there already
+            norm = square.flatten(1).float().norm(dim=1)[:, None, None].sqrt() + 1e-7
+            applied = gram * (b / norm) + square * (c / norm.square())
+        applied.diagonal(dim1=-2, dim2=-1).add_(a)
+        x = (applied if number else (applied / norm.sqrt()).to(x.dtype)) @ x
+    return x
+
+
+def _gram(x: Tensor) -> Tensor:
+    """Products of the rows [B, k, n]; those of a single wide matrix in parts, which are computed side by side."""
+    if len(x) > 1 or x.shape[2] % x.shape[1]:
+        return x @ x.mT
+    parts = x[0].unflatten(1, (-1, x.shape[1])).transpose(0, 1)
+    return (parts @ parts.mT).sum(0, keepdim=True)
 
 
 class Optimizers:
@@ -144,14 +225,17 @@ class Optimizers:
         yield from self.others.values()
 
     @torch.no_grad()
-    def step(self, factor: float) -> None:
-        """Apply the gradients, at `factor` of the peak learning rate, and clear them."""
+    def step(self, factor: float, shrink: float = 1.0) -> None:
+        """Apply the gradients times `shrink`, at `factor` of the peak learning rate, and clear them."""
         for names in self._groups():
-            for name, update in zip(names, self._updates(names), strict=True):
+            for name, update in zip(names, self._updates(names, shrink), strict=True):
                 p = self.matrices[name]
                 # The same size of update as AdamW's, so that one learning rate serves both.
                 size = self.lr * factor * 0.2 * math.sqrt(max(self.shapes[name]))
                 p.mul_(1.0 - self.lr * factor * self.weight_decay).add_(update, alpha=-size)
+        for p in self.others.values():
+            if shrink != 1.0 and p.grad is not None:
+                p.grad.mul_(shrink)
         for group in self.adamw.param_groups:
             group["lr"] = self.adamw_lr * factor
         self.adamw.step()
@@ -159,35 +243,37 @@ class Optimizers:
             p.grad = None
 
     def _groups(self) -> list[list[str]]:
-        """Matrices whose updates exist at the same time: one by one, or all, so that the ranks need not wait."""
+        """Matrices whose updates exist at the same time: those of a shape, or all, so that ranks need not wait."""
         names = list(self.matrices)
-        return [names] if self.ranks.size > 1 else [[name] for name in names]
+        if self.ranks.size > 1:
+            return [names]
+        return [[names[place] for place in alike] for alike in together([self.shapes[name] for name in names])]
 
-    def _updates(self, names: list[str]) -> list[Tensor]:
+    def _updates(self, names: list[str], shrink: float) -> list[Tensor]:
         """Muon's updates of what is held of these matrices."""
         if self.divided:
-            return self._updates_of_rows(names) if names else []
-        updates = [self._update(name) for name in names]
+            return self._updates_of_rows(names, shrink) if names else []
+        asked = {name: self._asked(name, shrink) for name in names}
+        own = [name for name in names if self.owners[name] == self.ranks.rank]
+        made = orthogonalise([asked[name] for name in own], self.block, self.dtype)
+        if self.ranks.size == 1:
+            return made
+        # What is handed on is contiguous and float32; of the others' there is room to take it.
+        asked |= {name: update.float().contiguous() for name, update in zip(own, made, strict=True)}
+        updates = list(asked.values())
         self.ranks.spread(updates, [self.owners[name] for name in names])
         return updates
 
-    def _update(self, name: str) -> Tensor:
-        """Muon's update of a matrix, contiguous where it is handed on; room for it on a rank that gets it."""
-        gradient, momentum = self._moved(name)
-        if self.owners[name] != self.ranks.rank:
-            return torch.empty_like(momentum)
-        update = orthogonalise(gradient.lerp(momentum, MOMENTUM), self.block, self.dtype)
-        return update if self.ranks.size == 1 else update.contiguous()
-
-    def _updates_of_rows(self, names: list[str]) -> list[Tensor]:
+    def _updates_of_rows(self, names: list[str], shrink: float) -> list[Tensor]:
         """The rows of all ranks go to the matrix's owner, who hands back those of the update."""
         rank, everyone = self.ranks.rank, range(self.ranks.size)
         owned = [[name for name in names if self.owners[name] == owner] for owner in everyone]
-        asked = {name: torch.lerp(*self._moved(name), MOMENTUM) for name in names}
+        asked = {name: self._asked(name, shrink) for name in names}
         cut = {name: [rows(self.shapes[name][0], of, len(everyone)) for of in everyone] for name in names}
         shapes = [[(cut[n][of].stop - cut[n][of].start, self.shapes[n][1]) for n in owned[rank]] for of in everyone]
         got = self.ranks.exchange([[asked[name] for name in owned[owner]] for owner in everyone], shapes)
-        made = [orthogonalise(torch.cat(parts), self.block, self.dtype) for parts in zip(*got, strict=True)]
+        whole = orthogonalise([torch.cat(parts) for parts in zip(*got, strict=True)], self.block, self.dtype)
+        made = [update.float() for update in whole]
         back = self.ranks.exchange(
             [[update[cut[name][of]] for name, update in zip(owned[rank], made, strict=True)] for of in everyone],
             [[asked[name].shape for name in owned[owner]] for owner in everyone],
@@ -195,11 +281,12 @@ class Optimizers:
         found = dict(zip(itertools.chain(*owned), itertools.chain(*back), strict=True))
         return [found[name] for name in names]
 
-    def _moved(self, name: str) -> tuple[Tensor, Tensor]:
-        """The gradient of what is held of a matrix, and its momentum once it has taken that in."""
-        gradient = self.matrices[name].grad
+    def _asked(self, name: str, shrink: float) -> Tensor:
+        """Where what is held of a matrix is to go: its momentum, which takes the gradient in, and once more that."""
+        gradient, momentum = self.matrices[name].grad, self.momenta[name]
         assert gradient is not None
-        return gradient, self.momenta[name].lerp_(gradient, 1.0 - MOMENTUM)
+        momentum.mul_(MOMENTUM).add_(gradient, alpha=(1.0 - MOMENTUM) * shrink)
+        return (momentum * MOMENTUM).add_(gradient, alpha=(1.0 - MOMENTUM) * shrink)
 
     def state(self) -> dict[str, Tensor]:
         """Everything that the next step depends on, by name."""

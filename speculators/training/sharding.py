@@ -62,9 +62,9 @@ class Weights:
         """Make the gradients of what is held those of the whole step; zeros where nobody has any."""
         self.ranks.add(_gradients(self.held.values()))
 
-    def clip(self, limit: float) -> float:
-        """Scale the gradients down to the norm `limit`, if theirs is larger; gives theirs, over all weights."""
-        return float(nn.utils.clip_grad_norm_(self.held.values(), limit))
+    def norm(self) -> float:
+        """Of the gradients, over all weights."""
+        return float(_norm(self.held.values()))
 
     @contextlib.contextmanager
     def gathered(self) -> Iterator[None]:
@@ -135,14 +135,11 @@ class Shards(Weights):
             self.held[name].grad, p.grad = p.grad.to_local(), None
         self.ranks.add(_gradients(p for name, p in self.held.items() if name not in self.divided))
 
-    def clip(self, limit: float) -> float:
-        rows = [self.held[name].grad for name in self.divided]
-        vectors = [p.grad for name, p in self.held.items() if name not in self.divided]
-        squares = nn.utils.get_total_norm([g for g in rows if g is not None]).square()
+    def norm(self) -> float:
+        squares = _norm(self.held[name] for name in self.divided).square()
         self.ranks.add([squares])
-        norm = (squares + nn.utils.get_total_norm([g for g in vectors if g is not None]).square()).sqrt()
-        nn.utils.clip_grads_with_norm_(self.held.values(), limit, norm)
-        return float(norm)
+        vectors = _norm(p for name, p in self.held.items() if name not in self.divided)
+        return float((squares + vectors.square()).sqrt())
 
     @contextlib.contextmanager
     def gathered(self) -> Iterator[None]:
@@ -191,3 +188,8 @@ def _gradients(parameters: Iterable[nn.Parameter]) -> list[Tensor]:
             p.grad = torch.zeros_like(p)
         found.append(p.grad)
     return found
+
+
+def _norm(parameters: Iterable[nn.Parameter]) -> Tensor:
+    """Of all gradients together."""
+    return nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])

@@ -141,9 +141,13 @@ def upstream(
 
 def ours(world: World, store: str) -> tuple[float, Path]:
     """Run our trainer as a recipe does; returns tokens/s in its steps, and its checkpoint."""
+    planner = Planner(world.config, Store(Path(store)))
+    before = next(step for step in planner.plan() if step.node.name == "train")
+    if before.artifact is not None:  # one of the same bytes would stay, and with it the time that it took
+        Store(Path(store)).set_aside("train", before.artifact.key)
     command = [str(Path(sys.executable).with_name("speculators-run")), *world.words, f"run.store={store}"]
     with tempfile.TemporaryDirectory() as directory:
-        subprocess.run([*command, "until=train", "force=train"], check=True, cwd=directory, capture_output=True)
+        subprocess.run([*command, "until=train"], check=True, cwd=directory, capture_output=True)
     planner = Planner(world.config, Store(Path(store)))
     step = next(step for step in planner.plan() if step.node.name == "train")
     assert step.path is not None

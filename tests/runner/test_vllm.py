@@ -172,8 +172,18 @@ def test_intels_openmp_is_preloaded_where_its_wheel_lies(
     library.parent.mkdir()
     library.touch()
     assert threads.env(tmp_path / "bin" / "python")["LD_PRELOAD"] == ":".join(filter(None, [preloaded, str(library)]))
+    assert threads.env(tmp_path / "bin" / "python")["KMP_BLOCKTIME"] == threads.BLOCK_MS
     monkeypatch.setenv("LD_PRELOAD", "/opt/libgomp.so")
     assert "LD_PRELOAD" not in threads.env(tmp_path / "bin" / "python")
+
+
+def test_intels_threads_sleep_as_soon_where_somebody_else_preloads_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("LD_PRELOAD", "/opt/libiomp5.so")
+    found = threads.env(tmp_path / "bin" / "python")
+    assert "LD_PRELOAD" not in found
+    assert found["KMP_BLOCKTIME"] == threads.BLOCK_MS
 
 
 @pytest.mark.parametrize(

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from speculators.config import Optimizer, Schedule, Train
-from speculators.training.optim import FLOOR, Average, Optimizers, orthogonalise, rate, zolotarev
+from speculators.training.optim import FLOOR, Average, Optimizers, orthogonalise, quintics, rate, together, zolotarev
 
 
 @pytest.mark.parametrize(
@@ -48,29 +48,64 @@ def test_the_function_swings_about_one_as_often_as_the_best_of_its_type_must(pol
     torch.testing.assert_close(error[turns], signs * error.abs().max(), atol=0, rtol=1e-5)
 
 
-@pytest.mark.parametrize("shape", [(24, 40), (40, 24), (16, 16), (96, 96)])
+@pytest.mark.parametrize("floor", [0.1, 5e-3, 1e-3])
+def test_each_quintic_swings_about_one_as_often_as_the_best_must(floor: float) -> None:
+    low, high = floor, 1.0
+    for a, b, c in quintics(3, floor, 1.01):
+        x = torch.linspace(low, 1.01 * high, 200_001, dtype=torch.float64)
+        error = a * x + b * x**3 + c * x**5 - 1
+        turns = [0, *(torch.where(error.diff()[1:] * error.diff()[:-1] < 0)[0] + 1).tolist(), len(x) - 1]
+        signs = torch.tensor([-1.0, 1.0, -1.0, 1.0], dtype=torch.float64)
+        torch.testing.assert_close(error[turns], signs * error.abs().max(), atol=0, rtol=1e-5)
+        low, high = 1 - float(error.abs().max()), 1 + float(error.abs().max())
+    assert high - 1 < 1 - floor
+
+
+OFF = {torch.float32: 0.1, torch.bfloat16: 0.36}
+"""How far from one a singular value may end that began above the floor."""
+
+
+@pytest.mark.parametrize("shape", [(24, 40), (40, 24), (16, 16), (96, 96), (24, 96)])
 @pytest.mark.parametrize("size", [1.0, 1e-12, 1e12])
-def test_a_matrix_becomes_orthogonal_whatever_its_size_and_shape(shape: tuple[int, int], size: float) -> None:
+@pytest.mark.parametrize("dtype", OFF)
+def test_a_matrix_becomes_orthogonal_whatever_its_size_and_shape(
+    shape: tuple[int, int], size: float, dtype: torch.dtype
+) -> None:
     matrix = spread(*shape, least=4 * FLOOR) * size
     u, _, v = torch.linalg.svd(matrix.double(), full_matrices=False)
-    expected = u @ v
-    assert torch.linalg.matrix_norm(orthogonalise(matrix).double() - expected, 2) < 0.1
+    found = orthogonalise([matrix], dtype=dtype)[0]
+    assert found.dtype is dtype
+    assert torch.linalg.matrix_norm(found.double() - u @ v, 2) < OFF[dtype]
 
 
-def test_directions_that_hardly_move_are_not_blown_up_and_none_is_not_a_number() -> None:
-    for matrix in (spread(32, 48, least=1e-9), torch.zeros(32, 48), torch.ones(32, 48)):
-        found = torch.linalg.matrix_norm(orthogonalise(matrix), 2)
-        assert found <= 1.1
-    assert torch.equal(orthogonalise(torch.zeros(8, 9)), torch.zeros(8, 9))
+@pytest.mark.parametrize("dtype", OFF)
+def test_directions_that_hardly_move_are_not_blown_up_and_none_is_not_a_number(dtype: torch.dtype) -> None:
+    for matrix in (spread(32, 48, least=1e-9), torch.zeros(32, 48), torch.ones(32, 48), torch.eye(32)):
+        found = torch.linalg.matrix_norm(orthogonalise([matrix], dtype=dtype)[0].float(), 2)
+        assert found <= 1.0 + OFF[dtype]
+    assert torch.equal(orthogonalise([torch.zeros(8, 9)], dtype=dtype)[0], torch.zeros(8, 9, dtype=dtype))
 
 
 @pytest.mark.parametrize("tall", [False, True])
 def test_blocks_are_orthogonalised_each_by_itself_down_to_a_last_short_one(tall: bool) -> None:
     matrix = torch.randn(20, 40, generator=torch.Generator().manual_seed(0))
-    expected = torch.cat([orthogonalise(matrix[:8]), orthogonalise(matrix[8:16]), orthogonalise(matrix[16:])])
-    found = orthogonalise(matrix.T, 8).T if tall else orthogonalise(matrix, 8)
+    expected = torch.cat([orthogonalise([matrix[at : at + 8]])[0] for at in (0, 8, 16)])
+    found = orthogonalise([matrix.T], 8)[0].T if tall else orthogonalise([matrix], 8)[0]
     torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-4)
-    torch.testing.assert_close(orthogonalise(matrix, 64), orthogonalise(matrix))
+    torch.testing.assert_close(orthogonalise([matrix], 64), orthogonalise([matrix]))
+
+
+@pytest.mark.parametrize("dtype", OFF)
+def test_matrices_of_all_shapes_are_made_orthogonal_together_each_in_its_place(dtype: torch.dtype) -> None:
+    draw = torch.Generator().manual_seed(0)
+    matrices = [torch.randn(*shape, generator=draw) for shape in ((8, 16), (16, 8), (4, 4), (8, 16))]
+    alone = [orthogonalise([matrix], dtype=dtype)[0] for matrix in matrices]
+    torch.testing.assert_close(orthogonalise(matrices, dtype=dtype), alone, atol=0.1, rtol=0)
+
+
+def test_no_more_are_taken_together_than_a_cache_holds() -> None:
+    large = (2048, 1536)
+    assert together([(8, 16), large, (16, 8), large, (4, 4)]) == [[0, 2], [1], [3], [4]]
 
 
 def model() -> nn.Sequential:
