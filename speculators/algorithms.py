@@ -157,7 +157,7 @@ class DFlash(Speculator):
     """Of `weighting: dpace`: share of its confidence that a place has whatever the draft says, 0 to 1."""
     induction: bool = if_set(False)
     """Begin with attention that finds where the last token stood before and copies what followed it there; takes two
-    layers. No gain has been measured: as it is now, training forgets it within some ten steps (docs/log.md)."""
+    layers, and pays where there are few conversations to learn it from (docs/log.md)."""
     anchors: int = 512
     """Blocks that a step trains on, at most; which ones is drawn anew in every step."""
 

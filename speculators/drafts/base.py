@@ -153,6 +153,8 @@ class Draft(nn.Module, ABC):
         self.own: set[str] = set()
         """Of `embed_tokens.weight` and `lm_head.weight`, those that are not the target's."""
         self.vocabulary = vocabulary
+        self.measured: dict[str, Tensor] = {}
+        """What `prepare` has found, which no step changes and `folded` takes into the weights of the checkpoint."""
         self.regression = 0.0
         """Weight of the distance between what enters this head and the target's; no part of the checkpoint either."""
         self.loss = {Loss.kl: 1.0}
@@ -170,6 +172,10 @@ class Draft(nn.Module, ABC):
     def prepare(self, packs: Iterable[Pack], seed: int) -> None:
         """Fit what was drawn to the target's states, before the first step. Most algorithms have nothing to fit."""
         return
+
+    def folded(self, weights: dict[str, Tensor]) -> dict[str, Tensor]:
+        """The weights of a draft that computes the same, and knows nothing of `measured`."""
+        return weights
 
     def advance(self, step: int, total: int) -> None:
         """Say which step comes next, from 0; `total` where the training is over, and for every validation.
@@ -239,7 +245,7 @@ class Draft(nn.Module, ABC):
         `weights`, by name, take the place of the draft's own, which may be there in part only.
         """
         directory.mkdir(parents=True, exist_ok=True)
-        own = self.state_dict() | dict(weights or {})
+        own = self.folded(self.state_dict() | dict(weights or {}))
         kept = {name: value for name, value in own.items() if name not in self.left_out()}
         tensors = {name: value.detach().to("cpu", dtype).contiguous() for name, value in kept.items()}
         if self.vocabulary.reduced:

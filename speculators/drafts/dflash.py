@@ -71,6 +71,11 @@ CONSTANT = 6.0
 """Of what is constant in the context, against what varies there."""
 LOUD = 3.0
 """Of what is compared, against what was drawn in the same head."""
+QUIET = 0.15
+"""The final norm's weight where a draft begins by copying: one that is certain before it knows when it is right learns
+first of all not to copy (docs/log.md)."""
+READ_SIZE = "fc.size"
+"""Of `measured`: how large each dimension is that `fc` reads [A * H]."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -181,6 +186,10 @@ class DFlashDraft(Draft):
 
         The context is laid out along a basis: something constant, in which it is told from anchors; the token before;
         the token itself; and what was drawn.
+
+        From here on `fc` is trained over states of which each dimension has unit size. Some are hundreds of times
+        larger than others, and no norm comes before `fc`: a step that hardly moves it in the small ones would undo in
+        the large ones what is prepared here.
         """
         if not self.options.induction or len(self.layers) < 2:
             return
@@ -201,17 +210,20 @@ class DFlashDraft(Draft):
         drawn[:, 0] = -apart
         basis = torch.linalg.qr(drawn)[0]
         basis[:, 0] = -apart / apart.norm()
+        read = fit.size()
         look = fit.directions(size)
         readers = torch.cat(
             [
                 fit.readers(look, before=True),
                 fit.readers(copied.double()) * (deviation / scale)[:, None],
-                self.fc.weight.cpu().double()[1 + size + len(copied) :],
+                self.fc.weight.cpu().double()[1 + size + len(copied) :] / read,
             ]
         )
         readers[size + len(copied) :] /= fit.spread(readers[size + len(copied) :])[:, None]
         laid = torch.cat([CONSTANT * fit.constant()[None], fit.centred(readers)])
-        self.fc.weight.copy_((basis @ laid).float())
+        self.fc.weight.copy_((basis @ laid * read).float())
+        self.measured[READ_SIZE] = read.float().to(self.fc.weight.device)
+        self.norm.weight.fill_(QUIET)
         basis = basis.float().to(self.fc.weight.device)
         self._tell_anchor(mask, apart.float(), look.float(), told)
         attention, before = self._attention(1), basis[:, 1 : 1 + size].T
@@ -224,6 +236,11 @@ class DFlashDraft(Draft):
             query = group * shared
             attention.q_proj.weight[[query * head + place for place in places]] = LOUD * told.to(before)
             attention.o_proj.weight[:, query * head : query * head + len(part)] = part.T.to(before)
+
+    def folded(self, weights: dict[str, Tensor]) -> dict[str, Tensor]:
+        if READ_SIZE not in self.measured:
+            return weights
+        return weights | {"fc.weight": weights["fc.weight"] / self.measured[READ_SIZE].to(weights["fc.weight"])}
 
     def _tell_anchor(self, mask: Tensor, apart: Tensor, look: Tensor, told: Tensor) -> None:
         """Let the first layer's last head, of every mask, look at the anchor alone, and write down what it is.
@@ -263,6 +280,8 @@ class DFlashDraft(Draft):
     def forward(self, pack: Pack) -> Predictions:
         at = self.layout(pack)
         features = pack.states[at.context].flatten(1).to(self.fc.weight.dtype)
+        if READ_SIZE in self.measured:
+            features /= self.measured[READ_SIZE]
         context = self.hidden_norm(self.fc(features))
         hidden_RKH = self.norm(self._blocks(pack, at, context))
         count = at.valid.sum().clamp(min=1)

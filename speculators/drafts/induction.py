@@ -65,6 +65,10 @@ class Fit:
             sums = [a.cpu().double() + (sums[i] if sums else 0.0) for i, a in enumerate(new)]
         return cls(count=count, **dict(zip(cls.__slots__[1:], sums, strict=True)))
 
+    def size(self) -> Tensor:
+        """Root of the mean square of what is read [F]."""
+        return (self.reads.diagonal() / self.count).clamp(min=1e-12).sqrt()
+
     def spread(self, rows: Tensor) -> Tensor:
         """Standard deviation of what linear readers [n, F] read [n]."""
         mean = rows @ self.read / self.count
@@ -122,7 +126,7 @@ class Fit:
 
     def _gram(self) -> tuple[Tensor, Tensor]:
         """Products of what is read, each divided by its size; and the sizes."""
-        scale = (self.reads.diagonal() / self.count).clamp(min=1e-12).sqrt()
+        scale = self.size()
         gram = self.reads / self.count / scale[:, None] / scale
         gram.diagonal().add_(RIDGE)
         return gram, scale

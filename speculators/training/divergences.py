@@ -1,7 +1,7 @@
 """What a prediction costs: divergences between the target's distribution p and the draft's q, with their slopes.
 
-One chunk of logits at a time, over the draft's vocabulary, in the precision of the logits. The slope with respect to
-the logits replaces them in place, so that a loss needs a handful of chunks, however many predictions there are.
+One chunk of logits at a time, over the draft's vocabulary, in the precision of the logits, so that a loss needs a
+handful of chunks, however many predictions there are.
 
 Every loss L here has a slope of one form: with the pull h = q * dL/dq, dL/dz = h - q * sum(h). So a mixture adds up the
 pulls of its parts and is turned into a slope once. The Kullback-Leibler divergence and the cross-entropy, which most
@@ -25,17 +25,21 @@ ETA = 3.0
 """Of `lk_hybrid`: how fast the total variation takes over as the distributions come to overlap; the paper's value."""
 
 
-def cost(z: Tensor, wanted: Tensor, local: Tensor, losses: Mapping[Loss, float], exact: bool) -> tuple[Tensor, Tensor]:
+Cost = tuple[Tensor, Tensor, Tensor]
+
+
+def cost(z: Tensor, wanted: Tensor, local: Tensor, losses: Mapping[Loss, float], exact: bool) -> Cost:
     """The weighted losses of some predictions.
 
     Args:
-        z: the draft's logits [n, V]. The slope of each prediction's loss is left in them.
+        z: the draft's logits [n, V], which are gone then.
         wanted: the target's logits [u, V].
         local: which of the target's rows each prediction is against, int64 [n].
         losses: at least one, with weights.
         exact: the logits have not been rounded to a shorter format.
 
-    Returns: the loss of each prediction [n]; whether the draft's most likely token is the target's, bool [n].
+    Returns: the loss of each prediction [n]; whether the draft's most likely token is the target's, bool [n]; and the
+        slope of each prediction's loss [n, V].
     """
     if losses == {Loss.kl: 1.0}:
         return _kl(z, wanted, local, exact)
@@ -44,24 +48,23 @@ def cost(z: Tensor, wanted: Tensor, local: Tensor, losses: Mapping[Loss, float],
     return _mixture(z, wanted, local, losses, exact)
 
 
-def _kl(z: Tensor, wanted: Tensor, local: Tensor, exact: bool) -> tuple[Tensor, Tensor]:
+def _kl(z: Tensor, wanted: Tensor, local: Tensor, exact: bool) -> Cost:
     log_p = wanted.log_softmax(-1)
     p = log_p.exp()
-    negative_entropy = (p * log_p).sum(-1)
-    correct = _wins(z, p.argmax(-1)[local], exact)
+    negative_entropy = torch.linalg.vecdot(p, log_p)
+    correct, top = _wins(z, wanted.max(-1).indices[local], exact)
     p_rows = p[local]
-    divergence = negative_entropy[local] - torch.linalg.vecdot(p_rows, z) + _softmax_(z)
-    z.sub_(p_rows)
-    return divergence, correct
+    q, normaliser = _softmax(z, top)
+    divergence = negative_entropy[local] - torch.linalg.vecdot(p_rows, z) + normaliser
+    return divergence, correct, q.sub_(p_rows)
 
 
-def _ce(z: Tensor, wanted: Tensor, local: Tensor, exact: bool) -> tuple[Tensor, Tensor]:
-    label = wanted.argmax(-1)[local][:, None]
-    correct = _wins(z, label[:, 0], exact)
-    said = z.gather(1, label)[:, 0]
-    surprise = _softmax_(z) - said
-    z.scatter_add_(1, label, torch.full_like(z[:, :1], -1.0))
-    return surprise, correct
+def _ce(z: Tensor, wanted: Tensor, local: Tensor, exact: bool) -> Cost:
+    label = wanted.max(-1).indices[local]
+    correct, top = _wins(z, label, exact)
+    q, normaliser = _softmax(z, top)
+    said = z.gather(1, label[:, None])[:, 0]
+    return normaliser - said, correct, q.scatter_add_(1, label[:, None], torch.full_like(z[:, :1], -1.0))
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,19 +85,16 @@ class _Rows:
         return self.q * (self.log_q < self.log_p)
 
 
-def _mixture(
-    z: Tensor, wanted: Tensor, local: Tensor, losses: Mapping[Loss, float], exact: bool
-) -> tuple[Tensor, Tensor]:  # fmt: skip
+def _mixture(z: Tensor, wanted: Tensor, local: Tensor, losses: Mapping[Loss, float], exact: bool) -> Cost:
     log_p = wanted.log_softmax(-1)
-    label = log_p.argmax(-1)[local][:, None]
-    correct = _wins(z, label[:, 0], exact)
+    label = wanted.max(-1).indices[local][:, None]
+    correct, _ = _wins(z, label[:, 0], exact)
     z.sub_(z.logsumexp(-1, keepdim=True))
     rows = _Rows(log_p[local], z, z.exp(), label)
     pull, total = torch.zeros_like(z), torch.zeros_like(z[:, 0])
     for loss, weight in losses.items():
         total += weight * PARTS[loss](rows, pull, weight)
-    torch.addcmul(pull, rows.q, pull.sum(-1, keepdim=True), value=-1.0, out=z)
-    return total, correct
+    return total, correct, torch.addcmul(pull, rows.q, pull.sum(-1, keepdim=True), value=-1.0, out=z)
 
 
 def _add_kl(rows: _Rows, pull: Tensor, weight: float) -> Tensor:
@@ -156,22 +156,23 @@ PARTS: dict[Loss, Callable[[_Rows, Tensor, float], Tensor]] = {
 """What adds a loss's pull, times its weight, and gives the loss of each prediction [n], not weighted."""
 
 
-def _wins(z: Tensor, label: Tensor, exact: bool) -> Tensor:
-    """Whether each row's largest logit is its label's.
+def _wins(z: Tensor, label: Tensor, exact: bool) -> tuple[Tensor, Tensor]:
+    """Whether each row's largest logit is its label's, bool [n], and that logit [n].
 
     Rounded logits tie, and then the first one counts, as in a server. Exact ones do not, and finding the largest value
-    is many times faster than finding its place, which only rows need whose label has it.
+    is several times faster than finding its place.
     """
-    won = z.gather(1, label[:, None])[:, 0] == z.amax(-1)
-    if not exact:
-        tied = won.nonzero()[:, 0]
-        won[tied] = z[tied].argmax(-1) == label[tied]
-    return won
+    if exact:
+        top = z.amax(-1)
+        return z.gather(1, label[:, None])[:, 0] == top, top
+    top, place = z.max(-1)
+    return place == label, top
 
 
-def _softmax_(z: Tensor) -> Tensor:
-    """Turn logits into probabilities in place; returns their log-normaliser [n]."""
-    top = z.amax(-1, keepdim=True)
-    total = z.sub_(top).exp_().sum(-1, keepdim=True)
-    z.div_(total)
-    return (top + total.log()).squeeze(-1)
+def _softmax(z: Tensor, top: Tensor) -> tuple[Tensor, Tensor]:
+    """Probabilities [n, V], and the logarithm of what they are divided by [n]; `top` is each row's largest logit.
+
+    The most likely token's probability is 1 over the sum that a softmax divides by, once `top` is taken off.
+    """
+    q = z.softmax(-1)
+    return q, top - q.amax(-1).log()

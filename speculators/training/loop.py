@@ -376,6 +376,7 @@ class Loop:
     def _seal(self) -> None:
         generators = self.ranks.gather(self._generators())
         tensors: dict[str, torch.Tensor] = {f"draft.{name}": p for name, p in self.weights.held.items()}
+        tensors |= {f"measured.{name}": t for name, t in self.draft.measured.items()}
         tensors |= {f"optimizer.{name}": t for name, t in self.optimizers.state().items()}
         if self.average is not None:
             tensors |= {f"average.{name}": t for name, t in self.average.averages.items()}
@@ -399,6 +400,7 @@ class Loop:
                 self.draft.prepare(self._sample(), self.train.seed)
             drawn = [p.data for p in self.draft.parameters()]
             self.ranks.spread(drawn, [0] * len(drawn))
+            self._measured(self.ranks.agree({name: t.cpu() for name, t in self.draft.measured.items()}))
             self._hold()
             return
         self._hold()
@@ -410,6 +412,7 @@ class Loop:
         with torch.no_grad():
             for name, p in self.weights.held.items():
                 p.copy_(tensors[f"draft.{name}"])
+        self._measured(_under("measured.", tensors))
         self.optimizers.load(_under("optimizer.", tensors))
         if self.average is not None:
             self.average.load(_under("average.", tensors))
@@ -418,6 +421,9 @@ class Loop:
             torch.set_rng_state(states["cpu"])
         if "cuda" in states and self.device.type == "cuda":
             torch.cuda.set_rng_state(states["cuda"], self.device)
+
+    def _measured(self, found: dict[str, torch.Tensor]) -> None:
+        self.draft.measured = {name: t.to(self.device) for name, t in found.items()}
 
     def _hold(self) -> None:
         """Give each rank what it holds of the weights, and the optimisers' state and the average with it."""

@@ -202,10 +202,11 @@ class _Walk:
                 hidden = whole_blocks(self.hidden_NH[picked].to(how.dtype))
                 z = (hidden @ self.head.T)[: len(picked)].float()
                 local = self.which_N[picked] - begin
-                divergence[picked], correct[picked] = cost(z, wanted, local, how.losses, how.dtype is torch.float32)
+                exact = how.dtype is torch.float32
+                divergence[picked], correct[picked], each = cost(z, wanted, local, how.losses, exact)
                 if slopes is None and of_head is None:
                     continue
-                slope = whole_blocks((z if weight_N is None else z.mul_(weight_N[picked, None])).to(how.dtype))
+                slope = whole_blocks((each if weight_N is None else each.mul_(weight_N[picked, None])).to(how.dtype))
                 if slopes is not None:
                     slopes[picked] = (slope @ self.head)[: len(picked)].to(slopes.dtype)
                 if of_head is not None:

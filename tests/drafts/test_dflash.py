@@ -344,3 +344,19 @@ def test_an_untrained_draft_copies_what_followed_the_last_time(
     packs = tiny.repeating_packs(parts.embeddings, 40)
     draft.prepare(packs[:30], seed=3)
     assert least <= tiny.copied(draft, packs[30:]) <= most
+
+
+def test_a_checkpoint_reads_states_as_they_are_where_the_draft_was_trained_on_unit_sizes(tmp_path: Path) -> None:
+    parts, full = tiny.copying_target()
+    options = DFlash(num_layers=2, num_speculative_tokens=3, mask_token_id=7, induction=True)
+    draft = DFlashDraft.build(parts, options, full, [0, 1, 3], seed=3)
+    packs = tiny.repeating_packs(parts.embeddings, 12)
+    draft.prepare(packs[:10], seed=3)
+    assert draft.measured, "or there is nothing to fold"
+    draft.save(tmp_path, torch.float32)
+    loaded = DFlashDraft.load(tmp_path, parts.embeddings, parts.head)
+    loaded.configure(options)
+    assert not loaded.measured
+    assert not torch.equal(loaded.fc.weight, draft.fc.weight)
+    for pack in packs[10:]:
+        torch.testing.assert_close(loaded(pack).hidden, draft(pack).hidden, atol=1e-4, rtol=1e-4)

@@ -34,7 +34,7 @@ from speculators.stages.train import main
 
 SPECULATORS: dict[str, Speculator] = {
     "eagle3": Eagle3(),
-    "dflash": DFlash(num_layers=2, num_speculative_tokens=3, mask_token_id=7, anchors=12),
+    "dflash": DFlash(num_layers=2, num_speculative_tokens=3, mask_token_id=7, anchors=12, induction=True),
 }
 
 
