@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from speculators import recipe, shipped
-from speculators.config import SPECULATORS, Eagle3
+from speculators.config import SPECULATORS, Dtype, Eagle3
 from speculators.errors import RecipeError
 from speculators.runner.graph import build
 
@@ -50,6 +50,16 @@ def test_an_algorithms_own_option_can_be_set() -> None:
 def test_what_a_block_draft_cannot_be_trained_with_is_said_before_anything_starts(word: str, message: str) -> None:
     with pytest.raises(RecipeError, match=message):
         recipe.compose(["recipe=smollm2_dflash", word])
+
+
+def test_a_processor_that_multiplies_bfloat16_is_one_word_and_changes_the_format_of_products_alone() -> None:
+    plain, fast = (
+        recipe.compose(["recipe=smollm2_dflash"]),
+        recipe.compose(["recipe=smollm2_dflash", "hardware=cpu_bf16"]),
+    )
+    assert (plain.train.precision, fast.train.precision) == (Dtype.float32, Dtype.bfloat16)
+    fast.train.precision = plain.train.precision
+    assert fast == plain
 
 
 def test_a_recipe_of_the_working_directory_is_found(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
