@@ -90,15 +90,19 @@ class _Normed(torch.autograd.Function):
         return slope.addcmul_(unit, along, value=-1.0).mul_(scale), of_weight, None
 
 
-def whole_blocks(x: Tensor) -> Tensor:
-    """Rows [n, W], and behind them rows of zeros up to a multiple of `ROWS` where that is faster.
+def whole_blocks(x: Tensor, dtype: torch.dtype) -> Tensor:
+    """Rows [n, W] as `dtype`, and behind them rows of zeros up to a multiple of `ROWS` where that is faster.
 
     On a CPU, oneDNN makes products in short formats, and compiles each for every number of rows that it has not met
     before, which takes longer than most of them. Hardly two steps have the same number.
     """
-    short = -len(x) % ROWS
-    wanted = short and x.device.type == "cpu" and x.dtype in (torch.bfloat16, torch.float16)
-    return nn.functional.pad(x, (0, 0, 0, short)) if wanted else x
+    count, short = len(x), -len(x) % ROWS
+    if not short or x.device.type != "cpu" or dtype not in (torch.bfloat16, torch.float16):
+        return x.to(dtype)
+    out = x.new_empty(count + short, *x.shape[1:], dtype=dtype)
+    out[:count] = x
+    out[count:] = 0.0
+    return out
 
 
 class Linear(nn.Linear):
@@ -111,8 +115,9 @@ class Linear(nn.Linear):
         """[..., width_in] -> [..., width_out], in the format that products are to have."""
         if x.device.type != "cpu" or not torch.is_autocast_enabled("cpu"):
             return super().forward(x)
-        rows = x.reshape(-1, x.shape[-1]).to(torch.get_autocast_dtype("cpu"))
-        return super().forward(whole_blocks(rows))[: len(rows)].unflatten(0, x.shape[:-1])
+        rows = x.reshape(-1, x.shape[-1])
+        out = super().forward(whole_blocks(rows, torch.get_autocast_dtype("cpu")))
+        return out[: len(rows)].unflatten(0, x.shape[:-1])
 
 
 class Frozen(nn.Module):

@@ -55,7 +55,7 @@ class Teacher:
 
     def through(self, head: Tensor, last: Tensor) -> Tensor:
         """As `logits`, by a head that has been brought to the format of the product already."""
-        logits = (whole_blocks(self.normed(last).to(head.dtype)) @ head.T)[: len(last)].float()
+        logits = (whole_blocks(self.normed(last), head.dtype) @ head.T)[: len(last)].float()
         if self.scale != 1.0:
             logits *= self.scale
         return logits if self.softcap is None else self.softcap * torch.tanh(logits / self.softcap)
@@ -199,14 +199,14 @@ class _Walk:
             wanted = how.teacher.through(self.teacher_head, self.last[self.places_U[begin:end]])
             # More predictions of one place than fit are computed in turns.
             for picked in self.order_N[bounds[begin] : bounds[end]].split(rows):
-                hidden = whole_blocks(self.hidden_NH[picked].to(how.dtype))
+                hidden = whole_blocks(self.hidden_NH[picked], how.dtype)
                 z = (hidden @ self.head.T)[: len(picked)].float()
                 local = self.which_N[picked] - begin
                 exact = how.dtype is torch.float32
                 divergence[picked], correct[picked], each = cost(z, wanted, local, how.losses, exact)
                 if slopes is None and of_head is None:
                     continue
-                slope = whole_blocks((each if weight_N is None else each.mul_(weight_N[picked, None])).to(how.dtype))
+                slope = whole_blocks(each if weight_N is None else each.mul_(weight_N[picked, None]), how.dtype)
                 if slopes is not None:
                     slopes[picked] = (slope @ self.head)[: len(picked)].to(slopes.dtype)
                 if of_head is not None:

@@ -2,8 +2,13 @@
 
     python tests/benchmarks/loading.py                         # 400 rows of about 300 tokens, 4 x 576
     python tests/benchmarks/loading.py --rows 2000 --width 4096 --directory /on/that/disk
+    python tests/benchmarks/loading.py --table TOKENS          # rows, turns and answers of that token table
 
-The same rows in the same random batches of about 4096 tokens, in these ways:
+Random rows are trained on everywhere. Those of a table, which `tokenize` has made, are trained on where it says so, and
+that is what is counted then: tokens that are trained on. Upstream has a sample for each turn, which is the conversation
+up to there; ours is the whole conversation, with the last layer's states where a training asks for them.
+
+The same rows in random batches of about 4096 tokens, in these ways:
 
     upstream   one safetensors file a row, read as the package speculators 0.9 reads it, which the others are compared
                with: `load_file`, rows of a `datasets` table, ids compared, layers flattened, everything copied into
@@ -51,25 +56,50 @@ sys.path.insert(0, str(Path(__file__).parents[2]))
 
 from speculators.data.packing import Piece, training_batches
 from speculators.data.reading import Reading, pages
-from speculators.data.shards import ShardReader, ShardWriter, feature_contract
-from speculators.data.token_table import TokenTable, save_table, write_table
+from speculators.data.shards import ANSWERS, ShardReader, ShardWriter, feature_contract
+from speculators.data.token_table import TokenTable, asked_for, save_table, write_table
 from speculators.training.corpus import Corpus, Shards
 
 Batches = list[list[Piece]]
+Rows = list[tuple[torch.Tensor, torch.Tensor]]
+"""Of each row its tokens int64 [T], and where it is trained on uint8 [T]."""
 Read = Callable[[Batches], None]
 """Reads all batches, one after the other."""
 BATCH_TOKENS = 4096
 STORED = {"shards": "bfloat16", "shards 8": "float8_e4m3fn"}
 
 
-def write(root: Path, ids: list[torch.Tensor], layers: int, width: int) -> None:
-    """A token table, and the states of its rows four times."""
-    rows = [
-        {"input_ids": i.tolist(), "loss_mask": [1] * len(i), "seq_len": len(i), "id": f"{row}", "source": "random"}
-        for row, i in enumerate(ids)
+def save(root: Path, name: str, rows: Rows) -> None:
+    """Write a token table."""
+    table = [
+        {"input_ids": i.tolist(), "loss_mask": m.tolist(), "seq_len": len(i), "id": f"{row}", "source": "random"}
+        for row, (i, m) in enumerate(rows)
     ]
-    write_table(rows, root / "rows.arrow")
-    save_table(root / "rows.arrow", root / "tokens")
+    write_table(table, root / f"{name}.arrow")
+    save_table(root / f"{name}.arrow", root / name)
+
+
+def turns(mask: torch.Tensor) -> list[tuple[int, int]]:
+    """(first token, end) of each stretch that is trained on."""
+    edges = torch.diff(mask.bool().int(), prepend=torch.zeros(1), append=torch.zeros(1))
+    return list(zip(edges.eq(1).nonzero()[:, 0].tolist(), edges.eq(-1).nonzero()[:, 0].tolist(), strict=True))
+
+
+def by_turn(rows: Rows) -> Rows:
+    """A sample for each turn: the row up to its end, of which only the turn is trained on."""
+    found = []
+    for ids, mask in rows:
+        for begin, end in turns(mask):
+            of_turn = torch.zeros(end, dtype=mask.dtype)
+            of_turn[begin:] = 1
+            found.append((ids[:end], of_turn))
+    return found
+
+
+def write(root: Path, rows: Rows, layers: int, width: int) -> None:
+    """Two token tables, and the states of their rows twice each."""
+    save(root, "tokens", rows)
+    save(root, "turns", by_turn(rows))
     writers = {}
     for name, stored in STORED.items():
         contract = feature_contract(
@@ -79,18 +109,25 @@ def write(root: Path, ids: list[torch.Tensor], layers: int, width: int) -> None:
             compute_dtype="bfloat16",
             layer_ids=[*range(layers)],
             hidden_size=width,
+            last_state=ANSWERS,
         )
         writers[name] = ShardWriter(root / name, contract, 32768)
     for name in ("files", "float8"):
         (root / name).mkdir()
-    for row, its in enumerate(ids):
+    sample = 0
+    for row, (its, mask) in enumerate(rows):
         states = torch.randn(len(its), layers, width).to(torch.bfloat16)
-        save_file({"hidden_states": states, "token_ids": its}, root / f"files/hs_{row}.safetensors")
         scales = states.float().abs().amax((1, 2), keepdim=True) / 448
-        kept = {"hidden_states": (states.float() / scales).to(torch.float8_e4m3fn), "hidden_states_scales": scales}
-        save_file({**kept, "token_ids": its}, root / f"float8/hs_{row}.safetensors")
+        small = (states.float() / scales).to(torch.float8_e4m3fn)
+        for _, end in turns(mask):
+            place = f"hs_{sample}.safetensors"
+            own = {"token_ids": its[:end]}
+            save_file({**own, "hidden_states": states[:end]}, root / "files" / place)
+            coded = {"hidden_states": small[:end], "hidden_states_scales": scales[:end]}
+            save_file({**own, **coded}, root / "float8" / place)
+            sample += 1
         for writer in writers.values():
-            writer.add(row, its, states)
+            writer.add(row, its, states, torch.from_numpy(asked_for(mask)))
     for writer in writers.values():
         writer.close()
     os.sync()
@@ -98,7 +135,7 @@ def write(root: Path, ids: list[torch.Tensor], layers: int, width: int) -> None:
 
 def files(root: Path, name: str, dtype: torch.dtype) -> Read:
     """One file a row."""
-    table = TokenTable(root / "tokens")
+    table = TokenTable(root / "turns")
     ids = [torch.tensor(table.token_ids(row)) for row in range(len(table))]
     masks = [torch.tensor(table.loss_mask(row)) != 0 for row in range(len(table))]
 
@@ -119,7 +156,7 @@ def files(root: Path, name: str, dtype: torch.dtype) -> Read:
 
 def upstream(root: Path, name: str, dtype: torch.dtype) -> Read:
     """One file a row, and what upstream does with it."""
-    table: Any = datasets.load_from_disk(str(root / "tokens")).with_format("torch")
+    table: Any = datasets.load_from_disk(str(root / "turns")).with_format("torch")
 
     def row_of(piece: Piece) -> dict[str, torch.Tensor]:
         found = load_file(root / name / f"hs_{piece.row}.safetensors")
@@ -243,6 +280,7 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, default=300, help="mean length of a row")
     parser.add_argument("--layers", type=int, default=4)
     parser.add_argument("--width", type=int, default=576)
+    parser.add_argument("--table", type=Path, default=None, help="rows of this token table instead")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--dtype", default="bfloat16", help="what the batch is wanted in")
     parser.add_argument("--bound", action="store_true", help="measure copying too")
@@ -252,14 +290,22 @@ def main() -> None:
     torch.manual_seed(0)
     if options.bound:
         print(f"copying: {bound():.1f} GB/s")
-    draw = random.Random(0)
-    lengths = [draw.randint(options.tokens // 2, options.tokens * 3 // 2) for _ in range(options.rows)]
-    ids = [torch.randint(0, 50000, (length,)) for length in lengths]
-    dtype, total = getattr(torch, options.dtype), sum(lengths)
-    pieces = [Piece(row, 0, length) for row, length in enumerate(lengths)]
+    if options.table is None:
+        draw = random.Random(0)
+        lengths = [draw.randint(options.tokens // 2, options.tokens * 3 // 2) for _ in range(options.rows)]
+        rows = [(torch.randint(0, 50000, (n,)), torch.ones(n, dtype=torch.uint8)) for n in lengths]
+    else:
+        table = TokenTable(options.table)
+        every = range(min(options.rows, len(table)))
+        rows = [(torch.tensor(table.token_ids(r)), torch.tensor(table.loss_mask(r), dtype=torch.uint8)) for r in every]
+    dtype, total = getattr(torch, options.dtype), sum(int(mask.sum()) for _, mask in rows)
+    pieces = {
+        kind: [Piece(row, 0, len(ids)) for row, (ids, _) in enumerate(of)]
+        for kind, of in (("turns", by_turn(rows)), ("tokens", rows))
+    }
     with tempfile.TemporaryDirectory(dir=options.directory) as made:
         root = Path(made)
-        write(root, ids, options.layers, options.width)
+        write(root, rows, options.layers, options.width)
         if options.bound:
             print(f"the disk: {disk(root / 'shards'):.1f} GB/s")
         opened = {name: way(root, PLACES.get(name, name), dtype) for name, way in WAYS.items()}
@@ -272,13 +318,17 @@ def main() -> None:
                     before = own_mib()
                     if kind == "cold":
                         forget(root / PLACES.get(name, name))
-                    seconds, core = once(opened[name], training_batches(pieces, BATCH_TOKENS, number, 0))
+                    own = pieces["turns" if WAYS[name] in (files, upstream) else "tokens"]
+                    seconds, core = once(opened[name], training_batches(own, BATCH_TOKENS, number, 0))
                     if not number:  # which also finds memory for its batches
                         memory[name] = max(memory.get(name, 0.0), own_mib() - before)
                     else:
                         walls[name].append(total / seconds)
                         cores[name].append(total / core)
             for name in WAYS:
+                if kind == "cold":
+                    size = sum(path.stat().st_size for path in (root / PLACES.get(name, name)).iterdir())
+                    print(f"{name:9} {size / total:6.0f} bytes a token that is trained on")
                 wall, core_speed = said(walls, name), said(cores, name)
                 print(f"{kind} {name:9} {wall} tokens/s; {core_speed} a CPU second; {memory[name]:.0f} MiB")
 

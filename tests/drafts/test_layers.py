@@ -19,10 +19,9 @@ from speculators.drafts.layers import ROWS, Linear, whole_blocks
     ],
 )
 def test_rows_of_a_short_format_come_in_whole_blocks(rows: int, dtype: torch.dtype, expected: int) -> None:
-    x = torch.ones(rows, 3, dtype=dtype)
-    found = whole_blocks(x)
+    found = whole_blocks(torch.ones(rows, 3), dtype)
     assert found.shape == (expected, 3)
-    assert torch.equal(found[:rows], x)
+    assert torch.equal(found[:rows], torch.ones(rows, 3, dtype=dtype))
     assert found[rows:].abs().sum() == 0
 
 
