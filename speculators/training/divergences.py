@@ -53,7 +53,7 @@ def _kl(z: Tensor, wanted: Tensor, local: Tensor, exact: bool) -> Cost:
     p = log_p.exp()
     negative_entropy = torch.linalg.vecdot(p, log_p)
     correct, top = _wins(z, wanted.max(-1).indices[local], exact)
-    p_rows = p[local]
+    p_rows = p.index_select(0, local)
     q, normaliser = _softmax(z, top)
     divergence = negative_entropy[local] - torch.linalg.vecdot(p_rows, z) + normaliser
     return divergence, correct, q.sub_(p_rows)
@@ -90,7 +90,7 @@ def _mixture(z: Tensor, wanted: Tensor, local: Tensor, losses: Mapping[Loss, flo
     label = wanted.max(-1).indices[local][:, None]
     correct, _ = _wins(z, label[:, 0], exact)
     z.sub_(z.logsumexp(-1, keepdim=True))
-    rows = _Rows(log_p[local], z, z.exp(), label)
+    rows = _Rows(log_p.index_select(0, local), z, z.exp(), label)
     pull, total = torch.zeros_like(z), torch.zeros_like(z[:, 0])
     for loss, weight in losses.items():
         total += weight * PARTS[loss](rows, pull, weight)

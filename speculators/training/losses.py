@@ -30,7 +30,9 @@ from speculators.drafts.layers import whole_blocks
 from speculators.training.divergences import cost
 
 CHUNK_ELEMENTS = {"cpu": 1 << 22, "cuda": 1 << 27}
-"""Logits that exist at one time. On a CPU fewer make flat products, which are slow, and more leave its cache."""
+"""Logits that exist at one time. Fewer make flat products, which are slow."""
+PART_ELEMENTS = {"cpu": 1 << 19, "cuda": 1 << 27}
+"""Of those, how many are turned into losses and slopes at one time: on a CPU, what its caches hold beside copies."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -47,17 +49,21 @@ class Teacher:
 
     def logits(self, last: Tensor, dtype: torch.dtype) -> Tensor:
         """States before the final norm [U, H] -> float32 logits [U, V]; the product is computed in `dtype`."""
-        return self.through(self.head.to(dtype), last)
+        return self.finish(self.through(self.head.to(dtype), last))
 
     def normed(self, last: Tensor) -> Tensor:
         """States before the final norm [U, H] -> what enters the head, float32."""
         return torch.nn.functional.rms_norm(last.float(), (last.shape[-1],), self.norm_weight, self.norm_eps)
 
     def through(self, head: Tensor, last: Tensor) -> Tensor:
-        """As `logits`, by a head that has been brought to the format of the product already."""
-        logits = (whole_blocks(self.normed(last), head.dtype) @ head.T)[: len(last)].float()
+        """States -> what a head that is in the format of the product already makes of them, in that format [U, V]."""
+        return (whole_blocks(self.normed(last), head.dtype) @ head.T)[: len(last)]
+
+    def finish(self, product: Tensor) -> Tensor:
+        """What the head made [U, V] -> float32 logits."""
+        logits = product.float()
         if self.scale != 1.0:
-            logits *= self.scale
+            logits = logits * self.scale
         return logits if self.softcap is None else self.softcap * torch.tanh(logits / self.softcap)
 
 
@@ -196,22 +202,41 @@ class _Walk:
         correct = torch.empty_like(divergence, dtype=torch.bool)
         rows = max(1, how.limit // len(self.head))
         for begin, end in _chunks(bounds, rows):
-            wanted = how.teacher.through(self.teacher_head, self.last[self.places_U[begin:end]])
+            product = how.teacher.through(self.teacher_head, self.last[self.places_U[begin:end]])
             # More predictions of one place than fit are computed in turns.
             for picked in self.order_N[bounds[begin] : bounds[end]].split(rows):
                 hidden = whole_blocks(self.hidden_NH[picked], how.dtype)
-                z = (hidden @ self.head.T)[: len(picked)].float()
+                z = hidden @ self.head.T
                 local = self.which_N[picked] - begin
-                exact = how.dtype is torch.float32
-                divergence[picked], correct[picked], each = cost(z, wanted, local, how.losses, exact)
-                if slopes is None and of_head is None:
+                slope = None if slopes is None and of_head is None else torch.empty_like(z)
+                for part, places in self._parts(local, end - begin):
+                    wanted, at = how.teacher.finish(product[places]), local[part] - places.start
+                    exact = how.dtype is torch.float32
+                    loss, right, each = cost(z[: len(picked)][part].float(), wanted, at, how.losses, exact)
+                    divergence[picked[part]], correct[picked[part]] = loss, right
+                    if slope is not None:
+                        slope[: len(picked)][part] = each if weight_N is None else each * weight_N[picked[part], None]
+                if slope is None:
                     continue
-                slope = whole_blocks(each if weight_N is None else each.mul_(weight_N[picked, None]), how.dtype)
+                slope[len(picked) :] = 0.0
                 if slopes is not None:
                     slopes[picked] = (slope @ self.head)[: len(picked)].to(slopes.dtype)
                 if of_head is not None:
                     _add_product(of_head, slope.T, hidden)
         return divergence, correct
+
+    def _parts(self, local: Tensor, places: int) -> list[tuple[slice, slice]]:
+        """Predictions, and the places that those are of, a few at a time; `local` [n]: of each its place, ascending."""
+        few = max(1, PART_ELEMENTS[local.device.type] // len(self.head))
+        if len(local) <= few:
+            return [(slice(0, len(local)), slice(0, places))]
+        starts = list(range(0, len(local), few))
+        ends = [*starts[1:], len(local)]
+        first, last = local[starts].tolist(), local[[end - 1 for end in ends]].tolist()
+        return [
+            (slice(*own), slice(of_first, of_last + 1))
+            for own, of_first, of_last in zip(zip(starts, ends, strict=True), first, last, strict=True)
+        ]
 
 
 def _add_product(total: Tensor, a: Tensor, b: Tensor) -> None:

@@ -57,8 +57,11 @@ SAME = [
 ]  # fmt: skip
 OURS = {
     "eagle3": ["speculator.induction=false", "speculator.ttt_one_step_share=0.0"],
-    "dflash": ["speculator.num_layers=2", "speculator.num_speculative_tokens=7", "speculator.anchors=64"],
-}
+    "dflash": [
+        "speculator.num_layers=2", "speculator.num_speculative_tokens=7", "speculator.anchors=64",
+        "speculator.induction=false", "prompts.turns=1", "regenerate.max_tokens=160",
+    ],
+}  # fmt: skip
 THEIRS = {
     "eagle3": ["--ttt-steps", "3"],
     "dflash": ["--num-layers", "2", "--block-size", "8", "--max-anchors", "64", "--full-attention-indices", "0", "1"],

@@ -14,7 +14,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from speculators.config import Loss, Weighting
 from speculators.drafts.base import Draft, Pack, Predictions
 from speculators.drafts.dflash import DFlashDraft
-from speculators.training.losses import Teacher, distill
+from speculators.training.losses import PART_ELEMENTS, Teacher, distill
 
 LENGTHS = [20, 33, 9, 14]
 
@@ -158,3 +158,26 @@ def test_no_tensor_is_larger_than_a_chunk_whatever_the_vocabulary(size: int, los
     with Largest() as seen:
         distill(found, last, head, teacher, losses, chunk_elements=chunk).loss.backward()
     assert size <= seen.elements <= chunk
+
+
+@pytest.mark.parametrize("loss", [Loss.kl, Loss.ce, Loss.js])
+def test_how_many_logits_a_cache_holds_changes_no_loss_and_no_gradient(
+    monkeypatch: pytest.MonkeyPatch, loss: Loss
+) -> None:
+    draw = torch.Generator().manual_seed(2)
+    head, last = torch.randn(50, 6, generator=draw), torch.randn(30, 6, generator=draw)
+    hidden, target = torch.randn(3, 40, 6, generator=draw), torch.randint(0, 30, (3, 40), generator=draw)
+    teacher = Teacher(norm_weight=torch.ones(6), norm_eps=1e-6, head=head)
+    found = []
+    for few in (PART_ELEMENTS["cpu"], 7 * len(head), 1):
+        monkeypatch.setitem(PART_ELEMENTS, "cpu", few)
+        x, own = hidden.clone().requires_grad_(), head.clone().requires_grad_()
+        every = torch.ones(3, 40, dtype=torch.bool)
+        predictions = Predictions(
+            hidden=x, target=target, valid=every, weight=torch.rand(3, 40, generator=draw.manual_seed(3))
+        )
+        outcome = distill(predictions, last, own, teacher, loss)
+        outcome.loss.backward()
+        found.append([outcome.loss.detach(), outcome.divergence, outcome.correct, x.grad, own.grad])
+    for other in found[1:]:
+        torch.testing.assert_close(other, found[0])
