@@ -66,28 +66,7 @@ class RMSNorm(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """[..., width] of any dtype -> the same shape in float32."""
-        if x.device.type == "cpu":
-            normed: Tensor = _Normed.apply(x.float(), self.weight, self.eps)
-            return normed
         return nn.functional.rms_norm(x.float(), (x.shape[-1],), self.weight, self.eps)
-
-
-class _Normed(torch.autograd.Function):
-    """`rms_norm` in two thirds of the passes over memory that torch's makes on a CPU, where it is not fused."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor, eps: float) -> Tensor:
-        scale = torch.rsqrt(torch.linalg.vecdot(x, x) / x.shape[-1] + eps)[..., None]
-        ctx.save_for_backward(x, weight, scale)
-        return (x * scale).mul_(weight)
-
-    @staticmethod
-    def backward(ctx: Any, *upstream: Tensor) -> tuple[Tensor, Tensor, None]:
-        x, weight, scale = ctx.saved_tensors
-        unit, slope = x * scale, upstream[0] * weight
-        of_weight = (upstream[0] * unit).flatten(0, -2).sum(0)
-        along = torch.linalg.vecdot(slope, unit)[..., None] / x.shape[-1]
-        return slope.addcmul_(unit, along, value=-1.0).mul_(scale), of_weight, None
 
 
 def whole_blocks(x: Tensor, dtype: torch.dtype) -> Tensor:

@@ -210,12 +210,11 @@ class _Walk:
                 local = self.which_N[picked] - begin
                 slope = None if slopes is None and of_head is None else torch.empty_like(z)
                 for part, places in self._parts(local, end - begin):
-                    wanted, at = how.teacher.finish(product[places]), local[part] - places.start
-                    exact = how.dtype is torch.float32
-                    loss, right, each = cost(z[: len(picked)][part].float(), wanted, at, how.losses, exact)
-                    divergence[picked[part]], correct[picked[part]] = loss, right
+                    own, at = picked[part], local[part] - places.start
+                    wanted, exact = how.teacher.finish(product[places]), how.dtype is torch.float32
+                    divergence[own], correct[own], each = cost(z[part].float(), wanted, at, how.losses, exact)
                     if slope is not None:
-                        slope[: len(picked)][part] = each if weight_N is None else each * weight_N[picked[part], None]
+                        slope[part] = each if weight_N is None else each.mul_(weight_N[own, None])
                 if slope is None:
                     continue
                 slope[len(picked) :] = 0.0
@@ -230,13 +229,8 @@ class _Walk:
         few = max(1, PART_ELEMENTS[local.device.type] // len(self.head))
         if len(local) <= few:
             return [(slice(0, len(local)), slice(0, places))]
-        starts = list(range(0, len(local), few))
-        ends = [*starts[1:], len(local)]
-        first, last = local[starts].tolist(), local[[end - 1 for end in ends]].tolist()
-        return [
-            (slice(*own), slice(of_first, of_last + 1))
-            for own, of_first, of_last in zip(zip(starts, ends, strict=True), first, last, strict=True)
-        ]
+        of, ends = local.tolist(), [*range(few, len(local), few), len(local)]
+        return [(slice(begin, end), slice(of[begin], of[end - 1] + 1)) for begin, end in itertools.pairwise([0, *ends])]
 
 
 def _add_product(total: Tensor, a: Tensor, b: Tensor) -> None:

@@ -253,14 +253,16 @@ class Optimizers:
         """Muon's updates of what is held of these matrices."""
         if self.divided:
             return self._updates_of_rows(names, shrink) if names else []
-        asked = {name: self._asked(name, shrink) for name in names}
+        for name in names:
+            self._move(name, shrink)
         own = [name for name in names if self.owners[name] == self.ranks.rank]
-        made = orthogonalise([asked[name] for name in own], self.block, self.dtype)
+        made = orthogonalise([self._asked(name, shrink) for name in own], self.block, self.dtype)
         if self.ranks.size == 1:
             return made
-        # What is handed on is contiguous and float32; of the others' there is room to take it.
-        asked |= {name: update.float().contiguous() for name, update in zip(own, made, strict=True)}
-        updates = list(asked.values())
+        # What is handed on is contiguous and float32; for the others' there is room to take it.
+        updates = [torch.empty_like(self.momenta[name]) for name in names]
+        for name, update in zip(own, made, strict=True):
+            updates[names.index(name)].copy_(update)
         self.ranks.spread(updates, [self.owners[name] for name in names])
         return updates
 
@@ -268,6 +270,8 @@ class Optimizers:
         """The rows of all ranks go to the matrix's owner, who hands back those of the update."""
         rank, everyone = self.ranks.rank, range(self.ranks.size)
         owned = [[name for name in names if self.owners[name] == owner] for owner in everyone]
+        for name in names:
+            self._move(name, shrink)
         asked = {name: self._asked(name, shrink) for name in names}
         cut = {name: [rows(self.shapes[name][0], of, len(everyone)) for of in everyone] for name in names}
         shapes = [[(cut[n][of].stop - cut[n][of].start, self.shapes[n][1]) for n in owned[rank]] for of in everyone]
@@ -281,12 +285,18 @@ class Optimizers:
         found = dict(zip(itertools.chain(*owned), itertools.chain(*back), strict=True))
         return [found[name] for name in names]
 
+    def _move(self, name: str, shrink: float) -> None:
+        """Let what is held of a matrix's momentum take the gradient in."""
+        self.momenta[name].mul_(MOMENTUM).add_(self._gradient(name), alpha=(1.0 - MOMENTUM) * shrink)
+
     def _asked(self, name: str, shrink: float) -> Tensor:
-        """Where what is held of a matrix is to go: its momentum, which takes the gradient in, and once more that."""
-        gradient, momentum = self.matrices[name].grad, self.momenta[name]
+        """Where what is held of a matrix is to go: its momentum, and once more the gradient (Nesterov)."""
+        return (self.momenta[name] * MOMENTUM).add_(self._gradient(name), alpha=(1.0 - MOMENTUM) * shrink)
+
+    def _gradient(self, name: str) -> Tensor:
+        gradient = self.matrices[name].grad
         assert gradient is not None
-        momentum.mul_(MOMENTUM).add_(gradient, alpha=(1.0 - MOMENTUM) * shrink)
-        return (momentum * MOMENTUM).add_(gradient, alpha=(1.0 - MOMENTUM) * shrink)
+        return gradient
 
     def state(self) -> dict[str, Tensor]:
         """Everything that the next step depends on, by name."""

@@ -23,6 +23,7 @@ is counted (`torch.utils.flop_counter`).
 
 from __future__ import annotations
 
+import json
 import subprocess
 import sys
 import tempfile
@@ -142,20 +143,15 @@ def upstream(
     return upstream_trainer.run(python, root, flags, words, driver, told)[0], output
 
 
-def ours(world: World, store: str) -> tuple[float, Path]:
+def ours(world: World, store: str, root: Path) -> tuple[float, Path]:
     """Run our trainer as a recipe does; returns tokens/s in its steps, and its checkpoint."""
-    planner = Planner(world.config, Store(Path(store)))
-    before = next(step for step in planner.plan() if step.node.name == "train")
-    if before.artifact is not None:  # one of the same bytes would stay, and with it the time that it took
-        Store(Path(store)).set_aside("train", before.artifact.key)
-    command = [str(Path(sys.executable).with_name("speculators-run")), *world.words, f"run.store={store}"]
-    with tempfile.TemporaryDirectory() as directory:
-        subprocess.run([*command, "until=train"], check=True, cwd=directory, capture_output=True)
-    planner = Planner(world.config, Store(Path(store)))
-    step = next(step for step in planner.plan() if step.node.name == "train")
-    assert step.path is not None
-    assert step.artifact is not None
-    return step.artifact.record["tokens_per_second"], step.path / "last"
+    command = [str(Path(sys.executable).with_name("speculators-run")), *world.words, "until=train", "force=train"]
+    # Into a store of its own: an artifact of the same bytes would stay, and with it the time that it once took.
+    own = root / "ours"
+    stores = [f"run.store={own}", f"run.stores_read=[{Path(store).expanduser().resolve()}]"]
+    subprocess.run([*command, *stores], check=True, cwd=root, capture_output=True)
+    (artifact,) = own.glob("artifacts/train/*/*/artifact.json")
+    return json.loads(artifact.read_text())["record"]["tokens_per_second"], artifact.parent / "data" / "last"
 
 
 def flops_per_token(world: World) -> float:
@@ -196,7 +192,7 @@ def main(store: str, python: str, driver: str, algorithm: str = "eagle3", *words
         assert steps is not None
         theirs, checkpoint = run(steps, float32=float32)
         found = {"upstream": (theirs, world.validate(next(checkpoint.glob("0"))))}
-        speed, mine = ours(world, store)
+        speed, mine = ours(world, store, root)
         found["ours"] = (speed, world.validate(mine))
         for name, (rate, metrics) in found.items():
             print(

@@ -200,10 +200,11 @@ def test_training_learns_and_says_what_it_did(world: Path, tmp_path: Path) -> No
 
 def test_a_block_draft_learns_and_is_walked_as_a_server_would(world: Path, tmp_path: Path) -> None:
     job = make_job(world, tmp_path, algorithm="dflash", epochs=12, lr=5e-3)
+    job.config.speculator.induction = False  # from noise, there is more to learn
     train.main(job)
     lines = metrics(job)
     steps = [line for line in lines if "lr" in line]
-    assert steps[-1]["loss"] < 0.9 * steps[0]["loss"]  # which begins near that of knowing nothing
+    assert steps[-1]["loss"] < 0.8 * steps[0]["loss"]
     validated = [line["validation"] for line in lines if "validation" in line]
     assert len(validated) == 12
     assert set(validated[0]) >= {"acceptance_length", "accepted_0", "accepted_1", "accepted_2", "full_0", "loss_2"}
