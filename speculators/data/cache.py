@@ -16,9 +16,10 @@ from typing import Any
 
 from torch import Tensor
 
+from speculators.data.contract import check_contract
 from speculators.data.encoding import copy_first
 from speculators.data.reading import Reading
-from speculators.data.shards import INDEX, ShardReader, ShardWriter, check_contract
+from speculators.data.shards import INDEX, ShardReader, ShardWriter
 from speculators.errors import ContractError
 
 SET_TOKENS = 4096

@@ -3,7 +3,7 @@
     shard-00000.safetensors   token_ids int64 [N], states [N, L - 1, H], last [U, H], and for float8 scales
                               bfloat16 [N, L - 1], last_scales [U]; the metadata holds the contract and the rows
     shard-00001.safetensors   ...
-    index.json                the contract, each row's `Span`, the sha256 of every shard
+    index.json                the contract, each row's `Span`, the name and the sha256 of every shard
 
 `last` is what leaves the last layer. It is only there to say what the target says next, so it is kept at those places
 of a row where that is asked for, the draft's own layers everywhere.
@@ -11,9 +11,6 @@ of a row where that is asked for, the draft's own layers everywhere.
 A shard is written when it is full: beside its place, fsynced, then renamed. So whatever bears a shard's name is whole,
 a killed writer loses only the rows of the shard it was filling, and a new writer in the same directory goes on after
 the last sealed one. Every shard can be read without the index, which is made from them at the end.
-
-The contract: `format`, `target` and `tokens` (digests), `dtype` (stored, see `data.encoding`), `compute_dtype`,
-`layer_ids`, `convention`, `hidden_size`, `normed`, `last_state` (where `last` is kept, a name).
 """
 
 from __future__ import annotations
@@ -23,6 +20,7 @@ import itertools
 import json
 import math
 import os
+import shutil
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -32,16 +30,12 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
+from speculators.data.contract import FORMAT, check_contract
 from speculators.data.encoding import FLOAT8, LAST, decode, encode, last_of, layout, sift
 from speculators.data.reading import Bytes, Reading, damaged, missing
 from speculators.errors import ContractError
 from speculators.job import write_json
 
-FORMAT = 3
-"""Raised when a reader of an older release could not read the shards."""
-CONVENTION = (
-    "layer id i is the residual stream entering layer i; the number of layers is the last one's output, not normed"
-)
 INDEX = "index.json"
 DTYPES = {
     torch.int64: "I64",
@@ -53,8 +47,6 @@ DTYPES = {
 """The names that safetensors gives to what a shard may hold."""
 PAST = {"states", "last"}
 """What may be read past the page cache; all else is a few bytes a token."""
-EVERYWHERE, ANSWERS = "everywhere", "answers"
-"""A contract's `last_state`: of every token; where an answer is predicted."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,6 +65,14 @@ class Span:
         """How many of these places are among the row's first tokens."""
         return sum(min(end, tokens) - min(begin, tokens) for begin, end in self.ranges)
 
+    def part(self, begin: int, tokens: int) -> Span:
+        """So many of its tokens, from one on, as a row."""
+        assert begin + tokens <= self.length
+        end = begin + tokens
+        ranges = [[max(first, begin) - begin, min(past, end) - begin] for first, past in self.ranges]
+        kept = [[first, past] for first, past in ranges if first < past]
+        return Span(self.shard, self.start + begin, tokens, self.last + self.before(begin), kept)
+
     def places(self, tokens: int) -> npt.NDArray[np.bool_]:
         """The first tokens, true where the last layer is kept."""
         found = np.zeros(tokens, np.bool_)
@@ -81,45 +81,21 @@ class Span:
         return found
 
 
+@dataclass(frozen=True, slots=True)
+class Part:
+    """Some tokens of a row."""
+
+    row: int
+    begin: int
+    tokens: int
+
+
 def ranges_of(wanted: torch.Tensor) -> list[list[int]]:
     """`Span.ranges` of bool [T]."""
     outside = torch.zeros(1, dtype=torch.bool)
     framed = torch.cat([outside, wanted, outside])
     ranges: list[list[int]] = (framed[1:] != framed[:-1]).nonzero().view(-1, 2).tolist()
     return ranges
-
-
-def feature_contract(
-    *, target: str, tokens: str, dtype: str, compute_dtype: str, layer_ids: list[int], hidden_size: int,
-    last_state: str = EVERYWHERE,
-) -> dict[str, Any]:  # fmt: skip
-    """What a set of hidden states is; `target` and `tokens` are digests, `layer_ids` everything captured, in order."""
-    return {
-        "format": FORMAT,
-        "target": target,
-        "tokens": tokens,
-        "dtype": dtype,
-        "compute_dtype": compute_dtype,
-        "layer_ids": list(layer_ids),
-        "convention": CONVENTION,
-        "hidden_size": hidden_size,
-        "normed": False,
-        "last_state": last_state,
-    }
-
-
-def check_contract(found: Mapping[str, Any], wanted: Mapping[str, Any]) -> None:
-    """Raise ContractError, naming every field, where `found` is not what `wanted` asks; other fields are ignored."""
-    wrong = [
-        f"{name} is {json.dumps(found.get(name))}, wanted {json.dumps(value)}"
-        for name, value in wanted.items()
-        if found.get(name) != value
-    ]
-    if wrong:
-        raise ContractError(
-            f"these hidden states are not what is asked for: {'; '.join(wrong)}",
-            "extract them again from this target, these tokens and these layers, with `run extract`",
-        )
 
 
 class ShardWriter:
@@ -182,8 +158,7 @@ class ShardWriter:
         if self._pending:
             self._seal()
         shards = [{"file": name, "sha256": digest} for name, digest in self.digests.items()]
-        rows = {str(row): [span.shard, *_plain(span)] for row, span in sorted(self._spans.items())}
-        write_json(self.directory / INDEX, {"contract": self.contract, "shards": shards, "rows": rows})
+        write_index(self.directory, self.contract, shards, self._spans)
 
     @property
     def digests(self) -> dict[str, str]:
@@ -237,7 +212,8 @@ class ShardReader:
                     "extract the hidden states again",
                 )
             self._spans = {int(row): Span(*span) for row, span in index["rows"].items()}
-            self._paths = [directory / shard["file"] for shard in index["shards"]]
+            self._shards: list[dict[str, str]] = index["shards"]
+            self._paths = [directory / shard["file"] for shard in self._shards]
         except FileNotFoundError:
             raise ContractError(f"{directory} has no {INDEX}: it is no set of hidden states", "extract them") from None
         except (ValueError, KeyError, TypeError) as error:
@@ -308,6 +284,25 @@ class ShardReader:
             for row, tokens in parts:
                 self._reading.will_need(*self._place(row, tokens, name))
 
+    def write_parts(self, parts: Mapping[int, Part], contract: Mapping[str, Any], directory: Path) -> dict[str, str]:
+        """Make another set of what is here, with an index of its own, over the same shards (`link`).
+
+        Args:
+            parts: what each row of the other set is, by its number.
+            contract: of the other set. It may say of other tokens what these are the states of, and else is the same.
+            directory: of the other set.
+
+        Returns:
+            The sha256 of every shard, by its file's name.
+        """
+        check_contract(self.contract, {**contract, "tokens": self.contract["tokens"]})
+        spans = {number: self._span(part.row).part(part.begin, part.tokens) for number, part in parts.items()}
+        for path in self._paths:
+            link(path, directory / path.name)
+        shards = [{**shard, "tokens": self.contract["tokens"]} for shard in self._shards]
+        write_index(directory, contract, shards, spans)
+        return {shard["file"]: shard["sha256"] for shard in shards}
+
     def check(self) -> None:
         """Look whether every shard is there, whole, and of this contract.
 
@@ -345,7 +340,8 @@ class ShardReader:
     def _opened(self, shard: int) -> dict[str, Column]:
         if shard not in self._columns:
             contract, _, columns = _open(self._paths[shard])
-            check_contract(contract, self.contract)
+            own = self._shards[shard].get("tokens", self.contract["tokens"])
+            check_contract(contract, {**self.contract, "tokens": own})
             self._columns[shard] = columns
         return self._columns[shard]
 
@@ -394,6 +390,28 @@ def write_safetensors(path: Path, tensors: Mapping[str, list[torch.Tensor]], met
 def _bytes(pieces: list[torch.Tensor]) -> Iterator[bytes]:
     for piece in pieces:
         yield piece.contiguous().flatten().view(torch.uint8).numpy().tobytes()
+
+
+def write_index(
+    directory: Path, contract: Mapping[str, Any], shards: Sequence[Mapping[str, str]], spans: Mapping[int, Span]
+) -> None:
+    """Write what makes shards a set.
+
+    Each has its `file`, its `sha256`, and its `tokens` where those of its own contract are not the set's.
+    """
+    rows = {str(row): [span.shard, *_plain(span)] for row, span in sorted(spans.items())}
+    write_json(directory / INDEX, {"contract": dict(contract), "shards": list(shards), "rows": rows})
+
+
+def link(shard: Path, place: Path) -> None:
+    """Have a shard in another set, without its bytes a second time where the file system has hard links.
+
+    Nothing ever writes to a shard that bears its name.
+    """
+    try:
+        os.link(shard, place)
+    except OSError:  # another file system, or one without hard links
+        shutil.copyfile(shard, place)
 
 
 def sync_directory(directory: Path) -> None:

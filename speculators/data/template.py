@@ -19,6 +19,14 @@ class Turn:
     answer_ids: list[int]
 
 
+@dataclass(slots=True)
+class Row:
+    """Token ids and, for each, 1 where the target said it and the draft learns from it, else 0."""
+
+    input_ids: list[int]
+    loss_mask: list[int]
+
+
 class TemplateError(Exception):
     """The chat template does not take this conversation, or does not put the answer after the prompt."""
 
@@ -43,6 +51,25 @@ def turns_of(tokenizer: Any, messages: list[dict[str, str]]) -> list[Turn]:
         answer = _spoken(tokenizer, whole[len(prompt) :])
         turns.append(Turn(prompt_ids=_ids(tokenizer, prompt), answer_ids=_ids(tokenizer, answer)))
     return turns
+
+
+def merge(turns: list[Turn]) -> list[Row]:
+    """One row for turns that each start with the whole of the one before, a new row where that breaks.
+
+    It breaks where a template rewrites the past (drops what was thought, say) or an answer is tokenised
+    differently as part of a prompt. A row then starts over with the whole prompt, and every answer is supervised once.
+    """
+    rows: list[Row] = []
+    for turn in turns:
+        last = rows[-1] if rows else None
+        if last and turn.prompt_ids[: len(last.input_ids)] == last.input_ids:
+            between = turn.prompt_ids[len(last.input_ids) :]
+            last.input_ids += between + turn.answer_ids
+            last.loss_mask += [0] * len(between) + [1] * len(turn.answer_ids)
+        else:
+            mask = [0] * len(turn.prompt_ids) + [1] * len(turn.answer_ids)
+            rows.append(Row([*turn.prompt_ids, *turn.answer_ids], mask))
+    return rows
 
 
 def _render(tokenizer: Any, messages: list[dict[str, str]], *, add_generation_prompt: bool) -> str:

@@ -55,8 +55,7 @@ def derive(config: Config, known: Facts) -> dict[str, Any]:
 
     `layer_ids`: target layers whose *input* the draft reads. `capture_layer_ids`: the same and, as the last, the state
     that leaves the last layer before the final norm, from which training computes the target's own distribution.
-    `states_dtype`: how answers' states are kept on their way to the shards. `last_state`: where the last one's are kept
-    in them.
+    `last_state`: where the last one's are kept.
     """
     depth = known.num_hidden_layers
     layer_ids = config.speculator.layer_ids or default_layers(config.speculator, depth)
@@ -91,7 +90,6 @@ def derive(config: Config, known: Facts) -> dict[str, Any]:
     return {
         "layer_ids": list(layer_ids),
         "capture_layer_ids": captured,
-        "states_dtype": config.extract.dtype.name,
         "last_state": last.name,
     }
 

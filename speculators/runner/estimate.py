@@ -110,7 +110,7 @@ def estimate(planner: Planner, steps: Mapping[str, Step]) -> Needs:
     return replace(
         needs,
         feature_tokens=stored,
-        feature_bytes=max(0, (1 + len(keeping)) * stored * each - written),
+        feature_bytes=0 if _linked(first, steps, root) else max(0, stored * each - written),
         prefill_tokens=prefilled,
         prefill_seconds=prefilled / speed if speed else 0.0,
         prefill_at_most=bool(speed and not measured),
@@ -164,6 +164,19 @@ class DiskWatch:
             raise StoreError(f"the store holds {_gib(held)} by now, {allowed}", f"{hint}; or raise run.quota_gib")
         now = time.monotonic()
         self._next = now + max(self.EVERY, 100 * (now - began))
+
+
+def _linked(packing: Step, steps: Mapping[str, Step], root: Path) -> bool:
+    """Whether hidden states are there already, and no byte of them has to be written again."""
+    answers = steps[packing.node.inputs["states"]].path if "states" in packing.node.inputs else None
+    return answers is not None and _device(answers) == _device(root)
+
+
+def _device(path: Path) -> int:
+    """Of the file system where a path is, or will be."""
+    while not path.exists():
+        path = path.parent
+    return path.stat().st_dev
 
 
 def _without_equals(steps: list[Step]) -> list[Step]:

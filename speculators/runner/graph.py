@@ -99,10 +99,10 @@ KINDS: dict[str, Kind] = {
         adopts=True,
     ),
     "collect": Kind(
-        version=3,
+        version=4,
         gives=("features",),
         takes={"tokens": "tokens", "states": "states"},
-        reads=("extract", "target.dtype"),
+        reads=("extract.dtype", "target.dtype"),
         derived=("layer_ids", "capture_layer_ids", "last_state"),
     ),
     "train": Kind(
@@ -129,7 +129,7 @@ DRAWING = ("extract.dtype", "extract.connector", "extract.concurrency", "extract
 """What a stage reads besides its own options where it draws hidden states from a server: those of `extract`, which it
 stands in for then. The size of the shards is not among them, since none are left."""
 
-KEEPING = ("extract.on_bad_row", "extract.connector")
+KEEPING = ("extract.on_bad_row", "extract.connector", "extract.dtype", "extract.shard_tokens")
 """What a stage reads besides its own options where it answers and keeps the hidden states of its answers."""
 
 
@@ -186,7 +186,7 @@ class Node:
     @property
     def derived(self) -> tuple[str, ...]:
         """The derived values that it sees."""
-        return ("capture_layer_ids", "states_dtype") if self.keeps_states else self.spec.derived
+        return ("capture_layer_ids", "last_state") if self.keeps_states else self.spec.derived
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -7,6 +7,7 @@ process holds the claim of, or reads while it makes something else, is never tou
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 import re
@@ -190,19 +191,24 @@ def _age(path: Path) -> float:
 
 def held(store: Store) -> int:
     """Bytes of all that a store holds: artifacts, work, what was set aside, what servers leave for their clients."""
-    artifacts_bytes = sum(artifact.bytes for stage in KINDS for artifact in store.own(stage))
-    return artifacts_bytes + sum(size(store.root / part) for part in ("work", "aside", "services"))
+    return size(*(store.root / part for part in ("artifacts", "work", "aside", "services")))
 
 
-def size(path: Path) -> int:
-    """Bytes of all files below a directory, which need not exist and may change meanwhile."""
-    return sum(_file_sizes(path))
+def size(*paths: Path) -> int:
+    """Bytes of all files below directories, which need not exist and may change meanwhile; of linked ones, once."""
+    return sum(_file_sizes(paths))
 
 
-def _file_sizes(path: Path) -> Iterable[int]:
-    for directory, _, names in os.walk(path):
+def _file_sizes(paths: Iterable[Path]) -> Iterable[int]:
+    linked = set[tuple[int, int]]()
+    for directory, _, names in itertools.chain.from_iterable(os.walk(path) for path in paths):
         for name in names:
             try:
-                yield os.lstat(f"{directory}/{name}").st_size
+                found = os.lstat(f"{directory}/{name}")
             except OSError:
                 continue
+            if found.st_nlink > 1:
+                if (found.st_dev, found.st_ino) in linked:
+                    continue
+                linked.add((found.st_dev, found.st_ino))
+            yield found.st_size

@@ -1,51 +1,50 @@
-"""collect: tokens + answers with their states -> hidden states. Sorts what `regenerate` kept into shards, by row.
+"""collect: tokens + answers with their states -> hidden states. Says which part of what `regenerate` kept a row is.
 
-No server is needed: the target has computed these states while it answered. The last token of an answer was never an
-input, so a row's states end one token before the row does, unless the row was cut; training takes the row that far.
+No server is needed: the target has computed these states while it answered. Nor are they written again: the shards are
+those of the answers, in another set. The last token of an answer was never an input, so a row's states end one token
+before the row does, unless the row was cut; training takes the row that far.
 """
 
 from __future__ import annotations
 
 import json
+import shutil
 from collections import defaultdict
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from datasets import load_from_disk
-from safetensors.torch import load_file
 
-from speculators.data.encoding import decode
+from speculators.data.shards import Part, ShardReader
 from speculators.errors import ContractError
 from speculators.job import Job
 from speculators.targets.fidelity import write_picks
 from speculators.targets.readings import Pick
-from speculators.targets.states import last_places, states_writer
+from speculators.targets.states import ANSWERED, states_contract
 
 
 def main(job: Job) -> None:
-    """Every row of the tokens, in order, but for those that an earlier attempt sealed."""
+    """Every row of the tokens."""
     tokens = load_from_disk(str(job.inputs["tokens"]))
     turns = read_turns(job.inputs["states"] / "conversations.jsonl")
-    writer = states_writer(job)
+    parts: dict[int, Part] = {}
     picks: list[Pick] = []
     for number in range(len(tokens)):
         row = tokens[number]
         turn = covering(turns[row["id"]], row["input_ids"])
-        if turn is not None:
-            picks += picks_in(number, turn)
-        if number not in writer.done:
-            if turn is None:
-                raise ContractError(
-                    f"row {number} (conversation {row['id']}) is no part of what the target was asked and answered",
-                    "use `pipeline=offline`, which runs the target over the rows themselves",
-                )
-            found = load_file(job.inputs["states"] / "states" / turn["states"])
-            length = min(len(row["input_ids"]), len(found["token_ids"]))
-            last = last_places(job, row["loss_mask"])[:length]
-            writer.add(number, found["token_ids"][:length], decode(found)[:length], last)
-            job.progress(number + 1, len(tokens), "rows")
-    writer.close()
-    job.digests_written |= writer.digests
+        if turn is None:
+            raise ContractError(
+                f"row {number} (conversation {row['id']}) is no part of what the target was asked and answered",
+                "use `pipeline=offline`, which runs the target over the rows themselves",
+            )
+        picks += picks_in(number, turn)
+        states = Part(*turn["states"])
+        parts[number] = replace(states, tokens=min(len(row["input_ids"]), states.tokens))
+    shutil.rmtree(job.output)  # of an attempt that was killed
+    job.output.mkdir()
+    answers = ShardReader(job.inputs["states"] / ANSWERED)
+    job.digests_written |= answers.write_parts(parts, states_contract(job), job.output)
     write_picks(job.output, picks)
     job.record |= {
         "rows": len(tokens),

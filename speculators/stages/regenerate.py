@@ -5,10 +5,11 @@ conversation are answered one after the other, many conversations at once. A fin
 `scratch/answers.jsonl`; a killed attempt goes on with those that are not there.
 
 Where another node takes the hidden states of the answers (pipeline `fused`), the server keeps those of every turn in
-the same pass, of the prompt and of the answer but its last token, which was never an input: `states/*.safetensors`,
-named by the turns. A turn whose whole is the beginning of the next one's prompt has none of its own: the history of a
-conversation is kept once. An answer whose states cannot be used stops the stage, or ends its conversation before it:
-`extract.on_bad_row`.
+the same pass, of the prompt and of the answer but its last token, which was never an input. They lie in scratch/, one
+file for each turn, until all is answered, and then go into the shards of `states/`, one row for each conversation:
+`states` of a turn says which part of which row is its own. A turn whose whole is the beginning of the next one's prompt
+has none: the history of a conversation is kept once. An answer whose states cannot be used stops the stage, or ends its
+conversation before it: `extract.on_bad_row`.
 """
 
 from __future__ import annotations
@@ -23,19 +24,22 @@ from pathlib import Path
 from typing import Any, TextIO
 
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
+from torch import Tensor
 
 from speculators.config import OnBadRow, Regenerate
-from speculators.data.encoding import encode
+from speculators.data.encoding import encode, sift
+from speculators.data.shards import ShardWriter
+from speculators.data.template import Row, Turn, merge
 from speculators.errors import ContractError, StageError
 from speculators.job import Job
 from speculators.targets.client import Client, Completion
 from speculators.targets.fidelity import of_answer
 from speculators.targets.handover import StatesFile
-from speculators.targets.states import check_states, refuse_too_many
+from speculators.targets.states import ANSWERED, check_states, last_places, refuse_too_many, states_writer
 
 STATES = "states"
-"""Directory of the turns' hidden states, in the scratch directory and in the artifact."""
+"""Directory of the turns' hidden states in the scratch directory."""
 BAD_STATES = "bad_states"
 """Why a conversation ends before an answer whose states cannot be used. Another attempt asks for it again."""
 SAMPLED = 16
@@ -48,7 +52,9 @@ def main(job: Job) -> None:
     """Answer every conversation, in any order; publish them in the order they came in."""
     conversations = [json.loads(line) for line in _lines(job.inputs["prompts"] / "conversations.jsonl")]
     log = job.scratch / "answers.jsonl"
-    finished = {i: answer for i, answer in read_answers(log).items() if answer["dropped"] != BAD_STATES}
+    states = states_writer(job, "prompts", ANSWERED) if _keeps_states(job) else None
+    sealed = states.done if states else set()
+    finished = {i: a for i, a in read_answers(log).items() if a["dropped"] != BAD_STATES or i in sealed}
     job.record["resumed"] = len(finished)
     start = time.monotonic()
     asyncio.run(_answer_all(job, conversations, finished, log))
@@ -59,7 +65,8 @@ def main(job: Job) -> None:
             f"none of {len(conversations)} conversations was answered: {_dropped(finished)}",
             "raise `train.sequence_length`, or choose other prompts",
         )
-    _publish_states(job, kept)
+    if states:
+        _pack_states(job, kept, states)
     with (job.output / "conversations.jsonl").open("w", encoding="utf-8") as file:
         for answered in kept:
             public = {key: value for key, value in answered.items() if key not in ("index", "dropped", "why")}
@@ -108,7 +115,7 @@ async def _answer_all(
         async with client:
 
             async def work(index: int) -> dict[str, Any]:
-                keeper = Keeper(job, index) if "states_dtype" in job.derived else None
+                keeper = Keeper(job, index) if _keeps_states(job) else None
                 answered = await answer(client, conversations[index], config, job.config.train.sequence_length, keeper)
                 return {"index": index, **answered}
 
@@ -140,7 +147,7 @@ class Keeper:
         """Whether a conversation goes without an answer whose states cannot be used."""
         self._directory = job.scratch / STATES
         self._index = index
-        self._stored: str = job.derived["states_dtype"]
+        self._stored = job.config.extract.dtype.name
         self._compute = getattr(torch, job.config.target.dtype.name)
 
     def keep(self, turn: int, said: Completion, file: StatesFile) -> str:
@@ -165,16 +172,46 @@ def continues(turn: dict[str, Any], later: dict[str, Any]) -> bool:
     return bool(later["prompt_ids"][: len(whole)] == whole)
 
 
-def _publish_states(job: Job, kept: list[dict[str, Any]]) -> None:
-    """Move the states of the turns that are kept; what an earlier attempt moved is there already."""
-    names = [turn["states"] for answered in kept for turn in answered["turns"] if "states" in turn]
-    if names:
-        (job.output / STATES).mkdir(exist_ok=True)
-    for name in names:
-        if (job.scratch / STATES / name).exists():
-            os.replace(job.scratch / STATES / name, job.output / STATES / name)
-        elif not (job.output / STATES / name).exists():
-            raise StageError(f"the hidden states {name} of a finished answer are gone", f"delete {job.scratch}")
+def _keeps_states(job: Job) -> bool:
+    return "capture_layer_ids" in job.derived
+
+
+def _pack_states(job: Job, kept: list[dict[str, Any]], writer: ShardWriter) -> None:
+    """Move the states of the turns that are kept into shards; an earlier attempt may have moved some."""
+    waiting: dict[int, list[Path]] = {}
+    for number, answered in enumerate(kept):
+        row, begin = answered["index"], 0
+        turns = [turn for turn in answered["turns"] if "states" in turn]
+        files = [job.scratch / STATES / turn["states"] for turn in turns]
+        wholes = merge([Turn(prompt_ids=t["prompt_ids"], answer_ids=t["answer_ids"]) for t in answered["turns"]])
+        for turn, whole in zip(turns, wholes, strict=True):
+            turn["states"] = [row, begin, len(whole.input_ids) - 1]
+            begin += len(whole.input_ids) - 1
+        if row not in writer.done:
+            waiting[row] = files
+            writer.add_sifted(row, *_joined(job, files, wholes))
+        for done in waiting.keys() & writer.done:
+            for file in waiting.pop(done):
+                file.unlink()
+        job.progress(number + 1, len(kept), "conversations")
+    writer.close()
+    job.digests_written |= {f"{ANSWERED}/{name}": digest for name, digest in writer.digests.items()}
+
+
+def _joined(job: Job, files: list[Path], wholes: list[Row]) -> tuple[Tensor, dict[str, Tensor], Tensor]:
+    """One conversation's token ids, states as `sift` leaves them, and where the last layer's are kept."""
+    found = []
+    for file, whole in zip(files, wholes, strict=True):
+        try:
+            encoded = load_file(file)
+        except FileNotFoundError:
+            raise StageError(
+                f"the hidden states {file.name} of a finished answer are gone", f"delete {job.scratch}"
+            ) from None
+        last = last_places(job, whole.loss_mask)[:-1]
+        found.append({"token_ids": encoded.pop("token_ids"), "kept": last, **sift(encoded, last)})
+    sifted = {name: torch.cat([each[name] for each in found]) for name in found[0]}
+    return sifted.pop("token_ids"), sifted, sifted.pop("kept")
 
 
 async def answer(

@@ -5,22 +5,13 @@ from __future__ import annotations
 import json
 from collections import Counter
 from collections.abc import Iterator
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from speculators.data.template import TemplateError, Turn, turns_of
+from speculators.data.template import Row, TemplateError, Turn, merge, turns_of
 from speculators.data.token_table import give_table
 from speculators.errors import SourceError
 from speculators.job import Job
-
-
-@dataclass(slots=True)
-class Row:
-    """Token ids and, for each, 1 where the target said it and the draft learns from it, else 0."""
-
-    input_ids: list[int]
-    loss_mask: list[int]
 
 
 def main(job: Job) -> None:
@@ -70,25 +61,6 @@ def _rows(job: Job, tally: Counter[str]) -> Iterator[dict[str, Any]]:
                     "id": conversation["id"],
                     "source": conversation["source"],
                 }
-
-
-def merge(turns: list[Turn]) -> list[Row]:
-    """One row for turns that each start with the whole of the one before, a new row where that breaks.
-
-    It breaks where a template rewrites the past (drops what was thought, say) or an answer is tokenised
-    differently as part of a prompt. A row then starts over with the whole prompt, and every answer is supervised once.
-    """
-    rows: list[Row] = []
-    for turn in turns:
-        last = rows[-1] if rows else None
-        if last and turn.prompt_ids[: len(last.input_ids)] == last.input_ids:
-            between = turn.prompt_ids[len(last.input_ids) :]
-            last.input_ids += between + turn.answer_ids
-            last.loss_mask += [0] * len(between) + [1] * len(turn.answer_ids)
-        else:
-            mask = [0] * len(turn.prompt_ids) + [1] * len(turn.answer_ids)
-            rows.append(Row([*turn.prompt_ids, *turn.answer_ids], mask))
-    return rows
 
 
 def cut(row: Row, longest: int) -> Row:

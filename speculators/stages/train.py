@@ -23,8 +23,9 @@ from safetensors.torch import load_file
 
 from speculators.config import Device, DFlash, Eagle3
 from speculators.data.cache import StatesCache
+from speculators.data.contract import ANSWERS, EVERYWHERE, check_contract, feature_contract
 from speculators.data.reading import larger_than_memory
-from speculators.data.shards import ANSWERS, EVERYWHERE, ShardReader, check_contract, feature_contract
+from speculators.data.shards import ShardReader
 from speculators.drafts import DRAFTS
 from speculators.drafts.base import Vocabulary
 from speculators.errors import ContractError, RecipeError, closest

@@ -10,7 +10,6 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import json
-import os
 import shutil
 import time
 from collections.abc import Sequence
@@ -20,7 +19,8 @@ from typing import Any
 import torch
 from datasets import Dataset
 
-from speculators.data.shards import INDEX, ShardWriter, check_contract, shard_name
+from speculators.data.contract import check_contract
+from speculators.data.shards import INDEX, ShardWriter, Span, link, shard_name, write_index
 from speculators.errors import ContractError, RunError, StageError
 from speculators.job import Job, write_json
 from speculators.targets import fidelity
@@ -129,8 +129,6 @@ def extract_part(job: Job, tokens: Dataset, part: int, parts: int) -> None:
 def join(job: Job, tokens: Dataset, parts: Sequence[Path]) -> None:
     """Put what the workers made one after the other, as one worker would have made it.
 
-    The shards are not copied, where the file system has hard links: they hold nothing that tells whose they were.
-
     Raises:
         ContractError: the parts are not the whole, or not of one kind.
     """
@@ -138,7 +136,7 @@ def join(job: Job, tokens: Dataset, parts: Sequence[Path]) -> None:
     job.output.mkdir()
     wanted = states_contract(job)
     shards: list[dict[str, str]] = []
-    rows: dict[str, list[Any]] = {}
+    spans: dict[int, Span] = {}
     picks, skipped = [], dict[int, str]()
     for part in parts:
         index = json.loads((part / INDEX).read_text())
@@ -146,15 +144,15 @@ def join(job: Job, tokens: Dataset, parts: Sequence[Path]) -> None:
         before = len(shards)
         for shard in index["shards"]:
             name = shard_name(len(shards))
-            _link(part / shard["file"], job.output / name)
+            link(part / shard["file"], job.output / name)
             shards.append({"file": name, "sha256": shard["sha256"]})
-        rows |= {row: [before + shard, *where] for row, (shard, *where) in index["rows"].items()}
+        spans |= {int(row): Span(before + shard, *where) for row, (shard, *where) in index["rows"].items()}
         picks += fidelity.read_picks(part)
         skipped |= read_skipped(part)
-    missing = set(range(len(tokens))) - set(map(int, rows)) - set(skipped)
+    missing = set(range(len(tokens))) - set(spans) - set(skipped)
     if missing:
         raise ContractError(f"no worker has extracted row {min(missing)}", "extract again: force=[extract]")
-    write_json(job.output / INDEX, {"contract": wanted, "shards": shards, "rows": rows})
+    write_index(job.output, wanted, shards, spans)
     fidelity.write_picks(job.output, picks)
     if skipped:
         write_json(job.output / SKIPPED, {str(row): reason for row, reason in sorted(skipped.items())})
@@ -162,13 +160,6 @@ def join(job: Job, tokens: Dataset, parts: Sequence[Path]) -> None:
     records = [json.loads((part / RECORD).read_text()) for part in parts]
     job.record |= _joined(records) | BadRows(job).record()
     job.record["bytes"] = sum(path.stat().st_size for path in job.output.iterdir())
-
-
-def _link(source: Path, place: Path) -> None:
-    try:
-        os.link(source, place)
-    except OSError:  # another file system, or one without hard links
-        shutil.copyfile(source, place)
 
 
 def _joined(records: Sequence[dict[str, Any]]) -> dict[str, Any]:

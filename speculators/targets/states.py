@@ -10,12 +10,15 @@ from typing import Any
 import torch
 
 from speculators.config import OnBadRow
-from speculators.data.shards import EVERYWHERE, ShardWriter, feature_contract
+from speculators.data.contract import EVERYWHERE, feature_contract
+from speculators.data.shards import ShardWriter
 from speculators.data.token_table import asked_for
 from speculators.errors import ContractError, RunError, StageError
 from speculators.job import Job, write_json
 
 SKIPPED = "skipped.json"
+ANSWERED = "states"
+"""Directory of the answers' hidden states in the artifact with the answers."""
 FEW, SHARE = 4, 0.02
 """Rows that may be left out: so many, and this share of those that were seen."""
 
@@ -91,9 +94,15 @@ def read_skipped(directory: Path) -> dict[int, str]:
     return {int(row): why for row, why in json.loads(path.read_text()).items()} if path.exists() else {}
 
 
-def states_writer(job: Job) -> ShardWriter:
-    """The shards of a stage whose output is hidden states; it goes on where an earlier attempt stopped."""
-    return ShardWriter(job.output, states_contract(job), job.config.extract.shard_tokens)
+def states_writer(job: Job, tokens: str = "tokens", below: str = "") -> ShardWriter:
+    """The shards of a stage that gives hidden states; it goes on where an earlier attempt stopped.
+
+    Args:
+        job: the stage's.
+        tokens: the input that their tokens come from.
+        below: the directory in its output.
+    """
+    return ShardWriter(job.output / below, states_contract(job, tokens), job.config.extract.shard_tokens)
 
 
 def last_places(job: Job, loss_mask: Sequence[int], asked: Iterable[int] = ()) -> torch.Tensor:
@@ -105,11 +114,11 @@ def last_places(job: Job, loss_mask: Sequence[int], asked: Iterable[int] = ()) -
     return places
 
 
-def states_contract(job: Job) -> dict[str, Any]:
-    """What the hidden states are that such a stage makes."""
+def states_contract(job: Job, tokens: str = "tokens") -> dict[str, Any]:
+    """What the hidden states are that such a stage makes; `tokens` is the input that their tokens come from."""
     return feature_contract(
         target=job.digests["target"],
-        tokens=job.digests["tokens"],
+        tokens=job.digests[tokens],
         dtype=job.config.extract.dtype.name,
         compute_dtype=job.config.target.dtype.name,
         layer_ids=job.derived["capture_layer_ids"],

@@ -28,7 +28,8 @@ from safetensors.torch import save_file
 from torch.utils.flop_counter import FlopCounterMode
 
 from speculators.config import DFlash, Dtype, Eagle3, Speculator, Train
-from speculators.data.shards import ShardReader, ShardWriter, feature_contract
+from speculators.data.contract import feature_contract
+from speculators.data.shards import ShardReader, ShardWriter
 from speculators.data.token_table import save_table, write_table
 from speculators.drafts import DRAFTS
 from speculators.drafts.base import Vocabulary

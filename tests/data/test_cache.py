@@ -9,8 +9,8 @@ import torch
 
 from speculators.data import cache as module
 from speculators.data.cache import StatesCache
+from speculators.data.contract import feature_contract
 from speculators.data.encoding import encode, sift
-from speculators.data.shards import feature_contract
 
 CONTRACT = feature_contract(
     target="t", tokens="k", dtype="bfloat16", compute_dtype="float32", layer_ids=[1, 3], hidden_size=8

@@ -18,9 +18,10 @@ import pytest
 import torch
 from safetensors import safe_open
 
+from speculators.data.contract import ANSWERS, check_contract, feature_contract
 from speculators.data.encoding import decode, encode
 from speculators.data.reading import Reading, larger_than_memory
-from speculators.data.shards import ANSWERS, ShardReader, ShardWriter, check_contract, feature_contract
+from speculators.data.shards import ShardReader, ShardWriter
 from speculators.errors import ContractError, StageError
 from speculators.training.ahead import Buffers
 

@@ -10,7 +10,8 @@ import torch
 from datasets import Dataset, load_from_disk
 from safetensors.torch import load_file, save_file
 
-from speculators.data.shards import ShardReader, ShardWriter, feature_contract
+from speculators.data.contract import feature_contract
+from speculators.data.shards import ShardReader, ShardWriter
 from speculators.data.upstream_files import export, histories, main, read_states
 from speculators.errors import ContractError
 

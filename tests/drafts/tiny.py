@@ -11,7 +11,8 @@ import torch
 from safetensors.torch import save_file
 
 from speculators.config import DFlash, Eagle3
-from speculators.data.shards import ShardWriter, feature_contract
+from speculators.data.contract import feature_contract
+from speculators.data.shards import ShardWriter
 from speculators.drafts.base import Draft, Pack, TargetParts, Vocabulary
 from speculators.drafts.dflash import DFlashDraft
 from speculators.drafts.eagle3 import Eagle3Draft

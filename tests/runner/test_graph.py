@@ -90,7 +90,12 @@ def test_a_node_keeps_states_where_another_takes_them_and_is_served_and_keyed_so
     assert fused.graph["extract"].kind == "collect"
     digests = dict.fromkeys(fused.graph, "d")
     images = [planner.step("regenerate", digests).preimage["config"] for planner in (fused, offline)]
-    assert set(images[0]) - set(images[1]) == {"capture_layer_ids", "states_dtype"}
+    assert set(images[0]) - set(images[1]) == {
+        "capture_layer_ids",
+        "last_state",
+        "extract.dtype",
+        "extract.shard_tokens",
+    }
 
 
 def test_training_is_wired_to_a_server_or_to_features_and_keyed_by_which(store: Store) -> None:

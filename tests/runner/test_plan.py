@@ -106,7 +106,6 @@ def test_derived_values_reach_who_declared_them(config: Config, store: Store) ->
     assert planner.derived == {
         "layer_ids": [0, 2, 15, 27],
         "capture_layer_ids": [0, 2, 15, 27, 30],
-        "states_dtype": "bfloat16",
         "last_state": "everywhere",
     }
     names = {name: name for name in planner.graph}

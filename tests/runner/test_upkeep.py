@@ -201,7 +201,10 @@ def test_verify_moves_aside_what_it_finds_and_deletes_nothing(
 def test_what_a_store_holds_is_counted_without_its_layers(store: Store, made: dict[str, Artifact]) -> None:
     (store.root / "services/one").mkdir(parents=True)
     (store.root / "services/one/states").write_bytes(bytes(1000))
-    assert held(store) == sum(a.bytes for a in made.values()) + 1000
+    artifacts = [path for path in (store.root / "artifacts").rglob("*") if path.is_file()]
+    assert held(store) == sum(path.stat().st_size for path in artifacts) + 1000
+    os.link(store.root / "services/one/states", store.root / "services/one/again")
+    assert held(store) == sum(path.stat().st_size for path in artifacts) + 1000  # it takes no more room
     with store.claim("train", "f" * 64, waiting=print):
         pass  # somebody has written there: it is a store
     assert held(Store(store.root.parent / "empty", [store.root])) == 0

@@ -2,47 +2,65 @@
 
 from __future__ import annotations
 
+import errno
 import json
+import os
 from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import save_file
 
 from speculators.config import Config, StatesDtype
-from speculators.data.encoding import decode, encode
-from speculators.data.shards import ShardReader
-from speculators.data.template import Turn
+from speculators.data.contract import feature_contract
+from speculators.data.shards import ShardReader, ShardWriter
+from speculators.data.template import Row
 from speculators.errors import ContractError
 from speculators.job import Job
+from speculators.runner.artifact import sha256
 from speculators.stages.collect import covering, main
-from speculators.stages.regenerate import continues
-from speculators.stages.tokenize import Row, merge
 from speculators.targets.fidelity import read_picks
 from speculators.targets.readings import Pick
 from tests.stages.jobs import make_job
 
 
-def turn(name: str, prompt: list[int], answer: list[int]) -> dict[str, object]:
-    return {"prompt_ids": prompt, "answer_ids": answer, "finish_reason": "stop", "states": name}
+def turn(where: list[int], prompt: list[int], answer: list[int]) -> dict[str, object]:
+    return {"prompt_ids": prompt, "answer_ids": answer, "finish_reason": "stop", "states": where}
 
 
 def test_a_row_is_covered_by_the_turn_that_begins_with_it() -> None:
-    first, second = turn("a", [1, 2], [3, 4]), turn("b", [1, 2, 3, 4, 5], [6])
+    first, second = turn([0, 0, 3], [1, 2], [3, 4]), turn([0, 3, 5], [1, 2, 3, 4, 5], [6])
     assert covering([first, second], [1, 2, 3, 4, 5, 6]) == second
     assert covering([first, second], [1, 2, 3]) == first
     assert covering([first, second], [9]) is None
 
 
+def write_states(directory: Path, rows: dict[int, tuple[list[int], torch.Tensor]], dtype: str = "bfloat16") -> None:
+    layers = rows[0][1].shape
+    contract = feature_contract(
+        target="t", tokens="prompts", dtype=dtype, compute_dtype="float32", layer_ids=[2, 4], hidden_size=layers[-1]
+    )
+    writer = ShardWriter(directory / "states", contract, 3)
+    for row, (ids, states) in rows.items():
+        writer.add(row, torch.tensor(ids), states)
+    writer.close()
+
+
 def write_answers(directory: Path) -> None:
-    (directory / "states").mkdir(parents=True)
-    turns = {"c1": [turn("a", [1, 2], [3, 4])], "c2": [turn("b", [5], [6, 7, 8])]}
+    """`c1` was answered once, `c2` twice, and its template does not keep what was said."""
+    directory.mkdir()
+    turns = {
+        "c1": [turn([0, 0, 3], [1, 2], [3, 4])],
+        "c2": [turn([1, 0, 3], [5], [6, 7, 8]), turn([1, 3, 4], [5, 9], [10, 11, 12])],
+    }
     with (directory / "conversations.jsonl").open("w") as file:
         for name, its in turns.items():
             file.write(json.dumps({"id": name, "messages": [], "turns": its}) + "\n")
-    for name, ids in (("a", [1, 2, 3]), ("b", [5, 6, 7])):
-        states = torch.tensor(ids, dtype=torch.float32)[:, None, None].expand(-1, 2, 8).contiguous()
-        save_file({"states": states, "token_ids": torch.tensor(ids)}, directory / "states" / name)
+    rows = {0: [1, 2, 3], 1: [5, 6, 7, 5, 9, 10, 11]}
+    write_states(directory, {row: (ids, states_of(ids)) for row, ids in rows.items()})
+
+
+def states_of(ids: list[int]) -> torch.Tensor:
+    return torch.tensor(ids, dtype=torch.float32)[:, None, None].expand(-1, 2, 8)
 
 
 def write_tokens(directory: Path, rows: list[tuple[str, list[int]]]) -> None:
@@ -69,59 +87,65 @@ def job_in(root: Path, config: Config, width: int = 8, last_state: str = "everyw
     return job
 
 
-def test_rows_get_their_states_in_order_and_a_cut_row_has_all_of_them(tmp_path: Path, config: Config) -> None:
+def test_rows_get_their_states_and_a_cut_row_has_all_of_them(tmp_path: Path, config: Config) -> None:
     write_answers(tmp_path / "answers")
-    write_tokens(tmp_path / "tokens", [("c2", [5, 6]), ("c1", [1, 2, 3, 4])])
+    write_tokens(tmp_path / "tokens", [("c2", [5, 6]), ("c1", [1, 2, 3, 4]), ("c2", [5, 9, 10, 11, 12])])
     main(job_in(tmp_path, config))
     reader = ShardReader(tmp_path / "work/data")
-    assert [reader.token_ids(row).tolist() for row in reader.rows] == [[5, 6], [1, 2, 3]]
-    assert reader.states(1)[:, 1, 0].tolist() == [1, 2, 3]
-    assert reader.contract["layer_ids"] == [2, 4]
+    reader.check()
+    assert [reader.token_ids(row).tolist() for row in reader.rows] == [[5, 6], [1, 2, 3], [5, 9, 10, 11]]
+    assert torch.equal(reader.states(2), states_of([5, 9, 10, 11]).bfloat16())
+    assert (reader.contract["tokens"], reader.contract["layer_ids"]) == ("k", [2, 4])
 
 
-def test_float8_states_are_collected_without_a_second_rounding(tmp_path: Path, config: Config) -> None:
-    config.extract.dtype = StatesDtype.float8_e4m3fn
+def test_no_byte_of_the_states_is_written_again(tmp_path: Path, config: Config) -> None:
     write_answers(tmp_path / "answers")
-    ids = torch.tensor([1, 2, 3])
-    states = torch.randn(3, 2, 8, generator=torch.Generator().manual_seed(0))
-    kept = encode("a", states, "float8_e4m3fn")
-    save_file({"token_ids": ids, **kept}, tmp_path / "answers/states/a")
+    write_tokens(tmp_path / "tokens", [("c1", [1, 2, 3, 4])])
+    job = job_in(tmp_path, config)
+    main(job)
+    theirs, ours = (sorted(d.glob("shard-*")) for d in (tmp_path / "answers/states", job.output))
+    assert len(ours) == 2
+    assert [path.stat().st_ino for path in ours] == [path.stat().st_ino for path in theirs]
+    assert job.digests_written == {path.name: sha256(path) for path in ours}
+    main(job)  # what a killed attempt has left is in nobody's way
+    assert len(list(job.output.glob("shard-*"))) == 2
+
+
+def test_on_another_file_system_the_shards_are_copied(
+    tmp_path: Path, config: Config, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refused(*_: object) -> None:
+        raise OSError(errno.EXDEV, "Invalid cross-device link")
+
+    monkeypatch.setattr(os, "link", refused)
+    write_answers(tmp_path / "answers")
     write_tokens(tmp_path / "tokens", [("c1", [1, 2, 3, 4])])
     main(job_in(tmp_path, config))
-    reader = ShardReader(tmp_path / "work/data")
-    assert reader.contract["dtype"] == "float8_e4m3fn"
-    assert torch.equal(reader.states(0), decode(kept))
+    assert torch.equal(ShardReader(tmp_path / "work/data").states(0), states_of([1, 2, 3]).bfloat16())
 
 
-@pytest.mark.parametrize(
-    ("dtype", "last_state", "most"),
-    [("float8_e4m3fn", "everywhere", 0.18), ("float8_e4m3fn", "answers", 0.15), ("bfloat16", "answers", 0.29)],
-)
-def test_a_conversation_of_many_turns_takes_less_than_half_the_bytes_of_a_file_a_turn(
-    tmp_path: Path, config: Config, dtype: str, last_state: str, most: float
+@pytest.mark.parametrize("change", [{"dtype": StatesDtype.float8_e4m3fn}, {"layers": [3, 4]}])
+def test_answers_with_other_states_than_are_asked_for_are_refused(
+    tmp_path: Path, config: Config, change: dict[str, object]
 ) -> None:
-    """Upstream fans a conversation out: one row, one prefill and one file of bfloat16 states for every answer."""
-    config.extract.dtype = StatesDtype[dtype]
-    width, turns, said, upstream = 256, [], [], 0
-    for number in range(5):
-        prompt, answer = [*said, *range(40)], list(range(60 + number))
-        said = [*prompt, *answer]
-        turns.append(turn(f"{number}", prompt, answer))
-        upstream += len(said) * (2 * width * 2 + 8)
-    rows = merge([Turn(prompt_ids=t["prompt_ids"], answer_ids=t["answer_ids"]) for t in turns])  # type: ignore[arg-type]
-    assert [sum(row.loss_mask) for row in rows] == [60 + 61 + 62 + 63 + 64]  # every answer, in one row
-    for earlier in turns[:-1]:
-        assert continues(earlier, turns[-1])
-        del earlier["states"]
-    (tmp_path / "answers/states").mkdir(parents=True)
-    (tmp_path / "answers/conversations.jsonl").write_text(json.dumps({"id": "c1", "turns": turns}) + "\n")
-    states = torch.randn(len(said) - 1, 2, width)
-    save_file({"token_ids": torch.tensor(said[:-1]), "states": states}, tmp_path / "answers/states/4")
-    give(tmp_path / "tokens", [("c1", row) for row in rows])
-    main(job_in(tmp_path, config, width, last_state=last_state))
-    ours = sum(path.stat().st_size for path in (tmp_path / "work/data").iterdir())
-    print(f"bytes a trained token: {ours / 310:.0f}, upstream's layout {upstream / 310:.0f}, {ours / upstream:.3f}x")
-    assert ours / upstream < most
+    write_answers(tmp_path / "answers")
+    write_tokens(tmp_path / "tokens", [("c1", [1, 2, 3, 4])])
+    config.extract.dtype = change.get("dtype", config.extract.dtype)  # type: ignore[assignment]
+    job = job_in(tmp_path, config)
+    job.derived["capture_layer_ids"] = change.get("layers", [2, 4])
+    with pytest.raises(ContractError, match="are not what is asked for"):
+        main(job)
+
+
+def test_a_shard_of_other_answers_is_refused(tmp_path: Path, config: Config) -> None:
+    write_answers(tmp_path / "answers")
+    write_tokens(tmp_path / "tokens", [("c1", [1, 2, 3, 4])])
+    job = job_in(tmp_path, config)
+    main(job)
+    index = job.output / "index.json"
+    index.write_text(index.read_text().replace('"prompts"', '"others"'))
+    with pytest.raises(ContractError, match='tokens is "prompts", wanted "others"'):
+        ShardReader(job.output).states(0)
 
 
 def test_what_the_server_found_likeliest_is_placed_in_its_row(tmp_path: Path, config: Config) -> None:

@@ -14,8 +14,9 @@ import torch
 
 from speculators.config import Config, Dtype, OnBadRow
 from speculators.data import shards
+from speculators.data.contract import check_contract
 from speculators.data.packing import Piece
-from speculators.data.shards import ShardReader, check_contract
+from speculators.data.shards import ShardReader
 from speculators.errors import ContractError, RunError, ServiceError, StageError
 from speculators.job import Endpoint, Job
 from speculators.stages.extract import main

@@ -11,16 +11,20 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from speculators.config import Config, Dtype, OnBadRow, Regenerate, from_plain
+from speculators.config import Config, Dtype, OnBadRow, Regenerate, StatesDtype, from_plain
+from speculators.data.contract import ANSWERS, EVERYWHERE
 from speculators.data.encoding import decode, encode
+from speculators.data.shards import ShardReader, ShardWriter
 from speculators.errors import ContractError, StageError
 from speculators.fields import select
 from speculators.job import Endpoint, Job
+from speculators.runner.artifact import sha256
 from speculators.runner.graph import KEEPING, KINDS
 from speculators.stages import regenerate
-from speculators.stages.regenerate import Keeper, answer, in_order, read_answers
+from speculators.stages.regenerate import Keeper, answer, continues, in_order, read_answers
 from speculators.targets.client import Completion
 from speculators.targets.handover import StatesFile
+from speculators.targets.states import hidden_size
 from tests.stages.jobs import make_job
 
 CONFIG = Regenerate(max_tokens=50)
@@ -131,10 +135,21 @@ def said(prompt: list[int], tokens: list[int]) -> Completion:
     )
 
 
-def keeping(tmp_path: Path, config: Config, stored: str) -> Job:
+def keeping(
+    tmp_path: Path, config: Config, stored: str, last_state: str = EVERYWHERE, layers: int = 1, width: int = 8
+) -> Job:
+    """A job that keeps states, served by nobody."""
+    config.extract.dtype = StatesDtype[stored]
     job = make_job("regenerate", tmp_path / "work", config)
     job.config = from_plain(Config, select(config, (*KINDS["regenerate"].reads, *KEEPING)))
-    job.derived |= {"states_dtype": stored, "capture_layer_ids": [1]}
+    job.derived |= {"capture_layer_ids": list(range(1, layers + 1)), "last_state": last_state}
+    job.digests |= {"target": "t", "prompts": "p"}
+    job.inputs |= {"target": tmp_path / "target", "prompts": tmp_path / "prompts"}
+    (tmp_path / "target").mkdir(exist_ok=True)
+    (tmp_path / "target/config.json").write_text(json.dumps({"hidden_size": width}))
+    job.services["target"] = Endpoint(
+        url="http://127.0.0.1:1", model="m", api_key="", mode="extract", directory=tmp_path, log=tmp_path / "log"
+    )
     return job
 
 
@@ -177,6 +192,128 @@ def test_the_states_of_a_history_are_kept_once_where_the_template_keeps_it(
     assert [i for i, turn in enumerate(made["turns"]) if "states" in turn] == kept
     files = sorted(path.name for path in (job.scratch / "states").iterdir())
     assert files == [f"0000000-{i}.safetensors" for i in kept]
+
+
+def give_prompts(tmp_path: Path, count: int) -> None:
+    (tmp_path / "prompts").mkdir(exist_ok=True)
+    every = [{**conversation("a"), "id": f"c{i}"} for i in range(count)]
+    (tmp_path / "prompts/conversations.jsonl").write_text("".join(json.dumps(c) + "\n" for c in every))
+
+
+def give_states(path: Path, states: torch.Tensor, token_ids: list[int], stored: str = "bfloat16") -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    save_file({"token_ids": torch.tensor(token_ids), **encode("x", states, stored)}, path)
+
+
+def states_of(ids: list[int], layers: int, width: int = 8) -> torch.Tensor:
+    return torch.randn(100, layers, width, generator=torch.Generator().manual_seed(0))[ids]
+
+
+def answers_with_states(job: Job, stored: str, talks: list[list[tuple[list[int], list[int]]]]) -> None:
+    """What an attempt leaves that has answered everything: conversations as prompts and answers."""
+    give_prompts(job.work.parent, len(talks))
+    layers, width = len(job.derived["capture_layer_ids"]), hidden_size(job.inputs["target"])
+    lines = []
+    for index, talk in enumerate(talks):
+        turns: list[dict[str, Any]] = []
+        for number, (prompt, said) in enumerate(talk):
+            turn: dict[str, Any] = {"prompt_ids": prompt, "answer_ids": said, "finish_reason": "stop"}
+            if turns and continues(turns[-1], turn):
+                (job.scratch / "states" / turns[-1].pop("states")).unlink()
+            turn["states"] = f"{index}-{number}.safetensors"
+            ids = [*prompt, *said[:-1]]
+            give_states(job.scratch / "states" / turn["states"], states_of(ids, layers, width), ids, stored)
+            turns.append(turn)
+        lines.append({**conversation("a"), "id": f"c{index}", "index": index, "turns": turns, "dropped": None})
+    (job.scratch / "answers.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+
+
+TALKS = [
+    [([1, 2], [3, 4]), ([1, 2, 3, 4, 5], [6, 7])],  # what was said is kept by the template
+    [([8], [9, 10, 11]), ([8, 12], [13, 14])],  # and here it is not
+    [([15], [16])],
+]
+
+
+@pytest.mark.parametrize("stored", ["bfloat16", "float8_e4m3fn"])
+@pytest.mark.parametrize("last_state", [EVERYWHERE, ANSWERS])
+def test_a_turn_says_which_part_of_the_shards_holds_its_states(
+    tmp_path: Path, config: Config, stored: str, last_state: str
+) -> None:
+    config.extract.shard_tokens = 6
+    job = keeping(tmp_path, config, stored, last_state, layers=2)
+    answers_with_states(job, stored, TALKS)
+    regenerate.main(job)
+    published = [json.loads(line) for line in (job.output / "conversations.jsonl").read_text().splitlines()]
+    where = [[turn.get("states") for turn in line["turns"]] for line in published]
+    assert where == [[None, [0, 0, 6]], [[1, 0, 3], [1, 3, 3]], [[2, 0, 1]]]
+    reader = ShardReader(job.output / "states")
+    assert [reader.token_ids(row).tolist() for row in reader.rows] == [[1, 2, 3, 4, 5, 6], [8, 9, 10, 8, 12, 13], [15]]
+    for row, kept in enumerate(([0, 1, 1, 1, 1, 1], [1, 1, 1, 0, 1, 1], [1])):
+        wanted = decode(encode("x", states_of(reader.token_ids(row).tolist(), 2), stored))
+        if last_state == ANSWERS:
+            wanted[~torch.tensor(kept).bool(), -1] = torch.nan
+        torch.testing.assert_close(reader.states(row), wanted, rtol=0, atol=0, equal_nan=True)
+    assert (reader.contract["target"], reader.contract["tokens"]) == ("t", "p")
+    assert job.digests_written == {p: sha256(job.output / p) for p in job.digests_written}
+    assert sorted(job.digests_written) == [f"states/shard-0000{i}.safetensors" for i in range(3)]
+
+
+def test_an_attempt_that_is_killed_while_it_packs_states_is_gone_on_with(
+    tmp_path: Path, config: Config, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config.extract.shard_tokens = 6
+    job = keeping(tmp_path, config, "bfloat16", layers=2)
+    answers_with_states(job, "bfloat16", TALKS)
+    real, packed = ShardWriter.add_sifted, list[int]()
+
+    def until_the_last(self: ShardWriter, row: int, *rest: Any) -> None:
+        if row == 2:
+            raise KeyboardInterrupt
+        real(self, row, *rest)
+        packed.append(row)
+
+    monkeypatch.setattr(ShardWriter, "add_sifted", until_the_last)
+    with pytest.raises(KeyboardInterrupt):
+        regenerate.main(job)
+    # What is in a sealed shard is not kept beside it.
+    assert [path.name for path in (job.scratch / "states").iterdir()] == ["2-0.safetensors"]
+    monkeypatch.setattr(ShardWriter, "add_sifted", real)
+    again = keeping(tmp_path, config, "bfloat16", layers=2)
+    regenerate.main(again)
+    assert packed == [0, 1]
+    assert ShardReader(job.output / "states").states(1).shape == (6, 2, 8)
+    assert again.record["kept"] == 3
+
+
+def test_states_of_a_finished_answer_that_are_gone_are_missed(tmp_path: Path, config: Config) -> None:
+    job = keeping(tmp_path, config, "bfloat16", layers=2)
+    answers_with_states(job, "bfloat16", TALKS)
+    (job.scratch / "states/1-0.safetensors").unlink()
+    with pytest.raises(StageError, match=r"the hidden states 1-0\.safetensors of a finished answer are gone"):
+        regenerate.main(job)
+
+
+@pytest.mark.parametrize(
+    ("stored", "last_state", "most"),
+    [("float8_e4m3fn", EVERYWHERE, 0.18), ("float8_e4m3fn", ANSWERS, 0.15), ("bfloat16", ANSWERS, 0.29)],
+)
+def test_a_conversation_of_many_turns_takes_less_than_half_the_bytes_of_a_file_a_turn(
+    tmp_path: Path, config: Config, stored: str, last_state: str, most: float
+) -> None:
+    """Upstream fans a conversation out: one row, one prefill and one file of bfloat16 states for every answer."""
+    talk, said, upstream = [], list[int](), 0
+    for number in range(5):
+        prompt, answer_ids = [*said, *range(40)], list(range(60 + number))
+        said = [*prompt, *answer_ids]
+        talk.append((prompt, answer_ids))
+        upstream += len(said) * (2 * 256 * 2 + 8)
+    job = keeping(tmp_path, config, stored, last_state, layers=2, width=256)
+    answers_with_states(job, stored, [talk])
+    regenerate.main(job)
+    ours = sum(path.stat().st_size for path in (job.output / "states").iterdir())
+    print(f"bytes a trained token: {ours / 310:.0f}, upstream's layout {upstream / 310:.0f}, {ours / upstream:.3f}x")
+    assert ours / upstream < most
 
 
 def test_states_are_kept_in_float8_with_their_scales(tmp_path: Path, config: Config) -> None:
@@ -243,10 +380,7 @@ def test_an_answer_with_bad_states_stops_or_ends_its_conversation_as_the_recipe_
 def test_bad_answers_are_counted_asked_for_again_and_too_many_of_them_stop(
     tmp_path: Path, config: Config, monkeypatch: pytest.MonkeyPatch, bad: int, kept: int
 ) -> None:
-    prompts = tmp_path / "prompts"
-    prompts.mkdir()
-    every = [{**conversation("a"), "id": f"c{i}"} for i in range(12)]
-    (prompts / "conversations.jsonl").write_text("".join(json.dumps(c) + "\n" for c in every))
+    give_prompts(tmp_path, 12)
     asked: list[str] = []
     left = bad
 
@@ -255,6 +389,9 @@ def test_bad_answers_are_counted_asked_for_again_and_too_many_of_them_stop(
         asked.append(made["id"])
         left -= 1
         turns = [{"prompt_ids": [1], "answer_ids": [2], "finish_reason": "stop"}]
+        if left < 0:
+            turns[0]["states"] = f"{made['id']}.safetensors"
+            give_states(tmp_path / "work/scratch/states" / turns[0]["states"], torch.ones(1, 1, 8), [1])
         told = {"dropped": "bad_states", "why": "not finite", "turns": []} if left >= 0 else {"dropped": None}
         return {**made, "turns": turns, **told}
 
@@ -262,10 +399,6 @@ def test_bad_answers_are_counted_asked_for_again_and_too_many_of_them_stop(
 
     def attempt() -> Job:
         job = keeping(tmp_path, config, "bfloat16")
-        job.inputs["prompts"] = prompts
-        job.services["target"] = Endpoint(
-            url="http://127.0.0.1:1", model="m", api_key="", mode="extract", directory=tmp_path, log=tmp_path / "log"
-        )
         regenerate.main(job)
         return job
 

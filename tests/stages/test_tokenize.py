@@ -11,10 +11,10 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 from speculators.config import Config
-from speculators.data.template import TemplateError, Turn, turns_of
+from speculators.data.template import TemplateError, Turn, merge, turns_of
 from speculators.errors import SourceError
 from speculators.stages import tokenize
-from speculators.stages.tokenize import cut, merge
+from speculators.stages.tokenize import cut
 from tests.stages.jobs import make_job
 
 CHAT = (

@@ -16,7 +16,8 @@ import tiny
 import torch
 from safetensors.torch import save_file
 
-from speculators.data.shards import ANSWERS, ShardWriter, feature_contract
+from speculators.data.contract import ANSWERS, feature_contract
+from speculators.data.shards import ShardWriter
 from speculators.data.token_table import TokenTable, asked_for
 from speculators.job import Endpoint
 from tests.loopback import JsonHandler, serving

@@ -25,9 +25,9 @@ from states_server import Known, StatesServer
 from speculators.config import Dtype, Extract
 from speculators.data import cache
 from speculators.data.cache import StatesCache
+from speculators.data.contract import feature_contract
 from speculators.data.encoding import LAST, decode, encode, last_of
 from speculators.data.packing import Piece
-from speculators.data.shards import feature_contract
 from speculators.data.token_table import asked_for
 from speculators.errors import ContractError, RunError, ServiceError, StageError
 from speculators.job import Job

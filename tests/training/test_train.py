@@ -19,7 +19,8 @@ from safetensors.torch import load_file, save_file
 from trainings import losses, metrics, stop_at
 
 from speculators.config import Device, Dtype, Optimizer, Schedule
-from speculators.data.shards import ANSWERS, ShardReader, ShardWriter
+from speculators.data.contract import ANSWERS
+from speculators.data.shards import ShardReader, ShardWriter
 from speculators.data.token_table import TokenTable, asked_for
 from speculators.drafts.dflash import DFlashDraft
 from speculators.drafts.eagle3 import Eagle3Draft
