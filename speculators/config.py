@@ -341,9 +341,10 @@ class Executor:
     time_limit: int = operational(1440)
     """submitit: minutes that one job may take. At their end a job of Slurm is queued again, and resumes."""
     gpus: int = operational(0)
-    """Slurm and Ray: GPUs that each stage asks for. With 0, a stage on this machine sees those that the run sees."""
+    """Slurm and Ray: GPUs that each stage asks for, its server's included. With 0, a stage on this machine sees those
+    that the run sees."""
     cpus: int = operational(1)
-    """Slurm and Ray: cores that each stage asks for."""
+    """Slurm and Ray: cores that each stage asks for, its server's included."""
     address: str = operational("")
     """Ray: the cluster, as `ray.init` takes it; a local one that ends with the run if empty and RAY_ADDRESS is too."""
 
@@ -363,9 +364,9 @@ class Run:
     locked: bool = operational(False)
     """Start nothing if anything differs from `<recipe>.lock.json`, which `speculators-run lock` writes."""
     parallel: int = operational(0)
-    """Stages at the same time, at most; 0: one a core, and at least two."""
+    """Stages at the same time on this machine, at most; 0: one a core, and at least two."""
     memory_gib: float = operational(0.0)
-    """Memory that stages may need at the same time, by estimate, in GiB; 0: the machine's."""
+    """Memory that stages on this machine may need at the same time, by estimate, in GiB; 0: what it has."""
     retries: int = operational(2)
     """Attempts after the first, where a stage was killed, lost its server or took too long; each resumes."""
     retry_wait: float = operational(5.0)

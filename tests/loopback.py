@@ -1,4 +1,4 @@
-"""What the servers that tests play have in common: JSON in, JSON out, on a free port of loopback."""
+"""What the servers that tests play have in common: JSON in, JSON out, on a port of loopback."""
 
 from __future__ import annotations
 
@@ -37,9 +37,9 @@ class JsonHandler(BaseHTTPRequestHandler):
         """Say nothing."""
 
 
-def serving(handler: type[JsonHandler]) -> ThreadingHTTPServer:
-    """A server that answers until it is shut down."""
-    http = ThreadingHTTPServer(("127.0.0.1", 0), handler)
+def serving(handler: type[JsonHandler], port: int = 0) -> ThreadingHTTPServer:
+    """A server that answers until it is shut down; on a free port, if none is given."""
+    http = ThreadingHTTPServer(("127.0.0.1", port), handler)
     http.daemon_threads = True
     threading.Thread(target=http.serve_forever, kwargs={"poll_interval": 0.01}, daemon=True).start()
     return http

@@ -44,6 +44,7 @@ LEFT = [
     "speculators.runner.lease",
     "speculators.runner.executors.nursery",
     "speculators.runner.executors.local",
+    "speculators.runner.executors.beside",
     "speculators.runner.executors.remote",
     "speculators.runner.executors.submitit",
     "speculators.runner.executors.ray",

@@ -81,6 +81,7 @@ def request(
         "inputs": {},
         "digests": {},
         "services": {},
+        "orders": {},
         "work": str(store / "work/count" / key),
         "store": str(store),
         "preimage": image,

@@ -29,21 +29,19 @@ from speculators.job import REQUEST_FORMAT, write_json
 from speculators.runner import endings, estimate, graph, schedule, upkeep
 from speculators.runner.endings import PassingError
 from speculators.runner.events import Events, now
-from speculators.runner.executors import Handle, executor_of
+from speculators.runner.executors import Handle, executor_of, served_there
 from speculators.runner.executors.nursery import Nursery
 from speculators.runner.graph import TARGET, Node
 from speculators.runner.interrupt import Interrupted, Signals
 from speculators.runner.plan import Planner, State, Step
 from speculators.runner.schedule import Devices, Need
-from speculators.runner.service import Service, reap_left_overs
+from speculators.runner.service import DEATH_SECONDS, Service, lost, reap_left_overs
 from speculators.runner.services import Key, Services
 
 POLL, SHORTEST_POLL = 0.05, 0.002
 """Seconds between two looks at the workers: the longer nothing happens the fewer, within these bounds."""
 GRACE = 30.0
 """Seconds that a worker has to write a checkpoint when it is asked to stop."""
-DEATH_SECONDS = 3.0
-"""How long a server that a worker has lost may take to be seen dead: its guard ends what is left of it first."""
 _KINDS = {
     kind.__name__: kind for kind in (RecipeError, SourceError, StoreError, ServiceError, StageError, ContractError)
 }
@@ -233,7 +231,8 @@ class Execution:
     def _made(self, step: Step) -> Generator[None, None, Step]:
         """Run a stage's workers as soon as there is room, and take the artifact that the last one published."""
         node = step.node
-        servers = self._servers_of(node, self._to_come(node) if node.mode else [])
+        shares = node.mode and not served_there(self.config, node.kind)
+        servers = self._servers_of(node, self._to_come(node) if shares else [])
         need = schedule.need(node, self.config, self.steps[TARGET].path if TARGET in self.steps else None)
         while (devices := self._take_room(node, need, servers)) is None:
             yield
@@ -273,9 +272,10 @@ class Execution:
         return [{self.services.key(serving, node, to_come): serving for serving in phase} for phase in plan]
 
     def _to_come(self, node: Node) -> list[Node]:
-        """Other nodes that ask for the pipeline's server and may still have to run."""
+        """Other nodes that ask for the pipeline's server, on this machine, and may still have to run."""
         begun = [n for n in self.planner.graph.values() if n.name not in self.steps or n.name in self._tasks]
-        return [n for n in begun if n.mode and n is not node and self._step(n).state in (State.run, State.waits)]
+        asking = [n for n in begun if n.mode and n is not node and not served_there(self.config, n.kind)]
+        return [n for n in asking if self._step(n).state in (State.run, State.waits)]
 
     def _give_back_servers(self, node: Node) -> None:
         """Keep only those that another stage may still need and that do not depend on what is still to be made."""
@@ -339,13 +339,12 @@ class Execution:
                 del self._workers[node.name]
         if code == 0:
             return
-        failure = self._failure(step, code)
-        if isinstance(failure, ServiceError):
-            yield from _pause(DEATH_SECONDS, unless=lambda: _lost(servers) is not None)
-        lost = _lost(servers)
-        if lost is not None:
-            raise PassingError(lost.failure())
-        raise PassingError(failure) if endings.signal_of(code) else failure
+        failure, passing = self._failure(step, code)
+        if servers and isinstance(failure, ServiceError):
+            yield from _pause(DEATH_SECONDS, unless=lambda: lost(servers.values()) is not None)
+        if (server := lost(servers.values())) is not None:
+            raise PassingError(server.failure())
+        raise PassingError(failure) if passing else failure
 
     def _watched(self, step: Step, handle: Handle, servers: Mapping[str, Service]) -> Generator[None, None, int]:
         """Tell of its progress until it ends; end it when a server is lost or its time is over."""
@@ -353,10 +352,10 @@ class Execution:
         limit = schedule.limits(self.config, step.node.name).time_limit
         began, seen = time.monotonic(), 0
         while (code := handle.poll()) is None:
-            lost = _lost(servers)
-            if lost is not None or 0 < limit < time.monotonic() - began:
+            server = lost(servers.values())
+            if server is not None or 0 < limit < time.monotonic() - began:
                 yield from _ended(handle)
-                raise PassingError(lost.failure() if lost is not None else self._too_long(step.node, limit))
+                raise PassingError(server.failure() if server is not None else self._too_long(step.node, limit))
             try:
                 self._disk.check()
             except StoreError:
@@ -385,6 +384,7 @@ class Execution:
             "inputs": {slot: str(self.steps[upstream].path) for slot, upstream in self._slots(node).items()},
             "digests": {slot: self.steps[upstream].digest for slot, upstream in node.inputs.items()},
             "services": {name: server.plain() for name, server in servers.items()},
+            "orders": to_plain(self.services.orders(node)),
             "work": str(self.planner.store.work(node.kind, step.key)),
             "store": str(self.planner.store.root),
             "preimage": step.preimage,
@@ -408,15 +408,16 @@ class Execution:
         """What the worker gets to read; parts by names that sort as they are numbered."""
         return {**node.inputs, **{f"part.{number:05d}": part for number, part in enumerate(node.parts)}}
 
-    def _failure(self, step: Step, code: int) -> RunError:
-        """What the worker said about itself, or how it died."""
+    def _failure(self, step: Step, code: int) -> tuple[RunError, bool]:
+        """What the worker said about itself, or how it died; and whether that may pass."""
         name = step.node.name
         said = self.planner.store.work(step.node.kind, step.key) / "failure.json"
         if code == 1 and said.exists():
             plain = json.loads(said.read_text())
-            return _KINDS.get(plain["kind"], StageError)(f"{name}: {plain['message']}", plain["hint"])
+            failure = _KINDS.get(plain["kind"], StageError)(f"{name}: {plain['message']}", plain["hint"])
+            return failure, plain.get("passing", False)
         hint = "what it finished is kept: the next attempt goes on there"
-        return StageError(f"{name} {endings.in_words(code)}", hint)
+        return StageError(f"{name} {endings.in_words(code)}", hint), endings.signal_of(code) is not None
 
     def _too_long(self, node: Node, limit: float) -> StageError:
         hint = "what it finished is kept; give it more time: run.time_limit=SECONDS"
@@ -452,10 +453,6 @@ class Execution:
     def _kill(self) -> None:
         self._kill_workers()
         self.services.kill()
-
-
-def _lost(servers: Mapping[str, Service]) -> Service | None:
-    return next((server for server in servers.values() if server.poll() == "dead"), None)
 
 
 def _ended(handle: Handle) -> Waiting:

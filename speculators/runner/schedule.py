@@ -41,7 +41,7 @@ class Need:
     alone: bool = False
     """Nothing may run beside it."""
     here: bool = True
-    """The devices are this machine's."""
+    """It runs on this machine; elsewhere there is always room, or somebody else's queue."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -93,7 +93,10 @@ class Room:
 
         A stage that needs more than there is gets all of it, once nothing else runs.
         """
-        held = self._held.values()
+        if not need.here:
+            self._held[name] = need, ()
+            return ()
+        held = [(other, devices) for other, devices in self._held.values() if other.here]
         if held and (
             need.alone
             or any(other.alone for other, _ in held)
@@ -107,7 +110,7 @@ class Room:
         if len(free) < wanted:
             return None
         chosen = sorted(free, key=lambda d: (d not in prefer, d in avoid, d))
-        if wanted and need.here:
+        if wanted:
             chosen = self._tokens.take(chosen, wanted, alone=need.alone)
         if len(chosen) < wanted:
             if name not in self._waiting:
@@ -145,6 +148,8 @@ def need(node: Node, config: Config, target: Path | None) -> Need:
 
     Weights are counted as they are stored, once a server; the memory that counts is the machine's, not the device's.
     """
+    if executors.elsewhere(config, node.kind):
+        return Need(here=False)
     servers = 0 if config.serve.url else max(len(phase) for phase in graph.phases(node, config))
     if not node.spec.trains and not servers:
         return Need()
@@ -158,7 +163,6 @@ def need(node: Node, config: Config, target: Path | None) -> Need:
         devices=(vllm.ranks(config) if servers else 1 if on_cpu else config.train.processes) + beside,
         memory=LIGHT + max(1, servers) * (weights + cache) + drawn,
         alone=on_cpu and node.spec.measures,
-        here=not executors.elsewhere(config, node.kind),
     )
 
 

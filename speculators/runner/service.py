@@ -21,6 +21,7 @@ import subprocess
 import sys
 import threading
 import time
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -38,6 +39,8 @@ GRACE = 10.0
 """Seconds that a server has to end by itself."""
 LOG_LINES = 1000
 """How much of a log is searched for the cause of a death."""
+DEATH_SECONDS = 3.0
+"""How long a server that a worker has lost may take to be seen dead: its guard ends what is left of it first."""
 LONGEST_CAUSE = 400
 """Characters of an exception that are quoted: vLLM lists every model it knows when it misses one."""
 
@@ -100,7 +103,8 @@ class Service:
                 self._start_guard()
             except OSError as error:
                 hint = "mend its permissions, or use another store: run.store=DIRECTORY"
-                raise ServiceError(f"nothing can be written in {self.directory}: {error.strerror}", hint) from None
+                self._verdict = ServiceError(f"nothing can be written in {self.directory}: {error.strerror}", hint)
+                return
         threading.Thread(target=self._probe, name=f"probe-{self.name}", daemon=True).start()
 
     def poll(self) -> str:
@@ -199,7 +203,8 @@ class Service:
         self.spec.log.parent.mkdir(parents=True, exist_ok=True)
         argv = [sys.executable, "-I", "-S", guard.__file__, "--log", str(self.spec.log.resolve())]
         argv += ["--pids", str((self.directory / "pids.json").resolve()), "--grace", str(GRACE)]
-        path = os.pathsep.join(filter(None, [str(packages.resolve()), os.environ.get("PYTHONPATH", "")]))
+        env = {**os.environ, **self.spec.env}
+        path = os.pathsep.join(filter(None, [str(packages.resolve()), env.get("PYTHONPATH", "")]))
         with self.spec.log.open("ab") as log:
             self._guard = subprocess.Popen(
                 [*argv, "--", *self.spec.argv],
@@ -208,7 +213,7 @@ class Service:
                 stdout=subprocess.DEVNULL,
                 stderr=log,
                 cwd=self.directory,
-                env={**os.environ, "PYTHONPATH": path, **self.spec.env},
+                env={**env, "PYTHONPATH": path},
                 start_new_session=True,
             )
 
@@ -289,6 +294,9 @@ HINTS = {
     r"address already in use": "end the program that listens there; serve.port=0 takes a free port",
     r"out of memory|OutOfMemoryError|less than desired .* memory|cannot allocate memory|bad_alloc": NO_MEMORY,
     r"No available memory for the cache|larger than the available KV cache": NO_CACHE,
+    r"Failed to infer device type|No CUDA GPUs are available": (
+        "it sees no GPU: in a job of a cluster, executor.gpus asks for some"
+    ),
     r"model architectures .* not supported|does not recognize this architecture": (
         "this vLLM does not know the model: take a newer one, or another model"
     ),
@@ -338,6 +346,11 @@ def external(config: Config, mode: str, directory: Path, log: Path) -> Service:
         states=Path(config.serve.states).expanduser().absolute() if config.serve.states else None,
     )
     return Service(spec, directory)
+
+
+def lost(servers: Iterable[Service]) -> Service | None:
+    """One of these that is dead."""
+    return next((server for server in servers if server.poll() == "dead"), None)
 
 
 def reap_left_overs(directory: Path) -> list[int]:

@@ -1,5 +1,7 @@
 """The servers of one run: one a (mode, dtype, draft) on its devices, started when a stage needs it and shared.
 
+What a stage needs that runs on another machine is only ordered here: it is started there, for that stage alone.
+
 A server is in use while a stage holds a lease on it. Afterwards it stays up as long as a later stage wants it and no
 other stage needs its devices. One that died is replaced when it is next asked for; whoever used it tries again.
 """
@@ -9,10 +11,11 @@ from __future__ import annotations
 import secrets
 import time
 from collections.abc import Collection, Generator, Iterable, Mapping
+from dataclasses import replace
 from pathlib import Path
 
 from speculators.config import Connector
-from speculators.runner import derive, schedule, vllm
+from speculators.runner import derive, executors, schedule, vllm
 from speculators.runner.endings import PassingError
 from speculators.runner.events import Events
 from speculators.runner.graph import TARGET, Node, Serving
@@ -29,13 +32,15 @@ class Services:
 
     def __init__(self, planner: Planner, steps: Mapping[str, Step], directory: Path, events: Events) -> None:
         self.planner = planner
-        self.directory = directory
+        self._homes, self._logs = planner.store.root / "services", directory / "logs"
         self.events = events
         self._steps = steps
         self._up: dict[tuple[Key, Devices], Service] = {}
         self._leases: dict[str, list[Service]] = {}
         self._left: dict[str, Devices] = {}
         """Devices that a stage's servers leave to its worker."""
+        self._orders: dict[str, dict[str, vllm.Order]] = {}
+        """What is started beside workers on other machines."""
         self._leaving: list[tuple[Devices, Service]] = []
 
     def key(self, serving: Serving, node: Node, to_come: Iterable[Node]) -> Key:
@@ -67,12 +72,15 @@ class Services:
         """The servers of one phase by the stage's names for them, once they are ready.
 
         What else is up on these devices, and what died, is given back before anything starts. Of the devices of a stage
-        that draws from its server, the server gets a part.
+        that draws from its server, the server gets a part. Where a stage is served on another machine nothing starts.
 
         Raises:
             ServiceError: one does not start.
             PassingError: the same, but it may the next time.
         """
+        if executors.served_there(self.planner.config, node.kind):
+            self._orders[node.name] = {serving.name: self._order(key, node) for key, serving in servings.items()}
+            return {}
         served, self._left[node.name] = schedule.parts(node, self.planner.config, devices, self.devices_of(servings))
         wanted = {(key, served) for key in servings}
         self._leases[node.name] = []
@@ -104,7 +112,12 @@ class Services:
     def worker_environment(self, node: Node) -> Mapping[str, str]:
         """Variables that keep the stage's worker to what its servers leave it; after `lease`."""
         config = self.planner.config
-        return {**schedule.environment(config, self._left[node.name]), **schedule.threads(node, config)}
+        left = self._left.get(node.name, ())
+        return {**schedule.environment(config, left), **schedule.threads(node, config)}
+
+    def orders(self, node: Node) -> Mapping[str, vllm.Order]:
+        """Servers that are to be started beside the stage's worker, by the stage's names for them; after `lease`."""
+        return self._orders.get(node.name, {})
 
     def release(self, node: Node) -> None:
         """The stage uses its servers no more."""
@@ -150,31 +163,32 @@ class Services:
         self._leaving.append((place[1], server))
 
     def _start(self, key: Key, node: Node, devices: Devices) -> Service:
-        config, (mode, dtype, _, cores) = self.planner.config, key
-        nonce = secrets.token_hex(4)
-        log = self.directory / "logs" / f"vllm-{mode}-{dtype}-{nonce}.log"
-        home = self.planner.store.root / "services" / nonce
+        config, (mode, dtype, _, _) = self.planner.config, key
         if config.serve.url:
-            service = external(config, mode, home, log)
+            nonce = secrets.token_hex(4)
+            service = external(config, mode, self._homes / nonce, self._logs / f"vllm-{mode}-{dtype}-{nonce}.log")
         else:
-            draft = self._steps[node.inputs["speculator"]].path if mode == "speculative" else None
-            target = self._steps[TARGET].path
-            assert target is not None, "the target is fetched before a server is started for it"
-            spec = vllm.server(
-                config,
-                mode=mode,
-                dtype=dtype,
-                target=target,
-                draft=draft / "best" if draft else None,
-                capture_layer_ids=self.planner.derived["capture_layer_ids"] if mode == "extract" else None,
-                max_model_len=derive.max_model_len(config),
-                nonce=nonce,
-                directory=home,
-                log=log,
-                cores=cores,
-            )
-            spec.env.update(schedule.environment(config, devices))
-            service = Service(spec, home)
+            service = vllm.server(self._order(key, node), schedule.environment(config, devices))
         service.start()
-        self.events.emit("service.starting", service=nonce, mode=mode, log=str(log))
+        self.events.emit("service.starting", service=service.name, mode=mode, log=str(service.spec.log))
         return service
+
+    def _order(self, key: Key, node: Node) -> vllm.Order:
+        config, (mode, dtype, _, cores) = self.planner.config, key
+        draft = self._steps[node.inputs["speculator"]].path if mode == "speculative" else None
+        target = self._steps[TARGET].path
+        assert target is not None, "the target is fetched before a server is started for it"
+        if executors.served_there(config, node.kind):  # where another job may have the port that is given
+            config = replace(config, serve=replace(config.serve, port=0))
+        return vllm.Order(
+            config=config,
+            mode=mode,
+            dtype=dtype,
+            target=str(target.absolute()),
+            draft=str(draft / "best") if draft else "",
+            capture_layer_ids=self.planner.derived["capture_layer_ids"] if mode == "extract" else None,
+            max_model_len=derive.max_model_len(config),
+            cores=cores,
+            homes=str(self._homes),
+            logs=str(self._logs),
+        )

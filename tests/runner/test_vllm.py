@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import sys
 from pathlib import Path
@@ -9,8 +10,9 @@ from typing import Any
 
 import pytest
 
-from speculators.config import Config, Connector, Device, DFlash, Dtype, Eagle3, StatesDtype
+from speculators.config import Config, Connector, Device, DFlash, Dtype, Eagle3, StatesDtype, from_plain
 from speculators.errors import RecipeError
+from speculators.fields import to_plain
 from speculators.runner import threads, vllm
 
 
@@ -105,32 +107,38 @@ def test_a_gpu_is_shared_by_its_memory_and_over_ranks() -> None:
     assert "VLLM_CPU_OMP_THREADS_BIND" not in vllm.env(config, api_key="k")
 
 
+def order(config: Config, tmp_path: Path) -> vllm.Order:
+    """One of a plain server."""
+    return vllm.Order(
+        config=config, mode="plain", dtype="float32", target="/models/smol", max_model_len=640, homes=str(tmp_path),
+        logs=str(tmp_path),
+    )  # fmt: skip
+
+
+def test_an_order_goes_through_a_file_with_all_that_the_server_is_told(tmp_path: Path) -> None:
+    config = recipe()
+    config.serve.extra_args, config.extract.dtype = ["--seed", "3"], StatesDtype.float8_e4m3fn
+    made = dataclasses.replace(order(config, tmp_path), mode="extract", capture_layer_ids=[2, 5])
+    read = from_plain(vllm.Order, json.loads(json.dumps(to_plain(made))))
+    assert read == made
+    assert vllm.server(read, {"OF_THE_RUNNER": "1"}).spec.env["OF_THE_RUNNER"] == "1"
+
+
 def test_the_key_is_in_the_environment_and_not_in_the_arguments(tmp_path: Path) -> None:
-    spec = vllm.server(
-        recipe(),
-        mode="plain",
-        dtype="float32",
-        target=Path("/models/smol"),
-        draft=None,
-        capture_layer_ids=None,
-        max_model_len=640,
-        nonce="n1",
-        directory=tmp_path,
-        log=tmp_path / "log",
-    )
+    spec = vllm.server(order(recipe(), tmp_path), {}).spec
     assert spec.env["VLLM_API_KEY"] == spec.api_key
     assert len(spec.api_key) >= 32
     assert spec.api_key not in " ".join(spec.argv)
     assert spec.url == f"http://127.0.0.1:{value(spec.argv, '--port')}"
-    assert value(spec.argv, "--served-model-name") == spec.model == "target-n1"
+    assert value(spec.argv, "--served-model-name") == spec.model == f"target-{spec.name}"
 
 
 def test_a_given_port_serves_the_plain_and_the_speculative_server_side_by_side(tmp_path: Path) -> None:
     config = recipe()
     config.serve.port = 8100
-    common: dict[str, Any] = {"dtype": "float32", "target": Path("/m"), "capture_layer_ids": None, "max_model_len": 64}
-    common |= {"nonce": "n1", "directory": tmp_path, "log": tmp_path / "log"}
-    urls = [vllm.server(config, mode=mode, draft=Path("/draft"), **common).url for mode in ("plain", "speculative")]
+    plain = order(config, tmp_path)
+    both = (plain, dataclasses.replace(plain, mode="speculative", draft="/draft"))
+    urls = [vllm.server(one, {}).spec.url for one in both]
     assert urls == ["http://127.0.0.1:8100", "http://127.0.0.1:8101"]
 
 

@@ -1,9 +1,9 @@
-"""An extraction by two workers on one machine: real processes of the executor, against one server of played states."""
+"""An extraction by two workers: real processes of an executor, against servers of played states."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import datasets
@@ -11,14 +11,17 @@ import pytest
 
 from speculators import recipe
 from speculators.config import Config
-from speculators.job import read_request
-from speculators.runner import vllm
+from speculators.job import Endpoint, read_request
+from speculators.runner import execute, executors, vllm
 from speculators.runner.events import Events
 from speculators.runner.execute import Execution
 from speculators.runner.plan import Planner
 from speculators.runner.store import Store
 from speculators.stages import extract
 from tests.conftest import publish
+from tests.runner.bare import BareExecutor
+from tests.runner.fake_server import engine
+from tests.stages import states_server
 from tests.stages.states_server import WIDTH, StatesServer
 
 ROWS = [[row + 10, *range(2, 12)] for row in range(30)]
@@ -33,8 +36,8 @@ def server(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[StatesSe
     server.stop()
 
 
-def extracting(tmp_path: Path, server: StatesServer, workers: int, until: str = "extract") -> Config:
-    """The demo's extraction from a target of four layers, which is there already, by a server of somebody else's."""
+def extracting(tmp_path: Path, served: Sequence[str], until: str = "extract") -> Config:
+    """The demo's extraction from a target of four layers, which is there already, by two workers."""
     checkpoint = tmp_path / "target"
     checkpoint.mkdir(exist_ok=True)
     facts = {"num_hidden_layers": 4, "hidden_size": WIDTH, "vocab_size": 64}
@@ -46,9 +49,13 @@ def extracting(tmp_path: Path, server: StatesServer, workers: int, until: str = 
         "recipe=smollm2_eagle3", "pipeline=offline", f"target.source={checkpoint}", "target.fidelity=0",
         "target.dtype=bfloat16", *[f"target.{name}=null" for name in own], "vocab.size=null",
         "speculator.layer_ids=[2]",
-        "extract.shard_tokens=60", f"extract.workers={workers}", f"serve.url={server.url}",
-        f"serve.states={server.directory}", f"until={until}",
+        "extract.shard_tokens=60", "extract.workers=2", *served, f"until={until}",
     ])  # fmt: skip
+
+
+def by(server: StatesServer) -> list[str]:
+    """A server of somebody else's."""
+    return [f"serve.url={server.url}", f"serve.states={server.directory}"]
 
 
 def made_beforehand(config: Config, store: Store) -> None:
@@ -84,37 +91,58 @@ def run(config: Config, store: Store, directory: Path) -> tuple[Path, list[str]]
     return path, [line.removeprefix("stage.started ") for line in seen if line.startswith("stage.started")]
 
 
-def one_workers(tmp_path: Path, requests: Path) -> Path:
+def files(directory: Path) -> dict[str, bytes]:
+    return {file.name: file.read_bytes() for file in directory.iterdir()}
+
+
+def one_workers(tmp_path: Path, requests: Path, server: StatesServer) -> Path:
     """What one worker makes, of the same rows and here."""
     job = read_request(requests / "extract-0.json")
     job.inputs = {name: path for name, path in job.inputs.items() if not name.startswith("part.")}
-    job.services = read_request(requests / "extract.1-0.json").services
-    job.work = tmp_path / "one"
+    log, states = tmp_path / "log", server.directory
+    endpoint = Endpoint(url=server.url, model="m", api_key="", mode="extract", directory=states, log=log)
+    job.services, job.work = {"target": endpoint}, tmp_path / "one"
     job.output.mkdir(parents=True)
     extract.main(job)
     return job.output
 
 
 def test_two_workers_make_what_one_makes_in_processes_of_their_own(tmp_path: Path, server: StatesServer) -> None:
-    config, store = extracting(tmp_path, server, 2), Store(tmp_path / "store")
+    config, store = extracting(tmp_path, by(server)), Store(tmp_path / "store")
     made_beforehand(config, store)
     path, started = run(config, store, tmp_path / "run")
     assert sorted(started) == ["extract", "extract.1", "extract.2"]
     assert len(list(store.artifacts("extract"))) == 1
     assert len(server.asked) == 30
-    made = (path, one_workers(tmp_path, tmp_path / "run/requests"))
-    joined, alone = ({file.name: file.read_bytes() for file in directory.iterdir()} for directory in made)
+    joined, alone = files(path), files(one_workers(tmp_path, tmp_path / "run/requests", server))
     assert joined == alone
     assert len(joined) == 7, "five shards, the index and the picks"
 
 
 def test_workers_may_be_runs_of_their_own_each_on_its_machine(tmp_path: Path, server: StatesServer) -> None:
-    config, store = extracting(tmp_path, server, 2), Store(tmp_path / "store")
+    config, store = extracting(tmp_path, by(server)), Store(tmp_path / "store")
     made_beforehand(config, store)
     for part, asked in (("extract.2", 18), ("extract.1", 30)):
-        _, started = run(extracting(tmp_path, server, 2, until=part), store, tmp_path / part)
+        _, started = run(extracting(tmp_path, by(server), until=part), store, tmp_path / part)
         assert (started, len(server.asked)) == ([part], asked)
     path, started = run(config, store, tmp_path / "whole")
     assert (started, len(server.asked)) == (["extract"], 30)
     assert len(list(path.glob("shard-*"))) == 5
     assert len(list(store.artifacts("extract"))) == 1
+
+
+def test_workers_on_other_machines_have_a_server_each_and_make_the_same(
+    tmp_path: Path, server: StatesServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(executors, "elsewhere", lambda config, kind: kind == "extract")
+    monkeypatch.setattr(execute, "executor_of", lambda config, kind, nursery: BareExecutor())
+    played = f"serve.python={engine(tmp_path, program=states_server.__file__)}"
+    config, store = extracting(tmp_path, [played]), Store(tmp_path / "store")
+    made_beforehand(config, store)
+    path, started = run(config, store, tmp_path / "run")
+    assert sorted(started) == ["extract", "extract.1", "extract.2"]
+    requests = [json.loads((tmp_path / f"run/requests/extract.{n}-0.json").read_text()) for n in (1, 2)]
+    assert len({request["services"]["target"]["url"] for request in requests}) == 2
+    assert server.asked == [], "none of them is ours"
+    assert files(path) == files(one_workers(tmp_path, tmp_path / "run/requests", server))
+    assert not list((store.root / "services").iterdir())

@@ -1,8 +1,12 @@
-"""A server that hands out hidden states of its own making as a connector does, and misbehaves on demand."""
+"""A server that hands out hidden states of its own making as a connector does, and misbehaves on demand.
+
+As a program, `states_server.py PORT MODEL`, it leaves them where vLLM would under a runner.
+"""
 
 from __future__ import annotations
 
 import fcntl
+import sys
 import threading
 import uuid
 from pathlib import Path
@@ -32,7 +36,7 @@ def as_float8(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
 class StatesServer:
     """`trouble` maps the first token of a prompt to what goes wrong with its states."""
 
-    def __init__(self, directory: Path, trouble: dict[int, str] | None = None) -> None:
+    def __init__(self, directory: Path, trouble: dict[int, str] | None = None, port: int = 0, model: str = "m") -> None:
         self.directory = directory
         self.trouble = dict(trouble or {})
         self.asked: list[list[int]] = []
@@ -45,7 +49,7 @@ class StatesServer:
 
         class Handler(JsonHandler):
             def get(self) -> None:
-                self.reply(200, {"data": [{"id": "m"}]})
+                self.reply(200, {"data": [{"id": model}]})
 
             def post(self, body: dict[str, Any]) -> None:
                 if len(outer.asked) >= outer.dies_after:
@@ -54,7 +58,7 @@ class StatesServer:
                     return
                 self.reply(*outer.answer(body))
 
-        self.http = serving(Handler)
+        self.http = serving(Handler, port)
         self.url = f"http://127.0.0.1:{self.http.server_port}"
 
     def answer(self, fields: dict[str, Any]) -> tuple[int, dict[str, Any]]:
@@ -113,3 +117,8 @@ class StatesServer:
         with self.stopping:
             self.http.shutdown()
             self.http.server_close()
+
+
+if __name__ == "__main__":
+    StatesServer(Path("states").absolute(), port=int(sys.argv[1]), model=sys.argv[2])
+    threading.Event().wait()

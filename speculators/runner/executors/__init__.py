@@ -15,7 +15,7 @@ from speculators.config import Cluster, Config, ExecutorName
 from speculators.config import Executor as Options
 from speculators.errors import RecipeError
 from speculators.runner.executors.nursery import Nursery
-from speculators.runner.graph import Node, phases
+from speculators.runner.graph import Node
 
 
 class Handle(Protocol):
@@ -77,7 +77,7 @@ def check(config: Config, nodes: Mapping[str, Node]) -> None:
     """Refuse before anything is started what an executor could not do hours later.
 
     Raises:
-        RecipeError: a package is missing, or a stage would be out of reach of its server.
+        RecipeError: a package is missing, or a job would have to divide its devices.
     """
     for node in nodes.values():
         name = chosen(config, node.kind)
@@ -90,12 +90,12 @@ def check(config: Config, nodes: Mapping[str, Node]) -> None:
                     f"{node.name}: its {what} needs `{package}`, which is not installed",
                     f"pip install 'speculators-run[{extra}]'",
                 )
-        if elsewhere(config, node.kind) and any(phases(node, config)) and not config.serve.url:
-            own = f"; or start a run with until={node.name} on each of those machines, into this store"
+        if node.draws and served_there(config, node.kind):
             raise RecipeError(
-                f"{node.name}: its server is started on this machine, out of reach of {name}'s jobs elsewhere",
-                f"{node.kind}.executor=local runs it beside its server; serve.url names one that all can reach"
-                f"{own if node.part is not None else ''}",
+                f"{node.name}: it draws from a server while it trains, and a job of {name} on another machine does not "
+                "divide its devices between the two",
+                f"{node.kind}.executor=local; or serve.url=URL of a server that all can reach; or extract before: "
+                "pipeline=offline",
             )
 
 
@@ -107,3 +107,8 @@ def elsewhere(config: Config, kind: str) -> bool:
 
         return not is_here(config.executor)
     return name == "submitit" and config.executor.cluster is not Cluster.local
+
+
+def served_there(config: Config, kind: str) -> bool:
+    """Whether this kind of stage has its servers started beside its workers, on other machines than the runner's."""
+    return elsewhere(config, kind) and not config.serve.url

@@ -1,11 +1,11 @@
 """Workers that another program starts for us: what the executors share that submit jobs to a cluster.
 
-The job is `serve`, the far end. It starts the worker through `local` where it finds itself, so the worker ends with
-it; it holds to the runner's lease, so it ends with the runner. Two files in a directory that both sides see stand
-for the pipe and the wait of `local`:
+The job is `serve`, the far end. Where it finds itself it starts the servers that the request orders (`beside`), then
+the worker (`local`), so all of them end with it; it holds to the runner's lease, so it ends with the runner. Two files
+in a directory that both sides see stand for the pipe and the wait of `local`:
 
     held     written here: the runner's signs of life, and what it wishes (see `runner.lease`)
-    state    written there: the worker's pid, then its exit code
+    state    written there: that it has begun, then the worker's pid, then its exit code
 """
 
 from __future__ import annotations
@@ -20,8 +20,10 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from speculators.runner import guard
-from speculators.runner.executors.local import LocalExecutor
+from speculators.runner.executors.beside import Beside
+from speculators.runner.executors.local import LocalExecutor, LocalHandle
 from speculators.runner.lease import Holder, Lease, read_note, write_note
+from speculators.runner.service import DEATH_SECONDS
 
 POLL = 0.1
 """Seconds between two looks of the far end."""
@@ -137,35 +139,62 @@ class Served:
         self._place = place
         self._holder = Holder(place / "held")
         self._deadline: float | None = None
+        self._servers: Beside | None = None
+        self._handle: LocalHandle | None = None
 
     def run(self, request: Path, log: Path, env: dict[str, str]) -> None:
-        """Start the worker if its runner is there to want it; return when nothing of it is left."""
+        """Start the worker if its runner is there to want it; return when nothing of it and its servers is left."""
         while self._holder.lives is None:
             time.sleep(POLL)
-        if self._holder.wish:
-            write_note(self._place / "state", {"code": ASKED_TO_STOP})
-            return
-        self._handle = LocalExecutor().submit(request, log, env)
-        start = guard.start_time(self._handle.pid)
-        state = {"pid": self._handle.pid, "start": start, "machine": guard.machine()}
-        write_note(self._place / "state", state)
-        while (code := self._handle.poll()) is None:
-            self._obey(self._holder.wish)
-            time.sleep(POLL)
-        write_note(self._place / "state", {**state, "code": code})
+        code, wanted = ASKED_TO_STOP, not self._holder.wish
+        if wanted:
+            write_note(self._place / "state", {"machine": guard.machine()})
+            self._servers = servers = Beside(request, env)
+            try:
+                code = self._work(servers, request, log, env)
+            finally:
+                servers.stop(at_once=self._holder.wish == "kill")
+        write_note(self._place / "state", {**read_note(self._place / "state"), "code": code})
 
     def stop(self) -> None:
         """The cluster wants the machine back: let the worker write a checkpoint, and say nothing of its end."""
-        while self._handle.poll() is None:
-            self._obey("terminate")
+        while self._handle is not None and self._handle.poll() is None:
+            self._obey(self._handle, "terminate")
             time.sleep(POLL)
+        if self._servers is not None:
+            self._servers.stop()
 
-    def _obey(self, wish: str) -> None:
+    def _work(self, servers: Beside, request: Path, log: Path, env: dict[str, str]) -> int:
+        """From the start of the servers to the end of the worker; its exit code, or 1 where a server was lost."""
+        servers.start()
+        while servers.state() == "starting" and not self._holder.wish:
+            time.sleep(POLL)
+        if self._holder.wish:
+            return ASKED_TO_STOP
+        code = 1
+        if servers.state() == "ready":
+            code = self._watched(servers, LocalExecutor().submit(request, log, {**env, **servers.introduce()}))
+        if code != 0 and not self._holder.wish and servers.lost(DEATH_SECONDS if code == 1 else 0.0):
+            servers.say_why()
+            return 1
+        return code
+
+    def _watched(self, servers: Beside, handle: LocalHandle) -> int:
+        """The worker's exit code. It is asked to stop when somebody wishes that, and when a server is lost."""
+        self._handle = handle
+        state = {"pid": handle.pid, "start": guard.start_time(handle.pid), "machine": guard.machine()}
+        write_note(self._place / "state", state)
+        while (code := handle.poll()) is None:
+            self._obey(handle, self._holder.wish or ("terminate" if servers.state() == "dead" else ""))
+            time.sleep(POLL)
+        return code
+
+    def _obey(self, handle: LocalHandle, wish: str) -> None:
         if wish == "kill" or (self._deadline is not None and time.monotonic() > self._deadline):
-            self._handle.kill()
+            handle.kill()
         elif wish and self._deadline is None:
             self._deadline = time.monotonic() + GRACE
-            self._handle.terminate()
+            handle.terminate()
 
 
 def serve(place: Path, request: Path, log: Path, env: dict[str, str], devices_are_ours: bool) -> None:

@@ -1,0 +1,42 @@
+"""A cluster without a program of its own: the far end is a process of this machine, which nobody has to install."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+from speculators.runner.executors.remote import RemoteHandle, place_beside
+
+FAR_END = (
+    "import sys; from pathlib import Path; from speculators.runner.executors.remote import serve\n"
+    "serve(*map(Path, sys.argv[1:]), {}, False)"
+)
+
+
+class BareExecutor:
+    """See `executors.Executor`."""
+
+    def submit(self, request: Path, log: Path, env: dict[str, str]) -> RemoteHandle:
+        place = place_beside(request)
+        return RemoteHandle(place, log, lambda: _Job([place, request, log], env))
+
+
+class _Job:
+    """See `remote.Job`."""
+
+    here = True
+
+    def __init__(self, paths: list[Path], env: dict[str, str]) -> None:
+        argv = [sys.executable, "-c", FAR_END, *map(str, paths)]
+        self._process = subprocess.Popen(argv, env={**os.environ, **env}, start_new_session=True)
+
+    def ended(self) -> str | None:
+        code = self._process.poll()
+        return None if code is None else f"bare: ended with {code}"
+
+    def cancel(self) -> None: ...
+
+    def output(self) -> str:
+        return ""
