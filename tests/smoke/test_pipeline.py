@@ -19,7 +19,7 @@ import pytest
 import torch
 
 from speculators.data.shards import ShardReader
-from tests.smoke.world import World, gone, lines, wait_for
+from tests.smoke.world import ONE_ROW, QUESTION, World, gone, lines, wait_for
 
 pytestmark = [pytest.mark.smoke, pytest.mark.timeout(900)]
 STAGES = ("prompts", "regenerate", "tokenize", "vocab", "extract", "train", "evaluate")
@@ -208,8 +208,6 @@ def test_hybrid_loses_its_server_on_the_way_goes_on_and_prefills_no_row_again(wo
     assert gone(world)
 
 
-ONE_ROW = Path(__file__).parent / "one_row.yaml"
-QUESTION = {"id": "row", "prompt": "Tell me how a letter travels from one town to another, step by step."}
 DRAFTS = {
     "dflash": ("speculator=dflash", "speculator.num_layers=2", "speculator.num_speculative_tokens=7"),
     "eagle3": ("speculator=eagle3",),

@@ -16,6 +16,9 @@ from typing import Any
 import pytest
 
 RECIPE = Path(__file__).parent / "small.yaml"
+ONE_ROW = Path(__file__).parent / "one_row.yaml"
+QUESTION = {"id": "row", "prompt": "Tell me how a letter travels from one town to another, step by step."}
+"""The row of `ONE_ROW`."""
 
 
 class World:
@@ -25,13 +28,13 @@ class World:
         self.root = root
         self.store = root / "store"
 
-    def start(self, *words: str, verb: str = "run", recipe: Path = RECIPE) -> subprocess.Popen[str]:
+    def start(self, *words: str, verb: str = "run", recipe: Path | str = RECIPE) -> subprocess.Popen[str]:
         command = [sys.executable, "-m", "speculators.cli", verb, f"recipe={recipe}", *words]
         env = {**os.environ, "SPECULATORS_STORE": str(self.store)}
         pipe = subprocess.PIPE
         return subprocess.Popen(command, cwd=self.root, env=env, stdout=pipe, stderr=pipe, text=True)
 
-    def run(self, *words: str, verb: str = "run", recipe: Path = RECIPE) -> tuple[int, str, str]:
+    def run(self, *words: str, verb: str = "run", recipe: Path | str = RECIPE) -> tuple[int, str, str]:
         process = self.start(*words, verb=verb, recipe=recipe)
         out, err = process.communicate()
         return process.returncode, out, err
