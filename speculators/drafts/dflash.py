@@ -340,8 +340,7 @@ class DFlashDraft(Draft):
     def layout(self, pack: Pack) -> Layout:
         """Choose anchors, and work out what their blocks see and what they are asked for."""
         device, total = pack.token_ids.device, len(pack.token_ids)
-        lengths = torch.tensor(pack.lengths, device=device)
-        ends_T = torch.repeat_interleave(lengths.cumsum(0), lengths)  # first place after the token's document
+        starts_T, ends_T = pack.bounds()
         places_T = torch.arange(total, device=device)
         asked_T = torch.zeros_like(pack.loss_mask)
         asked_T[:-1] = pack.loss_mask[:-1] & pack.loss_mask[1:] & (places_T[1:] < ends_T[:-1])
@@ -355,7 +354,7 @@ class DFlashDraft(Draft):
         return Layout(
             anchors=anchors,
             context=context_places(pack.documents(), anchors),
-            positions=places_T - ends_T + torch.repeat_interleave(lengths, lengths),
+            positions=places_T - starts_T,
             target=target_KR,
             valid=inside_KR & pack.loss_mask[(target_KR + 1).clamp(max=total - 1)] & asked_T[anchors],
         )

@@ -285,8 +285,7 @@ class Eagle3Draft(Draft):
         """Work out sources, asking rows, and what each step sees and predicts."""
         device = pack.token_ids.device
         total = len(pack.token_ids)
-        lengths = torch.tensor(pack.lengths, device=device)
-        ends_T = torch.repeat_interleave(lengths.cumsum(0), lengths)  # first place after the token's document
+        starts_T, ends_T = pack.bounds()
         places_T = torch.arange(total, device=device)
         sources = (places_T + 1 < ends_T).nonzero()[:, 0]
         target_KS = sources[None, :] + 1 + torch.arange(self.unrolled, device=device)[:, None]
@@ -294,7 +293,6 @@ class Eagle3Draft(Draft):
         target_KS = target_KS.clamp(max=total - 1)
         valid_KS = inside_KS & pack.loss_mask[target_KS]
         asking = valid_KS.any(0).nonzero()[:, 0]
-        starts_T = ends_T - torch.repeat_interleave(lengths, lengths)
         everyone = torch.arange(len(sources), device=device)
         documents, first = [], 0
         for length in pack.lengths:

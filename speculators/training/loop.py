@@ -118,7 +118,7 @@ class Loop:
         scratch: Path, device: torch.device, report: Callable[[int, int, dict[str, Any]], None],
         ranks: Ranks | None = None, trackers: Trackers | None = None,
     ) -> None:  # fmt: skip
-        self.draft, self.teacher, self.corpus, self.train = draft, teacher, corpus, train
+        self.draft, self.corpus, self.train = draft, corpus, train
         self.step_decay, self.save_dtype = step_decay, save_dtype
         self.scratch, self.device, self.report = scratch, device, report
         self.plan = schedule(corpus, train)
@@ -130,6 +130,11 @@ class Loop:
         for part in draft.modules():
             if isinstance(part, MLP):
                 part.recompute = train.recompute
+        # Heads that are not trained are brought into the format of their products once.
+        own, wanted = draft.lm_head.weight, getattr(torch, train.precision.name)
+        self.head = None if own.requires_grad else own.to(wanted)
+        shared = self.head if teacher.head is own else None
+        self.teacher = replace(teacher, head=teacher.head.to(wanted) if shared is None else shared)
         self.at = Progress(0, Tally.empty(0), 0.0, 0, 0, 0, {})
         self.seconds = 0.0
         """Spent in steps by this attempt."""
@@ -295,9 +300,10 @@ class Loop:
         """`whole`: of all packs of a step that is divided."""
         with self._autocast():
             predictions = self.draft(pack)
+            head = self.draft.lm_head.weight if self.head is None else self.head
             asked = replace(predictions, target=pack.last_at[predictions.target])
             outcome = distill(
-                asked, pack.last, self.draft.lm_head.weight, self.teacher, self.draft.loss,
+                asked, pack.last, head, self.teacher, self.draft.loss,
                 counts=None if whole is None else whole.counts, regression=self.draft.regression,
             )  # fmt: skip
             return predictions, outcome

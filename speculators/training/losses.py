@@ -89,7 +89,7 @@ def distill(
     Args:
         predictions: of one pack; their `target` says which of `last`.
         last: the target's states before the final norm [U, H].
-        head: the draft's head [V, H], float32; gets a gradient if it wants one.
+        head: the draft's head [V, H]: float32 if it wants a gradient, else in the format of products or any other.
         teacher: gives the distributions to match.
         loss: what is asked of a prediction; several with their weights.
         chunk_elements: logits that may exist at one time.

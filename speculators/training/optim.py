@@ -90,10 +90,20 @@ SCALE, WEIGHTS, POLES = zolotarev(2, FLOOR)
 QUINTICS = quintics(4, ROUGH_FLOOR, 1.02)
 TOGETHER = 1 << 22
 """Numbers in matrices that are made orthogonal together, unless one alone has more: what a CPU's cache holds."""
+PART = 1 << 17
+"""Numbers that are updated at a time on a CPU, so that they come from memory once."""
 
 
-def orthogonalise(matrices: Sequence[Tensor], block: int = 0, dtype: torch.dtype = torch.float32) -> list[Tensor]:
-    """The orthogonal matrix nearest to each [m, n], about: singular values from the floor up end around one.
+def stacked(count: int, shape: Sequence[int], dtype: torch.dtype, device: torch.device | None = None) -> Tensor:
+    """Room for matrices [m, n] that `orthogonalise` is to take, [count, m, n]: the longer side lies in one piece."""
+    rows, columns = shape
+    if rows > columns:
+        return torch.empty(count, columns, rows, dtype=dtype, device=device).mT
+    return torch.empty(count, rows, columns, dtype=dtype, device=device)
+
+
+def orthogonalise(matrices: Tensor, block: int = 0) -> Tensor:
+    """The orthogonal matrix nearest to each of [B, m, n], about: singular values from the floor up end around one.
 
     With X = USV', f(S) is wanted for S, f being `zolotarev`'s function, which ends between 0.9 and 1.1, or `quintics`'
     chain in formats shorter than float32, between 0.65 and 1.35; either is X times a function of its Gram matrix
@@ -103,25 +113,32 @@ def orthogonalise(matrices: Sequence[Tensor], block: int = 0, dtype: torch.dtype
     times less work, and what is lost is that two groups may still move along the same direction.
 
     Args:
-        matrices: float32.
+        matrices: as `stacked` lays them; they are used up. Their format is that of the products.
         block: rows of a group; 0 for all.
-        dtype: the format of the products, and of what is returned.
     """
-    found = list(matrices)
-    flat = [matrix.T if matrix.shape[0] > matrix.shape[1] else matrix for matrix in matrices]
-    for alike in together([x.shape for x in flat]):
-        made = _in_blocks(torch.stack([flat[place].to(dtype) for place in alike]), block)
-        for place, x in zip(alike, made, strict=True):
-            found[place] = x if flat[place] is matrices[place] else x.T
-    return found
+    tall = matrices.shape[1] > matrices.shape[2]
+    x = matrices.mT if tall else matrices
+    count, rows, columns = x.shape
+    size = min(block, rows) if block else rows
+    groups = -(-rows // size)
+    if rows % size:  # rows of zeros stay what they are
+        x = nn.functional.pad(x, (0, 0, 0, groups * size - rows))
+    x = x.reshape(count * groups, size, columns)
+    # So that the powers stay within the format.
+    x.mul_(1.0 / (torch.linalg.vector_norm(x, dim=(1, 2), keepdim=True) + 1e-30))
+    x, applied = _by_inverses(x) if x.dtype is torch.float32 else _by_products(x)
+    if tall and groups == 1:
+        return x.mT @ applied  # which is symmetric
+    found = (applied @ x).reshape(count, groups * size, columns)[:, :rows]
+    return found.mT if tall else found
 
 
 def together(shapes: Sequence[Sequence[int]]) -> list[list[int]]:
-    """Which matrices are made orthogonal at once: of one shape or its transpose, and `TOGETHER` at most."""
+    """Which matrices are made orthogonal at once: of one shape, and `TOGETHER` at most."""
     groups: list[list[int]] = []
     last: dict[tuple[int, ...], list[int]] = {}
     for place, shape in enumerate(shapes):
-        kind = tuple(sorted(shape))
+        kind = tuple(shape)
         if kind not in last or (len(last[kind]) + 1) * math.prod(kind) > TOGETHER:
             last[kind] = []
             groups.append(last[kind])
@@ -129,20 +146,11 @@ def together(shapes: Sequence[Sequence[int]]) -> list[list[int]]:
     return groups
 
 
-def _in_blocks(matrices: Tensor, block: int) -> Tensor:
-    """`orthogonalise` for some of a shape [B, m, n], m <= n, in their format."""
-    count, rows, columns = matrices.shape
-    size = min(block, rows) if block else rows
-    groups = -(-rows // size)
-    # Rows of zeros stay what they are.
-    x = nn.functional.pad(matrices, (0, 0, 0, groups * size - rows)).reshape(count * groups, size, columns)
-    x = x / (x.flatten(1).norm(dim=1)[:, None, None] + 1e-30)  # which keeps the powers within float32
-    x = _by_inverses(x) if x.dtype is torch.float32 else _by_products(x)
-    return x.reshape(count, groups * size, columns)[:, :rows]
+def _by_inverses(x: Tensor) -> tuple[Tensor, Tensor]:
+    """By `zolotarev`'s function, which float32 will do for: one product and two inverses, and a last product to come.
 
-
-def _by_inverses(x: Tensor) -> Tensor:
-    """By `zolotarev`'s function: two products, and an inverse a pole, which float32 will do for."""
+    Takes [B, k, n] and gives the same, and what has to be applied to it from the left, [B, k, k].
+    """
     gram = x @ x.mT
     # By the fourth root of the sum of the singular values' fourth powers, which is hardly above the largest.
     norm = (gram.flatten(1).norm(dim=1).sqrt() + 1e-7)[:, None, None]
@@ -155,22 +163,29 @@ def _by_inverses(x: Tensor) -> Tensor:
         applied = inverse.mul_(weight) if applied is None else applied.add_(inverse, alpha=weight)
     assert applied is not None
     applied.diagonal(dim1=-2, dim2=-1).add_(1.0)
-    return applied.mul_(SCALE / norm) @ x
+    return x, applied.mul_(SCALE / norm)
 
 
-def _by_products(x: Tensor) -> Tensor:
-    """By `quintics`."""
-    for number, (a, b, c) in enumerate(QUINTICS):
+def _by_products(x: Tensor) -> tuple[Tensor, Tensor]:
+    """By `quintics`; as `_by_inverses`, but for what is given, to which all but the last has been applied."""
+    gram = _gram(x)
+    square = gram @ gram
+    # As above, by the eighth powers, which are there already. The first coefficients are large and are not rounded; one
+    # matrix after the other, because so much is in a CPU's cache.
+    norms = torch.linalg.vector_norm(square, dim=(1, 2), dtype=torch.float32).sqrt().add_(1e-7).tolist()
+    for one, its_square, norm in zip(gram, square, norms, strict=True):
+        a, b, c = (factor / norm**power for factor, power in zip(QUINTICS[0], (0.5, 1.5, 2.5), strict=True))
+        exact = one.float().mul_(b).add_(its_square, alpha=c)
+        exact.diagonal().add_(a)
+        one.copy_(exact)
+    applied = gram
+    for a, b, c in QUINTICS[1:]:
+        x = applied @ x
         gram = _gram(x)
         square = gram @ gram
-        if number:
-            applied = gram.mul_(b).add_(square, alpha=c)
-        else:  # as above, by the eighth powers, which are there already
-            norm = square.flatten(1).float().norm(dim=1)[:, None, None].sqrt() + 1e-7
-            applied = gram * (b / norm) + square * (c / norm.square())
+        applied = gram.mul_(b).add_(square, alpha=c)
         applied.diagonal(dim1=-2, dim2=-1).add_(a)
-        x = (applied if number else (applied / norm.sqrt()).to(x.dtype)) @ x
-    return x
+    return x, applied
 
 
 def _gram(x: Tensor) -> Tensor:
@@ -179,6 +194,12 @@ def _gram(x: Tensor) -> Tensor:
         return x @ x.mT
     parts = x[0].unflatten(1, (-1, x.shape[1])).transpose(0, 1)
     return (parts @ parts.mT).sum(0, keepdim=True)
+
+
+def _parts(*matrices: Tensor) -> Iterator[tuple[Tensor, ...]]:
+    """Some rows of each, the same of all; on a CPU as many as its caches hold."""
+    rows = max(1, PART // matrices[0].shape[1]) if matrices[0].device.type == "cpu" else len(matrices[0])
+    return zip(*(matrix.split(rows) for matrix in matrices), strict=True)
 
 
 class Optimizers:
@@ -229,10 +250,10 @@ class Optimizers:
         """Apply the gradients times `shrink`, at `factor` of the peak learning rate, and clear them."""
         for names in self._groups():
             for name, update in zip(names, self._updates(names, shrink), strict=True):
-                p = self.matrices[name]
                 # The same size of update as AdamW's, so that one learning rate serves both.
                 size = self.lr * factor * 0.2 * math.sqrt(max(self.shapes[name]))
-                p.mul_(1.0 - self.lr * factor * self.weight_decay).add_(update, alpha=-size)
+                for p, of_it in _parts(self.matrices[name], update):
+                    p.mul_(1.0 - self.lr * factor * self.weight_decay).add_(of_it, alpha=-size)
         for p in self.others.values():
             if shrink != 1.0 and p.grad is not None:
                 p.grad.mul_(shrink)
@@ -249,35 +270,43 @@ class Optimizers:
             return [names]
         return [[names[place] for place in alike] for alike in together([self.shapes[name] for name in names])]
 
-    def _updates(self, names: list[str], shrink: float) -> list[Tensor]:
+    def _updates(self, names: list[str], shrink: float) -> Sequence[Tensor]:
         """Muon's updates of what is held of these matrices."""
         if self.divided:
             return self._updates_of_rows(names, shrink) if names else []
-        for name in names:
-            self._move(name, shrink)
-        own = [name for name in names if self.owners[name] == self.ranks.rank]
-        made = orthogonalise([self._asked(name, shrink) for name in own], self.block, self.dtype)
         if self.ranks.size == 1:
-            return made
+            return orthogonalise(self._asked(names, shrink), self.block).unbind()
+        own = [name for name in names if self.owners[name] == self.ranks.rank]
+        for name in names:
+            if name not in own:
+                self._move(name, shrink)
         # What is handed on is contiguous and float32; for the others' there is room to take it.
-        updates = [torch.empty_like(self.momenta[name]) for name in names]
-        for name, update in zip(own, made, strict=True):
-            updates[names.index(name)].copy_(update)
-        self.ranks.spread(updates, [self.owners[name] for name in names])
-        return updates
+        updates = {name: torch.empty_like(self.momenta[name]) for name in names}
+        for alike in together([self.shapes[name] for name in own]):
+            its = [own[place] for place in alike]
+            for name, update in zip(its, orthogonalise(self._asked(its, shrink), self.block), strict=True):
+                updates[name].copy_(update)
+        self.ranks.spread(list(updates.values()), [self.owners[name] for name in names])
+        return list(updates.values())
 
     def _updates_of_rows(self, names: list[str], shrink: float) -> list[Tensor]:
         """The rows of all ranks go to the matrix's owner, who hands back those of the update."""
         rank, everyone = self.ranks.rank, range(self.ranks.size)
         owned = [[name for name in names if self.owners[name] == owner] for owner in everyone]
+        asked = {name: torch.empty_like(self.momenta[name]) for name in names}
         for name in names:
-            self._move(name, shrink)
-        asked = {name: self._asked(name, shrink) for name in names}
+            self._move(name, shrink, asked[name])
         cut = {name: [rows(self.shapes[name][0], of, len(everyone)) for of in everyone] for name in names}
         shapes = [[(cut[n][of].stop - cut[n][of].start, self.shapes[n][1]) for n in owned[rank]] for of in everyone]
         got = self.ranks.exchange([[asked[name] for name in owned[owner]] for owner in everyone], shapes)
-        whole = orthogonalise([torch.cat(parts) for parts in zip(*got, strict=True)], self.block, self.dtype)
-        made = [update.float() for update in whole]
+        whole = [torch.cat(parts) for parts in zip(*got, strict=True)]
+        made = list(whole)
+        for alike in together([matrix.shape for matrix in whole]):
+            x = stacked(len(alike), whole[alike[0]].shape, self.dtype, whole[alike[0]].device)
+            for matrix, place in zip(x, alike, strict=True):
+                matrix.copy_(whole[place])
+            for place, update in zip(alike, orthogonalise(x, self.block), strict=True):
+                made[place] = update.float().contiguous()
         back = self.ranks.exchange(
             [[update[cut[name][of]] for name, update in zip(owned[rank], made, strict=True)] for of in everyone],
             [[asked[name].shape for name in owned[owner]] for owner in everyone],
@@ -285,13 +314,24 @@ class Optimizers:
         found = dict(zip(itertools.chain(*owned), itertools.chain(*back), strict=True))
         return [found[name] for name in names]
 
-    def _move(self, name: str, shrink: float) -> None:
-        """Let what is held of a matrix's momentum take the gradient in."""
-        self.momenta[name].mul_(MOMENTUM).add_(self._gradient(name), alpha=(1.0 - MOMENTUM) * shrink)
+    def _asked(self, names: list[str], shrink: float) -> Tensor:
+        """Move the momenta of matrices of one shape, and see where they are to go."""
+        x = stacked(len(names), self.shapes[names[0]], self.dtype, self.momenta[names[0]].device)
+        for name, asked in zip(names, x, strict=True):
+            self._move(name, shrink, asked)
+        return x
 
-    def _asked(self, name: str, shrink: float) -> Tensor:
-        """Where what is held of a matrix is to go: its momentum, and once more the gradient (Nesterov)."""
-        return (self.momenta[name] * MOMENTUM).add_(self._gradient(name), alpha=(1.0 - MOMENTUM) * shrink)
+    def _move(self, name: str, shrink: float, asked: Tensor | None = None) -> None:
+        """Let what is held of a matrix's momentum take the gradient in.
+
+        `asked` gets where it is to go, whose size does not matter: the momentum, and once more the gradient (Nesterov).
+        """
+        new = (1.0 - MOMENTUM) * shrink
+        held = [self.momenta[name], self._gradient(name), *([] if asked is None else [asked])]
+        for momentum, gradient, *to in _parts(*held):
+            momentum.mul_(MOMENTUM).add_(gradient, alpha=new)
+            for part in to:
+                part.copy_(torch.add(momentum, gradient, alpha=new / MOMENTUM).to(part.dtype))
 
     def _gradient(self, name: str) -> Tensor:
         gradient = self.matrices[name].grad
