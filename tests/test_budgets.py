@@ -9,8 +9,8 @@ ROOT = Path(__file__).parent.parent
 SOURCES = sorted((ROOT / "speculators").rglob("*.py"))
 MODULE_LINES = 500
 FUNCTION_LINES = 60
-RUNNER_LINES = 6_250
-PACKAGE_LINES = 20_200
+RUNNER_LINES = 6_300
+PACKAGE_LINES = 20_500
 
 
 def lines(path: Path) -> int:
