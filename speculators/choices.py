@@ -58,7 +58,8 @@ class Connector(enum.Enum):
     """The package hs-connectors' FP8HiddenStatesConnector, as `example`; float8 with one scale a token over all
     layers, read as bfloat16. Coarser than `extract.dtype=float8_e4m3fn`, which has a scale for every layer."""
     mooncake = "mooncake"
-    """hs-connectors' store without files; this release cannot read it, and says so."""
+    """hs-connectors' MooncakeHiddenStatesConnector: as `example`, but into the Mooncake store of `serve.mooncake`, by
+    way of a network instead of a shared directory. Wants the extra `mooncake`."""
 
 
 class Device(enum.Enum):

@@ -278,6 +278,28 @@ class Evaluate(Stage):
 
 
 @dataclass(kw_only=True, slots=True)
+class Mooncake:
+    """`serve.mooncake`: the store of `extract.connector=mooncake`. Its master is not ours to start or to stop:
+    `mooncake_master --rpc_port 50051` is one. Who reaches its ports and those of its clients, which listen on every
+    interface, can read and write what is in it: it belongs into a network whose users are trusted."""
+
+    master: str = operational("127.0.0.1:50051")
+    """The master, `HOST:PORT`, as server and stages see it."""
+    metadata: str = operational("P2PHANDSHAKE")
+    """How its clients find each other: by asking each other, or a metadata server, by its URL."""
+    protocol: str = operational("tcp")
+    """`tcp`, `rdma`, or another that Mooncake was built with."""
+    device: str = operational("")
+    """RDMA: its devices (`mlx5_0,mlx5_1`); Mooncake chooses if empty."""
+    host: str = operational("127.0.0.1")
+    """Address at which other clients reach a server that is started here. Loopback is for a store of one machine."""
+    segment_gib: float = operational(4.0)
+    """Memory that a server lends the store, in GiB. The states of all requests in flight have to fit in."""
+    buffer_gib: float = operational(2.0)
+    """Memory that a server needs to use the store, in GiB."""
+
+
+@dataclass(kw_only=True, slots=True)
 class Serve:
     """`serve`: vLLM, started for the stages that need it."""
 
@@ -291,6 +313,8 @@ class Serve:
     states: str = operational("")
     """Directory into which the server at `url` writes hidden states, as the stages see it that read them; it may lie
     elsewhere for the server."""
+    mooncake: Mooncake = field(default_factory=Mooncake)
+    """Where hidden states go meanwhile under `extract.connector=mooncake`, with the server at `url` too."""
     api_key_env: str = secret("")
     """Environment variable with the key of the server at `url`."""
     port: int = operational(0)

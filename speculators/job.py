@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from speculators.config import Config, from_plain
+from speculators.config import Config, Mooncake, from_plain
 
 REQUEST_FORMAT = 1
 """Raised when a worker of an older release could not read the request."""
@@ -38,6 +38,8 @@ class Endpoint:
     """The server's log: its last lines explain a connection that breaks."""
     also: list[str] = field(default_factory=list)
     """Further servers as `url`, which serve the same under the same name and key into the same directory."""
+    mooncake: Mooncake | None = None
+    """The store into which they put hidden states, if the recipe says that they do."""
 
 
 @dataclass(kw_only=True, slots=True)
@@ -117,6 +119,7 @@ def _endpoint(plain: Mapping[str, Any]) -> Endpoint:
         directory=Path(plain["directory"]),
         log=Path(plain["log"]),
         also=plain.get("also", []),
+        mooncake=from_plain(Mooncake, plain["mooncake"]) if plain.get("mooncake") else None,
     )
 
 

@@ -9,8 +9,8 @@ ROOT = Path(__file__).parent.parent
 SOURCES = sorted((ROOT / "speculators").rglob("*.py"))
 MODULE_LINES = 500
 FUNCTION_LINES = 60
-RUNNER_LINES = 6_400
-PACKAGE_LINES = 20_500
+RUNNER_LINES = 6_500
+PACKAGE_LINES = 20_700
 
 
 def lines(path: Path) -> int:

@@ -90,6 +90,7 @@ DOORS = {
     "omegaconf": {"speculators.recipe"},
     "rich": {"speculators.ui"},
     "vllm": {"speculators.targets.connector"},
+    "mooncake": {"speculators.targets.mooncake"},
     "submitit": {"speculators.runner.executors.submitit"},
     "ray": {"speculators.runner.executors.ray"},
     "wandb": {"speculators.training.tracking"},

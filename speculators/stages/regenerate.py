@@ -35,7 +35,7 @@ from speculators.errors import ContractError, StageError
 from speculators.job import Job
 from speculators.targets.client import Client, Completion
 from speculators.targets.fidelity import of_answer
-from speculators.targets.handover import StatesFile
+from speculators.targets.handover import Promised
 from speculators.targets.states import ANSWERED, check_states, last_places, refuse_too_many, states_writer
 
 STATES = "states"
@@ -150,7 +150,7 @@ class Keeper:
         self._stored = job.config.extract.dtype.name
         self._compute = getattr(torch, job.config.target.dtype.name)
 
-    def keep(self, turn: int, said: Completion, file: StatesFile) -> str:
+    def keep(self, turn: int, said: Completion, file: Promised) -> str:
         """Check one turn's states and write them in the stored type; returns the file's name."""
         token_ids, states = file.take()
         item = f"conversation {self._index}"

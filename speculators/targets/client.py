@@ -28,7 +28,8 @@ import httpx
 
 from speculators.errors import ServiceError, StageError
 from speculators.job import Endpoint
-from speculators.targets.handover import StatesFile, check_visible, promised
+from speculators.targets.handover import Promised, promised
+from speculators.targets.mooncake import Store
 from speculators.targets.pool import Pool, Server, explain
 
 FIRST_PAUSE = 0.5
@@ -75,6 +76,7 @@ class Client:
         self._timeout = timeout
         self._slots = asyncio.Semaphore(concurrency)
         servers = [endpoint, *(dataclasses.replace(endpoint, url=url, also=[]) for url in endpoint.also)]
+        self._store = Store(endpoint.mooncake) if endpoint.mooncake else None
         self._pool = Pool(servers, connections=concurrency, timeout=timeout, patience=timeout)
 
     async def __aenter__(self) -> Client:
@@ -84,6 +86,8 @@ class Client:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         await self._pool.close()
+        if self._store is not None:
+            self._store.close()
 
     async def chat(self, messages: Sequence[dict[str, Any]], *, item: str, near: str = "", **fields: Any) -> Completion:
         """Answer a conversation. `fields` are the request's own (`max_tokens`, `temperature`, `logprobs`, `seed`...).
@@ -126,8 +130,8 @@ class Client:
         body, _ = await self._post("/tokenize", {"messages": list(messages), "add_generation_prompt": True}, item, near)
         return list(body["tokens"])
 
-    async def hidden_states(self, token_ids: Sequence[int], *, item: str, near: str = "") -> StatesFile:
-        """Run the target over `token_ids` on a server in mode `extract`; returns when the file is there."""
+    async def hidden_states(self, token_ids: Sequence[int], *, item: str, near: str = "") -> Promised:
+        """Run the target over `token_ids` on a server in mode `extract`; returns when its states are there."""
         answer = await self.complete(
             token_ids,
             item=item,
@@ -140,27 +144,31 @@ class Client:
         )
         return await self.states_of(answer, item=item)
 
-    async def states_of(self, answer: Completion, *, item: str) -> StatesFile:
-        """The states of an answer whose request asked for them; returns when the file is there."""
-        file = promised(answer.kv_transfer_params, self.endpoint.directory, item)
-        if file is None:
+    async def states_of(self, answer: Completion, *, item: str) -> Promised:
+        """The states of an answer whose request asked for them; returns when they are there."""
+        states = self._promised(answer, item)
+        if states is None:
             raise ServiceError(
                 f"the server answered {item} without hidden states",
-                f"it has to be served in mode `extract`, with a connector that keeps them; its mode is "
-                f"`{self.endpoint.mode}`",
+                f"it has to be served in mode `extract`, with a connector that keeps them (in a Mooncake store only "
+                f"with extract.connector=mooncake); its mode is `{self.endpoint.mode}`",
             )
-        check_visible(file, answer.url)
+        if (problem := states.unseen(answer.url)) is not None:
+            raise problem
         server = next(server for server in self._pool.servers if server.endpoint.url == answer.url)
-        await self._appears(file, server, self._limit(len(answer.prompt_ids) + len(answer.token_ids)))
-        return file
+        await self._appear(states, server, self._limit(len(answer.prompt_ids) + len(answer.token_ids)))
+        return states
 
     async def _without_states(self, answer: Completion, item: str) -> Completion:
         """Remove the states of a request that did not ask for them: some connectors write those of every request."""
-        file = promised(answer.kv_transfer_params, self.endpoint.directory, item)
-        if file is not None and file.path.parent.is_dir():
+        states = self._promised(answer, item)
+        if states is not None and states.unseen(answer.url) is None:
             with contextlib.suppress(StageError):  # where they could not be written nothing is left
-                (await self.states_of(answer, item=item)).drop()
+                await asyncio.to_thread((await self.states_of(answer, item=item)).drop)
         return answer
+
+    def _promised(self, answer: Completion, item: str) -> Promised | None:
+        return promised(answer.kv_transfer_params, self.endpoint.directory, self._store, item)
 
     async def map(self, work: Callable[[A], Awaitable[B]], items: Iterable[A]) -> AsyncGenerator[B, None]:
         """`work` on every item, `concurrency` of them at a time; yields results as they finish.
@@ -260,28 +268,24 @@ class Client:
             )
         raise StageError(f"the server refuses {item}: {said}", "leave this item out, or mend it where it comes from")
 
-    async def _appears(self, file: StatesFile, server: Server, limit: float) -> None:
-        """Wait until the connector has written the file."""
+    async def _appear(self, states: Promised, server: Server, limit: float) -> None:
+        """Wait until the connector has written them."""
         pause = 0.001
-        deadline = time.monotonic() + limit
         next_check = time.monotonic() + 2.0
-        while not file.there():
-            if time.monotonic() > deadline:
-                raise ServiceError(
-                    f"the hidden states of {file.item} were promised as {file.path} and are not there after "
-                    f"{limit:g} s",
-                    "is the server's directory visible from here? Server and stage have to share it; serve.states "
-                    "says where it is mounted",
-                )
-            if time.monotonic() > next_check:
-                if await server.health() in ("refused", "ill"):
-                    raise ServiceError(
-                        f"the server at {server.endpoint.url} is gone; {explain(server.endpoint.log)}",
-                        "mend what its log names, then run the same command again: what is finished is kept",
-                    )
-                next_check = time.monotonic() + 2.0
-            await asyncio.sleep(pause)
-            pause = min(2 * pause, 0.05)
+        try:
+            async with asyncio.timeout(limit):
+                while not await states.there():
+                    if time.monotonic() > next_check:
+                        if await server.health() in ("refused", "ill"):
+                            raise ServiceError(
+                                f"the server at {server.endpoint.url} is gone; {explain(server.endpoint.log)}",
+                                "mend what its log names, then run the same command again: what is finished is kept",
+                            )
+                        next_check = time.monotonic() + 2.0
+                    await asyncio.sleep(pause)
+                    pause = min(2 * pause, 0.05)
+        except TimeoutError:
+            raise states.late(limit) from None
 
 
 def _completion(

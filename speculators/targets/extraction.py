@@ -25,7 +25,7 @@ from speculators.errors import ContractError, RunError, StageError
 from speculators.job import Job, write_json
 from speculators.targets import fidelity
 from speculators.targets.client import Client
-from speculators.targets.handover import StatesFile
+from speculators.targets.handover import Promised
 from speculators.targets.states import (
     SKIPPED,
     BadRows,
@@ -76,14 +76,14 @@ async def _run(job: Job, tokens: Dataset, rows: range, writer: ShardWriter) -> i
         gate = await fidelity.open_gate(job, client, tokens, writer.done | set(bad.reasons), rows)
         asked = {row: [position] for row, position in fidelity.places(tokens["seq_len"])}
 
-        async def work(row: int) -> tuple[int, list[int], StatesFile | RunError]:
+        async def work(row: int) -> tuple[int, list[int], Promised | RunError]:
             sent = list(tokens[row]["input_ids"])
             try:
                 return row, sent, await client.hidden_states(sent, item=f"row {row}", near=tokens[row]["id"])
             except StageError as error:  # about this row: what is about the server is a ServiceError
                 return row, sent, error
 
-        def keep(row: int, sent: list[int], file: StatesFile | RunError) -> None:
+        def keep(row: int, sent: list[int], file: Promised | RunError) -> None:
             try:
                 if isinstance(file, RunError):
                     raise file

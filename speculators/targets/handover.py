@@ -1,12 +1,13 @@
-"""Hidden states on their way from a server to whoever asked: where their file is, when it is whole, what is in it.
+"""Hidden states on their way from a server to whoever asked: where they are, when they are whole, what is in them.
 
-Two ways are known. Which one a server goes is in its answer, so nobody has to say it:
+Three ways are known. Which one a server goes is in its answer, so nobody has to say it:
 
 - `hidden_states_file`, of our connector: a name in the directory that server and client share. The file appears by a
   rename, or `NAME.error` in its place says why it does not.
 - `hidden_states_path`, of vLLM's ExampleHiddenStatesConnector and what is made from it (hs-connectors' float8 one):
   the server's own path. Before the answer comes, the server has an exclusive lock on `PATH.lock`, and gives it back
   when the file is written, or could not be. It writes the states of every request, asked for or not.
+- `handle`, of hs-connectors' Mooncake connector: the key of an object in a store, see `targets.mooncake`.
 
 float8 comes as `scales` [T, L] in the target's type (ours), or `hidden_states_scales` [T, 1, 1] in float32, one over
 all layers (hs-connectors'), which reads as bfloat16.
@@ -18,7 +19,7 @@ import fcntl
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from safetensors import SafetensorError
@@ -26,15 +27,46 @@ from safetensors.torch import load_file
 
 from speculators.data.encoding import dequantise
 from speculators.errors import ServiceError, StageError
+from speculators.targets.mooncake import HANDLE, StatesObject, Store
 
 OURS, STOCK = "hidden_states_file", "hidden_states_path"
-"""Under which an answer's `kv_transfer_params` name the file."""
+"""Under which an answer's `kv_transfer_params` name a file."""
 SEES_LOG = "the server's disk is full or broken, or another program writes to its directory; see its log"
+
+
+class Promised(Protocol):
+    """Hidden states that a server has promised. Whoever has waited for many of them takes one at a time."""
+
+    def unseen(self, url: str) -> ServiceError | None:
+        """Why nothing that the server at `url` promises can be seen from here; None where it can."""
+
+    async def there(self) -> bool:
+        """Whether they are there, and whole.
+
+        Raises:
+            StageError: the server could not write them.
+            ServiceError: nobody can tell.
+        """
+
+    def late(self, seconds: float) -> ServiceError:
+        """What to say if they are not there after so many."""
+
+    def take(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """The ids that the states belong to, int64 [T], and the states [T, L, H] in the dtype the target computes in.
+
+        They are gone from where they were afterwards.
+
+        Raises:
+            StageError: they are not what a connector writes, or not whole.
+        """
+
+    def drop(self) -> None:
+        """Remove what the server has written."""
 
 
 @dataclass(frozen=True, slots=True)
 class StatesFile:
-    """Hidden states that the server has promised. Whoever has waited for many of them takes one at a time."""
+    """Promised states in a file."""
 
     path: Path
     item: str = "an answer"
@@ -42,23 +74,27 @@ class StatesFile:
     lock: Path | None = None
     """What the server holds locked until they are written; None: they appear whole."""
 
-    def there(self) -> bool:
-        """Whether the file is there, and whole.
+    def unseen(self, url: str) -> ServiceError | None:
+        if self.path.parent.is_dir():
+            return None
+        return ServiceError(
+            f"the server at {url} has put the hidden states of {self.item} into {self.path.name}, which would be in "
+            f"{self.path.parent} here, and that is no directory",
+            "serve.states=DIRECTORY: the server's kv_connector_extra_config.shared_storage_path, as it is mounted on "
+            "the machine where the stage runs",
+        )
 
-        Raises:
-            StageError: the server could not write it.
-            ServiceError: nothing can be locked where it is.
-        """
+    async def there(self) -> bool:
         return self._appeared() if self.lock is None else self._released(self.lock)
 
+    def late(self, seconds: float) -> ServiceError:
+        return ServiceError(
+            f"the hidden states of {self.item} were promised as {self.path} and are not there after {seconds:g} s",
+            "is the server's directory visible from here? Server and stage have to share it; serve.states says where "
+            "it is mounted",
+        )
+
     def take(self) -> tuple[torch.Tensor, torch.Tensor]:
-        """The ids that the states belong to, int64 [T], and the states [T, L, H] in the dtype the target computes in.
-
-        The file is gone afterwards.
-
-        Raises:
-            StageError: it is not what a connector writes, or not whole.
-        """
         try:
             tensors = load_file(self.path)
             token_ids, states = tensors["token_ids"], tensors["hidden_states"]
@@ -76,7 +112,6 @@ class StatesFile:
         return token_ids, states
 
     def drop(self) -> None:
-        """Remove what the server has written."""
         for path in filter(None, (self.path, self.lock)):
             path.unlink(missing_ok=True)
 
@@ -107,12 +142,15 @@ class StatesFile:
         raise StageError(f"the server could not write the hidden states of {self.item}", SEES_LOG)
 
 
-def promised(answer: Mapping[str, Any], directory: Path, item: str) -> StatesFile | None:
-    """The file that an answer's `kv_transfer_params` name; None if they name none.
+def promised(answer: Mapping[str, Any], directory: Path, store: Store | None, item: str) -> Promised | None:
+    """What an answer's `kv_transfer_params` promise; None if that is nothing.
 
-    It lies in `directory`, whatever that is called where the server is. Where nobody has said what the directory of a
-    server that is not ours is called here, the path that the server says has to do.
+    An object is in `store`, and is nothing where the recipe speaks of none. A file lies in `directory`, whatever that
+    is called where the server is. Where nobody has said what the directory of a server that is not ours is called here,
+    the path that the server says has to do.
     """
+    if HANDLE in answer and store is not None:
+        return StatesObject(answer, store, item)
     if OURS in answer:
         return StatesFile(directory / Path(answer[OURS]).name, item)
     if STOCK not in answer:
@@ -120,14 +158,3 @@ def promised(answer: Mapping[str, Any], directory: Path, item: str) -> StatesFil
     said = Path(answer[STOCK])
     path = directory / said.name if directory.is_dir() else said
     return StatesFile(path, item, path.with_name(f"{path.name}.lock"))
-
-
-def check_visible(file: StatesFile, url: str) -> None:
-    """Raise ServiceError where the directory of a promised file is not one that is seen from here."""
-    if not file.path.parent.is_dir():
-        raise ServiceError(
-            f"the server at {url} has put the hidden states of {file.item} into {file.path.name}, which would be in "
-            f"{file.path.parent} here, and that is no directory",
-            "serve.states=DIRECTORY: the server's kv_connector_extra_config.shared_storage_path, as it is mounted on "
-            "the machine where the stage runs",
-        )

@@ -31,7 +31,7 @@ from speculators.data.token_table import TokenTable, asked_for
 from speculators.errors import ContractError, ServiceError
 from speculators.job import Endpoint
 from speculators.targets.client import Client
-from speculators.targets.handover import StatesFile
+from speculators.targets.handover import Promised
 from speculators.targets.states import check_states
 from speculators.training.window import Window
 
@@ -246,7 +246,7 @@ class Feed:
         self._busy_since = now
         self._in_flight += change
 
-    def _take(self, row: int, sent: list[int], file: StatesFile) -> None:
+    def _take(self, row: int, sent: list[int], file: Promised) -> None:
         """In a thread: reading, checking and storing a row must not keep other requests from being sent."""
         token_ids, states = file.take()
         check_states(f"row {row}", sent, token_ids, states, self.shape.compute)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 import os
 import signal
 import socket
@@ -13,8 +14,9 @@ from pathlib import Path
 
 import pytest
 
-from speculators.config import Config, Connector
+from speculators.config import Config, Connector, Mooncake
 from speculators.errors import ServiceError
+from speculators.job import read_request
 from speculators.runner import guard
 from speculators.runner.service import Service, ServiceSpec, cause, external, free_port, reap_left_overs
 
@@ -166,6 +168,19 @@ def test_the_directory_of_an_external_servers_states_is_the_one_that_the_recipe_
     assert external(config, "extract", tmp_path / "n2", tmp_path / "log").plain()["directory"] == "/mnt/states"
     config.serve.states, config.extract.connector = "", Connector.example
     assert external(config, "extract", tmp_path / "n2", tmp_path / "log").spec.states is None
+
+
+def test_a_stage_hears_of_the_mooncake_store_where_the_recipe_puts_states_into_one(tmp_path: Path) -> None:
+    config = Config()
+    config.serve.url, config.serve.mooncake.master = "http://gpu-7:8000", "10.0.0.1:50052"
+    request = {"format": 1, "node": "extract", "stage": "extract", "key": "k", "config": {}, "work": str(tmp_path)}
+    heard = []
+    for config.extract.connector in (Connector.example, Connector.mooncake):
+        plain = external(config, "extract", tmp_path / "n2", tmp_path / "log").plain()
+        empty = {"derived": {}, "inputs": {}, "digests": {}, "services": {"target": plain}}
+        (tmp_path / "request.json").write_text(json.dumps(request | empty))
+        heard.append(read_request(tmp_path / "request.json").services["target"].mooncake)
+    assert heard == [None, Mooncake(master="10.0.0.1:50052")]
 
 
 def test_an_external_server_is_used_under_its_own_name_and_never_stopped(

@@ -14,6 +14,9 @@ from speculators.config import Config, Connector, Device, DFlash, Dtype, Eagle3,
 from speculators.errors import RecipeError
 from speculators.fields import to_plain
 from speculators.runner import threads, vllm
+from speculators.runner.installed import installed
+
+CLIENT = "mooncake-transfer-engine-non-cuda"
 
 
 def recipe() -> Config:
@@ -263,7 +266,9 @@ def test_a_stock_connector_is_loaded_as_its_authors_say(connector: Connector, to
 @pytest.mark.parametrize(
     ("connector", "change", "message"),
     [
-        (Connector.mooncake, {}, "extract.connector=mooncake: hidden states in a Mooncake store cannot be read"),
+        (Connector.mooncake, {"device": "cpu", "mooncake": True}, "extract.connector=mooncake needs an accelerator"),
+        (Connector.mooncake, {"stages": 2, "mooncake": True}, "mooncake does not work with serve.pipeline_parallel"),
+        (Connector.mooncake, {"mooncake": True}, "mooncake needs hs-connectors, which this environment does not"),
         (Connector.example, {"device": "cpu"}, "extract.connector=example needs an accelerator"),
         (Connector.example, {"stages": 2}, "extract.connector=example does not work with serve.pipeline_parallel"),
         (Connector.ours, {"stages": 2, "device": "cpu"}, "serve.pipeline_parallel=2: vLLM on a CPU does not hand"),
@@ -272,19 +277,16 @@ def test_a_stock_connector_is_loaded_as_its_authors_say(connector: Connector, to
     ],
 )
 def test_what_a_connector_cannot_do_is_refused_before_anything_starts(
-    connector: Connector, change: dict[str, Any], message: str
+    connector: Connector, change: dict[str, Any], message: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr(vllm, "installed", lambda: {CLIENT: "0.3.13"} if "mooncake" in change else {})
     config = extraction(connector, Device[change.get("device", "cuda")])
     config.serve.pipeline_parallel = change.get("stages", 1)
     config.target.dtype = Dtype[change.get("dtype", "bfloat16")]
     with pytest.raises(RecipeError, match=message):
         vllm.check_extraction(config)
     config.serve.url, config.serve.states = "http://gpu-7:8000", "/mnt"  # then it is for whoever has started it
-    if connector is Connector.mooncake:
-        with pytest.raises(RecipeError, match=message):
-            vllm.check_extraction(config)
-    else:
-        vllm.check_extraction(config)
+    vllm.check_extraction(config)
 
 
 def test_an_external_server_keeps_states_only_where_the_recipe_says_they_are_seen() -> None:
@@ -303,3 +305,47 @@ def test_float8_of_hs_connectors_is_taken_where_the_server_has_the_package(tmp_p
     config = extraction(Connector.fp8)
     config.serve.python = str(tmp_path / "bin/python")
     vllm.check_extraction(config)
+
+
+def test_hs_connectors_is_told_where_the_mooncake_store_is() -> None:
+    config = extraction(Connector.mooncake)
+    config.serve.mooncake.master, config.serve.mooncake.host = "10.0.0.1:50052", "10.0.0.2"
+    config.serve.mooncake.segment_gib = 0.5
+    given = json.loads(value(words(config, "extract", capture_layer_ids=[2, 30]), "--kv_transfer_config"))
+    assert given == {
+        "kv_connector": "MooncakeHiddenStatesConnector",
+        "kv_connector_module_path": "hs_connectors.mooncake_hidden_states_connector",
+        "kv_role": "kv_producer",
+        "kv_connector_extra_config": {
+            "mooncake": {
+                "local_hostname": "10.0.0.2",
+                "metadata_server": "P2PHANDSHAKE",
+                "master_server_address": "10.0.0.1:50052",
+                "global_segment_size": 2**29,
+                "local_buffer_size": 2**31,
+                "protocol": "tcp",
+                "device_name": "",
+            }
+        },
+    }
+
+
+def test_mooncakes_client_has_to_be_where_vllm_is_and_where_the_stages_run(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config, here = extraction(Connector.mooncake), dict[str, str]()
+    config.serve.python = str(tmp_path / "bin/python")
+    monkeypatch.setattr(vllm, "installed", lambda places=None: here if places is None else installed(places))
+    with pytest.raises(RecipeError, match="needs Mooncake's client, which this environment does not have") as raised:
+        vllm.check_extraction(config)
+    assert "speculators-run[mooncake]" in raised.value.hint
+    here[CLIENT] = "0.3.13"
+    with pytest.raises(RecipeError, match=f"needs Mooncake's client, which {config.serve.python} does not have"):
+        vllm.check_extraction(config)
+    packages = tmp_path / "lib/python3.11/site-packages"
+    (packages / "mooncake_transfer_engine-0.3.13.post1.dist-info").mkdir(parents=True)
+    (packages / "hs_connectors-0.9.0.dist-info").mkdir()
+    vllm.check_extraction(config)
+    config.serve.mooncake.master = "10.0.0.1"
+    with pytest.raises(RecipeError, match=r"serve.mooncake.master=10.0.0.1 is not HOST:PORT"):
+        vllm.check_extraction(config)

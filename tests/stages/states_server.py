@@ -6,9 +6,11 @@ As a program, `states_server.py PORT MODEL`, it leaves them where vLLM would und
 from __future__ import annotations
 
 import fcntl
+import json
 import sys
 import threading
 import uuid
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +35,22 @@ def as_float8(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     return {**tensors, "hidden_states": (states / scales).to(torch.float8_e4m3fn), "hidden_states_scales": scales}
 
 
+def packed(handle: str, tensors: dict[str, torch.Tensor]) -> tuple[dict[str, Any], bytes]:
+    """What hs-connectors says of an object in a Mooncake store, and the object: each tensor begins at 64 bytes."""
+    said, data = {}, b""
+    for name, tensor in tensors.items():
+        raw = tensor.contiguous().view(torch.uint8).numpy().tobytes()
+        shape = list(tensor.shape)
+        said[name] = {"shape": shape, "dtype": str(tensor.dtype), "nbytes": len(raw), "offset": len(data)}
+        data += raw + bytes(-len(raw) % 64)
+    metadata = {
+        "num_tokens": len(tensors["token_ids"]),
+        "total_aligned_bytes": len(data),
+        "extract_mode": "prompt_only",
+    }
+    return {"handle": handle, "version": 1, "tensors": said, "metadata": metadata}, data
+
+
 class StatesServer:
     """`trouble` maps the first token of a prompt to what goes wrong with its states."""
 
@@ -42,7 +60,9 @@ class StatesServer:
         self.asked: list[list[int]] = []
         """Prompts whose states were asked for."""
         self.connector = "ours"
-        """`ours`, or vLLM's `example` and hs-connectors' `fp8`, which write the states of every request."""
+        """`ours`, or vLLM's `example`, hs-connectors' `fp8` and `mooncake`, which write the states of every request."""
+        self.put: Callable[[str, bytes], Any] = lambda key, data: None
+        """What `mooncake` puts an object with."""
         self.dies_after = 1 << 30
         self.stopping = threading.Lock()
         outer = self
@@ -65,6 +85,8 @@ class StatesServer:
         """Status and body for one completion; its states are written on the way."""
         prompt: list[int] = fields["prompt"]
         choice = {"text": "x", "prompt_token_ids": prompt, "token_ids": [1], "finish_reason": "length"}
+        if self.connector == "mooncake":
+            return 200, {"choices": [choice], "kv_transfer_params": self.write_object(prompt)}
         if self.connector != "ours":
             return 200, {"choices": [choice], "kv_transfer_params": self.write_locked(prompt)}
         if not fields.get("kv_transfer_params"):
@@ -112,6 +134,35 @@ class StatesServer:
 
         threading.Timer(0.005, write).start()
         return {"hidden_states_path": f"/where/the/server/is/{path.name}"}
+
+    def write_object(self, prompt: list[int]) -> dict[str, Any]:
+        """As hs-connectors' Mooncake connector does: the answer describes an object, which appears later."""
+        self.asked.append(prompt)
+        trouble, tensors = self.trouble.get(prompt[0], ""), {"hidden_states": states_of(prompt)}
+        handle = f"cmpl-{uuid.uuid4().hex}-0"
+        manifest, data = packed(handle, tensors | {"token_ids": torch.tensor(prompt)})
+        states = manifest["tensors"]["hidden_states"]
+        if trouble == "version":
+            manifest["version"] = 2
+        if trouble == "outside":
+            states["offset"] += len(data)
+        if trouble == "before":
+            states["offset"] = -64
+        if trouble == "crooked":
+            states["offset"] = 1
+        if trouble == "shape":
+            states["shape"] = [len(prompt), LAYERS, WIDTH + 1]
+        if trouble == "type":
+            states["dtype"] = "torch.nn"
+        if trouble == "nameless":
+            del manifest["tensors"]["token_ids"]
+        if trouble == "truncated":
+            data = data[:-64]
+        if trouble == "unwritten":
+            handle, data = f"{handle}:error", json.dumps({"error": "Non-finite producer tensor"}).encode()
+        if trouble != "never":
+            threading.Timer(0.005, self.put, (handle, data)).start()
+        return manifest
 
     def stop(self) -> None:
         with self.stopping:

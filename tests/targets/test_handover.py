@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import asyncio
 import fcntl
+import re
 from pathlib import Path
 
 import pytest
@@ -10,7 +12,7 @@ import torch
 from safetensors.torch import save_file
 
 from speculators.errors import ServiceError, StageError
-from speculators.targets.handover import StatesFile, check_visible, promised
+from speculators.targets.handover import StatesFile, promised
 
 
 def written(path: Path, **more: torch.Tensor) -> None:
@@ -18,16 +20,16 @@ def written(path: Path, **more: torch.Tensor) -> None:
 
 
 def test_a_file_under_a_lock_is_there_when_the_lock_is_given_back_and_both_go_when_it_is_taken(tmp_path: Path) -> None:
-    file = promised({"hidden_states_path": "/server/cmpl-1.safetensors"}, tmp_path, "row 3")
-    assert file is not None
+    file = promised({"hidden_states_path": "/server/cmpl-1.safetensors"}, tmp_path, None, "row 3")
+    assert isinstance(file, StatesFile)
     assert file.path == tmp_path / "cmpl-1.safetensors"
-    assert not file.there(), "neither the file nor its lock can be seen yet"
+    assert not asyncio.run(file.there()), "neither the file nor its lock can be seen yet"
     with Path(f"{file.path}.lock").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         file.path.write_bytes(b"half of it")
-        assert not file.there()
+        assert not asyncio.run(file.there())
         written(file.path)
-    assert file.there()
+    assert asyncio.run(file.there())
     ids, states = file.take()
     assert (ids.tolist(), states.shape) == ([1, 2], (2, 1, 4))
     assert list(tmp_path.iterdir()) == []
@@ -36,7 +38,7 @@ def test_a_file_under_a_lock_is_there_when_the_lock_is_given_back_and_both_go_wh
 def test_a_lock_that_is_given_back_without_a_file_is_a_failure_of_the_server(tmp_path: Path) -> None:
     (tmp_path / "x.lock").touch()
     with pytest.raises(StageError, match="could not write the hidden states of row 3"):
-        StatesFile(tmp_path / "x", "row 3", tmp_path / "x.lock").there()
+        asyncio.run(StatesFile(tmp_path / "x", "row 3", tmp_path / "x.lock").there())
     assert list(tmp_path.iterdir()) == []
 
 
@@ -59,18 +61,17 @@ def test_the_path_that_a_server_says_counts_only_where_nobody_says_what_its_dire
     tmp_path: Path,
 ) -> None:
     said = {"hidden_states_path": "/server/x.safetensors"}
-    elsewhere = promised(said, tmp_path / "not-here", "row 3")
-    assert elsewhere is not None
+    elsewhere = promised(said, tmp_path / "not-here", None, "row 3")
+    assert isinstance(elsewhere, StatesFile)
     assert elsewhere.path == Path("/server/x.safetensors")
-    ours = promised({"hidden_states_file": "../../x.safetensors"}, tmp_path, "row 3")
+    ours = promised({"hidden_states_file": "../../x.safetensors"}, tmp_path, None, "row 3")
     assert ours == StatesFile(tmp_path / "x.safetensors", "row 3")
-    assert promised({}, tmp_path, "row 3") is None
+    assert promised({}, tmp_path, None, "row 3") is None
 
 
 def test_a_directory_that_cannot_be_seen_is_named_at_once_with_what_to_set(tmp_path: Path) -> None:
-    check_visible(StatesFile(tmp_path / "x"), "http://gpu-7:8000")
-    with pytest.raises(
-        ServiceError, match=r"gpu-7:8000 has put the hidden states of row 3 into x, .*/mnt/none"
-    ) as raised:
-        check_visible(StatesFile(Path("/mnt/none/x"), "row 3"), "http://gpu-7:8000")
-    assert raised.value.hint.startswith("serve.states=DIRECTORY")
+    assert StatesFile(tmp_path / "x").unseen("http://gpu-7:8000") is None
+    problem = StatesFile(Path("/mnt/none/x"), "row 3").unseen("http://gpu-7:8000")
+    assert isinstance(problem, ServiceError)
+    assert re.search("gpu-7:8000 has put the hidden states of row 3 into x, .*/mnt/none", problem.message)
+    assert problem.hint.startswith("serve.states=DIRECTORY")
