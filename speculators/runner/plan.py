@@ -22,6 +22,9 @@ from speculators.runner.graph import TARGET, Node
 from speculators.runner.installed import installed
 from speculators.runner.store import Store
 
+SHOWN = 8
+"""Options that a reason names. Whoever has changed one wants to see it; an artifact that differs in many is another."""
+
 
 class State(enum.Enum):
     """What is to be done about a node."""
@@ -208,6 +211,8 @@ def describe(changes: list[tuple[str, Any, Any]]) -> str:
         for name, old, new in changes
         if not name.startswith(("input ", "version"))
     ]
+    if len(options) > SHOWN + 1:
+        options[SHOWN:] = [f"and {len(options) - SHOWN} more, which `explain` lists"]
     versions = [f"version {old} -> {new}" for name, old, new in changes if name == "version"]
     parts = [f"upstream: {', '.join(inputs)}"] if inputs else []
     parts += [f"changed: {', '.join(options)}"] if options else []

@@ -169,6 +169,12 @@ def test_reasons_name_inputs_options_and_versions() -> None:
     assert describe(changes) == "upstream: tokens; changed: train.lr 0.001 -> 0.0005; version 1 -> 2"
 
 
+def test_a_miss_that_differs_in_many_options_names_some_and_counts_the_rest() -> None:
+    changes = [(f"train.o{number}", 0, 1) for number in range(10)]
+    assert describe(changes[:9]).count("->") == 9
+    assert describe(changes).endswith("train.o7 0 -> 1, and 2 more, which `explain` lists")
+
+
 def test_parts_are_planned_while_the_whole_is_not_there_and_not_named_once_it_is(store: Store) -> None:
     config = recipe.compose(["recipe=smollm2_eagle3", "pipeline=offline"])
     config.extract.workers = 2
