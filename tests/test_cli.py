@@ -95,7 +95,7 @@ def test_plan_prints_reasons_servers_and_bytes(capsys: pytest.CaptureFixture[str
     assert "waits  evaluate            -         upstream: train" in out
     assert "server for regenerate (extract):" in out
     assert "eagle_aux_hidden_state_layer_ids" in out
-    assert "hidden states: at most 393,216 tokens, 4.2 GiB" in out
+    assert "hidden states: at most 393,216 tokens, 2.1 GiB" in out
 
 
 def test_plan_as_json_is_data_alone(capsys: pytest.CaptureFixture[str]) -> None:
