@@ -94,30 +94,31 @@ PART = 1 << 17
 """Numbers that are updated at a time on a CPU, so that they come from memory once."""
 
 
-def stacked(count: int, shape: Sequence[int], dtype: torch.dtype, device: torch.device | None = None) -> Tensor:
-    """Room for matrices [m, n] that `orthogonalise` is to take, [count, m, n]: the longer side lies in one piece."""
-    rows, columns = shape
-    if rows > columns:
-        return torch.empty(count, columns, rows, dtype=dtype, device=device).mT
-    return torch.empty(count, rows, columns, dtype=dtype, device=device)
+def stacked(shapes: Sequence[Sequence[int]], dtype: torch.dtype, device: torch.device | None = None) -> Tensor:
+    """Room for matrices of one shape or its transpose, [B, k, n], k <= n: those that are tall lie there transposed."""
+    return torch.empty(len(shapes), *sorted(shapes[0]), dtype=dtype, device=device)
 
 
-def orthogonalise(matrices: Tensor, block: int = 0) -> Tensor:
-    """The orthogonal matrix nearest to each of [B, m, n], about: singular values from the floor up end around one.
+def turned(x: Tensor, shapes: Sequence[Sequence[int]]) -> list[Tensor]:
+    """Each of [B, k, n] in its own shape; nothing is copied."""
+    return [matrix.mT if rows > columns else matrix for matrix, (rows, columns) in zip(x, shapes, strict=True)]
+
+
+def orthogonalise(x: Tensor, shapes: Sequence[Sequence[int]], block: int = 0) -> list[Tensor]:
+    """The orthogonal matrix nearest to each, about: singular values from the floor up end around one.
 
     With X = USV', f(S) is wanted for S, f being `zolotarev`'s function, which ends between 0.9 and 1.1, or `quintics`'
     chain in formats shorter than float32, between 0.65 and 1.35; either is X times a function of its Gram matrix
-    [k, k], k = min(m, n). The usual chain (Jordan et al. 2024) takes one step more, to 0.68 and 1.19.
+    [k, k]. The usual chain (Jordan et al. 2024) takes one step more, to 0.68 and 1.19.
 
     With `block`, the shorter side is cut into groups of so many rows, each made orthogonal by itself: k / block
     times less work, and what is lost is that two groups may still move along the same direction.
 
     Args:
-        matrices: as `stacked` lays them; they are used up. Their format is that of the products.
+        x: as `stacked` lays them [B, k, n], used up. Their format is that of the products.
+        shapes: of the matrices, as they are and as they are given back.
         block: rows of a group; 0 for all.
     """
-    tall = matrices.shape[1] > matrices.shape[2]
-    x = matrices.mT if tall else matrices
     count, rows, columns = x.shape
     size = min(block, rows) if block else rows
     groups = -(-rows // size)
@@ -127,18 +128,22 @@ def orthogonalise(matrices: Tensor, block: int = 0) -> Tensor:
     # So that the powers stay within the format.
     x.mul_(1.0 / (torch.linalg.vector_norm(x, dim=(1, 2), keepdim=True) + 1e-30))
     x, applied = _by_inverses(x) if x.dtype is torch.float32 else _by_products(x)
-    if tall and groups == 1:
-        return x.mT @ applied  # which is symmetric
-    found = (applied @ x).reshape(count, groups * size, columns)[:, :rows]
-    return found.mT if tall else found
+    if groups > 1:
+        return turned((applied @ x).reshape(count, groups * size, columns)[:, :rows], shapes)
+    found: list[Tensor] = []
+    for tall, run in itertools.groupby(shapes, lambda shape: shape[0] > shape[1]):
+        some = slice(len(found), len(found) + len(list(run)))
+        # What is applied is symmetric: a tall matrix is computed as it is to be, and need not be turned.
+        found += (x[some].mT @ applied[some] if tall else applied[some] @ x[some]).unbind()
+    return found
 
 
 def together(shapes: Sequence[Sequence[int]]) -> list[list[int]]:
-    """Which matrices are made orthogonal at once: of one shape, and `TOGETHER` at most."""
+    """Which matrices are made orthogonal at once: of one shape or its transpose, and `TOGETHER` at most."""
     groups: list[list[int]] = []
     last: dict[tuple[int, ...], list[int]] = {}
     for place, shape in enumerate(shapes):
-        kind = tuple(shape)
+        kind = tuple(sorted(shape))
         if kind not in last or (len(last[kind]) + 1) * math.prod(kind) > TOGETHER:
             last[kind] = []
             groups.append(last[kind])
@@ -190,9 +195,11 @@ def _by_products(x: Tensor) -> tuple[Tensor, Tensor]:
 
 def _gram(x: Tensor) -> Tensor:
     """Products of the rows [B, k, n]; those of a single wide matrix in parts, which are computed side by side."""
-    if len(x) > 1 or x.shape[2] % x.shape[1]:
+    _, rows, columns = x.shape
+    count = next(count for count in range(max(1, columns // rows), 0, -1) if columns % count == 0)
+    if len(x) > 1 or count == 1:
         return x @ x.mT
-    parts = x[0].unflatten(1, (-1, x.shape[1])).transpose(0, 1)
+    parts = x[0].unflatten(1, (count, -1)).transpose(0, 1)
     return (parts @ parts.mT).sum(0, keepdim=True)
 
 
@@ -275,7 +282,7 @@ class Optimizers:
         if self.divided:
             return self._updates_of_rows(names, shrink) if names else []
         if self.ranks.size == 1:
-            return orthogonalise(self._asked(names, shrink), self.block).unbind()
+            return self._made(names, shrink)
         own = [name for name in names if self.owners[name] == self.ranks.rank]
         for name in names:
             if name not in own:
@@ -284,7 +291,7 @@ class Optimizers:
         updates = {name: torch.empty_like(self.momenta[name]) for name in names}
         for alike in together([self.shapes[name] for name in own]):
             its = [own[place] for place in alike]
-            for name, update in zip(its, orthogonalise(self._asked(its, shrink), self.block), strict=True):
+            for name, update in zip(its, self._made(its, shrink), strict=True):
                 updates[name].copy_(update)
         self.ranks.spread(list(updates.values()), [self.owners[name] for name in names])
         return list(updates.values())
@@ -302,10 +309,11 @@ class Optimizers:
         whole = [torch.cat(parts) for parts in zip(*got, strict=True)]
         made = list(whole)
         for alike in together([matrix.shape for matrix in whole]):
-            x = stacked(len(alike), whole[alike[0]].shape, self.dtype, whole[alike[0]].device)
-            for matrix, place in zip(x, alike, strict=True):
-                matrix.copy_(whole[place])
-            for place, update in zip(alike, orthogonalise(x, self.block), strict=True):
+            alike_shapes = [whole[place].shape for place in alike]
+            x = stacked(alike_shapes, self.dtype, whole[alike[0]].device)
+            for room, place in zip(turned(x, alike_shapes), alike, strict=True):
+                room.copy_(whole[place])
+            for place, update in zip(alike, orthogonalise(x, alike_shapes, self.block), strict=True):
                 made[place] = update.float().contiguous()
         back = self.ranks.exchange(
             [[update[cut[name][of]] for name, update in zip(owned[rank], made, strict=True)] for of in everyone],
@@ -314,12 +322,13 @@ class Optimizers:
         found = dict(zip(itertools.chain(*owned), itertools.chain(*back), strict=True))
         return [found[name] for name in names]
 
-    def _asked(self, names: list[str], shrink: float) -> Tensor:
-        """Move the momenta of matrices of one shape, and see where they are to go."""
-        x = stacked(len(names), self.shapes[names[0]], self.dtype, self.momenta[names[0]].device)
-        for name, asked in zip(names, x, strict=True):
+    def _made(self, names: list[str], shrink: float) -> list[Tensor]:
+        """Move the momenta of matrices of one shape or its transpose, and make of where they are to go the updates."""
+        shapes = [self.shapes[name] for name in names]
+        x = stacked(shapes, self.dtype, self.momenta[names[0]].device)
+        for name, asked in zip(names, turned(x, shapes), strict=True):
             self._move(name, shrink, asked)
-        return x
+        return orthogonalise(x, shapes, self.block)
 
     def _move(self, name: str, shrink: float, asked: Tensor | None = None) -> None:
         """Let what is held of a matrix's momentum take the gradient in.
