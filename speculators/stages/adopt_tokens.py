@@ -28,7 +28,8 @@ def _rows(job: Job, tally: Counter[str]) -> Iterator[dict[str, Any]]:
     longest, least = job.config.train.sequence_length, job.config.tokenize.min_supervised
     for name in sorted(job.config.data):
         directory = job.inputs[f"dataset.{name}"]
-        table: Any = load_from_disk(str(directory))
+        # Whatever it hands out, tensors for upstream's trainer, say: Python's lists are wanted here.
+        table: Any = load_from_disk(str(directory)).with_format(None)
         rows = [row for row in range(len(table)) if states_path(directory, row).is_file()]
         ids, masks = (list(table.select(rows)[column]) for column in ("input_ids", "loss_mask"))
         joined = histories(ids, masks)

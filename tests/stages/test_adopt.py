@@ -22,10 +22,10 @@ ROWS = [[1, 2, 3, 4, 5, 6], [7, 8, 9], [1, 2, 3], [5, 5, 5]]
 MASKS = [[0, 0, 0, 0, 0, 1], [0, 1, 1], [0, 0, 1], [0, 0, 1]]
 
 
-def upstream(directory: Path, states_of: tuple[int, ...] = (0, 1, 2)) -> Path:
+def upstream(directory: Path, states_of: tuple[int, ...] = (0, 1, 2), row_format: str | None = None) -> Path:
     """Four rows, of which one has no states and one is the beginning of another."""
     rows = [{"input_ids": ids, "loss_mask": mask, "seq_len": len(ids)} for ids, mask in zip(ROWS, MASKS, strict=True)]
-    Table.from_list(rows).save_to_disk(directory)
+    Table.from_list(rows).with_format(row_format).save_to_disk(directory)
     (directory / "hidden_states").mkdir()
     for row in states_of:
         write_states(directory, row, ROWS[row])
@@ -54,8 +54,10 @@ def adopted(root: Path, config: Config, source: Path) -> Path:
     return tokens.output
 
 
-def test_rows_and_states_are_adopted_and_a_history_once(tmp_path: Path, config: Config) -> None:
-    tokens = load_from_disk(str(adopted(tmp_path, config, upstream(tmp_path / "theirs"))))
+@pytest.mark.parametrize("row_format", [None, "torch"])
+def test_rows_and_states_are_adopted_and_a_history_once(tmp_path: Path, config: Config, row_format: str | None) -> None:
+    theirs = upstream(tmp_path / "theirs", row_format=row_format)
+    tokens = load_from_disk(str(adopted(tmp_path, config, theirs)))
     assert tokens["id"][:] == ["mine:0", "mine:1"]
     assert tokens["input_ids"][:] == [ROWS[0], ROWS[1]]
     assert tokens["loss_mask"][:] == [[0, 0, 1, 0, 0, 1], [0, 1, 1]]
