@@ -15,7 +15,7 @@ from speculators.runner import derive, graph, schedule, upkeep, vllm
 from speculators.runner.graph import TARGET
 from speculators.runner.plan import Planner, State, Step
 from speculators.runner.schedule import GIB, Split
-from speculators.runner.store import Store, free_bytes
+from speculators.runner.store import Store, existing, free_bytes
 
 PREFILLING = {"extract": "tokens_per_second", "train": "prefill_tokens_per_second"}
 """What stages say in their records about how fast they had the target run over their tokens."""
@@ -174,9 +174,7 @@ def _linked(packing: Step, steps: Mapping[str, Step], root: Path) -> bool:
 
 def _device(path: Path) -> int:
     """Of the file system where a path is, or will be."""
-    while not path.exists():
-        path = path.parent
-    return path.stat().st_dev
+    return existing(path).stat().st_dev
 
 
 def _without_equals(steps: list[Step]) -> list[Step]:
@@ -194,9 +192,7 @@ def _served(node: graph.Node) -> str:
 
 def _writable(root: Path) -> bool:
     """Whether something could be made in a directory, or where it will be."""
-    while not root.exists():
-        root = root.parent
-    return os.access(root, os.W_OK | os.X_OK)
+    return os.access(existing(root), os.W_OK | os.X_OK)
 
 
 def _gib(count: int) -> str:

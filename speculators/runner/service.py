@@ -348,7 +348,7 @@ def external(config: Config, mode: str, directory: Path, log: Path) -> Service:
         # What is measured is one server's.
         also=[url.rstrip("/") for url in config.serve.also] if mode in ("generate", "extract") else [],
         states=Path(config.serve.states).expanduser().absolute() if config.serve.states else None,
-        mooncake=store(config),
+        mooncake=mooncake_store(config),
     )
     return Service(spec, directory)
 
@@ -358,7 +358,7 @@ def lost(servers: Iterable[Service]) -> Service | None:
     return next((server for server in servers if server.poll() == "dead"), None)
 
 
-def store(config: Config) -> Mooncake | None:
+def mooncake_store(config: Config) -> Mooncake | None:
     """The Mooncake store into which a recipe's servers put hidden states; None if into files."""
     return config.serve.mooncake if config.extract.connector is Connector.mooncake else None
 

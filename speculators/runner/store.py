@@ -57,11 +57,16 @@ def open_store(run: Run) -> Store:
     return Store(store_root(run.store), [Path(layer).expanduser().resolve() for layer in layers if layer])
 
 
+def existing(path: Path) -> Path:
+    """A path, or the nearest one above it that is there."""
+    while not path.exists():
+        path = path.parent
+    return path
+
+
 def free_bytes(root: Path) -> int:
     """Free bytes where the store is, or will be."""
-    while not root.exists():
-        root = root.parent
-    return shutil.disk_usage(root).free
+    return shutil.disk_usage(existing(root)).free
 
 
 def no_space(error: OSError, where: object) -> StoreError:

