@@ -10,7 +10,7 @@ SOURCES = sorted((ROOT / "speculators").rglob("*.py"))
 MODULE_LINES = 500
 FUNCTION_LINES = 60
 RUNNER_LINES = 6_500
-PACKAGE_LINES = 20_700
+PACKAGE_LINES = 21_200
 
 
 def lines(path: Path) -> int:

@@ -76,6 +76,7 @@ LEFT = [
 RIGHT = [
     *SHARED,
     "speculators.data",
+    "speculators.native",
     "speculators.drafts",
     "speculators.targets",
     "speculators.decoding",

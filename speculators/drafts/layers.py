@@ -85,18 +85,55 @@ def whole_blocks(x: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 class Linear(nn.Linear):
-    """A product with a matrix, nothing added; see `whole_blocks`."""
+    """A product with a matrix, nothing added; see `whole_blocks`.
+
+    On a CPU the matrix is rounded for products in a short format once for every value that it takes, into the same
+    memory: what is made anew in every step has to be paged in again. Its gradient is made in that format, and kept in
+    it where `weight.grad_dtype` says so.
+    """
 
     def __init__(self, width_in: int, width_out: int) -> None:
         super().__init__(width_in, width_out, bias=False)
+        self._rounded: tuple[Tensor, int] | None = None
+        """The weight in the format of products, and the version that it is of."""
 
     def forward(self, x: Tensor) -> Tensor:
         """[..., width_in] -> [..., width_out], in the format that products are to have."""
         if x.device.type != "cpu" or not torch.is_autocast_enabled("cpu"):
             return super().forward(x)
         rows = x.reshape(-1, x.shape[-1])
-        out = super().forward(whole_blocks(rows, torch.get_autocast_dtype("cpu")))
-        return out[: len(rows)].unflatten(0, x.shape[:-1])
+        dtype = torch.get_autocast_dtype("cpu")
+        out: Tensor = _Product.apply(whole_blocks(rows, dtype), self.weight, self.rounded(dtype))
+        return (out if len(out) == len(rows) else out[: len(rows)]).unflatten(0, x.shape[:-1])
+
+    @torch.no_grad()
+    def rounded(self, dtype: torch.dtype) -> Tensor:
+        """The weight in a format."""
+        if self.weight.dtype is dtype:
+            return self.weight.detach()
+        version = self.weight._version
+        if self._rounded is None or self._rounded[0].dtype is not dtype:
+            self._rounded = (self.weight.to(dtype), version)
+        rounded, of = self._rounded
+        if of != version:
+            rounded.copy_(self.weight)
+            self._rounded = (rounded, version)
+        return rounded
+
+
+class _Product(torch.autograd.Function):
+    """Rows [n, W] @ matrix.T, which is there in their format too."""
+
+    @staticmethod
+    def forward(ctx: Any, rows: Tensor, matrix: Tensor, rounded: Tensor) -> Tensor:
+        ctx.save_for_backward(rows, rounded)
+        return rows @ rounded.T
+
+    @staticmethod
+    def backward(ctx: Any, *slopes: Tensor) -> tuple[Tensor | None, ...]:
+        (slope,), (rows, rounded) = slopes, ctx.saved_tensors
+        of_rows, of_matrix, _ = ctx.needs_input_grad
+        return slope @ rounded if of_rows else None, slope.T @ rows if of_matrix else None, None
 
 
 class Frozen(nn.Module):

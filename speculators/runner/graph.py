@@ -106,7 +106,7 @@ KINDS: dict[str, Kind] = {
         derived=("layer_ids", "capture_layer_ids", "last_state"),
     ),
     "train": Kind(
-        version=6,
+        version=7,
         gives=("speculator",),
         takes={"tokens": "tokens", "features": "features", "vocab": "vocabulary"},
         reads=("train", "speculator", "target.dtype", *GATE),

@@ -24,15 +24,20 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from speculators import native
 from speculators.config import Loss
 from speculators.drafts.base import Pack, Predictions, Vocabulary
 from speculators.drafts.layers import whole_blocks
 from speculators.training.divergences import cost
 
-CHUNK_ELEMENTS = {"cpu": 1 << 22, "cuda": 1 << 27}
+CHUNK_ELEMENTS = {"cpu": 1 << 23, "cuda": 1 << 27}
 """Logits that exist at one time. Fewer make flat products, which are slow."""
 PART_ELEMENTS = {"cpu": 1 << 19, "cuda": 1 << 27}
 """Of those, how many are turned into losses and slopes at one time: on a CPU, what its caches hold beside copies."""
+
+
+BACK_ROWS = 256
+"""See `_back`."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -58,6 +63,11 @@ class Teacher:
     def through(self, head: Tensor, last: Tensor) -> Tensor:
         """States -> what a head that is in the format of the product already makes of them, in that format [U, V]."""
         return (whole_blocks(self.normed(last), head.dtype) @ head.T)[: len(last)]
+
+    @property
+    def plain(self) -> bool:
+        """Whether logits are what the head makes, and nothing else."""
+        return self.scale == 1.0 and self.softcap is None
 
     def finish(self, product: Tensor) -> Tensor:
         """What the head made [U, V] -> float32 logits."""
@@ -207,21 +217,43 @@ class _Walk:
             for picked in self.order_N[bounds[begin] : bounds[end]].split(rows):
                 hidden = whole_blocks(self.hidden_NH[picked], how.dtype)
                 z = hidden @ self.head.T
-                local = self.which_N[picked] - begin
-                slope = None if slopes is None and of_head is None else torch.empty_like(z)
-                for part, places in self._parts(local, end - begin):
-                    own, at = picked[part], local[part] - places.start
-                    wanted, exact = how.teacher.finish(product[places]), how.dtype is torch.float32
-                    divergence[own], correct[own], each = cost(z[part].float(), wanted, at, how.losses, exact)
-                    if slope is not None:
-                        slope[part] = each if weight_N is None else each.mul_(weight_N[own, None])
-                if slope is None:
+                weight = None if weight_N is None else weight_N[picked]
+                local, sloped = self.which_N[picked] - begin, slopes is not None or of_head is not None
+                divergence[picked], correct[picked] = self._turn(z[: len(picked)], product, local, weight, sloped)
+                if not sloped:
                     continue
+                slope = z
                 slope[len(picked) :] = 0.0
                 if slopes is not None:
-                    slopes[picked] = (slope @ self.head)[: len(picked)].to(slopes.dtype)
+                    slopes[picked] = _back(slope, self.head)[: len(picked)].to(slopes.dtype)
                 if of_head is not None:
                     _add_product(of_head, slope.T, hidden)
+        return divergence, correct
+
+    def _turn(
+        self, z: Tensor, product: Tensor, local: Tensor, weight: Tensor | None, sloped: bool
+    ) -> tuple[Tensor, Tensor]:
+        """Losses [n] and correctness [n] of logits [n, V], which become their slopes if those are wanted.
+
+        Args:
+            z: in the format of products.
+            product: what the target's head made [u, V].
+            local: of each prediction its row there, ascending int64 [n].
+            weight: what slopes are multiplied by [n]; 1 if None.
+            sloped: whether they are wanted.
+        """
+        how = self.how
+        if how.losses in native.LOSSES and (loops := native.kernels(z)):
+            wanted = product if how.teacher.plain else how.teacher.finish(product)
+            (kind,) = how.losses
+            return loops.losses(kind, z, wanted, local, weight, sloped)
+        divergence, correct = z.new_empty(len(z), dtype=torch.float32), torch.empty_like(local, dtype=torch.bool)
+        for part, places in self._parts(local, len(product)):
+            wanted, exact = how.teacher.finish(product[places]), how.dtype is torch.float32
+            at = local[part] - places.start
+            divergence[part], correct[part], each = cost(z[part].float(), wanted, at, how.losses, exact)
+            if sloped:
+                z[part] = each if weight is None else each.mul_(weight[part, None])
         return divergence, correct
 
     def _parts(self, local: Tensor, places: int) -> list[tuple[slice, slice]]:
@@ -231,6 +263,12 @@ class _Walk:
             return [(slice(0, len(local)), slice(0, places))]
         of, ends = local.tolist(), [*range(few, len(local), few), len(local)]
         return [(slice(begin, end), slice(of[begin], of[end - 1] + 1)) for begin, end in itertools.pairwise([0, *ends])]
+
+
+def _back(slope: Tensor, head: Tensor) -> Tensor:
+    """slope @ head. On a CPU, oneDNN takes twice as long for a row of it where there are more than `BACK_ROWS`."""
+    short = slope.device.type == "cpu" and slope.dtype is not torch.float32 and len(slope) > BACK_ROWS
+    return torch.cat([part @ head for part in slope.split(BACK_ROWS)]) if short else slope @ head
 
 
 def _add_product(total: Tensor, a: Tensor, b: Tensor) -> None:

@@ -17,6 +17,7 @@ from collections.abc import Iterator, Mapping, Sequence
 import torch
 from torch import Tensor, nn
 
+from speculators import native
 from speculators.config import Optimizer, Schedule, Train
 from speculators.drafts.base import TARGETS
 from speculators.training.ranks import Ranks, rows
@@ -90,8 +91,6 @@ SCALE, WEIGHTS, POLES = zolotarev(2, FLOOR)
 QUINTICS = quintics(4, ROUGH_FLOOR, 1.02)
 TOGETHER = 1 << 22
 """Numbers in matrices that are made orthogonal together, unless one alone has more: what a CPU's cache holds."""
-PART = 1 << 17
-"""Numbers that are updated at a time on a CPU, so that they come from memory once."""
 
 
 def stacked(shapes: Sequence[Sequence[int]], dtype: torch.dtype, device: torch.device | None = None) -> Tensor:
@@ -125,8 +124,6 @@ def orthogonalise(x: Tensor, shapes: Sequence[Sequence[int]], block: int = 0) ->
     if rows % size:  # rows of zeros stay what they are
         x = nn.functional.pad(x, (0, 0, 0, groups * size - rows))
     x = x.reshape(count * groups, size, columns)
-    # So that the powers stay within the format.
-    x.mul_(1.0 / (torch.linalg.vector_norm(x, dim=(1, 2), keepdim=True) + 1e-30))
     x, applied = _by_inverses(x) if x.dtype is torch.float32 else _by_products(x)
     if groups > 1:
         return turned((applied @ x).reshape(count, groups * size, columns)[:, :rows], shapes)
@@ -157,9 +154,10 @@ def _by_inverses(x: Tensor) -> tuple[Tensor, Tensor]:
     Takes [B, k, n] and gives the same, and what has to be applied to it from the left, [B, k, k].
     """
     gram = x @ x.mT
+    length = _shorten(gram)
     # By the fourth root of the sum of the singular values' fourth powers, which is hardly above the largest.
     norm = (gram.flatten(1).norm(dim=1).sqrt() + 1e-7)[:, None, None]
-    gram = gram / norm.square()
+    gram.div_(norm.square())
     applied: Tensor | None = None
     for weight, pole in zip(WEIGHTS, POLES, strict=True):
         shifted = gram.clone()
@@ -168,29 +166,48 @@ def _by_inverses(x: Tensor) -> tuple[Tensor, Tensor]:
         applied = inverse.mul_(weight) if applied is None else applied.add_(inverse, alpha=weight)
     assert applied is not None
     applied.diagonal(dim1=-2, dim2=-1).add_(1.0)
-    return x, applied.mul_(SCALE / norm)
+    return x, applied.mul_(SCALE / norm / length[:, None, None])
 
 
 def _by_products(x: Tensor) -> tuple[Tensor, Tensor]:
     """By `quintics`; as `_by_inverses`, but for what is given, to which all but the last has been applied."""
     gram = _gram(x)
-    square = gram @ gram
-    # As above, by the eighth powers, which are there already. The first coefficients are large and are not rounded; one
-    # matrix after the other, because so much is in a CPU's cache.
-    norms = torch.linalg.vector_norm(square, dim=(1, 2), dtype=torch.float32).sqrt().add_(1e-7).tolist()
-    for one, its_square, norm in zip(gram, square, norms, strict=True):
-        a, b, c = (factor / norm**power for factor, power in zip(QUINTICS[0], (0.5, 1.5, 2.5), strict=True))
-        exact = one.float().mul_(b).add_(its_square, alpha=c)
-        exact.diagonal().add_(a)
-        one.copy_(exact)
-    applied = gram
-    for a, b, c in QUINTICS[1:]:
-        x = applied @ x
-        gram = _gram(x)
+    length = _shorten(gram)
+    for place, quintic in enumerate(QUINTICS):
+        if place:
+            x = gram @ x
+            gram = _gram(x)
         square = gram @ gram
-        applied = gram.mul_(b).add_(square, alpha=c)
-        applied.diagonal(dim1=-2, dim2=-1).add_(a)
-    return x, applied
+        factors = torch.tensor(quintic, device=x.device).expand(len(x), 3)
+        if not place:
+            # As above, by the eighth powers, which are there already.
+            norm = torch.linalg.vector_norm(square, dim=(1, 2), dtype=torch.float32).sqrt().add_(1e-7)[:, None]
+            factors = factors * norm ** torch.tensor([-0.5, -1.5, -2.5], device=x.device) / length[:, None]
+        _polynomial(gram, square, factors.contiguous())
+    return x, gram
+
+
+def _shorten(gram: Tensor) -> Tensor:
+    """Divide Gram matrices [B, k, k] so that all powers of them stay within the format.
+
+    Returns: the lengths [B] that what they are made of would be divided by; powers of two, so that nothing is rounded.
+    """
+    squares = gram.diagonal(dim1=-2, dim2=-1).sum(-1, dtype=torch.float32)
+    squares = torch.exp2(torch.frexp(squares.add_(1e-30)).exponent)
+    for one, square in zip(gram, squares, strict=True):
+        one.div_(square)
+    return squares.sqrt_()
+
+
+def _polynomial(x: Tensor, square: Tensor, factors: Tensor) -> None:
+    """Let [B, k, k] become a + b x + c x^2, `factors` [B, 3] float32; the first ones are large and are not rounded."""
+    if loops := native.kernels(x):
+        return loops.polynomial(x, square, factors)
+    a, b, c = factors[:, :, None].unbind(1)
+    exact = (b[:, None] * x).addcmul_(c[:, None], square.float())
+    exact.diagonal(dim1=-2, dim2=-1).add_(a)
+    x.copy_(exact)
+    return None
 
 
 def _gram(x: Tensor) -> Tensor:
@@ -203,10 +220,13 @@ def _gram(x: Tensor) -> Tensor:
     return (parts @ parts.mT).sum(0, keepdim=True)
 
 
-def _parts(*matrices: Tensor) -> Iterator[tuple[Tensor, ...]]:
-    """Some rows of each, the same of all; on a CPU as many as its caches hold."""
-    rows = max(1, PART // matrices[0].shape[1]) if matrices[0].device.type == "cpu" else len(matrices[0])
-    return zip(*(matrix.split(rows) for matrix in matrices), strict=True)
+def _move(weight: Tensor, update: Tensor, keep: float, size: float) -> None:
+    """Let a weight become `keep` of itself less `size` of an update."""
+    if loops := native.kernels(weight, update):
+        loops.move(weight, update.contiguous(), keep, size)
+        return torch.autograd.graph.increment_version(weight)
+    weight.mul_(keep).add_(update, alpha=-size)
+    return None
 
 
 class Optimizers:
@@ -259,8 +279,7 @@ class Optimizers:
             for name, update in zip(names, self._updates(names, shrink), strict=True):
                 # The same size of update as AdamW's, so that one learning rate serves both.
                 size = self.lr * factor * 0.2 * math.sqrt(max(self.shapes[name]))
-                for p, of_it in _parts(self.matrices[name], update):
-                    p.mul_(1.0 - self.lr * factor * self.weight_decay).add_(of_it, alpha=-size)
+                _move(self.matrices[name], update, 1.0 - self.lr * factor * self.weight_decay, size)
         for p in self.others.values():
             if shrink != 1.0 and p.grad is not None:
                 p.grad.mul_(shrink)
@@ -335,12 +354,13 @@ class Optimizers:
 
         `asked` gets where it is to go, whose size does not matter: the momentum, and once more the gradient (Nesterov).
         """
-        new = (1.0 - MOMENTUM) * shrink
-        held = [self.momenta[name], self._gradient(name), *([] if asked is None else [asked])]
-        for momentum, gradient, *to in _parts(*held):
-            momentum.mul_(MOMENTUM).add_(gradient, alpha=new)
-            for part in to:
-                part.copy_(torch.add(momentum, gradient, alpha=new / MOMENTUM).to(part.dtype))
+        momentum, gradient, new = self.momenta[name], self._gradient(name), (1.0 - MOMENTUM) * shrink
+        if loops := native.kernels(momentum, *([] if asked is None else [asked])):
+            return loops.momentum(momentum, gradient, asked, MOMENTUM, new, new / MOMENTUM)
+        momentum.mul_(MOMENTUM).add_(gradient, alpha=new)
+        if asked is not None:
+            asked.copy_(torch.add(momentum, gradient, alpha=new / MOMENTUM))
+        return None
 
     def _gradient(self, name: str) -> Tensor:
         gradient = self.matrices[name].grad

@@ -17,6 +17,7 @@ under AdamW, 12 P become 12 P / n under Muon. What comes and goes within a step 
 from __future__ import annotations
 
 import contextlib
+import math
 from collections.abc import Callable, Iterable, Iterator
 
 import torch
@@ -25,8 +26,10 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 
+from speculators import native
 from speculators.config import Dtype, Train
 from speculators.drafts.base import Draft, Predictions
+from speculators.drafts.layers import Linear
 from speculators.training.losses import Outcome
 from speculators.training.optim import Optimizers
 from speculators.training.ranks import Ranks
@@ -40,8 +43,12 @@ class Weights:
     part = (0, 1)
     """Of the matrices, which of so many parts this rank has."""
 
-    def __init__(self, draft: Draft, ranks: Ranks) -> None:
+    def __init__(self, draft: Draft, ranks: Ranks, short: torch.dtype | None = None) -> None:
+        """Hold the weights; with `short`, gradients of matrices stay in that format, in which products make them."""
         self.draft, self.ranks = draft, ranks
+        for part in draft.modules():
+            if short is not None and isinstance(part, Linear):
+                part.weight.grad_dtype = short
         self.held = {name: p for name, p in draft.named_parameters() if p.requires_grad}
         """What this rank has of each weight, float32; whoever writes there changes the draft."""
 
@@ -177,7 +184,9 @@ def weights(draft: Draft, train: Train, ranks: Ranks, device: torch.device) -> W
     """The weights of a draft, which are the same on all ranks, held as the recipe says."""
     if train.sharded and ranks.size > 1:
         return Shards(draft, ranks, device, train.precision)
-    return Weights(draft, ranks)
+    # Nothing is added to the gradient of a step's only pack.
+    alone = ranks.size == 1 and train.accumulate == 1 and device.type == "cpu"
+    return Weights(draft, ranks, getattr(torch, train.precision.name) if alone else None)
 
 
 def _gradients(parameters: Iterable[nn.Parameter]) -> list[Tensor]:
@@ -185,11 +194,14 @@ def _gradients(parameters: Iterable[nn.Parameter]) -> list[Tensor]:
     found = []
     for p in parameters:
         if p.grad is None:
-            p.grad = torch.zeros_like(p)
+            p.grad = torch.zeros_like(p, dtype=p.grad_dtype)
         found.append(p.grad)
     return found
 
 
 def _norm(parameters: Iterable[nn.Parameter]) -> Tensor:
-    """Of all gradients together."""
-    return nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
+    """Of all gradients together, float32."""
+    gradients = [p.grad for p in parameters if p.grad is not None]
+    if loops := native.kernels(*gradients):
+        return torch.tensor(math.sqrt(sum(loops.squares(gradient) for gradient in gradients)))
+    return nn.utils.get_total_norm(gradients)

@@ -131,7 +131,7 @@ def test_matrices_of_a_shape_and_its_transpose_are_made_orthogonal_together_each
 def test_a_single_wide_matrix_is_multiplied_in_parts_of_whatever_width(columns: int) -> None:
     matrix = spread(8, columns, least=0.1)
     u, _, v = torch.linalg.svd(matrix, full_matrices=False)
-    assert torch.linalg.matrix_norm(orthogonal(matrix, dtype=torch.bfloat16)[0].float() - u @ v, 2) < 0.36
+    assert torch.linalg.matrix_norm(orthogonal(matrix, dtype=torch.bfloat16)[0].float() - u @ v, 2) < 0.4
 
 
 def test_no_more_are_taken_together_than_a_cache_holds() -> None:

@@ -1,0 +1,169 @@
+"""Loops in C++ for training on a CPU, compiled for the machine when they are first needed.
+
+What follows a product is small work on many numbers: torch does each operation of it by itself, and goes through
+memory for every one. Here a row of logits becomes a loss and a slope while a core's own cache holds it, which takes a
+tenth of the time (docs/log.md). Whoever calls has the same in torch's operations, for a GPU and for machines without a
+compiler; results of the two differ by rounding.
+
+The compiler is `$CXX` or `c++`, and what it makes is kept in the user's cache. `SPECULATORS_NATIVE=0` does without.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import hashlib
+import logging
+import os
+import platform
+import re
+import subprocess
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from speculators.config import Loss
+
+SOURCE = Path(__file__).with_name("kernels.cpp")
+SWITCH = "SPECULATORS_NATIVE"
+FLAGS = [
+    "-std=c++17",
+    "-O3",
+    "-march=native",
+    "-fno-math-errno",
+    "-fno-trapping-math",
+    "-ffp-contract=off",
+    "-fPIC",
+    "-fopenmp",
+]
+WIDE = ["-mprefer-vector-width=512"]
+"""On x86, whose compilers use half of what there is unless told."""
+SHORT = torch.bfloat16
+FORMATS = (torch.float32, SHORT)
+LOSSES = ({Loss.kl: 1.0}, {Loss.ce: 1.0})
+
+log = logging.getLogger(__name__)
+
+
+class Kernels:
+    """The loops; all tensors are contiguous, in a CPU's memory."""
+
+    def __init__(self, library: ctypes.CDLL) -> None:
+        self.library = library
+        library.speculators_squares.restype = ctypes.c_double
+
+    def losses(
+        self, kind: Loss, z: Tensor, wanted: Tensor, local: Tensor, weight: Tensor | None, slopes: bool
+    ) -> tuple[Tensor, Tensor]:
+        """The loss of each prediction, and whether its largest logit is where the target's is.
+
+        Args:
+            kind: one of `LOSSES`.
+            z: the draft's logits [n, V], `FORMATS`; with `slopes` the losses' slopes, times `weight`, afterwards.
+            wanted: the target's logits [u, V], `FORMATS`.
+            local: which of them each prediction is against, int64 [n]; equal ones are best neighbours.
+            weight: float32 [n]; 1 if None.
+            slopes: whether they are wanted.
+
+        Returns: float32 [n]; bool [n], of equal logits the first one counts.
+        """
+        loss, correct = torch.empty(len(z)), torch.empty(len(z), dtype=torch.bool)
+        self._call(
+            "losses", kind is Loss.ce, z, z.dtype is SHORT, wanted, wanted.dtype is SHORT, local, weight, *z.shape,
+            slopes, loss, correct,
+        )  # fmt: skip
+        return loss, correct
+
+    def momentum(
+        self, held: Tensor, gradient: Tensor, asked: Tensor | None, keep: float, fresh: float, ahead: float
+    ) -> None:
+        """Let a momentum, float32 [k, n], become `keep` of itself and `fresh` of the gradient, `FORMATS` [k, n].
+
+        `asked`, `FORMATS` [k, n], which may lie there transposed, becomes the same and `ahead` of the gradient again.
+        """
+        short, turned = gradient.dtype is SHORT, False
+        to_short = asked is not None and asked.dtype is SHORT
+        if asked is not None and not asked.is_contiguous():
+            asked, turned = asked.mT, True
+        self._call("momentum", held, gradient, short, asked, to_short, *held.shape, turned, keep, fresh, ahead)
+
+    def polynomial(self, x: Tensor, square: Tensor, factors: Tensor) -> None:
+        """Let symmetric matrices, bfloat16 [B, k, k], become a + b x + c x^2; `factors` float32 [B, 3]."""
+        self._call("polynomial", x, square, factors, *x.shape[:2])
+
+    def move(self, weight: Tensor, update: Tensor, keep: float, size: float) -> None:
+        """Let a float32 weight become `keep` of itself less `size` of an update, `FORMATS`."""
+        self._call("move", weight, update, update.dtype is SHORT, weight.numel(), keep, size)
+
+    def squares(self, x: Tensor) -> float:
+        """The sum of the squares of a tensor, `FORMATS`."""
+        found: float = self._call("squares", x, x.dtype is SHORT, x.numel())
+        return found
+
+    def _call(self, name: str, *words: Tensor | float | None) -> Any:
+        return getattr(self.library, f"speculators_{name}")(*map(_word, words), ctypes.c_int(torch.get_num_threads()))
+
+
+def _word(word: Tensor | float | None) -> Any:
+    if isinstance(word, Tensor):
+        assert word.is_contiguous()
+        return ctypes.c_void_p(word.data_ptr())
+    if isinstance(word, bool):
+        return ctypes.c_int(word)
+    return ctypes.c_float(word) if isinstance(word, float) else ctypes.c_int64(word) if word is not None else None
+
+
+def kernels(*tensors: Tensor) -> Kernels | None:
+    """The loops, or None where they are not for these tensors, of `FORMATS` on a CPU, or nothing compiles them."""
+    fit = all(tensor.device.type == "cpu" and tensor.dtype in FORMATS for tensor in tensors)
+    return _kernels() if fit else None
+
+
+@functools.cache
+def _kernels() -> Kernels | None:
+    if os.environ.get(SWITCH) == "0":
+        return None
+    try:
+        _share_threads()
+        return Kernels(ctypes.CDLL(str(_library())))
+    except (OSError, subprocess.CalledProcessError) as error:
+        said = error.stderr if isinstance(error, subprocess.CalledProcessError) else error
+        log.warning("training goes on without loops in C++, and takes longer: %s", said)
+        return None
+
+
+def _library() -> Path:
+    """The compiled loops: of this source, by this compiler, for this machine."""
+    compiler = os.environ.get("CXX", "c++")
+    flags = FLAGS + (WIDE if platform.machine() in ("x86_64", "AMD64") else [])
+    version = subprocess.run([compiler, "--version"], capture_output=True, text=True, check=True).stdout
+    machine = re.findall(r"^(?:model name|flags|Features)\s*:.*$", _read("/proc/cpuinfo"), re.MULTILINE)
+    made_of = [SOURCE.read_text(), *flags, version, platform.machine(), *sorted(set(machine))]
+    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "speculators-native"
+    library = cache / f"{hashlib.sha256(chr(0).join(made_of).encode()).hexdigest()[:20]}.so"
+    if not library.exists():
+        cache.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=cache) as scratch:
+            unlinked, made = Path(scratch) / "kernels.o", Path(scratch) / "kernels.so"
+            # Linked without OpenMP: its functions are those of the library that torch has loaded (`_share_threads`).
+            for step in ([*flags, "-c", str(SOURCE), "-o", str(unlinked)], ["-shared", str(unlinked), "-o", str(made)]):
+                subprocess.run([compiler, *step], capture_output=True, text=True, check=True)
+            made.replace(library)  # whole or not at all: another process may be at it too
+    return library
+
+
+def _share_threads() -> None:
+    """Let the loops find the OpenMP library that torch has loaded: two would wait for each other's threads to sleep."""
+    for path in sorted(set(re.findall(r"\S*/lib(?:gomp|iomp5|omp)\b\S*", _read("/proc/self/maps")))):
+        ctypes.CDLL(path, ctypes.RTLD_GLOBAL)
+
+
+def _read(path: str) -> str:
+    """A file of the kernel's, which others than Linux do not have."""
+    try:
+        return Path(path).read_text()
+    except OSError:
+        return ""

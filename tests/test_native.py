@@ -1,0 +1,152 @@
+"""The loops in C++ give what torch gives, to rounding, and the same bits however many threads they have."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+
+from speculators import native
+from speculators.config import Loss
+from speculators.training.divergences import cost
+
+SHORT, WIDE = torch.bfloat16, torch.float32
+
+
+@pytest.fixture
+def loops() -> native.Kernels:
+    found = native.kernels()
+    assert found is not None, "no compiler"
+    return found
+
+
+def drawn(*shape: int, dtype: torch.dtype = WIDE, scale: float = 1.0) -> Tensor:
+    return (torch.randn(*shape, generator=torch.Generator().manual_seed(sum(shape))) * scale).to(dtype)
+
+
+@pytest.mark.parametrize("width", [1, 15, 16, 259, 1000])
+@pytest.mark.parametrize("wanted_dtype", [SHORT, WIDE])
+@pytest.mark.parametrize("dtype", [SHORT, WIDE])
+@pytest.mark.parametrize("kind", [Loss.kl, Loss.ce])
+def test_a_loss_its_slope_and_whether_it_is_right_are_those_of_torch_in_float64(
+    loops: native.Kernels, kind: Loss, dtype: torch.dtype, wanted_dtype: torch.dtype, width: int
+) -> None:
+    z, wanted = drawn(20, width, dtype=dtype, scale=4.0), drawn(7, width, dtype=wanted_dtype, scale=5.0)
+    local, weight = torch.arange(20) // 3, drawn(20).abs()
+    loss, correct, slope = cost(z.double(), wanted.double(), local, {kind: 1.0}, exact=False)
+    found = z.clone()
+    own_loss, own_correct = loops.losses(kind, found, wanted, local, weight, True)
+    torch.testing.assert_close(own_loss.double(), loss, atol=2e-5, rtol=1e-5)
+    assert torch.equal(own_correct, correct)
+    precision = 1e-6 if dtype is WIDE else 2**-8
+    torch.testing.assert_close(found.double(), slope * weight[:, None], atol=1e-6, rtol=precision)
+
+
+def test_of_equal_logits_the_first_one_counts_on_both_sides(loops: native.Kernels) -> None:
+    z, wanted = torch.zeros(3, 600), torch.zeros(3, 600)
+    z[0, [300, 400]] = wanted[0, [300, 400]] = 1.0
+    z[1, [300, 400]], wanted[1, 400] = 1.0, 1.0
+    z[2, 400], wanted[2, [300, 400]] = 1.0, 1.0
+    assert loops.losses(Loss.ce, z, wanted, torch.arange(3), None, False)[1].tolist() == [True, False, False]
+
+
+def test_logits_stay_where_no_slope_is_wanted_and_what_is_no_number_is_seen_in_the_loss(loops: native.Kernels) -> None:
+    z, wanted = drawn(4, 50), drawn(4, 50)
+    kept = z.clone()
+    loops.losses(Loss.kl, z, wanted, torch.arange(4), None, False)
+    assert torch.equal(z, kept)
+    z[1, 7], wanted[2, 9] = float("nan"), float("nan")
+    for kind in (Loss.kl, Loss.ce):
+        assert loops.losses(kind, z.clone(), wanted, torch.arange(4), None, True)[0].isfinite().tolist() == [
+            True, False, False, True,
+        ]  # fmt: skip
+
+
+@pytest.mark.parametrize("shape", [(5, 7), (64, 96), (70, 33), (1, 40), (40, 1)])
+@pytest.mark.parametrize("gradient_dtype", [SHORT, WIDE])
+@pytest.mark.parametrize("dtype", [SHORT, WIDE])
+def test_a_momentum_takes_the_gradient_in_and_says_where_it_goes_also_transposed(
+    loops: native.Kernels, shape: tuple[int, int], gradient_dtype: torch.dtype, dtype: torch.dtype
+) -> None:
+    held, gradient = drawn(*shape), drawn(*shape, dtype=gradient_dtype, scale=3.0)
+    wanted = held * 0.9 + gradient.float() * 0.2
+    for asked in (None, torch.empty(shape, dtype=dtype), torch.empty(shape[::-1], dtype=dtype).mT):
+        moved = held.clone()
+        loops.momentum(moved, gradient, asked, 0.9, 0.2, 0.3)
+        torch.testing.assert_close(moved, wanted, atol=1e-6, rtol=1e-6)
+        if asked is not None:
+            ahead = wanted + gradient.float() * 0.3
+            torch.testing.assert_close(asked.float(), ahead, atol=1e-6, rtol=1e-6 if dtype is WIDE else 2**-8)
+
+
+def test_a_polynomial_of_matrices_has_its_own_factors_for_each(loops: native.Kernels) -> None:
+    x, square, factors = drawn(3, 40, 40, dtype=SHORT), drawn(3, 40, 40, dtype=SHORT), drawn(3, 3)
+    a, b, c = factors[:, :, None, None].unbind(1)
+    wanted = a * torch.eye(40) + b * x.float() + c * square.float()
+    loops.polynomial(x, square, factors)
+    torch.testing.assert_close(x.float(), wanted, atol=2e-2, rtol=2**-8)
+
+
+@pytest.mark.parametrize("dtype", [SHORT, WIDE])
+def test_a_weight_moves_by_an_update_and_a_sum_of_squares_is_one(loops: native.Kernels, dtype: torch.dtype) -> None:
+    weight, update = drawn(33, 57), drawn(33, 57, dtype=dtype)
+    wanted = weight * 0.99 - 0.1 * update.float()
+    loops.move(weight, update, 0.99, 0.1)
+    torch.testing.assert_close(weight, wanted, atol=1e-6, rtol=1e-6)
+    assert loops.squares(update) == pytest.approx(float(update.double().square().sum()), rel=1e-6)
+
+
+def test_the_number_of_threads_does_not_change_a_bit(loops: native.Kernels) -> None:
+    def all_of_it() -> list[Tensor]:
+        z, asked, held = drawn(50, 333, dtype=SHORT), torch.empty(90, 70, dtype=SHORT).mT, drawn(70, 90)
+        loss, _ = loops.losses(Loss.kl, z, drawn(17, 333), torch.arange(50) // 3, None, True)
+        loops.momentum(held, drawn(70, 90, scale=2.0), asked, 0.95, 0.05, 0.05)
+        return [loss, z, asked, held, torch.tensor(loops.squares(held), dtype=torch.float64)]
+
+    before, found = torch.get_num_threads(), []
+    try:
+        for threads in (1, 2, 3):
+            torch.set_num_threads(threads)
+            found.append(all_of_it())
+    finally:
+        torch.set_num_threads(before)
+    assert all(torch.equal(one, other) for other in found[1:] for one, other in zip(found[0], other, strict=True))
+
+
+@pytest.fixture
+def afresh(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    """Nothing is compiled yet, for this test alone."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    native._kernels.cache_clear()
+    yield tmp_path
+    native._kernels.cache_clear()
+
+
+def test_they_are_compiled_once_and_kept(afresh: Path) -> None:
+    assert native.kernels() is not None
+    (library,) = (afresh / "speculators-native").iterdir()
+    made = library.stat().st_mtime_ns
+    native._kernels.cache_clear()
+    assert native.kernels() is not None
+    assert library.stat().st_mtime_ns == made
+
+
+@pytest.mark.parametrize(
+    ("variable", "value"), [("CXX", "/nowhere/c++"), ("CXX", "false"), ("SPECULATORS_NATIVE", "0")]
+)
+def test_without_a_compiler_or_if_asked_torch_does_it(
+    afresh: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, variable: str, value: str
+) -> None:
+    monkeypatch.setenv(variable, value)
+    assert native.kernels() is None
+    assert ("without loops in C++" in caplog.text) == (variable == "CXX")
+
+
+def test_they_are_for_numbers_on_a_cpu_in_formats_that_they_know() -> None:
+    assert native.kernels(torch.empty(1, dtype=torch.float16)) is None
+    assert native.kernels(torch.empty(1, device="meta")) is None
+    assert math.isfinite(native.kernels(torch.zeros(1)).squares(torch.zeros(1)))  # type: ignore[union-attr]
