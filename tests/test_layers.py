@@ -160,8 +160,8 @@ def test_a_stage_imports_no_other_stage(name: str) -> None:
 
 @pytest.mark.parametrize("name", [n for n in sorted(MODULES) if n.startswith("speculators.drafts.")])
 def test_a_draft_imports_no_other_draft(name: str) -> None:
-    shared = ("base", "flex", "induction", "layers")
-    allowed = {*SHARED, "speculators.drafts", *(f"speculators.drafts.{n}" for n in shared)}
+    shared = ("attention", "base", "flex", "induction", "layers")
+    allowed = {*SHARED, "speculators.native", "speculators.drafts", *(f"speculators.drafts.{n}" for n in shared)}
     own = ".".join(name.split(".")[:3])
     assert [i for i in OURS[name] if i not in allowed and not i.startswith(own)] == []
 

@@ -66,6 +66,52 @@ def test_logits_stay_where_no_slope_is_wanted_and_what_is_no_number_is_seen_in_t
         ]  # fmt: skip
 
 
+def close(found: Tensor, wanted: Tensor, dtype: torch.dtype) -> None:
+    """Within the format's own rounding of what is computed in float32."""
+    precision = 2e-6 if dtype is WIDE else 2**-8
+    torch.testing.assert_close(found.float(), wanted.float(), atol=precision, rtol=precision)
+
+
+@pytest.mark.parametrize("shape", [(1, 1), (3, 5, 64), (70, 33), (200, 576)])
+@pytest.mark.parametrize("slope_dtype", [SHORT, WIDE])
+@pytest.mark.parametrize("dtype", [SHORT, WIDE])
+def test_a_norm_and_its_slopes_are_those_of_torch(
+    loops: native.Kernels, shape: tuple[int, ...], slope_dtype: torch.dtype, dtype: torch.dtype
+) -> None:
+    x, weight, slope = drawn(*shape, dtype=dtype), drawn(shape[-1]), drawn(*shape, dtype=slope_dtype, scale=2.0)
+    exact, of_exact = x.double().requires_grad_(), weight.double().requires_grad_()
+    wanted = torch.nn.functional.rms_norm(exact, shape[-1:], of_exact, 1e-3)
+    wanted.backward(slope.double())
+    out, inverse = loops.norm(x, weight, 1e-3, slope_dtype)
+    close(out, wanted, slope_dtype)
+    of_x, of_weight = loops.norm_slopes(slope, x, weight, inverse)
+    assert exact.grad is not None
+    close(of_x, exact.grad, dtype)
+    torch.testing.assert_close(of_weight, of_exact.grad.float(), atol=1e-4, rtol=1e-4)  # type: ignore[union-attr]
+
+
+@pytest.mark.parametrize("dtype", [SHORT, WIDE])
+def test_a_gate_and_its_slopes_are_those_of_torch_however_large(loops: native.Kernels, dtype: torch.dtype) -> None:
+    gate, up, slope = (drawn(50, 33, dtype=dtype, scale=scale) for scale in (30.0, 2.0, 1.0))
+    wide, beside = gate.float().requires_grad_(), up.float().requires_grad_()
+    wanted = torch.nn.functional.silu(wide) * beside
+    wanted.backward(slope.float())
+    close(loops.gated(gate, up), wanted, dtype)
+    for found, leaf in zip(loops.gated_slopes(slope, gate, up), (wide, beside), strict=True):
+        assert leaf.grad is not None
+        close(found, leaf.grad, dtype)
+
+
+def test_what_is_rotated_is_turned_back_by_the_other_sine(loops: native.Kernels) -> None:
+    x, angles = drawn(4, 5, 3, 8), drawn(4, 5, 1, 4)
+    cosine, sine = torch.cat([angles.cos()] * 2, -1), torch.cat([angles.sin()] * 2, -1)
+    turned = loops.rotate(x, cosine, sine, WIDE)
+    first, second = x.chunk(2, -1)
+    close(turned, x * cosine + torch.cat([-second, first], -1) * sine, WIDE)
+    close(loops.rotate(turned, cosine, -sine, SHORT), x, SHORT)
+    close(loops.rotate(x.to(SHORT), cosine, sine, WIDE), turned, SHORT)
+
+
 @pytest.mark.parametrize("shape", [(5, 7), (64, 96), (70, 33), (1, 40), (40, 1)])
 @pytest.mark.parametrize("gradient_dtype", [SHORT, WIDE])
 @pytest.mark.parametrize("dtype", [SHORT, WIDE])
@@ -105,7 +151,9 @@ def test_the_number_of_threads_does_not_change_a_bit(loops: native.Kernels) -> N
         z, asked, held = drawn(50, 333, dtype=SHORT), torch.empty(90, 70, dtype=SHORT).mT, drawn(70, 90)
         loss, _ = loops.losses(Loss.kl, z, drawn(17, 333), torch.arange(50) // 3, None, True)
         loops.momentum(held, drawn(70, 90, scale=2.0), asked, 0.95, 0.05, 0.05)
-        return [loss, z, asked, held, torch.tensor(loops.squares(held), dtype=torch.float64)]
+        x, slope, weight = drawn(77, 40), drawn(77, 40, dtype=SHORT), drawn(40)
+        slopes = loops.norm_slopes(slope, x, weight, loops.norm(x, weight, 1e-6, SHORT)[1])
+        return [loss, z, asked, held, *slopes, torch.tensor(loops.squares(held), dtype=torch.float64)]
 
     before, found = torch.get_num_threads(), []
     try:

@@ -35,6 +35,7 @@ import torch
 from torch import Tensor, nn
 
 from speculators.config import DFlash, Speculator, Weighting
+from speculators.drafts.attention import Span, anchored_attention, context_places, spans
 from speculators.drafts.base import (
     TARGETS,
     Draft,
@@ -55,12 +56,8 @@ from speculators.drafts.layers import (
     Linear,
     RMSNorm,
     Rotary,
-    Span,
-    anchored_attention,
-    context_places,
     initialise,
     rotate,
-    spans,
 )
 from speculators.errors import ContractError
 
@@ -101,8 +98,8 @@ class Layer(nn.Module):
         super().__init__()
         self.self_attn = Attention(config, config.hidden_size, head_norm=True)
         self.mlp = MLP(config)
-        self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
-        self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps, for_products=True)
+        self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps, for_products=True)
         self.window, self.causal = window, causal
 
     def finish(self, attended: Tensor, stream: Tensor) -> Tensor:
@@ -136,7 +133,7 @@ class DFlashDraft(Draft):
         self.options = DFlash()
         width, read = shape.hidden_size, len(config["aux_hidden_state_layer_ids"])
         self.fc = Linear(read * width, width)
-        self.hidden_norm = RMSNorm(width, shape.rms_norm_eps)
+        self.hidden_norm = RMSNorm(width, shape.rms_norm_eps, for_products=True)
         count = plain["num_hidden_layers"]
         slides = [kind == SLIDING for kind in plain.get("layer_types") or ["full_attention"] * count]
         causal = not config.get("sliding_window_non_causal", False)

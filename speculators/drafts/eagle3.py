@@ -24,12 +24,14 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 
 from speculators.config import DraftArch, Eagle3, Speculator
+from speculators.drafts.attention import Block, KeyValues, causal_blocks, unrolled_attention
 from speculators.drafts.base import (
     Draft,
     Pack,
@@ -45,16 +47,12 @@ from speculators.drafts.induction import MATCH, Fit, principal, slow_places, wid
 from speculators.drafts.layers import (
     MLP,
     Attention,
-    Block,
-    KeyValues,
     LayerConfig,
     Linear,
     RMSNorm,
     Rotary,
-    causal_blocks,
     initialise,
     rotate,
-    unrolled_attention,
 )
 
 SERVED_LAYERS = 3
@@ -91,9 +89,11 @@ class Layer(nn.Module):
         width = config.hidden_size
         self.self_attn = Attention(config, 2 * width if first else width, head_norm)
         self.mlp = MLP(config)
-        self.input_layernorm = RMSNorm(width, config.rms_norm_eps)
-        self.post_attention_layernorm = RMSNorm(width, config.rms_norm_eps)
-        self.hidden_norm = RMSNorm(width, config.rms_norm_eps) if first else None
+        # What becomes the stream stays in float32, and what lies beside it there too.
+        short = not (first and norm_before_residual)
+        self.input_layernorm = RMSNorm(width, config.rms_norm_eps, for_products=short)
+        self.post_attention_layernorm = RMSNorm(width, config.rms_norm_eps, for_products=True)
+        self.hidden_norm = RMSNorm(width, config.rms_norm_eps, for_products=short) if first else None
         self.norm_before_residual = norm_before_residual
 
     def attend_to(self, embedded: Tensor, state: Tensor) -> tuple[Tensor, Tensor]:
@@ -128,8 +128,9 @@ class Eagle3Draft(Draft):
         self.drawn, self.seed = False, 0
         self.norm_output = bool(config["norm_output"])
         width, read = shape.hidden_size, len(config["eagle_aux_hidden_state_layer_ids"])
-        self.input_norm = RMSNorm(read * width, shape.rms_norm_eps) if config["norm_before_fc"] else None
-        every = (RMSNorm(width, shape.rms_norm_eps) for _ in range(read))
+        norm = partial(RMSNorm, eps=shape.rms_norm_eps, for_products=True)
+        self.input_norm = norm(read * width) if config["norm_before_fc"] else None
+        every = (norm(width) for _ in range(read))
         self.fc_norm = nn.ModuleList(every) if config.get("fc_norm") else None
         self.fc = Linear(read * width, width)
         self.layers = nn.ModuleList(

@@ -77,6 +77,52 @@ class Kernels:
         )  # fmt: skip
         return loss, correct
 
+    def norm(self, x: Tensor, weight: Tensor, eps: float, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        """Rows of a root mean square of 1 (and `eps`), times a weight.
+
+        Args:
+            x: `FORMATS` [..., W].
+            weight: float32 [W].
+            eps: added to the mean of the squares.
+            dtype: of the result, of `FORMATS`.
+
+        Returns: of x's shape; and what each row was multiplied by, float32 [...].
+        """
+        out, inverse = torch.empty_like(x, dtype=dtype), x.new_empty(x.shape[:-1], dtype=torch.float32)
+        self._call("norm", x, x.dtype is SHORT, weight, out, dtype is SHORT, inverse, inverse.numel(), x.shape[-1], eps)
+        return out, inverse
+
+    def norm_slopes(self, slope: Tensor, x: Tensor, weight: Tensor, inverse: Tensor) -> tuple[Tensor, Tensor]:
+        """Of a loss with the slope `slope`, `FORMATS` [..., W]: those of x, in its format, and of the weight."""
+        of_x, of_weight = torch.empty_like(x), torch.empty_like(weight)
+        self._call(
+            "norm_slopes", slope, slope.dtype is SHORT, x, x.dtype is SHORT, weight, inverse, of_x, of_weight,
+            inverse.numel(), x.shape[-1],
+        )  # fmt: skip
+        return of_x, of_weight
+
+    def gated(self, gate: Tensor, up: Tensor) -> Tensor:
+        """gate * sigmoid(gate) * up, all of one format of `FORMATS` and one shape."""
+        out = torch.empty_like(up)
+        self._call("gated", gate, up, out, out.dtype is SHORT, out.numel())
+        return out
+
+    def gated_slopes(self, slope: Tensor, gate: Tensor, up: Tensor) -> tuple[Tensor, Tensor]:
+        """Of a loss with the slope `slope`, of the same format and shape: those of `gate` and `up`."""
+        of_gate, of_up = torch.empty_like(gate), torch.empty_like(up)
+        self._call("gated_slopes", slope, gate, up, of_gate, of_up, up.dtype is SHORT, up.numel())
+        return of_gate, of_up
+
+    def rotate(self, x: Tensor, cosine: Tensor, sine: Tensor, dtype: torch.dtype) -> Tensor:
+        """Turn the halves of heads, `FORMATS` [..., heads, D], against each other; gives `dtype`, of `FORMATS`.
+
+        Cosine and sine are float32 [..., 1, D], and their halves equal: with the sine's other sign it is turned back.
+        """
+        out = torch.empty_like(x, dtype=dtype)
+        rows = cosine.numel() // x.shape[-1]
+        self._call("rotate", x, x.dtype is SHORT, cosine, sine, out, dtype is SHORT, rows, *x.shape[-2:])
+        return out
+
     def momentum(
         self, held: Tensor, gradient: Tensor, asked: Tensor | None, keep: float, fresh: float, ahead: float
     ) -> None:

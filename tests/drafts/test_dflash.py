@@ -15,9 +15,9 @@ from safetensors import safe_open
 
 from speculators.config import DFlash, Loss, Train, Weighting
 from speculators.decoding import Walk
+from speculators.drafts.attention import anchor_mask, anchored_attention, context_places, spans
 from speculators.drafts.base import Predictions
 from speculators.drafts.dflash import DFlashDraft, reach
-from speculators.drafts.layers import anchor_mask, anchored_attention, context_places, spans
 from speculators.errors import ContractError
 from speculators.training.losses import Teacher, distill, run, sayable_next
 from speculators.training.optim import Optimizers

@@ -15,9 +15,10 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 
 from speculators.config import DraftArch, Eagle3, Train
+from speculators.drafts.attention import KeyValues, causal_blocks, causal_mask, unrolled_attention
 from speculators.drafts.base import Predictions, Vocabulary
 from speculators.drafts.eagle3 import Eagle3Draft
-from speculators.drafts.layers import KeyValues, LayerConfig, Rotary, causal_blocks, causal_mask, unrolled_attention
+from speculators.drafts.layers import LayerConfig, Rotary
 from speculators.errors import ContractError
 from speculators.targets.hf import TargetCheckpoint
 from speculators.training.losses import Tally, Teacher, distill, sayable_next
