@@ -1,7 +1,8 @@
 """Attention over unrolled steps, and of blocks that hang at anchors.
 
-It follows the documents of the pack: it computes scores within each document only, block of queries by block, and no
-mask over the whole pack exists. On a GPU `flex` computes the same: `causal_blocks` and `spans` give masks for it there.
+It follows the documents of the pack: scores are computed within each document only, and no mask over the whole pack
+exists. On a CPU `native` computes for every query what it sees, and nothing else; on a GPU `flex` does. Where there is
+neither, it is done here in torch, block of queries by block: `causal_blocks` and `spans` say how to go about it.
 
 Two kinds of drafts are served: those that go on from every place, by steps (`unrolled_attention`), and those that fill
 in blocks hanging at anchors (`anchored_attention`). A block sees the context of its own document strictly before its
@@ -17,12 +18,15 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from speculators import native
 from speculators.drafts import flex
 from speculators.drafts.flex import AnchorMask, CausalMask
+from speculators.native import Kernels, Seen
 
 QUERY_BLOCK = 256
 """Queries whose scores exist at one time; keys after the block's last query are not computed at all."""
@@ -43,13 +47,13 @@ class Block:
 
 
 def causal_blocks(documents: Sequence[tuple[int, int]], asking: Tensor) -> list[Block] | CausalMask:
-    """Cut the queries of a pack into blocks; on a GPU, say what they see.
+    """Say what the queries of a pack see, or cut them into blocks.
 
     Args:
         documents: (first token, length) of each document in the pack, in order.
         asking: ascending places in the pack of the rows that ask, int64 [R].
     """
-    if asking.device.type == "cuda":
+    if _by_ranges(asking.device):
         return causal_mask(documents, asking)
     blocks = []
     bounds = torch.tensor([start + length for start, length in documents], device=asking.device)
@@ -66,7 +70,7 @@ def causal_blocks(documents: Sequence[tuple[int, int]], asking: Tensor) -> list[
 
 
 def causal_mask(documents: Sequence[tuple[int, int]], asking: Tensor) -> CausalMask:
-    """As `causal_blocks`, for `flex`."""
+    """What queries see; arguments as in `causal_blocks`."""
     starts, lengths = torch.tensor(list(documents), device=asking.device).view(-1, 2).unbind(1)
     return CausalMask(starts.repeat_interleave(lengths)[asking], asking)
 
@@ -87,7 +91,7 @@ class KeyValues:
 def unrolled_attention(q: Tensor, cache: KeyValues, blocks: Sequence[Block] | CausalMask) -> Tensor:
     """Causal attention inside documents over step 0, plus each query's own entries of the later steps.
 
-    On a CPU it is computed in float32: its products are small, and of another shape each time (`whole_blocks`).
+    On a CPU it is computed in float32: its products are small, and of another shape each time.
 
     Args:
         q: queries [R, Q, D], rotated.
@@ -99,6 +103,11 @@ def unrolled_attention(q: Tensor, cache: KeyValues, blocks: Sequence[Block] | Ca
     _, heads, width = q.shape
     if isinstance(blocks, CausalMask):
         steps = [(cache.keys, cache.values), *cache.own]
+        if loops := native.kernels(q):
+            none = q.new_empty(len(q), 0, *cache.keys.shape[1:])
+            k, v = [torch.stack(each, 1) for each in zip(*cache.own, strict=True)] or [none, none]
+            seen_by = Seen(blocks.first, blocks.last + 1)
+            return _attended(loops, seen_by, q[:, None], (cache.keys, cache.values), (k, v)).flatten(1)
         return flex.unrolled(q, [k for k, _ in steps], [v for _, v in steps], blocks) if len(q) else q.flatten(1)
     groups = cache.keys.shape[1]
     scaled = q * (1.0 / math.sqrt(width))
@@ -150,7 +159,7 @@ def context_places(documents: Sequence[tuple[int, int]], anchors: Tensor) -> Ten
 def spans(
     documents: Sequence[tuple[int, int]], anchors: Tensor, slots: int, window: int | None = None
 ) -> list[Span] | AnchorMask:  # fmt: skip
-    """Cut the blocks of a pack into spans, over the context that `context_places` gives; on a GPU, say what they see.
+    """Say what the blocks of a pack see of the context that `context_places` gives, or cut them into spans.
 
     Args:
         documents: as there.
@@ -158,7 +167,7 @@ def spans(
         slots: of a block.
         window: tokens before its anchor that a block sees; all of its document if None.
     """
-    if anchors.device.type == "cuda":
+    if _by_ranges(anchors.device):
         return anchor_mask(documents, anchors, window)
     found = []
     many, before = max(1, SPAN_QUERIES // slots), 0
@@ -177,7 +186,7 @@ def spans(
 
 
 def anchor_mask(documents: Sequence[tuple[int, int]], anchors: Tensor, window: int | None = None) -> AnchorMask:
-    """As `spans`, for `flex`."""
+    """What blocks see; arguments as in `spans`."""
     first, end, before = [], [], 0
     for start, own, _ in _by_document(documents, anchors):
         end.append(own - start + before)
@@ -215,6 +224,8 @@ def anchored_attention(
     """
     count, length, heads, width = q.shape
     if isinstance(over, AnchorMask):
+        if loops := native.kernels(q):
+            return _attended(loops, Seen(over.first, over.end, causal), q, context, own).flatten(2)
         return flex.anchored(q, context, own, over, causal) if count else q.flatten(2)
     slots, groups = own[0].shape[1:3]
     shared = heads // groups
@@ -241,3 +252,30 @@ def anchored_attention(
         mixed = mixed.view(groups, blocks, shared, length, width).permute(1, 3, 0, 2, 4)
         out.append(mixed.reshape(blocks, length, heads * width))
     return torch.cat(out) if out else q.new_zeros(count, length, heads * width)
+
+
+def _by_ranges(device: torch.device) -> bool:
+    """Whether attention is computed there by what each query sees, not block by block."""
+    return device.type == "cuda" or (device.type == "cpu" and native.kernels() is not None)
+
+
+def _attended(
+    loops: Kernels, seen: Seen, q: Tensor, context: tuple[Tensor, Tensor], own: tuple[Tensor, Tensor]
+) -> Tensor:  # fmt: skip
+    """As `Kernels.attend`, with slopes."""
+    out: Tensor = _Attended.apply(loops, seen, *(x.float().contiguous() for x in (q, *context, *own)))
+    return out
+
+
+class _Attended(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, loops: Kernels, seen: Seen, *tensors: Tensor) -> Tensor:
+        out, logs = loops.attend(seen, *tensors)
+        ctx.loops, ctx.seen = loops, seen
+        ctx.save_for_backward(out, logs, *tensors)
+        return out
+
+    @staticmethod
+    def backward(ctx: Any, *slopes: Tensor) -> tuple[Tensor | None, ...]:
+        out, logs, *tensors = ctx.saved_tensors
+        return None, None, *ctx.loops.attend_slopes(slopes[0].contiguous(), out, logs, ctx.seen, *tensors)

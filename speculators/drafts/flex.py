@@ -1,12 +1,12 @@
 """Attention of drafts on a GPU: torch's flex attention, compiled, over block masks that skip what no query sees.
 
-The same numbers as `layers` computes on a CPU, from the same arguments; there the documents are cut by hand, here a
-mask says for every query between which keys it looks, and a compiled kernel leaves out the tiles where nobody does. No
-mask over all pairs exists: tiles are found by a compiled function, and a pair is decided inside the kernel.
+The same numbers as `attention` gives on a CPU, from the same arguments. A mask says for every query between which keys
+it looks, and a compiled kernel leaves out the tiles where nobody does. No mask over all pairs exists: tiles are found
+by a compiled function, and a pair is decided inside the kernel.
 
 Without a GPU the same functions run uncompiled, which materialises scores: good for checking masks, and nothing else.
 
-Shapes as in `layers`.
+Shapes as in `attention`.
 """
 
 from __future__ import annotations

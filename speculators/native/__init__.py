@@ -19,6 +19,8 @@ import platform
 import re
 import subprocess
 import tempfile
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +29,8 @@ from torch import Tensor
 
 from speculators.config import Loss
 
-SOURCE = Path(__file__).with_name("kernels.cpp")
+SOURCES = sorted(Path(__file__).parent.glob("*.cpp"))
+HEADER = Path(__file__).with_name("numbers.h")
 SWITCH = "SPECULATORS_NATIVE"
 FLAGS = [
     "-std=c++17",
@@ -46,6 +49,18 @@ FORMATS = (torch.float32, SHORT)
 LOSSES = ({Loss.kl: 1.0}, {Loss.ce: 1.0})
 
 log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, slots=True)
+class Seen:
+    """What blocks of queries see of their context."""
+
+    first: Tensor
+    """The first place, int64 [M]."""
+    end: Tensor
+    """The first place behind it, int64 [M]."""
+    causal: bool = False
+    """Whether the queries are those of a block's last slots, and see none of its own keys after their own."""
 
 
 class Kernels:
@@ -123,6 +138,31 @@ class Kernels:
         self._call("rotate", x, x.dtype is SHORT, cosine, sine, out, dtype is SHORT, rows, *x.shape[-2:])
         return out
 
+    def attend(self, seen: Seen, q: Tensor, *keys_values: Tensor) -> tuple[Tensor, Tensor]:
+        """Attention of blocks of queries to ranges of a context, and to a few keys of each block's own.
+
+        Args:
+            seen: what of them.
+            q: [M, L, Q, D], as all of them float32.
+            keys_values: keys and values of the context, [C, G, D] each, and of the blocks, [M, S, G, D] each.
+
+        Returns: [M, L, Q, D]; and the logarithms of what the shares were divided by [M, L, Q].
+        """
+        out, logs = torch.empty_like(q), q.new_empty(q.shape[:-1])
+        self._call("attend", q, *keys_values, seen.first, seen.end, out, logs, *_sizes(seen, q, keys_values))
+        return out, logs
+
+    def attend_slopes(
+        self, slope: Tensor, out: Tensor, logs: Tensor, seen: Seen, q: Tensor, *keys_values: Tensor
+    ) -> list[Tensor]:
+        """Of a loss with the slope `slope` [M, L, Q, D], those of the queries, and of all keys and values."""
+        slopes = [torch.empty_like(each) for each in (q, *keys_values)]
+        self._call(
+            "attend_slopes", slope, out, logs, q, *keys_values, seen.first, seen.end, *slopes,
+            *_sizes(seen, q, keys_values),
+        )  # fmt: skip
+        return slopes
+
     def momentum(
         self, held: Tensor, gradient: Tensor, asked: Tensor | None, keep: float, fresh: float, ahead: float
     ) -> None:
@@ -151,6 +191,10 @@ class Kernels:
 
     def _call(self, name: str, *words: Tensor | float | None) -> Any:
         return getattr(self.library, f"speculators_{name}")(*map(_word, words), ctypes.c_int(torch.get_num_threads()))
+
+
+def _sizes(seen: Seen, q: Tensor, keys_values: Sequence[Tensor]) -> tuple[int, ...]:
+    return (*q.shape, *keys_values[0].shape[:2], keys_values[2].shape[1], seen.causal)
 
 
 def _word(word: Tensor | float | None) -> Any:
@@ -187,15 +231,22 @@ def _library() -> Path:
     flags = FLAGS + (WIDE if platform.machine() in ("x86_64", "AMD64") else [])
     version = subprocess.run([compiler, "--version"], capture_output=True, text=True, check=True).stdout
     machine = re.findall(r"^(?:model name|flags|Features)\s*:.*$", _read("/proc/cpuinfo"), re.MULTILINE)
-    made_of = [SOURCE.read_text(), *flags, version, platform.machine(), *sorted(set(machine))]
+    made_of = [
+        *(path.read_text() for path in [HEADER, *SOURCES]),
+        *flags,
+        version,
+        platform.machine(),
+        *sorted(set(machine)),
+    ]
     cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "speculators-native"
     library = cache / f"{hashlib.sha256(chr(0).join(made_of).encode()).hexdigest()[:20]}.so"
     if not library.exists():
         cache.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=cache) as scratch:
-            unlinked, made = Path(scratch) / "kernels.o", Path(scratch) / "kernels.so"
+            made, units = Path(scratch) / "made.so", [str(Path(scratch) / f"{path.stem}.o") for path in SOURCES]
+            steps = [[*flags, "-c", str(path), "-o", unit] for path, unit in zip(SOURCES, units, strict=True)]
             # Linked without OpenMP: its functions are those of the library that torch has loaded (`_share_threads`).
-            for step in ([*flags, "-c", str(SOURCE), "-o", str(unlinked)], ["-shared", str(unlinked), "-o", str(made)]):
+            for step in [*steps, ["-shared", *units, "-o", str(made)]]:
                 subprocess.run([compiler, *step], capture_output=True, text=True, check=True)
             made.replace(library)  # whole or not at all: another process may be at it too
     return library

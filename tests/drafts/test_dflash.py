@@ -13,6 +13,7 @@ import tiny
 import torch
 from safetensors import safe_open
 
+from speculators import native
 from speculators.config import DFlash, Loss, Train, Weighting
 from speculators.decoding import Walk
 from speculators.drafts.attention import anchor_mask, anchored_attention, context_places, spans
@@ -53,26 +54,41 @@ def dense_attention(
 
 
 @pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile")
-@pytest.mark.parametrize("flex", [False, True], ids=["spans", "flex"])
+@pytest.mark.parametrize("way", ["native", "flex", "spans"])
 @pytest.mark.parametrize("documents", [[9], [7, 30, 12], [300, 4, 270]], ids=["one", "three", "several spans"])
 @pytest.mark.parametrize(("causal", "window"), [(False, None), (True, None), (False, 5), (True, 40)])
 @pytest.mark.parametrize("length", [4, 3], ids=["all slots", "without the anchor"])
-def test_attention_of_blocks_equals_a_dense_float64_reference(
-    documents: list[int], causal: bool, window: int | None, length: int, flex: bool
+def test_attention_of_blocks_and_its_slopes_equal_a_dense_float64_reference(
+    monkeypatch: pytest.MonkeyPatch,
+    documents: list[int],
+    causal: bool,
+    window: int | None,
+    length: int,
+    way: str,
 ) -> None:
+    if way != "native":
+        monkeypatch.setattr(native, "kernels", lambda *_: None)
     draw = torch.Generator().manual_seed(0)
     total = sum(documents)
     anchors = (torch.rand(total, generator=draw) < 0.6).nonzero()[:, 0]
     anchors = torch.cat([anchors.new_zeros(1), anchors]).unique()  # one that sees nothing but its block
     blocks = list(zip([sum(documents[:i]) for i in range(len(documents))], documents, strict=True))
-    q = torch.randn(len(anchors), length, 4, 8, generator=draw)
-    keys, values = (torch.randn(total, 2, 8, generator=draw) for _ in range(2))
-    own = tuple(torch.randn(len(anchors), 4, 2, 8, generator=draw) for _ in range(2))
+    shapes = [(len(anchors), length, 4), (total, 2), (total, 2), (len(anchors), 4, 2), (len(anchors), 4, 2)]
+    leaves = [torch.randn(*shape, 8, generator=draw).requires_grad_() for shape in shapes]
+    q, keys, values, *own = leaves
     places = context_places(blocks, anchors)
-    over = anchor_mask(blocks, anchors, window) if flex else spans(blocks, anchors, 4, window)
+    over = anchor_mask(blocks, anchors, window) if way == "flex" else spans(blocks, anchors, 4, window)
+    slope = torch.randn(len(anchors), length, 4 * 8, generator=draw)
+
+    for leaf in leaves:
+        leaf.requires_grad_(way != "flex")  # which torch computes on a CPU without slopes
     found = anchored_attention(q, (keys[places], values[places]), (own[0], own[1]), over, causal)
-    expected = dense_attention(q, (keys, values), own, documents, anchors, causal, window)
+    expected = dense_attention(q, (keys, values), (own[0], own[1]), documents, anchors, causal, window)
     torch.testing.assert_close(found.double(), expected, atol=2e-6, rtol=1e-5)
+    if way != "flex":
+        slopes = (torch.autograd.grad(out, leaves, slope.to(out.dtype)) for out in (found, expected))
+        for one, other in zip(*slopes, strict=True):
+            torch.testing.assert_close(one, other, atol=2e-5, rtol=1e-4)
 
 
 def test_a_block_sees_states_strictly_before_its_anchor_in_its_own_document(tmp_path: Path) -> None:

@@ -14,6 +14,7 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file
 
+from speculators import native
 from speculators.config import DraftArch, Eagle3, Train
 from speculators.drafts.attention import KeyValues, causal_blocks, causal_mask, unrolled_attention
 from speculators.drafts.base import Predictions, Vocabulary
@@ -43,24 +44,35 @@ def dense_attention(q: torch.Tensor, cache: KeyValues, documents: list[int], ask
 
 
 @pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile")
-@pytest.mark.parametrize("flex", [False, True], ids=["blocks", "flex"])
+@pytest.mark.parametrize("way", ["native", "flex", "blocks"])
 @pytest.mark.parametrize("documents", [[5], [7, 1, 12], [300, 4, 270]], ids=["one", "three", "longer than a block"])
-def test_attention_inside_documents_equals_a_dense_float64_reference(documents: list[int], flex: bool) -> None:
+@pytest.mark.parametrize("width", [8, 40, 64])
+@pytest.mark.parametrize("steps", [0, 2])
+def test_attention_inside_documents_and_its_slopes_equal_a_dense_float64_reference(
+    monkeypatch: pytest.MonkeyPatch, documents: list[int], way: str, width: int, steps: int
+) -> None:
+    if way != "native":
+        monkeypatch.setattr(native, "kernels", lambda *_: None)
     draw = torch.Generator().manual_seed(0)
     total = sum(documents)
     asking = (torch.rand(total, generator=draw) < 0.7).nonzero()[:, 0]
-    q, *rest = (torch.randn(n, heads, 8, generator=draw) for n, heads in [(len(asking), 4)] + [(total, 2)] * 2)
-    own = [tuple(torch.randn(len(asking), 2, 8, generator=draw) for _ in range(2)) for _ in range(2)]
+    rows = [(len(asking), 4)] + [(total, 2)] * 2 + [(len(asking), 2)] * 2 * steps
+    leaves = [torch.randn(n, heads, width, generator=draw).requires_grad_() for n, heads in rows]
+    q, keys, values, *own = leaves
     starts = [sum(documents[:i]) for i in range(len(documents))]
-    cache = KeyValues(rest[0], rest[1], [(k, v) for k, v in own])
-    cut = causal_mask if flex else causal_blocks
-    blocks = cut(list(zip(starts, documents, strict=True)), asking)
-    torch.testing.assert_close(
-        unrolled_attention(q, cache, blocks).double(),
-        dense_attention(q, cache, documents, asking),
-        atol=2e-6,
-        rtol=1e-5,
-    )
+    cache = KeyValues(keys, values, list(zip(own[::2], own[1::2], strict=True)))
+    cut = causal_mask if way == "flex" else causal_blocks
+    slope = torch.randn(len(asking), 4 * width, generator=draw)
+
+    for leaf in leaves:
+        leaf.requires_grad_(way != "flex")  # which torch computes on a CPU without slopes
+    found = unrolled_attention(q, cache, cut(list(zip(starts, documents, strict=True)), asking))
+    expected = dense_attention(q, cache, documents, asking)
+    torch.testing.assert_close(found.double(), expected, atol=2e-6, rtol=1e-5)
+    if way != "flex":
+        slopes = (torch.autograd.grad(out, leaves, slope.to(out.dtype)) for out in (found, expected))
+        for one, other in zip(*slopes, strict=True):
+            torch.testing.assert_close(one, other, atol=2e-5, rtol=1e-4)
 
 
 def test_changing_one_document_leaves_the_others_bit_equal(tmp_path: Path) -> None:
