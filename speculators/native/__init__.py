@@ -13,7 +13,6 @@ from __future__ import annotations
 import ctypes
 import functools
 import hashlib
-import logging
 import os
 import platform
 import re
@@ -47,8 +46,6 @@ WIDE = ["-mprefer-vector-width=512"]
 SHORT = torch.bfloat16
 FORMATS = (torch.float32, SHORT)
 LOSSES = ({Loss.kl: 1.0}, {Loss.ce: 1.0})
-
-log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True)
@@ -209,20 +206,27 @@ def _word(word: Tensor | float | None) -> Any:
 def kernels(*tensors: Tensor) -> Kernels | None:
     """The loops, or None where they are not for these tensors, of `FORMATS` on a CPU, or nothing compiles them."""
     fit = all(tensor.device.type == "cpu" and tensor.dtype in FORMATS for tensor in tensors)
-    return _kernels() if fit else None
+    found = _found() if fit else ""
+    return found if isinstance(found, Kernels) else None
+
+
+def missing() -> str:
+    """Why there are no loops; empty if there are."""
+    found = _found()
+    return "" if isinstance(found, Kernels) else found
 
 
 @functools.cache
-def _kernels() -> Kernels | None:
+def _found() -> Kernels | str:
     if os.environ.get(SWITCH) == "0":
-        return None
+        return f"{SWITCH} is 0"
     try:
         _share_threads()
         return Kernels(ctypes.CDLL(str(_library())))
-    except (OSError, subprocess.CalledProcessError) as error:
-        said = error.stderr if isinstance(error, subprocess.CalledProcessError) else error
-        log.warning("training goes on without loops in C++, and takes longer: %s", said)
-        return None
+    except subprocess.CalledProcessError as error:
+        return f"{error.cmd[0]} ended with {error.returncode}: {(error.stderr or '').strip()[-500:]}"
+    except OSError as error:
+        return str(error)
 
 
 def _library() -> Path:
@@ -231,15 +235,10 @@ def _library() -> Path:
     flags = FLAGS + (WIDE if platform.machine() in ("x86_64", "AMD64") else [])
     version = subprocess.run([compiler, "--version"], capture_output=True, text=True, check=True).stdout
     machine = re.findall(r"^(?:model name|flags|Features)\s*:.*$", _read("/proc/cpuinfo"), re.MULTILINE)
-    made_of = [
-        *(path.read_text() for path in [HEADER, *SOURCES]),
-        *flags,
-        version,
-        platform.machine(),
-        *sorted(set(machine)),
-    ]
+    texts = [path.read_text() for path in (HEADER, *SOURCES)]
+    made_of = "\0".join([*texts, *flags, version, platform.machine(), *sorted(set(machine))])
     cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "speculators-native"
-    library = cache / f"{hashlib.sha256(chr(0).join(made_of).encode()).hexdigest()[:20]}.so"
+    library = cache / f"{hashlib.sha256(made_of.encode()).hexdigest()[:20]}.so"
     if not library.exists():
         cache.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=cache) as scratch:

@@ -184,11 +184,11 @@ def engine(python: str, seen: Gpus) -> Finding:
 
 
 def compiler() -> Finding:
-    """torch.compile and Triton, which vLLM uses for graphs, compile C and C++."""
+    """torch.compile and Triton, which vLLM uses for graphs, compile C and C++; so does training on a CPU."""
     wanted = (("cc", "gcc", "clang"), ("c++", "g++", "clang++"))
     missing = [words for words in wanted if not any(map(shutil.which, words))]
     if missing:
-        says = f"no {' and no '.join(w[1] for w in missing)}: vLLM needs them where serve.enforce_eager=false"
+        says = f"no {' and no '.join(w[1] for w in missing)}: training on a CPU is slow, vLLM makes no graphs"
         return Finding(name="compiler", state="warn", says=says, mend="apt-get install build-essential")
     return Finding(name="compiler", state="ok", says=str(shutil.which("c++") or shutil.which("g++") or "clang++"))
 

@@ -21,6 +21,7 @@ from typing import Any
 import torch
 from safetensors.torch import load_file
 
+from speculators import native
 from speculators.config import Device, DFlash, Eagle3
 from speculators.data.cache import StatesCache
 from speculators.data.contract import ANSWERS, EVERYWHERE, check_contract, feature_contract
@@ -77,6 +78,8 @@ def fit(ranks: Ranks, job: Job) -> Loop:
     corpus = Corpus(job.inputs["tokens"], source)
     device = pick_device(train.device)
     check_devices(train.processes, device)
+    if device.type == "cpu" and (why := native.missing()):
+        job.record.setdefault("notes", []).append(f"trained without loops in C++, which takes longer: {why}")
 
     if isinstance(options, DFlash) and options.mask_token_id is None:
         options = replace(options, mask_token_id=target.mask_token_id())

@@ -286,6 +286,8 @@ class Optimizers:
         for group in self.adamw.param_groups:
             group["lr"] = self.adamw_lr * factor
         self.adamw.step()
+        # Whoever keeps something made of a weight goes by its version (`Linear`), which this optimiser does not raise.
+        torch.autograd.graph.increment_version(list(self.others.values()))
         for p in self.parameters():
             p.grad = None
 

@@ -139,7 +139,7 @@ def upstream(
         "draft-attn-impl": "sdpa", "loss-implementation": "eager", "total-seq-len": BATCH_TOKENS,
         "hidden-states-dtype": "float32" if float32 else "bfloat16", "train-data-ratio": share,
         "optimizer": "muon", "lr": RATE, "weight-decay": world.config.train.weight_decay,
-        "muon-weight-decay": world.config.train.weight_decay, "max-steps": steps,
+        "muon-weight-decay": world.config.train.weight_decay, "max-steps": steps, "seed": world.config.train.seed,
     }  # fmt: skip
     words = ["--target-layer-ids", *world.layer_ids, *THEIRS[algorithm]]
     told = "import torch; torch.Tensor.bfloat16 = torch.Tensor.float" if float32 else ""

@@ -8,7 +8,8 @@ import pytest
 import torch
 from torch import nn
 
-from speculators.config import Optimizer, Schedule, Train
+from speculators.config import Dtype, Optimizer, Schedule, Train
+from speculators.drafts.layers import Linear
 from speculators.training.optim import (
     FLOOR,
     Average,
@@ -187,3 +188,19 @@ def test_an_average_follows_the_weights_and_is_there_only_while_it_is_asked_for(
     other = Average({"p": nn.Parameter(torch.tensor([7.0]))}, 0.5)
     other.load({"p": average.averages["p"].clone()})
     assert torch.equal(other.averages["p"], average.averages["p"])
+
+
+@pytest.mark.parametrize("optimizer", Optimizer)
+def test_whoever_keeps_a_rounded_weight_sees_that_it_has_moved(optimizer: Optimizer) -> None:
+    torch.manual_seed(0)
+    net = nn.Sequential(Linear(6, 8), nn.LayerNorm(8), Linear(8, 3))
+    optimizers = Optimizers(net, Train(optimizer=optimizer, lr=0.1, precision=Dtype.bfloat16))
+    for _ in range(2):
+        with torch.autocast("cpu", torch.bfloat16):
+            net(torch.randn(5, 6)).square().mean().backward()
+        parts = [part for part in net if isinstance(part, Linear)]
+        before = [part.rounded(torch.bfloat16).clone() for part in parts]
+        optimizers.step(1.0)
+        for part, old in zip(parts, before, strict=True):
+            assert torch.equal(part.rounded(torch.bfloat16), part.weight.to(torch.bfloat16))
+            assert not torch.equal(part.rounded(torch.bfloat16), old)

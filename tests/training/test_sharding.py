@@ -11,15 +11,16 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import tiny
 import torch
 from safetensors.torch import load_file
 from trainings import job_of, losses, stop_at
 
-from speculators.config import Dtype, Optimizer
+from speculators.config import Dtype, Optimizer, Train
 from speculators.job import Job
 from speculators.stages import train
 from speculators.training.ranks import Ranks, joined, rows
-from speculators.training.sharding import Shards
+from speculators.training.sharding import Shards, weights
 
 WAYS: list[dict[str, Any]] = [
     {"algorithm": "eagle3"},
@@ -112,3 +113,22 @@ def test_rows_are_dealt_out_as_torch_cuts_them(count: int, size: int) -> None:
     cut = [whole[rows(count, rank, size)].tolist() for rank in range(size)]
     chunks = [chunk.tolist() for chunk in whole.chunk(size)]
     assert cut == chunks + [[]] * (size - len(chunks))
+
+
+@pytest.mark.parametrize(
+    ("options", "ranks", "short"),
+    [
+        ({}, Ranks(), True),
+        ({"accumulate": 2}, Ranks(), False),
+        ({}, Ranks(0, 2), False),
+        ({"precision": Dtype.float32}, Ranks(), False),
+    ],
+    ids=["one pack", "two packs", "two processes", "float32"],
+)
+def test_gradients_stay_in_the_format_of_their_products_where_nothing_is_added_to_them(
+    tmp_path: Path, options: dict[str, Any], ranks: Ranks, short: bool
+) -> None:
+    draft, _ = tiny.make_dflash(tiny.write_target(tmp_path))
+    weights(draft, Train(**{"precision": Dtype.bfloat16, **options}), ranks, torch.device("cpu"))
+    kinds = {p.ndim: p.grad_dtype for p in draft.parameters()}
+    assert kinds == {1: torch.float32, 2: torch.bfloat16 if short else torch.float32}

@@ -18,6 +18,7 @@ from run_train import make_job, write_world
 from safetensors.torch import load_file, save_file
 from trainings import losses, metrics, stop_at
 
+from speculators import native
 from speculators.config import Device, Dtype, Optimizer, Schedule
 from speculators.data.contract import ANSWERS
 from speculators.data.shards import ShardReader, ShardWriter
@@ -98,6 +99,20 @@ def test_activations_that_are_computed_again_give_the_same_bytes(world: Path, tm
     for name, again in (("kept", False), ("again", True)):
         train.main(make_job(world, tmp_path / name, algorithm=algorithm, epochs=1, recompute=again))
     assert files(tmp_path / "kept" / "data") == files(tmp_path / "again" / "data")
+
+
+@ALGORITHMS
+def test_without_loops_in_c_the_same_is_learnt_and_that_is_said(
+    world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, algorithm: str
+) -> None:
+    jobs = [make_job(world, tmp_path / name, algorithm=algorithm, log_every=1) for name in ("with", "without")]
+    train.main(jobs[0])
+    monkeypatch.setattr(native, "kernels", lambda *_: None)
+    monkeypatch.setattr(native, "missing", lambda: "there is no compiler")
+    train.main(jobs[1])
+    assert losses(jobs[1]) == pytest.approx(losses(jobs[0]), rel=1e-4)
+    said = [[note for note in job.record.get("notes", []) if "C++" in note] for job in jobs]
+    assert said == [[], ["trained without loops in C++, which takes longer: there is no compiler"]]
 
 
 def test_a_run_of_so_many_steps_ends_there_and_its_schedule_too(world: Path, tmp_path: Path) -> None:
