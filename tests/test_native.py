@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -20,8 +19,7 @@ SHORT, WIDE = torch.bfloat16, torch.float32
 @pytest.fixture
 def loops() -> native.Kernels:
     found = native.kernels()
-    assert found is not None, "no compiler"
-    return found
+    return found if found is not None else pytest.skip(native.missing())
 
 
 def drawn(*shape: int, dtype: torch.dtype = WIDE, scale: float = 1.0) -> Tensor:
@@ -169,12 +167,13 @@ def test_the_number_of_threads_does_not_change_a_bit(loops: native.Kernels) -> N
 def afresh(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     """Nothing is compiled yet, for this test alone."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.delenv(native.SWITCH, raising=False)
     native._found.cache_clear()
     yield tmp_path
     native._found.cache_clear()
 
 
-def test_they_are_compiled_once_and_kept(afresh: Path) -> None:
+def test_they_are_compiled_once_and_kept(loops: native.Kernels, afresh: Path) -> None:
     assert native.kernels() is not None
     assert native.missing() == ""
     (library,) = (afresh / "speculators-native").iterdir()
@@ -200,7 +199,7 @@ def test_without_a_compiler_or_if_asked_torch_does_it(
     assert why in native.missing()
 
 
-def test_they_are_for_numbers_on_a_cpu_in_formats_that_they_know() -> None:
+def test_they_are_for_numbers_on_a_cpu_in_formats_that_they_know(loops: native.Kernels) -> None:
     assert native.kernels(torch.empty(1, dtype=torch.float16)) is None
     assert native.kernels(torch.empty(1, device="meta")) is None
-    assert math.isfinite(native.kernels(torch.zeros(1)).squares(torch.zeros(1)))  # type: ignore[union-attr]
+    assert native.kernels(torch.empty(1)) is loops

@@ -79,50 +79,30 @@ void dots(const float* q, int64_t count, int64_t row, const float* turned, int64
 }
 
 template <int N, int T>
-inline void mix_tile(const float* p, int64_t p_row, int64_t keys, const float* rows, int64_t row, float* out) {
+inline void mix_tile(const float* p, int64_t p_row, int64_t p_column, int64_t count, const float* rows, int64_t row,
+                     float* out) {
   Lanes sums[N][T];
   for (int i = 0; i < N; ++i)
     for (int t = 0; t < T; ++t) sums[i][t] = load(out + i * row + t * LANES);
-  for (int64_t k = 0; k < keys; ++k)
+  for (int64_t k = 0; k < count; ++k)
     for (int t = 0; t < T; ++t) {
-      const Lanes key = load(rows + k * row + t * LANES);
-      for (int i = 0; i < N; ++i) sums[i][t] += p[i * p_row + k] * key;
+      const Lanes from = load(rows + k * row + t * LANES);
+      for (int i = 0; i < N; ++i) sums[i][t] += p[i * p_row + k * p_column] * from;
     }
   for (int i = 0; i < N; ++i)
     for (int t = 0; t < T; ++t) store(out + i * row + t * LANES, sums[i][t]);
 }
 
-// out[i] += sum(p[i][k] * rows[k]).
-void mix(const float* p, int64_t count, int64_t p_row, int64_t keys, const float* rows, int64_t row, float* out) {
-  by_fours(count, [&](auto n, int64_t i) {
+// out[i] += sum(p[i][k] * rows[k]), for `to` of them over `count`; the p of a step in i or k lie `p_row` or `p_column`
+// apart, so that of queries and keys either can be summed over.
+void mix(const float* p, int64_t p_row, int64_t p_column, int64_t to, int64_t count, const float* rows, int64_t row,
+         float* out) {
+  by_fours(to, [&](auto n, int64_t i) {
+    const float* const own = p + i * p_row;
     int64_t d = 0;
     for (; d + 4 * LANES <= row; d += 4 * LANES)
-      mix_tile<n, 4>(p + i * p_row, p_row, keys, rows + d, row, out + i * row + d);
-    for (; d < row; d += LANES) mix_tile<n, 1>(p + i * p_row, p_row, keys, rows + d, row, out + i * row + d);
-  });
-}
-
-template <int N, int T>
-inline void spread_tile(const float* p, int64_t p_row, int64_t count, const float* q, int64_t row, float* into) {
-  Lanes sums[N][T];
-  for (int k = 0; k < N; ++k)
-    for (int t = 0; t < T; ++t) sums[k][t] = load(into + k * row + t * LANES);
-  for (int64_t i = 0; i < count; ++i)
-    for (int t = 0; t < T; ++t) {
-      const Lanes query = load(q + i * row + t * LANES);
-      for (int k = 0; k < N; ++k) sums[k][t] += p[i * p_row + k] * query;
-    }
-  for (int k = 0; k < N; ++k)
-    for (int t = 0; t < T; ++t) store(into + k * row + t * LANES, sums[k][t]);
-}
-
-// into[k] += sum(p[i][k] * q[i]).
-void spread(const float* p, int64_t count, int64_t p_row, int64_t keys, const float* q, int64_t row, float* into) {
-  by_fours(keys, [&](auto n, int64_t k) {
-    int64_t d = 0;
-    for (; d + 4 * LANES <= row; d += 4 * LANES)
-      spread_tile<n, 4>(p + k, p_row, count, q + d, row, into + k * row + d);
-    for (; d < row; d += LANES) spread_tile<n, 1>(p + k, p_row, count, q + d, row, into + k * row + d);
+      mix_tile<n, 4>(own, p_row, p_column, count, rows + d, row, out + i * row + d);
+    for (; d < row; d += LANES) mix_tile<n, 1>(own, p_row, p_column, count, rows + d, row, out + i * row + d);
   });
 }
 
@@ -217,10 +197,10 @@ void attend(const Sizes& z, const float* q, const float* keys, const float* valu
         logs[z.query(m, g, i) / z.width] = top + std::log(sums[i]);
         task.hide(i, 0.0f);
       }
-      mix(task.s.data(), z.queries(), task.columns, task.seen, v.at(g, begin), task.row, mixed.data());
+      mix(task.s.data(), task.columns, 1, z.queries(), task.seen, v.at(g, begin), task.row, mixed.data());
       lay_out(own_values + (m * z.slots * z.groups + g) * z.width, z.slots, z.groups * z.width, z.width,
               task.own_rows.data(), nullptr);
-      mix(task.s.data() + task.before, z.queries(), task.columns, z.slots, task.own_rows.data(), task.row,
+      mix(task.s.data() + task.before, task.columns, 1, z.queries(), z.slots, task.own_rows.data(), task.row,
           mixed.data());
       for (int64_t i = 0; i < z.queries(); ++i)
         for (int64_t d = 0; d < z.width; ++d) out[z.query(m, g, i) + d] = mixed[i * task.row + d] / sums[i];
@@ -270,15 +250,15 @@ void block_slopes(Task& task, std::vector<float>& slopes, std::vector<float>& pu
   }
   const float* const s = task.s.data();
   std::vector<float> moved(z.queries() * task.row), own_moved(z.slots * task.row);
-  mix(pull.data(), z.queries(), task.columns, task.seen, k.at(g, begin), task.row, moved.data());
-  mix(pull.data() + task.before, z.queries(), task.columns, z.slots, task.own_rows.data(), task.row, moved.data());
+  mix(pull.data(), task.columns, 1, z.queries(), task.seen, k.at(g, begin), task.row, moved.data());
+  mix(pull.data() + task.before, task.columns, 1, z.queries(), z.slots, task.own_rows.data(), task.row, moved.data());
   for (int64_t i = 0; i < z.queries(); ++i)
     for (int64_t d = 0; d < z.width; ++d) of.q[z.query(m, g, i) + d] = moved[i * task.row + d] * scale;
-  spread(pull.data(), z.queries(), task.columns, task.seen, task.q.data(), task.row, of_keys + begin * task.row);
-  spread(s, z.queries(), task.columns, task.seen, slopes.data(), task.row, of_values + begin * task.row);
+  mix(pull.data(), 1, task.columns, task.seen, z.queries(), task.q.data(), task.row, of_keys + begin * task.row);
+  mix(s, 1, task.columns, task.seen, z.queries(), slopes.data(), task.row, of_values + begin * task.row);
   const auto put_own = [&](const float* by, const std::vector<float>& with, float* to) {
     std::fill(own_moved.begin(), own_moved.end(), 0.0f);
-    spread(by + task.before, z.queries(), task.columns, z.slots, with.data(), task.row, own_moved.data());
+    mix(by + task.before, 1, task.columns, z.slots, z.queries(), with.data(), task.row, own_moved.data());
     for (int64_t j = 0; j < z.slots; ++j) std::copy_n(own_moved.data() + j * task.row, z.width, to + own + j * stride);
   };
   put_own(pull.data(), task.q, of.own_keys);

@@ -68,6 +68,8 @@ def test_attention_of_blocks_and_its_slopes_equal_a_dense_float64_reference(
 ) -> None:
     if way != "native":
         monkeypatch.setattr(native, "kernels", lambda *_: None)
+    elif native.missing():
+        pytest.skip(native.missing())
     draw = torch.Generator().manual_seed(0)
     total = sum(documents)
     anchors = (torch.rand(total, generator=draw) < 0.6).nonzero()[:, 0]
