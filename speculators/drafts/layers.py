@@ -97,15 +97,12 @@ def whole_blocks(x: Tensor, dtype: torch.dtype) -> Tensor:
 class Linear(nn.Linear):
     """A product with a matrix, nothing added; see `whole_blocks`.
 
-    On a CPU the matrix is rounded for products in a short format once for every value that it takes, into the same
-    memory: what is made anew in every step has to be paged in again. Its gradient is made in that format, and kept in
-    it where `weight.grad_dtype` says so.
+    On a CPU the matrix is rounded for products in a short format once for every value that it takes (`rounded`). Its
+    gradient is made in that format, and kept in it where `weight.grad_dtype` says so.
     """
 
     def __init__(self, width_in: int, width_out: int) -> None:
         super().__init__(width_in, width_out, bias=False)
-        self._rounded: tuple[Tensor, int] | None = None
-        """The weight in the format of products, and the version that it is of."""
 
     def forward(self, x: Tensor) -> Tensor:
         """[..., width_in] -> [..., width_out], in the format that products are to have."""
@@ -113,22 +110,8 @@ class Linear(nn.Linear):
             return super().forward(x)
         rows = x.reshape(-1, x.shape[-1])
         dtype = torch.get_autocast_dtype("cpu")
-        out: Tensor = _Product.apply(whole_blocks(rows, dtype), self.weight, self.rounded(dtype))
+        out: Tensor = _Product.apply(whole_blocks(rows, dtype), self.weight, native.rounded(self.weight, dtype))
         return (out if len(out) == len(rows) else out[: len(rows)]).unflatten(0, x.shape[:-1])
-
-    @torch.no_grad()
-    def rounded(self, dtype: torch.dtype) -> Tensor:
-        """The weight in a format."""
-        if self.weight.dtype is dtype:
-            return self.weight.detach()
-        version = self.weight._version
-        if self._rounded is None or self._rounded[0].dtype is not dtype:
-            self._rounded = (self.weight.to(dtype), version)
-        rounded, of = self._rounded
-        if of != version:
-            rounded.copy_(self.weight)
-            self._rounded = (rounded, version)
-        return rounded
 
 
 class _Product(torch.autograd.Function):

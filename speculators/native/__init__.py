@@ -37,7 +37,7 @@ FLAGS = [
     "-march=native",
     "-fno-math-errno",
     "-fno-trapping-math",
-    "-ffp-contract=off",
+    "-ffp-contract=fast",
     "-fPIC",
     "-fopenmp",
 ]
@@ -46,6 +46,8 @@ WIDE = ["-mprefer-vector-width=512"]
 SHORT = torch.bfloat16
 FORMATS = (torch.float32, SHORT)
 LOSSES = ({Loss.kl: 1.0}, {Loss.ce: 1.0})
+ROUNDED = "speculators_rounded"
+"""Attribute of a weight."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,6 +60,33 @@ class Seen:
     """The first place behind it, int64 [M]."""
     causal: bool = False
     """Whether the queries are those of a block's last slots, and see none of its own keys after their own."""
+
+
+@dataclass(slots=True)
+class Rounded:
+    """A weight in another format."""
+
+    tensor: Tensor
+    version: int
+    """Of the weight that it was made of: every change raises the weight's."""
+
+
+@torch.no_grad()
+def rounded(weight: Tensor, dtype: torch.dtype) -> Tensor:
+    """A weight in a format; made once for every value of the weight, in the same memory, which is there already.
+
+    Whoever changes the weight where torch does not see it has to raise its version.
+    """
+    if weight.dtype is dtype:
+        return weight.detach()
+    kept: Rounded | None = getattr(weight, ROUNDED, None)
+    if kept is None or kept.tensor.dtype is not dtype:
+        kept = Rounded(weight.detach().to(dtype), weight._version)
+        setattr(weight, ROUNDED, kept)
+    elif kept.version != weight._version:
+        kept.tensor.copy_(weight)
+        kept.version = weight._version
+    return kept.tensor
 
 
 class Kernels:
@@ -178,8 +207,14 @@ class Kernels:
         self._call("polynomial", x, square, factors, *x.shape[:2])
 
     def move(self, weight: Tensor, update: Tensor, keep: float, size: float) -> None:
-        """Let a float32 weight become `keep` of itself less `size` of an update, `FORMATS`."""
-        self._call("move", weight, update, update.dtype is SHORT, weight.numel(), keep, size)
+        """Let a float32 weight become `keep` of itself less `size` of an update, `FORMATS`; `rounded` follows."""
+        kept: Rounded | None = getattr(weight, ROUNDED, None)
+        follows = kept is not None and kept.tensor.dtype is SHORT and kept.version == weight._version
+        short = kept.tensor if kept is not None and follows else None
+        self._call("move", weight, short, update, update.dtype is SHORT, weight.numel(), keep, size)
+        torch.autograd.graph.increment_version(weight)
+        if kept is not None and follows:
+            kept.version = weight._version
 
     def squares(self, x: Tensor) -> float:
         """The sum of the squares of a tensor, `FORMATS`."""

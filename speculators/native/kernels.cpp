@@ -201,9 +201,13 @@ void polynomial(Short* x, const Short* square, const float* factors, int64_t cou
 }
 
 template <class U>
-void move(float* weight, const U* update, int64_t count, float keep, float size, int threads) {
+void move(float* weight, Short* rounded, const U* update, int64_t count, float keep, float size, int threads) {
 #pragma omp parallel for simd schedule(static) num_threads(threads)
-  for (int64_t j = 0; j < count; ++j) weight[j] = fused(weight[j], keep, -size * wide(update[j]));
+  for (int64_t j = 0; j < count; ++j) {
+    const float moved = fused(weight[j], keep, -size * wide(update[j]));
+    weight[j] = moved;
+    if (rounded) put(rounded[j], moved);
+  }
 }
 
 template <class T>
@@ -298,9 +302,9 @@ void speculators_polynomial(Short* x, const Short* square, const float* factors,
   polynomial(x, square, factors, count, width, threads);
 }
 
-void speculators_move(float* weight, const void* update, int update_short, int64_t count, float keep, float size,
-                      int threads) {
-  either(update, update_short, [&](const auto* by) { move(weight, by, count, keep, size, threads); });
+void speculators_move(float* weight, Short* rounded, const void* update, int update_short, int64_t count, float keep,
+                      float size, int threads) {
+  either(update, update_short, [&](const auto* by) { move(weight, rounded, by, count, keep, size, threads); });
 }
 
 double speculators_squares(const void* x, int x_short, int64_t count, int threads) {

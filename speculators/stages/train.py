@@ -16,7 +16,7 @@ import shutil
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from safetensors.torch import load_file
@@ -201,12 +201,16 @@ def same_bytes_every_time() -> Iterator[None]:
     """Only operations that give the same bits every time; torch raises an error at any other."""
     # cuBLAS asks for it when it is first used, and torch lets nobody multiply without it.
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
-    before = torch.are_deterministic_algorithms_enabled()
+    before, deterministic = torch.are_deterministic_algorithms_enabled(), cast(Any, torch.utils.deterministic)
+    # Otherwise every new tensor is filled with NaN first, which shows who reads what nobody wrote, and costs as much as
+    # any other pass through memory.
+    filled, deterministic.fill_uninitialized_memory = deterministic.fill_uninitialized_memory, False
     torch.use_deterministic_algorithms(True)
     try:
         yield
     finally:
         torch.use_deterministic_algorithms(before)
+        deterministic.fill_uninitialized_memory = filled
 
 
 def publish(job: Job, loop: Loop) -> None:

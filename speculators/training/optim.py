@@ -223,8 +223,7 @@ def _gram(x: Tensor) -> Tensor:
 def _move(weight: Tensor, update: Tensor, keep: float, size: float) -> None:
     """Let a weight become `keep` of itself less `size` of an update."""
     if loops := native.kernels(weight, update):
-        loops.move(weight, update.contiguous(), keep, size)
-        return torch.autograd.graph.increment_version(weight)
+        return loops.move(weight, update.contiguous(), keep, size)
     weight.mul_(keep).add_(update, alpha=-size)
     return None
 
@@ -286,7 +285,7 @@ class Optimizers:
         for group in self.adamw.param_groups:
             group["lr"] = self.adamw_lr * factor
         self.adamw.step()
-        # Whoever keeps something made of a weight goes by its version (`Linear`), which this optimiser does not raise.
+        # What is made of a weight goes by its version (`native.rounded`), which this optimiser does not raise.
         torch.autograd.graph.increment_version(list(self.others.values()))
         for p in self.parameters():
             p.grad = None
