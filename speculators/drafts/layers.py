@@ -275,9 +275,9 @@ class MLP(nn.Module):
 class _Gated(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, loops: Kernels, gate: Tensor, up: Tensor) -> Tensor:
-        ctx.loops = loops
-        ctx.save_for_backward(gate.contiguous(), up.contiguous())
-        return loops.gated(*ctx.to_save)
+        gate, up, ctx.loops = gate.contiguous(), up.contiguous(), loops
+        ctx.save_for_backward(gate, up)
+        return loops.gated(gate, up)
 
     @staticmethod
     def backward(ctx: Any, *slopes: Tensor) -> tuple[Tensor | None, ...]:

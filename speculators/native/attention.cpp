@@ -116,24 +116,33 @@ void lay_out(const float* from, int64_t n, int64_t stride, int64_t width, float*
   }
 }
 
-// Keys or values of the context [C, G, D], group by group.
-struct Context {
-  int64_t row, columns, context, width;
-  std::vector<float> rows, turned;
+// Keys or values of the context [C, G, D], group by group: [G, C, D], each in whole lanes.
+struct Rows {
+  int64_t row, context;
+  std::vector<float> numbers;
 
-  Context(const Sizes& z, const float* from, int threads)
-      : row(whole(z.width)), columns(whole(z.context) + 4 * LANES), context(z.context), width(z.width),
-        rows(z.groups * z.context * row), turned(z.groups * z.width * columns) {
+  Rows(const Sizes& z, const float* from) : row(whole(z.width)), context(z.context), numbers(z.groups * context * row) {
+    for (int64_t k = 0; k < context; ++k)
+      for (int64_t g = 0; g < z.groups; ++g)
+        std::copy_n(from + (k * z.groups + g) * z.width, z.width, numbers.data() + (g * context + k) * row);
+  }
+  const float* at(int64_t group, int64_t place) const { return numbers.data() + (group * context + place) * row; }
+};
+
+// The same transposed, [G, D, C], with room behind each row for the whole lanes of what begins at its end.
+struct Turned {
+  int64_t columns, width;
+  std::vector<float> numbers;
+
+  Turned(const Sizes& z, const float* from, int threads)
+      : columns(whole(z.context) + LANES), width(z.width), numbers(z.groups * width * columns) {
 #pragma omp parallel for schedule(static) num_threads(threads)
     for (int64_t g = 0; g < z.groups; ++g)
-      for (int64_t k = 0; k < context; ++k) {
-        const float* const at = from + (k * z.groups + g) * width;
-        std::copy_n(at, width, rows.data() + (g * context + k) * row);
-        for (int64_t d = 0; d < width; ++d) turned[(g * width + d) * columns + k] = at[d];
-      }
+      for (int64_t k = 0; k < z.context; ++k)
+        for (int64_t d = 0; d < width; ++d)
+          numbers[(g * width + d) * columns + k] = from[(k * z.groups + g) * width + d];
   }
-  const float* at(int64_t group, int64_t place) const { return rows.data() + (group * context + place) * row; }
-  const float* turned_at(int64_t group, int64_t place) const { return turned.data() + group * width * columns + place; }
+  const float* at(int64_t group, int64_t place) const { return numbers.data() + group * width * columns + place; }
 };
 
 // What one thread needs for a task.
@@ -156,10 +165,11 @@ struct Task {
       for (int64_t d = 0; d < z.width; ++d) to[i * row + d] = from[z.query(block, group, i) + d] * scale;
   }
   // Products of queries with what a block sees, [queries, columns]; what lies between is anything.
-  void products(const std::vector<float>& with, const float* turned, int64_t stride, const float* own, int64_t block,
+  void products(const std::vector<float>& with, const Turned& turned, int64_t begin, const float* own, int64_t block,
                 int64_t group, std::vector<float>& found) {
     found.resize(z.queries() * columns);
-    dots(with.data(), z.queries(), row, turned, stride, z.width, before, found.data(), columns);
+    dots(with.data(), z.queries(), row, turned.at(group, begin), turned.columns, z.width, before, found.data(),
+         columns);
     lay_out(own + (block * z.slots * z.groups + group) * z.width, z.slots, z.groups * z.width, z.width, own_rows.data(),
             own_turned.data());
     dots(with.data(), z.queries(), row, own_turned.data(), own_columns, z.width, own_columns, found.data() + before,
@@ -175,7 +185,8 @@ struct Task {
 
 void attend(const Sizes& z, const float* q, const float* keys, const float* values, const float* own_keys,
             const float* own_values, const int64_t* first, const int64_t* end, float* out, float* logs, int threads) {
-  const Context k(z, keys, threads), v(z, values, threads);
+  const Turned k(z, keys, threads);
+  const Rows v(z, values);
   const float scale = 1.0f / std::sqrt(float(z.width));
 #pragma omp parallel num_threads(threads)
   {
@@ -186,7 +197,7 @@ void attend(const Sizes& z, const float* q, const float* keys, const float* valu
       const int64_t m = at / z.groups, g = at % z.groups, begin = first[m];
       task.at(end[m] - begin);
       task.take(q, m, g, scale, task.q);
-      task.products(task.q, k.turned_at(g, begin), k.columns, own_keys, m, g, task.s);
+      task.products(task.q, k, begin, own_keys, m, g, task.s);
       std::fill(mixed.begin(), mixed.end(), 0.0f);
       std::vector<float> sums(z.queries());
       for (int64_t i = 0; i < z.queries(); ++i) {
@@ -226,16 +237,16 @@ struct Slopes {
 
 // Of one block; `of_keys` and `of_values` are those of the group's context, in rows of whole lanes.
 void block_slopes(Task& task, std::vector<float>& slopes, std::vector<float>& pull, int64_t m, int64_t g, int64_t begin,
-                  const float* slope, const float* out, const float* logs, const float* q, const Context& k,
-                  const Context& v, const float* own_keys, const float* own_values, float* of_keys, float* of_values,
+                  const float* slope, const float* out, const float* logs, const float* q, const Rows& key_rows,
+                  const Turned& k, const Turned& v, const float* own_keys, const float* own_values, float* of_keys, float* of_values,
                   const Slopes& of) {
   const Sizes& z = task.z;
   const float scale = 1.0f / std::sqrt(float(z.width));
   const int64_t own = (m * z.slots * z.groups + g) * z.width, stride = z.groups * z.width;
   task.take(slope, m, g, 1.0f, slopes);
-  task.products(slopes, v.turned_at(g, begin), v.columns, own_values, m, g, pull);
+  task.products(slopes, v, begin, own_values, m, g, pull);
   task.take(q, m, g, scale, task.q);
-  task.products(task.q, k.turned_at(g, begin), k.columns, own_keys, m, g, task.s);
+  task.products(task.q, k, begin, own_keys, m, g, task.s);
   for (int64_t i = 0; i < z.queries(); ++i) {
     const int64_t at = z.query(m, g, i);
     const float log = logs[at / z.width];
@@ -250,7 +261,7 @@ void block_slopes(Task& task, std::vector<float>& slopes, std::vector<float>& pu
   }
   const float* const s = task.s.data();
   std::vector<float> moved(z.queries() * task.row), own_moved(z.slots * task.row);
-  mix(pull.data(), task.columns, 1, z.queries(), task.seen, k.at(g, begin), task.row, moved.data());
+  mix(pull.data(), task.columns, 1, z.queries(), task.seen, key_rows.at(g, begin), task.row, moved.data());
   mix(pull.data() + task.before, task.columns, 1, z.queries(), z.slots, task.own_rows.data(), task.row, moved.data());
   for (int64_t i = 0; i < z.queries(); ++i)
     for (int64_t d = 0; d < z.width; ++d) of.q[z.query(m, g, i) + d] = moved[i * task.row + d] * scale;
@@ -268,7 +279,8 @@ void block_slopes(Task& task, std::vector<float>& slopes, std::vector<float>& pu
 void attend_slopes(const Sizes& z, const float* slope, const float* out, const float* logs, const float* q,
                    const float* keys, const float* values, const float* own_keys, const float* own_values,
                    const int64_t* first, const int64_t* end, const Slopes& of, int threads) {
-  const Context k(z, keys, threads), v(z, values, threads);
+  const Rows key_rows(z, keys);
+  const Turned k(z, keys, threads), v(z, values, threads);
   const std::vector<int64_t> bounds = runs(z, first, end);
   const int64_t count = int64_t(bounds.size()) - 1, row = whole(z.width);
   // The longest first, so that no thread is left with one at the end.
@@ -287,7 +299,7 @@ void attend_slopes(const Sizes& z, const float* slope, const float* out, const f
       const int64_t r = order[at / z.groups], g = at % z.groups;
       for (int64_t m = bounds[r]; m < bounds[r + 1]; ++m) {
         task.at(end[m] - first[m]);
-        block_slopes(task, slopes, pull, m, g, first[m], slope, out, logs, q, k, v, own_keys, own_values,
+        block_slopes(task, slopes, pull, m, g, first[m], slope, out, logs, q, key_rows, k, v, own_keys, own_values,
                      of_keys.data() + g * z.context * row, of_values.data() + g * z.context * row, of);
       }
     }
