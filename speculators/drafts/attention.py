@@ -102,12 +102,12 @@ def unrolled_attention(q: Tensor, cache: KeyValues, blocks: Sequence[Block] | Ca
     """
     _, heads, width = q.shape
     if isinstance(blocks, CausalMask):
-        steps = [(cache.keys, cache.values), *cache.own]
         if loops := native.kernels(q):
             none = q.new_empty(len(q), 0, *cache.keys.shape[1:])
             k, v = [torch.stack(each, 1) for each in zip(*cache.own, strict=True)] or [none, none]
             seen_by = Seen(blocks.first, blocks.last + 1)
             return _attended(loops, seen_by, q[:, None], (cache.keys, cache.values), (k, v)).flatten(1)
+        steps = [(cache.keys, cache.values), *cache.own]
         return flex.unrolled(q, [k for k, _ in steps], [v for _, v in steps], blocks) if len(q) else q.flatten(1)
     groups = cache.keys.shape[1]
     scaled = q * (1.0 / math.sqrt(width))

@@ -124,6 +124,8 @@ def orthogonalise(x: Tensor, shapes: Sequence[Sequence[int]], block: int = 0) ->
     if rows % size:  # rows of zeros stay what they are
         x = nn.functional.pad(x, (0, 0, 0, groups * size - rows))
     x = x.reshape(count * groups, size, columns)
+    if x.dtype is torch.float16:  # others have the exponents for products of what is small (`_shorten`)
+        x.mul_(1.0 / (torch.linalg.vector_norm(x, dim=(1, 2), keepdim=True, dtype=torch.float32) + 1e-30).to(x.dtype))
     x, applied = _by_inverses(x) if x.dtype is torch.float32 else _by_products(x)
     if groups > 1:
         return turned((applied @ x).reshape(count, groups * size, columns)[:, :rows], shapes)

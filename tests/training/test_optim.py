@@ -136,6 +136,15 @@ def test_a_single_wide_matrix_is_multiplied_in_parts_of_whatever_width(columns: 
     assert torch.linalg.matrix_norm(orthogonal(matrix, dtype=torch.bfloat16)[0].float() - u @ v, 2) < 0.4
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("size", [1e-4, 1.0, 100.0])
+def test_the_size_of_a_matrix_does_not_matter_in_any_format(dtype: torch.dtype, size: float) -> None:
+    matrix = spread(8, 24, least=0.1)
+    values = torch.linalg.svdvals(orthogonal(matrix / matrix.norm() * size, dtype=dtype)[0].float())
+    assert values.min() > 0.6
+    assert values.max() < 1.4
+
+
 def test_no_more_are_taken_together_than_a_cache_holds() -> None:
     large = (2048, 1536)
     assert together([(8, 16), large, (16, 8), large, (4, 4)]) == [[0, 2], [1], [3], [4]]
