@@ -105,7 +105,7 @@ def _dispatch(words: list[str]) -> int:
 
 
 def _help() -> int:
-    from speculators import shipped
+    from speculators.config import shipped
 
     rows = [("  " + name, _first_comment(path)) for name, path in sorted(shipped.available().items())]
     print(f"{__doc__}\nRecipes (made of the choices in conf/; ./recipes is looked up too):\n\n{ui.columns(rows)}")

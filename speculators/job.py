@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from speculators.config import Config, Mooncake, from_plain
+from speculators.config.schema import Config, Mooncake, from_plain
 
 REQUEST_FORMAT = 1
 """Raised when a worker of an older release could not read the request."""

@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from speculators import recipe
-from speculators.config import Config
+from speculators.config import compose
+from speculators.config.schema import Config
 from speculators.runner import key as keys
 from speculators.runner.artifact import Artifact
 from speculators.runner.plan import Planner
@@ -37,7 +37,7 @@ def store(tmp_path: Path) -> Store:
 
 @pytest.fixture
 def config() -> Config:
-    return recipe.compose(["recipe=smollm2_eagle3"])
+    return compose.compose(["recipe=smollm2_eagle3"])
 
 
 SIDE = {"tokens_per_second": 31.25, "ms_per_token": 32.0}

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from speculators import cli, ui
-from speculators.config import Config
+from speculators.config.schema import Config
 from speculators.runner import estimate, vllm
 from speculators.runner.installed import installed
 from speculators.runner.plan import Planner

@@ -13,8 +13,9 @@ sys.path.insert(0, str(Path(__file__).parent / "drafts"))
 
 import tiny
 
-from speculators import recipe
-from speculators.config import DFlash, Train
+from speculators.config import compose
+from speculators.config.algorithms import DFlash
+from speculators.config.schema import Train
 from speculators.drafts.base import Pack, Vocabulary
 from speculators.drafts.dflash import DFlashDraft
 from speculators.errors import ContractError
@@ -69,7 +70,7 @@ def states_of(model: Any, tokens: torch.Tensor, layer_ids: list[int]) -> tuple[t
 
 
 def test_the_recipe_plans_with_layers_spread_over_the_targets_depth(gemma: tuple[Path, Any], store: Store) -> None:
-    config = recipe.compose(["recipe=gemma4_dflash", f"target.source={gemma[0]}", "vocab.size=null"])
+    config = compose.compose(["recipe=gemma4_dflash", f"target.source={gemma[0]}", "vocab.size=null"])
     planner = Planner(config, store)
     assert planner.derived["layer_ids"] == [2, 3, 4, 5, 6]
     assert planner.derived["capture_layer_ids"] == [2, 3, 4, 5, 6, DEPTH]

@@ -15,10 +15,11 @@ HEAVY = {"torch", "transformers", "vllm", "datasets", "ray", "wandb"}
 SHARED = [
     "speculators",
     "speculators.errors",
-    "speculators.fields",
-    "speculators.algorithms",
-    "speculators.choices",
     "speculators.config",
+    "speculators.config.fields",
+    "speculators.config.algorithms",
+    "speculators.config.choices",
+    "speculators.config.schema",
     "speculators.job",
 ]
 """What both sides of the line may import."""
@@ -59,9 +60,9 @@ LEFT = [
     "speculators.runner.doctor",
     "speculators.runner.interrupt",
     "speculators.runner.execute",
-    "speculators.shipped",
-    "speculators.recipe",
-    "speculators.composed",
+    "speculators.config.shipped",
+    "speculators.config.compose",
+    "speculators.config.composed",
     "speculators.ui",
     "speculators.verbs",
     "speculators.verbs.doctor",
@@ -87,8 +88,8 @@ RIGHT = [
     "speculators.nursery",
 ]
 DOORS = {
-    "hydra": {"speculators.recipe"},
-    "omegaconf": {"speculators.recipe"},
+    "hydra": {"speculators.config.compose"},
+    "omegaconf": {"speculators.config.compose"},
     "rich": {"speculators.ui"},
     "vllm": {"speculators.targets.connector"},
     "mooncake": {"speculators.targets.mooncake"},

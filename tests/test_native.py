@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from speculators import native
-from speculators.config import Loss
+from speculators.config.algorithms import Loss
 from speculators.training.divergences import cost
 
 SHORT, WIDE = torch.bfloat16, torch.float32

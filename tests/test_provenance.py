@@ -12,9 +12,9 @@ from pathlib import Path
 import pytest
 
 from speculators import cli
+from speculators.config.compose import compose
 from speculators.errors import RecipeError
 from speculators.provenance import Provenance
-from speculators.recipe import compose
 from speculators.runner import vllm
 from speculators.runner.store import Store
 

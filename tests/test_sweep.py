@@ -13,7 +13,8 @@ from typing import Any
 
 import pytest
 
-from speculators import cli, recipe, shipped
+from speculators import cli
+from speculators.config import compose, shipped
 from speculators.errors import RecipeError
 from speculators.runner import guard
 from speculators.runner.installed import installed
@@ -205,21 +206,21 @@ def test_a_mistake_is_found_before_the_first_job(
     monkeypatch.setattr(sys, "argv", ["speculators-run"])
     given = [] if words[0].startswith("recipe=") else [DEMO]
     with pytest.raises(RecipeError) as caught:
-        recipe.sweep(["-m", *given, *words], tmp_path, lambda job: pytest.fail("a job ran"))
+        compose.sweep(["-m", *given, *words], tmp_path, lambda job: pytest.fail("a job ran"))
     assert message in caught.value.message
     assert hint in caught.value.hint
 
 
 def test_a_launcher_that_is_not_installed_is_named_with_its_extra(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(recipe, "installed", dict)
+    monkeypatch.setattr(compose, "installed", dict)
     with pytest.raises(RecipeError, match="hydra/launcher=joblib needs `hydra-joblib-launcher`") as caught:
-        recipe.sweep(["-m", DEMO, "hydra/launcher=joblib"], Path(), lambda job: None)
+        compose.sweep(["-m", DEMO, "hydra/launcher=joblib"], Path(), lambda job: None)
     assert caught.value.hint == "pip install 'speculators-run[joblib]'"
 
 
 def test_launchers_get_settings_for_long_jobs_unless_they_are_given(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(os, "cpu_count", lambda: 64)
-    settings = recipe._launcher_settings
+    settings = compose._launcher_settings
     assert settings(["hydra/launcher=joblib", "train.lr=1,2"]) == ["hydra.launcher.n_jobs=2"]
     assert settings(["hydra/launcher=submitit_slurm"]) == ["hydra.launcher.timeout_min=1440"]
     assert settings(["hydra/launcher=submitit_slurm", "hydra.launcher.timeout_min=5"]) == []
@@ -227,7 +228,7 @@ def test_launchers_get_settings_for_long_jobs_unless_they_are_given(monkeypatch:
 
 
 def test_the_jobs_of_a_sweep_are_counted_before_it_starts() -> None:
-    assert recipe._count(["train.lr=1,2,3", "prompts.seed=range(0,4)", "prompts.count=5", "--config-dir"]) == 12
+    assert compose._count(["train.lr=1,2,3", "prompts.seed=range(0,4)", "prompts.count=5", "--config-dir"]) == 12
 
 
 def test_a_recipe_by_path_stays_the_path_in_what_runs_one_job_alone(
@@ -238,7 +239,7 @@ def test_a_recipe_by_path_stays_the_path_in_what_runs_one_job_alone(
     for name in ("mine", "yours"):
         (tmp_path / f"{name}.yaml").write_text((shipped.RECIPES / "smollm2_eagle3.yaml").read_text())
     found = []
-    recipe.sweep(
+    compose.sweep(
         ["recipe=mine.yaml,yours.yaml", "-m"], tmp_path / "sweep", lambda job: found.append((job.words, job.config()))
     )
     assert [words for words, _ in found] == [["recipe=mine.yaml"], ["recipe=yours.yaml"]]

@@ -18,7 +18,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from speculators.config import DataFormat, Dataset, OnDamage
+from speculators.config.choices import DataFormat, OnDamage
+from speculators.config.schema import Dataset
 from speculators.errors import SourceError
 
 ROLES = {

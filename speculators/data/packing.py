@@ -16,7 +16,7 @@ import random
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
-from speculators.config import Packing
+from speculators.config.choices import Packing
 
 WINDOW = 32
 """Batches that are balanced among themselves, about: with more, the same long rows would meet in every epoch."""

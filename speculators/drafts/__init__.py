@@ -1,7 +1,7 @@
 """Draft models, one file an algorithm.
 
 To add one: write `drafts/NAME.py` with a subclass of `base.Draft`, put it into `DRAFTS`, its options into
-`config.SPECULATORS`, and its defaults into `conf/speculator/NAME.yaml`. A test holds the three lists together.
+`config.algorithms.SPECULATORS`, and its defaults into `conf/speculator/NAME.yaml`. A test holds the lists together.
 """
 
 from __future__ import annotations

@@ -24,7 +24,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from speculators.config import Loss, Speculator, loss_weights
+from speculators.config.algorithms import Loss, Speculator, loss_weights
 from speculators.drafts.layers import Frozen, Trained
 from speculators.errors import ContractError
 

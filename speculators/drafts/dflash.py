@@ -34,7 +34,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from speculators.config import DFlash, Speculator, Weighting
+from speculators.config.algorithms import DFlash, Speculator, Weighting
 from speculators.drafts.attention import Span, anchored_attention, context_places, spans
 from speculators.drafts.base import (
     TARGETS,

@@ -30,7 +30,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from speculators.config import DraftArch, Eagle3, Speculator
+from speculators.config.algorithms import DraftArch, Eagle3, Speculator
 from speculators.drafts.attention import Block, KeyValues, causal_blocks, unrolled_attention
 from speculators.drafts.base import (
     Draft,

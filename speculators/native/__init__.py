@@ -26,7 +26,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from speculators.config import Loss
+from speculators.config.algorithms import Loss
 
 SOURCES = sorted(Path(__file__).parent.glob("*.cpp"))
 HEADER = Path(__file__).with_name("numbers.h")

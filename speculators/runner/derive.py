@@ -11,7 +11,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from speculators.config import Config, DFlash, LastState, Speculator
+from speculators.config.algorithms import DFlash, Speculator
+from speculators.config.choices import LastState
+from speculators.config.schema import Config
 from speculators.errors import ContractError, RecipeError
 
 

@@ -23,7 +23,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from speculators.config import Config, Serve
+from speculators.config.schema import Config, Serve
 from speculators.errors import StoreError
 from speculators.runner import guard, upkeep, vllm
 from speculators.runner.installed import installed

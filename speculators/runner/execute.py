@@ -22,9 +22,9 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from speculators.config import Config
+from speculators.config.fields import select, to_plain
+from speculators.config.schema import Config
 from speculators.errors import ContractError, RecipeError, RunError, ServiceError, SourceError, StageError, StoreError
-from speculators.fields import select, to_plain
 from speculators.job import REQUEST_FORMAT, write_json
 from speculators.runner import endings, estimate, graph, schedule, upkeep
 from speculators.runner.endings import PassingError

@@ -11,7 +11,8 @@ import graphlib
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 
-from speculators.config import Config, DataFormat, Dataset, Dtype
+from speculators.config.choices import DataFormat, Dtype
+from speculators.config.schema import Config, Dataset
 from speculators.errors import RecipeError, closest
 
 SERVE = "serve"

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from speculators.config import Config
+from speculators.config.schema import Config
 from speculators.errors import RecipeError
 from speculators.runner import graph, key
 from speculators.runner.explain import libraries

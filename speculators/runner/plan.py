@@ -13,9 +13,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from speculators.config import Config
+from speculators.config.fields import identity
+from speculators.config.schema import Config
 from speculators.errors import ServiceError
-from speculators.fields import identity
 from speculators.runner import derive, graph, key, schedule, sources, vllm
 from speculators.runner.artifact import Artifact
 from speculators.runner.graph import TARGET, Node

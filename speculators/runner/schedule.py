@@ -13,7 +13,7 @@ from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, fields
 from pathlib import Path
 
-from speculators.config import Config
+from speculators.config.schema import Config
 from speculators.errors import RecipeError, closest
 from speculators.runner import executors, graph, vllm
 from speculators.runner.events import Events

@@ -27,9 +27,10 @@ from pathlib import Path
 from typing import Any
 
 import speculators
-from speculators.config import Config, Connector, Mooncake
+from speculators.config.choices import Connector
+from speculators.config.fields import to_plain
+from speculators.config.schema import Config, Mooncake
 from speculators.errors import ServiceError
-from speculators.fields import to_plain
 from speculators.runner import endings, guard
 
 PROBE_SECONDS = 0.2

@@ -14,7 +14,7 @@ from collections.abc import Collection, Generator, Iterable, Mapping
 from dataclasses import replace
 from pathlib import Path
 
-from speculators.config import Connector
+from speculators.config.choices import Connector
 from speculators.runner import derive, executors, schedule, vllm
 from speculators.runner.endings import PassingError
 from speculators.runner.events import Events

@@ -30,7 +30,7 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
-from speculators.config import Run
+from speculators.config.schema import Run
 from speculators.errors import StoreError
 from speculators.job import write_json
 from speculators.runner import key as keys

@@ -18,7 +18,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from speculators.config import Config, Connector
+from speculators.config.choices import Connector
+from speculators.config.schema import Config
 from speculators.errors import RecipeError
 from speculators.runner import threads
 from speculators.runner.installed import installed

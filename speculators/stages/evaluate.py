@@ -16,7 +16,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from speculators.config import Dtype
+from speculators.config.choices import Dtype
 from speculators.data.conversations import Conversation, Tally, data_file, held_out, usable, with_instruction
 from speculators.errors import RecipeError, SourceError, StageError, closest
 from speculators.job import Job, write_json

@@ -27,7 +27,8 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from speculators.config import OnBadRow, Regenerate
+from speculators.config.choices import OnBadRow
+from speculators.config.schema import Regenerate
 from speculators.data.encoding import encode, sift
 from speculators.data.shards import ShardWriter
 from speculators.data.template import Row, Turn, merge

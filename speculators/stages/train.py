@@ -22,7 +22,9 @@ import torch
 from safetensors.torch import load_file
 
 from speculators import native
-from speculators.config import Device, DFlash, Eagle3
+from speculators.config.algorithms import DFlash, Eagle3
+from speculators.config.choices import Device
+from speculators.config.fields import leaves, to_plain
 from speculators.data.cache import StatesCache
 from speculators.data.contract import ANSWERS, EVERYWHERE, check_contract, feature_contract
 from speculators.data.reading import larger_than_memory
@@ -30,7 +32,6 @@ from speculators.data.shards import ShardReader
 from speculators.drafts import DRAFTS
 from speculators.drafts.base import Vocabulary
 from speculators.errors import ContractError, RecipeError, closest
-from speculators.fields import leaves, to_plain
 from speculators.job import Job, write_json
 from speculators.targets.fidelity import check_features, check_server
 from speculators.targets.hf import TargetCheckpoint

@@ -24,7 +24,7 @@ from typing import Any
 
 import torch
 
-from speculators.config import Mooncake
+from speculators.config.schema import Mooncake
 from speculators.errors import ServiceError, StageError
 
 HANDLE = "handle"

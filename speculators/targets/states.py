@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from speculators.config import OnBadRow
+from speculators.config.choices import OnBadRow
 from speculators.data.contract import EVERYWHERE, feature_contract
 from speculators.data.shards import ShardWriter
 from speculators.data.token_table import asked_for

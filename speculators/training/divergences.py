@@ -19,7 +19,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from speculators.config import Loss
+from speculators.config.algorithms import Loss
 
 ETA = 3.0
 """Of `lk_hybrid`: how fast the total variation takes over as the distributions come to overlap; the paper's value."""

@@ -24,7 +24,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from speculators.config import Extract
+from speculators.config.schema import Extract
 from speculators.data.cache import StatesCache
 from speculators.data.encoding import LAST, bytes_each, copy_first, encode, layout, sift
 from speculators.data.token_table import TokenTable, asked_for

@@ -27,7 +27,8 @@ from typing import Any
 
 import torch
 
-from speculators.config import Dtype, Train
+from speculators.config.choices import Dtype
+from speculators.config.schema import Train
 from speculators.data.packing import Piece, divide, training_batches, validation_batches
 from speculators.decoding import Walk
 from speculators.drafts.base import Draft, Pack, Predictions, Supervision

@@ -25,7 +25,7 @@ import torch
 from torch import Tensor
 
 from speculators import native
-from speculators.config import Loss
+from speculators.config.algorithms import Loss
 from speculators.drafts.base import Pack, Predictions, Vocabulary
 from speculators.drafts.layers import whole_blocks
 from speculators.training.divergences import cost

@@ -18,7 +18,8 @@ import torch
 from torch import Tensor, nn
 
 from speculators import native
-from speculators.config import Optimizer, Schedule, Train
+from speculators.config.choices import Optimizer, Schedule
+from speculators.config.schema import Train
 from speculators.drafts.base import TARGETS
 from speculators.training.ranks import Ranks, rows
 

@@ -27,7 +27,8 @@ from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 
 from speculators import native
-from speculators.config import Dtype, Train
+from speculators.config.choices import Dtype
+from speculators.config.schema import Train
 from speculators.drafts.base import Draft, Predictions
 from speculators.drafts.layers import Linear
 from speculators.training.losses import Outcome

@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
-from speculators.config import Tracker
+from speculators.config.choices import Tracker
 from speculators.errors import RecipeError
 
 

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from speculators import ui
-from speculators.config import Run as Options
+from speculators.config.schema import Run as Options
 from speculators.errors import RecipeError
 from speculators.runner import history
 from speculators.runner.history import Run, Stage

@@ -5,7 +5,8 @@ from __future__ import annotations
 import dataclasses
 import json
 
-from speculators import composed, ui
+from speculators import ui
+from speculators.config import composed
 from speculators.errors import RecipeError
 from speculators.job import write_json
 from speculators.runner import lock as locks

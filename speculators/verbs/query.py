@@ -6,7 +6,8 @@ import dataclasses
 import json
 from collections.abc import Mapping
 
-from speculators import composed, ui
+from speculators import ui
+from speculators.config import composed
 from speculators.errors import RecipeError
 from speculators.runner import estimate, lock
 from speculators.runner.execute import as_json

@@ -9,8 +9,9 @@ import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from speculators import composed, ui
-from speculators.config import Config
+from speculators import ui
+from speculators.config import composed
+from speculators.config.schema import Config
 from speculators.errors import StoreError
 from speculators.job import write_json
 from speculators.runner import executors, guard, lock
@@ -41,9 +42,9 @@ def main(words: list[str]) -> int:
 
         return sweep.main(words, run_recipe, _fresh_directory)
     if any(word in _FLAGS or word.startswith("--") for word in words):
-        from speculators import recipe
+        from speculators.config import compose
 
-        recipe.run_as_hydra_app(words, lambda config: run_recipe(config, words))
+        compose.run_as_hydra_app(words, lambda config: run_recipe(config, words))
     else:
         run_recipe(composed.compose(words, keep=True), words)
     return 0

@@ -7,8 +7,9 @@ import json
 from collections.abc import Sequence
 from pathlib import Path
 
-from speculators import composed, ui
-from speculators.config import Run
+from speculators import ui
+from speculators.config import composed
+from speculators.config.schema import Run
 from speculators.errors import RecipeError, StoreError, closest
 from speculators.runner import archive, upkeep
 from speculators.runner.artifact import Artifact

@@ -18,8 +18,9 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from speculators import recipe, ui
-from speculators.config import Run as RunOptions
+from speculators import ui
+from speculators.config import compose
+from speculators.config.schema import Run as RunOptions
 from speculators.errors import RunError, StageError
 from speculators.job import write_json
 from speculators.runner.executors.remote import DEVICES, seen_devices
@@ -41,7 +42,7 @@ def main(words: Sequence[str], run: Callable[..., None], directory: Callable[[Pa
     place = directory(Path(below).expanduser().resolve(), "sweep")
     lease = Lease(place / _HELD)
     try:
-        recipe.sweep(words, place, functools.partial(_job, place, run, os.getpid(), seen_devices({})))
+        compose.sweep(words, place, functools.partial(_job, place, run, os.getpid(), seen_devices({})))
     except RunError:
         raise
     except Exception as error:
@@ -55,7 +56,7 @@ def main(words: Sequence[str], run: Callable[..., None], directory: Callable[[Pa
     return _tell(place)
 
 
-def _job(place: Path, run: Callable[..., None], sweeper: int, devices: dict[str, str], job: recipe.Job) -> None:
+def _job(place: Path, run: Callable[..., None], sweeper: int, devices: dict[str, str], job: compose.Job) -> None:
     """One job, in whatever process. An error is told at once, and the other jobs go on."""
     apart = os.getpid() != sweeper
     said: dict[str, Any] = {"job": job.number, "words": job.words, "status": "interrupted", "code": 130}

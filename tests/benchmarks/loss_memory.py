@@ -20,7 +20,7 @@ from pathlib import Path
 
 import torch
 
-from speculators.config import Loss
+from speculators.config.algorithms import Loss
 from speculators.drafts.base import Predictions
 from speculators.training.losses import CHUNK_ELEMENTS, Teacher, distill
 

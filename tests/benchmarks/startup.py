@@ -20,7 +20,7 @@ from typing import Any
 from unittest import mock
 
 import speculators
-from speculators import recipe
+from speculators.config import compose
 from speculators.runner import graph
 from speculators.runner.events import Events
 from speculators.runner.execute import Execution
@@ -50,7 +50,7 @@ def told(found: list[float]) -> str:
 
 def executed(stages: int = 20) -> list[float]:
     """Seconds of each stage in a chain of stages that write a line: from the end of the one before to its own."""
-    config = recipe.compose([RECIPE])
+    config = compose.compose([RECIPE])
     config.pipeline = {"n0": {"uses": "first"}}
     config.pipeline |= {f"n{i}": {"uses": "trivial", "thing": f"n{i - 1}"} for i in range(1, stages)}
     with tempfile.TemporaryDirectory() as temporary, mock.patch.dict(graph.KINDS, first=FIRST, trivial=TRIVIAL):
@@ -76,7 +76,7 @@ def executed(stages: int = 20) -> list[float]:
 
 def planned(pipeline: dict[str, dict[str, str]]) -> float:
     """Seconds to plan a pipeline of trivial stages in an empty store."""
-    config = recipe.compose([RECIPE])
+    config = compose.compose([RECIPE])
     config.pipeline = pipeline
     with tempfile.TemporaryDirectory() as root, mock.patch.dict(graph.KINDS, first=FIRST, trivial=TRIVIAL):
         began = time.perf_counter()
@@ -92,7 +92,7 @@ def main(store: str = "") -> None:
     with tempfile.TemporaryDirectory() as own, mock.patch.dict(os.environ, SPECULATORS_STORE=f"{own}/store"):
         print("plan, of what no run has composed", told(wall(*cli, "plan", RECIPE, f"run.store={store}")))
         if store:
-            steps = Planner(recipe.compose([RECIPE]), Store(Path(store))).plan()
+            steps = Planner(compose.compose([RECIPE]), Store(Path(store))).plan()
             missing = [step.node.name for step in steps if step.artifact is None and not step.node.lazy]
             assert not missing, f"the store lacks {missing}: this would make them"
             print("run, all hits", told(wall(*cli, RECIPE, f"run.store={store}")))

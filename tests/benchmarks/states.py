@@ -19,7 +19,7 @@ from typing import Any
 
 import torch
 
-from speculators import recipe
+from speculators.config import compose
 from speculators.job import Endpoint
 from speculators.runner import derive, vllm
 from speculators.runner.plan import Planner
@@ -115,7 +115,7 @@ async def measure(servers: dict[str, Measured], prompts: list[Any], tokens: int,
 
 def main(store: str, prompts: str = "96", tokens: str = "96") -> None:
     """Start both servers, measure, stop them."""
-    config = recipe.compose(["recipe=smollm2_eagle3"])
+    config = compose.compose(["recipe=smollm2_eagle3"])
     planner = Planner(config, Store(Path(store)))
     steps = {step.node.name: step for step in planner.plan()}
     target, kept = steps["target"].path, steps["prompts"].path

@@ -38,8 +38,9 @@ import upstream_trainer
 from safetensors.torch import load_file
 from torch.utils.flop_counter import FlopCounterMode
 
-from speculators import recipe
-from speculators.config import Config, DFlash, loss_weights
+from speculators.config import compose
+from speculators.config.algorithms import DFlash, loss_weights
+from speculators.config.schema import Config
 from speculators.data.shards import ShardReader
 from speculators.drafts import DRAFTS
 from speculators.drafts.base import Draft, Vocabulary
@@ -82,7 +83,7 @@ class World:
         precision = f"train.precision={str(dtype).removeprefix('torch.')}"
         self.words = [f"recipe=smollm2_{algorithm}", *SAME, precision, *OURS[algorithm], *words]
         self.dtype = dtype
-        self.config: Config = recipe.compose(self.words)
+        self.config: Config = compose.compose(self.words)
         planner = Planner(self.config, Store(Path(store)))
         steps = {step.node.name: step for step in planner.plan()}
         paths = {name: steps[name].path for name in ("target", "tokenize", "vocab", "extract")}

@@ -27,7 +27,9 @@ import upstream_trainer
 from safetensors.torch import save_file
 from torch.utils.flop_counter import FlopCounterMode
 
-from speculators.config import DFlash, Dtype, Eagle3, Speculator, Train
+from speculators.config.algorithms import DFlash, Eagle3, Speculator
+from speculators.config.choices import Dtype
+from speculators.config.schema import Train
 from speculators.data.contract import feature_contract
 from speculators.data.shards import ShardReader, ShardWriter
 from speculators.data.token_table import save_table, write_table

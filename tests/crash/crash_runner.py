@@ -8,7 +8,8 @@ import sys
 import time
 from pathlib import Path
 
-from speculators.config import Config, Device
+from speculators.config.choices import Device
+from speculators.config.schema import Config
 from speculators.errors import RunError
 from speculators.runner import graph, vllm
 from speculators.runner.events import Events

@@ -10,7 +10,8 @@ from typing import Any
 
 import pytest
 
-from speculators.config import DataFormat, Dataset, OnDamage
+from speculators.config.choices import DataFormat, OnDamage
+from speculators.config.schema import Dataset
 from speculators.data import conversations
 from speculators.data.conversations import Conversation, Tally, data_file, held_out, read_conversations, usable
 from speculators.errors import SourceError

@@ -14,7 +14,8 @@ import torch
 from safetensors import safe_open
 
 from speculators import native
-from speculators.config import DFlash, Loss, Train, Weighting
+from speculators.config.algorithms import DFlash, Loss, Weighting
+from speculators.config.schema import Train
 from speculators.decoding import Walk
 from speculators.drafts.attention import anchor_mask, anchored_attention, context_places, spans
 from speculators.drafts.base import Predictions

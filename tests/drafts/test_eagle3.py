@@ -15,7 +15,8 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 
 from speculators import native
-from speculators.config import DraftArch, Eagle3, Train
+from speculators.config.algorithms import DraftArch, Eagle3
+from speculators.config.schema import Train
 from speculators.drafts.attention import KeyValues, causal_blocks, causal_mask, unrolled_attention
 from speculators.drafts.base import Predictions, Vocabulary
 from speculators.drafts.eagle3 import Eagle3Draft

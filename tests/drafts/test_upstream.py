@@ -19,7 +19,7 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
 
-from speculators.config import DraftArch, Loss, Weighting
+from speculators.config.algorithms import DraftArch, Loss, Weighting
 from speculators.drafts.base import TARGETS, Draft
 from speculators.drafts.dflash import DFlashDraft
 from speculators.drafts.eagle3 import Eagle3Draft

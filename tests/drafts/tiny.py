@@ -10,7 +10,7 @@ import datasets
 import torch
 from safetensors.torch import save_file
 
-from speculators.config import DFlash, Eagle3
+from speculators.config.algorithms import DFlash, Eagle3
 from speculators.data.contract import feature_contract
 from speculators.data.shards import ShardWriter
 from speculators.drafts.base import Draft, Pack, TargetParts, Vocabulary

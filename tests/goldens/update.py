@@ -9,13 +9,13 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parents[2]))
 
-from speculators import recipe
+from speculators.config import compose
 from speculators.runner.plan import Planner
 from speculators.runner.store import Store
 from tests import test_stage_versions
 from tests.runner.test_key import GOLDEN, RECIPES, keys, words
 
 with tempfile.TemporaryDirectory() as empty:
-    table = {name: keys(Planner(recipe.compose(words(name)), Store(Path(empty)))) for name in RECIPES}
+    table = {name: keys(Planner(compose.compose(words(name)), Store(Path(empty)))) for name in RECIPES}
 GOLDEN.write_text(json.dumps(table, indent=1) + "\n")
 test_stage_versions.GOLDEN.write_text(json.dumps(test_stage_versions.recorded(), indent=1) + "\n")

@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 
 from speculators import cli
-from speculators.config import Config
+from speculators.config.schema import Config
 from speculators.errors import StoreError
 from speculators.runner import archive, vllm
 from speculators.runner import key as keys

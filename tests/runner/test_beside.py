@@ -13,9 +13,10 @@ from urllib.request import Request, urlopen
 
 import pytest
 
-from speculators.config import Cluster, Config, Device, Executor
+from speculators.config.choices import Cluster, Device
+from speculators.config.fields import to_plain
+from speculators.config.schema import Config, Executor
 from speculators.errors import ServiceError
-from speculators.fields import to_plain
 from speculators.runner import execute, executors, graph, guard, vllm
 from speculators.runner.events import Events
 from speculators.runner.execute import Execution

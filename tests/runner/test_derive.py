@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-from speculators import recipe
-from speculators.config import DFlash, Eagle3
+from speculators.config import compose
+from speculators.config.algorithms import DFlash, Eagle3
 from speculators.errors import RecipeError
 from speculators.runner.derive import Facts, default_layers, derive, entered_after
 
@@ -36,7 +36,7 @@ def test_eagle3_reads_a_low_a_middle_and_a_high_layer() -> None:
 def test_heads_that_cannot_share_keys_are_refused_with_the_targets(words: list[str]) -> None:
     known = Facts(num_hidden_layers=30, hidden_size=576, vocab_size=49152, heads=9, key_value_heads=3)
     with pytest.raises(RecipeError, match="heads cannot share") as caught:
-        derive(recipe.compose(["recipe=smollm2_eagle3", *words]), known)
+        derive(compose.compose(["recipe=smollm2_eagle3", *words]), known)
     assert "the target has 9 and 3" in caught.value.hint
 
 
@@ -52,6 +52,6 @@ def test_the_last_layer_is_kept_where_training_asks_for_it_unless_the_recipe_say
     words: list[str], kept: str
 ) -> None:
     known = Facts(num_hidden_layers=30, hidden_size=576, vocab_size=49152)
-    assert derive(recipe.compose(["recipe=smollm2_eagle3", *words]), known)["last_state"] == kept
+    assert derive(compose.compose(["recipe=smollm2_eagle3", *words]), known)["last_state"] == kept
     with pytest.raises(RecipeError, match="keeps nothing by which"):
-        derive(recipe.compose(["recipe=smollm2_eagle3", "extract.last_state=answers"]), known)
+        derive(compose.compose(["recipe=smollm2_eagle3", "extract.last_state=answers"]), known)

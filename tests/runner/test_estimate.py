@@ -7,8 +7,10 @@ from pathlib import Path
 
 import pytest
 
-from speculators import cli, recipe
-from speculators.config import Config, StatesDtype
+from speculators import cli
+from speculators.config import compose
+from speculators.config.choices import StatesDtype
+from speculators.config.schema import Config
 from speculators.data.encoding import bytes_each
 from speculators.errors import StoreError
 from speculators.runner import derive, vllm
@@ -80,7 +82,7 @@ FIT = GIB // EACH
 
 
 def demo(pipeline: str, *words: str) -> Config:
-    return recipe.compose(["recipe=smollm2_eagle3", f"pipeline={pipeline}", "train.epochs=3", *words])
+    return compose.compose(["recipe=smollm2_eagle3", f"pipeline={pipeline}", "train.epochs=3", *words])
 
 
 @pytest.mark.parametrize(
@@ -196,7 +198,7 @@ def test_a_store_over_its_quota_is_refused_before_any_worker_starts(
 
 
 def test_what_a_worker_has_extracted_is_not_counted_again_and_a_server_is_named_once(store: Store) -> None:
-    config = recipe.compose(["recipe=smollm2_eagle3", "pipeline=offline"])
+    config = compose.compose(["recipe=smollm2_eagle3", "pipeline=offline"])
     planner = Planner(config, store)
     digests: dict[str, str] = {}
     for name in ("dataset.sharegpt", "target", "prompts", "regenerate", "tokenize"):

@@ -17,7 +17,8 @@ from typing import Any
 
 import pytest
 
-from speculators.config import Config, Dtype
+from speculators.config.choices import Dtype
+from speculators.config.schema import Config
 from speculators.errors import ContractError, RecipeError, RunError, ServiceError, StageError, StoreError
 from speculators.runner import estimate, execute, executors, graph, upkeep, vllm
 from speculators.runner.events import Events

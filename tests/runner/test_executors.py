@@ -14,8 +14,9 @@ from pathlib import Path
 
 import pytest
 
-from speculators import recipe
-from speculators.config import Cluster, Executor
+from speculators.config import compose
+from speculators.config.choices import Cluster
+from speculators.config.schema import Executor
 from speculators.errors import RecipeError, StageError
 from speculators.runner import executors, guard, lease
 from speculators.runner.executors import Handle
@@ -303,7 +304,7 @@ def test_without_slurm_the_error_says_so(world: Path, monkeypatch: pytest.Monkey
 
 
 def test_a_stage_may_have_an_executor_of_its_own() -> None:
-    config = recipe.compose([DEMO, "executor=slurm", "evaluate.executor=local", "executor.partition=long"])
+    config = compose.compose([DEMO, "executor=slurm", "evaluate.executor=local", "executor.partition=long"])
     assert executors.chosen(config, "train") == "submitit"
     assert executors.chosen(config, "evaluate") == "local"
     assert executors.chosen(config, "fetch") == "submitit"
@@ -314,7 +315,7 @@ def test_an_executor_that_is_not_installed_is_refused_with_the_extra_that_brings
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
-    config = recipe.compose([DEMO, "train.executor=ray"])
+    config = compose.compose([DEMO, "train.executor=ray"])
     with pytest.raises(RecipeError, match="train: its executor needs `ray`, which is not installed") as caught:
         executors.check(config, build(config))
     assert caught.value.hint == "pip install 'speculators-run[ray]'"
@@ -322,7 +323,7 @@ def test_an_executor_that_is_not_installed_is_refused_with_the_extra_that_brings
 
 def test_a_tracker_that_is_not_installed_is_refused_before_anything_starts(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == "wandb" else object())
-    config = recipe.compose([DEMO, "train.trackers=[tensorboard,wandb]"])
+    config = compose.compose([DEMO, "train.trackers=[tensorboard,wandb]"])
     with pytest.raises(RecipeError, match="train: its tracker needs `wandb`, which is not installed") as caught:
         executors.check(config, build(config))
     assert caught.value.hint == "pip install 'speculators-run[wandb]'"
@@ -333,16 +334,16 @@ def test_only_a_stage_that_would_share_its_job_with_its_server_is_refused(monkey
     for words in (["executor=slurm"], ["pipeline=offline", "executor=slurm", "extract.workers=2"],
                   ["pipeline=online", "executor=slurm", "train.executor=local"],
                   ["pipeline=online", "executor=slurm", "serve.url=http://gpu-7:8000"]):  # fmt: skip
-        config = recipe.compose([DEMO, *words])
+        config = compose.compose([DEMO, *words])
         executors.check(config, build(config))
-    config = recipe.compose([DEMO, "pipeline=online", "executor=slurm"])
+    config = compose.compose([DEMO, "pipeline=online", "executor=slurm"])
     with pytest.raises(RecipeError, match="train: it draws from a server while it trains, and a job of submitit") as no:
         executors.check(config, build(config))
     assert "train.executor=local; or serve.url=URL" in no.value.hint
 
 
 def test_what_runs_elsewhere_is_served_there_unless_a_server_is_named() -> None:
-    config = recipe.compose([DEMO, "executor=slurm", "evaluate.executor=local"])
+    config = compose.compose([DEMO, "executor=slurm", "evaluate.executor=local"])
     assert executors.served_there(config, "regenerate")
     assert not executors.served_there(config, "evaluate")
     config.serve.url = "http://gpu-7:8000"

@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from speculators import recipe
-from speculators.config import Config
+from speculators.config import compose
+from speculators.config.schema import Config
 from speculators.errors import RecipeError
 from speculators.runner import vllm
 from speculators.runner.explain import Explanation, explain
@@ -56,12 +56,12 @@ def _engine(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def asked(store: Store, name: str, *words: str) -> Explanation:
-    return explain(Planner(recipe.compose(["recipe=smollm2_eagle3", *words]), store), name)
+    return explain(Planner(compose.compose(["recipe=smollm2_eagle3", *words]), store), name)
 
 
 def reachable(store: Store, config: Config, name: str, word: str) -> Explanation:
     """The stage's explanation when everything above it is made anew and gives the same bytes as before."""
-    planner = Planner(recipe.compose(["recipe=smollm2_eagle3", word]), store)
+    planner = Planner(compose.compose(["recipe=smollm2_eagle3", word]), store)
     digests: dict[str, str] = {}
     for upstream in planner.graph:
         if upstream == name:
@@ -94,7 +94,7 @@ def test_a_hit_says_which_run_made_it_and_what_is_in_its_key(store: Store, confi
 def test_a_changed_input_names_the_runs_that_made_both(store: Store, config: Config) -> None:
     planner = Planner(config, store)
     publish_all(store, planner)
-    changed = Planner(recipe.compose(["recipe=smollm2_eagle3", "vocab.size=99"]), store)
+    changed = Planner(compose.compose(["recipe=smollm2_eagle3", "vocab.size=99"]), store)
     digests = {step.node.name: step.digest for step in changed.plan() if step.digest}
     publish(store, changed, "vocab", digests, content="another vocabulary")
     found = explain(changed, "train")

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import pytest
 
-from speculators import recipe
-from speculators.config import Config, Dtype
+from speculators.config import compose
+from speculators.config.choices import Dtype
+from speculators.config.schema import Config
 from speculators.errors import RecipeError
 from speculators.runner import graph, vllm
 from speculators.runner.plan import Planner
@@ -82,8 +83,8 @@ def test_a_circle_is_refused_with_its_nodes(config: Config, monkeypatch: pytest.
 
 
 def test_a_node_keeps_states_where_another_takes_them_and_is_served_and_keyed_so(store: Store) -> None:
-    fused = Planner(recipe.compose(["recipe=smollm2_eagle3", "pipeline=fused"]), store)
-    offline = Planner(recipe.compose(["recipe=smollm2_eagle3", "pipeline=offline"]), store)
+    fused = Planner(compose.compose(["recipe=smollm2_eagle3", "pipeline=fused"]), store)
+    offline = Planner(compose.compose(["recipe=smollm2_eagle3", "pipeline=offline"]), store)
     modes = [[s.mode for p in graph.phases(planner.graph["regenerate"], planner.config) for s in p]
              for planner in (fused, offline)]  # fmt: skip
     assert modes == [["extract"], ["generate"]]
@@ -100,7 +101,7 @@ def test_a_node_keeps_states_where_another_takes_them_and_is_served_and_keyed_so
 
 def test_training_is_wired_to_a_server_or_to_features_and_keyed_by_which(store: Store) -> None:
     planners = {
-        name: Planner(recipe.compose(["recipe=smollm2_eagle3", f"pipeline={name}"]), store)
+        name: Planner(compose.compose(["recipe=smollm2_eagle3", f"pipeline={name}"]), store)
         for name in ("offline", "online", "hybrid")
     }
     images, modes = {}, {}
@@ -131,7 +132,7 @@ def test_evaluation_in_float32_needs_one_phase_and_in_bfloat16_two(config: Confi
 
 
 def offline() -> Config:
-    return recipe.compose(["recipe=smollm2_eagle3", "pipeline=offline"])
+    return compose.compose(["recipe=smollm2_eagle3", "pipeline=offline"])
 
 
 def test_workers_of_an_extraction_come_before_it_and_move_no_key(store: Store) -> None:

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from speculators.config import Config
+from speculators.config.schema import Config
 from speculators.errors import RecipeError
 from speculators.runner import guard, history
 from speculators.runner.plan import Planner

@@ -13,8 +13,8 @@ from typing import Any
 import pytest
 import yaml
 
-from speculators import recipe, shipped
-from speculators.fields import leaves
+from speculators.config import compose, shipped
+from speculators.config.fields import leaves
 from speculators.runner import key
 from speculators.runner.graph import KINDS
 from speculators.runner.plan import Planner
@@ -78,17 +78,17 @@ def test_a_difference_is_named_as_a_person_writes_it(change: dict[str, object], 
 @pytest.mark.parametrize("name", RECIPES)
 def test_keys_are_the_golden_ones(name: str, store: Store) -> None:
     """A key that moves invalidates everyone's artifacts: `python tests/goldens/update.py` makes that a diff."""
-    assert keys(Planner(recipe.compose(words(name)), store)) == json.loads(GOLDEN.read_text())[name]
+    assert keys(Planner(compose.compose(words(name)), store)) == json.loads(GOLDEN.read_text())[name]
 
 
 KEYS_OF_ALL = """
 import json, pathlib, sys
-from speculators import recipe, shipped
+from speculators.config import compose
 from speculators.runner.plan import Planner
 from speculators.runner.store import Store
 found = {}
 for name, words in json.loads(sys.argv[2]).items():
-    p = Planner(recipe.compose(words), Store(pathlib.Path(sys.argv[1])))
+    p = Planner(compose.compose(words), Store(pathlib.Path(sys.argv[1])))
     p.engine = "1.2.3"
     names = {x: x for x in p.graph}
     found[name] = {x: p.step(x, names).key for x in p.graph}
@@ -123,8 +123,8 @@ def test_keys_do_not_depend_on_the_order_in_which_a_recipe_is_written(tmp_path: 
     plain = _reversed(yaml.safe_load(text))
     (tmp_path / "mine.yaml").write_text("# @package _global_\n" + yaml.safe_dump(plain, sort_keys=False))
     words = ["train.epochs=2", "train.lr=0.5", f"recipe={tmp_path}/mine.yaml"]
-    one = keys(Planner(recipe.compose(words), store))
-    assert one == keys(Planner(recipe.compose(["recipe=smollm2_eagle3", *reversed(words[:2])]), store))
+    one = keys(Planner(compose.compose(words), store))
+    assert one == keys(Planner(compose.compose(["recipe=smollm2_eagle3", *reversed(words[:2])]), store))
 
 
 @pytest.mark.parametrize(
@@ -138,16 +138,16 @@ def test_keys_do_not_depend_on_the_order_in_which_a_recipe_is_written(tmp_path: 
     ],
 )
 def test_keys_do_not_depend_on_the_spelling_of_a_value(spellings: list[str], store: Store) -> None:
-    found = [keys(Planner(recipe.compose(["recipe=smollm2_eagle3", word]), store)) for word in spellings]
+    found = [keys(Planner(compose.compose(["recipe=smollm2_eagle3", word]), store)) for word in spellings]
     assert all(each == found[0] for each in found)
-    assert found[0] != keys(Planner(recipe.compose(["recipe=smollm2_eagle3"]), store))
+    assert found[0] != keys(Planner(compose.compose(["recipe=smollm2_eagle3"]), store))
 
 
 def test_a_target_moves_keys_by_its_content_and_not_by_its_place(
     checkpoint: Path, tmp_path: Path, store: Store
 ) -> None:
     def own(path: Path) -> str:
-        planner = Planner(recipe.compose(["recipe=smollm2_eagle3", *OF_CHECKPOINT, f"target.source={path}"]), store)
+        planner = Planner(compose.compose(["recipe=smollm2_eagle3", *OF_CHECKPOINT, f"target.source={path}"]), store)
         return planner.step("target", {}).key
 
     copy = shutil.copytree(checkpoint, tmp_path / "copy")
@@ -158,7 +158,7 @@ def test_a_target_moves_keys_by_its_content_and_not_by_its_place(
 
 @pytest.mark.parametrize("named", ["smollm2_eagle3", "smollm2_dflash"])
 def test_every_operational_field_moves_no_key_and_every_semantic_one_moves_some(named: str, store: Store) -> None:
-    config = recipe.compose([f"recipe={named}"])
+    config = compose.compose([f"recipe={named}"])
     planner = Planner(config, store)
     before = keys(planner)
     read = tuple(f"{name}." for kind in KINDS.values() for name in kind.reads)
@@ -182,7 +182,7 @@ def test_every_operational_field_moves_no_key_and_every_semantic_one_moves_some(
 
 
 def test_no_semantic_field_is_read_by_nobody() -> None:
-    config = recipe.compose(["recipe=smollm2_eagle3"])
+    config = compose.compose(["recipe=smollm2_eagle3"])
     read = tuple(f"{name}." for kind in KINDS.values() for name in kind.reads)
     unread = [n for n, _, policy, _ in leaves(config) if policy == "semantic" and not f"{n}.".startswith(read)]
     # Wiring enters keys by the digests of what is wired, layer ids by what is derived from them, and

@@ -8,8 +8,9 @@ from pathlib import Path
 
 import pytest
 
-from speculators import cli, recipe
-from speculators.config import Config
+from speculators import cli
+from speculators.config import compose
+from speculators.config.schema import Config
 from speculators.errors import RecipeError
 from speculators.runner import explain, graph, lock, vllm
 from speculators.runner.plan import Planner
@@ -29,7 +30,7 @@ def _place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def planner(store: Store, *words: str) -> Planner:
-    return Planner(recipe.compose([DEMO, *words]), store)
+    return Planner(compose.compose([DEMO, *words]), store)
 
 
 def differing(store: Store, *words: str) -> dict[str, tuple[object, object, tuple[str, ...]]]:

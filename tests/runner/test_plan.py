@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from speculators import recipe
-from speculators.config import Config
+from speculators.config import compose
+from speculators.config.schema import Config
 from speculators.errors import ContractError, RecipeError, ServiceError
 from speculators.runner import graph, plan, vllm
 from speculators.runner.plan import Planner, State, describe
@@ -35,7 +35,7 @@ def test_everything_made_means_everything_cached(config: Config, store: Store) -
 
 def test_changing_lr_marks_train_and_what_follows_and_names_the_field(config: Config, store: Store) -> None:
     publish_all(store, Planner(config, store))
-    changed = recipe.compose(["recipe=smollm2_eagle3", "train.lr=3e-4"])
+    changed = compose.compose(["recipe=smollm2_eagle3", "train.lr=3e-4"])
     found = states(Planner(changed, store))
     assert found.pop("train") == ("run", f"changed: train.lr {config.train.lr} -> 0.0003")
     assert found.pop("evaluate") == ("waits", "upstream: train")
@@ -44,7 +44,7 @@ def test_changing_lr_marks_train_and_what_follows_and_names_the_field(config: Co
 
 def test_a_forced_stage_runs_and_what_follows_waits_for_its_bytes(config: Config, store: Store) -> None:
     publish_all(store, Planner(config, store))
-    planner = Planner(recipe.compose(["recipe=smollm2_eagle3", "force=vocab"]), store)
+    planner = Planner(compose.compose(["recipe=smollm2_eagle3", "force=vocab"]), store)
     found = states(planner)
     assert found["vocab"] == ("run", "forced")
     assert found["train"] == ("waits", "upstream: vocab")
@@ -55,21 +55,21 @@ def test_a_forced_stage_runs_and_what_follows_waits_for_its_bytes(config: Config
 
 def test_from_forces_all_that_follows(config: Config, store: Store) -> None:
     publish_all(store, Planner(config, store))
-    planner = Planner(recipe.compose(["recipe=smollm2_eagle3", "from=tokenize"]), store)
+    planner = Planner(compose.compose(["recipe=smollm2_eagle3", "from=tokenize"]), store)
     assert planner.forced == {"tokenize", "vocab", "extract", "train", "evaluate"}
     assert states(planner)["regenerate"][0] == "cached"
 
 
 @pytest.mark.parametrize("word", ["until=tokenize", "only=tokenize"])
 def test_until_and_only_leave_what_a_stage_needs(store: Store, word: str) -> None:
-    planner = Planner(recipe.compose(["recipe=smollm2_eagle3", word]), store)
+    planner = Planner(compose.compose(["recipe=smollm2_eagle3", word]), store)
     assert set(planner.graph) == {"prompts", "dataset.sharegpt", "target", "regenerate", "tokenize"}
 
 
 @pytest.mark.parametrize("option", ["force", "from", "until", "only"])
 def test_a_stage_that_the_recipe_has_not_cannot_be_chosen(store: Store, option: str) -> None:
     with pytest.raises(RecipeError, match=f"{option}=tokenise: the recipe has no stage"):
-        Planner(recipe.compose(["recipe=smollm2_eagle3", f"{option}=tokenise"]), store)
+        Planner(compose.compose(["recipe=smollm2_eagle3", f"{option}=tokenise"]), store)
 
 
 def test_sources_that_nobody_reads_are_not_fetched(config: Config, store: Store) -> None:
@@ -93,7 +93,7 @@ def test_an_artifact_that_lost_a_file_is_a_miss(config: Config, store: Store) ->
 
 def test_the_same_bytes_upstream_stop_the_rerun(config: Config, store: Store) -> None:
     publish_all(store, Planner(config, store))
-    changed = Planner(recipe.compose(["recipe=smollm2_eagle3", "tokenize.min_supervised=2"]), store)
+    changed = Planner(compose.compose(["recipe=smollm2_eagle3", "tokenize.min_supervised=2"]), store)
     digests = {s.node.name: s.digest for s in changed.plan() if s.digest}
     from tests.conftest import publish
 
@@ -176,7 +176,7 @@ def test_a_miss_that_differs_in_many_options_names_some_and_counts_the_rest() ->
 
 
 def test_parts_are_planned_while_the_whole_is_not_there_and_not_named_once_it_is(store: Store) -> None:
-    config = recipe.compose(["recipe=smollm2_eagle3", "pipeline=offline"])
+    config = compose.compose(["recipe=smollm2_eagle3", "pipeline=offline"])
     config.extract.workers = 2
     found = states(Planner(config, store))
     assert [name for name in found if name.startswith("extract")] == ["extract.1", "extract.2", "extract"]

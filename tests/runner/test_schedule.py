@@ -6,7 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from speculators.config import Cluster, Config, Device, ExecutorName
+from speculators.config.choices import Cluster, Device, ExecutorName
+from speculators.config.schema import Config
 from speculators.errors import RecipeError
 from speculators.runner import graph, schedule
 from speculators.runner.graph import Node

@@ -14,7 +14,8 @@ from pathlib import Path
 
 import pytest
 
-from speculators.config import Config, Connector, Mooncake
+from speculators.config.choices import Connector
+from speculators.config.schema import Config, Mooncake
 from speculators.errors import ServiceError
 from speculators.job import read_request
 from speculators.runner import guard

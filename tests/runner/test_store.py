@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 
 from speculators import cli
-from speculators.config import Config, Run
+from speculators.config.schema import Config, Run
 from speculators.errors import StageError, StoreError
 from speculators.runner import artifact as module
 from speculators.runner import key as keys

@@ -19,7 +19,7 @@ from pathlib import Path
 import pytest
 
 from speculators import cli, worker
-from speculators.config import Config
+from speculators.config.schema import Config
 from speculators.errors import StoreError
 from speculators.job import Job
 from speculators.runner import key as keys

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from speculators import cli
-from speculators.config import Config
+from speculators.config.schema import Config
 from speculators.runner import vllm
 from speculators.runner.artifact import Artifact
 from speculators.runner.plan import Planner

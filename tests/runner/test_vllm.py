@@ -10,9 +10,11 @@ from typing import Any
 
 import pytest
 
-from speculators.config import Config, Connector, Device, DFlash, Dtype, Eagle3, StatesDtype, from_plain
+from speculators.config.algorithms import DFlash, Eagle3
+from speculators.config.choices import Connector, Device, Dtype, StatesDtype
+from speculators.config.fields import to_plain
+from speculators.config.schema import Config, from_plain
 from speculators.errors import RecipeError
-from speculators.fields import to_plain
 from speculators.runner import threads, vllm
 from speculators.runner.installed import installed
 

@@ -9,8 +9,8 @@ from pathlib import Path
 import datasets
 import pytest
 
-from speculators import recipe
-from speculators.config import Config
+from speculators.config import compose
+from speculators.config.schema import Config
 from speculators.job import Endpoint, read_request
 from speculators.runner import execute, executors, vllm
 from speculators.runner.events import Events
@@ -45,7 +45,7 @@ def extracting(tmp_path: Path, served: Sequence[str], until: str = "extract") ->
     (checkpoint / "model.safetensors").write_bytes(b"weights")
     (checkpoint / "tokenizer.json").write_text("{}")
     own = ["num_hidden_layers", "hidden_size", "vocab_size"]
-    return recipe.compose([
+    return compose.compose([
         "recipe=smollm2_eagle3", "pipeline=offline", f"target.source={checkpoint}", "target.fidelity=0",
         "target.dtype=bfloat16", *[f"target.{name}=null" for name in own], "vocab.size=null",
         "speculator.layer_ids=[2]",

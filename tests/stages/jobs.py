@@ -6,8 +6,8 @@ import json
 from pathlib import Path
 from typing import Any
 
-from speculators.config import Config, from_plain
-from speculators.fields import select
+from speculators.config.fields import select
+from speculators.config.schema import Config, from_plain
 from speculators.job import Job
 from speculators.runner.graph import KINDS
 

@@ -10,8 +10,9 @@ from datasets import Dataset as Table
 from datasets import load_from_disk
 from safetensors.torch import save_file
 
-from speculators import recipe
-from speculators.config import Config, DataFormat, Dataset
+from speculators.config import compose
+from speculators.config.choices import DataFormat
+from speculators.config.schema import Config, Dataset
 from speculators.data.shards import ShardReader
 from speculators.errors import ContractError, RecipeError, SourceError, StageError
 from speculators.runner import graph, sources
@@ -109,7 +110,7 @@ data: {mine: {source: theirs, format: upstream}}
 
 def test_the_shipped_pipeline_is_wired_and_takes_directories_only(tmp_path: Path) -> None:
     (tmp_path / "mine.yaml").write_text(RECIPE)
-    config = recipe.compose([f"recipe={tmp_path / 'mine.yaml'}"])
+    config = compose.compose([f"recipe={tmp_path / 'mine.yaml'}"])
     nodes = graph.build(config)
     assert nodes["dataset.mine"].wanted_as == "directory"
     assert set(nodes["extract"].inputs) == {"tokens", "target", "dataset.mine"}

@@ -10,7 +10,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from speculators.config import Config, StatesDtype
+from speculators.config.choices import StatesDtype
+from speculators.config.schema import Config
 from speculators.data.contract import feature_contract
 from speculators.data.shards import ShardReader, ShardWriter
 from speculators.data.template import Row

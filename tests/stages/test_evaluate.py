@@ -8,7 +8,8 @@ from typing import Any
 
 import pytest
 
-from speculators.config import Config, DataFormat, Dataset, Dtype
+from speculators.config.choices import DataFormat, Dtype
+from speculators.config.schema import Config, Dataset
 from speculators.data.conversations import Tally, held_out
 from speculators.errors import RecipeError
 from speculators.job import Job, write_json

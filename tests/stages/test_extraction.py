@@ -12,7 +12,8 @@ import datasets
 import pytest
 import torch
 
-from speculators.config import Config, Dtype, OnBadRow
+from speculators.config.choices import Dtype, OnBadRow
+from speculators.config.schema import Config
 from speculators.data import shards
 from speculators.data.contract import check_contract
 from speculators.data.packing import Piece

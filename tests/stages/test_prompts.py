@@ -5,7 +5,8 @@ from pathlib import Path
 
 import pytest
 
-from speculators.config import Config, DataFormat, Dataset
+from speculators.config.choices import DataFormat
+from speculators.config.schema import Config, Dataset
 from speculators.data.conversations import held_out
 from speculators.errors import RecipeError, SourceError
 from speculators.stages import prompts

@@ -11,12 +11,13 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from speculators.config import Config, Dtype, OnBadRow, Regenerate, StatesDtype, from_plain
+from speculators.config.choices import Dtype, OnBadRow, StatesDtype
+from speculators.config.fields import select
+from speculators.config.schema import Config, Regenerate, from_plain
 from speculators.data.contract import ANSWERS, EVERYWHERE
 from speculators.data.encoding import decode, encode
 from speculators.data.shards import ShardReader, ShardWriter
 from speculators.errors import ContractError, StageError
-from speculators.fields import select
 from speculators.job import Endpoint, Job
 from speculators.runner.artifact import sha256
 from speculators.runner.graph import KEEPING, KINDS

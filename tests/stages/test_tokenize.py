@@ -10,7 +10,7 @@ from datasets import load_from_disk
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
-from speculators.config import Config
+from speculators.config.schema import Config
 from speculators.data.template import TemplateError, Turn, merge, turns_of
 from speculators.errors import SourceError
 from speculators.stages import tokenize

@@ -9,7 +9,7 @@ import torch
 from datasets import Dataset
 from safetensors.torch import load_file
 
-from speculators.config import Config
+from speculators.config.schema import Config
 from speculators.errors import ContractError
 from speculators.stages import vocab
 from speculators.stages.vocab import mapping, most_frequent, target_vocabulary

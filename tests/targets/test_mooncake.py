@@ -20,7 +20,7 @@ import httpx
 import pytest
 import torch
 
-from speculators.config import Mooncake
+from speculators.config.schema import Mooncake
 from speculators.errors import RunError, ServiceError, StageError
 from speculators.job import Endpoint
 from speculators.targets.client import Client

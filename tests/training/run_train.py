@@ -13,21 +13,11 @@ from pathlib import Path
 
 import tiny
 
-from speculators.config import (
-    Config,
-    Device,
-    DFlash,
-    Dtype,
-    Eagle3,
-    Extract,
-    Speculator,
-    Target,
-    Train,
-    Vocab,
-    from_plain,
-)
+from speculators.config.algorithms import DFlash, Eagle3, Speculator
+from speculators.config.choices import Device, Dtype
+from speculators.config.fields import select
+from speculators.config.schema import Config, Extract, Target, Train, Vocab, from_plain
 from speculators.data import cache
-from speculators.fields import select
 from speculators.job import Endpoint, Job
 from speculators.runner.graph import DRAWING, KINDS
 from speculators.stages.train import main

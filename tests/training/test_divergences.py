@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from speculators.config import Loss, loss_weights
+from speculators.config.algorithms import Loss, loss_weights
 from speculators.errors import RecipeError
 from speculators.training.divergences import PARTS, cost
 

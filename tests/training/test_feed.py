@@ -22,7 +22,8 @@ import torch
 from run_train import make_job
 from states_server import Known, StatesServer
 
-from speculators.config import Dtype, Extract
+from speculators.config.choices import Dtype
+from speculators.config.schema import Extract
 from speculators.data import cache
 from speculators.data.cache import StatesCache
 from speculators.data.contract import feature_contract

@@ -11,7 +11,7 @@ import tiny
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from speculators.config import Loss, Weighting
+from speculators.config.algorithms import Loss, Weighting
 from speculators.drafts.base import Draft, Pack, Predictions
 from speculators.drafts.dflash import DFlashDraft
 from speculators.training.losses import PART_ELEMENTS, Teacher, distill

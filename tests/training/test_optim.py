@@ -9,7 +9,8 @@ import torch
 from torch import nn
 
 from speculators import native
-from speculators.config import Dtype, Optimizer, Schedule, Train
+from speculators.config.choices import Dtype, Optimizer, Schedule
+from speculators.config.schema import Train
 from speculators.drafts.layers import Linear
 from speculators.training.optim import (
     FLOOR,

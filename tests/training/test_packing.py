@@ -6,7 +6,7 @@ import random
 
 import pytest
 
-from speculators.config import Packing
+from speculators.config.choices import Packing
 from speculators.data.packing import (
     Piece,
     balance,

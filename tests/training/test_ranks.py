@@ -16,7 +16,7 @@ import pytest
 from run_train import write_world
 from trainings import job_of, losses, stop_at
 
-from speculators.config import Optimizer
+from speculators.config.choices import Optimizer
 from speculators.errors import StageError
 from speculators.job import Job
 from speculators.stages import train

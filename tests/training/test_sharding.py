@@ -16,7 +16,8 @@ import torch
 from safetensors.torch import load_file
 from trainings import job_of, losses, stop_at
 
-from speculators.config import Dtype, Optimizer, Train
+from speculators.config.choices import Dtype, Optimizer
+from speculators.config.schema import Train
 from speculators.job import Job
 from speculators.stages import train
 from speculators.training.ranks import Ranks, joined, rows

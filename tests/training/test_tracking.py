@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 from run_train import make_job, write_world
 
-from speculators.config import Tracker
+from speculators.config.choices import Tracker
 from speculators.errors import RecipeError
 from speculators.stages import train
 from speculators.training.tracking import About, Trackers

@@ -19,7 +19,7 @@ from safetensors.torch import load_file, save_file
 from trainings import losses, metrics, stop_at
 
 from speculators import native
-from speculators.config import Device, Dtype, Optimizer, Schedule
+from speculators.config.choices import Device, Dtype, Optimizer, Schedule
 from speculators.data.contract import ANSWERS
 from speculators.data.shards import ShardReader, ShardWriter
 from speculators.data.token_table import TokenTable, asked_for

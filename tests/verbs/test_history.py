@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from speculators import cli
-from speculators.config import Config
+from speculators.config.schema import Config
 from speculators.runner import guard, vllm
 from speculators.runner.execute import Execution
 from speculators.runner.interrupt import Interrupted

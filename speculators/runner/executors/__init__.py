@@ -1,7 +1,7 @@
 """What starts a worker. The worker itself locks, resumes and publishes, so correctness does not depend on any of these.
 
 To add one: a module with a class that has `submit`, and a line in `executor`, in `EXTRAS` and in
-`config.ExecutorName`. What runs on machines of its own takes the far end from `remote`.
+`choices.ExecutorName`. What runs on machines of its own takes the far end from `remote`.
 """
 
 from __future__ import annotations
@@ -11,8 +11,9 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Protocol
 
-from speculators.config import Cluster, Config, ExecutorName
-from speculators.config import Executor as Options
+from speculators.config.choices import Cluster, ExecutorName
+from speculators.config.schema import Config
+from speculators.config.schema import Executor as Options
 from speculators.errors import RecipeError
 from speculators.runner.executors.nursery import Nursery
 from speculators.runner.graph import Node

@@ -11,7 +11,7 @@ import time
 from collections.abc import Mapping
 from pathlib import Path
 
-from speculators.config import from_plain
+from speculators.config.schema import from_plain
 from speculators.job import write_json
 from speculators.runner import service, vllm
 

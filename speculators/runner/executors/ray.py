@@ -7,7 +7,7 @@ import threading
 from pathlib import Path
 from typing import Any
 
-from speculators.config import Executor as Options
+from speculators.config.schema import Executor as Options
 from speculators.errors import StageError
 from speculators.runner.executors.local import environment
 from speculators.runner.executors.remote import DEVICES, RemoteHandle, place_beside, serve

@@ -16,8 +16,8 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from speculators.config import Cluster
-from speculators.config import Executor as Options
+from speculators.config.choices import Cluster
+from speculators.config.schema import Executor as Options
 from speculators.errors import StageError
 from speculators.runner.executors.local import python_path
 from speculators.runner.executors.remote import DEVICES, RemoteHandle, Served, place_beside, seen_devices

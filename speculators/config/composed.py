@@ -16,9 +16,9 @@ import tempfile
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-from speculators import shipped
-from speculators.config import Config, from_plain
-from speculators.fields import to_plain
+from speculators.config import shipped
+from speculators.config.fields import to_plain
+from speculators.config.schema import Config, from_plain
 from speculators.runner.installed import installed
 from speculators.runner.store import store_root
 
@@ -29,10 +29,10 @@ _COMPOSERS = ("hydra-core", "omegaconf", "pyyaml", "antlr4-python3-runtime")
 
 
 def compose(words: Sequence[str], keep: bool = False) -> Config:
-    """See `recipe.compose`; without Hydra if a run has composed the same. `keep`: it may be kept for the next time.
+    """See `compose.compose`; without Hydra if a run has composed the same. `keep`: it may be kept for the next time.
 
     Raises:
-        RecipeError: as `recipe.compose`.
+        RecipeError: as `compose.compose`.
     """
     place = _place(words)
     if place is not None:
@@ -40,7 +40,7 @@ def compose(words: Sequence[str], keep: bool = False) -> Config:
             return from_plain(Config, json.loads(place.read_text()))
         except (OSError, ValueError):
             pass  # not there, or not whole: it is composed again
-    from speculators import recipe
+    from speculators.config import compose as recipe
 
     config = recipe.compose(words)
     if place is not None and keep:

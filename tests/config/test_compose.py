@@ -6,8 +6,9 @@ from pathlib import Path
 
 import pytest
 
-from speculators import recipe, shipped
-from speculators.config import SPECULATORS, Dtype, Eagle3
+from speculators.config import compose, shipped
+from speculators.config.algorithms import SPECULATORS, Eagle3
+from speculators.config.choices import Dtype
 from speculators.errors import RecipeError
 from speculators.runner.graph import build
 
@@ -17,21 +18,21 @@ DEMO = "recipe=smollm2_eagle3"
 
 @pytest.mark.parametrize("path", RECIPES, ids=lambda p: p.stem)
 def test_every_shipped_recipe_composes_and_wires(path: Path) -> None:
-    config = recipe.compose([f"recipe={path.stem}"])
+    config = compose.compose([f"recipe={path.stem}"])
     assert config.recipe == path.stem
     assert build(config)
 
 
 def test_an_override_goes_before_the_recipe() -> None:
-    assert recipe.compose([DEMO, "train.lr=5e-4"]).train.lr == 5e-4
+    assert compose.compose([DEMO, "train.lr=5e-4"]).train.lr == 5e-4
 
 
 def test_the_recipe_goes_before_the_schema() -> None:
-    assert recipe.compose([DEMO]).prompts.count == 384
+    assert compose.compose([DEMO]).prompts.count == 384
 
 
 def test_an_algorithms_own_option_can_be_set() -> None:
-    speculator = recipe.compose([DEMO, "speculator.ttt_steps=5"]).speculator
+    speculator = compose.compose([DEMO, "speculator.ttt_steps=5"]).speculator
     assert isinstance(speculator, Eagle3)
     assert speculator.ttt_steps == 5
 
@@ -49,13 +50,13 @@ def test_an_algorithms_own_option_can_be_set() -> None:
 )
 def test_what_a_block_draft_cannot_be_trained_with_is_said_before_anything_starts(word: str, message: str) -> None:
     with pytest.raises(RecipeError, match=message):
-        recipe.compose(["recipe=smollm2_dflash", word])
+        compose.compose(["recipe=smollm2_dflash", word])
 
 
 def test_a_processor_that_multiplies_bfloat16_is_one_word_and_changes_the_format_of_products_alone() -> None:
     plain, fast = (
-        recipe.compose(["recipe=smollm2_dflash"]),
-        recipe.compose(["recipe=smollm2_dflash", "hardware=cpu_bf16"]),
+        compose.compose(["recipe=smollm2_dflash"]),
+        compose.compose(["recipe=smollm2_dflash", "hardware=cpu_bf16"]),
     )
     assert (plain.train.precision, fast.train.precision) == (Dtype.float32, Dtype.bfloat16)
     fast.train.precision = plain.train.precision
@@ -67,19 +68,19 @@ def test_a_recipe_of_the_working_directory_is_found(tmp_path: Path, monkeypatch:
     text = (shipped.RECIPES / "smollm2_eagle3.yaml").read_text().replace("count: 384", "count: 7")
     (tmp_path / "recipes" / "mine.yaml").write_text(text)
     monkeypatch.chdir(tmp_path)
-    assert recipe.compose(["recipe=mine"]).prompts.count == 7
+    assert compose.compose(["recipe=mine"]).prompts.count == 7
 
 
 def test_a_recipe_by_path_is_found(tmp_path: Path) -> None:
     text = (shipped.RECIPES / "smollm2_eagle3.yaml").read_text().replace("count: 384", "count: 8")
     path = tmp_path / "elsewhere.yaml"
     path.write_text(text)
-    config = recipe.compose([f"recipe={path}"])
+    config = compose.compose([f"recipe={path}"])
     assert (config.recipe, config.prompts.count) == ("elsewhere", 8)
 
 
 def test_a_set_that_is_also_trained_on_is_the_same_data_set() -> None:
-    config = recipe.compose([DEMO, "data.sharegpt.max_chars=100"])
+    config = compose.compose([DEMO, "data.sharegpt.max_chars=100"])
     assert config.datasets["sharegpt"] == config.data["sharegpt"]
     assert config.datasets["human_eval"].id_field == "task_id"
 
@@ -90,13 +91,13 @@ def test_a_recipe_brings_data_sets_of_its_own_to_be_evaluated_with(tmp_path: Pat
         (shipped.RECIPES / "smollm2_eagle3.yaml").read_text()
         + "datasets: {mine: {source: mine.jsonl, format: prompts}, unasked: {source: x.jsonl, format: prompts}}\n"
     )
-    config = recipe.compose([f"recipe={path}", "evaluate.sets=[sharegpt, mine]"])
+    config = compose.compose([f"recipe={path}", "evaluate.sets=[sharegpt, mine]"])
     assert list(config.datasets) == ["sharegpt", "mine"]
     assert config.datasets["mine"].source == "mine.jsonl"
 
 
 def test_the_hub_is_one_override_away() -> None:
-    config = recipe.compose([DEMO, "target.source=hub:HuggingFaceTB/SmolLM2-135M-Instruct@" + "a" * 40])
+    config = compose.compose([DEMO, "target.source=hub:HuggingFaceTB/SmolLM2-135M-Instruct@" + "a" * 40])
     assert config.target.source.startswith("hub:HuggingFaceTB")
 
 
@@ -140,7 +141,7 @@ def test_schemas_choices_and_algorithms_are_one_list() -> None:
 )
 def test_a_mistake_gets_one_error_and_one_hint(words: list[str], message: str, hint: str) -> None:
     with pytest.raises(RecipeError) as caught:
-        recipe.compose(words)
+        compose.compose(words)
     assert message in caught.value.message
     assert hint in caught.value.hint
     assert "\n" not in caught.value.message
@@ -150,7 +151,7 @@ def test_a_misspelt_key_in_a_recipe_file_names_the_key(tmp_path: Path) -> None:
     path = tmp_path / "wrong.yaml"
     path.write_text((shipped.RECIPES / "smollm2_eagle3.yaml").read_text() + "\ntokenize: {min_supervized: 3}\n")
     with pytest.raises(RecipeError, match=r"there is no option `tokenize\.min_supervized`") as caught:
-        recipe.compose([f"recipe={path}"])
+        compose.compose([f"recipe={path}"])
     assert caught.value.hint == "did you mean `tokenize.min_supervised`?"
 
 
@@ -158,4 +159,4 @@ def test_a_recipe_without_a_target_says_so(tmp_path: Path) -> None:
     path = tmp_path / "bare.yaml"
     path.write_text("# @package _global_\ndefaults:\n  - override /data: [sharegpt]\n")
     with pytest.raises(RecipeError, match="makes no choice for `target`"):
-        recipe.compose([f"recipe={path}"])
+        compose.compose([f"recipe={path}"])

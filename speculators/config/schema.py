@@ -14,30 +14,27 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
-from speculators.algorithms import SPECULATORS as SPECULATORS
-from speculators.algorithms import DFlash as DFlash
-from speculators.algorithms import DraftArch as DraftArch
-from speculators.algorithms import Eagle3 as Eagle3
-from speculators.algorithms import Loss as Loss
-from speculators.algorithms import Speculator as Speculator
-from speculators.algorithms import Weighting as Weighting
-from speculators.algorithms import loss_weights as loss_weights
-from speculators.choices import Cluster as Cluster
-from speculators.choices import Connector as Connector
-from speculators.choices import DataFormat as DataFormat
-from speculators.choices import Device as Device
-from speculators.choices import Dtype as Dtype
-from speculators.choices import ExecutorName as ExecutorName
-from speculators.choices import LastState as LastState
-from speculators.choices import OnBadRow as OnBadRow
-from speculators.choices import OnDamage as OnDamage
-from speculators.choices import Optimizer as Optimizer
-from speculators.choices import Packing as Packing
-from speculators.choices import Schedule as Schedule
-from speculators.choices import StatesDtype as StatesDtype
-from speculators.choices import Tracker as Tracker
-from speculators.fields import MISSING as MISSING
-from speculators.fields import if_set, operational, secret
+from speculators.config.algorithms import (
+    SPECULATORS,
+    Speculator,
+)
+from speculators.config.choices import (
+    Cluster,
+    Connector,
+    DataFormat,
+    Device,
+    Dtype,
+    ExecutorName,
+    LastState,
+    OnBadRow,
+    OnDamage,
+    Optimizer,
+    Packing,
+    Schedule,
+    StatesDtype,
+    Tracker,
+)
+from speculators.config.fields import MISSING, if_set, operational, secret
 
 
 @dataclass(kw_only=True, slots=True)

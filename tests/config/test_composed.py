@@ -10,8 +10,9 @@ from pathlib import Path
 
 import pytest
 
-from speculators import composed, recipe, shipped
-from speculators.config import Config
+from speculators.config import compose as recipe
+from speculators.config import composed, shipped
+from speculators.config.schema import Config
 
 WORDS = ["recipe=smollm2_eagle3", "train.lr=3e-4"]
 

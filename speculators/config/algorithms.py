@@ -8,8 +8,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from speculators.config.fields import MISSING, if_set
 from speculators.errors import RecipeError, closest
-from speculators.fields import MISSING, if_set
 
 
 class Loss(enum.Enum):

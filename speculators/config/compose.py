@@ -1,7 +1,7 @@
 """Recipes: the only door to Hydra. From words on a command line to a checked `Config`.
 
 Recipes are looked up by name in the shipped `recipes/` and in `./recipes`, or given as a path; each becomes an
-option of Hydra's group `recipe`. Composition is Hydra's; the types are `config.Config`'s; whatever either of
+option of Hydra's group `recipe`. Composition is Hydra's; the types are `schema.Config`'s; whatever either of
 them says about a mistake is turned into one `error:` that names the whole key and one `hint:` that mends it.
 """
 
@@ -27,25 +27,12 @@ from hydra.core.override_parser.types import Override
 from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf
 
-from speculators.config import (
-    MISSING,
-    SPECULATORS,
-    Config,
-    Dataset,
-    DFlash,
-    Eagle3,
-    Executor,
-    Loss,
-    Speculator,
-    Train,
-    Weighting,
-    from_plain,
-    loss_weights,
-)
+from speculators.config.algorithms import SPECULATORS, DFlash, Eagle3, Loss, Speculator, Weighting, loss_weights
+from speculators.config.fields import MISSING, leaves
+from speculators.config.schema import Config, Dataset, Executor, Train, from_plain
+from speculators.config.shipped import CONF, available
 from speculators.errors import RecipeError, closest
-from speculators.fields import leaves
 from speculators.runner.installed import installed
-from speculators.shipped import CONF, available
 
 _VERSION_BASE = "1.3"
 _OPEN = ("data.", "datasets.", "pipeline.")
