@@ -1,35 +1,52 @@
 # `make` alone prints this help.
-PYTHON ?= python3
+# The first Python on the path that the lock was resolved for; another one: make setup PYTHON=python3.12
+PYTHON ?= $(shell for p in python3 python3.11 python3.12 python3.13; do \
+  "$$p" -c 'import sys; sys.exit(not (3, 11) <= sys.version_info < (3, 14))' 2>/dev/null && echo "$$p" && exit; done; echo python3)
 VENV ?= .venv
 BIN := $(VENV)/bin
-# A package index that has CPU builds of torch, where PyPI's is not one: make setup TORCH_INDEX=URL
+# A package index that has torch's CPU build. Without one, PyTorch's own is tried, then PyPI's build with CUDA libraries.
 TORCH_INDEX ?=
 RECIPE ?= smollm2_eagle3
 ARGS ?=
-PIP := $(BIN)/python -m pip --disable-pip-version-check -q
+PYTHONS := 3.11 3.12 3.13
+PLATFORMS := x86_64-manylinux_2_31 aarch64-manylinux_2_31
 
 # Where Python may not write bytecode, vLLM compiles itself anew for a minute at every start.
 export PYTHONDONTWRITEBYTECODE :=
 
-.PHONY: help setup demo test check fmt clean
+.PHONY: help setup lock demo test check fmt clean
 
 help: ## what each target does
 	@grep -hE '^[a-z]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 10
 
+# A Python that is asked for by name, and is not the one of an environment that is there, is not passed over.
+ifeq ($(origin PYTHON),command line)
+setup: same-python
+endif
+.PHONY: same-python
+same-python:
+	@test ! -x $(BIN)/python || test "$$($(BIN)/python -V)" = "$$($(PYTHON) -V)" || { printf >&2 \
+	  "error: $(VENV) has $$($(BIN)/python -V), not $$($(PYTHON) -V)\n\nhint: make clean setup PYTHON=$(PYTHON), or VENV=DIRECTORY for a second one\n"; exit 1; }
+
 setup: $(VENV)/.ready ## .venv from requirements-cpu.lock, exact versions, nothing resolved
 
 $(VENV)/.ready: requirements-cpu.lock pyproject.toml
-	$(PYTHON) -c 'import sys; sys.exit("error: Python 3.11 or newer is needed, this is " + sys.version.split()[0] if sys.version_info < (3, 11) else 0)'
-	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-# Two halves at a time, since pip unpacks one package after the other.
-	printf '0\n1\n' | xargs -P 2 -I{} sh -c "awk 'NR % 2 == {}' requirements-cpu.lock > $(VENV)/half-{}.txt && \
-	  $(PIP) install --no-deps --no-compile -r $(VENV)/half-{}.txt $(if $(TORCH_INDEX),--extra-index-url $(TORCH_INDEX))"
-	$(PIP) install --no-deps --no-build-isolation -e .
-# The packages that an engine loads most of, on every core at once; the others are compiled when they are first
-# imported. Templates that some ship are no Python: their errors mean nothing.
-	for name in torch vllm transformers sympy openai; do echo $(VENV)/lib/python3.*/site-packages/$$name; done \
-	  | xargs $(BIN)/python -m compileall -qq -j 0 || true
-	touch $@
+	@$(PYTHON) -c 'import sys; v = sys.version.split()[0]; sys.exit("error: this is Python %s\n\nhint: make setup PYTHON=python3.12 (3.11 to 3.13)" % v if sys.version_info < (3, 11) else 0)'
+	@$(PYTHON) -m speculators.runner.environment $(VENV) $(TORCH_INDEX)
+
+lock: setup ## resolve requirements-cpu.lock again; ARGS=--upgrade takes the newest versions
+	$(BIN)/python -m pip install -q uv
+	cp requirements-cpu.lock $(VENV)/resolved.txt
+	$(BIN)/uv pip compile pyproject.toml --extra cpu --extra dev --universal --python-version $(firstword $(PYTHONS)) \
+	  --no-annotate --no-header -q -o $(VENV)/resolved.txt $(ARGS) \
+	  $(foreach name,torchvision torchaudio torchcodec,--no-emit-package $(name))
+	@for python in $(PYTHONS); do for platform in $(PLATFORMS); do \
+	  $(BIN)/uv pip install -q --dry-run --no-deps --only-binary :all: --no-binary antlr4-python3-runtime \
+	    --target $(VENV)/nowhere --python-version $$python --python-platform $$platform -r $(VENV)/resolved.txt \
+	    || exit 1; done; done
+	sed -n '/^# python/q; p' requirements-cpu.lock > $(VENV)/header.txt
+	(cat $(VENV)/header.txt; echo '# python: $(PYTHONS)'; echo '# platform: $(PLATFORMS)'; \
+	  grep -v '^#\|win32\|emscripten' $(VENV)/resolved.txt) > requirements-cpu.lock
 
 demo: setup ## the main job: SmolLM2, ShareGPT, vLLM, an EAGLE-3 draft, measured
 	$(BIN)/speculators-run recipe=$(RECIPE) $(ARGS)

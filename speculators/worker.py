@@ -54,7 +54,7 @@ def main(arguments: list[str]) -> int:
     request = json.loads(path.read_text())
     job = read_request(path)
     try:
-        with _full_disk_in_words(job):
+        with _full_disk_in_words(job), _import_error_in_words():
             if _follows():
                 # Where the first process finds the artifact there is nothing to help with, and nobody to wait for.
                 if request["forced"] or Store(Path(request["store"])).find(job.stage, job.key) is None:
@@ -154,6 +154,24 @@ def _full_disk_in_words(job: Job) -> Iterator[None]:
         if met is None:
             raise
         raise no_space(met, met.filename or job.work) from error
+
+
+@contextlib.contextmanager
+def _import_error_in_words() -> Iterator[None]:
+    """A package that is missing or does not load is the environment's fault, and the doctor knows what helps."""
+    try:
+        yield
+    except RunError:
+        raise
+    except Exception as error:
+        from speculators.runner import doctor  # only now: a stage that loads needs none of it
+
+        failure = doctor.import_failure(error)
+        if failure is None:
+            raise
+        package, hint = failure
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise RunError(f"`{package}` cannot be imported: {reason}", hint) from error
 
 
 def _out_of_space(error: BaseException | None) -> OSError | None:

@@ -37,7 +37,7 @@ class JsonHandler(BaseHTTPRequestHandler):
         """Say nothing."""
 
 
-def serving(handler: type[JsonHandler], port: int = 0) -> ThreadingHTTPServer:
+def serving(handler: type[BaseHTTPRequestHandler], port: int = 0) -> ThreadingHTTPServer:
     """A server that answers until it is shut down; on a free port, if none is given."""
     http = ThreadingHTTPServer(("127.0.0.1", port), handler)
     http.daemon_threads = True

@@ -9,8 +9,9 @@ ROOT = Path(__file__).parent.parent
 SOURCES = sorted((ROOT / "speculators").rglob("*.py"))
 MODULE_LINES = 500
 FUNCTION_LINES = 60
-RUNNER_LINES = 6_500
-PACKAGE_LINES = 21_200
+# 350 lines more than before are runner/environment.py: nine lines of Makefile did not load on most machines.
+RUNNER_LINES = 6_860
+PACKAGE_LINES = 21_570
 
 
 def lines(path: Path) -> int:

@@ -30,6 +30,8 @@ def main(job):
     (job.scratch / "attempts").open("a").write("x")
     if told.get("tells"):
         print(*(os.environ.get(name) for name in told["tells"]))
+    if told.get("imports"):
+        __import__(told["imports"])
     if told.get("raises") == "RunError":
         raise ContractError("the rows do not fit", "take others")
     if told.get("raises"):
@@ -126,6 +128,32 @@ def until(true: Callable[[], bool], what: str) -> None:
 
 def until_holding(path: Path) -> None:
     until((work(path) / "holding").exists, "the stage is in its middle")
+
+
+@pytest.mark.parametrize(
+    ("name", "code", "message", "hint"),
+    [
+        ("torch", "raise OSError('libcudnn.so.9: cannot open')", "`torch` cannot be imported: libcudnn.so.9", "torch"),
+        ("nosuchthing", None, "`nosuchthing` cannot be imported: No module named", "pip install"),
+        ("outer", "import inner_part", "`inner_part` cannot be imported: operator", "--no-deps inner_part"),
+    ],
+)
+def test_a_package_that_does_not_load_is_one_error_with_the_doctors_hint(
+    world: Path, name: str, code: str | None, message: str, hint: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    site = world / "site"
+    if code:
+        (site / name).mkdir()
+        (site / name / "__init__.py").write_text(code)
+        (site / name / "version.py").write_text("__version__ = '2.0'\ncuda = None\n")
+    (site / "inner_part.py").write_text("raise RuntimeError('operator does not exist')")
+    monkeypatch.setenv("PIP_NO_INDEX", "1")  # the doctor asks where there is a torch; the answer is not the question
+    path = request(world, imports=name)
+    assert ended(submit(world, path), 60) == 1
+    failure = json.loads((work(path) / "failure.json").read_text())
+    assert failure["message"].startswith(message)
+    assert hint in failure["hint"]
+    assert "Traceback" not in (world / "log").read_text()
 
 
 def test_it_publishes_what_the_stage_made_with_its_provenance(world: Path) -> None:

@@ -16,8 +16,8 @@ import shlex
 import shutil
 import socket
 import subprocess
-import sys
 import time
+import traceback
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,21 +25,19 @@ from typing import Any
 
 from speculators.config.schema import Config, Serve
 from speculators.errors import StoreError
-from speculators.runner import guard, upkeep, vllm
+from speculators.runner import environment, guard, upkeep, vllm
 from speculators.runner.installed import installed
 from speculators.runner.service import NO_VLLM
 from speculators.runner.store import Store, free_bytes
 
 OURS, UPSTREAM = "speculators-run", "speculators"
 """Our distribution, and the one whose package has the same import name."""
-INDEX = "https://download.pytorch.org/whl"
 GIB = 2**30
 LOW_DISK, NO_DISK = 20 * GIB, 2 * GIB
 """Free bytes below which a store is said to be short, and below which hardly anything can be made."""
 LOW_MEMORY, LOW_SHARED_MEMORY = 4 * GIB, 1 * GIB
 STALE_DAYS = 7.0
 """Since the last write in a work directory that nobody came back to."""
-LOAD_SECONDS = 300.0
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -85,7 +83,8 @@ def package() -> Finding:
     """Whether `import speculators` is this program and nothing else."""
     foreign, ours = _version(UPSTREAM), _version(OURS)
     if foreign:
-        mend = f"pip uninstall -y {UPSTREAM} && pip install --force-reinstall --no-deps {OURS}"
+        pip = environment.pip()
+        mend = f"{pip} uninstall -y {UPSTREAM} && {pip} install --force-reinstall --no-deps {OURS}"
         says = f"upstream's `{UPSTREAM}` {foreign} lies in the same directory; files of both are mixed"
         return Finding(name="package", state="broken", says=says, mend=mend)
     if not ours:
@@ -100,8 +99,10 @@ def requirements() -> Iterator[Finding]:
         wrong = [(w, v) for w, v in wrong if not v or not w.specifier.contains(v, prereleases=True)]
         if wrong:
             says = ", ".join(f"{w.name} {v or 'is missing'}, wanted {w.specifier}" for w, v in wrong)
-            mend = f"pip install {shlex.join(f'{w.name}{w.specifier}' for w, _ in wrong)}"
-            yield Finding(name=what, state="broken", says=says, mend=mend)
+            names = [f"{w.name}{w.specifier}" for w, _ in wrong if w.name != "torch"]
+            commands = [f"{environment.pip()} install {shlex.join(names)}"] if names else []
+            commands += [torch_build(gpus()).command] if any(w.name == "torch" for w, _ in wrong) else []
+            yield Finding(name=what, state="broken", says=says, mend=" && ".join(commands))
         else:
             yield Finding(name=what, state="ok", says="every package that it imports is there")
 
@@ -114,53 +115,61 @@ def torch(seen: Gpus) -> Iterator[Finding]:
     version, cuda = build
     yield built_for(version, cuda, seen)
     names = ["torch", *(["torchvision"] if importlib.util.find_spec("torchvision") else [])]
-    for name, trouble in loads(names).items():
+    for name, trouble in environment.load_errors(names).items():
         if trouble:
-            index = f"{INDEX}/cu{cuda.replace('.', '')}" if cuda else f"{INDEX}/cpu"
-            mend = f"pip install --force-reinstall --no-deps {name} --index-url {index}"
-            mend += ", or pip uninstall torchvision: nothing here needs it" if name == "torchvision" else ""
-            yield Finding(name=name, state="broken", says=f"does not load: {trouble}", mend=mend)
+            yield Finding(name=name, state="broken", says=f"does not load: {trouble}", mend=advice(name, seen))
         elif name != "torch":
             yield Finding(name=name, state="ok", says=f"{_version(name)} loads")
+
+
+def torch_build(seen: Gpus) -> environment.TorchBuild:
+    """The build of torch that suits this machine; asks the package indexes for it."""
+    if seen.names:
+        return environment.cuda_torch(seen.cuda)
+    build = _torch_build()
+    return environment.find_torch(build[0].partition("+")[0] if build else "")
+
+
+def advice(package: str, seen: Gpus) -> str:
+    """The command that replaces a package that is missing or does not load."""
+    if package == "torchvision":
+        return f"{environment.pip()} uninstall torchvision: nothing here needs it"
+    if package == "torch":
+        return torch_build(seen).command
+    return f"{environment.pip()} install --force-reinstall --no-deps {package}"
+
+
+def import_failure(error: BaseException) -> tuple[str, str] | None:
+    """The package of somebody else's that could not be imported, if that is where an error came from, and the advice.
+
+    A package that fails while it loads has its module's own code in the traceback, whatever the error's type is:
+    torch without its libraries raises ImportError, OSError or ValueError. The innermost such package is the one.
+    """
+    package = (error.name or "").partition(".")[0] if isinstance(error, ModuleNotFoundError) else ""
+    frames = [] if package else traceback.walk_tb(error.__traceback__)
+    for frame, _ in frames:
+        module = str(frame.f_globals.get("__name__", "")).partition(".")[0]
+        if frame.f_code.co_name == "<module>" and module not in ("speculators", "__main__", "runpy"):
+            package = module
+    if not package or package == "speculators":
+        return None
+    return package, advice(package, gpus())
 
 
 def built_for(version: str, cuda: str, seen: Gpus) -> Finding:
     """A torch of `version`, built for CUDA `cuda` (empty: for the CPU), beside these GPUs."""
     if seen.names and not cuda:
-        index = f"{INDEX}/cu{seen.cuda.replace('.', '')}" if seen.cuda else INDEX
         says = f"{version} is built for the CPU, beside {_counted(seen.names)}"
-        mend = f"pip install --force-reinstall torch --index-url {index}"
-        return Finding(name="torch", state="broken", says=says, mend=mend)
+        return Finding(name="torch", state="broken", says=says, mend=torch_build(seen).command)
     if cuda and not seen.names:
         says = f"{version} is built for CUDA {cuda}, and no GPU or driver is here: it computes on the CPU"
-        mend = f"pip install --force-reinstall torch --index-url {INDEX}/cpu, or install the driver"
-        return Finding(name="torch", state="warn", says=says, mend=mend)
+        return Finding(name="torch", state="ok", says=says)
     if cuda and seen.cuda and _major(cuda) > _major(seen.cuda):
         says = f"{version} is built for CUDA {cuda}, the driver runs CUDA {seen.cuda} and older"
-        mend = f"update the driver, or pip install --force-reinstall torch --index-url {INDEX}"
+        mend = f"update the driver, or {environment.cuda_torch(seen.cuda).command}"
         return Finding(name="torch", state="broken", says=says, mend=mend)
     device = f"CUDA {cuda}, {_counted(seen.names)}" if cuda else "the CPU; there is no GPU"
     return Finding(name="torch", state="ok", says=f"{version} for {device}")
-
-
-def loads(names: list[str]) -> dict[str, str]:
-    """Import modules one after the other in another process; for each, the error in one line, or nothing."""
-    code = (
-        "import importlib, json, sys\nfound = {}\nfor name in sys.argv[1:]:\n"
-        "    try: importlib.import_module(name); found[name] = ''\n"
-        "    except BaseException as error:\n"
-        "        found[name] = f'{type(error).__name__}: {error}'.strip().splitlines()[0]\n"
-        "    print(json.dumps(found), flush=True)\n"
-    )
-    words = [sys.executable, "-P", "-W", "ignore", "-c", code, *names]
-    try:
-        done = subprocess.run(words, capture_output=True, text=True, timeout=LOAD_SECONDS, check=False)
-    except subprocess.TimeoutExpired:
-        return dict.fromkeys(names, f"it takes more than {LOAD_SECONDS:.0f} s")
-    lines = [line for line in done.stdout.splitlines() if line.startswith("{")]
-    found: dict[str, str] = json.loads(lines[-1]) if lines else {}
-    # A library that is built for another processor or system kills the process.
-    return {name: found.get(name, f"the process ended with exit code {done.returncode}") for name in names}
 
 
 def engine(python: str, seen: Gpus) -> Finding:
@@ -174,12 +183,15 @@ def engine(python: str, seen: Gpus) -> Finding:
     if on_cpu == bool(seen.names):
         has = _counted(seen.names) if seen.names else "there is no GPU"
         says = f"{name} {version} is built for {'CPUs' if on_cpu else 'GPUs'}, and {has}"
-        mend = f"pip install '{OURS}[{'gpu' if seen.names else 'cpu'}]' in an environment of its own, and serve.python"
+        wanted_extra = "gpu" if seen.names else "cpu"
+        mend = f"{environment.pip()} install '{OURS}[{wanted_extra}]' in an environment of its own, and serve.python"
         return Finding(name="vllm", state="warn" if on_cpu else "broken", says=says, mend=mend)
     wanted = next((w for w in _required(extra) if w.name == name), None)
     if wanted and not wanted.specifier.contains(version, prereleases=True):
         says = f"{name} {version}; this release is made for {wanted.specifier}"
-        return Finding(name="vllm", state="warn", says=says, mend=f"pip install '{name}{wanted.specifier}'")
+        return Finding(
+            name="vllm", state="warn", says=says, mend=f"{environment.pip()} install '{name}{wanted.specifier}'"
+        )
     return Finding(name="vllm", state="ok", says=f"{name} {version}")
 
 

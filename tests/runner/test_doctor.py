@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 
 from speculators import cli
-from speculators.runner import doctor, guard, vllm
+from speculators.runner import doctor, environment, guard, vllm
 from speculators.runner.doctor import Finding, Gpus
 from speculators.runner.store import Store
 
@@ -28,7 +28,7 @@ NONE = Gpus(names=[])
         ("2.13.0+cpu", "", NONE, "ok", "there is no GPU", ""),
         ("2.13.0", "12.8", H100, "ok", "CUDA 12.8, 1 x NVIDIA H100", ""),
         ("2.13.0+cpu", "", H100, "broken", "built for the CPU, beside 1 x NVIDIA H100", "whl/cu128"),
-        ("2.13.0", "12.8", NONE, "warn", "built for CUDA 12.8, and no GPU or driver", "whl/cpu"),
+        ("2.13.0", "12.8", NONE, "ok", "built for CUDA 12.8, and no GPU or driver", ""),
         ("2.13.0", "13.0", H100, "broken", "the driver runs CUDA 12.8 and older", "update the driver"),
         ("2.13.0", "12.9", H100, "ok", "CUDA 12.9", ""),  # within one major version a driver runs newer ones too
         ("2.13.0", "13.0", Gpus(names=["nvidia0"]), "ok", "1 x nvidia0", ""),
@@ -58,7 +58,8 @@ def test_a_torchvision_that_does_not_load_is_found_without_loading_anything_here
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     built = "__version__ = '2.13.0+cu128'\ncuda: Optional[str] = '12.8'\nhip: Optional[str] = None\n"
-    package(tmp_path, "torch", "", monkeypatch, built)
+    code = "class Product:\n    def __matmul__(self, other): return self\n    def sum(self): return 12\n"
+    package(tmp_path, "torch", f"{code}def ones(*shape): return Product()\n", monkeypatch, built)
     package(tmp_path, "torchvision", "raise RuntimeError('operator torchvision::nms does not exist')", monkeypatch)
     before = set(sys.modules)
     found = {finding.name: finding for finding in doctor.torch(H100)}
@@ -66,15 +67,14 @@ def test_a_torchvision_that_does_not_load_is_found_without_loading_anything_here
     assert "CUDA 12.8" in found["torch"].says
     assert found["torchvision"].state == "broken"
     assert found["torchvision"].says == "does not load: RuntimeError: operator torchvision::nms does not exist"
-    assert "pip install --force-reinstall --no-deps torchvision --index-url" in found["torchvision"].mend
-    assert "/cu128" in found["torchvision"].mend
+    assert "pip uninstall torchvision: nothing here needs it" in found["torchvision"].mend
     assert {"torch", "torchvision"}.isdisjoint(set(sys.modules) - before)
 
 
 def test_a_library_that_kills_the_process_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     package(tmp_path, "fine", "", monkeypatch)
     package(tmp_path, "deadly", "import os; os.kill(os.getpid(), 4)", monkeypatch)
-    assert doctor.loads(["fine", "deadly"]) == {"fine": "", "deadly": "the process ended with exit code -4"}
+    assert environment.load_errors(["fine", "deadly"]) == {"fine": "", "deadly": "the process ended with exit code -4"}
 
 
 def test_upstreams_package_is_broken_and_does_not_stop_the_doctor(
@@ -82,12 +82,12 @@ def test_upstreams_package_is_broken_and_does_not_stop_the_doctor(
 ) -> None:
     (tmp_path / "speculators-0.9.0.dist-info").mkdir()
     monkeypatch.syspath_prepend(tmp_path)
-    monkeypatch.setattr(doctor, "loads", dict.fromkeys)
+    monkeypatch.setattr(environment, "load_errors", dict.fromkeys)
     assert doctor.package().state == "broken"
     assert cli._guarded(["doctor"]) == 1
     out = capsys.readouterr().out
     assert "broken  package" in out
-    assert "-> pip uninstall -y speculators && pip install" in out
+    assert "pip uninstall -y speculators && " in out
 
 
 def test_a_package_that_is_missing_or_of_another_version_is_named_with_its_command(
@@ -99,8 +99,13 @@ def test_a_package_that_is_missing_or_of_another_version_is_named_with_its_comma
     monkeypatch.setattr(doctor, "installed", lambda: versions)
     runner, stages = doctor.requirements()
     assert runner.says == "hydra-core 1.4.0, wanted <1.4,>=1.3.8"
-    assert runner.mend == "pip install 'hydra-core<1.4,>=1.3.8'"
+    assert runner.mend == f"{environment.pip()} install 'hydra-core<1.4,>=1.3.8'"
     assert stages.says == "nosuchthing is missing, wanted >=1"
+    asked[2] = "torch>=99; extra == 'stages'"
+    build = environment.TorchBuild(requirement="torch==99+cpu", source="an index")
+    monkeypatch.setattr(environment, "find_torch", lambda version: build)
+    _, stages = doctor.requirements()
+    assert stages.mend.endswith("install 'nosuchthing>=1' && " + build.command)
 
 
 @pytest.mark.parametrize(
