@@ -11,7 +11,7 @@ MODULE_LINES = 500
 FUNCTION_LINES = 60
 # 350 lines more than before are runner/environment.py: nine lines of Makefile did not load on most machines.
 RUNNER_LINES = 6_860
-PACKAGE_LINES = 21_570
+PACKAGE_LINES = 21_700
 
 
 def lines(path: Path) -> int:
