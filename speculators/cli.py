@@ -64,7 +64,7 @@ def main() -> None:
 
 
 def _guarded(words: Sequence[str]) -> int:
-    from speculators.runner.interrupt import Interrupted
+    from speculators.runner.execution.signals import Interrupted
 
     try:
         if words[:1] != ["doctor"]:  # it says so itself, with all else that is wrong

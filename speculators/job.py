@@ -55,7 +55,7 @@ class Job:
     config: Config
     """The recipe, cut down to what the stage declared; reading anything else raises AttributeError."""
     derived: dict[str, Any]
-    """What the runner computed from target, speculator and hardware; see `runner.derive`."""
+    """What the runner computed from target, speculator and hardware; see `runner.planning.derive`."""
     inputs: dict[str, Path]
     """Input name -> directory of that artifact's data, read-only."""
     digests: dict[str, str]

@@ -21,7 +21,7 @@ from speculators.errors import RunError
 if TYPE_CHECKING:
     from rich.console import Console, RenderableType
 
-    from speculators.runner.explain import Explanation
+    from speculators.runner.planning.explain import Explanation
 
 _COLOURS = {
     "cached": "dim",
@@ -198,7 +198,7 @@ class Lines:
         sys.stderr.flush()
 
     def __call__(self, event: dict[str, Any]) -> None:
-        """Hear one event of `runner.events`."""
+        """Hear one event of `runner.execution.events`."""
         kind, name = event["event"], event.get("node") or event.get("service") or ""
         if kind == "stage.decided" and event["state"] == "cached":
             narrate("cached", name, event["key"][:8])
@@ -262,7 +262,7 @@ class Live:
         self._live.stop()
 
     def __call__(self, event: dict[str, Any]) -> None:
-        """Hear one event of `runner.events`."""
+        """Hear one event of `runner.execution.events`."""
         kind = event["event"]
         if kind.startswith("service."):
             self._hear_server(kind.removeprefix("service."), event)

@@ -32,7 +32,7 @@ from typing import Any
 from speculators.errors import RunError
 from speculators.job import Job, read_request, write_json
 from speculators.provenance import Provenance
-from speculators.runner.store import Store, no_space
+from speculators.runner.store.artifacts import Store, no_space
 
 HELD = "--held"
 HEARTBEAT_SECONDS = 10.0

@@ -10,10 +10,10 @@ import pytest
 
 from speculators.config import compose
 from speculators.config.schema import Config
-from speculators.runner import key as keys
-from speculators.runner.artifact import Artifact
-from speculators.runner.plan import Planner
-from speculators.runner.store import Store
+from speculators.runner.planning import key as keys
+from speculators.runner.planning.plan import Planner
+from speculators.runner.store.artifact import Artifact
+from speculators.runner.store.artifacts import Store
 
 # Tests are small and run beside each other: threads that wait for a core would keep their whole team waiting.
 os.environ.setdefault("OMP_NUM_THREADS", "1")

@@ -10,7 +10,7 @@ SOURCES = sorted((ROOT / "speculators").rglob("*.py"))
 MODULE_LINES = 500
 FUNCTION_LINES = 60
 # 350 lines more than before are runner/environment.py: nine lines of Makefile did not load on most machines.
-RUNNER_LINES = 6_860
+RUNNER_LINES = 6_900
 PACKAGE_LINES = 21_700
 
 

@@ -12,10 +12,11 @@ import pytest
 
 from speculators import cli, ui
 from speculators.config.schema import Config
-from speculators.runner import estimate, vllm
 from speculators.runner.installed import installed
-from speculators.runner.plan import Planner
-from speculators.runner.store import Store
+from speculators.runner.planning import estimate
+from speculators.runner.planning.plan import Planner
+from speculators.runner.servers import vllm
+from speculators.runner.store.artifacts import Store
 from speculators.verbs import query
 from tests.conftest import EVALUATION, OF_CHECKPOINT, publish_all
 

@@ -19,8 +19,8 @@ from speculators.config.schema import Train
 from speculators.drafts.base import Pack, Vocabulary
 from speculators.drafts.dflash import DFlashDraft
 from speculators.errors import ContractError
-from speculators.runner.plan import Planner, State
-from speculators.runner.store import Store
+from speculators.runner.planning.plan import Planner, State
+from speculators.runner.store.artifacts import Store
 from speculators.targets.hf import TargetCheckpoint
 from speculators.training.losses import Teacher, distill
 from speculators.training.optim import Optimizers

@@ -15,8 +15,8 @@ from speculators import cli
 from speculators.config.compose import compose
 from speculators.errors import RecipeError
 from speculators.provenance import Provenance
-from speculators.runner import vllm
-from speculators.runner.store import Store
+from speculators.runner.servers import vllm
+from speculators.runner.store.artifacts import Store
 
 DEMO = "recipe=smollm2_eagle3"
 PLANTED = {"HF_TOKEN": "hf_planted0000", "PLANTED_KEY": "sk-planted1111", "AWS_SECRET_ACCESS_KEY": "planted2222"}

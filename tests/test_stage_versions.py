@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from speculators.runner.graph import KINDS
+from speculators.runner.planning.graph import KINDS
 
 GOLDEN = Path(__file__).parent / "goldens" / "stages.json"
 STAGES = Path(__file__).parent.parent / "speculators" / "stages"
@@ -28,6 +28,6 @@ def recorded() -> dict[str, list[object]]:
 @pytest.mark.parametrize("stage", sorted(KINDS))
 def test_a_changed_stage_has_a_new_version_or_says_that_its_output_is_the_same(stage: str) -> None:
     assert recorded()[stage] == json.loads(GOLDEN.read_text())[stage], (
-        f"stages/{stage}.py changed: raise its version in runner/graph.py if its output differs, "
+        f"stages/{stage}.py changed: raise its version in runner/planning/graph.py if its output differs, "
         "then run `python tests/goldens/update.py`"
     )

@@ -16,8 +16,8 @@ import pytest
 from speculators import cli
 from speculators.config import compose, shipped
 from speculators.errors import RecipeError
-from speculators.runner import guard
 from speculators.runner.installed import installed
+from speculators.runner.servers import guard
 
 DEMO = "recipe=smollm2_eagle3"
 STAGE = '''

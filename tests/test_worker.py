@@ -14,11 +14,11 @@ from typing import Any
 
 import pytest
 
-from speculators.runner import guard
-from speculators.runner import key as keys
-from speculators.runner.artifact import Artifact
 from speculators.runner.executors import Handle, executor
-from speculators.runner.store import Store
+from speculators.runner.planning import key as keys
+from speculators.runner.servers import guard
+from speculators.runner.store.artifact import Artifact
+from speculators.runner.store.artifacts import Store
 
 STAGE = '''
 """A stage that counts to `config.prompts.seed` in steps it never repeats."""
@@ -63,7 +63,7 @@ def world(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     (tmp_path / "site/sitecustomize.py").write_text(
         f"import speculators.stages\nspeculators.stages.__path__.append({str(tmp_path / 'more')!r})\n"
     )
-    root = Path(keys.__file__).parents[2]
+    root = Path(keys.__file__).parents[3]
     monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(tmp_path / "site"), str(root)]))
     return tmp_path
 

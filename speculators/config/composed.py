@@ -20,7 +20,7 @@ from speculators.config import shipped
 from speculators.config.fields import to_plain
 from speculators.config.schema import Config, from_plain
 from speculators.runner.installed import installed
-from speculators.runner.store import store_root
+from speculators.runner.store.artifacts import store_root
 
 KEPT = 100
 """Compositions that are kept, the latest ones."""

@@ -410,7 +410,7 @@ class Config:
     datasets: dict[str, Dataset] = field(default_factory=dict)
     """The data sets that `evaluate.sets` names: those of `data`, then those given here, then those of `conf/data/`."""
     pipeline: dict[str, dict[str, str]] = field(default_factory=dict)
-    """Node -> its inputs; see `runner.graph`."""
+    """Node -> its inputs; see `runner.planning.graph`."""
     speculator: Speculator = field(default_factory=Speculator)
     prompts: Prompts = field(default_factory=Prompts)
     regenerate: Regenerate = field(default_factory=Regenerate)

@@ -24,8 +24,7 @@ import torch
 from torch import Tensor
 
 from speculators import native
-from speculators.drafts import flex
-from speculators.drafts.flex import AnchorMask, CausalMask
+from speculators.drafts.flex import AnchorMask, CausalMask, anchored, unrolled
 from speculators.native import Kernels, Seen
 
 QUERY_BLOCK = 256
@@ -108,7 +107,7 @@ def unrolled_attention(q: Tensor, cache: KeyValues, blocks: Sequence[Block] | Ca
             seen_by = Seen(blocks.first, blocks.last + 1)
             return _attended(loops, seen_by, q[:, None], (cache.keys, cache.values), (k, v)).flatten(1)
         steps = [(cache.keys, cache.values), *cache.own]
-        return flex.unrolled(q, [k for k, _ in steps], [v for _, v in steps], blocks) if len(q) else q.flatten(1)
+        return unrolled(q, [k for k, _ in steps], [v for _, v in steps], blocks) if len(q) else q.flatten(1)
     groups = cache.keys.shape[1]
     scaled = q * (1.0 / math.sqrt(width))
     keys, values = cache.keys.transpose(0, 1), cache.values.float().transpose(0, 1)  # [G, T, D]
@@ -226,7 +225,7 @@ def anchored_attention(
     if isinstance(over, AnchorMask):
         if loops := native.kernels(q):
             return _attended(loops, Seen(over.first, over.end, causal), q, context, own).flatten(2)
-        return flex.anchored(q, context, own, over, causal) if count else q.flatten(2)
+        return anchored(q, context, own, over, causal) if count else q.flatten(2)
     slots, groups = own[0].shape[1:3]
     shared = heads // groups
     scaled = q * (1.0 / math.sqrt(width))

@@ -25,10 +25,12 @@ from typing import Any
 
 from speculators.config.schema import Config, Serve
 from speculators.errors import StoreError
-from speculators.runner import environment, guard, upkeep, vllm
+from speculators.runner import environment
 from speculators.runner.installed import installed
-from speculators.runner.service import NO_VLLM
-from speculators.runner.store import Store, free_bytes
+from speculators.runner.servers import guard, vllm
+from speculators.runner.servers.server import NO_VLLM
+from speculators.runner.store import upkeep
+from speculators.runner.store.artifacts import Store, free_bytes
 
 OURS, UPSTREAM = "speculators-run", "speculators"
 """Our distribution, and the one whose package has the same import name."""

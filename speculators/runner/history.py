@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from speculators.errors import RecipeError, closest
-from speculators.runner import guard
+from speculators.runner.servers import guard
 
 METRICS: Mapping[str, tuple[str, ...]] = {
     "train": ("validation.acceptance_length", "validation.loss"),

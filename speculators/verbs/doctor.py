@@ -8,7 +8,7 @@ from pathlib import Path
 
 from speculators.errors import RecipeError
 from speculators.runner import doctor as examiner
-from speculators.runner.store import store_root
+from speculators.runner.store.artifacts import store_root
 
 
 def doctor(words: list[str]) -> int:

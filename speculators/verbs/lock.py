@@ -9,9 +9,9 @@ from speculators import ui
 from speculators.config import composed
 from speculators.errors import RecipeError
 from speculators.job import write_json
-from speculators.runner import lock as locks
-from speculators.runner.plan import Planner
-from speculators.runner.store import open_store
+from speculators.runner.planning import lockfile as locks
+from speculators.runner.planning.plan import Planner
+from speculators.runner.store.artifacts import open_store
 
 
 def lock(words: list[str]) -> int:

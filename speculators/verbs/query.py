@@ -9,12 +9,12 @@ from collections.abc import Mapping
 from speculators import ui
 from speculators.config import composed
 from speculators.errors import RecipeError
-from speculators.runner import estimate, lock
-from speculators.runner.execute import as_json
-from speculators.runner.explain import beside
-from speculators.runner.explain import explain as explanation
-from speculators.runner.plan import Planner, Step
-from speculators.runner.store import open_store
+from speculators.runner.execution.execute import as_json
+from speculators.runner.planning import estimate, lockfile
+from speculators.runner.planning.explain import beside
+from speculators.runner.planning.explain import explain as explanation
+from speculators.runner.planning.plan import Planner, Step
+from speculators.runner.store.artifacts import open_store
 
 
 def plan(words: list[str]) -> int:
@@ -23,9 +23,9 @@ def plan(words: list[str]) -> int:
     config = composed.compose([w for w in words if w != "--json"])
     planner = Planner(config, open_store(config.run))
     if config.run.locked:
-        lock.refuse_if_different(planner)
-    locked = lock.read(config)
-    differing = lock.differences(locked, planner) if locked else []
+        lockfile.refuse_if_different(planner)
+    locked = lockfile.read(config)
+    differing = lockfile.differences(locked, planner) if locked else []
     steps = {step.node.name: step for step in planner.plan()}
     needs = estimate.estimate(planner, steps)
     if as_data:
@@ -48,7 +48,7 @@ def plan(words: list[str]) -> int:
         print("\n" + ui.dim("\n".join(outside_lines)))
     if locked:
         says = f"says otherwise: {', '.join(d.name for d in differing)}" if differing else "says the same"
-        print(f"\nlocked: {lock.place(config)} {says}")
+        print(f"\nlocked: {lockfile.place(config)} {says}")
     return 0
 
 

@@ -14,12 +14,14 @@ from speculators.config import composed
 from speculators.config.schema import Config
 from speculators.errors import StoreError
 from speculators.job import write_json
-from speculators.runner import executors, guard, lock
-from speculators.runner.events import Events
-from speculators.runner.execute import Execution, as_json, resolved
-from speculators.runner.interrupt import Interrupted
-from speculators.runner.plan import Planner
-from speculators.runner.store import open_store
+from speculators.runner import executors
+from speculators.runner.execution.events import Events
+from speculators.runner.execution.execute import Execution, as_json, resolved
+from speculators.runner.execution.signals import Interrupted
+from speculators.runner.planning import lockfile
+from speculators.runner.planning.plan import Planner
+from speculators.runner.servers import guard
+from speculators.runner.store.artifacts import open_store
 
 _FLAGS = (
     "--cfg",
@@ -60,7 +62,7 @@ def run_recipe(
     began = time.monotonic()
     planner = Planner(config, open_store(config.run))
     if config.run.locked:
-        lock.refuse_if_different(planner)
+        lockfile.refuse_if_different(planner)
     executors.check(config, planner.graph)
     directory = _fresh_directory(Path(config.run.dir).expanduser().resolve(), config.recipe)
     (directory / "logs").mkdir()

@@ -11,11 +11,11 @@ from speculators import ui
 from speculators.config import composed
 from speculators.config.schema import Run
 from speculators.errors import RecipeError, StoreError, closest
-from speculators.runner import archive, upkeep
-from speculators.runner.artifact import Artifact
-from speculators.runner.graph import KINDS
-from speculators.runner.plan import Planner
-from speculators.runner.store import Store, free_bytes, open_store
+from speculators.runner.planning.graph import KINDS
+from speculators.runner.planning.plan import Planner
+from speculators.runner.store import archive, upkeep
+from speculators.runner.store.artifact import Artifact
+from speculators.runner.store.artifacts import Store, free_bytes, open_store
 
 _WORDS = ("run.store", "run.stores_read", "--json")
 """What every verb here takes besides stages."""

@@ -23,8 +23,8 @@ from speculators.config import compose
 from speculators.config.schema import Run as RunOptions
 from speculators.errors import RunError, StageError
 from speculators.job import write_json
+from speculators.runner.execution.lease import Holder, Lease
 from speculators.runner.executors.remote import DEVICES, seen_devices
-from speculators.runner.lease import Holder, Lease
 
 LOOK = 0.5
 """Seconds between two looks of a job in another process at whether the sweep is still there."""

@@ -21,11 +21,11 @@ from unittest import mock
 
 import speculators
 from speculators.config import compose
-from speculators.runner import graph
-from speculators.runner.events import Events
-from speculators.runner.execute import Execution
-from speculators.runner.plan import Planner
-from speculators.runner.store import Store
+from speculators.runner.execution.events import Events
+from speculators.runner.execution.execute import Execution
+from speculators.runner.planning import graph
+from speculators.runner.planning.plan import Planner
+from speculators.runner.store.artifacts import Store
 
 RECIPE = "recipe=smollm2_eagle3"
 TRIVIAL = graph.Kind(version=1, gives=("thing",), takes={"thing": "thing"}, target=False)

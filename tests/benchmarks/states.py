@@ -21,9 +21,10 @@ import torch
 
 from speculators.config import compose
 from speculators.job import Endpoint
-from speculators.runner import derive, vllm
-from speculators.runner.plan import Planner
-from speculators.runner.store import Store
+from speculators.runner.planning import derive
+from speculators.runner.planning.plan import Planner
+from speculators.runner.servers import vllm
+from speculators.runner.store.artifacts import Store
 from speculators.targets.client import Client, Completion
 from speculators.targets.handover import StatesFile
 from speculators.targets.states import check_states

@@ -19,9 +19,9 @@ sys.path.insert(0, str(Path(__file__).parents[2]))
 
 from speculators import cli
 from speculators.job import write_json
-from speculators.runner import archive, upkeep
-from speculators.runner import key as keys
-from speculators.runner.store import Store
+from speculators.runner.planning import key as keys
+from speculators.runner.store import archive, upkeep
+from speculators.runner.store.artifacts import Store
 
 FILES, ARTIFACTS = 100_000, 1_000
 CONFIG = {f"train.option_{number}": number / 7 for number in range(40)}

@@ -44,8 +44,8 @@ from speculators.config.schema import Config
 from speculators.data.shards import ShardReader
 from speculators.drafts import DRAFTS
 from speculators.drafts.base import Draft, Vocabulary
-from speculators.runner.plan import Planner
-from speculators.runner.store import Store
+from speculators.runner.planning.plan import Planner
+from speculators.runner.store.artifacts import Store
 from speculators.targets.hf import TargetCheckpoint
 from speculators.training.corpus import Corpus, Shards
 from speculators.training.loop import Loop

@@ -10,7 +10,7 @@ from speculators.config import compose, shipped
 from speculators.config.algorithms import SPECULATORS, Eagle3
 from speculators.config.choices import Dtype
 from speculators.errors import RecipeError
-from speculators.runner.graph import build
+from speculators.runner.planning.graph import build
 
 RECIPES = sorted(shipped.RECIPES.glob("*.yaml"))
 DEMO = "recipe=smollm2_eagle3"

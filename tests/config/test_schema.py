@@ -11,7 +11,7 @@ from speculators.config.algorithms import Eagle3
 from speculators.config.choices import Dtype
 from speculators.config.fields import identity, leaves, select, to_plain
 from speculators.config.schema import Config, Train, from_plain
-from speculators.runner.graph import KINDS
+from speculators.runner.planning.graph import KINDS
 
 
 def test_a_recipe_survives_json(config: Config) -> None:

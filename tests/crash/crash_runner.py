@@ -11,13 +11,14 @@ from pathlib import Path
 from speculators.config.choices import Device
 from speculators.config.schema import Config
 from speculators.errors import RunError
-from speculators.runner import graph, vllm
-from speculators.runner.events import Events
-from speculators.runner.execute import Execution
-from speculators.runner.graph import Kind
-from speculators.runner.interrupt import Interrupted
-from speculators.runner.plan import Planner
-from speculators.runner.store import Store
+from speculators.runner.execution.events import Events
+from speculators.runner.execution.execute import Execution
+from speculators.runner.execution.signals import Interrupted
+from speculators.runner.planning import graph
+from speculators.runner.planning.graph import Kind
+from speculators.runner.planning.plan import Planner
+from speculators.runner.servers import vllm
+from speculators.runner.store.artifacts import Store
 
 FAKE = Path(__file__).parents[1] / "runner" / "fake_server.py"
 PLAIN = {"seed": {}, "left": {"uses": "tally", "lines": "seed"}}

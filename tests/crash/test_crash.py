@@ -20,10 +20,10 @@ from typing import Any
 
 import pytest
 
-from speculators.runner import guard
-from speculators.runner.artifact import trouble
-from speculators.runner.service import reap_left_overs
-from speculators.runner.store import Store
+from speculators.runner.servers import guard
+from speculators.runner.servers.server import reap_left_overs
+from speculators.runner.store.artifact import trouble
+from speculators.runner.store.artifacts import Store
 
 HERE = Path(__file__).parent
 LEFT_SECONDS = 5.0
@@ -144,7 +144,7 @@ def point(role: str, call: str, when: str, victim: str, **more: Any) -> str:
     return json.dumps({"role": role, "call": call, "when": when, "victim": victim, **more})
 
 
-STORE = "speculators.runner.store:"
+STORE = "speculators.runner.store.artifacts:"
 IN_WORKER = {
     "before it looks for what was taken back": (f"{STORE}Store._take_back", "before", {}),
     "before its directories are made": (f"{STORE}Store.set_aside", "after", {}),
@@ -158,7 +158,10 @@ IN_WORKER = {
     "after it is published": ("pathlib:Path.rename", "after", {"nth": 2}),
     "after its work is removed": (f"{STORE}Store.discard_work", "after", {}),
 }
-EXECUTE, EVENT = "speculators.runner.execute:Execution.", ("speculators.runner.events:Events.emit", "after")
+EXECUTE, EVENT = (
+    "speculators.runner.execution.execute:Execution.",
+    ("speculators.runner.execution.events:Events.emit", "after"),
+)
 IN_RUNNER = {
     "before a request is written": (f"{EXECUTE}_request", "before", {}),
     "before a worker is started": ("speculators.runner.executors.local:LocalExecutor.submit", "before", {"nth": 2}),
@@ -166,7 +169,10 @@ IN_RUNNER = {
     "after a stage was decided": (*EVENT, {"said": "stage.decided", "nth": 2}),
     "after a stage has ended": (*EVENT, {"said": "stage.finished"}),
 }
-SERVICE, IN_USE = "speculators.runner.service:Service.", ("worker asked", "speculators.job:Job.progress", "before")
+SERVICE, IN_USE = (
+    "speculators.runner.servers.server:Service.",
+    ("worker asked", "speculators.job:Job.progress", "before"),
+)
 WITH_SERVER = {
     "the runner before a server is started": ("runner", f"{SERVICE}start", "before", "self", {}),
     "the runner after a server was started": ("runner", f"{SERVICE}start", "after", "self", {}),

@@ -10,10 +10,10 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).parents[2]))
 
 from speculators.config import compose
-from speculators.runner.plan import Planner
-from speculators.runner.store import Store
+from speculators.runner.planning.plan import Planner
+from speculators.runner.store.artifacts import Store
 from tests import test_stage_versions
-from tests.runner.test_key import GOLDEN, RECIPES, keys, words
+from tests.runner.planning.test_key import GOLDEN, RECIPES, keys, words
 
 with tempfile.TemporaryDirectory() as empty:
     table = {name: keys(Planner(compose.compose(words(name)), Store(Path(empty)))) for name in RECIPES}

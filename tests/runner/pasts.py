@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from speculators.job import write_json
-from speculators.runner.events import Events
+from speculators.runner.execution.events import Events
 
 KEY = "ab" * 32
 RESULTS = {"acceptance_length": {"human_eval": 2.0, "sharegpt": 3.0}, "speed_up": {"human_eval": 1.5, "sharegpt": 1.0}}

@@ -14,9 +14,10 @@ from pathlib import Path
 import pytest
 
 from speculators import cli
-from speculators.runner import doctor, environment, guard, vllm
+from speculators.runner import doctor, environment
 from speculators.runner.doctor import Finding, Gpus
-from speculators.runner.store import Store
+from speculators.runner.servers import guard, vllm
+from speculators.runner.store.artifacts import Store
 
 H100 = Gpus(names=["NVIDIA H100"], cuda="12.8")
 NONE = Gpus(names=[])

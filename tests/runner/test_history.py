@@ -12,9 +12,10 @@ import pytest
 
 from speculators.config.schema import Config
 from speculators.errors import RecipeError
-from speculators.runner import guard, history
-from speculators.runner.plan import Planner
-from speculators.runner.store import Store
+from speculators.runner import history
+from speculators.runner.planning.plan import Planner
+from speculators.runner.servers import guard
+from speculators.runner.store.artifacts import Store
 from tests.conftest import publish_all
 from tests.runner.pasts import past
 

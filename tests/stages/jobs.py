@@ -9,7 +9,7 @@ from typing import Any
 from speculators.config.fields import select
 from speculators.config.schema import Config, from_plain
 from speculators.job import Job
-from speculators.runner.graph import KINDS
+from speculators.runner.planning.graph import KINDS
 
 
 def make_job(stage: str, work: Path, config: Config, **inputs: Path) -> Job:

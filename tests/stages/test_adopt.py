@@ -15,7 +15,7 @@ from speculators.config.choices import DataFormat
 from speculators.config.schema import Config, Dataset
 from speculators.data.shards import ShardReader
 from speculators.errors import ContractError, RecipeError, SourceError, StageError
-from speculators.runner import graph, sources
+from speculators.runner.planning import graph, sources
 from speculators.stages import adopt_states, adopt_tokens
 from tests.stages.jobs import make_job
 

@@ -17,7 +17,7 @@ from speculators.data.shards import ShardReader, ShardWriter
 from speculators.data.template import Row
 from speculators.errors import ContractError
 from speculators.job import Job
-from speculators.runner.artifact import sha256
+from speculators.runner.store.artifact import sha256
 from speculators.stages.collect import covering, main
 from speculators.targets.fidelity import read_picks
 from speculators.targets.readings import Pick

@@ -19,8 +19,8 @@ from speculators.data.encoding import decode, encode
 from speculators.data.shards import ShardReader, ShardWriter
 from speculators.errors import ContractError, StageError
 from speculators.job import Endpoint, Job
-from speculators.runner.artifact import sha256
-from speculators.runner.graph import KEEPING, KINDS
+from speculators.runner.planning.graph import KEEPING, KINDS
+from speculators.runner.store.artifact import sha256
 from speculators.stages import regenerate
 from speculators.stages.regenerate import Keeper, answer, continues, in_order, read_answers
 from speculators.targets.client import Completion

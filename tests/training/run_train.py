@@ -19,7 +19,7 @@ from speculators.config.fields import select
 from speculators.config.schema import Config, Extract, Target, Train, Vocab, from_plain
 from speculators.data import cache
 from speculators.job import Endpoint, Job
-from speculators.runner.graph import DRAWING, KINDS
+from speculators.runner.planning.graph import DRAWING, KINDS
 from speculators.stages.train import main
 
 SPECULATORS: dict[str, Speculator] = {

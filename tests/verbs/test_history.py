@@ -10,11 +10,11 @@ import pytest
 
 from speculators import cli
 from speculators.config.schema import Config
-from speculators.runner import guard, vllm
-from speculators.runner.execute import Execution
-from speculators.runner.interrupt import Interrupted
-from speculators.runner.plan import Planner
-from speculators.runner.store import Store
+from speculators.runner.execution.execute import Execution
+from speculators.runner.execution.signals import Interrupted
+from speculators.runner.planning.plan import Planner
+from speculators.runner.servers import guard, vllm
+from speculators.runner.store.artifacts import Store
 from speculators.verbs.history import comparison
 from tests.conftest import publish_all
 from tests.runner.pasts import past

@@ -16,7 +16,7 @@ from speculators.config.schema import Config
 from speculators.config.schema import Executor as Options
 from speculators.errors import RecipeError
 from speculators.runner.executors.nursery import Nursery
-from speculators.runner.graph import Node
+from speculators.runner.planning.graph import Node
 
 
 class Handle(Protocol):

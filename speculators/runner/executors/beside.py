@@ -13,7 +13,8 @@ from pathlib import Path
 
 from speculators.config.schema import from_plain
 from speculators.job import write_json
-from speculators.runner import service, vllm
+from speculators.runner.servers import server as service
+from speculators.runner.servers import vllm
 
 POLL = 0.1
 """Seconds between two looks at a server that may be dead."""

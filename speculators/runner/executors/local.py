@@ -17,8 +17,8 @@ from pathlib import Path
 from typing import BinaryIO
 
 import speculators
-from speculators.runner import threads
 from speculators.runner.executors.nursery import Nursery
+from speculators.runner.servers import threads
 
 TORCHRUN = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
 """Not passed on: a worker that is started here is the only one, and would wait for others."""

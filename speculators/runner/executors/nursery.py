@@ -13,7 +13,7 @@ import subprocess
 import sys
 from collections.abc import Mapping
 
-from speculators.runner import guard
+from speculators.runner.servers import guard
 
 NUMBER_BYTES = 8
 ANSWER_SECONDS = 20.0

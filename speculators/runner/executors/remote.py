@@ -4,7 +4,7 @@ The job is `serve`, the far end. Where it finds itself it starts the servers tha
 the worker (`local`), so all of them end with it; it holds to the runner's lease, so it ends with the runner. Two files
 in a directory that both sides see stand for the pipe and the wait of `local`:
 
-    held     written here: the runner's signs of life, and what it wishes (see `runner.lease`)
+    held     written here: the runner's signs of life, and what it wishes (see `execution.lease`)
     state    written there: that it has begun, then the worker's pid, then its exit code
 """
 
@@ -19,11 +19,11 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, Protocol
 
-from speculators.runner import guard
+from speculators.runner.execution.lease import Holder, Lease, read_note, write_note
 from speculators.runner.executors.beside import Beside
 from speculators.runner.executors.local import LocalExecutor, LocalHandle
-from speculators.runner.lease import Holder, Lease, read_note, write_note
-from speculators.runner.service import DEATH_SECONDS
+from speculators.runner.servers import guard
+from speculators.runner.servers.server import DEATH_SECONDS
 
 POLL = 0.1
 """Seconds between two looks of the far end."""

