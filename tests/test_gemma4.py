@@ -16,9 +16,10 @@ import tiny
 from speculators.config import compose
 from speculators.config.algorithms import DFlash
 from speculators.config.schema import Train
-from speculators.drafts.base import Pack, Vocabulary
+from speculators.drafts.base import Vocabulary
 from speculators.drafts.dflash import DFlashDraft
 from speculators.errors import ContractError
+from speculators.features.batch import Pack
 from speculators.runner.planning.plan import Planner, State
 from speculators.runner.store.artifacts import Store
 from speculators.targets.hf import TargetCheckpoint

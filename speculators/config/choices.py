@@ -20,7 +20,7 @@ class StatesDtype(enum.Enum):
     float16 = "float16"
     float32 = "float32"
     float8_e4m3fn = "float8_e4m3fn"
-    """Half the bytes of bfloat16: e4m3 with a scale for every token and layer; see `data.encoding`."""
+    """Half the bytes of bfloat16: e4m3 with a scale for every token and layer; see `features.encoding`."""
 
 
 class LastState(enum.Enum):

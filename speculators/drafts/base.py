@@ -18,7 +18,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar, Self
 
-import numpy as np
 import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
@@ -27,6 +26,7 @@ from torch import Tensor, nn
 from speculators.config.algorithms import Loss, Speculator, loss_weights
 from speculators.drafts.layers import Frozen, Trained
 from speculators.errors import ContractError
+from speculators.features.batch import Pack
 
 TARGETS = {"embed_tokens.weight", "lm_head.weight"}
 """Tensors that a draft takes over from its target."""
@@ -69,44 +69,6 @@ class Vocabulary:
     def reduced(self) -> bool:
         """Whether any token of the target is missing."""
         return len(self.d2t) != len(self.t2d)
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Pack:
-    """Whole documents, one after the other."""
-
-    rows: list[int]
-    """Rows of the token table, for messages."""
-    lengths: list[int]
-    """Tokens of each document."""
-    token_ids: Tensor
-    """int64 [T]"""
-    loss_mask: Tensor
-    """bool [T]: the token is one that the target said."""
-    states: Tensor
-    """[T, A, H], stored dtype: the target's states, of the draft's layers in order."""
-    last: Tensor
-    """[U, H], stored dtype: the last layer's output, at the places where a prediction may ask for it."""
-    last_at: Tensor
-    """int64 [T]: of each of these places, the row of `last`; of others anything."""
-    chosen: Tensor | None = None
-    """bool [T]: where a draft that draws places may train from, if they were drawn for a larger pack that this one is
-    a part of; the draft draws them itself if None."""
-
-    def documents(self) -> list[tuple[int, int]]:
-        """(first token, length) of each document."""
-        starts = [0]
-        for length in self.lengths:
-            starts.append(starts[-1] + length)
-        return list(zip(starts[:-1], self.lengths, strict=True))
-
-    def bounds(self) -> tuple[Tensor, Tensor]:
-        """For each token, the first place of its document and the first after it, int64 [T]."""
-        # By numpy: on a CPU, torch wakes its threads for this, which takes two to three times as long.
-        starts, lengths = (np.array(each, dtype=np.int64) for each in zip(*self.documents(), strict=True))
-        found = [np.repeat(starts, lengths), np.repeat(starts + lengths, lengths)]
-        first, past = (torch.from_numpy(each).to(self.token_ids.device) for each in found)
-        return first, past
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

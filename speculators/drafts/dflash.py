@@ -39,7 +39,6 @@ from speculators.drafts.attention import Span, anchored_attention, context_place
 from speculators.drafts.base import (
     TARGETS,
     Draft,
-    Pack,
     Predictions,
     Supervision,
     TargetParts,
@@ -60,6 +59,7 @@ from speculators.drafts.layers import (
     rotate,
 )
 from speculators.errors import ContractError
+from speculators.features.batch import Pack
 
 SLIDING = "sliding_attention"
 ALONE = 20.0

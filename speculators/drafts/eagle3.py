@@ -32,16 +32,7 @@ from torch import Tensor, nn
 
 from speculators.config.algorithms import DraftArch, Eagle3, Speculator
 from speculators.drafts.attention import Block, KeyValues, causal_blocks, unrolled_attention
-from speculators.drafts.base import (
-    Draft,
-    Pack,
-    Predictions,
-    Supervision,
-    TargetParts,
-    Vocabulary,
-    draw,
-    layer_config,
-)
+from speculators.drafts.base import Draft, Predictions, Supervision, TargetParts, Vocabulary, draw, layer_config
 from speculators.drafts.flex import CausalMask
 from speculators.drafts.induction import MATCH, Fit, principal, slow_places, widened
 from speculators.drafts.layers import (
@@ -54,6 +45,7 @@ from speculators.drafts.layers import (
     initialise,
     rotate,
 )
+from speculators.features.batch import Pack
 
 SERVED_LAYERS = 3
 """Target layers that vLLM takes for granted where a draft of Llama layers does not say `num_aux_hidden_states`."""

@@ -20,7 +20,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from speculators.drafts.base import Pack
+from speculators.features.batch import Pack
 
 SLOW = 75.0
 """Rotary pairs that take more tokens than this to turn by one radian compare contents; faster ones tell distances."""

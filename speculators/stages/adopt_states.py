@@ -8,10 +8,10 @@ from __future__ import annotations
 
 from datasets import load_from_disk
 
-from speculators.data.upstream_files import read_states, states_path
 from speculators.errors import ContractError
+from speculators.features.upstream import read_states, states_path
+from speculators.features.writer import last_places, states_writer
 from speculators.job import Job
-from speculators.targets.states import last_places, states_writer
 
 
 def main(job: Job) -> None:

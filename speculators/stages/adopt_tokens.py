@@ -1,7 +1,7 @@
 """adopt_tokens: a directory of upstream's -> token ids and loss masks. One row a conversation, as upstream fans it out.
 
 Rows without a file of states are left out, and so are rows that another one begins with: what they supervise is
-supervised there (see `data.upstream_files`). A row's id says which of upstream's rows it is.
+supervised there (see `features.upstream`). A row's id says which of upstream's rows it is.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from typing import Any
 from datasets import load_from_disk
 
 from speculators.data.token_table import give_table
-from speculators.data.upstream_files import histories, states_path
+from speculators.features.upstream import histories, states_path
 from speculators.job import Job
 
 

@@ -16,12 +16,12 @@ from typing import Any
 
 from datasets import load_from_disk
 
-from speculators.data.shards import Part, ShardReader
 from speculators.errors import ContractError
+from speculators.features.shards import Part, ShardReader
+from speculators.features.writer import ANSWERED, states_contract
 from speculators.job import Job
 from speculators.targets.fidelity import write_picks
 from speculators.targets.readings import Pick
-from speculators.targets.states import ANSWERED, states_contract
 
 
 def main(job: Job) -> None:

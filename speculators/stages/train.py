@@ -25,18 +25,18 @@ from speculators import native
 from speculators.config.algorithms import DFlash, Eagle3
 from speculators.config.choices import Device
 from speculators.config.fields import leaves, to_plain
-from speculators.data.cache import StatesCache
-from speculators.data.contract import ANSWERS, EVERYWHERE, check_contract, feature_contract
-from speculators.data.reading import larger_than_memory
-from speculators.data.shards import ShardReader
 from speculators.drafts import DRAFTS
 from speculators.drafts.base import Vocabulary
 from speculators.errors import ContractError, RecipeError, closest
+from speculators.features.contract import ANSWERS, EVERYWHERE, check_contract, feature_contract
+from speculators.features.dataloader import Corpus, Shards
+from speculators.features.disk_cache import StatesCache
+from speculators.features.io import larger_than_memory
+from speculators.features.shards import ShardReader
 from speculators.job import Job, write_json
 from speculators.targets.fidelity import check_features, check_server
 from speculators.targets.hf import TargetCheckpoint
-from speculators.training.corpus import Corpus, Shards
-from speculators.training.feed import Feed, Shape
+from speculators.training.live_features import Feed, Shape
 from speculators.training.loop import BEST, EPOCHS, LAST, METRICS, Loop
 from speculators.training.losses import Teacher
 from speculators.training.ranks import Ranks, check_devices, joined

@@ -12,7 +12,7 @@ no more than that.
 - The answer carries `kv_transfer_params.hidden_states_file`, a name in the shared directory. The file appears by a
   rename, whole or not at all: `hidden_states` [T, L, H] in the dtype the target computes in, `token_ids` int64 [T].
   With `dtype: float8_e4m3fn` they are float8, and `scales` [T, L] in the target's dtype go with them (see
-  `data.encoding`): half the bytes leave the device and pass through the shared directory.
+  `features.encoding`): half the bytes leave the device and pass through the shared directory.
   Where writing fails, `NAME.error` appears instead and says why; the engine goes on.
 - Blocks are held until the copy is done, not until the file is written. On an accelerator the copy runs on its own
   stream into pinned memory and the model does not wait for it.
@@ -53,7 +53,7 @@ from vllm.v1.core.sched.scheduler import Scheduler
 from vllm.v1.kv_cache_interface import HiddenStateCacheSpec
 from vllm.v1.request import RequestStatus
 
-from speculators.data.encoding import FLOAT8, quantise
+from speculators.features.encoding import FLOAT8, quantise
 
 if TYPE_CHECKING:
     from vllm.config import VllmConfig

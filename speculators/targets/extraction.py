@@ -19,14 +19,10 @@ from typing import Any
 import torch
 from datasets import Dataset
 
-from speculators.data.contract import check_contract
-from speculators.data.shards import INDEX, ShardWriter, Span, link, shard_name, write_index
 from speculators.errors import ContractError, RunError, StageError
-from speculators.job import Job, write_json
-from speculators.targets import fidelity
-from speculators.targets.client import Client
-from speculators.targets.handover import Promised
-from speculators.targets.states import (
+from speculators.features.contract import check_contract
+from speculators.features.shards import INDEX, ShardWriter, Span, link, shard_name, write_index
+from speculators.features.writer import (
     SKIPPED,
     BadRows,
     check_states,
@@ -35,6 +31,10 @@ from speculators.targets.states import (
     states_contract,
     states_writer,
 )
+from speculators.job import Job, write_json
+from speculators.targets import fidelity
+from speculators.targets.client import Client
+from speculators.targets.handover import Promised
 
 RECORD = "record.json"
 """What a part says about itself, beside its shards."""

@@ -25,8 +25,8 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 
-from speculators.data.encoding import dequantise
 from speculators.errors import ServiceError, StageError
+from speculators.features.encoding import dequantise
 from speculators.targets.mooncake import HANDLE, StatesObject, Store
 
 OURS, STOCK = "hidden_states_file", "hidden_states_path"

@@ -31,11 +31,12 @@ from speculators.config.choices import Dtype
 from speculators.config.schema import Train
 from speculators.data.packing import Piece, divide, training_batches, validation_batches
 from speculators.decoding import Walk
-from speculators.drafts.base import Draft, Pack, Predictions, Supervision
+from speculators.drafts.base import Draft, Predictions, Supervision
 from speculators.drafts.layers import MLP
 from speculators.errors import StageError
+from speculators.features.batch import Pack
+from speculators.features.dataloader import Corpus
 from speculators.training import checkpoint
-from speculators.training.corpus import Corpus
 from speculators.training.losses import Outcome, Tally, Teacher, distill, run, sayable_next
 from speculators.training.optim import Average, Optimizers, rate
 from speculators.training.ranks import Ranks

@@ -26,8 +26,9 @@ from torch import Tensor
 
 from speculators import native
 from speculators.config.algorithms import Loss
-from speculators.drafts.base import Pack, Predictions, Vocabulary
+from speculators.drafts.base import Predictions, Vocabulary
 from speculators.drafts.layers import whole_blocks
+from speculators.features.batch import Pack
 from speculators.training.divergences import cost
 
 CHUNK_ELEMENTS = {"cpu": 1 << 23, "cuda": 1 << 27}

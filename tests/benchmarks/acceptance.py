@@ -21,7 +21,8 @@ from safetensors import safe_open
 
 from speculators.decoding import Walk
 from speculators.drafts import DRAFTS
-from speculators.drafts.base import Draft, Pack
+from speculators.drafts.base import Draft
+from speculators.features.batch import Pack
 from speculators.training.losses import run
 
 

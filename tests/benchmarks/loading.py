@@ -54,12 +54,12 @@ from safetensors.torch import load_file, save_file
 
 sys.path.insert(0, str(Path(__file__).parents[2]))
 
-from speculators.data.contract import ANSWERS, feature_contract
 from speculators.data.packing import Piece, training_batches
-from speculators.data.reading import Reading, pages
-from speculators.data.shards import ShardReader, ShardWriter
 from speculators.data.token_table import TokenTable, asked_for, save_table, write_table
-from speculators.training.corpus import Corpus, Shards
+from speculators.features.contract import ANSWERS, feature_contract
+from speculators.features.dataloader import Corpus, Shards
+from speculators.features.io import Reading, pages
+from speculators.features.shards import ShardReader, ShardWriter
 
 Batches = list[list[Piece]]
 Rows = list[tuple[torch.Tensor, torch.Tensor]]

@@ -20,6 +20,7 @@ from typing import Any
 import torch
 
 from speculators.config import compose
+from speculators.features.writer import check_states
 from speculators.job import Endpoint
 from speculators.runner.planning import derive
 from speculators.runner.planning.plan import Planner
@@ -27,7 +28,6 @@ from speculators.runner.servers import vllm
 from speculators.runner.store.artifacts import Store
 from speculators.targets.client import Client, Completion
 from speculators.targets.handover import StatesFile
-from speculators.targets.states import check_states
 
 ROUNDS = 2
 KEEP: dict[str, Any] = {"kv_transfer_params": {"hidden_states": True, "include_output_tokens": True}}

@@ -41,13 +41,13 @@ from torch.utils.flop_counter import FlopCounterMode
 from speculators.config import compose
 from speculators.config.algorithms import DFlash, loss_weights
 from speculators.config.schema import Config
-from speculators.data.shards import ShardReader
 from speculators.drafts import DRAFTS
 from speculators.drafts.base import Draft, Vocabulary
+from speculators.features.dataloader import Corpus, Shards
+from speculators.features.shards import ShardReader
 from speculators.runner.planning.plan import Planner
 from speculators.runner.store.artifacts import Store
 from speculators.targets.hf import TargetCheckpoint
-from speculators.training.corpus import Corpus, Shards
 from speculators.training.loop import Loop
 from speculators.training.losses import Teacher
 

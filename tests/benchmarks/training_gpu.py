@@ -30,14 +30,14 @@ from torch.utils.flop_counter import FlopCounterMode
 from speculators.config.algorithms import DFlash, Eagle3, Speculator
 from speculators.config.choices import Dtype
 from speculators.config.schema import Train
-from speculators.data.contract import feature_contract
-from speculators.data.shards import ShardReader, ShardWriter
 from speculators.data.token_table import save_table, write_table
 from speculators.drafts import DRAFTS
 from speculators.drafts.base import Vocabulary
+from speculators.features.contract import feature_contract
+from speculators.features.dataloader import Corpus, Shards
+from speculators.features.shards import ShardReader, ShardWriter
 from speculators.stages.train import same_bytes_every_time
 from speculators.targets.hf import TargetCheckpoint
-from speculators.training.corpus import Corpus, Shards
 from speculators.training.loop import Loop
 from speculators.training.losses import Teacher
 

@@ -12,11 +12,11 @@ import numpy as np
 import torch
 from safetensors.torch import save_file
 
-from speculators.data.shards import ShardReader
 from speculators.data.token_table import save_table, write_table
-from speculators.data.upstream_files import STATES, states_path
 from speculators.drafts.base import Vocabulary
-from speculators.training.corpus import Corpus
+from speculators.features.dataloader import Corpus
+from speculators.features.shards import ShardReader
+from speculators.features.upstream import STATES, states_path
 
 WARM = 3
 """Steps that are not counted."""

@@ -10,7 +10,8 @@ import pytest
 import tiny
 import torch
 
-from speculators.drafts.base import Draft, Pack
+from speculators.drafts.base import Draft
+from speculators.features.batch import Pack
 
 pytestmark = [
     pytest.mark.gpu,

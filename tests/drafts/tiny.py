@@ -11,11 +11,12 @@ import torch
 from safetensors.torch import save_file
 
 from speculators.config.algorithms import DFlash, Eagle3
-from speculators.data.contract import feature_contract
-from speculators.data.shards import ShardWriter
-from speculators.drafts.base import Draft, Pack, TargetParts, Vocabulary
+from speculators.drafts.base import Draft, TargetParts, Vocabulary
 from speculators.drafts.dflash import DFlashDraft
 from speculators.drafts.eagle3 import Eagle3Draft
+from speculators.features.batch import Pack
+from speculators.features.contract import feature_contract
+from speculators.features.shards import ShardWriter
 from speculators.targets.hf import TargetCheckpoint
 from speculators.training.losses import Teacher
 

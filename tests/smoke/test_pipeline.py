@@ -18,7 +18,7 @@ from typing import Any
 import pytest
 import torch
 
-from speculators.data.shards import ShardReader
+from speculators.features.shards import ShardReader
 from tests.smoke.world import ONE_ROW, QUESTION, World, gone, lines, wait_for
 
 pytestmark = [pytest.mark.smoke, pytest.mark.timeout(900)]

@@ -13,8 +13,8 @@ from safetensors.torch import save_file
 from speculators.config import compose
 from speculators.config.choices import DataFormat
 from speculators.config.schema import Config, Dataset
-from speculators.data.shards import ShardReader
 from speculators.errors import ContractError, RecipeError, SourceError, StageError
+from speculators.features.shards import ShardReader
 from speculators.runner.planning import graph, sources
 from speculators.stages import adopt_states, adopt_tokens
 from tests.stages.jobs import make_job

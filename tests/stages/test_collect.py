@@ -12,10 +12,10 @@ import torch
 
 from speculators.config.choices import StatesDtype
 from speculators.config.schema import Config
-from speculators.data.contract import feature_contract
-from speculators.data.shards import ShardReader, ShardWriter
 from speculators.data.template import Row
 from speculators.errors import ContractError
+from speculators.features.contract import feature_contract
+from speculators.features.shards import ShardReader, ShardWriter
 from speculators.job import Job
 from speculators.runner.store.artifact import sha256
 from speculators.stages.collect import covering, main

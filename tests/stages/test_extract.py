@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from speculators.errors import ContractError, StageError
-from speculators.targets.states import check_states, hidden_size
+from speculators.features.writer import check_states, hidden_size
 
 
 def test_states_of_the_row_that_was_sent_pass() -> None:

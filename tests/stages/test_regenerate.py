@@ -14,10 +14,11 @@ from safetensors.torch import load_file, save_file
 from speculators.config.choices import Dtype, OnBadRow, StatesDtype
 from speculators.config.fields import select
 from speculators.config.schema import Config, Regenerate, from_plain
-from speculators.data.contract import ANSWERS, EVERYWHERE
-from speculators.data.encoding import decode, encode
-from speculators.data.shards import ShardReader, ShardWriter
 from speculators.errors import ContractError, StageError
+from speculators.features.contract import ANSWERS, EVERYWHERE
+from speculators.features.encoding import decode, encode
+from speculators.features.shards import ShardReader, ShardWriter
+from speculators.features.writer import hidden_size
 from speculators.job import Endpoint, Job
 from speculators.runner.planning.graph import KEEPING, KINDS
 from speculators.runner.store.artifact import sha256
@@ -25,7 +26,6 @@ from speculators.stages import regenerate
 from speculators.stages.regenerate import Keeper, answer, continues, in_order, read_answers
 from speculators.targets.client import Completion
 from speculators.targets.handover import StatesFile
-from speculators.targets.states import hidden_size
 from tests.stages.jobs import make_job
 
 CONFIG = Regenerate(max_tokens=50)

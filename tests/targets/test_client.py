@@ -15,8 +15,8 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from speculators.data.encoding import dequantise, quantise
 from speculators.errors import ServiceError, StageError
+from speculators.features.encoding import dequantise, quantise
 from speculators.job import Endpoint
 from speculators.targets import client as module
 from speculators.targets import pool

@@ -14,7 +14,7 @@ pytest.importorskip("vllm", reason="vLLM is not installed here")
 
 from vllm.v1.kv_cache_interface import FullAttentionSpec, HiddenStateCacheSpec
 
-from speculators.data.encoding import dequantise
+from speculators.features.encoding import dequantise
 from speculators.targets import connector
 
 

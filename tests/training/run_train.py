@@ -17,7 +17,7 @@ from speculators.config.algorithms import DFlash, Eagle3, Speculator
 from speculators.config.choices import Device, Dtype
 from speculators.config.fields import select
 from speculators.config.schema import Config, Extract, Target, Train, Vocab, from_plain
-from speculators.data import cache
+from speculators.features import disk_cache
 from speculators.job import Endpoint, Job
 from speculators.runner.planning.graph import DRAWING, KINDS
 from speculators.stages.train import main
@@ -80,5 +80,5 @@ if __name__ == "__main__":
         plain = json.loads(Path(drawn[0]).read_text())
         endpoint = Endpoint(**{**plain, "directory": Path(plain["directory"]), "log": Path(plain["log"])})
         options |= {"states_disk_gib": float(drawn[1]), "states_memory_gib": 0.0}
-        cache.SET_TOKENS = 1
+        disk_cache.SET_TOKENS = 1
     main(make_job(Path(world), Path(work), endpoint, algorithm=algorithm, **options))

@@ -16,9 +16,9 @@ import tiny
 import torch
 from safetensors.torch import save_file
 
-from speculators.data.contract import ANSWERS, feature_contract
-from speculators.data.shards import ShardWriter
 from speculators.data.token_table import TokenTable, asked_for
+from speculators.features.contract import ANSWERS, feature_contract
+from speculators.features.shards import ShardWriter
 from speculators.job import Endpoint
 from tests.loopback import JsonHandler, serving
 

@@ -12,8 +12,9 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from speculators.config.algorithms import Loss, Weighting
-from speculators.drafts.base import Draft, Pack, Predictions
+from speculators.drafts.base import Draft, Predictions
 from speculators.drafts.dflash import DFlashDraft
+from speculators.features.batch import Pack
 from speculators.training.losses import PART_ELEMENTS, Teacher, distill
 
 LENGTHS = [20, 33, 9, 14]

@@ -20,12 +20,12 @@ from trainings import losses, metrics, stop_at
 
 from speculators import native
 from speculators.config.choices import Device, Dtype, Optimizer, Schedule
-from speculators.data.contract import ANSWERS
-from speculators.data.shards import ShardReader, ShardWriter
 from speculators.data.token_table import TokenTable, asked_for
 from speculators.drafts.dflash import DFlashDraft
 from speculators.drafts.eagle3 import Eagle3Draft
 from speculators.errors import ContractError, StageError
+from speculators.features.contract import ANSWERS
+from speculators.features.shards import ShardReader, ShardWriter
 from speculators.runner.history import METRICS
 from speculators.stages import train
 from speculators.training import checkpoint

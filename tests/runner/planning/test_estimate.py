@@ -11,8 +11,8 @@ from speculators import cli
 from speculators.config import compose
 from speculators.config.choices import StatesDtype
 from speculators.config.schema import Config
-from speculators.data.encoding import bytes_each
 from speculators.errors import StoreError
+from speculators.features.encoding import bytes_each
 from speculators.runner.planning import derive
 from speculators.runner.planning import estimate as estimating
 from speculators.runner.planning.estimate import Needs, estimate, refuse_if_too_large

@@ -18,12 +18,12 @@ import pytest
 import torch
 from safetensors import safe_open
 
-from speculators.data.contract import ANSWERS, check_contract, feature_contract
-from speculators.data.encoding import decode, encode
-from speculators.data.reading import Reading, larger_than_memory
-from speculators.data.shards import ShardReader, ShardWriter
 from speculators.errors import ContractError, StageError
-from speculators.training.ahead import Buffers
+from speculators.features.contract import ANSWERS, check_contract, feature_contract
+from speculators.features.encoding import decode, encode
+from speculators.features.io import Reading, larger_than_memory
+from speculators.features.prefetch import Buffers
+from speculators.features.shards import ShardReader, ShardWriter
 
 LAYERS, WIDTH = 3, 5
 
@@ -174,7 +174,7 @@ def test_a_writer_killed_while_it_seals_loses_only_that_shard(tmp_path: Path) ->
 import os, sys
 from pathlib import Path
 sys.path.insert(0, sys.argv[2])
-from tests.data.test_shards import write
+from tests.features.test_shards import write
 real, calls = os.replace, []
 def replace(source, target):
     calls.append(target)

@@ -5,7 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-from speculators.data.encoding import (
+from speculators.errors import StageError
+from speculators.features.encoding import (
     FLOAT8,
     bytes_each,
     decode,
@@ -16,7 +17,6 @@ from speculators.data.encoding import (
     quantise,
     sift,
 )
-from speculators.errors import StageError
 
 
 def drawn(*shape: int, spread: float = 1.0, seed: int = 0) -> torch.Tensor:

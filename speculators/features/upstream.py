@@ -9,7 +9,7 @@ files hold float8 states and `hidden_states_scales` float32 [T, 1, 1]. A file sa
 Upstream has a row, and a file, for every answer of a conversation, each with the whole history before it. `histories`
 finds the rows that others begin with: they need neither a row of their own nor states.
 
-    python -m speculators.data.upstream_files TOKENS FEATURES DIR
+    python -m speculators.features.upstream TOKENS FEATURES DIR
 
 writes such a directory for upstream's trainer, out of the data of two artifacts: what `tokenize` made and what
 `extract` or `collect` made.
@@ -29,9 +29,9 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
 
-from speculators.data.shards import ShardReader
 from speculators.data.token_table import save_table, write_table
 from speculators.errors import ContractError, RunError
+from speculators.features.shards import ShardReader
 
 STATES = "hidden_states"
 """The directory of the files, and the tensor in each."""
@@ -123,7 +123,7 @@ def _exported(table: Any, reader: ShardReader, directory: Path) -> Iterator[dict
 def main(arguments: list[str]) -> int:
     """Export; returns the exit code."""
     if len(arguments) != 3:
-        print("usage: python -m speculators.data.upstream_files TOKENS FEATURES DIR", file=sys.stderr)
+        print("usage: python -m speculators.features.upstream TOKENS FEATURES DIR", file=sys.stderr)
         return 1
     try:
         rows = export(*map(Path, arguments))

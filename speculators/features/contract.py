@@ -1,6 +1,6 @@
 """What a set of hidden states is: of which target, tokens and layers, in which format. It lies in every shard.
 
-The contract: `format`, `target` and `tokens` (digests), `dtype` (stored, see `data.encoding`), `compute_dtype`,
+The contract: `format`, `target` and `tokens` (digests), `dtype` (stored, see `encoding`), `compute_dtype`,
 `layer_ids`, `convention`, `hidden_size`, `normed`, `last_state` (where the last layer's are kept, a name).
 """
 

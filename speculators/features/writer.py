@@ -10,10 +10,10 @@ from typing import Any
 import torch
 
 from speculators.config.choices import OnBadRow
-from speculators.data.contract import EVERYWHERE, feature_contract
-from speculators.data.shards import ShardWriter
 from speculators.data.token_table import asked_for
 from speculators.errors import ContractError, RunError, StageError
+from speculators.features.contract import EVERYWHERE, feature_contract
+from speculators.features.shards import ShardWriter
 from speculators.job import Job, write_json
 
 SKIPPED = "skipped.json"

@@ -13,11 +13,11 @@ import tiny
 import torch
 
 from speculators.data.packing import Piece
-from speculators.data.shards import ShardReader, ShardWriter
 from speculators.data.token_table import asked_for
 from speculators.drafts.base import Draft
 from speculators.errors import ContractError
-from speculators.training.corpus import Corpus, Shards
+from speculators.features.dataloader import Corpus, Shards
+from speculators.features.shards import ShardReader, ShardWriter
 
 
 def shortened(features: Path, directory: Path, missing: int) -> ShardReader:

@@ -30,10 +30,10 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from speculators.data.contract import FORMAT, check_contract
-from speculators.data.encoding import FLOAT8, LAST, decode, encode, last_of, layout, sift
-from speculators.data.reading import Bytes, Reading, damaged, missing
 from speculators.errors import ContractError
+from speculators.features.contract import FORMAT, check_contract
+from speculators.features.encoding import FLOAT8, LAST, decode, encode, last_of, layout, sift
+from speculators.features.io import Bytes, Reading, damaged, missing
 from speculators.job import write_json
 
 INDEX = "index.json"

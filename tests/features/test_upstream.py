@@ -10,10 +10,10 @@ import torch
 from datasets import Dataset, load_from_disk
 from safetensors.torch import load_file, save_file
 
-from speculators.data.contract import feature_contract
-from speculators.data.shards import ShardReader, ShardWriter
-from speculators.data.upstream_files import export, histories, main, read_states
 from speculators.errors import ContractError
+from speculators.features.contract import feature_contract
+from speculators.features.shards import ShardReader, ShardWriter
+from speculators.features.upstream import export, histories, main, read_states
 
 LAYERS, WIDTH = 3, 5
 LENGTHS = [4, 7, 5]

@@ -24,13 +24,14 @@ from states_server import Known, StatesServer
 
 from speculators.config.choices import Dtype
 from speculators.config.schema import Extract
-from speculators.data import cache
-from speculators.data.cache import StatesCache
-from speculators.data.contract import feature_contract
-from speculators.data.encoding import LAST, decode, encode, last_of
 from speculators.data.packing import Piece
 from speculators.data.token_table import asked_for
 from speculators.errors import ContractError, RunError, ServiceError, StageError
+from speculators.features import disk_cache
+from speculators.features.contract import feature_contract
+from speculators.features.dataloader import Corpus
+from speculators.features.disk_cache import StatesCache
+from speculators.features.encoding import LAST, decode, encode, last_of
 from speculators.job import Job
 from speculators.stages import train
 from speculators.targets import client
@@ -38,8 +39,7 @@ from speculators.targets.fidelity import check_server
 from speculators.targets.hf import TargetCheckpoint
 from speculators.targets.readings import reading_of
 from speculators.training import checkpoint
-from speculators.training.corpus import Corpus
-from speculators.training.feed import Feed, Shape
+from speculators.training.live_features import Feed, Shape
 
 EPOCHS = 3
 TOKEN = 4 * tiny.H * 2
@@ -74,7 +74,7 @@ def world(one_thread: None, tmp_path_factory: pytest.TempPathFactory) -> World:
 @pytest.fixture
 def serve(world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..., StatesServer]]:
     monkeypatch.setattr(client, "FIRST_PAUSE", 0.01)
-    monkeypatch.setattr(cache, "SET_TOKENS", 64)
+    monkeypatch.setattr(disk_cache, "SET_TOKENS", 64)
     servers: list[StatesServer] = []
 
     def start(**options: Any) -> StatesServer:

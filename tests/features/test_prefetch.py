@@ -7,7 +7,7 @@ import threading
 import pytest
 import torch
 
-from speculators.training.ahead import Ahead, Buffers
+from speculators.features.prefetch import Ahead, Buffers
 
 
 class Maker:

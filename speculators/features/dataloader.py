@@ -1,8 +1,9 @@
 """What is trained on: the rows of a token table beside their hidden states, split by conversation.
 
-Where states come from is a `Source`: the shards of an artifact (`Shards`), or a live server (`training.feed`). Which
-batches there are depends on the tokens and the seed alone, so it is the same for all sources that cover whole rows.
-While one batch is trained on, threads read the next ones (`training.ahead`), into memory that is used again.
+Where states come from is a `Source`: the shards of an artifact (`Shards`), or a live server
+(`training.live_features`). Which batches there are depends on the tokens and the seed alone, so it is the same for all
+sources that cover whole rows.
+While one batch is trained on, threads read the next ones (`prefetch`), into memory that is used again.
 
 Every row of the table has to have its states, but for those that extraction left out and named, and the states have
 to be of the row's own tokens. Neither is assumed: a row that does not fit stops the training, since leaving it out
@@ -26,14 +27,14 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from speculators.data.encoding import LAST, decode, last_of
 from speculators.data.packing import Piece, held_out, pieces
-from speculators.data.shards import ShardReader
 from speculators.data.token_table import TokenTable
-from speculators.drafts.base import Pack
 from speculators.errors import ContractError
-from speculators.targets.states import read_skipped
-from speculators.training.ahead import Ahead, Buffers
+from speculators.features.batch import Pack
+from speculators.features.encoding import LAST, decode, last_of
+from speculators.features.prefetch import Ahead, Buffers
+from speculators.features.shards import ShardReader
+from speculators.features.writer import read_skipped
 
 Parts = Sequence[tuple[int, int]]
 """Rows, and how many of each one's tokens are wanted, from its beginning."""
@@ -47,7 +48,7 @@ class Source(Protocol):
 
     @property
     def layout(self) -> Mapping[str, tuple[torch.dtype, tuple[int, ...]]]:
-        """What `data.encoding` keeps of one token, and in `LAST` of one place, by name: its type, and its shape."""
+        """What `encoding` keeps of one token, and in `LAST` of one place, by name: its type, and its shape."""
 
     def lengths(self, whole: Sequence[int]) -> dict[int, int]:
         """How many tokens of each row have states; `whole` are the rows' lengths in tokens.

@@ -25,14 +25,14 @@ import torch
 from torch import Tensor
 
 from speculators.config.schema import Extract
-from speculators.data.cache import StatesCache
-from speculators.data.encoding import LAST, bytes_each, copy_first, encode, layout, sift
 from speculators.data.token_table import TokenTable, asked_for
 from speculators.errors import ContractError, ServiceError
+from speculators.features.disk_cache import StatesCache
+from speculators.features.encoding import LAST, bytes_each, copy_first, encode, layout, sift
+from speculators.features.writer import check_states
 from speculators.job import Endpoint
 from speculators.targets.client import Client
 from speculators.targets.handover import Promised
-from speculators.targets.states import check_states
 from speculators.training.window import Window
 
 
@@ -56,7 +56,7 @@ class Shape:
 
 
 class Feed:
-    """A `corpus.Source`. The thread starts with the first `expect` and ends with `close`.
+    """A `dataloader.Source`. The thread starts with the first `expect` and ends with `close`.
 
     Args:
         endpoint: the server, in mode `extract`.
@@ -109,13 +109,13 @@ class Feed:
         return dict(enumerate(whole))
 
     def last_places(self, row: int, tokens: int) -> npt.NDArray[np.bool_]:
-        """See `corpus.Source`."""
+        """See `dataloader.Source`."""
         if self.shape.everywhere:
             return np.ones(tokens, np.bool_)
         return asked_for(self._table.loss_mask(row))[:tokens]
 
     def expect(self, batches: Sequence[Sequence[int]]) -> None:
-        """See `corpus.Source`."""
+        """See `dataloader.Source`."""
         with self._changed:
             self._window.expect(batches)
         if self._thread is None:
@@ -126,7 +126,7 @@ class Feed:
     def fill(
         self, parts: Sequence[tuple[int, int]], token_ids: npt.NDArray[np.int64], into: Mapping[str, Tensor]
     ) -> None:
-        """See `corpus.Source`; that a row's states are of its tokens was checked when they came.
+        """See `dataloader.Source`; that a row's states are of its tokens was checked when they came.
 
         Raises:
             RunError: whatever went wrong with any row since.

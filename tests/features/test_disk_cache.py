@@ -7,10 +7,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from speculators.data import cache as module
-from speculators.data.cache import StatesCache
-from speculators.data.contract import feature_contract
-from speculators.data.encoding import encode, sift
+from speculators.features import disk_cache as module
+from speculators.features.contract import feature_contract
+from speculators.features.disk_cache import StatesCache
+from speculators.features.encoding import encode, sift
 
 CONTRACT = feature_contract(
     target="t", tokens="k", dtype="bfloat16", compute_dtype="float32", layer_ids=[1, 3], hidden_size=8

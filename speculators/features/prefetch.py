@@ -18,7 +18,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from speculators.data.reading import pages
+from speculators.features.io import pages
 
 Item = TypeVar("Item")
 Made = TypeVar("Made")

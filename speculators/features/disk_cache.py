@@ -1,6 +1,6 @@
 """Hidden states that a training keeps on disk, up to a budget, in the order in which they come in.
 
-    00000/   a set of hidden states of its own (`data.shards`), one shard with its index
+    00000/   a set of hidden states of its own (`shards`), one shard with its index
     00001/   ...
 
 A set is sealed when it holds `SET_TOKENS`. One that was not sealed, or does not open, is removed and its rows are
@@ -16,11 +16,11 @@ from typing import Any
 
 from torch import Tensor
 
-from speculators.data.contract import check_contract
-from speculators.data.encoding import copy_first
-from speculators.data.reading import Reading
-from speculators.data.shards import INDEX, ShardReader, ShardWriter
 from speculators.errors import ContractError
+from speculators.features.contract import check_contract
+from speculators.features.encoding import copy_first
+from speculators.features.io import Reading
+from speculators.features.shards import INDEX, ShardReader, ShardWriter
 
 SET_TOKENS = 4096
 """Tokens that a kill may lose, and that are held in memory until then."""
