@@ -50,7 +50,7 @@ class Connector(enum.Enum):
     """What hands hidden states out of vLLM."""
 
     ours = "ours"
-    """`targets.connector`: on CPUs and accelerators, for the requests that ask, whole or not at all."""
+    """`engine.connector`: on CPUs and accelerators, for the requests that ask, whole or not at all."""
     example = "example"
     """vLLM's ExampleHiddenStatesConnector, which is upstream's `file` backend. Needs an accelerator; it writes the
     states of every request."""

@@ -18,11 +18,11 @@ from typing import Any
 
 from speculators.config.choices import Dtype
 from speculators.data.conversations import Conversation, Tally, data_file, held_out, usable, with_instruction
+from speculators.engine.client import Client, Completion
+from speculators.engine.metrics import DraftCounters, read_counters
 from speculators.errors import RecipeError, SourceError, StageError, closest
 from speculators.job import Job, write_json
-from speculators.targets.client import Client, Completion
 from speculators.targets.lossless import TOLERANCE, compare
-from speculators.targets.metrics import DraftCounters, read_counters
 
 SIDES = ("plain", "speculative")
 SUMS = ("prompts", "tokens", "identical", "ties", "faults")

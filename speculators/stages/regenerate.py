@@ -30,14 +30,14 @@ from torch import Tensor
 from speculators.config.choices import OnBadRow
 from speculators.config.schema import Regenerate
 from speculators.data.template import Row, Turn, merge
+from speculators.engine.client import Client, Completion
+from speculators.engine.transfer import Promised
 from speculators.errors import ContractError, StageError
 from speculators.features.encoding import encode, sift
 from speculators.features.shards import ShardWriter
 from speculators.features.writer import ANSWERED, check_states, last_places, refuse_too_many, states_writer
 from speculators.job import Job
-from speculators.targets.client import Client, Completion
 from speculators.targets.fidelity import of_answer
-from speculators.targets.handover import Promised
 
 STATES = "states"
 """Directory of the turns' hidden states in the scratch directory."""

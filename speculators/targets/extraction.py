@@ -19,6 +19,8 @@ from typing import Any
 import torch
 from datasets import Dataset
 
+from speculators.engine.client import Client
+from speculators.engine.transfer import Promised
 from speculators.errors import ContractError, RunError, StageError
 from speculators.features.contract import check_contract
 from speculators.features.shards import INDEX, ShardWriter, Span, link, shard_name, write_index
@@ -33,8 +35,6 @@ from speculators.features.writer import (
 )
 from speculators.job import Job, write_json
 from speculators.targets import fidelity
-from speculators.targets.client import Client
-from speculators.targets.handover import Promised
 
 RECORD = "record.json"
 """What a part says about itself, beside its shards."""

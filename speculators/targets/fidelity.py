@@ -26,12 +26,12 @@ import torch
 from datasets import load_from_disk
 from torch import Tensor
 
+from speculators.engine.client import Client, Completion
 from speculators.errors import ContractError
 from speculators.features.shards import ShardReader
 from speculators.features.writer import check_states
 from speculators.job import Job, write_json
 from speculators.targets import reference
-from speculators.targets.client import Client, Completion
 from speculators.targets.hf import TargetCheckpoint
 from speculators.targets.readings import Agreement, Pick, Reading, agreement, others, reading_of
 

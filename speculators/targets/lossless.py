@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from speculators.targets.client import Client
+from speculators.engine.client import Client
 
 TOLERANCE = 1e-3
 """Largest difference of two log-probabilities, in nats, that counts as a tie in float32.

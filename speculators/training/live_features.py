@@ -26,13 +26,13 @@ from torch import Tensor
 
 from speculators.config.schema import Extract
 from speculators.data.token_table import TokenTable, asked_for
+from speculators.engine.client import Client
+from speculators.engine.transfer import Promised
 from speculators.errors import ContractError, ServiceError
 from speculators.features.disk_cache import StatesCache
 from speculators.features.encoding import LAST, bytes_each, copy_first, encode, layout, sift
 from speculators.features.writer import check_states
 from speculators.job import Endpoint
-from speculators.targets.client import Client
-from speculators.targets.handover import Promised
 from speculators.training.window import Window
 
 

@@ -20,14 +20,14 @@ from typing import Any
 import torch
 
 from speculators.config import compose
+from speculators.engine.client import Client, Completion
+from speculators.engine.transfer import StatesFile
 from speculators.features.writer import check_states
 from speculators.job import Endpoint
 from speculators.runner.planning import derive
 from speculators.runner.planning.plan import Planner
 from speculators.runner.servers import vllm
 from speculators.runner.store.artifacts import Store
-from speculators.targets.client import Client, Completion
-from speculators.targets.handover import StatesFile
 
 ROUNDS = 2
 KEEP: dict[str, Any] = {"kv_transfer_params": {"hidden_states": True, "include_output_tokens": True}}

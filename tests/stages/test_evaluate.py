@@ -11,11 +11,11 @@ import pytest
 from speculators.config.choices import DataFormat, Dtype
 from speculators.config.schema import Config, Dataset
 from speculators.data.conversations import Tally, held_out
+from speculators.engine.metrics import DraftCounters
 from speculators.errors import RecipeError
 from speculators.job import Job, write_json
 from speculators.stages import evaluate
 from speculators.stages.evaluate import choose, lossless_pair, summarise
-from speculators.targets.metrics import DraftCounters
 from tests.stages.jobs import lines, make_job
 
 

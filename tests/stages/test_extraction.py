@@ -15,6 +15,7 @@ import torch
 from speculators.config.choices import Dtype, OnBadRow
 from speculators.config.schema import Config
 from speculators.data.packing import Piece
+from speculators.engine import client, pool
 from speculators.errors import ContractError, RunError, ServiceError, StageError
 from speculators.features import shards
 from speculators.features.contract import check_contract
@@ -23,7 +24,6 @@ from speculators.features.shards import ShardReader
 from speculators.features.writer import SKIPPED
 from speculators.job import Endpoint, Job
 from speculators.stages.extract import main
-from speculators.targets import client, pool
 from speculators.targets.fidelity import PICKS, read_picks
 from tests.stages.jobs import make_job
 from tests.stages.states_server import WIDTH, StatesServer, states_of

@@ -14,6 +14,8 @@ from safetensors.torch import load_file, save_file
 from speculators.config.choices import Dtype, OnBadRow, StatesDtype
 from speculators.config.fields import select
 from speculators.config.schema import Config, Regenerate, from_plain
+from speculators.engine.client import Completion
+from speculators.engine.transfer import StatesFile
 from speculators.errors import ContractError, StageError
 from speculators.features.contract import ANSWERS, EVERYWHERE
 from speculators.features.encoding import decode, encode
@@ -24,8 +26,6 @@ from speculators.runner.planning.graph import KEEPING, KINDS
 from speculators.runner.store.artifact import sha256
 from speculators.stages import regenerate
 from speculators.stages.regenerate import Keeper, answer, continues, in_order, read_answers
-from speculators.targets.client import Completion
-from speculators.targets.handover import StatesFile
 from tests.stages.jobs import make_job
 
 CONFIG = Regenerate(max_tokens=50)

@@ -23,9 +23,9 @@ from transformers import (
     Qwen3Config,
 )
 
+from speculators.engine.client import Completion
 from speculators.errors import ContractError
 from speculators.targets import fidelity, hf
-from speculators.targets.client import Completion
 from speculators.targets.fidelity import EARLY, PICKS, EarlyGate, Gate, of_answer, places, read_picks, write_picks
 from speculators.targets.readings import Pick
 

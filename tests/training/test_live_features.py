@@ -26,6 +26,7 @@ from speculators.config.choices import Dtype
 from speculators.config.schema import Extract
 from speculators.data.packing import Piece
 from speculators.data.token_table import asked_for
+from speculators.engine import client
 from speculators.errors import ContractError, RunError, ServiceError, StageError
 from speculators.features import disk_cache
 from speculators.features.contract import feature_contract
@@ -34,7 +35,6 @@ from speculators.features.disk_cache import StatesCache
 from speculators.features.encoding import LAST, decode, encode, last_of
 from speculators.job import Job
 from speculators.stages import train
-from speculators.targets import client
 from speculators.targets.fidelity import check_server
 from speculators.targets.hf import TargetCheckpoint
 from speculators.targets.readings import reading_of

@@ -151,7 +151,7 @@ def argv(
         words += ["--speculative_config", json.dumps(_extraction(capture_layer_ids))]
         words += ["--kv_transfer_config", json.dumps(_connector(config, dtype, states.absolute()))]
         if device(config) == "cpu" and config.extract.connector is Connector.ours:
-            words += ["--scheduler-cls", "speculators.targets.connector.StatesScheduler"]
+            words += ["--scheduler-cls", "speculators.engine.connector.StatesScheduler"]
     return [*words, *serve.extra_args]
 
 
@@ -326,7 +326,7 @@ def _connector(config: Config, dtype: str, states: Path) -> dict[str, Any]:
         extra["dtype"] = "float8_e4m3fn"
     return {
         "kv_connector": "HiddenStatesConnector",
-        "kv_connector_module_path": "speculators.targets.connector",
+        "kv_connector_module_path": "speculators.engine.connector",
         "kv_role": "kv_producer",
         "kv_connector_extra_config": extra,
     }

@@ -15,14 +15,14 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
+from speculators.engine import client as module
+from speculators.engine import pool
+from speculators.engine.client import TOKENS_IN_TIME, Client
+from speculators.engine.pool import explain
+from speculators.engine.transfer import StatesFile
 from speculators.errors import ServiceError, StageError
 from speculators.features.encoding import dequantise, quantise
 from speculators.job import Endpoint
-from speculators.targets import client as module
-from speculators.targets import pool
-from speculators.targets.client import TOKENS_IN_TIME, Client
-from speculators.targets.handover import StatesFile
-from speculators.targets.pool import explain
 from tests.loopback import JsonHandler, serving
 
 ANSWER = {

@@ -21,7 +21,7 @@ no more than that.
   target (data parallelism) are engines of their own, each with its connector; the files' names are drawn, so that they
   may share the directory.
 
-Server arguments: `kv_connector: HiddenStatesConnector`, `kv_connector_module_path: speculators.targets.connector`,
+Server arguments: `kv_connector: HiddenStatesConnector`, `kv_connector_module_path: speculators.engine.connector`,
 `kv_role: kv_producer`, `kv_connector_extra_config: {shared_storage_path: DIR, writers: 4, dtype: NAME}`, the last two
 where they are wanted.
 """

@@ -11,8 +11,8 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
+from speculators.engine.transfer import StatesFile, promised
 from speculators.errors import ServiceError, StageError
-from speculators.targets.handover import StatesFile, promised
 
 
 def written(path: Path, **more: torch.Tensor) -> None:

@@ -26,11 +26,11 @@ from typing import Any, TypeVar
 
 import httpx
 
+from speculators.engine.mooncake import Store
+from speculators.engine.pool import Pool, Server, explain
+from speculators.engine.transfer import Promised, promised
 from speculators.errors import ServiceError, StageError
 from speculators.job import Endpoint
-from speculators.targets.handover import Promised, promised
-from speculators.targets.mooncake import Store
-from speculators.targets.pool import Pool, Server, explain
 
 FIRST_PAUSE = 0.5
 """Seconds before the second attempt; doubled for each further one."""

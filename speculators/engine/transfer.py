@@ -7,7 +7,7 @@ Three ways are known. Which one a server goes is in its answer, so nobody has to
 - `hidden_states_path`, of vLLM's ExampleHiddenStatesConnector and what is made from it (hs-connectors' float8 one):
   the server's own path. Before the answer comes, the server has an exclusive lock on `PATH.lock`, and gives it back
   when the file is written, or could not be. It writes the states of every request, asked for or not.
-- `handle`, of hs-connectors' Mooncake connector: the key of an object in a store, see `targets.mooncake`.
+- `handle`, of hs-connectors' Mooncake connector: the key of an object in a store, see `mooncake`.
 
 float8 comes as `scales` [T, L] in the target's type (ours), or `hidden_states_scales` [T, 1, 1] in float32, one over
 all layers (hs-connectors'), which reads as bfloat16.
@@ -25,9 +25,9 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 
+from speculators.engine.mooncake import HANDLE, StatesObject, Store
 from speculators.errors import ServiceError, StageError
 from speculators.features.encoding import dequantise
-from speculators.targets.mooncake import HANDLE, StatesObject, Store
 
 OURS, STOCK = "hidden_states_file", "hidden_states_path"
 """Under which an answer's `kv_transfer_params` name a file."""

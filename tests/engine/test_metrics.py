@@ -2,7 +2,7 @@ from __future__ import annotations
 
 import pytest
 
-from speculators.targets.metrics import DraftCounters, parse
+from speculators.engine.metrics import DraftCounters, parse
 
 PAGE = """\
 # HELP vllm:spec_decode_num_drafts_total Number of spec decoding drafts.

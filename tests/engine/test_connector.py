@@ -14,8 +14,8 @@ pytest.importorskip("vllm", reason="vLLM is not installed here")
 
 from vllm.v1.kv_cache_interface import FullAttentionSpec, HiddenStateCacheSpec
 
+from speculators.engine import connector
 from speculators.features.encoding import dequantise
-from speculators.targets import connector
 
 
 def test_tokens_are_read_out_of_a_paged_cache() -> None:

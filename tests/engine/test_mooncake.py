@@ -21,9 +21,9 @@ import pytest
 import torch
 
 from speculators.config.schema import Mooncake
+from speculators.engine.client import Client
 from speculators.errors import RunError, ServiceError, StageError
 from speculators.job import Endpoint
-from speculators.targets.client import Client
 from tests.stages.states_server import StatesServer, states_of
 
 PROMPT = [10, 3, 4]
@@ -284,7 +284,7 @@ def test_a_real_store_hands_over_what_another_process_has_put(
         with pytest.raises(ServiceError, match=rf"the Mooncake store at {master} cannot be used: status -9"):
             await row(client)
 
-    argv = [sys.executable, "-m", "tests.targets.mooncake_server", master, writer]
+    argv = [sys.executable, "-m", "tests.engine.mooncake_server", master, writer]
     with (
         (tmp_path / "server.log").open("wb") as log,
         subprocess.Popen(argv, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=log) as server,
