@@ -22,7 +22,7 @@ from speculators.errors import ContractError
 from speculators.features.batch import Pack
 from speculators.runner.planning.plan import Planner, State
 from speculators.runner.store.artifacts import Store
-from speculators.targets.hf import TargetCheckpoint
+from speculators.targets.checkpoint import TargetCheckpoint
 from speculators.training.losses import Teacher, distill
 from speculators.training.optim import Optimizers
 

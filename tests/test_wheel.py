@@ -23,8 +23,8 @@ def test_a_wheel_in_an_empty_environment_plans_a_recipe_from_another_directory(t
     run(sys.executable, "-m", "build", "--wheel", "--no-isolation", "--outdir", tmp_path / "dist", ROOT)
     wheel = next((tmp_path / "dist").glob("*.whl"))
     with zipfile.ZipFile(wheel) as file:
-        sources = {Path(name).name for name in file.namelist() if name.startswith("speculators/native/")}
-    assert sources == {path.name for path in (ROOT / "speculators" / "native").iterdir() if path.is_file()}
+        sources = {Path(name).name for name in file.namelist() if name.startswith("speculators/ops/")}
+    assert sources == {path.name for path in (ROOT / "speculators" / "ops").iterdir() if path.is_file()}
     venv.create(tmp_path / "empty", with_pip=True)
     python = tmp_path / "empty" / "bin" / "python"
     run(python, "-m", "pip", "install", "-q", "--disable-pip-version-check", wheel)

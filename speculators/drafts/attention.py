@@ -1,7 +1,7 @@
 """Attention over unrolled steps, and of blocks that hang at anchors.
 
 It follows the documents of the pack: scores are computed within each document only, and no mask over the whole pack
-exists. On a CPU `native` computes for every query what it sees, and nothing else; on a GPU `flex` does. Where there is
+exists. On a CPU `ops.cpu` computes for every query what it sees, and nothing else; on a GPU `flex` does. Where there is
 neither, it is done here in torch, block of queries by block: `causal_blocks` and `spans` say how to go about it.
 
 Two kinds of drafts are served: those that go on from every place, by steps (`unrolled_attention`), and those that fill
@@ -23,9 +23,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from speculators import native
 from speculators.drafts.flex import AnchorMask, CausalMask, anchored, unrolled
-from speculators.native import Kernels, Seen
+from speculators.ops import cpu
+from speculators.ops.cpu import Kernels, Seen
 
 QUERY_BLOCK = 256
 """Queries whose scores exist at one time; keys after the block's last query are not computed at all."""
@@ -101,7 +101,7 @@ def unrolled_attention(q: Tensor, cache: KeyValues, blocks: Sequence[Block] | Ca
     """
     _, heads, width = q.shape
     if isinstance(blocks, CausalMask):
-        if loops := native.kernels(q):
+        if loops := cpu.kernels(q):
             none = q.new_empty(len(q), 0, *cache.keys.shape[1:])
             k, v = [torch.stack(each, 1) for each in zip(*cache.own, strict=True)] or [none, none]
             seen_by = Seen(blocks.first, blocks.last + 1)
@@ -223,7 +223,7 @@ def anchored_attention(
     """
     count, length, heads, width = q.shape
     if isinstance(over, AnchorMask):
-        if loops := native.kernels(q):
+        if loops := cpu.kernels(q):
             return _attended(loops, Seen(over.first, over.end, causal), q, context, own).flatten(2)
         return anchored(q, context, own, over, causal) if count else q.flatten(2)
     slots, groups = own[0].shape[1:3]
@@ -255,7 +255,7 @@ def anchored_attention(
 
 def _by_ranges(device: torch.device) -> bool:
     """Whether attention is computed there by what each query sees, not block by block."""
-    return device.type == "cuda" or (device.type == "cpu" and native.kernels() is not None)
+    return device.type == "cuda" or (device.type == "cpu" and cpu.kernels() is not None)
 
 
 def _attended(

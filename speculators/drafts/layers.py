@@ -1,6 +1,6 @@
 """Building blocks that several drafts share: norm, rotary positions, products, MLP.
 
-All of it works on packed rows, [tokens, width], without a batch dimension. On a CPU, `native` does in one pass what
+All of it works on packed rows, [tokens, width], without a batch dimension. On a CPU, `ops.cpu` does in one pass what
 torch would do in several.
 
 Shapes: R rows; H width; G key-value heads; Q query heads; D head width.
@@ -16,9 +16,9 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from speculators import native
 from speculators.errors import ContractError
-from speculators.native import Kernels
+from speculators.ops import cpu
+from speculators.ops.cpu import Kernels
 
 ROWS = 64
 """Of a product in a short format on a CPU, the number of rows is a multiple of this."""
@@ -57,7 +57,7 @@ class RMSNorm(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """[..., width] of any dtype -> the same shape, in float32 or for products."""
-        if loops := native.kernels(x, self.weight):
+        if loops := cpu.kernels(x, self.weight):
             short = self.for_products and torch.is_autocast_enabled("cpu")
             dtype = torch.get_autocast_dtype("cpu") if short else torch.float32
             out: Tensor = _Norm.apply(loops, x.contiguous(), self.weight, self.eps, dtype)
@@ -110,7 +110,7 @@ class Linear(nn.Linear):
             return super().forward(x)
         rows = x.reshape(-1, x.shape[-1])
         dtype = torch.get_autocast_dtype("cpu")
-        out: Tensor = _Product.apply(whole_blocks(rows, dtype), self.weight, native.rounded(self.weight, dtype))
+        out: Tensor = _Product.apply(whole_blocks(rows, dtype), self.weight, cpu.rounded(self.weight, dtype))
         return (out if len(out) == len(rows) else out[: len(rows)]).unflatten(0, x.shape[:-1])
 
 
@@ -191,7 +191,7 @@ def _frequencies(config: LayerConfig) -> tuple[Tensor, float]:
 def rotate(x: Tensor, cosine_sine: tuple[Tensor, Tensor]) -> Tensor:
     """Rotate heads [..., heads, D] by their position; cosine and sine are [..., 1, D]. Gives float32."""
     cosine, sine = cosine_sine
-    if loops := native.kernels(x, cosine):
+    if loops := cpu.kernels(x, cosine):
         out: Tensor = _Rotated.apply(loops, x.contiguous(), cosine.contiguous(), sine.contiguous())
         return out
     first, second = x.chunk(2, dim=-1)
@@ -267,7 +267,7 @@ class MLP(nn.Module):
 
     def _inside(self, x: Tensor) -> Tensor:
         gate, up = self.gate_proj(x), self.up_proj(x)
-        loops = native.kernels(gate, up)
+        loops = cpu.kernels(gate, up)
         out: Tensor = self.down_proj(_Gated.apply(loops, gate, up) if loops else nn.functional.silu(gate) * up)
         return out
 

@@ -20,7 +20,7 @@ from speculators.errors import ContractError
 from speculators.features.shards import Part, ShardReader
 from speculators.features.writer import ANSWERED, states_contract
 from speculators.job import Job
-from speculators.targets.fidelity import write_picks
+from speculators.targets.fidelity_check import write_picks
 from speculators.targets.readings import Pick
 
 

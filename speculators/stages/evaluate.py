@@ -21,8 +21,8 @@ from speculators.data.conversations import Conversation, Tally, data_file, held_
 from speculators.engine.client import Client, Completion
 from speculators.engine.metrics import DraftCounters, read_counters
 from speculators.errors import RecipeError, SourceError, StageError, closest
+from speculators.evaluation.lossless import TOLERANCE, compare
 from speculators.job import Job, write_json
-from speculators.targets.lossless import TOLERANCE, compare
 
 SIDES = ("plain", "speculative")
 SUMS = ("prompts", "tokens", "identical", "ties", "faults")

@@ -37,7 +37,7 @@ from speculators.features.encoding import encode, sift
 from speculators.features.shards import ShardWriter
 from speculators.features.writer import ANSWERED, check_states, last_places, refuse_too_many, states_writer
 from speculators.job import Job
-from speculators.targets.fidelity import of_answer
+from speculators.targets.fidelity_check import of_answer
 
 STATES = "states"
 """Directory of the turns' hidden states in the scratch directory."""

@@ -21,7 +21,6 @@ from typing import Any, cast
 import torch
 from safetensors.torch import load_file
 
-from speculators import native
 from speculators.config.algorithms import DFlash, Eagle3
 from speculators.config.choices import Device
 from speculators.config.fields import leaves, to_plain
@@ -34,8 +33,9 @@ from speculators.features.disk_cache import StatesCache
 from speculators.features.io import larger_than_memory
 from speculators.features.shards import ShardReader
 from speculators.job import Job, write_json
-from speculators.targets.fidelity import check_features, check_server
-from speculators.targets.hf import TargetCheckpoint
+from speculators.ops import cpu
+from speculators.targets.checkpoint import TargetCheckpoint
+from speculators.targets.fidelity_check import check_features, check_server
 from speculators.training.live_features import Feed, Shape
 from speculators.training.loop import BEST, EPOCHS, LAST, METRICS, Loop
 from speculators.training.losses import Teacher
@@ -79,7 +79,7 @@ def fit(ranks: Ranks, job: Job) -> Loop:
     corpus = Corpus(job.inputs["tokens"], source)
     device = pick_device(train.device)
     check_devices(train.processes, device)
-    if device.type == "cpu" and (why := native.missing()):
+    if device.type == "cpu" and (why := cpu.missing()):
         job.record.setdefault("notes", []).append(f"trained without loops in C++, which takes longer: {why}")
 
     if isinstance(options, DFlash) and options.mask_token_id is None:

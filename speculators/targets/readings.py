@@ -13,7 +13,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from speculators.targets.hf import FinalNorm, TargetCheckpoint
+from speculators.targets.checkpoint import FinalNorm, TargetCheckpoint
 
 DEVIATIONS = 3.0
 """Rounding is allowed so many of its standard deviations."""
@@ -144,7 +144,7 @@ def others(target: TargetCheckpoint, layer_ids: Sequence[int]) -> Iterator[Mista
     plain = "the final norm is a plain one, and is read as one that multiplies by 1 + weight, as Gemma's does"
     yield Mistake(
         plain if norm.unit_offset else offset,
-        f"{kind} has its place in UNIT_OFFSET_NORMS of speculators/targets/hf.py, or not",
+        f"{kind} has its place in UNIT_OFFSET_NORMS of speculators/targets/checkpoint.py, or not",
         replace(own, norm=replace(norm, weight=norm.weight + (-1.0 if norm.unit_offset else 1.0))),
     )
     yield Mistake(
@@ -168,6 +168,6 @@ def _other_logits(own: Reading, kind: str) -> Iterator[Mistake]:
     for scale in sorted({1.0, 1 / own.scale} - {own.scale}):
         yield Mistake(
             f"the server multiplies its logits by {scale:g}, and they are read with {own.scale:g}",
-            f"`logit_scale` in speculators/targets/hf.py reads {kind} otherwise than the server",
+            f"`logit_scale` in speculators/targets/checkpoint.py reads {kind} otherwise than the server",
             replace(own, scale=scale),
         )

@@ -30,10 +30,10 @@ import torch
 from speculators.config.choices import Dtype
 from speculators.config.schema import Train
 from speculators.data.packing import Piece, divide, training_batches, validation_batches
-from speculators.decoding import Walk
 from speculators.drafts.base import Draft, Predictions, Supervision
 from speculators.drafts.layers import MLP
 from speculators.errors import StageError
+from speculators.evaluation.acceptance import Walk
 from speculators.features.batch import Pack
 from speculators.features.dataloader import Corpus
 from speculators.training import checkpoint

@@ -24,11 +24,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from speculators import native
 from speculators.config.algorithms import Loss
 from speculators.drafts.base import Predictions, Vocabulary
 from speculators.drafts.layers import whole_blocks
 from speculators.features.batch import Pack
+from speculators.ops import cpu
 from speculators.training.divergences import cost
 
 CHUNK_ELEMENTS = {"cpu": 1 << 23, "cuda": 1 << 27}
@@ -244,7 +244,7 @@ class _Walk:
             sloped: whether they are wanted.
         """
         how = self.how
-        if how.losses in native.LOSSES and (loops := native.kernels(z)):
+        if how.losses in cpu.LOSSES and (loops := cpu.kernels(z)):
             wanted = product if how.teacher.plain else how.teacher.finish(product)
             (kind,) = how.losses
             return loops.losses(kind, z, wanted, local, weight, sloped)

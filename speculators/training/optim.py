@@ -17,10 +17,10 @@ from collections.abc import Iterator, Mapping, Sequence
 import torch
 from torch import Tensor, nn
 
-from speculators import native
 from speculators.config.choices import Optimizer, Schedule
 from speculators.config.schema import Train
 from speculators.drafts.base import TARGETS
+from speculators.ops import cpu
 from speculators.training.ranks import Ranks, rows
 
 MOMENTUM = 0.95
@@ -204,7 +204,7 @@ def _shorten(gram: Tensor) -> Tensor:
 
 def _polynomial(x: Tensor, square: Tensor, factors: Tensor) -> None:
     """Let [B, k, k] become a + b x + c x^2, `factors` [B, 3] float32; the first ones are large and are not rounded."""
-    if loops := native.kernels(x):
+    if loops := cpu.kernels(x):
         return loops.polynomial(x, square, factors)
     a, b, c = factors[:, :, None].unbind(1)
     exact = (b[:, None] * x).addcmul_(c[:, None], square.float())
@@ -225,7 +225,7 @@ def _gram(x: Tensor) -> Tensor:
 
 def _move(weight: Tensor, update: Tensor, keep: float, size: float) -> None:
     """Let a weight become `keep` of itself less `size` of an update."""
-    if loops := native.kernels(weight, update):
+    if loops := cpu.kernels(weight, update):
         return loops.move(weight, update.contiguous(), keep, size)
     weight.mul_(keep).add_(update, alpha=-size)
     return None
@@ -288,7 +288,7 @@ class Optimizers:
         for group in self.adamw.param_groups:
             group["lr"] = self.adamw_lr * factor
         self.adamw.step()
-        # What is made of a weight goes by its version (`native.rounded`), which this optimiser does not raise.
+        # What is made of a weight goes by its version (`cpu.rounded`), which this optimiser does not raise.
         torch.autograd.graph.increment_version(list(self.others.values()))
         for p in self.parameters():
             p.grad = None
@@ -359,7 +359,7 @@ class Optimizers:
         `asked` gets where it is to go, whose size does not matter: the momentum, and once more the gradient (Nesterov).
         """
         momentum, gradient, new = self.momenta[name], self._gradient(name), (1.0 - MOMENTUM) * shrink
-        if loops := native.kernels(momentum, *([] if asked is None else [asked])):
+        if loops := cpu.kernels(momentum, *([] if asked is None else [asked])):
             return loops.momentum(momentum, gradient, asked, MOMENTUM, new, new / MOMENTUM)
         momentum.mul_(MOMENTUM).add_(gradient, alpha=new)
         if asked is not None:

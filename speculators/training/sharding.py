@@ -26,11 +26,11 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 
-from speculators import native
 from speculators.config.choices import Dtype
 from speculators.config.schema import Train
 from speculators.drafts.base import Draft, Predictions
 from speculators.drafts.layers import Linear
+from speculators.ops import cpu
 from speculators.training.losses import Outcome
 from speculators.training.optim import Optimizers
 from speculators.training.ranks import Ranks
@@ -203,6 +203,6 @@ def _gradients(parameters: Iterable[nn.Parameter]) -> list[Tensor]:
 def _norm(parameters: Iterable[nn.Parameter]) -> Tensor:
     """Of all gradients together, float32."""
     gradients = [p.grad for p in parameters if p.grad is not None]
-    if loops := native.kernels(*gradients):
+    if loops := cpu.kernels(*gradients):
         return torch.tensor(math.sqrt(sum(loops.squares(gradient) for gradient in gradients)))
     return nn.utils.get_total_norm(gradients)

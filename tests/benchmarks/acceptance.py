@@ -5,7 +5,7 @@
 EVALUATION is the data of an `evaluate` artifact, TARGET a checkpoint of its target, DRAFT the draft that was served or
 another one for the same target. The answers of the plain server are run through the target by transformers, in
 float32; the draft predicts from every place of them, and the proposals that a server would make are walked
-(`decoding.Walk`). With the draft that was served both figures should agree.
+(`acceptance.Walk`). With the draft that was served both figures should agree.
 """
 
 from __future__ import annotations
@@ -19,9 +19,9 @@ import torch
 import transformers
 from safetensors import safe_open
 
-from speculators.decoding import Walk
 from speculators.drafts import DRAFTS
 from speculators.drafts.base import Draft
+from speculators.evaluation.acceptance import Walk
 from speculators.features.batch import Pack
 from speculators.training.losses import run
 

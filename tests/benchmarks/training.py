@@ -47,7 +47,7 @@ from speculators.features.dataloader import Corpus, Shards
 from speculators.features.shards import ShardReader
 from speculators.runner.planning.plan import Planner
 from speculators.runner.store.artifacts import Store
-from speculators.targets.hf import TargetCheckpoint
+from speculators.targets.checkpoint import TargetCheckpoint
 from speculators.training.loop import Loop
 from speculators.training.losses import Teacher
 

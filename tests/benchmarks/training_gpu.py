@@ -37,7 +37,7 @@ from speculators.features.contract import feature_contract
 from speculators.features.dataloader import Corpus, Shards
 from speculators.features.shards import ShardReader, ShardWriter
 from speculators.stages.train import same_bytes_every_time
-from speculators.targets.hf import TargetCheckpoint
+from speculators.targets.checkpoint import TargetCheckpoint
 from speculators.training.loop import Loop
 from speculators.training.losses import Teacher
 

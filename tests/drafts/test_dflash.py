@@ -13,14 +13,14 @@ import tiny
 import torch
 from safetensors import safe_open
 
-from speculators import native
 from speculators.config.algorithms import DFlash, Loss, Weighting
 from speculators.config.schema import Train
-from speculators.decoding import Walk
 from speculators.drafts.attention import anchor_mask, anchored_attention, context_places, spans
 from speculators.drafts.base import Predictions
 from speculators.drafts.dflash import DFlashDraft, reach
 from speculators.errors import ContractError
+from speculators.evaluation.acceptance import Walk
+from speculators.ops import cpu
 from speculators.training.losses import Teacher, distill, run, sayable_next
 from speculators.training.optim import Optimizers
 
@@ -68,9 +68,9 @@ def test_attention_of_blocks_and_its_slopes_equal_a_dense_float64_reference(
     way: str,
 ) -> None:
     if way != "native":
-        monkeypatch.setattr(native, "kernels", lambda *_: None)
-    elif native.missing():
-        pytest.skip(native.missing())
+        monkeypatch.setattr(cpu, "kernels", lambda *_: None)
+    elif cpu.missing():
+        pytest.skip(cpu.missing())
     draw = torch.Generator().manual_seed(0)
     total = sum(documents)
     anchors = (torch.rand(total, generator=draw) < 0.6).nonzero()[:, 0]

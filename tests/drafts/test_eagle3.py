@@ -14,7 +14,6 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file
 
-from speculators import native
 from speculators.config.algorithms import DraftArch, Eagle3
 from speculators.config.schema import Train
 from speculators.drafts.attention import KeyValues, causal_blocks, causal_mask, unrolled_attention
@@ -22,7 +21,8 @@ from speculators.drafts.base import Predictions, Vocabulary
 from speculators.drafts.eagle3 import Eagle3Draft
 from speculators.drafts.layers import LayerConfig, Rotary
 from speculators.errors import ContractError
-from speculators.targets.hf import TargetCheckpoint
+from speculators.ops import cpu
+from speculators.targets.checkpoint import TargetCheckpoint
 from speculators.training.losses import Tally, Teacher, distill, sayable_next
 from speculators.training.optim import Optimizers
 
@@ -53,9 +53,9 @@ def test_attention_inside_documents_and_its_slopes_equal_a_dense_float64_referen
     monkeypatch: pytest.MonkeyPatch, documents: list[int], way: str, width: int, steps: int
 ) -> None:
     if way != "native":
-        monkeypatch.setattr(native, "kernels", lambda *_: None)
-    elif native.missing():
-        pytest.skip(native.missing())
+        monkeypatch.setattr(cpu, "kernels", lambda *_: None)
+    elif cpu.missing():
+        pytest.skip(cpu.missing())
     draw = torch.Generator().manual_seed(0)
     total = sum(documents)
     asking = (torch.rand(total, generator=draw) < 0.7).nonzero()[:, 0]

@@ -17,7 +17,7 @@ from speculators.drafts.eagle3 import Eagle3Draft
 from speculators.features.batch import Pack
 from speculators.features.contract import feature_contract
 from speculators.features.shards import ShardWriter
-from speculators.targets.hf import TargetCheckpoint
+from speculators.targets.checkpoint import TargetCheckpoint
 from speculators.training.losses import Teacher
 
 H, V, LAYERS = 32, 96, 6

@@ -19,7 +19,7 @@ from speculators.features.shards import ShardReader, ShardWriter
 from speculators.job import Job
 from speculators.runner.store.artifact import sha256
 from speculators.stages.collect import covering, main
-from speculators.targets.fidelity import read_picks
+from speculators.targets.fidelity_check import read_picks
 from speculators.targets.readings import Pick
 from tests.stages.jobs import make_job
 

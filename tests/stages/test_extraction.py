@@ -24,7 +24,7 @@ from speculators.features.shards import ShardReader
 from speculators.features.writer import SKIPPED
 from speculators.job import Endpoint, Job
 from speculators.stages.extract import main
-from speculators.targets.fidelity import PICKS, read_picks
+from speculators.targets.fidelity_check import PICKS, read_picks
 from tests.stages.jobs import make_job
 from tests.stages.states_server import WIDTH, StatesServer, states_of
 

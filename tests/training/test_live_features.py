@@ -35,8 +35,8 @@ from speculators.features.disk_cache import StatesCache
 from speculators.features.encoding import LAST, decode, encode, last_of
 from speculators.job import Job
 from speculators.stages import train
-from speculators.targets.fidelity import check_server
-from speculators.targets.hf import TargetCheckpoint
+from speculators.targets.checkpoint import TargetCheckpoint
+from speculators.targets.fidelity_check import check_server
 from speculators.targets.readings import reading_of
 from speculators.training import checkpoint
 from speculators.training.live_features import Feed, Shape

@@ -18,7 +18,6 @@ from run_train import make_job, write_world
 from safetensors.torch import load_file, save_file
 from trainings import losses, metrics, stop_at
 
-from speculators import native
 from speculators.config.choices import Device, Dtype, Optimizer, Schedule
 from speculators.data.token_table import TokenTable, asked_for
 from speculators.drafts.dflash import DFlashDraft
@@ -26,6 +25,7 @@ from speculators.drafts.eagle3 import Eagle3Draft
 from speculators.errors import ContractError, StageError
 from speculators.features.contract import ANSWERS
 from speculators.features.shards import ShardReader, ShardWriter
+from speculators.ops import cpu
 from speculators.runner.history import METRICS
 from speculators.stages import train
 from speculators.training import checkpoint
@@ -107,8 +107,8 @@ def test_without_loops_in_c_the_same_is_learnt_and_that_is_said(
 ) -> None:
     jobs = [make_job(world, tmp_path / name, algorithm=algorithm, log_every=1) for name in ("with", "without")]
     train.main(jobs[0])
-    monkeypatch.setattr(native, "kernels", lambda *_: None)
-    monkeypatch.setattr(native, "missing", lambda: "there is no compiler")
+    monkeypatch.setattr(cpu, "kernels", lambda *_: None)
+    monkeypatch.setattr(cpu, "missing", lambda: "there is no compiler")
     train.main(jobs[1])
     assert losses(jobs[1]) == pytest.approx(losses(jobs[0]), rel=1e-4)
     said = [[note for note in job.record.get("notes", []) if "C++" in note] for job in jobs]

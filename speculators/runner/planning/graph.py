@@ -19,7 +19,7 @@ SERVE = "serve"
 """The kind of node that is a service, not an artifact."""
 
 GATE = ("target.fidelity", "target.reference_gib")
-"""Options of `targets.fidelity`."""
+"""Options of `targets.fidelity_check`."""
 
 TARGET = "target"
 """The node that fetches the target, and the input name under which stages get it."""

@@ -13,8 +13,8 @@ import transformers
 from safetensors.torch import save_file
 
 from speculators.errors import ContractError, SourceError
-from speculators.targets import hf
-from speculators.targets.hf import TargetCheckpoint, rope_parameters
+from speculators.targets import checkpoint
+from speculators.targets.checkpoint import TargetCheckpoint, rope_parameters
 
 H, V = 16, 24
 CONFIG: dict[str, Any] = {
@@ -127,7 +127,7 @@ def test_every_family_of_transformers_that_multiplies_by_one_and_the_weight_is_k
         )
         if any(re.search(rf"self\.norm = {kind}\(", text) for kind in kinds):
             found.add(path.parent.name)
-    assert {name for name in found if not name.startswith(("t5gemma", "videoprism"))} <= hf.UNIT_OFFSET_NORMS
+    assert {name for name in found if not name.startswith(("t5gemma", "videoprism"))} <= checkpoint.UNIT_OFFSET_NORMS
 
 
 @pytest.mark.parametrize(

@@ -6,7 +6,7 @@ import random
 
 import pytest
 
-from speculators.targets.extraction import part_of
+from speculators.stages.extract import part_of
 
 
 def shards(lengths: list[int], full: int) -> list[list[int]]:

@@ -9,17 +9,17 @@ import pytest
 import torch
 from torch import Tensor
 
-from speculators import native
 from speculators.config.algorithms import Loss
+from speculators.ops import cpu
 from speculators.training.divergences import cost
 
 SHORT, WIDE = torch.bfloat16, torch.float32
 
 
 @pytest.fixture
-def loops() -> native.Kernels:
-    found = native.kernels()
-    return found if found is not None else pytest.skip(native.missing())
+def loops() -> cpu.Kernels:
+    found = cpu.kernels()
+    return found if found is not None else pytest.skip(cpu.missing())
 
 
 def drawn(*shape: int, dtype: torch.dtype = WIDE, scale: float = 1.0) -> Tensor:
@@ -31,7 +31,7 @@ def drawn(*shape: int, dtype: torch.dtype = WIDE, scale: float = 1.0) -> Tensor:
 @pytest.mark.parametrize("dtype", [SHORT, WIDE])
 @pytest.mark.parametrize("kind", [Loss.kl, Loss.ce])
 def test_a_loss_its_slope_and_whether_it_is_right_are_those_of_torch_in_float64(
-    loops: native.Kernels, kind: Loss, dtype: torch.dtype, wanted_dtype: torch.dtype, width: int
+    loops: cpu.Kernels, kind: Loss, dtype: torch.dtype, wanted_dtype: torch.dtype, width: int
 ) -> None:
     z, wanted = drawn(20, width, dtype=dtype, scale=4.0), drawn(7, width, dtype=wanted_dtype, scale=5.0)
     local, weight = torch.arange(20) // 3, drawn(20).abs()
@@ -44,7 +44,7 @@ def test_a_loss_its_slope_and_whether_it_is_right_are_those_of_torch_in_float64(
     torch.testing.assert_close(found.double(), slope * weight[:, None], atol=1e-6, rtol=precision)
 
 
-def test_of_equal_logits_the_first_one_counts_on_both_sides(loops: native.Kernels) -> None:
+def test_of_equal_logits_the_first_one_counts_on_both_sides(loops: cpu.Kernels) -> None:
     z, wanted = torch.zeros(3, 600), torch.zeros(3, 600)
     z[0, [300, 400]] = wanted[0, [300, 400]] = 1.0
     z[1, [300, 400]], wanted[1, 400] = 1.0, 1.0
@@ -52,7 +52,7 @@ def test_of_equal_logits_the_first_one_counts_on_both_sides(loops: native.Kernel
     assert loops.losses(Loss.ce, z, wanted, torch.arange(3), None, False)[1].tolist() == [True, False, False]
 
 
-def test_logits_stay_where_no_slope_is_wanted_and_what_is_no_number_is_seen_in_the_loss(loops: native.Kernels) -> None:
+def test_logits_stay_where_no_slope_is_wanted_and_what_is_no_number_is_seen_in_the_loss(loops: cpu.Kernels) -> None:
     z, wanted = drawn(4, 50), drawn(4, 50)
     kept = z.clone()
     loops.losses(Loss.kl, z, wanted, torch.arange(4), None, False)
@@ -74,7 +74,7 @@ def close(found: Tensor, wanted: Tensor, dtype: torch.dtype) -> None:
 @pytest.mark.parametrize("slope_dtype", [SHORT, WIDE])
 @pytest.mark.parametrize("dtype", [SHORT, WIDE])
 def test_a_norm_and_its_slopes_are_those_of_torch(
-    loops: native.Kernels, shape: tuple[int, ...], slope_dtype: torch.dtype, dtype: torch.dtype
+    loops: cpu.Kernels, shape: tuple[int, ...], slope_dtype: torch.dtype, dtype: torch.dtype
 ) -> None:
     x, weight, slope = drawn(*shape, dtype=dtype), drawn(shape[-1]), drawn(*shape, dtype=slope_dtype, scale=2.0)
     exact, of_exact = x.double().requires_grad_(), weight.double().requires_grad_()
@@ -89,7 +89,7 @@ def test_a_norm_and_its_slopes_are_those_of_torch(
 
 
 @pytest.mark.parametrize("dtype", [SHORT, WIDE])
-def test_a_gate_and_its_slopes_are_those_of_torch_however_large(loops: native.Kernels, dtype: torch.dtype) -> None:
+def test_a_gate_and_its_slopes_are_those_of_torch_however_large(loops: cpu.Kernels, dtype: torch.dtype) -> None:
     gate, up, slope = (drawn(50, 33, dtype=dtype, scale=scale) for scale in (30.0, 2.0, 1.0))
     wide, beside = gate.float().requires_grad_(), up.float().requires_grad_()
     wanted = torch.nn.functional.silu(wide) * beside
@@ -100,7 +100,7 @@ def test_a_gate_and_its_slopes_are_those_of_torch_however_large(loops: native.Ke
         close(found, leaf.grad, dtype)
 
 
-def test_what_is_rotated_is_turned_back_by_the_other_sine(loops: native.Kernels) -> None:
+def test_what_is_rotated_is_turned_back_by_the_other_sine(loops: cpu.Kernels) -> None:
     x, angles = drawn(4, 5, 3, 8), drawn(4, 5, 1, 4)
     cosine, sine = torch.cat([angles.cos()] * 2, -1), torch.cat([angles.sin()] * 2, -1)
     turned = loops.rotate(x, cosine, sine, WIDE)
@@ -114,7 +114,7 @@ def test_what_is_rotated_is_turned_back_by_the_other_sine(loops: native.Kernels)
 @pytest.mark.parametrize("gradient_dtype", [SHORT, WIDE])
 @pytest.mark.parametrize("dtype", [SHORT, WIDE])
 def test_a_momentum_takes_the_gradient_in_and_says_where_it_goes_also_transposed(
-    loops: native.Kernels, shape: tuple[int, int], gradient_dtype: torch.dtype, dtype: torch.dtype
+    loops: cpu.Kernels, shape: tuple[int, int], gradient_dtype: torch.dtype, dtype: torch.dtype
 ) -> None:
     held, gradient = drawn(*shape), drawn(*shape, dtype=gradient_dtype, scale=3.0)
     wanted = held * 0.9 + gradient.float() * 0.2
@@ -127,7 +127,7 @@ def test_a_momentum_takes_the_gradient_in_and_says_where_it_goes_also_transposed
             torch.testing.assert_close(asked.float(), ahead, atol=1e-6, rtol=1e-6 if dtype is WIDE else 2**-8)
 
 
-def test_a_polynomial_of_matrices_has_its_own_factors_for_each(loops: native.Kernels) -> None:
+def test_a_polynomial_of_matrices_has_its_own_factors_for_each(loops: cpu.Kernels) -> None:
     x, square, factors = drawn(3, 40, 40, dtype=SHORT), drawn(3, 40, 40, dtype=SHORT), drawn(3, 3)
     a, b, c = factors[:, :, None, None].unbind(1)
     wanted = a * torch.eye(40) + b * x.float() + c * square.float()
@@ -136,7 +136,7 @@ def test_a_polynomial_of_matrices_has_its_own_factors_for_each(loops: native.Ker
 
 
 @pytest.mark.parametrize("dtype", [SHORT, WIDE])
-def test_a_weight_moves_by_an_update_and_a_sum_of_squares_is_one(loops: native.Kernels, dtype: torch.dtype) -> None:
+def test_a_weight_moves_by_an_update_and_a_sum_of_squares_is_one(loops: cpu.Kernels, dtype: torch.dtype) -> None:
     weight, update = drawn(33, 57), drawn(33, 57, dtype=dtype)
     wanted = weight * 0.99 - 0.1 * update.float()
     loops.move(weight, update, 0.99, 0.1)
@@ -144,7 +144,7 @@ def test_a_weight_moves_by_an_update_and_a_sum_of_squares_is_one(loops: native.K
     assert loops.squares(update) == pytest.approx(float(update.double().square().sum()), rel=1e-6)
 
 
-def test_the_number_of_threads_does_not_change_a_bit(loops: native.Kernels) -> None:
+def test_the_number_of_threads_does_not_change_a_bit(loops: cpu.Kernels) -> None:
     def all_of_it() -> list[Tensor]:
         z, asked, held = drawn(50, 333, dtype=SHORT), torch.empty(90, 70, dtype=SHORT).mT, drawn(70, 90)
         loss, _ = loops.losses(Loss.kl, z, drawn(17, 333), torch.arange(50) // 3, None, True)
@@ -167,19 +167,19 @@ def test_the_number_of_threads_does_not_change_a_bit(loops: native.Kernels) -> N
 def afresh(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     """Nothing is compiled yet, for this test alone."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    monkeypatch.delenv(native.SWITCH, raising=False)
-    native._found.cache_clear()
+    monkeypatch.delenv(cpu.SWITCH, raising=False)
+    cpu._found.cache_clear()
     yield tmp_path
-    native._found.cache_clear()
+    cpu._found.cache_clear()
 
 
-def test_they_are_compiled_once_and_kept(loops: native.Kernels, afresh: Path) -> None:
-    assert native.kernels() is not None
-    assert native.missing() == ""
+def test_they_are_compiled_once_and_kept(loops: cpu.Kernels, afresh: Path) -> None:
+    assert cpu.kernels() is not None
+    assert cpu.missing() == ""
     (library,) = (afresh / "speculators-native").iterdir()
     made = library.stat().st_mtime_ns
-    native._found.cache_clear()
-    assert native.kernels() is not None
+    cpu._found.cache_clear()
+    assert cpu.kernels() is not None
     assert library.stat().st_mtime_ns == made
 
 
@@ -195,11 +195,11 @@ def test_without_a_compiler_or_if_asked_torch_does_it(
     afresh: Path, monkeypatch: pytest.MonkeyPatch, variable: str, value: str, why: str
 ) -> None:
     monkeypatch.setenv(variable, value)
-    assert native.kernels() is None
-    assert why in native.missing()
+    assert cpu.kernels() is None
+    assert why in cpu.missing()
 
 
-def test_they_are_for_numbers_on_a_cpu_in_formats_that_they_know(loops: native.Kernels) -> None:
-    assert native.kernels(torch.empty(1, dtype=torch.float16)) is None
-    assert native.kernels(torch.empty(1, device="meta")) is None
-    assert native.kernels(torch.empty(1)) is loops
+def test_they_are_for_numbers_on_a_cpu_in_formats_that_they_know(loops: cpu.Kernels) -> None:
+    assert cpu.kernels(torch.empty(1, dtype=torch.float16)) is None
+    assert cpu.kernels(torch.empty(1, device="meta")) is None
+    assert cpu.kernels(torch.empty(1)) is loops

@@ -1,9 +1,9 @@
 """The fidelity gate: do stored states, through the target's norm and head, give what the server itself picked?
 
-Training computes the target's distributions from the last captured state, the final norm and the head as `hf` reads
-them out of the checkpoint. If any of these is not what the server computes with, training converges all the same, to
-a draft that is accepted too seldom. So the server is asked, at a few places, which token it picks greedily and how
-likely it is, and both have to come out of the stored states. `picks.json` lies beside them.
+Training computes the target's distributions from the last captured state, the final norm and the head as `checkpoint`
+reads them. If any of these is not what the server computes with, training converges all the same, to a draft that is
+accepted too seldom. So the server is asked, at a few places, which token it picks greedily and how likely it is, and
+both have to come out of the stored states. `picks.json` lies beside them.
 
 Rounding turns ties: a pick also counts as given where its logit is below the largest one by no more than rounding
 explains. Where too many differ, other readings of the same checkpoint are tried, and the one that agrees is named.
@@ -32,7 +32,7 @@ from speculators.features.shards import ShardReader
 from speculators.features.writer import check_states
 from speculators.job import Job, write_json
 from speculators.targets import reference
-from speculators.targets.hf import TargetCheckpoint
+from speculators.targets.checkpoint import TargetCheckpoint
 from speculators.targets.readings import Agreement, Pick, Reading, agreement, others, reading_of
 
 PICKS = "picks.json"

@@ -2,7 +2,7 @@ from __future__ import annotations
 
 import pytest
 
-from speculators.targets.lossless import TOLERANCE, common_prefix, verdict
+from speculators.evaluation.lossless import TOLERANCE, common_prefix, verdict
 
 
 def test_the_common_prefix_ends_at_the_first_difference_or_the_shorter_end() -> None:

@@ -25,8 +25,8 @@ from transformers import (
 
 from speculators.engine.client import Completion
 from speculators.errors import ContractError
-from speculators.targets import fidelity, hf
-from speculators.targets.fidelity import EARLY, PICKS, EarlyGate, Gate, of_answer, places, read_picks, write_picks
+from speculators.targets import checkpoint, fidelity_check
+from speculators.targets.fidelity_check import EARLY, PICKS, EarlyGate, Gate, of_answer, places, read_picks, write_picks
 from speculators.targets.readings import Pick
 
 LAYERS, CAPTURED = 6, [1, 3, 4, 6]
@@ -167,14 +167,14 @@ def test_states_that_are_normed_already_are_named(tmp_path: Path, family: str) -
 def test_a_gemma_norm_read_as_a_plain_one_is_named(
     tmp_path: Path, family: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(hf, "UNIT_OFFSET_NORMS", frozenset())
+    monkeypatch.setattr(checkpoint, "UNIT_OFFSET_NORMS", frozenset())
     said = World(tmp_path, family).refusal()
     assert "multiplies by 1 + weight, as Gemma's does, and is read as a plain one" in said.message
     assert f"`{family.replace('3', '3_text')}`" in said.hint
 
 
 def test_a_plain_norm_read_as_a_gemma_one_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(hf, "UNIT_OFFSET_NORMS", frozenset({"llama"}))
+    monkeypatch.setattr(checkpoint, "UNIT_OFFSET_NORMS", frozenset({"llama"}))
     assert (
         "is a plain one, and is read as one that multiplies by 1 + weight" in World(tmp_path, "llama").refusal().message
     )
@@ -318,8 +318,8 @@ def test_places_are_the_same_every_time_in_the_first_rows_and_over_the_whole_tab
     rows = [row for row, _ in found]
     assert rows[:EARLY] == list(range(EARLY))
     assert max(rows) > 900
-    assert len(rows) <= fidelity.PLACES
-    assert all(fidelity.SHORTEST <= position + 1 <= fidelity.LONGEST for _, position in found)
+    assert len(rows) <= fidelity_check.PLACES
+    assert all(fidelity_check.SHORTEST <= position + 1 <= fidelity_check.LONGEST for _, position in found)
     assert len({position for _, position in found}) > 10
     assert places([3, 0, 1]) == [(0, 2), (2, 0)]
     assert places([]) == []

@@ -7,7 +7,7 @@ import random
 import pytest
 import torch
 
-from speculators.decoding import Walk
+from speculators.evaluation.acceptance import Walk
 
 
 def grid(*lengths: int, positions: int = 3) -> torch.Tensor:
