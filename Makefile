@@ -46,7 +46,7 @@ lock: setup ## resolve requirements-cpu.lock again; ARGS=--upgrade takes the new
 	    || exit 1; done; done
 	sed -n '/^# python/q; p' requirements-cpu.lock > $(VENV)/header.txt
 	(cat $(VENV)/header.txt; echo '# python: $(PYTHONS)'; echo '# platform: $(PLATFORMS)'; \
-	  grep -v '^#\|win32\|emscripten' $(VENV)/resolved.txt) > requirements-cpu.lock
+	  grep -v "^#\|sys_platform == '\(win32\|emscripten\)'" $(VENV)/resolved.txt) > requirements-cpu.lock
 
 demo: setup ## the main job: SmolLM2, ShareGPT, vLLM, an EAGLE-3 draft, measured
 	$(BIN)/speculators-run recipe=$(RECIPE) $(ARGS)
