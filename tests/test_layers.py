@@ -45,7 +45,6 @@ RIGHT = [
     {"speculators.stages"},
     {"speculators.provenance"},
     {"speculators.worker"},
-    {"speculators.nursery"},
 ]
 WORKERS = {f"speculators.runner{name}" for name in ("", ".store", ".store.artifacts", ".doctor")}
 """The worker stands on the line: it claims, publishes, and asks the doctor about imports that fail."""

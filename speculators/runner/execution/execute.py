@@ -32,7 +32,6 @@ from speculators.runner.execution.events import Events, now
 from speculators.runner.execution.schedule import Devices, Need
 from speculators.runner.execution.signals import Interrupted, Signals
 from speculators.runner.executors import Handle, executor_of, served_there
-from speculators.runner.executors.nursery import Nursery
 from speculators.runner.planning import estimate, graph
 from speculators.runner.planning.graph import TARGET, Node
 from speculators.runner.planning.plan import Planner, State, Step
@@ -73,7 +72,6 @@ class Execution:
     def __post_init__(self) -> None:
         self.room = schedule.room(self.config, self.planner.store.root / "locks", self.events)
         self.services = Services(self.planner, self.steps, self.directory, self.events)
-        self._nursery = Nursery()
         self._disk = estimate.DiskWatch(self.planner.store, self.config.run.quota_gib)
 
     @property
@@ -101,7 +99,6 @@ class Execution:
                 raise
             finally:
                 self._stop_workers()
-                self._nursery.close()
                 self.services.close()
                 self.room.close()
                 for name in [name for name in self.planner.graph if name in self.steps]:
@@ -329,7 +326,7 @@ class Execution:
             opened = f"{node.name}: attempt {attempt}, phase {phase[0] + 1} of {phase[1]}, {now()}"
             file.write(f"{endings.ATTEMPT}{opened}\n")
         env.update(self.services.worker_environment(node))
-        handle = executor_of(self.config, node.kind, self._nursery).submit(request, log, env)
+        handle = executor_of(self.config, node.kind).submit(request, log, env)
         self._workers[node.name] = handle
         self.events.emit(
             "stage.started", node=node.name, log=str(log), phase=phase[0], phases=phase[1], attempt=attempt

@@ -15,7 +15,6 @@ from speculators.config.choices import Cluster, ExecutorName
 from speculators.config.schema import Config
 from speculators.config.schema import Executor as Options
 from speculators.errors import RecipeError
-from speculators.runner.executors.nursery import Nursery
 from speculators.runner.planning.graph import Node
 
 
@@ -47,7 +46,7 @@ EXTRAS = {"submitit": "slurm", "ray": "ray"}
 """Executors that need a package of their own name, and the extra that brings it."""
 
 
-def executor(name: str, options: Options | None = None, nursery: Nursery | None = None) -> Executor:
+def executor(name: str, options: Options | None = None) -> Executor:
     """The executor of that name, imported only now: it may need what is not installed."""
     options = options or Options()
     if name == "submitit":
@@ -60,12 +59,12 @@ def executor(name: str, options: Options | None = None, nursery: Nursery | None 
         return RayExecutor(options)
     from speculators.runner.executors.local import LocalExecutor
 
-    return LocalExecutor(nursery)
+    return LocalExecutor()
 
 
-def executor_of(config: Config, kind: str, nursery: Nursery) -> Executor:
-    """The executor of one kind of stage. On this machine its workers come from the nursery."""
-    return executor(chosen(config, kind), config.executor, nursery)
+def executor_of(config: Config, kind: str) -> Executor:
+    """The executor of one kind of stage."""
+    return executor(chosen(config, kind), config.executor)
 
 
 def chosen(config: Config, kind: str) -> str:

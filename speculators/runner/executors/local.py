@@ -14,10 +14,8 @@ import subprocess
 import sys
 from collections.abc import Mapping
 from pathlib import Path
-from typing import BinaryIO
 
 import speculators
-from speculators.runner.executors.nursery import Nursery
 from speculators.runner.servers import threads
 
 TORCHRUN = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
@@ -25,86 +23,57 @@ TORCHRUN = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
 
 
 class LocalExecutor:
-    """See `executors.Executor`. With a nursery, whose end is its owner's to see to, workers are forked from it."""
-
-    def __init__(self, nursery: Nursery | None = None) -> None:
-        self._nursery = nursery
+    """See `executors.Executor`."""
 
     def submit(self, request: Path, log: Path, env: dict[str, str]) -> LocalHandle:
         """Start the worker and return at once."""
         log.parent.mkdir(parents=True, exist_ok=True)
-        arguments, whole = [str(request), "--held"], environment(env)
-        its, lifeline = os.pipe()
         with log.open("ab") as output:
-            try:
-                pid = None
-                if self._nursery is not None:
-                    pid = self._nursery.hatch(request.stem, arguments, whole, its, output.fileno())
-                if pid is None:
-                    pid = _started(arguments, whole, its, output)
-            except BaseException:
-                os.close(lifeline)
-                raise
-            finally:
-                os.close(its)
-        return LocalHandle(pid, lifeline)
-
-
-def _started(arguments: list[str], env: dict[str, str], standard_input: int, output: BinaryIO) -> int:
-    process = subprocess.Popen(
-        # -P: a file named like a module in the user's directory must not be imported in its place.
-        [sys.executable, "-P", "-m", "speculators.worker", *arguments],
-        stdin=standard_input,
-        stdout=output,
-        stderr=output,
-        env=env,
-        start_new_session=True,
-    )
-    process.returncode = 0  # `LocalHandle.poll` collects it; Popen must not try, nor warn
-    return process.pid
+            process = subprocess.Popen(
+                # -P: a file named like a module in the user's directory must not be imported in its place.
+                [sys.executable, "-P", "-m", "speculators.worker", str(request), "--held"],
+                stdin=subprocess.PIPE,
+                stdout=output,
+                stderr=output,
+                env=environment(env),
+                start_new_session=True,
+            )
+        return LocalHandle(process)
 
 
 class LocalHandle:
-    """See `executors.Handle`. The worker is a child of this process."""
+    """See `executors.Handle`. The worker is a child of this process and leads a process group of its own."""
 
-    def __init__(self, pid: int, lifeline: int) -> None:
-        self.pid = pid
-        """The worker's process id, which is its process group's too."""
-        self._lifeline = lifeline
-        """The descriptor whose end tells the worker that we are gone."""
-        self._code: int | None = None
+    def __init__(self, process: subprocess.Popen[bytes]) -> None:
+        self._process = process
+
+    @property
+    def pid(self) -> int:
+        """Process id of the worker, and of its process group."""
+        return self._process.pid
 
     def poll(self) -> int | None:
         """See `executors.Handle.poll`."""
-        if self._code is None and (status := self._collected()) is not None:
-            self._code = os.waitstatus_to_exitcode(status)
-            os.close(self._lifeline)
-        return self._code
+        if self._process.returncode is None and self._has_ended():
+            self.kill()  # until it is waited for below, the dead worker keeps the group's number from being reused
+        code = self._process.poll()
+        if code is not None and self._process.stdin is not None:
+            self._process.stdin.close()
+        return code
 
     def terminate(self) -> None:
-        """Only the worker itself is asked: it knows what its children are for."""
-        if self.poll() is None:
-            os.kill(self.pid, signal.SIGTERM)
+        """Send SIGTERM to the worker alone: it knows what its children are for."""
+        self._process.terminate()
 
     def kill(self) -> None:
         """See `executors.Handle.kill`."""
-        if self._code is None:
+        if self._process.returncode is None:
             with contextlib.suppress(ProcessLookupError, PermissionError):
                 os.killpg(self.pid, signal.SIGKILL)
 
-    def _collected(self) -> int | None:
-        """What waitpid says once the worker has ended, after the rest of its group has been killed."""
-        if not hasattr(os, "waitid"):  # macOS: whatever it has left behind goes on
-            pid, status = os.waitpid(self.pid, os.WNOHANG)
-            return status if pid else None
-        if os.waitid(os.P_PID, self.pid, os.WEXITED | os.WNOHANG | os.WNOWAIT) is None:
-            return None
-        self.kill()  # its corpse keeps the group's number ours until it is collected
-        status = os.waitpid(self.pid, 0)[1]
-        with contextlib.suppress(ChildProcessError):  # its orphans may be our children
-            while os.waitpid(-self.pid, os.WNOHANG)[0]:
-                pass
-        return status
+    def _has_ended(self) -> bool:
+        """Whether the worker has exited but has not been waited for. Never on macOS, where its group is left alone."""
+        return hasattr(os, "waitid") and os.waitid(os.P_PID, self.pid, os.WEXITED | os.WNOHANG | os.WNOWAIT) is not None
 
 
 def environment(env: Mapping[str, str]) -> dict[str, str]:

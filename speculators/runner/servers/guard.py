@@ -53,7 +53,7 @@ def main(arguments: list[str]) -> int:
     signal.set_wakeup_fd(wake_write, warn_on_full_buffer=False)
     for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGCHLD):
         signal.signal(number, lambda *_: None)
-    become_subreaper()
+    _prctl(PR_SET_CHILD_SUBREAPER, 1)
     with open(options.log, "ab", buffering=0) as log:
         try:
             child = _start(options.argv, log)
@@ -175,11 +175,6 @@ def abandoned(pids: Path) -> bool:
         return False
     guard = record["guard"]
     return bool(start_time(guard["pid"]) != guard["start"])
-
-
-def become_subreaper() -> None:
-    """Be the parent of whatever is orphaned below this process. Linux only; nothing happens elsewhere."""
-    _prctl(PR_SET_CHILD_SUBREAPER, 1)
 
 
 def machine() -> str:

@@ -61,22 +61,15 @@ def arm(point):
     setattr(owner, name, call)
 
 
-def as_worker(point):
-    """Arm in the process that becomes the worker, whether it was started as one or forked."""
-    worker = importlib.import_module("speculators.worker")
-    inner = worker.main
-
-    def main(arguments):
-        if ("worker " + Path(arguments[0]).stem.rpartition("-")[0]).startswith(point["role"]):
-            arm(point)
-        return inner(arguments)
-
-    worker.main = main
+def role():
+    """What this process is to a crash test: `runner`, `worker NODE`, or nothing."""
+    words = " ".join(sys.orig_argv)
+    if "speculators.worker" in words:
+        return "worker " + Path(sys.orig_argv[-2]).stem.rpartition("-")[0]
+    return "runner" if "crash_runner.py" in words else ""
 
 
 if "CRASH_POINT" in os.environ:
-    armed, words = json.loads(os.environ["CRASH_POINT"]), " ".join(sys.orig_argv)
-    if "crash_runner.py" in words and armed["role"] == "runner":
+    armed = json.loads(os.environ["CRASH_POINT"])
+    if role().startswith(armed["role"]):
         arm(armed)
-    if "speculators.nursery" in words and armed["role"].startswith("worker"):
-        as_worker(armed)

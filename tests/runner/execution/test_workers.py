@@ -137,7 +137,7 @@ def test_workers_on_other_machines_have_a_server_each_and_make_the_same(
     tmp_path: Path, server: StatesServer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(executors, "elsewhere", lambda config, kind: kind == "extract")
-    monkeypatch.setattr(execute, "executor_of", lambda config, kind, nursery: BareExecutor())
+    monkeypatch.setattr(execute, "executor_of", lambda config, kind: BareExecutor())
     played = f"serve.python={engine(tmp_path, program=states_server.__file__)}"
     config, store = extracting(tmp_path, [played]), Store(tmp_path / "store")
     made_beforehand(config, store)

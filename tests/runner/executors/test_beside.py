@@ -28,11 +28,11 @@ from speculators.runner.planning.plan import Planner
 from speculators.runner.servers import guard, vllm
 from speculators.runner.store.artifacts import Store
 from tests.runner.bare import BareExecutor
-from tests.runner.executors.test_executors import REMOTE, SUBMITIT, _ray_ends_here, far_end, nursery, slurm, submit
+from tests.runner.executors.test_executors import REMOTE, SUBMITIT, _ray_ends_here, far_end, slurm, submit
 from tests.runner.fake_server import engine
 from tests.test_worker import artifact, ended, request, until, until_holding, work, world
 
-__all__ = ["_ray_ends_here", "nursery", "slurm", "world"]
+__all__ = ["_ray_ends_here", "slurm", "world"]
 
 ALL = ["bare", *REMOTE]
 CRASH = Path(__file__).parents[2] / "crash"
@@ -232,7 +232,7 @@ class Run:
         kind = Kind(version=1, gives=("lines",), serve="generate")
         monkeypatch.setitem(graph.KINDS, "query", kind)
         monkeypatch.setattr(executors, "elsewhere", lambda config, kind: kind == "query")
-        monkeypatch.setattr(execute, "executor_of", lambda config, kind, nursery: BareExecutor())
+        monkeypatch.setattr(execute, "executor_of", lambda config, kind: BareExecutor())
         path = os.pathsep.join([str(CRASH / "site"), str(CRASH.parents[1])])
         for name, value in {"PYTHONPATH": path, "CRASH_WORLD": str(world), "CRASH_PACE": "0.3"}.items():
             monkeypatch.setenv(name, value)

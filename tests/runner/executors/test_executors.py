@@ -22,7 +22,6 @@ from speculators.runner import executors
 from speculators.runner.execution import lease
 from speculators.runner.executors import Handle
 from speculators.runner.executors.local import environment
-from speculators.runner.executors.nursery import Nursery
 from speculators.runner.planning.graph import build
 from speculators.runner.servers import guard
 from speculators.runner.store.artifacts import Store
@@ -33,8 +32,7 @@ __all__ = ["world"]
 SUBMITIT = pytest.mark.skipif(not importlib.util.find_spec("submitit"), reason="the extra `slurm` is not installed")
 RAY = pytest.mark.skipif(not importlib.util.find_spec("ray"), reason="the extra `ray` is not installed")
 REMOTE = [pytest.param("submitit", marks=SUBMITIT), pytest.param("ray", marks=RAY)]
-FORKED = pytest.param("forked", marks=pytest.mark.skipif(sys.platform != "linux", reason="no subreaper"))
-ALL = ["local", FORKED, *REMOTE]
+ALL = ["local", *REMOTE]
 FOUR_LINES = "ddcec1bf44d862dcb4b0ac5db63a372a18f30475b87cb5d08811a99610b038c5"
 """The digest of `lines` with `xxxx` in it, whoever started what wrote it."""
 DEMO = "recipe=smollm2_eagle3"
@@ -47,21 +45,9 @@ def _ray_ends_here() -> Iterator[None]:
         sys.modules["ray"].shutdown()
 
 
-@pytest.fixture(autouse=True)
-def nursery() -> Iterator[Nursery]:
-    """Started by the first `forked` worker of a test."""
-    nurseries.append(Nursery())
-    yield nurseries[-1]
-    nurseries.pop().close()
-
-
-nurseries: list[Nursery] = []
-
-
 def submit(name: str, world: Path, path: Path, **env: str) -> Handle:
     # sitecustomize of the world is found in every worker, as the package of a user would be.
-    forked = nurseries[-1] if name == "forked" else None
-    return executors.executor("local" if forked else name, Executor(), forked).submit(path, world / "log", env)
+    return executors.executor(name, Executor()).submit(path, world / "log", env)
 
 
 def far_end(handle: Handle) -> int:
@@ -110,64 +96,14 @@ def test_asked_to_stop_a_worker_keeps_its_work(name: str, world: Path) -> None:
     assert (work(path) / "data/lines").read_text() == "xx"
 
 
-@FORKED.marks[0]
-def test_a_forked_worker_is_our_own_child_and_outlives_the_nursery(world: Path, nursery: Nursery) -> None:
+def test_a_local_worker_leads_a_session_of_its_own(world: Path) -> None:
     path = request(world, hold=2)
-    handle = submit("forked", world, path)
+    handle = submit("local", world, path)
     until_holding(path)
     assert far_end(handle) == os.getpid()
     assert os.getpgid(handle.pid) == os.getsid(handle.pid) == handle.pid
-    assert (guard.PROC / str(handle.pid) / "comm").read_text() == "request-0\n"
-    assert nursery.pid not in (None, handle.pid)
-    os.kill(nursery.pid, signal.SIGKILL)
-    (work(path) / "holding").unlink()
-    assert ended(handle, 20) == 0
-    assert artifact(path) is not None
-
-
-@FORKED.marks[0]
-def test_without_the_nursery_a_worker_is_started_by_itself(world: Path, nursery: Nursery) -> None:
-    assert ended(submit("forked", world, request(world, raises="RunError")), 20) == 1
-    assert nursery.pid is not None
-    os.kill(nursery.pid, signal.SIGKILL)
-    assert ended(submit("forked", world, path := request(world, count=4)), 20) == 0
-    assert artifact(path) is not None
-    assert nursery.pid is None
-
-
-@FORKED.marks[0]
-def test_what_an_interpreter_reads_only_when_it_starts_is_not_left_to_a_fork(
-    world: Path, nursery: Nursery, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """The stage is only found by an interpreter that was started with the world's path."""
-    there = os.environ["PYTHONPATH"]
-    monkeypatch.setenv("PYTHONPATH", "")
-    assert ended(submit("forked", world, request(world, count=4)), 20) == 2
-    monkeypatch.setenv("PYTHONPATH", there)
-    assert ended(submit("forked", world, path := request(world, count=4)), 20) == 0
-    assert artifact(path) is not None
-
-
-@FORKED.marks[0]
-def test_a_nursery_ends_with_its_runner(world: Path) -> None:
-    code = (
-        "import sys\n"
-        "from speculators.runner.executors.nursery import Nursery\n"
-        "from speculators.runner.executors.local import LocalExecutor\n"
-        "nursery = Nursery()\n"
-        "handle = LocalExecutor(nursery).submit(*map(__import__('pathlib').Path, sys.argv[1:]), {})\n"
-        "print(nursery.pid, handle.pid, flush=True)\n"
-        "sys.stdin.read()\n"
-    )
-    path, pipe = request(world, hold=2), subprocess.PIPE
-    words = [sys.executable, "-c", code, str(path), str(world / "log")]
-    with subprocess.Popen(words, stdin=pipe, stdout=pipe, text=True) as runner:
-        assert runner.stdout is not None
-        pids = [int(word) for word in runner.stdout.readline().split()]
-        until_holding(path)
-        runner.kill()
-    until(lambda: not any(guard.start_time(pid) for pid in pids), "nursery and worker have ended")
-    assert (work(path) / "data/lines").read_text() == "xx"
+    handle.kill()
+    assert ended(handle, 20) == -signal.SIGKILL
 
 
 @pytest.mark.parametrize("name", REMOTE)
