@@ -1,11 +1,12 @@
 """What crosses the line between the runner and a stage: one request file.
 
-The runner writes `request.json`, the worker reads it and hands the stage a `Job`. Neither side imports the
-other; this module is the agreement and imports only `config`.
+The runner writes a `Request`, the worker reads it and hands the stage a `Job`. Neither side imports the other; this
+module is the agreement and imports only `config`.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 import time
@@ -16,7 +17,7 @@ from typing import Any
 
 from speculators.config.schema import Config, Mooncake, from_plain
 
-REQUEST_FORMAT = 1
+REQUEST_FORMAT = 2
 """Raised when a worker of an older release could not read the request."""
 
 
@@ -91,22 +92,70 @@ class Job:
         write_json(self.work / "progress.json", {"done": done, "total": total, "unit": unit, "note": note})
 
 
-def read_request(path: Path) -> Job:
-    """The `Job` in a request file."""
-    request = json.loads(path.read_text())
-    if request["format"] != REQUEST_FORMAT:
-        raise ValueError(f"{path}: request format {request['format']}, this worker reads {REQUEST_FORMAT}")
-    return Job(
-        node=request["node"],
-        stage=request["stage"],
-        key=request["key"],
-        config=from_plain(Config, request["config"]),
-        derived=request["derived"],
-        inputs={name: Path(p) for name, p in request["inputs"].items()},
-        digests=request["digests"],
-        services={name: _endpoint(plain) for name, plain in request["services"].items()},
-        work=Path(request["work"]),
-    )
+@dataclass(kw_only=True, slots=True)
+class Request:
+    """All that crosses the line for one attempt at one phase of a stage, in JSON types."""
+
+    node: str
+    stage: str
+    key: str
+    config: dict[str, Any]
+    """The options that the stage declared, by section."""
+    derived: dict[str, Any]
+    inputs: dict[str, str]
+    """Input name -> directory of that artifact's data."""
+    digests: dict[str, str]
+    services: dict[str, dict[str, Any]]
+    """Service name -> an `Endpoint`, whose API key is the name of an environment variable."""
+    orders: dict[str, dict[str, Any]]
+    """Service name -> a server that has to be started beside the worker, on the worker's machine."""
+    work: str
+    store: str
+    """Root of the artifact store into which the worker publishes."""
+    preimage: dict[str, Any]
+    """What `key` is the hash of."""
+    digest: str | None
+    """The artifact's digest where it is known before the artifact is made, a hub commit for one."""
+    forced: bool
+    """Make the artifact although the store has one under this key."""
+    provenance: dict[str, Any]
+    """Facts that are stored with the artifact and do not enter its key: run, recipe, overrides, attempt, input keys."""
+    phase: int
+    """From 0; the last one publishes."""
+    phases: int
+
+    def write(self, path: Path) -> None:
+        """Write the request file."""
+        write_json(path, {"format": REQUEST_FORMAT, **dataclasses.asdict(self)})
+
+    @classmethod
+    def read(cls, path: Path) -> Request:
+        """Read a request file.
+
+        Raises:
+            ValueError: its format is another one, or a field is missing or unknown.
+        """
+        fields = json.loads(path.read_text())
+        if fields.pop("format", None) != REQUEST_FORMAT:
+            raise ValueError(f"{path}: not a request of format {REQUEST_FORMAT}")
+        differing = {field.name for field in dataclasses.fields(cls)} ^ fields.keys()
+        if differing:
+            raise ValueError(f"{path}: missing or unknown fields: {', '.join(sorted(differing))}")
+        return cls(**fields)
+
+    def job(self) -> Job:
+        """The request as the stage sees it."""
+        return Job(
+            node=self.node,
+            stage=self.stage,
+            key=self.key,
+            config=from_plain(Config, self.config),
+            derived=self.derived,
+            inputs={name: Path(directory) for name, directory in self.inputs.items()},
+            digests=self.digests,
+            services={name: _endpoint(plain) for name, plain in self.services.items()},
+            work=Path(self.work),
+        )
 
 
 def _endpoint(plain: Mapping[str, Any]) -> Endpoint:

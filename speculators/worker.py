@@ -18,7 +18,6 @@ import contextlib
 import datetime
 import errno
 import importlib
-import json
 import os
 import signal
 import sys
@@ -27,10 +26,9 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 from types import FrameType
-from typing import Any
 
 from speculators.errors import RunError
-from speculators.job import Job, read_request, write_json
+from speculators.job import Job, Request, write_json
 from speculators.provenance import Provenance
 from speculators.runner.store.artifacts import Store, no_space
 
@@ -51,13 +49,13 @@ def main(arguments: list[str]) -> int:
         signal.signal(number, _stop)
     if held:
         threading.Thread(target=_die_with_the_runner, name="runner-watch", daemon=True).start()
-    request = json.loads(path.read_text())
-    job = read_request(path)
+    request = Request.read(path)
+    job = request.job()
     try:
         with _full_disk_in_words(job), _import_error_in_words():
             if _follows():
                 # Where the first process finds the artifact there is nothing to help with, and nobody to wait for.
-                if request["forced"] or Store(Path(request["store"])).find(job.stage, job.key) is None:
+                if request.forced or Store(Path(request.store)).find(job.stage, job.key) is None:
                     _stage(job)
             else:
                 _attempt(request, job)
@@ -74,17 +72,17 @@ def main(arguments: list[str]) -> int:
     return 0
 
 
-def _attempt(request: dict[str, Any], job: Job) -> None:
+def _attempt(request: Request, job: Job) -> None:
     """Claim, look again, run the stage, publish."""
-    store = Store(Path(request["store"]))
-    provenance = request["provenance"]
+    store = Store(Path(request.store))
+    provenance = request.provenance
     reads = provenance.get("inputs", {}).values()
     with store.claim(job.stage, job.key, _say_waiting, run=provenance.get("run", ""), uses=reads):
         if store.find(job.stage, job.key) is None:
             aside = store.set_aside(job.stage, job.key)
             if aside is not None:
                 print(f"warning: an artifact that is not whole was set aside: {aside}", file=sys.stderr)
-        elif not request["forced"]:
+        elif not request.forced:
             store.discard_work(job.stage, job.key)
             return
         if _phase_done(request, job).exists():
@@ -94,30 +92,30 @@ def _attempt(request: dict[str, Any], job: Job) -> None:
             _run_and_publish(request, job, store, surroundings)
 
 
-def _run_and_publish(request: dict[str, Any], job: Job, store: Store, surroundings: Provenance) -> None:
+def _run_and_publish(request: Request, job: Job, store: Store, surroundings: Provenance) -> None:
     """One phase of the stage; the last one publishes."""
     started, clock = _now(), time.monotonic()
     with _Heartbeat(job.work, started):
         _stage(job)
     seconds = round(time.monotonic() - clock, 3)
-    if request["phase"] + 1 < request["phases"]:
+    if request.phase + 1 < request.phases:
         write_json(_phase_done(request, job), {"seconds": seconds, "record": job.record})
         return
     store.publish(
         job.stage,
         job.key,
-        preimage=request["preimage"],
+        preimage=request.preimage,
         record={**job.record, "seconds": seconds},
         provenance={
-            **request["provenance"],
+            **request.provenance,
             **surroundings.facts(),
-            "options": request["config"],
+            "options": request.config,
             "started": started,
             "finished": _now(),
         },
-        digest=request["digest"],
+        digest=request.digest,
         written=job.digests_written,
-        anew=request["forced"],
+        anew=request.forced,
     )
 
 
@@ -130,8 +128,8 @@ def _follows() -> bool:
     return int(os.environ.get("WORLD_SIZE", "1")) > 1 and int(os.environ.get("RANK", "0")) > 0
 
 
-def _phase_done(request: dict[str, Any], job: Job) -> Path:
-    return job.scratch / f"phase-{request['phase']}.done"
+def _phase_done(request: Request, job: Job) -> Path:
+    return job.scratch / f"phase-{request.phase}.done"
 
 
 def _make_directories(job: Job) -> None:

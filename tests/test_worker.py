@@ -19,6 +19,7 @@ from speculators.runner.planning import key as keys
 from speculators.runner.servers import guard
 from speculators.runner.store.artifact import Artifact
 from speculators.runner.store.artifacts import Store
+from tests.requests import make_request
 
 STAGE = '''
 """A stage that counts to `config.prompts.seed` in steps it never repeats."""
@@ -71,30 +72,9 @@ def world(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 def request(
     world: Path, phase: int = 0, phases: int = 1, digest: str | None = None, forced: bool = False, **derived: Any
 ) -> Path:
-    image = keys.preimage("count", 1, config=derived, inputs={}, packages={}, service={})
-    key, store = keys.digest(image), world / "store"
-    plain = {
-        "format": 1,
-        "node": "count",
-        "stage": "count",
-        "key": key,
-        "config": {},
-        "derived": derived,
-        "inputs": {},
-        "digests": {},
-        "services": {},
-        "orders": {},
-        "work": str(store / "work/count" / key),
-        "store": str(store),
-        "preimage": image,
-        "digest": digest,
-        "forced": forced,
-        "provenance": {"run": "run-1"},
-        "phase": phase,
-        "phases": phases,
-    }
     path = world / f"request-{phase}.json"
-    path.write_text(json.dumps(plain))
+    fields = {"derived": derived, "digest": digest, "forced": forced, "phase": phase, "phases": phases}
+    make_request("count", world / "store", config=derived, **fields).write(path)
     return path
 
 

@@ -25,7 +25,7 @@ from typing import Any
 from speculators.config.fields import select, to_plain
 from speculators.config.schema import Config
 from speculators.errors import ContractError, RecipeError, RunError, ServiceError, SourceError, StageError, StoreError
-from speculators.job import REQUEST_FORMAT, write_json
+from speculators.job import Request
 from speculators.runner.execution import endings, schedule
 from speculators.runner.execution.endings import PassingError
 from speculators.runner.execution.events import Events, now
@@ -373,33 +373,31 @@ class Execution:
         node = step.node
         path = self.directory / "requests" / f"{node.name}-{index}.json"
         path.parent.mkdir(exist_ok=True)
-        request = {
-            "format": REQUEST_FORMAT,
-            "node": node.name,
-            "stage": node.kind,
-            "key": step.key,
-            "config": select(self.config, node.reads),
-            "derived": {**step.derived, "phase": index, "phases": count},
-            "inputs": {slot: str(self.steps[upstream].path) for slot, upstream in self._slots(node).items()},
-            "digests": {slot: self.steps[upstream].digest for slot, upstream in node.inputs.items()},
-            "services": {name: server.plain() for name, server in servers.items()},
-            "orders": to_plain(self.services.orders(node)),
-            "work": str(self.planner.store.work(node.kind, step.key)),
-            "store": str(self.planner.store.root),
-            "preimage": step.preimage,
-            "digest": step.digest or None,
-            "forced": node.name in self.planner.forced,
-            "provenance": {
+        Request(
+            node=node.name,
+            stage=node.kind,
+            key=step.key,
+            config=select(self.config, node.reads),
+            derived={**step.derived, "phase": index, "phases": count},
+            inputs={slot: str(self.steps[upstream].path) for slot, upstream in self._slots(node).items()},
+            digests={slot: self.steps[upstream].digest for slot, upstream in node.inputs.items()},
+            services={name: server.plain() for name, server in servers.items()},
+            orders=to_plain(self.services.orders(node)),
+            work=str(self.planner.store.work(node.kind, step.key)),
+            store=str(self.planner.store.root),
+            preimage=step.preimage,
+            digest=step.digest or None,
+            forced=node.name in self.planner.forced,
+            provenance={
                 "run": self.name,
                 "recipe": self.config.recipe,
                 "words": self.words,
                 "attempt": attempt,
                 "inputs": {slot: self.steps[upstream].key for slot, upstream in node.inputs.items()},
             },
-            "phase": index,
-            "phases": count,
-        }
-        write_json(path, request)
+            phase=index,
+            phases=count,
+        ).write(path)
         return path
 
     @staticmethod

@@ -6,13 +6,12 @@ of this machine's making, and made known to the worker in the same request. The 
 
 from __future__ import annotations
 
-import json
 import time
 from collections.abc import Mapping
 from pathlib import Path
 
 from speculators.config.schema import from_plain
-from speculators.job import write_json
+from speculators.job import Request, write_json
 from speculators.runner.servers import server as service
 from speculators.runner.servers import vllm
 
@@ -24,9 +23,8 @@ class Beside:
     """The servers that a request orders; most order none."""
 
     def __init__(self, request: Path, env: Mapping[str, str]) -> None:
-        self._request = request
-        self._plain = json.loads(request.read_text())
-        orders = {name: from_plain(vllm.Order, plain) for name, plain in self._plain["orders"].items()}
+        self._path, self._request = request, Request.read(request)
+        orders = {name: from_plain(vllm.Order, plain) for name, plain in self._request.orders.items()}
         self._servers = {name: vllm.server(order, env) for name, order in orders.items()}
 
     def start(self) -> None:
@@ -41,8 +39,8 @@ class Beside:
 
     def introduce(self) -> dict[str, str]:
         """Tell the worker of them. Returns the variables with their keys, which no file holds."""
-        services = {name: server.plain() for name, server in self._servers.items()}
-        write_json(self._request, {**self._plain, "services": services})
+        self._request.services = {name: server.plain() for name, server in self._servers.items()}
+        self._request.write(self._path)
         return {name: key for server in self._servers.values() for name, key in server.worker_env().items()}
 
     def lost(self, seconds: float) -> bool:
@@ -56,7 +54,7 @@ class Beside:
         """What was wrong with the one that is dead, where the worker would say what was wrong with itself."""
         dead = service.lost(self._servers.values())
         assert dead is not None
-        failure, work = dead.failure(), Path(self._plain["work"])
+        failure, work = dead.failure(), Path(self._request.work)
         work.mkdir(parents=True, exist_ok=True)
         said = {"message": failure.message, "hint": failure.hint, "kind": type(failure).__name__}
         write_json(work / "failure.json", {**said, "passing": dead.passing})

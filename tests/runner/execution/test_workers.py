@@ -11,7 +11,7 @@ import pytest
 
 from speculators.config import compose
 from speculators.config.schema import Config
-from speculators.job import Endpoint, read_request
+from speculators.job import Endpoint, Request
 from speculators.runner import executors
 from speculators.runner.execution import execute
 from speculators.runner.execution.events import Events
@@ -99,7 +99,7 @@ def files(directory: Path) -> dict[str, bytes]:
 
 def one_workers(tmp_path: Path, requests: Path, server: StatesServer) -> Path:
     """What one worker makes, of the same rows and here."""
-    job = read_request(requests / "extract-0.json")
+    job = Request.read(requests / "extract-0.json").job()
     job.inputs = {name: path for name, path in job.inputs.items() if not name.startswith("part.")}
     log, states = tmp_path / "log", server.directory
     endpoint = Endpoint(url=server.url, model="m", api_key="", mode="extract", directory=states, log=log)

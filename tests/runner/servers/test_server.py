@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 import os
 import signal
 import socket
@@ -17,9 +16,10 @@ import pytest
 from speculators.config.choices import Connector
 from speculators.config.schema import Config, Mooncake
 from speculators.errors import ServiceError
-from speculators.job import read_request
+from speculators.job import Request
 from speculators.runner.servers import guard
 from speculators.runner.servers.server import Service, ServiceSpec, cause, external, free_port, reap_left_overs
+from tests.requests import make_request
 
 FAKE = Path(__file__).parents[1] / "fake_server.py"
 
@@ -174,13 +174,11 @@ def test_the_directory_of_an_external_servers_states_is_the_one_that_the_recipe_
 def test_a_stage_hears_of_the_mooncake_store_where_the_recipe_puts_states_into_one(tmp_path: Path) -> None:
     config = Config()
     config.serve.url, config.serve.mooncake.master = "http://gpu-7:8000", "10.0.0.1:50052"
-    request = {"format": 1, "node": "extract", "stage": "extract", "key": "k", "config": {}, "work": str(tmp_path)}
     heard = []
     for config.extract.connector in (Connector.example, Connector.mooncake):
         plain = external(config, "extract", tmp_path / "n2", tmp_path / "log").plain()
-        empty = {"derived": {}, "inputs": {}, "digests": {}, "services": {"target": plain}}
-        (tmp_path / "request.json").write_text(json.dumps(request | empty))
-        heard.append(read_request(tmp_path / "request.json").services["target"].mooncake)
+        make_request("extract", tmp_path, services={"target": plain}).write(tmp_path / "request.json")
+        heard.append(Request.read(tmp_path / "request.json").job().services["target"].mooncake)
     assert heard == [None, Mooncake(master="10.0.0.1:50052")]
 
 

@@ -22,13 +22,13 @@ from speculators import cli, worker
 from speculators.config.schema import Config
 from speculators.errors import StoreError
 from speculators.job import Job
-from speculators.runner.planning import key as keys
 from speculators.runner.planning.plan import Planner, State
 from speculators.runner.servers import vllm
 from speculators.runner.store import artifacts as stores
 from speculators.runner.store.artifacts import Store
 from speculators.runner.store.upkeep import rubbish
 from tests.conftest import publish_all, publish_files
+from tests.requests import make_request
 
 DEMO = "recipe=smollm2_eagle3"
 
@@ -85,15 +85,9 @@ def attempt(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Callabl
         module = types.ModuleType("fill")
         module.main = stage  # type: ignore[attr-defined]
         monkeypatch.setitem(sys.modules, "speculators.stages.fill", module)
-        image = keys.preimage("fill", 1, config={}, inputs={}, packages={}, service={})
-        work = root / "work/fill" / keys.digest(image)
-        request = {
-            "format": 1, "node": "fill", "stage": "fill", "key": keys.digest(image), "config": {}, "derived": {},
-            "inputs": {}, "digests": {}, "services": {}, "work": str(work), "store": str(root), "preimage": image,
-            "digest": None, "forced": False, "provenance": {}, "phase": 0, "phases": 1,
-        }  # fmt: skip
-        (tmp_path / "request.json").write_text(json.dumps(request))
-        return worker.main([str(tmp_path / "request.json")]), work
+        request = make_request("fill", root)
+        request.write(tmp_path / "request.json")
+        return worker.main([str(tmp_path / "request.json")]), Path(request.work)
 
     yield run
     for number, handler in handlers.items():
