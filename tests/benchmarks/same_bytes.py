@@ -17,13 +17,12 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-from speculators.runner.plan import Planner
-
 from speculators import worker
 from speculators.config import compose
 from speculators.job import Job
-from speculators.runner import derive
-from speculators.runner.store import Store
+from speculators.runner.planning import derive
+from speculators.runner.planning.plan import Planner
+from speculators.runner.store.artifacts import Store
 
 STAGES = ("tokenize", "vocab", "collect", "train")
 TIMED = ("summary.json", "metrics.jsonl", "config.json")
