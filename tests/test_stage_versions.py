@@ -1,6 +1,6 @@
 """A stage whose source changed either has a new version, or somebody said that its output is the same.
 
-`python tests/goldens/update.py` says so: it records the new source under the old version, in a diff that is seen.
+`python -m tests.goldens.update stages` says so: it records the new source under the old version, in a diff.
 """
 
 from __future__ import annotations
@@ -29,5 +29,5 @@ def recorded() -> dict[str, list[object]]:
 def test_a_changed_stage_has_a_new_version_or_says_that_its_output_is_the_same(stage: str) -> None:
     assert recorded()[stage] == json.loads(GOLDEN.read_text())[stage], (
         f"stages/{stage}.py changed: raise its version in runner/planning/graph.py if its output differs, "
-        "then run `python tests/goldens/update.py`"
+        "then run `python -m tests.goldens.update stages`"
     )

@@ -77,7 +77,7 @@ def test_a_difference_is_named_as_a_person_writes_it(change: dict[str, object], 
 
 @pytest.mark.parametrize("name", RECIPES)
 def test_keys_are_the_golden_ones(name: str, store: Store) -> None:
-    """A key that moves invalidates everyone's artifacts: `python tests/goldens/update.py` makes that a diff."""
+    """A key that moves invalidates everyone's artifacts: `python -m tests.goldens.update keys` makes that a diff."""
     assert keys(Planner(compose.compose(words(name)), store)) == json.loads(GOLDEN.read_text())[name]
 
 
