@@ -53,7 +53,7 @@ from vllm.v1.core.sched.scheduler import Scheduler
 from vllm.v1.kv_cache_interface import HiddenStateCacheSpec
 from vllm.v1.request import RequestStatus
 
-from speculators.features.encoding import FLOAT8, quantise
+from speculators.features.encoding import FLOAT8, quantize
 
 if TYPE_CHECKING:
     from vllm.config import VllmConfig
@@ -316,8 +316,8 @@ def _leaving(states: torch.Tensor, quantises: bool) -> dict[str, torch.Tensor]:
     """The states [T, L, H] as they go into the file, on the device where they are."""
     if not quantises:
         return {"hidden_states": states}
-    quantised, scales = quantise(states)
-    return {"hidden_states": quantised, "scales": scales.to(states.dtype)}
+    quantized, scales = quantize(states)
+    return {"hidden_states": quantized, "scales": scales.to(states.dtype)}
 
 
 def _write(path: Path, tensors: dict[str, torch.Tensor], token_ids: list[int], event: torch.cuda.Event | None) -> None:

@@ -27,7 +27,7 @@ from safetensors.torch import load_file
 
 from speculators.engine.mooncake import HANDLE, StatesObject, Store
 from speculators.errors import ServiceError, StageError
-from speculators.features.encoding import dequantise
+from speculators.features.encoding import dequantize
 
 OURS, STOCK = "hidden_states_file", "hidden_states_path"
 """Under which an answer's `kv_transfer_params` name a file."""
@@ -106,7 +106,7 @@ class StatesFile:
         finally:
             self.drop()
         if "scales" in tensors:
-            states = dequantise(states, tensors["scales"])
+            states = dequantize(states, tensors["scales"])
         elif "hidden_states_scales" in tensors:
             states = (states.float() * tensors["hidden_states_scales"]).to(torch.bfloat16)
         return token_ids, states

@@ -1,4 +1,4 @@
-"""What a set of hidden states is: of which target, tokens and layers, in which format. It lies in every shard.
+"""The contract of hidden states: which target, tokens and layers they are of, and their format. Every shard holds it.
 
 The contract: `format`, `target` and `tokens` (digests), `dtype` (stored, see `encoding`), `compute_dtype`,
 `layer_ids`, `convention`, `hidden_size`, `normed`, `last_state` (where the last layer's are kept, a name).
@@ -18,14 +18,14 @@ CONVENTION = (
     "layer id i is the residual stream entering layer i; the number of layers is the last one's output, not normed"
 )
 EVERYWHERE, ANSWERS = "everywhere", "answers"
-"""A contract's `last_state`: of every token; where an answer is predicted."""
+"""Values of `last_state`: the last layer is kept at every position, or only where an answer token is predicted."""
 
 
 def feature_contract(
     *, target: str, tokens: str, dtype: str, compute_dtype: str, layer_ids: list[int], hidden_size: int,
     last_state: str = EVERYWHERE,
 ) -> dict[str, Any]:  # fmt: skip
-    """What a set of hidden states is; `target` and `tokens` are digests, `layer_ids` everything captured, in order."""
+    """Build a contract. `target` and `tokens` are digests; `layer_ids` are all captured layers in ascending order."""
     return {
         "format": FORMAT,
         "target": target,
@@ -40,15 +40,19 @@ def feature_contract(
     }
 
 
-def check_contract(found: Mapping[str, Any], wanted: Mapping[str, Any]) -> None:
-    """Raise ContractError, naming every field, where `found` is not what `wanted` asks; other fields are ignored."""
+def check_contract(contract: Mapping[str, Any], expected: Mapping[str, Any]) -> None:
+    """Check that a contract has the expected fields; fields that are not expected are ignored.
+
+    Raises:
+        ContractError: one differs; the message names every one.
+    """
     wrong = [
-        f"{name} is {json.dumps(found.get(name))}, wanted {json.dumps(value)}"
-        for name, value in wanted.items()
-        if found.get(name) != value
+        f"{name} is {json.dumps(contract.get(name))}, expected {json.dumps(value)}"
+        for name, value in expected.items()
+        if contract.get(name) != value
     ]
     if wrong:
         raise ContractError(
-            f"these hidden states are not what is asked for: {'; '.join(wrong)}",
+            f"the hidden states do not fit: {'; '.join(wrong)}",
             "extract them again from this target, these tokens and these layers, with `run extract`",
         )

@@ -31,7 +31,7 @@ from speculators.data.packing import Piece, held_out, pieces
 from speculators.data.token_table import TokenTable
 from speculators.errors import ContractError
 from speculators.features.batch import Pack
-from speculators.features.encoding import LAST, decode, last_of
+from speculators.features.encoding import LAST, decode, last_layer_part
 from speculators.features.prefetch import Ahead, Buffers
 from speculators.features.shards import ShardReader
 from speculators.features.writer import read_skipped
@@ -57,7 +57,7 @@ class Source(Protocol):
             ContractError: not all rows have states.
         """
 
-    def last_places(self, row: int, tokens: int) -> npt.NDArray[np.bool_]:
+    def last_layer_mask(self, row: int, tokens: int) -> npt.NDArray[np.bool_]:
         """A row's first tokens, true where there is what leaves the last layer."""
 
     def expect(self, batches: Sequence[Sequence[int]]) -> None:
@@ -121,9 +121,9 @@ class Shards:
                 )
         return self._lengths
 
-    def last_places(self, row: int, tokens: int) -> npt.NDArray[np.bool_]:
+    def last_layer_mask(self, row: int, tokens: int) -> npt.NDArray[np.bool_]:
         """See `Source`."""
-        return self.reader.last_places(row, tokens)
+        return self.reader.last_layer_mask(row, tokens)
 
     def expect(self, batches: Sequence[Sequence[int]]) -> None:
         """See `Source`."""
@@ -254,7 +254,7 @@ class Corpus:
             out = self._buffers.empty({name: (torch.bfloat16, encoded[name].shape) for name in ("states", "last")})
         return {
             "states": decode(encoded, out.get("states")),
-            "last": decode(last_of(encoded), out.get("last")),
+            "last": decode(last_layer_part(encoded), out.get("last")),
         }
 
     def _to(self, device: torch.device) -> None:
@@ -268,7 +268,7 @@ class Corpus:
         parts = [(piece.row, piece.end) for piece in wanted]
         total = sum(piece.end for piece in wanted)
         token_ids, loss_mask = np.empty(total, dtype=np.int64), np.zeros(total, dtype=np.bool_)
-        last = np.concatenate([self.source.last_places(row, tokens) for row, tokens in parts])
+        last = np.concatenate([self.source.last_layer_mask(row, tokens) for row, tokens in parts])
         begin = 0
         for piece in wanted:
             token_ids[begin : begin + piece.end] = self.table.token_ids(piece.row)[: piece.end]

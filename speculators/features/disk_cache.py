@@ -1,10 +1,10 @@
-"""Hidden states that a training keeps on disk, up to a budget, in the order in which they come in.
+"""A cache on disk of the hidden states that online training receives, up to a budget, in order of arrival.
 
-    00000/   a set of hidden states of its own (`shards`), one shard with its index
+    00000/   a directory of hidden states (`shards`): one shard and its index
     00001/   ...
 
-A set is sealed when it holds `SET_TOKENS`. One that was not sealed, or does not open, is removed and its rows are
-asked for again; so a killed training finds all that was sealed. Rows that are not sealed yet are in memory.
+A directory is completed when it holds `SET_TOKENS` tokens; until then its rows are in memory as well. An incomplete or
+damaged directory is removed and its rows are requested again, so a killed training keeps all complete ones.
 """
 
 from __future__ import annotations
@@ -18,38 +18,38 @@ from torch import Tensor
 
 from speculators.errors import ContractError
 from speculators.features.contract import check_contract
-from speculators.features.encoding import copy_first
-from speculators.features.io import Reading
+from speculators.features.encoding import copy_prefix
+from speculators.features.io import FileReader
 from speculators.features.shards import INDEX, ShardReader, ShardWriter
 
 SET_TOKENS = 4096
-"""Tokens that a kill may lose, and that are held in memory until then."""
+"""Tokens of a directory: what a kill may lose, and what is held in memory."""
 SET_BYTES, ROW_BYTES = 4096, 128
-"""What headers and indices take at most, of a set and of a row."""
+"""Upper bounds of the bytes that headers and indices take, for a directory and for a row."""
 
 
-class StatesCache:
-    """Rows by number. One thread may `add` while another one reads."""
+class HiddenStatesCache:
+    """Hidden states of rows by number. One thread may `add` while another one reads."""
 
     def __init__(self, directory: Path, contract: Mapping[str, Any], budget: int) -> None:
         self.bytes = 0
-        """Of the files of sealed sets."""
-        self.found = 0
-        """Rows that an earlier attempt left."""
+        """Size of the complete directories."""
+        self.rows_reused = 0
+        """Rows of an earlier attempt."""
         self._directory = directory
         self._contract = dict(contract)
         self._budget = budget
         self._full = False
         self._sealed: dict[int, ShardReader] = {}
         self._open: dict[int, Mapping[str, Tensor]] = {}
-        self._reading = Reading()
+        self._files = FileReader()
         self._writer: ShardWriter | None = None
         self._tokens, self._open_bytes = 0, 0
         self._sets = 0
         directory.mkdir(parents=True, exist_ok=True)
-        for place in sorted(directory.iterdir()):
-            self._adopt(place)
-        self.found = len(self._sealed)
+        for path in sorted(directory.iterdir()):
+            self._adopt(path)
+        self.rows_reused = len(self._sealed)
 
     def __contains__(self, row: object) -> bool:
         return row in self._open or row in self._sealed
@@ -58,16 +58,19 @@ class StatesCache:
         return len(self._sealed) + len(self._open)
 
     def fill(self, row: int, into: Mapping[str, Tensor]) -> None:
-        """Put the states of a row's first tokens, as they are stored, into tensors that have room for so many."""
-        found = self._open.get(row)
-        if found is None:
+        """Copy the encoded states of a row's first tokens into tensors by name; their length says how many tokens."""
+        encoded = self._open.get(row)
+        if encoded is None:
             self._sealed[row].fill([(row, len(into["states"]))], into)
         else:
-            copy_first(found, into)
+            copy_prefix(encoded, into)
 
-    def add(self, row: int, token_ids: Tensor, sifted: Mapping[str, Tensor], last: Tensor) -> bool:
-        """Keep a row, as `ShardWriter.add_sifted`, if the budget allows; once it has not, no further row is kept."""
-        size = token_ids.nbytes + sum(tensor.nbytes for tensor in sifted.values())
+    def add(self, row: int, token_ids: Tensor, encoded: Mapping[str, Tensor], last: Tensor) -> bool:
+        """Keep a row (see `ShardWriter.add_encoded`) unless the budget is used up; returns whether it was kept.
+
+        After the first row that does not fit, no further row is kept.
+        """
+        size = token_ids.nbytes + sum(tensor.nbytes for tensor in encoded.values())
         more = size + ROW_BYTES + (SET_BYTES if self._writer is None else 0)
         if self._full or self.bytes + self._open_bytes + more > self._budget:
             self._full = True
@@ -75,8 +78,8 @@ class StatesCache:
             return False
         if self._writer is None:
             self._writer = ShardWriter(self._directory / f"{self._sets:05d}", self._contract, 2 * SET_TOKENS)
-        self._writer.add_sifted(row, token_ids, sifted, last)
-        self._open[row] = sifted
+        self._writer.add_encoded(row, token_ids, encoded, last)
+        self._open[row] = encoded
         self._open_bytes += more
         self._tokens += len(token_ids)
         if self._tokens >= SET_TOKENS:
@@ -84,32 +87,32 @@ class StatesCache:
         return True
 
     def seal(self) -> None:
-        """Put on the disk what is not there yet."""
+        """Complete the directory that is being filled."""
         if self._writer is None:
             return
         self._writer.close()
-        reader = ShardReader(self._writer.directory, self._reading)
-        # In this order: a row that is asked for meanwhile is always in one of the two.
+        reader = ShardReader(self._writer.directory, self._files)
+        # In this order, so that a row that another thread reads is always in one of the two.
         self._sealed.update(dict.fromkeys(reader.rows, reader))
         self.bytes += _size(reader.directory)
         self._open = {}
         self._writer, self._tokens, self._open_bytes = None, 0, 0
         self._sets += 1
 
-    def _adopt(self, place: Path) -> None:
-        """Take over a set that an earlier attempt sealed."""
+    def _adopt(self, path: Path) -> None:
+        """Use a directory of an earlier attempt if it is complete, else remove it."""
         try:
-            if not (place / INDEX).exists():
-                raise ContractError(f"{place} was not sealed", "its rows are asked for again")
-            reader = ShardReader(place, self._reading)
+            if not (path / INDEX).exists():
+                raise ContractError(f"{path} is incomplete", "its rows are requested again")
+            reader = ShardReader(path, self._files)
             check_contract(reader.contract, self._contract)
             reader.check()
         except ContractError:
-            shutil.rmtree(place)
+            shutil.rmtree(path)
             return
         self._sealed.update(dict.fromkeys(reader.rows, reader))
-        self.bytes += _size(place)
-        self._sets = int(place.name) + 1
+        self.bytes += _size(path)
+        self._sets = int(path.name) + 1
 
 
 def _size(directory: Path) -> int:

@@ -1,18 +1,18 @@
-"""How hidden states are stored: in a floating-point type as they are, or in float8 with scales.
+"""The encodings in which hidden states are stored: a floating-point dtype, or float8 with scales.
 
-float8 is e4m3 with one scale for every token and layer, because magnitudes differ by orders between layers, and between
-a sequence's first token and the rest: a scale over several would spend the type's range on that. A scale is the
-smallest power of two under which the token's largest value of that layer fits, so
+float8 is e4m3 with one scale for each token and layer, because magnitudes differ by orders between layers, and between
+a sequence's first token and the others; a scale over several would spend the dtype's range on that. A scale is the
+smallest power of two with which the token's largest value of that layer fits, so
 
-- it is exact in bfloat16, and so is every value times its scale: decoding rounds nothing;
-- encoding what was decoded changes no value. States that an engine hands out in float8 can be handled as floats, and
-  are stored again without a second rounding.
+- it is exact in bfloat16, and so is every value times its scale: decoding does not round;
+- encoding decoded values again changes none of them. States that an engine exports in float8 can be handled as floats
+  and stored again without a second rounding.
 
-How exact: with A the largest magnitude of a token's layer, a value x with |x| >= A / 14336 comes back within |x| / 16,
-a smaller one within A / 229376. Massive activations, some ten thousand times the rest, leave the rest its precision.
-A token's layer that holds NaN or an infinity gets the scale NaN: nothing of it comes back as a number.
+Accuracy: with A the largest magnitude of a token's layer, a value x with |x| >= A / 14336 is decoded within |x| / 16, a
+smaller one within A / 229376. Massive activations, some ten thousand times the rest, leave the rest its precision.
+A token's layer that holds NaN or an infinity gets the scale NaN, so that all of it is decoded to NaN.
 
-An engine's process imports this module: it needs torch and nothing else that is large.
+The engine's process imports this module, so it imports torch and nothing else that is large.
 """
 
 from __future__ import annotations
@@ -26,96 +26,98 @@ from speculators.errors import StageError
 
 FLOAT8 = torch.float8_e4m3fn
 LARGEST = 448.0
-"""Of e4m3: 0.875 * 2**9."""
+"""Largest value of e4m3, 0.875 * 2**9."""
 SIGN_AND_VALUE = 0x87F0 - 0x10000
-"""As int16: the bits of e4m3 in bfloat16."""
-MISSING, LARGEST_FACTOR = 2.0**120, 2.0**127
-"""What those bits have to be multiplied by, and the largest power of two in bfloat16."""
+"""Mask, as int16, of the bits of bfloat16 that an e4m3 value shifted left by 4 occupies."""
+BIAS_FACTOR, LARGEST_FACTOR = 2.0**120, 2.0**127
+"""2**(127 - 7), the difference of the two dtypes' exponent biases; the largest power of two in bfloat16."""
 LAST = {"scales": "last_scales", "states": "last"}
-"""How the last layer's part of what `encode` makes is called where it is kept apart."""
+"""Tensor of `encode` -> name of the last layer's part of it, where that is kept apart."""
 CHUNK_ELEMENTS = 1 << 19
-"""Values that are decoded at a time on a CPU: 1 MiB in bfloat16."""
+"""Values decoded at a time on a CPU: 1 MiB in bfloat16, which stays in the cache."""
 SMALLEST_EXPONENT = -100
-"""Of a scale. Smaller states than any that matter become zero, and no product leaves the normal numbers."""
+"""Smallest exponent of a scale. Keeps products of value and scale in the range of normal numbers."""
 
 
-def quantise(states: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """States [..., H] as float8 [..., H] and their scales, bfloat16 [...]: powers of two, NaN where one is not finite.
+def quantize(states: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Quantize states [..., H] to float8 e4m3 [..., H] and scales, bfloat16 [...].
 
-    On an accelerator nothing waits for it.
+    Scales are powers of two, NaN where a value is not finite. Does not synchronize with an accelerator.
     """
     largest = states.abs().amax(-1).float()
     fraction, exponent = torch.frexp(largest)  # largest = fraction * 2**exponent, 0.5 <= fraction < 1
     exponent = torch.where(fraction <= LARGEST / 512, exponent - 9, exponent - 8)
-    # From its bits, because a power that is computed need not be exact on every device.
+    # Made from its bits, because pow() need not be exact on every device.
     bits = (exponent.clamp(SMALLEST_EXPONENT, 120) + 127) << 7
     scales = bits.to(torch.int16).view(torch.bfloat16)
     scales = torch.where(torch.isfinite(largest), scales, torch.nan)
     return (states.float() / scales.float().unsqueeze(-1)).to(FLOAT8), scales
 
 
-def dequantise(quantised: torch.Tensor, scales: torch.Tensor, out: torch.Tensor | None = None) -> torch.Tensor:
-    """What `quantise` kept, exactly, in the type of the scales: bfloat16 (in `out`, if it is given) or float32."""
+def dequantize(quantized: torch.Tensor, scales: torch.Tensor, out: torch.Tensor | None = None) -> torch.Tensor:
+    """Values times scales, exact, in the dtype of the scales: bfloat16 (written to `out` if given) or float32."""
     if scales.dtype is not torch.bfloat16:
-        return dequantise(quantised, torch.ones_like(scales, dtype=torch.bfloat16)) * scales.unsqueeze(-1)
-    # By its bits, since on a CPU torch converts float8 value by value, which takes ten times as long: with the sign in
-    # its place, exponent and fraction read as bfloat16 are the value times 2**-120, subnormal ones too.
-    out = torch.empty_like(quantised, dtype=torch.bfloat16) if out is None else out
-    step, factors = max(1, len(out)), [torch.full_like(scales, MISSING), scales]
+        return dequantize(quantized, torch.ones_like(scales, dtype=torch.bfloat16)) * scales.unsqueeze(-1)
+    # By bit operations, since torch converts float8 ten times slower on a CPU. The bits of e4m3, shifted to the sign,
+    # exponent and fraction of bfloat16, are the value times 2**-120, subnormal numbers included.
+    out = torch.empty_like(quantized, dtype=torch.bfloat16) if out is None else out
+    step, factors = max(1, len(out)), [torch.full_like(scales, BIAS_FACTOR), scales]
     if out.device.type == "cpu" and out.numel():
-        # As many at a time as stay in its cache, and no pass over them that can be saved.
+        # Chunks that stay in the cache; one multiplication instead of two where the product cannot overflow.
         step = max(1, CHUNK_ELEMENTS // out[0].numel())
-        if bool(scales.amax() <= LARGEST_FACTOR / MISSING):
-            factors = [scales * MISSING]
+        if bool(scales.amax() <= LARGEST_FACTOR / BIAS_FACTOR):
+            factors = [scales * BIAS_FACTOR]
     for begin in range(0, len(out), step):
-        some = slice(begin, begin + step)
-        bits = out[some].view(torch.int16).copy_(quantised[some].view(torch.int8))
+        chunk = slice(begin, begin + step)
+        bits = out[chunk].view(torch.int16).copy_(quantized[chunk].view(torch.int8))
         bits <<= 4
         bits &= SIGN_AND_VALUE
         for factor in factors:
-            out[some] *= factor[some].unsqueeze(-1)
+            out[chunk] *= factor[chunk].unsqueeze(-1)
     return out
 
 
 def encode(item: str, states: torch.Tensor, stored: str) -> dict[str, torch.Tensor]:
-    """States [T, L, H] as they are stored: `states` in the type named `stored`, and for float8 their `scales` [T, L].
+    """Encode states [T, L, H] in the dtype named `stored`: the tensor `states`, and for float8 `scales` [T, L].
 
     Raises:
-        StageError: a value of `item` is not finite, or too large for that type.
+        StageError: a value is not finite, or too large for the dtype; the message begins with `item`.
     """
     dtype: torch.dtype = getattr(torch, stored)
     if dtype is FLOAT8:
-        quantised, scales = quantise(states)
-        kept, telling = {"scales": scales, "states": quantised}, scales
+        quantized, scales = quantize(states)
+        encoded, checked = {"scales": scales, "states": quantized}, scales
     else:
-        telling = states.to(dtype)
-        kept = {"states": telling}
-    if not bool(torch.isfinite(telling).all()):
+        checked = states.to(dtype)
+        encoded = {"states": checked}
+    if not bool(torch.isfinite(checked).all()):
         raise StageError(
             f"{item}: the hidden states cannot be stored in {stored}: a value is not finite, or too large",
             "if they overflow float16, set extract.dtype=bfloat16; else the target itself overflows",
         )
-    return kept
+    return encoded
 
 
-def sift(encoded: Mapping[str, torch.Tensor], wanted: torch.Tensor) -> dict[str, torch.Tensor]:
-    """Of what `encode` made, what training needs: the draft's layers of all tokens, the last one at `wanted`, bool [T].
+def split_last_layer(encoded: Mapping[str, torch.Tensor], mask: torch.Tensor) -> dict[str, torch.Tensor]:
+    """Split what `encode` returns into the draft's layers at every position and the last layer where `mask` is true.
 
-    The last layer's output only says what the target says next, and nobody asks for that everywhere.
+    Args:
+        encoded: of [T, L, H] states.
+        mask: bool [T]; the last layer is only needed at supervised positions.
     """
-    last = {LAST[name]: tensor[wanted, -1] for name, tensor in encoded.items()}
+    last = {LAST[name]: tensor[mask, -1] for name, tensor in encoded.items()}
     return {**{name: tensor[:, :-1].contiguous() for name, tensor in encoded.items()}, **last}
 
 
-def last_of(sifted: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """The last layer's part as `decode` takes it: [U, H], and its scales [U]."""
-    return {name: sifted[own] for name, own in LAST.items() if own in sifted}
+def last_layer_part(tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """The last layer's tensors under the names that `decode` takes: states [U, H], and scales [U] for float8."""
+    return {name: tensors[last] for name, last in LAST.items() if last in tensors}
 
 
 def layout(layers: int, hidden_size: int, stored: str) -> dict[str, tuple[torch.dtype, tuple[int, ...]]]:
-    """What `sift` leaves of one token, and in `LAST` of one place, by name: its type, and its shape.
+    """Tensor name -> (dtype, shape) of one token after `split_last_layer`; for the tensors in `LAST`, of one entry.
 
-    `layers` counts the last one.
+    `layers` counts all captured layers, the last one included.
     """
     dtype: torch.dtype = getattr(torch, stored)
     scales = {"scales": (torch.bfloat16, (layers - 1,)), "last_scales": (torch.bfloat16, ())}
@@ -124,20 +126,20 @@ def layout(layers: int, hidden_size: int, stored: str) -> dict[str, tuple[torch.
 
 
 def decode(tensors: Mapping[str, torch.Tensor], out: torch.Tensor | None = None) -> torch.Tensor:
-    """The states [..., H] out of what `encode` made; bfloat16, in `out` if it is given, if they were in float8."""
+    """Decode states [..., H]: float8 to bfloat16 (in `out` if given), other dtypes are returned as they are."""
     if "scales" in tensors:
-        return dequantise(tensors["states"], tensors["scales"], out)
+        return dequantize(tensors["states"], tensors["scales"], out)
     return tensors["states"]
 
 
-def copy_first(encoded: Mapping[str, torch.Tensor], into: Mapping[str, torch.Tensor]) -> None:
-    """Put the beginning of what `sift` left into tensors of as many tokens, and as many places of the last layer."""
+def copy_prefix(encoded: Mapping[str, torch.Tensor], into: Mapping[str, torch.Tensor]) -> None:
+    """Copy the first entries of each encoded tensor into the tensor of the same name; its length says how many."""
     for name, tensor in into.items():
         tensor.copy_(encoded[name][: len(tensor)])
 
 
-def bytes_each(layers: int, hidden_size: int, stored: str) -> tuple[int, int]:
-    """What one token takes, and what one place of the last layer takes beside it."""
+def bytes_per_token(layers: int, hidden_size: int, stored: str) -> tuple[int, int]:
+    """Bytes of one token without the last layer, and bytes of one entry of the last layer."""
     each = {n: d.itemsize * math.prod(s) for n, (d, s) in layout(layers, hidden_size, stored).items()}
     last = sum(each.get(name, 0) for name in LAST.values())
     return sum(each.values()) - last, last

@@ -1,4 +1,4 @@
-"""Ranges of files into memory that is the caller's, through the kernel's page cache or past it."""
+"""Parallel reads of byte ranges of files into arrays of the caller, through the page cache or by direct I/O."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ Bytes = npt.NDArray[np.uint8]
 
 
 class OpenFile:
-    """A descriptor for reading, closed when nobody has it any more."""
+    """A file descriptor for reading that is closed with the last reference to it."""
 
     def __init__(self, path: Path, flags: int = 0) -> None:
         self.descriptor = -1
@@ -33,130 +33,133 @@ class OpenFile:
             os.close(self.descriptor)
 
 
-class Reading:
-    """Reads files, several blocks at a time: one after the other they leave the disk idle in between, or a core.
+class FileReader:
+    """Reads byte ranges of files by several threads, so that neither the disk nor a core waits for the other.
 
-    What does not fit into memory is read from the disk in every epoch. Through the page cache that takes half a second
-    of a core for a gigabyte; past it, a tenth (docs/log.md). A disk wants whole sectors at such addresses then: what
-    lies so is read straight into its place, all else through memory of our own.
+    Hidden states that do not fit into memory are read from the disk in every epoch. Through the page cache that costs
+    half a second of a core for a gigabyte, by direct I/O a tenth (docs/log.md). Direct I/O needs offsets, addresses and
+    sizes in whole sectors: ranges that have them are read in place, the others through a buffer.
 
     Args:
-        most: files that stay open, those that were asked for last.
-        past: the cache.
+        max_open: files that stay open, the most recently used ones.
+        direct_io: read without the page cache (`O_DIRECT`).
     """
 
     READS = 6
+    """Threads."""
     BLOCK = 1 << 20
-    """Bytes, at most."""
+    """Largest read, in bytes."""
     SMALL = 1 << 16
-    """Bytes that are not worth a thread."""
+    """Bytes below which a read is not handed to a thread."""
     SECTOR = 512
+    """Bytes; the alignment that direct I/O is tried with first."""
     PAGE = 4096
-    """What a sector is at most."""
+    """Bytes; the largest sector there is."""
 
-    def __init__(self, most: int = 64, *, past: bool = False) -> None:
-        self._files = functools.lru_cache(most)(functools.partial(OpenFile, flags=os.O_DIRECT if past else 0))
-        self._past = self._straight = past
+    def __init__(self, max_open: int = 64, *, direct_io: bool = False) -> None:
+        flags = os.O_DIRECT if direct_io else 0
+        self._files = functools.lru_cache(max_open)(functools.partial(OpenFile, flags=flags))
+        self._direct_io = self._in_place = direct_io
         self._readers = ThreadPoolExecutor(self.READS, "states")
-        self._own = threading.local()
+        self._buffers = threading.local()
 
-    def can(self, path: Path) -> bool:
-        """Whether the file is there, on a file system that has such reads."""
+    def supports(self, path: Path) -> bool:
+        """Whether the file exists and its file system supports this kind of read."""
         with contextlib.suppress(OSError):
             self._files(path)
             return True
         return False
 
     def will_need(self, path: Path, offset: int, size: int) -> None:
-        """Let the kernel begin to read that part of a file, where it is not in memory."""
+        """Have the kernel read a range of a file ahead into the page cache."""
         os.posix_fadvise(self._file(path).descriptor, offset, size, os.POSIX_FADV_WILLNEED)
 
-    def read(self, wanted: Iterable[tuple[Path, int, Bytes]]) -> None:
-        """Fill each array from a file, beginning at an offset.
+    def read(self, ranges: Iterable[tuple[Path, int, Bytes]]) -> None:
+        """Fill each array with the bytes of a file from an offset on.
 
         Raises:
-            ContractError: a file is missing, or ends before.
+            ContractError: a file is missing, or ends too early.
         """
         large = []
-        for path, offset, room in wanted:
-            if len(room) < self.SMALL:
-                self._block(path, offset, room)
+        for path, offset, target in ranges:
+            if len(target) < self.SMALL:
+                self._read_block(path, offset, target)
                 continue
-            # In parts of one size: a small rest would cost as much as a block.
-            size = -(-len(room) // -(-len(room) // self.BLOCK) // self.PAGE) * self.PAGE
-            large += [(path, offset + begin, room[begin : begin + size]) for begin in range(0, len(room), size)]
-        waiting = iter(large)
-        for _ in self._readers.map(self._blocks, [waiting] * min(self.READS, len(large))):
+            # Blocks of equal size: a small remainder would cost as much as a block.
+            size = -(-len(target) // -(-len(target) // self.BLOCK) // self.PAGE) * self.PAGE
+            large += [(path, offset + begin, target[begin : begin + size]) for begin in range(0, len(target), size)]
+        queue = iter(large)
+        for _ in self._readers.map(self._read_blocks, [queue] * min(self.READS, len(large))):
             pass
 
-    def _blocks(self, waiting: Iterator[tuple[Path, int, Bytes]]) -> None:
-        """One reader: takes the next block from all that wait, which others take from too."""
-        for block in waiting:
-            self._block(*block)
+    def _read_blocks(self, queue: Iterator[tuple[Path, int, Bytes]]) -> None:
+        """Read blocks from a queue that all threads share until it is empty."""
+        for block in queue:
+            self._read_block(*block)
 
-    def _block(self, path: Path, offset: int, room: Bytes) -> None:
+    def _read_block(self, path: Path, offset: int, target: Bytes) -> None:
         file = self._file(path)
-        if not self._past:
-            self._into(path, file, offset, room)
+        if not self._direct_io:
+            self._read_into(path, file, offset, target)
             return
-        if self._straight and not (offset | room.ctypes.data | len(room)) % self.SECTOR:
+        if self._in_place and not (offset | target.ctypes.data | len(target)) % self.SECTOR:
             try:
-                self._into(path, file, offset, room)
+                self._read_into(path, file, offset, target)
             except OSError as error:
                 if error.errno != errno.EINVAL:
                     raise
-                self._straight = False  # the sectors of this disk are larger
+                self._in_place = False  # the sectors of this disk are larger
             else:
                 return
-        before = offset % self.PAGE
-        memory = self._memory()[: -(-(before + len(room)) // self.PAGE) * self.PAGE]
-        self._into(path, file, offset - before, memory, before + len(room))
-        np.copyto(room, memory[before : before + len(room)])
+        margin = offset % self.PAGE
+        buffer = self._buffer()[: -(-(margin + len(target)) // self.PAGE) * self.PAGE]
+        self._read_into(path, file, offset - margin, buffer, margin + len(target))
+        np.copyto(target, buffer[margin : margin + len(target)])
 
-    def _into(self, path: Path, file: OpenFile, offset: int, room: Bytes, least: int | None = None) -> None:
-        """Fill an array, or at `least` so much of it where the file may end before."""
-        read, least = 0, len(room) if least is None else least
-        while read < least:
-            # What came short of a whole sector, at the end of a file, is read again with it.
-            at = read // self.PAGE * self.PAGE if self._past else read
-            got = os.preadv(file.descriptor, [room[at:].data], offset + at)
-            if at + got <= read:
-                raise damaged(path, "it was cut off")
-            read = at + got
+    def _read_into(self, path: Path, file: OpenFile, offset: int, target: Bytes, needed: int | None = None) -> None:
+        """Fill an array, or its first `needed` bytes where the file may end before the array does."""
+        count, needed = 0, len(target) if needed is None else needed
+        while count < needed:
+            # Direct I/O has to go on at a whole page, so a partial one at the end is read again.
+            begin = count // self.PAGE * self.PAGE if self._direct_io else count
+            received = os.preadv(file.descriptor, [target[begin:].data], offset + begin)
+            if begin + received <= count:
+                raise damaged_file(path, "it was cut off")
+            count = begin + received
 
-    def _memory(self) -> Bytes:
-        """This thread's own: it begins with a page, and is large enough to be one large page."""
-        if not hasattr(self._own, "memory"):
-            self._own.memory = pages(max(4 << 20, self.BLOCK + 2 * self.PAGE))
-        memory: Bytes = self._own.memory
+    def _buffer(self) -> Bytes:
+        """This thread's buffer: page-aligned, and large enough for one huge page."""
+        if not hasattr(self._buffers, "memory"):
+            self._buffers.memory = pages(max(4 << 20, self.BLOCK + 2 * self.PAGE))
+        memory: Bytes = self._buffers.memory
         return memory
 
     def _file(self, path: Path) -> OpenFile:
         try:
             return self._files(path)
         except FileNotFoundError:
-            raise missing(path) from None
+            raise missing_file(path) from None
 
 
 def pages(size: int) -> Bytes:
-    """Fresh memory that begins with a page, of large ones where the kernel has them: they cost less to touch."""
+    """New page-aligned memory of `size` bytes, in huge pages where the kernel has them: they cost fewer page faults."""
     memory: Any = mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
     with contextlib.suppress(OSError):
         memory.madvise(mmap.MADV_HUGEPAGE)
     return np.frombuffer(memory, dtype=np.uint8)
 
 
-def larger_than_memory(directory: Path) -> bool:
-    """Whether the shards of a set are more than the page cache is likely to hold: half of this machine's memory."""
+def exceeds_page_cache(directory: Path) -> bool:
+    """Whether a directory's shards are larger than half of this machine's memory, which the page cache may hold."""
     pages, page = os.sysconf("SC_PHYS_PAGES"), os.sysconf("SC_PAGE_SIZE")
     return sum(path.stat().st_size for path in directory.glob("shard-*")) > pages * page // 2
 
 
-def missing(path: Path) -> ContractError:
-    """There is no such file."""
+def missing_file(path: Path) -> ContractError:
+    """The error of a file that does not exist."""
     return ContractError(f"{path} is missing", "extract the hidden states again")
 
 
-def damaged(path: Path, why: str) -> ContractError:
-    """A file is not what was written."""
+def damaged_file(path: Path, why: str) -> ContractError:
+    """The error of a file whose content is not what was written."""
     return ContractError(f"{path} is damaged: {why}", "delete it and run the same command again")

@@ -3,14 +3,15 @@
     shard-00000.safetensors   token_ids int64 [N], states [N, L - 1, H], last [U, H], and for float8 scales
                               bfloat16 [N, L - 1], last_scales [U]; the metadata holds the contract and the rows
     shard-00001.safetensors   ...
-    index.json                the contract, each row's `Span`, the name and the sha256 of every shard
+    index.json                the contract, each row's `RowSpan`, the name and the sha256 of every shard
 
-`last` is what leaves the last layer. It is only there to say what the target says next, so it is kept at those places
-of a row where that is asked for, the draft's own layers everywhere.
+N counts tokens, L the captured layers, H the target's hidden size, U the positions at which the last layer is kept.
+`last` is the last layer's output, before the final norm. It only serves to compute the target's distribution over the
+next token, so it is kept at the supervised positions alone; the layers that the draft reads are kept at every position.
 
-A shard is written when it is full: beside its place, fsynced, then renamed. So whatever bears a shard's name is whole,
-a killed writer loses only the rows of the shard it was filling, and a new writer in the same directory goes on after
-the last sealed one. Every shard can be read without the index, which is made from them at the end.
+A full shard is written to a temporary name, fsynced, and renamed. So a file with a shard's name is complete, a killed
+writer loses only the rows of the shard that it was filling, and the next writer in the same directory continues after
+the last complete one. Every shard can be read without the index, which is derived from the shards at the end.
 """
 
 from __future__ import annotations
@@ -32,8 +33,8 @@ import torch
 
 from speculators.errors import ContractError
 from speculators.features.contract import FORMAT, check_contract
-from speculators.features.encoding import FLOAT8, LAST, decode, encode, last_of, layout, sift
-from speculators.features.io import Bytes, Reading, damaged, missing
+from speculators.features.encoding import FLOAT8, LAST, decode, encode, last_layer_part, layout, split_last_layer
+from speculators.features.io import Bytes, FileReader, damaged_file, missing_file
 from speculators.job import write_json
 
 INDEX = "index.json"
@@ -44,64 +45,67 @@ DTYPES = {
     torch.bfloat16: "BF16",
     FLOAT8: "F8_E4M3",
 }
-"""The names that safetensors gives to what a shard may hold."""
-PAST = {"states", "last"}
-"""What may be read past the page cache; all else is a few bytes a token."""
+"""dtype -> its name in a safetensors header."""
+LARGE_TENSORS = {"states", "last"}
+"""The tensors that direct I/O may read; the others are a few bytes a token."""
 
 
 @dataclass(frozen=True, slots=True)
-class Span:
-    """Where one row lies."""
+class RowSpan:
+    """The location of one row in the shards."""
 
     shard: int
+    """Number of the shard, from 0."""
     start: int
+    """Index of the row's first token in the shard."""
     length: int
-    last: int
-    """Where its part of `last` begins."""
+    """Tokens of the row."""
+    last_start: int
+    """Index of the row's first entry in the shard's `last`."""
     ranges: list[list[int]]
-    """Where the last layer is kept: from the first of two places to before the second."""
+    """Positions of the row that have an entry in `last`, as [first, end) pairs in ascending order."""
 
-    def before(self, tokens: int) -> int:
-        """How many of these places are among the row's first tokens."""
+    def last_count(self, tokens: int) -> int:
+        """Number of entries in `last` among the row's first `tokens` positions."""
         return sum(min(end, tokens) - min(begin, tokens) for begin, end in self.ranges)
 
-    def part(self, begin: int, tokens: int) -> Span:
-        """So many of its tokens, from one on, as a row."""
+    def slice(self, begin: int, tokens: int) -> RowSpan:
+        """The location of `tokens` tokens of the row from position `begin`, as a row of its own."""
         assert begin + tokens <= self.length
         end = begin + tokens
-        ranges = [[max(first, begin) - begin, min(past, end) - begin] for first, past in self.ranges]
-        kept = [[first, past] for first, past in ranges if first < past]
-        return Span(self.shard, self.start + begin, tokens, self.last + self.before(begin), kept)
+        ranges = [[max(first, begin) - begin, min(last, end) - begin] for first, last in self.ranges]
+        ranges = [[first, last] for first, last in ranges if first < last]
+        return RowSpan(self.shard, self.start + begin, tokens, self.last_start + self.last_count(begin), ranges)
 
-    def places(self, tokens: int) -> npt.NDArray[np.bool_]:
-        """The first tokens, true where the last layer is kept."""
-        found = np.zeros(tokens, np.bool_)
+    def last_mask(self, tokens: int) -> npt.NDArray[np.bool_]:
+        """bool [tokens] over the row's first positions: true where the last layer is kept."""
+        mask = np.zeros(tokens, np.bool_)
         for begin, end in self.ranges:
-            found[begin:end] = True
-        return found
+            mask[begin:end] = True
+        return mask
 
 
 @dataclass(frozen=True, slots=True)
-class Part:
-    """Some tokens of a row."""
+class RowSlice:
+    """`tokens` tokens of a row, from position `begin`."""
 
     row: int
     begin: int
     tokens: int
 
 
-def ranges_of(wanted: torch.Tensor) -> list[list[int]]:
-    """`Span.ranges` of bool [T]."""
-    outside = torch.zeros(1, dtype=torch.bool)
-    framed = torch.cat([outside, wanted, outside])
-    ranges: list[list[int]] = (framed[1:] != framed[:-1]).nonzero().view(-1, 2).tolist()
+def mask_to_ranges(mask: torch.Tensor) -> list[list[int]]:
+    """The [first, end) ranges in which a bool [T] mask is true, ascending."""
+    false = torch.zeros(1, dtype=torch.bool)
+    padded = torch.cat([false, mask, false])
+    ranges: list[list[int]] = (padded[1:] != padded[:-1]).nonzero().view(-1, 2).tolist()
     return ranges
 
 
 class ShardWriter:
-    """Appends rows, seals a shard whenever `shard_tokens` is reached, goes on where an earlier writer stopped.
+    """Appends rows to shards of at least `shard_tokens` tokens; continues after the shards that the directory has.
 
-    Rows have to come in the same order in every attempt; then shards hold the same bytes however often it was killed.
+    If every attempt adds the rows in the same order, the shards hold the same bytes however often a writer was killed.
     """
 
     def __init__(self, directory: Path, contract: Mapping[str, Any], shard_tokens: int) -> None:
@@ -109,10 +113,10 @@ class ShardWriter:
         self.contract = dict(contract)
         self.shard_tokens = shard_tokens
         self.done: set[int] = set()
-        """Rows in sealed shards."""
+        """Rows in complete shards."""
         directory.mkdir(parents=True, exist_ok=True)
         self._digests: list[str] = []
-        self._spans: dict[int, Span] = {}
+        self._spans: dict[int, RowSpan] = {}
         self._pending: list[tuple[int, dict[str, torch.Tensor]]] = []
         self._pending_tokens, self._pending_last = 0, 0
         for leftover in directory.glob(".shard-*"):
@@ -121,40 +125,44 @@ class ShardWriter:
             self._adopt(path)
 
     def add(self, row: int, token_ids: torch.Tensor, states: torch.Tensor, last: torch.Tensor | None = None) -> None:
-        """Append one row: `token_ids` int64 [T], `states` [T, L, H]; they are converted to the stored dtype.
+        """Append one row, converted to the contract's dtype.
 
-        The last layer is kept where `last`, bool [T], says so; everywhere if it is None.
+        Args:
+            row: its number.
+            token_ids: int64 [T].
+            states: [T, L, H].
+            last: bool [T], true where the last layer is kept; None keeps it everywhere.
 
         Raises:
-            ContractError: the states are those of other layers or of another target.
+            ContractError: the number of layers or the hidden size is not the contract's.
             StageError: a value is not finite, or too large for the stored dtype.
         """
         if row in self._spans:
             raise ValueError(f"row {row} was added before")
-        wanted = (len(token_ids), len(self.contract["layer_ids"]), self.contract["hidden_size"])
-        if tuple(states.shape) != wanted:
+        expected = (len(token_ids), len(self.contract["layer_ids"]), self.contract["hidden_size"])
+        if tuple(states.shape) != expected:
             raise ContractError(
-                f"the states of row {row} are {list(states.shape)}, {list(wanted)} was expected",
+                f"the hidden states of row {row} have shape {list(states.shape)}, expected {list(expected)}",
                 "the server does not capture the layers of this recipe; is `serve.url` a server of another run?",
             )
-        wanted_last = torch.ones(len(token_ids), dtype=torch.bool) if last is None else last
+        last_mask = torch.ones(len(token_ids), dtype=torch.bool) if last is None else last
         encoded = encode(f"row {row}", states, self.contract["dtype"])
-        self.add_sifted(row, token_ids, sift(encoded, wanted_last), wanted_last)
+        self.add_encoded(row, token_ids, split_last_layer(encoded, last_mask), last_mask)
 
-    def add_sifted(
-        self, row: int, token_ids: torch.Tensor, sifted: Mapping[str, torch.Tensor], last: torch.Tensor
+    def add_encoded(
+        self, row: int, token_ids: torch.Tensor, encoded: Mapping[str, torch.Tensor], last: torch.Tensor
     ) -> None:
-        """As `add`, but what `sift` has left of the states for this contract."""
-        ranges = ranges_of(last)
-        self._spans[row] = Span(len(self._digests), self._pending_tokens, len(token_ids), self._pending_last, ranges)
-        self._pending.append((row, {"token_ids": token_ids.to(torch.int64), **sifted}))
+        """Append one row whose states are encoded already: the tensors that `split_last_layer` returns."""
+        ranges = mask_to_ranges(last)
+        self._spans[row] = RowSpan(len(self._digests), self._pending_tokens, len(token_ids), self._pending_last, ranges)
+        self._pending.append((row, {"token_ids": token_ids.to(torch.int64), **encoded}))
         self._pending_tokens += len(token_ids)
-        self._pending_last += len(sifted["last"])
+        self._pending_last += len(encoded["last"])
         if self._pending_tokens >= self.shard_tokens:
             self._seal()
 
     def close(self) -> None:
-        """Seal what is left and write the index."""
+        """Write the last shard and the index."""
         if self._pending:
             self._seal()
         shards = [{"file": name, "sha256": digest} for name, digest in self.digests.items()]
@@ -162,18 +170,18 @@ class ShardWriter:
 
     @property
     def digests(self) -> dict[str, str]:
-        """The sha256 of every sealed shard, by its file's name."""
+        """File name -> sha256 of every complete shard."""
         return {shard_name(shard): digest for shard, digest in enumerate(self._digests)}
 
     def _seal(self) -> None:
         shard = len(self._digests)
-        rows = [[row, *_plain(self._spans[row])] for row, _ in self._pending]
-        head = json.dumps({"contract": self.contract, "rows": rows}, sort_keys=True)
-        tensors = {name: [its[name] for _, its in self._pending] for name in shard_layout(self.contract)}
+        rows = [[row, *_fields(self._spans[row])] for row, _ in self._pending]
+        metadata = json.dumps({"contract": self.contract, "rows": rows}, sort_keys=True)
+        tensors = {name: [row[name] for _, row in self._pending] for name in shard_layout(self.contract)}
         path = self.directory / shard_name(shard)
-        beside = self.directory / f".{path.name}"
-        digest = write_safetensors(beside, tensors, {"contract": head})
-        os.replace(beside, path)
+        temporary = self.directory / f".{path.name}"
+        digest = write_safetensors(temporary, tensors, {"contract": metadata})
+        os.replace(temporary, path)
         sync_directory(self.directory)
         self._digests.append(digest)
         self.done.update(row for row, _ in self._pending)
@@ -181,26 +189,29 @@ class ShardWriter:
         self._pending_tokens, self._pending_last = 0, 0
 
     def _adopt(self, path: Path) -> None:
-        """Take over a shard that an earlier attempt sealed."""
+        """Count a shard of an earlier attempt as written."""
         contract, rows, _ = _open(path)
         check_contract(contract, self.contract)
         shard = len(self._digests)
-        self._spans.update({row: Span(shard, *where) for row, *where in rows})
+        self._spans.update({row: RowSpan(shard, *fields) for row, *fields in rows})
         self.done.update(row for row, *_ in rows)
         with path.open("rb") as file:
             self._digests.append(hashlib.file_digest(file, "sha256").hexdigest())
 
 
 class ShardReader:
-    """Rows by number, read into memory that is the caller's: what is read is all that takes any.
+    """Reads rows by number from a directory of shards into memory of the caller.
 
     Args:
-        directory: of the set.
-        reading: where several readers share what stays open.
-        past_the_cache: read states so, where the file system can.
+        directory: of the shards and their index.
+        files: a reader of files to share, and with it the open files; None makes one.
+        direct_io: read the states without the page cache, where the file system supports it.
+
+    Raises:
+        ContractError: there is no index, or it is damaged or of another format.
     """
 
-    def __init__(self, directory: Path, reading: Reading | None = None, past_the_cache: bool = False) -> None:
+    def __init__(self, directory: Path, files: FileReader | None = None, direct_io: bool = False) -> None:
         self.directory = directory
         path = directory / INDEX
         try:
@@ -211,92 +222,92 @@ class ShardReader:
                     f"{path} has format {self.contract.get('format')}, this release reads {FORMAT}",
                     "extract the hidden states again",
                 )
-            self._spans = {int(row): Span(*span) for row, span in index["rows"].items()}
+            self._spans = {int(row): RowSpan(*span) for row, span in index["rows"].items()}
             self._shards: list[dict[str, str]] = index["shards"]
             self._paths = [directory / shard["file"] for shard in self._shards]
         except FileNotFoundError:
-            raise ContractError(f"{directory} has no {INDEX}: it is no set of hidden states", "extract them") from None
+            raise ContractError(f"{directory} has no {INDEX}: it holds no hidden states", "extract them") from None
         except (ValueError, KeyError, TypeError) as error:
             raise ContractError(f"{path} is damaged: {error!r}", "extract the hidden states again") from None
         self.rows: list[int] = sorted(self._spans)
         self._columns: dict[int, dict[str, Column]] = {}
-        self._reading = reading or Reading()
-        past = Reading(past=True) if past_the_cache and self._paths else None
-        self._past = past if past is not None and past.can(self._paths[0]) else None
+        self._files = files or FileReader()
+        direct = FileReader(direct_io=True) if direct_io and self._paths else None
+        self._direct_files = direct if direct is not None and direct.supports(self._paths[0]) else None
 
     def __len__(self) -> int:
         return len(self.rows)
 
     @property
     def layout(self) -> dict[str, tuple[torch.dtype, tuple[int, ...]]]:
-        """What there is of one token, and in `LAST` of one place, by name: its type, and its shape."""
+        """Tensor name -> (dtype, shape) of one token; for the tensors in `LAST`, of one entry."""
         return shard_layout(self.contract)
 
     def length(self, row: int) -> int:
-        """Tokens of a row, without touching its shard."""
+        """Tokens of a row; does not open its shard."""
         return self._span(row).length
 
     def token_ids(self, row: int) -> torch.Tensor:
-        """The ids that the states of a row belong to, int64 [T]."""
-        return self._whole(row, ("token_ids",))["token_ids"]
+        """Token ids of a row, int64 [T]."""
+        return self._read_row(row, ("token_ids",))["token_ids"]
 
-    def last_places(self, row: int, tokens: int) -> npt.NDArray[np.bool_]:
-        """A row's first tokens, true where the last layer is kept."""
-        return self._span(row).places(tokens)
+    def last_layer_mask(self, row: int, tokens: int) -> npt.NDArray[np.bool_]:
+        """bool [tokens] over a row's first positions: true where the last layer is kept."""
+        return self._span(row).last_mask(tokens)
 
     def states(self, row: int) -> torch.Tensor:
-        """The states of a row, [T, L, H], in the stored dtype, but in bfloat16 if that is float8.
+        """Hidden states of a row, [T, L, H], in the stored dtype (bfloat16 if that is float8).
 
-        The last layer's are NaN where they were not kept.
+        The last layer is NaN at the positions where it was not kept.
         """
-        sifted = self._whole(row, tuple(name for name in self.layout if name != "token_ids"))
-        states, kept = decode(sifted), torch.from_numpy(self.last_places(row, self.length(row)))
+        encoded = self._read_row(row, tuple(name for name in self.layout if name != "token_ids"))
+        states, mask = decode(encoded), torch.from_numpy(self.last_layer_mask(row, self.length(row)))
         last = states.new_full((len(states), states.shape[-1]), math.nan)
-        last[kept] = decode(last_of(sifted))
+        last[mask] = decode(last_layer_part(encoded))
         return torch.cat([states, last[:, None]], 1)
 
     def fill(self, parts: Sequence[tuple[int, int]], into: Mapping[str, torch.Tensor]) -> None:
-        """Read the beginnings of rows, one after the other.
+        """Read the first tokens of several rows into tensors, row after row.
 
         Args:
-            parts: row and number of tokens of each.
-            into: contiguous tensors by name, as `layout` has them, of all these tokens, or of those of them where the
-                last layer is kept.
+            parts: (row, number of tokens) of each.
+            into: contiguous tensors by name, of the dtypes and shapes of `layout`, with room for all these tokens (for
+                the tensors in `LAST`: for the entries among them).
         """
-        through: list[tuple[Path, int, Bytes]] = []
-        past: list[tuple[Path, int, Bytes]] = []
+        buffered: list[tuple[Path, int, Bytes]] = []
+        direct: list[tuple[Path, int, Bytes]] = []
         for name, tensor in into.items():
-            room, begin = tensor.view(torch.uint8).flatten().numpy(), 0
-            wanted = past if name in PAST and self._past is not None else through
+            buffer, begin = tensor.view(torch.uint8).flatten().numpy(), 0
+            reads = direct if name in LARGE_TENSORS and self._direct_files is not None else buffered
             for row, tokens in parts:
-                path, offset, size = self._place(row, tokens, name)
-                wanted.append((path, offset, room[begin : begin + size]))
+                path, offset, size = self._locate(row, tokens, name)
+                reads.append((path, offset, buffer[begin : begin + size]))
                 begin += size
-        self._reading.read(through)
-        if self._past is not None:
-            self._past.read(past)
+        self._files.read(buffered)
+        if self._direct_files is not None:
+            self._direct_files.read(direct)
 
     def will_need(self, parts: Sequence[tuple[int, int]]) -> None:
-        """Let the kernel begin to read what `fill` will be asked for, where it is not in memory."""
+        """Have the kernel read ahead what a later `fill` of the same parts will need."""
         for name in self.layout:
-            if self._past is not None and name in PAST:
+            if self._direct_files is not None and name in LARGE_TENSORS:
                 continue
             for row, tokens in parts:
-                self._reading.will_need(*self._place(row, tokens, name))
+                self._files.will_need(*self._locate(row, tokens, name))
 
-    def write_parts(self, parts: Mapping[int, Part], contract: Mapping[str, Any], directory: Path) -> dict[str, str]:
-        """Make another set of what is here, with an index of its own, over the same shards (`link`).
+    def link_rows(self, parts: Mapping[int, RowSlice], contract: Mapping[str, Any], directory: Path) -> dict[str, str]:
+        """Make a second directory of hidden states from slices of these rows, over the same shards (`link`).
 
         Args:
-            parts: what each row of the other set is, by its number.
-            contract: of the other set. It may say of other tokens what these are the states of, and else is the same.
-            directory: of the other set.
+            parts: row number in the new directory -> the slice that it is.
+            contract: of the new directory; equal to this one's but for `tokens`.
+            directory: the new directory.
 
         Returns:
-            The sha256 of every shard, by its file's name.
+            File name -> sha256 of every shard.
         """
         check_contract(self.contract, {**contract, "tokens": self.contract["tokens"]})
-        spans = {number: self._span(part.row).part(part.begin, part.tokens) for number, part in parts.items()}
+        spans = {number: self._span(part.row).slice(part.begin, part.tokens) for number, part in parts.items()}
         for path in self._paths:
             link(path, directory / path.name)
         shards = [{**shard, "tokens": self.contract["tokens"]} for shard in self._shards]
@@ -304,15 +315,15 @@ class ShardReader:
         return {shard["file"]: shard["sha256"] for shard in shards}
 
     def check(self) -> None:
-        """Look whether every shard is there, whole, and of this contract.
+        """Check that every shard exists, is complete, and has this contract.
 
         Raises:
-            ContractError: one is not.
+            ContractError: one of them does not.
         """
         for shard in range(len(self._paths)):
-            self._opened(shard)
+            self._columns_of(shard)
 
-    def _span(self, row: int) -> Span:
+    def _span(self, row: int) -> RowSpan:
         try:
             return self._spans[row]
         except KeyError:
@@ -320,38 +331,38 @@ class ShardReader:
                 f"{self.directory} has no hidden states of row {row}", "extract the hidden states again"
             ) from None
 
-    def _whole(self, row: int, names: Iterable[str]) -> dict[str, torch.Tensor]:
-        span, found = self._span(row), {}
+    def _read_row(self, row: int, names: Iterable[str]) -> dict[str, torch.Tensor]:
+        span, tensors = self._span(row), {}
         for name in names:
             dtype, shape = self.layout[name]
-            count = span.before(span.length) if name in LAST.values() else span.length
-            found[name] = torch.empty(count, *shape, dtype=dtype)
-        self.fill([(row, span.length)], found)
-        return found
+            count = span.last_count(span.length) if name in LAST.values() else span.length
+            tensors[name] = torch.empty(count, *shape, dtype=dtype)
+        self.fill([(row, span.length)], tensors)
+        return tensors
 
-    def _place(self, row: int, tokens: int, name: str) -> tuple[Path, int, int]:
-        """Where what there is of a row's first tokens lies: file, first byte, bytes."""
+    def _locate(self, row: int, tokens: int, name: str) -> tuple[Path, int, int]:
+        """File, offset and size in bytes of a tensor's entries for a row's first `tokens` positions."""
         span = self._span(row)
         assert tokens <= span.length
-        column = self._opened(span.shard)[name]
-        start, count = (span.last, span.before(tokens)) if name in LAST.values() else (span.start, tokens)
+        column = self._columns_of(span.shard)[name]
+        start, count = (span.last_start, span.last_count(tokens)) if name in LAST.values() else (span.start, tokens)
         return self._paths[span.shard], column.offset + start * column.bytes, count * column.bytes
 
-    def _opened(self, shard: int) -> dict[str, Column]:
+    def _columns_of(self, shard: int) -> dict[str, Column]:
         if shard not in self._columns:
             contract, _, columns = _open(self._paths[shard])
-            own = self._shards[shard].get("tokens", self.contract["tokens"])
-            check_contract(contract, {**self.contract, "tokens": own})
+            tokens = self._shards[shard].get("tokens", self.contract["tokens"])
+            check_contract(contract, {**self.contract, "tokens": tokens})
             self._columns[shard] = columns
         return self._columns[shard]
 
 
-def _plain(span: Span) -> list[Any]:
-    return [span.start, span.length, span.last, span.ranges]
+def _fields(span: RowSpan) -> list[Any]:
+    return [span.start, span.length, span.last_start, span.ranges]
 
 
 def shard_layout(contract: Mapping[str, Any]) -> dict[str, tuple[torch.dtype, tuple[int, ...]]]:
-    """What a shard holds of one token, or place, in the order in which it lies there: name, type and shape."""
+    """Tensor name -> (dtype, shape of one token or entry), in the order of the file."""
     states = layout(len(contract["layer_ids"]), contract["hidden_size"], contract["dtype"])
     return {"token_ids": (torch.int64, ()), **states}
 
@@ -362,56 +373,57 @@ def shard_name(shard: int) -> str:
 
 
 def write_safetensors(path: Path, tensors: Mapping[str, list[torch.Tensor]], metadata: Mapping[str, str]) -> str:
-    """Write tensors, each given as pieces along its first axis, and return the sha256 of the file.
+    """Write tensors, each given as chunks along its first axis, and return the sha256 of the file.
 
-    Piece by piece, so that a shard is never in memory twice, and in the order given, so that the same rows are the same
-    bytes. Wider types have to come first: a tensor starts where the one before it ends. The `PAST` ones start at a
-    sector, if the length of a token's states allows, so that they can be read straight into their place.
+    Chunks are written one by one, so a shard is never in memory twice, and in the order given, so the same rows give
+    the same bytes. Wider dtypes have to come first, since a tensor starts where the previous one ends. The large
+    tensors start at a disk sector, if the size of a token's states allows, so that direct I/O needs no copy.
     """
     header: dict[str, Any] = {"__metadata__": dict(metadata)}
-    end, before = 0, 0
-    for name, pieces in tensors.items():
-        start, end = end, end + sum(piece.nbytes for piece in pieces)
-        shape = [sum(len(piece) for piece in pieces), *pieces[0].shape[1:]]
-        header[name] = {"dtype": DTYPES[pieces[0].dtype], "shape": shape, "data_offsets": [start, end]}
-        before = before if name in PAST else end
+    end, small_end = 0, 0
+    for name, chunks in tensors.items():
+        start, end = end, end + sum(chunk.nbytes for chunk in chunks)
+        shape = [sum(len(chunk) for chunk in chunks), *chunks[0].shape[1:]]
+        header[name] = {"dtype": DTYPES[chunks[0].dtype], "shape": shape, "data_offsets": [start, end]}
+        small_end = small_end if name in LARGE_TENSORS else end
     text = json.dumps(header).encode()
-    text += b" " * (-(8 + len(text) + before) % Reading.SECTOR)
+    text += b" " * (-(8 + len(text) + small_end) % FileReader.SECTOR)
     digest = hashlib.sha256()
     with path.open("wb") as file:
-        for part in itertools.chain([len(text).to_bytes(8, "little"), text], *map(_bytes, tensors.values())):
-            digest.update(part)
-            file.write(part)
+        for data in itertools.chain([len(text).to_bytes(8, "little"), text], *map(_bytes, tensors.values())):
+            digest.update(data)
+            file.write(data)
         file.flush()
         os.fsync(file.fileno())
     return digest.hexdigest()
 
 
-def _bytes(pieces: list[torch.Tensor]) -> Iterator[bytes]:
-    for piece in pieces:
-        yield piece.contiguous().flatten().view(torch.uint8).numpy().tobytes()
+def _bytes(chunks: list[torch.Tensor]) -> Iterator[bytes]:
+    for chunk in chunks:
+        yield chunk.contiguous().flatten().view(torch.uint8).numpy().tobytes()
 
 
 def write_index(
-    directory: Path, contract: Mapping[str, Any], shards: Sequence[Mapping[str, str]], spans: Mapping[int, Span]
+    directory: Path, contract: Mapping[str, Any], shards: Sequence[Mapping[str, str]], spans: Mapping[int, RowSpan]
 ) -> None:
-    """Write what makes shards a set.
+    """Write the index of a directory of shards.
 
-    Each has its `file`, its `sha256`, and its `tokens` where those of its own contract are not the set's.
+    Args:
+        directory: of the shards.
+        contract: of the directory.
+        shards: `file`, `sha256`, and `tokens` where the shard's own contract names another digest.
+        spans: row number -> its location.
     """
-    rows = {str(row): [span.shard, *_plain(span)] for row, span in sorted(spans.items())}
+    rows = {str(row): [span.shard, *_fields(span)] for row, span in sorted(spans.items())}
     write_json(directory / INDEX, {"contract": dict(contract), "shards": list(shards), "rows": rows})
 
 
-def link(shard: Path, place: Path) -> None:
-    """Have a shard in another set, without its bytes a second time where the file system has hard links.
-
-    Nothing ever writes to a shard that bears its name.
-    """
+def link(shard: Path, destination: Path) -> None:
+    """Hard-link a shard to a second path, or copy it where the file system cannot. Complete shards do not change."""
     try:
-        os.link(shard, place)
+        os.link(shard, destination)
     except OSError:  # another file system, or one without hard links
-        shutil.copyfile(shard, place)
+        shutil.copyfile(shard, destination)
 
 
 def sync_directory(directory: Path) -> None:
@@ -425,16 +437,16 @@ def sync_directory(directory: Path) -> None:
 
 @dataclass(frozen=True, slots=True)
 class Column:
-    """A tensor of a shard."""
+    """The location of a tensor in a shard's file."""
 
     offset: int
-    """Of its first byte in the file."""
+    """Of its first byte."""
     bytes: int
-    """Of one token."""
+    """Size of one token or entry."""
 
 
 def _open(path: Path) -> tuple[dict[str, Any], list[list[Any]], dict[str, Column]]:
-    """A shard's contract, its rows as [row, and what `_plain` gives], its tensors; the file is as long as they say."""
+    """Read a shard's contract, rows ([row, *fields of a span]) and tensors from its header; check the file's size."""
     try:
         with path.open("rb") as file:
             length = int.from_bytes(file.read(8), "little")
@@ -442,20 +454,20 @@ def _open(path: Path) -> tuple[dict[str, Any], list[list[Any]], dict[str, Column
             if not 0 < length <= size - 8:
                 raise ValueError("it has no header")
             header = json.loads(file.read(length))
-        head = json.loads(header.pop("__metadata__")["contract"])
-        contract, rows = head["contract"], head["rows"]
-        spans, columns, begin = [Span(0, *where) for _, *where in rows], {}, 0
-        tokens, places = sum(span.length for span in spans), sum(span.before(span.length) for span in spans)
+        metadata = json.loads(header.pop("__metadata__")["contract"])
+        contract, rows = metadata["contract"], metadata["rows"]
+        spans, columns, begin = [RowSpan(0, *fields) for _, *fields in rows], {}, 0
+        tokens, entries = sum(span.length for span in spans), sum(span.last_count(span.length) for span in spans)
         for name, (dtype, shape) in shard_layout(contract).items():
-            each, count = dtype.itemsize * math.prod(shape), places if name in LAST.values() else tokens
-            end = begin + count * each
+            size_each, count = dtype.itemsize * math.prod(shape), entries if name in LAST.values() else tokens
+            end = begin + count * size_each
             if header[name] != {"dtype": DTYPES[dtype], "shape": [count, *shape], "data_offsets": [begin, end]}:
                 raise ValueError(f"{name} is {header[name]}, of {count} tokens")
-            columns[name], begin = Column(8 + length + begin, each), end
+            columns[name], begin = Column(8 + length + begin, size_each), end
         if 8 + length + begin != size:
             raise ValueError(f"it has {size} bytes, {8 + length + begin} were expected")
     except FileNotFoundError:
-        raise missing(path) from None
+        raise missing_file(path) from None
     except (ValueError, KeyError, TypeError, IndexError, AttributeError) as error:
-        raise damaged(path, str(error) if type(error) is ValueError else repr(error)) from None
+        raise damaged_file(path, str(error) if type(error) is ValueError else repr(error)) from None
     return contract, rows, columns

@@ -105,7 +105,7 @@ def states_writer(job: Job, tokens: str = "tokens", below: str = "") -> ShardWri
     return ShardWriter(job.output / below, states_contract(job, tokens), job.config.extract.shard_tokens)
 
 
-def last_places(job: Job, loss_mask: Sequence[int], asked: Iterable[int] = ()) -> torch.Tensor:
+def last_layer_mask(job: Job, loss_mask: Sequence[int], asked: Iterable[int] = ()) -> torch.Tensor:
     """Where such a stage keeps the last layer of a row, bool [T]; also where the server was asked for its pick."""
     if job.derived["last_state"] == EVERYWHERE:
         return torch.ones(len(loss_mask), dtype=torch.bool)

@@ -10,7 +10,7 @@ from datasets import load_from_disk
 
 from speculators.errors import ContractError
 from speculators.features.upstream import read_states, states_path
-from speculators.features.writer import last_places, states_writer
+from speculators.features.writer import last_layer_mask, states_writer
 from speculators.job import Job
 
 
@@ -30,7 +30,7 @@ def main(job: Job) -> None:
                     f"{path} holds the states of other tokens than row {upstream} of the table beside it",
                     "the files were made from another table, or rows were added to it: make them again",
                 )
-            writer.add(number, token_ids[:length], states[:length], last_places(job, row["loss_mask"]))
+            writer.add(number, token_ids[:length], states[:length], last_layer_mask(job, row["loss_mask"]))
             job.progress(number + 1, len(tokens), "rows")
     writer.close()
     job.digests_written |= writer.digests

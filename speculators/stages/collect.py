@@ -17,7 +17,7 @@ from typing import Any
 from datasets import load_from_disk
 
 from speculators.errors import ContractError
-from speculators.features.shards import Part, ShardReader
+from speculators.features.shards import RowSlice, ShardReader
 from speculators.features.writer import ANSWERED, states_contract
 from speculators.job import Job
 from speculators.targets.fidelity_check import write_picks
@@ -28,7 +28,7 @@ def main(job: Job) -> None:
     """Every row of the tokens."""
     tokens = load_from_disk(str(job.inputs["tokens"]))
     turns = read_turns(job.inputs["states"] / "conversations.jsonl")
-    parts: dict[int, Part] = {}
+    parts: dict[int, RowSlice] = {}
     picks: list[Pick] = []
     for number in range(len(tokens)):
         row = tokens[number]
@@ -39,12 +39,12 @@ def main(job: Job) -> None:
                 "use `pipeline=offline`, which runs the target over the rows themselves",
             )
         picks += picks_in(number, turn)
-        states = Part(*turn["states"])
+        states = RowSlice(*turn["states"])
         parts[number] = replace(states, tokens=min(len(row["input_ids"]), states.tokens))
     shutil.rmtree(job.output)  # of an attempt that was killed
     job.output.mkdir()
     answers = ShardReader(job.inputs["states"] / ANSWERED)
-    job.digests_written |= answers.write_parts(parts, states_contract(job), job.output)
+    job.digests_written |= answers.link_rows(parts, states_contract(job), job.output)
     write_picks(job.output, picks)
     job.record |= {
         "rows": len(tokens),

@@ -30,12 +30,12 @@ from speculators.engine.client import Client
 from speculators.engine.transfer import Promised
 from speculators.errors import ContractError, RunError, StageError
 from speculators.features.contract import check_contract
-from speculators.features.shards import INDEX, ShardWriter, Span, link, shard_name, write_index
+from speculators.features.shards import INDEX, RowSpan, ShardWriter, link, shard_name, write_index
 from speculators.features.writer import (
     SKIPPED,
     BadRows,
     check_states,
-    last_places,
+    last_layer_mask,
     read_skipped,
     states_contract,
     states_writer,
@@ -108,7 +108,7 @@ async def _run(job: Job, tokens: Dataset, rows: range, writer: ShardWriter) -> i
                     raise file
                 token_ids, states = file.take()
                 check_states(f"row {row}", sent, token_ids, states, compute)
-                writer.add(row, token_ids, states, last_places(job, tokens[row]["loss_mask"], asked.get(row, ())))
+                writer.add(row, token_ids, states, last_layer_mask(job, tokens[row]["loss_mask"], asked.get(row, ())))
             except RunError as error:
                 bad.leave_out(row, error, seen)
                 gate.leave_out(row)
@@ -155,7 +155,7 @@ def join(job: Job, tokens: Dataset, parts: Sequence[Path]) -> None:
     job.output.mkdir()
     wanted = states_contract(job)
     shards: list[dict[str, str]] = []
-    spans: dict[int, Span] = {}
+    spans: dict[int, RowSpan] = {}
     picks, skipped = [], dict[int, str]()
     for part in parts:
         index = json.loads((part / INDEX).read_text())
@@ -165,7 +165,7 @@ def join(job: Job, tokens: Dataset, parts: Sequence[Path]) -> None:
             name = shard_name(len(shards))
             link(part / shard["file"], job.output / name)
             shards.append({"file": name, "sha256": shard["sha256"]})
-        spans |= {int(row): Span(before + shard, *where) for row, (shard, *where) in index["rows"].items()}
+        spans |= {int(row): RowSpan(before + shard, *where) for row, (shard, *where) in index["rows"].items()}
         picks += fidelity_check.read_picks(part)
         skipped |= read_skipped(part)
     missing = set(range(len(tokens))) - set(spans) - set(skipped)

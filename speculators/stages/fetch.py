@@ -29,7 +29,7 @@ def main(job: Job) -> None:
 
 
 def _fetch_gguf(job: Job) -> None:
-    from speculators.targets.gguf import dequantise
+    from speculators.targets.gguf import dequantize_gguf
 
     if not job.derived["source"]["file"].endswith(".gguf"):
         raise SourceError(
@@ -38,7 +38,7 @@ def _fetch_gguf(job: Job) -> None:
         )
     gguf = sources.fetch(job.derived["source"], job.scratch, job.scratch)
     job.record["dequantised"] = {"file": gguf.name, "bytes": gguf.stat().st_size, "to": "bfloat16"}
-    dequantise(gguf, job.output)
+    dequantize_gguf(gguf, job.output)
     gguf.unlink()
 
 

@@ -33,9 +33,9 @@ from speculators.data.template import Row, Turn, merge
 from speculators.engine.client import Client, Completion
 from speculators.engine.transfer import Promised
 from speculators.errors import ContractError, StageError
-from speculators.features.encoding import encode, sift
+from speculators.features.encoding import encode, split_last_layer
 from speculators.features.shards import ShardWriter
-from speculators.features.writer import ANSWERED, check_states, last_places, refuse_too_many, states_writer
+from speculators.features.writer import ANSWERED, check_states, last_layer_mask, refuse_too_many, states_writer
 from speculators.job import Job
 from speculators.targets.fidelity_check import of_answer
 
@@ -190,7 +190,7 @@ def _pack_states(job: Job, kept: list[dict[str, Any]], writer: ShardWriter) -> N
             begin += len(whole.input_ids) - 1
         if row not in writer.done:
             waiting[row] = files
-            writer.add_sifted(row, *_joined(job, files, wholes))
+            writer.add_encoded(row, *_joined(job, files, wholes))
         for done in waiting.keys() & writer.done:
             for file in waiting.pop(done):
                 file.unlink()
@@ -200,7 +200,7 @@ def _pack_states(job: Job, kept: list[dict[str, Any]], writer: ShardWriter) -> N
 
 
 def _joined(job: Job, files: list[Path], wholes: list[Row]) -> tuple[Tensor, dict[str, Tensor], Tensor]:
-    """One conversation's token ids, states as `sift` leaves them, and where the last layer's are kept."""
+    """One conversation's token ids, states as `split_last_layer` leaves them, and where the last layer's are kept."""
     found = []
     for file, whole in zip(files, wholes, strict=True):
         try:
@@ -209,8 +209,8 @@ def _joined(job: Job, files: list[Path], wholes: list[Row]) -> tuple[Tensor, dic
             raise StageError(
                 f"the hidden states {file.name} of a finished answer are gone", f"delete {job.scratch}"
             ) from None
-        last = last_places(job, whole.loss_mask)[:-1]
-        found.append({"token_ids": encoded.pop("token_ids"), "kept": last, **sift(encoded, last)})
+        last = last_layer_mask(job, whole.loss_mask)[:-1]
+        found.append({"token_ids": encoded.pop("token_ids"), "kept": last, **split_last_layer(encoded, last)})
     sifted = {name: torch.cat([each[name] for each in found]) for name in found[0]}
     return sifted.pop("token_ids"), sifted, sifted.pop("kept")
 

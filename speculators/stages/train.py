@@ -29,8 +29,8 @@ from speculators.drafts.base import Vocabulary
 from speculators.errors import ContractError, RecipeError, closest
 from speculators.features.contract import ANSWERS, EVERYWHERE, check_contract, feature_contract
 from speculators.features.dataloader import Corpus, Shards
-from speculators.features.disk_cache import StatesCache
-from speculators.features.io import larger_than_memory
+from speculators.features.disk_cache import HiddenStatesCache
+from speculators.features.io import exceeds_page_cache
 from speculators.features.shards import ShardReader
 from speculators.job import Job, write_json
 from speculators.ops import cpu
@@ -117,7 +117,7 @@ def fit(ranks: Ranks, job: Job) -> Loop:
 def read(job: Job, target: TargetCheckpoint, ranks: Ranks) -> Shards:
     """States of an artifact, which have to be of this target, these tokens and these layers."""
     path = job.inputs["features"]
-    features = ShardReader(path, past_the_cache=larger_than_memory(path))
+    features = ShardReader(path, direct_io=exceeds_page_cache(path))
     wanted = {
         "target": job.digests["target"],
         "tokens": job.digests["tokens"],
@@ -160,7 +160,7 @@ def drawn(job: Job, target: TargetCheckpoint, ranks: Ranks) -> Feed:
             last_state=EVERYWHERE if shape.everywhere else ANSWERS,
         )
         kept = job.scratch / ("states" if ranks.first else f"states-{ranks.rank}")
-        cache = StatesCache(kept, contract, int(options.states_disk_gib * GIB / ranks.size))
+        cache = HiddenStatesCache(kept, contract, int(options.states_disk_gib * GIB / ranks.size))
     return Feed(
         job.services["target"],
         job.inputs["tokens"],

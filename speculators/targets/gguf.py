@@ -10,7 +10,7 @@ import transformers
 from speculators.errors import SourceError
 
 
-def dequantise(gguf: Path, directory: Path) -> None:
+def dequantize_gguf(gguf: Path, directory: Path) -> None:
     """Write the model in `gguf` into `directory` as a bfloat16 checkpoint with tokenizer and chat template.
 
     The quantised blocks are computed in float32 and rounded once, without any calibration: the same file

@@ -3,7 +3,7 @@
 A thread of its own asks the server for the rows of the coming batches, in their order, within a bound of memory
 (`training.window`); so neither side waits for the other as long as they are about equally fast. Every row is checked
 as `extract` checks it and converted to the type in which `extract` would have stored it: training sees the same
-bytes either way. With a `StatesCache`, rows are kept on disk up to its budget and asked for once.
+bytes either way. With a `HiddenStatesCache`, rows are kept on disk up to its budget and asked for once.
 
 Whatever goes wrong in the thread is raised where training next asks for states.
 """
@@ -29,8 +29,8 @@ from speculators.data.token_table import TokenTable, asked_for
 from speculators.engine.client import Client
 from speculators.engine.transfer import Promised
 from speculators.errors import ContractError, ServiceError
-from speculators.features.disk_cache import StatesCache
-from speculators.features.encoding import LAST, bytes_each, copy_first, encode, layout, sift
+from speculators.features.disk_cache import HiddenStatesCache
+from speculators.features.encoding import LAST, bytes_per_token, copy_prefix, encode, layout, split_last_layer
 from speculators.features.writer import check_states
 from speculators.job import Endpoint
 from speculators.training.window import Window
@@ -51,7 +51,7 @@ class Shape:
 
     def bytes(self, tokens: int, places: int) -> int:
         """Of a row in memory, with so many places of the last layer."""
-        each, last = bytes_each(self.layers, self.hidden_size, self.stored)
+        each, last = bytes_per_token(self.layers, self.hidden_size, self.stored)
         return tokens * each + places * last
 
 
@@ -73,7 +73,7 @@ class Feed:
 
     def __init__(
         self, endpoint: Endpoint, tokens: Path, shape: Shape, options: Extract, *, memory: int, ahead: int,
-        cache: StatesCache | None,
+        cache: HiddenStatesCache | None,
     ) -> None:  # fmt: skip
         self.shape = shape
         self.prefilled_tokens = 0
@@ -83,7 +83,7 @@ class Feed:
         self.layout = layout(shape.layers, shape.hidden_size, shape.stored)
         self._table = TokenTable(tokens)
         lengths = self.lengths(self._table.lengths)
-        sizes = {row: shape.bytes(n, int(self.last_places(row, n).sum())) for row, n in lengths.items()}
+        sizes = {row: shape.bytes(n, int(self.last_layer_mask(row, n).sum())) for row, n in lengths.items()}
         self._window = Window(sizes, memory, ahead)
         self._endpoint, self._options, self._cache = endpoint, options, cache
         self._changed = threading.Condition()
@@ -108,7 +108,7 @@ class Feed:
         """Every row is prefilled whole."""
         return dict(enumerate(whole))
 
-    def last_places(self, row: int, tokens: int) -> npt.NDArray[np.bool_]:
+    def last_layer_mask(self, row: int, tokens: int) -> npt.NDArray[np.bool_]:
         """See `dataloader.Source`."""
         if self.shape.everywhere:
             return np.ones(tokens, np.bool_)
@@ -144,11 +144,11 @@ class Feed:
         self._tell()
         begin = first = 0
         for row, tokens in parts:
-            end, behind = begin + tokens, first + int(self.last_places(row, tokens).sum())
+            end, behind = begin + tokens, first + int(self.last_layer_mask(row, tokens).sum())
             place = {n: t[first:behind] if n in LAST.values() else t[begin:end] for n, t in into.items()}
             held = found[row]
             if held is not None:
-                copy_first(held, place)
+                copy_prefix(held, place)
             else:
                 assert self._cache is not None
                 self._cache.fill(row, place)
@@ -176,7 +176,11 @@ class Feed:
             "peak_states_bytes": self.peak_bytes,
         }
         if self._cache is not None:
-            facts |= {"kept_rows": len(self._cache), "kept_bytes": self._cache.bytes, "found_rows": self._cache.found}
+            facts |= {
+                "kept_rows": len(self._cache),
+                "kept_bytes": self._cache.bytes,
+                "reused_rows": self._cache.rows_reused,
+            }
         return facts
 
     def _is_here(self, row: int) -> bool:
@@ -256,8 +260,8 @@ class Feed:
                 f"the states of row {row} are {list(states.shape)}, {wanted} was expected",
                 "the server does not capture the layers of this recipe; is `serve.url` a server of another run?",
             )
-        last = torch.from_numpy(self.last_places(row, len(sent)))
-        sifted = sift(encode(f"row {row}", states, self.shape.stored), last)
+        last = torch.from_numpy(self.last_layer_mask(row, len(sent)))
+        sifted = split_last_layer(encode(f"row {row}", states, self.shape.stored), last)
         kept = False
         if self._cache is not None:
             with self._adding:

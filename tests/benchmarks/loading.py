@@ -58,7 +58,7 @@ from speculators.data.packing import Piece, training_batches
 from speculators.data.token_table import TokenTable, asked_for, save_table, write_table
 from speculators.features.contract import ANSWERS, feature_contract
 from speculators.features.dataloader import Corpus, Shards
-from speculators.features.io import Reading, pages
+from speculators.features.io import FileReader, pages
 from speculators.features.shards import ShardReader, ShardWriter
 
 Batches = list[list[Piece]]
@@ -199,7 +199,7 @@ def shards(root: Path, name: str, dtype: torch.dtype) -> Read:
 
 def past(root: Path, name: str, dtype: torch.dtype) -> Read:
     """Ours, as it reads what no page cache would hold."""
-    corpus = Corpus(root / "tokens", Shards(ShardReader(root / name, past_the_cache=True)))
+    corpus = Corpus(root / "tokens", Shards(ShardReader(root / name, direct_io=True)))
 
     def read(batches: Batches) -> None:
         corpus.expect(batches)
@@ -249,8 +249,10 @@ def bound() -> float:
 
 def disk(directory: Path) -> float:
     """GB/s at which a set's files are read past the page cache, one after the other, at best."""
-    reading, best = Reading(past=True), 0.0
-    files = [(path, path.stat().st_size // Reading.PAGE * Reading.PAGE) for path in sorted(directory.glob("shard-*"))]
+    reading, best = FileReader(direct_io=True), 0.0
+    files = [
+        (path, path.stat().st_size // FileReader.PAGE * FileReader.PAGE) for path in sorted(directory.glob("shard-*"))
+    ]
     room = pages(max(size for _, size in files))
     for _ in range(5):
         began = time.perf_counter()

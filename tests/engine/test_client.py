@@ -21,7 +21,7 @@ from speculators.engine.client import TOKENS_IN_TIME, Client
 from speculators.engine.pool import explain
 from speculators.engine.transfer import StatesFile
 from speculators.errors import ServiceError, StageError
-from speculators.features.encoding import dequantise, quantise
+from speculators.features.encoding import dequantize, quantize
 from speculators.job import Endpoint
 from tests.loopback import JsonHandler, serving
 
@@ -241,12 +241,12 @@ def test_hidden_states_are_taken_once_and_their_file_is_gone(serve: Any, tmp_pat
 
 def test_states_that_left_the_server_in_float8_are_floats_in_the_type_it_computes_in(tmp_path: Path) -> None:
     states = torch.randn(2, 3, 8)
-    quantised, scales = quantise(states)
-    tensors = {"hidden_states": quantised, "scales": scales.float(), "token_ids": torch.tensor([1, 2])}
+    quantized, scales = quantize(states)
+    tensors = {"hidden_states": quantized, "scales": scales.float(), "token_ids": torch.tensor([1, 2])}
     save_file(tensors, tmp_path / "x.safetensors")
     _, found = StatesFile(tmp_path / "x.safetensors").take()
     assert found.dtype is torch.float32
-    assert torch.equal(found, dequantise(quantised, scales).float())
+    assert torch.equal(found, dequantize(quantized, scales).float())
     assert list(tmp_path.iterdir()) == []
 
 

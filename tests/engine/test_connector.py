@@ -15,7 +15,7 @@ pytest.importorskip("vllm", reason="vLLM is not installed here")
 from vllm.v1.kv_cache_interface import FullAttentionSpec, HiddenStateCacheSpec
 
 from speculators.engine import connector
-from speculators.features.encoding import dequantise
+from speculators.features.encoding import dequantize
 
 
 def test_tokens_are_read_out_of_a_paged_cache() -> None:
@@ -68,7 +68,7 @@ def test_states_leave_in_float8_and_their_type_with_the_scales(computed: torch.d
     assert connector._quantises("float8_e4m3fn", computed)
     leaving = connector._leaving(states, True)
     assert leaving["hidden_states"].dtype is torch.float8_e4m3fn
-    assert dequantise(leaving["hidden_states"], leaving["scales"]).dtype is computed
+    assert dequantize(leaving["hidden_states"], leaving["scales"]).dtype is computed
     assert torch.equal(connector._leaving(states, False)["hidden_states"], states)
 
 

@@ -21,7 +21,7 @@ from safetensors import safe_open
 from speculators.errors import ContractError, StageError
 from speculators.features.contract import ANSWERS, check_contract, feature_contract
 from speculators.features.encoding import decode, encode
-from speculators.features.io import Reading, larger_than_memory
+from speculators.features.io import FileReader, exceeds_page_cache
 from speculators.features.prefetch import Buffers
 from speculators.features.shards import ShardReader, ShardWriter
 
@@ -197,14 +197,14 @@ write(Path(sys.argv[1]), range(30))
 
 def test_going_on_under_another_contract_is_refused(tmp_path: Path) -> None:
     write(tmp_path, range(12))
-    with pytest.raises(ContractError, match=r"layer_ids is \[1, 2, 4\], wanted \[1, 2, 5\]"):
+    with pytest.raises(ContractError, match=r"layer_ids is \[1, 2, 4\], expected \[1, 2, 5\]"):
         ShardWriter(tmp_path, contract(layer_ids=[1, 2, 5]), 20)
 
 
 def test_every_field_that_differs_is_named() -> None:
     with pytest.raises(ContractError) as error:
         check_contract(contract(dtype="float32", target="c" * 64), contract())
-    assert 'dtype is "float32", wanted "bfloat16"' in error.value.message
+    assert 'dtype is "float32", expected "bfloat16"' in error.value.message
     assert "target is" in error.value.message
     assert "hidden_size" not in error.value.message
     check_contract(contract(), {"layer_ids": [1, 2, 4], "normed": False})
@@ -213,7 +213,7 @@ def test_every_field_that_differs_is_named() -> None:
 def test_states_of_another_shape_are_refused(tmp_path: Path) -> None:
     writer = ShardWriter(tmp_path, contract(), 20)
     ids, states = row_of(0)
-    with pytest.raises(ContractError, match=r"row 0 are \[4, 2, 5\], \[4, 3, 5\] was expected"):
+    with pytest.raises(ContractError, match=r"row 0 have shape \[4, 2, 5\], expected \[4, 3, 5\]"):
         writer.add(0, ids, states[:, :2])
 
 
@@ -298,7 +298,7 @@ def test_the_last_layer_is_kept_where_it_is_asked_for(tmp_path: Path, dtype: str
         wanted = decode(encode("row", states, dtype))
         wanted[~kept, -1] = torch.nan
         torch.testing.assert_close(reader.states(row), wanted, rtol=0, atol=0, equal_nan=True)
-        assert reader.last_places(row, 4).tolist() == kept[:4].tolist()
+        assert reader.last_layer_mask(row, 4).tolist() == kept[:4].tolist()
     into = torch.empty(3, WIDTH, dtype=reader.layout["last"][0])
     reader.fill([(1, 4), (0, 2)], {"last": into})  # places 2 and 3 of the one, 1 of the other
     if dtype == "bfloat16":
@@ -324,8 +324,8 @@ def test_a_row_of_which_the_last_layer_is_nowhere_kept(tmp_path: Path) -> None:
 @pytest.fixture
 def long_rows(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """Rows of several blocks each, in several shards, none of which begins or ends where a sector does."""
-    monkeypatch.setattr(Reading, "BLOCK", Reading.PAGE)
-    monkeypatch.setattr(Reading, "SMALL", 1)
+    monkeypatch.setattr(FileReader, "BLOCK", FileReader.PAGE)
+    monkeypatch.setattr(FileReader, "SMALL", 1)
     draw = torch.Generator().manual_seed(0)
     writer = ShardWriter(tmp_path, contract(), 1500)
     for row, tokens in enumerate((700, 3, 411, 900, 137)):
@@ -334,15 +334,15 @@ def long_rows(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path
 
 
-def past_the_cache(directory: Path) -> ShardReader:
-    reader = ShardReader(directory, past_the_cache=True)
-    if reader._past is None:
+def direct_io(directory: Path) -> ShardReader:
+    reader = ShardReader(directory, direct_io=True)
+    if reader._direct_files is None:
         pytest.skip("this file system has no reads past the page cache")
     return reader
 
 
 def test_past_the_cache_the_same_is_read(long_rows: Path) -> None:
-    plain, past = ShardReader(long_rows), past_the_cache(long_rows)
+    plain, past = ShardReader(long_rows), direct_io(long_rows)
     past.will_need([(row, 3) for row in past.rows])
     for row in plain.rows:
         assert torch.equal(past.states(row), plain.states(row))
@@ -368,7 +368,7 @@ def wide_rows(tmp_path: Path) -> Path:
 
 def read_wide(reader: ShardReader) -> dict[str, torch.Tensor]:
     parts = [(3, 899), (0, 1), (2, 411), (1, 2)]
-    places = sum(int(reader.last_places(row, tokens).sum()) for row, tokens in parts)
+    places = sum(int(reader.last_layer_mask(row, tokens).sum()) for row, tokens in parts)
     into = Buffers().empty(
         {"states": (torch.bfloat16, (1313, LAYERS - 1, 256)), "last": (torch.bfloat16, (places, 256))}
     )
@@ -377,19 +377,19 @@ def read_wide(reader: ShardReader) -> dict[str, torch.Tensor]:
 
 
 def test_whole_sectors_are_read_straight_into_their_place(wide_rows: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    past, wanted = past_the_cache(wide_rows), read_wide(ShardReader(wide_rows))
-    monkeypatch.setattr(Reading, "_memory", lambda self: pytest.fail("they went through memory of ours"))
+    past, wanted = direct_io(wide_rows), read_wide(ShardReader(wide_rows))
+    monkeypatch.setattr(FileReader, "_buffer", lambda self: pytest.fail("they went through memory of ours"))
     found = read_wide(past)
     assert all(torch.equal(found[name], wanted[name]) for name in wanted)
 
 
 def test_a_disk_of_larger_sectors_is_read_in_those(wide_rows: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    past, wanted, real = past_the_cache(wide_rows), read_wide(ShardReader(wide_rows)), os.preadv
-    direct = past._past
+    past, wanted, real = direct_io(wide_rows), read_wide(ShardReader(wide_rows)), os.preadv
+    direct = past._direct_files
     assert direct is not None
 
     def preadv(descriptor: int, rooms: list[memoryview], offset: int) -> int:
-        pages = not (offset | np.frombuffer(rooms[0], np.uint8).ctypes.data | len(rooms[0])) % Reading.PAGE
+        pages = not (offset | np.frombuffer(rooms[0], np.uint8).ctypes.data | len(rooms[0])) % FileReader.PAGE
         if descriptor in [direct._files(path).descriptor for path in past._paths] and not pages:
             raise OSError(errno.EINVAL, "Invalid argument")
         return real(descriptor, rooms, offset)
@@ -400,7 +400,7 @@ def test_a_disk_of_larger_sectors_is_read_in_those(wide_rows: Path, monkeypatch:
 
 
 def test_past_the_cache_too_a_shard_that_is_cut_off_is_an_error(long_rows: Path) -> None:
-    reader = past_the_cache(long_rows)
+    reader = direct_io(long_rows)
     reader.check()
     shard = long_rows / "shard-00001.safetensors"
     os.truncate(shard, shard.stat().st_size - 2)
@@ -419,8 +419,8 @@ def test_a_file_system_without_such_reads_is_read_through_the_cache(
         return opened(path, flags, *rest, **named)
 
     monkeypatch.setattr(os, "open", refusing)
-    reader = ShardReader(long_rows, past_the_cache=True)
-    assert reader._past is None
+    reader = ShardReader(long_rows, direct_io=True)
+    assert reader._direct_files is None
     assert torch.equal(reader.states(3), ShardReader(long_rows).states(3))
 
 
@@ -430,13 +430,13 @@ def test_a_set_is_larger_than_memory_when_half_of_that_does_not_hold_it(
     total = sum(path.stat().st_size for path in long_rows.glob("shard-*"))
     for pages, larger in ((2 * total, False), (2 * total - 2, True)):
         monkeypatch.setattr(os, "sysconf", {"SC_PHYS_PAGES": pages, "SC_PAGE_SIZE": 1}.__getitem__)
-        assert larger_than_memory(long_rows) is larger
+        assert exceeds_page_cache(long_rows) is larger
 
 
 def test_readers_that_share_their_files_keep_few_of_them_open(tmp_path: Path) -> None:
     for name in "abcd":
         write(tmp_path / name, range(12), shard_tokens=8).close()
-    reading = Reading(3)
+    reading = FileReader(3)
     readers = [ShardReader(tmp_path / name, reading) for name in "abcd"]
     before = len(os.listdir("/proc/self/fd"))
     for row in range(12):

@@ -202,8 +202,8 @@ def test_hybrid_loses_its_server_on_the_way_goes_on_and_prefills_no_row_again(wo
     events = world.last_run()["events"]
     assert len([e for e in events if e["event"] == "stage.retried" and e["node"] == "train"]) == 1
     summary, _, record = trained(world)
-    assert record["found_rows"] > 0
-    assert record["found_rows"] + record["prefilled_rows"] == record["kept_rows"]
+    assert record["reused_rows"] > 0
+    assert record["reused_rows"] + record["prefilled_rows"] == record["kept_rows"]
     assert record["kept_rows"] <= summary["rows"] + summary["validation_rows"]
     assert gone(world)
 

@@ -134,7 +134,7 @@ def test_answers_with_other_states_than_are_asked_for_are_refused(
     config.extract.dtype = change.get("dtype", config.extract.dtype)  # type: ignore[assignment]
     job = job_in(tmp_path, config)
     job.derived["capture_layer_ids"] = change.get("layers", [2, 4])
-    with pytest.raises(ContractError, match="are not what is asked for"):
+    with pytest.raises(ContractError, match="do not fit"):
         main(job)
 
 
@@ -145,7 +145,7 @@ def test_a_shard_of_other_answers_is_refused(tmp_path: Path, config: Config) -> 
     main(job)
     index = job.output / "index.json"
     index.write_text(index.read_text().replace('"prompts"', '"others"'))
-    with pytest.raises(ContractError, match='tokens is "prompts", wanted "others"'):
+    with pytest.raises(ContractError, match='tokens is "prompts", expected "others"'):
         ShardReader(job.output).states(0)
 
 

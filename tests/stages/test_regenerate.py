@@ -266,7 +266,7 @@ def test_an_attempt_that_is_killed_while_it_packs_states_is_gone_on_with(
     config.extract.shard_tokens = 6
     job = keeping(tmp_path, config, "bfloat16", layers=2)
     answers_with_states(job, "bfloat16", TALKS)
-    real, packed = ShardWriter.add_sifted, list[int]()
+    real, packed = ShardWriter.add_encoded, list[int]()
 
     def until_the_last(self: ShardWriter, row: int, *rest: Any) -> None:
         if row == 2:
@@ -274,12 +274,12 @@ def test_an_attempt_that_is_killed_while_it_packs_states_is_gone_on_with(
         real(self, row, *rest)
         packed.append(row)
 
-    monkeypatch.setattr(ShardWriter, "add_sifted", until_the_last)
+    monkeypatch.setattr(ShardWriter, "add_encoded", until_the_last)
     with pytest.raises(KeyboardInterrupt):
         regenerate.main(job)
     # What is in a sealed shard is not kept beside it.
     assert [path.name for path in (job.scratch / "states").iterdir()] == ["2-0.safetensors"]
-    monkeypatch.setattr(ShardWriter, "add_sifted", real)
+    monkeypatch.setattr(ShardWriter, "add_encoded", real)
     again = keeping(tmp_path, config, "bfloat16", layers=2)
     regenerate.main(again)
     assert packed == [0, 1]

@@ -31,8 +31,8 @@ from speculators.errors import ContractError, RunError, ServiceError, StageError
 from speculators.features import disk_cache
 from speculators.features.contract import feature_contract
 from speculators.features.dataloader import Corpus
-from speculators.features.disk_cache import StatesCache
-from speculators.features.encoding import LAST, decode, encode, last_of
+from speculators.features.disk_cache import HiddenStatesCache
+from speculators.features.encoding import LAST, decode, encode, last_layer_part
 from speculators.job import Job
 from speculators.stages import train
 from speculators.targets.checkpoint import TargetCheckpoint
@@ -99,7 +99,7 @@ def feed_of(world: World, server: StatesServer, memory: int) -> Feed:
 def drawn(feed: Feed, world: World, row: int) -> torch.Tensor:
     """The states of a row, as training asks for them, NaN where they are not kept."""
     ids = np.array(list(world.known)[row])
-    places = torch.from_numpy(feed.last_places(row, len(ids)))
+    places = torch.from_numpy(feed.last_layer_mask(row, len(ids)))
     into = room(feed, places)
     feed.fill([(row, len(ids))], ids, into)
     return joined(into, places)
@@ -113,7 +113,7 @@ def room(feed: Feed, places: torch.Tensor) -> dict[str, torch.Tensor]:
 def joined(into: dict[str, torch.Tensor], places: torch.Tensor) -> torch.Tensor:
     states = decode(into)
     last = torch.full((len(states), 1, tiny.H), torch.nan, dtype=states.dtype)
-    last[places, 0] = decode(last_of(into))
+    last[places, 0] = decode(last_layer_part(into))
     return torch.cat([states, last], 1)
 
 
@@ -149,18 +149,18 @@ def test_states_that_would_be_stored_in_float8_are_trained_on_as_they_would_be_r
         target="t", tokens="k", dtype="float8_e4m3fn", compute_dtype="float32",
         layer_ids=states_server.LAYER_IDS, hidden_size=tiny.H,
     )  # fmt: skip
-    kept = StatesCache(tmp_path / "kept", contract, 2**30) if on_disk else None
+    kept = HiddenStatesCache(tmp_path / "kept", contract, 2**30) if on_disk else None
     feed = Feed(server.endpoint, world.path / "tokens", shape, options, memory=0, ahead=2, cache=kept)
     feed.expect([])
     read = decode(encode("row 3", list(world.known.values())[3], "float8_e4m3fn"))
-    places = torch.from_numpy(feed.last_places(3, len(read)))
+    places = torch.from_numpy(feed.last_layer_mask(3, len(read)))
     assert 0 < int(places.sum()) < len(places)
     read[~places, -1] = torch.nan
     torch.testing.assert_close(drawn(feed, world, 3), read, rtol=0, atol=0, equal_nan=True)
     feed.close()
     if kept is not None:
-        reopened = StatesCache(tmp_path / "kept", contract, 2**30)
-        assert reopened.found == 1
+        reopened = HiddenStatesCache(tmp_path / "kept", contract, 2**30)
+        assert reopened.rows_reused == 1
         into = room(feed, places)
         reopened.fill(3, into)
         torch.testing.assert_close(joined(into, places), read, rtol=0, atol=0, equal_nan=True)
@@ -251,7 +251,7 @@ def test_a_training_killed_in_mid_feed_goes_on_from_its_seal_and_asks_for_no_kep
     job = make_job(world.path, work, server.endpoint, states_disk_gib=9e4 / 2**30)
     train.main(job)
     assert files(job.output) == world.trained
-    assert job.record["found_rows"] == len(kept) > 0
+    assert job.record["reused_rows"] == len(kept) > 0
     again = Counter(server.asked) - before
     assert len([key for key in world.known if again[key] == 0]) >= len(kept)
 
@@ -275,7 +275,7 @@ def test_a_server_that_dies_in_mid_flight_ends_the_attempt_and_another_one_takes
     job = make_job(world.path, work, serve().endpoint, **bounds)
     train.main(job)
     assert files(job.output) == world.trained
-    assert job.record["found_rows"] > 0
+    assert job.record["reused_rows"] > 0
 
 
 def nan(tensors: dict[str, torch.Tensor]) -> None:

@@ -12,7 +12,7 @@ from speculators.config import compose
 from speculators.config.choices import StatesDtype
 from speculators.config.schema import Config
 from speculators.errors import StoreError
-from speculators.features.encoding import bytes_each
+from speculators.features.encoding import bytes_per_token
 from speculators.runner.planning import derive
 from speculators.runner.planning import estimate as estimating
 from speculators.runner.planning.estimate import Needs, estimate, refuse_if_too_large
@@ -73,7 +73,7 @@ def test_float8_halves_the_bytes_and_keeps_the_scales_in_them(config: Config) ->
     for dtype in StatesDtype:
         config.extract.dtype = dtype
         stored = derive.feature_bytes_per_token(config, known)
-        assert stored == sum(bytes_each(5, 576, dtype.name))
+        assert stored == sum(bytes_per_token(5, 576, dtype.name))
 
 
 TOKENS = 384 * 1024
