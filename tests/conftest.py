@@ -86,7 +86,7 @@ def publish_all(store: Store, planner: Planner) -> dict[str, str]:
 
 
 OF_CHECKPOINT = ["target.num_hidden_layers=4", "target.hidden_size=8", "target.vocab_size=32", "vocab.size=16"]
-OF_CHECKPOINT += ["speculator.layer_ids=null"]
+OF_CHECKPOINT += ["speculator.target_layer_ids=null"]
 """What a recipe has to say of `checkpoint` where the demo's says something else."""
 
 

@@ -197,7 +197,7 @@ def test_a_disk_without_room_is_refused_before_any_worker_starts(
     rows.write_text("[]")
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(estimate, "free_bytes", lambda root: 1 << 20)
-    sources = [f"target.source={checkpoint}", f"data.sharegpt.source={rows}", "evaluate.sets=[sharegpt]"]
+    sources = [f"target.source={checkpoint}", f"data.sharegpt.source={rows}", "evaluate.datasets=[sharegpt]"]
     assert main(DEMO, *OF_CHECKPOINT, *sources) == 1
     assert "the hidden states need up to" in capsys.readouterr().err
     assert not list((tmp_path / "store").glob("work/*/*"))

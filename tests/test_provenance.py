@@ -85,13 +85,13 @@ def test_no_file_of_a_run_or_of_the_store_holds_a_secret(
     rows = tmp_path / "rows.json"
     rows.write_text(json.dumps([{"id": f"r{i}", "conversations": [*turns[:1], turns[1]]} for i in range(3)]))
     monkeypatch.chdir(tmp_path)
-    words = [DEMO, f"target.source={checkpoint}", f"data.sharegpt.source={rows}", "evaluate.sets=[sharegpt]"]
+    words = [DEMO, f"target.source={checkpoint}", f"data.sharegpt.source={rows}", "evaluate.datasets=[sharegpt]"]
     words += ["target.num_hidden_layers=4", "target.hidden_size=8", "target.vocab_size=32", "vocab.size=16"]
     words += [
-        "speculator.layer_ids=[0,1,2]",
+        "speculator.target_layer_ids=[0,1,2]",
         "serve.url=http://127.0.0.1:9",
         "serve.api_key_env=PLANTED_KEY",
-        "serve.states=states",
+        "serve.hidden_states_dir=states",
     ]
     assert cli._guarded(words) == 1
     assert "no server answers" in capsys.readouterr().err
@@ -108,7 +108,7 @@ def test_no_file_of_a_run_or_of_the_store_holds_a_secret(
     "word",
     [
         "serve.url=http://me:planted@host:8000",
-        "serve.also=[http://me:planted@host:8000]",
+        "serve.extra_urls=[http://me:planted@host:8000]",
         "serve.extra_args=[--api-key,planted]",
     ],
 )

@@ -25,7 +25,7 @@ STAGE = '''
 import os, pathlib, time
 
 def main(job):
-    world, count = pathlib.Path(os.environ["WORLD"]), job.config.prompts.count
+    world, count = pathlib.Path(os.environ["WORLD"]), job.config.prompts.num_conversations
     with (world / "ran").open("a") as ran:
         ran.write(f"{count}\\n")
     print("gpus", os.environ.get("CUDA_VISIBLE_DEVICES"))
@@ -82,44 +82,44 @@ def until(true: Any, what: str) -> None:
 
 
 def test_what_jobs_have_in_common_runs_once_and_each_has_a_run_of_its_own(world: Path) -> None:
-    done = sweep(world, "prompts.count=3,4", "train.lr=1e-4,3e-4")
+    done = sweep(world, "prompts.num_conversations=3,4", "train.lr=1e-4,3e-4")
     assert done.returncode == 0, done.stderr
     assert sorted(ran(world)) == ["3", "4"]
     place = max((world / "runs").glob("*-sweep*"))
     reports = [json.loads((place / f"00{i}" / "run.json").read_text()) for i in range(4)]
     assert [r["overrides"][:2] for r in reports] == [
-        [f"prompts.count={c}", f"train.lr={lr}"] for c in (3, 4) for lr in ("0.0001", "0.0003")
+        [f"prompts.num_conversations={c}", f"train.lr={lr}"] for c in (3, 4) for lr in ("0.0001", "0.0003")
     ]
     assert len({(place / f"00{i}").resolve() for i in range(4)}) == 4
     config = json.loads((place / "003/config.json").read_text())
     assert (config["prompts"]["count"], config["train"]["lr"]) == (4, 3e-4)
     assert {p.name for p in world.iterdir()} == {"stages", "site", "rows.json", "runs", "ran", "store"}
-    assert "done     job 1               prompts.count=3 train.lr=0.0003" in done.stderr
+    assert "done     job 1               prompts.num_conversations=3 train.lr=0.0003" in done.stderr
     assert not (place / "held").exists()
 
 
 def test_one_job_that_fails_is_told_and_the_others_go_on(world: Path) -> None:
     (world / "fails-3").touch()
-    done = sweep(world, "prompts.count=3,4")
+    done = sweep(world, "prompts.num_conversations=3,4")
     assert done.returncode == 1
     assert [job["status"] for job in jobs(world)] == ["failed", "done"]
     assert "as it was told" in jobs(world)[0]["message"]
     assert done.stderr.index("error: prompts") < done.stderr.index("job      1")
     (world / "fails-3").unlink()
-    assert sweep(world, "prompts.count=3,4").returncode == 0
+    assert sweep(world, "prompts.num_conversations=3,4").returncode == 0
     assert ran(world) == ["3", "4", "3"]
 
 
 @pytest.mark.parametrize("signum", [signal.SIGINT, signal.SIGKILL])
 def test_an_interrupted_sweep_stops_and_the_same_command_goes_on(world: Path, signum: int) -> None:
     (world / "waits-4").touch()
-    process = subprocess.Popen(command("-m", "prompts.count=3,4,5"), cwd=world, stderr=subprocess.DEVNULL)
+    process = subprocess.Popen(command("-m", "prompts.num_conversations=3,4,5"), cwd=world, stderr=subprocess.DEVNULL)
     until(lambda: (world / "ran").exists() and ran(world) == ["3", "4"], "the second job runs")
     process.send_signal(signum)
     assert process.wait(60) == (130 if signum == signal.SIGINT else -signum)
     assert ran(world) == ["3", "4"]
     (world / "waits-4").unlink()
-    assert sweep(world, "prompts.count=3,4,5").returncode == 0
+    assert sweep(world, "prompts.num_conversations=3,4,5").returncode == 0
     assert ran(world) == ["3", "4", "4", "5"]
 
 
@@ -157,7 +157,7 @@ def test_jobs_side_by_side_make_what_they_share_once_and_one_that_fails_stops_no
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "5")
     two = ["hydra.launcher.n_jobs=2"] if "joblib" in launcher[0] else []
     process = subprocess.Popen(
-        command("-m", *launcher, *two, "prompts.count=3,4", "train.lr=1e-4,3e-4"),
+        command("-m", *launcher, *two, "prompts.num_conversations=3,4", "train.lr=1e-4,3e-4"),
         cwd=world,
         stderr=subprocess.PIPE,
         text=True,
@@ -178,7 +178,10 @@ def test_jobs_side_by_side_make_what_they_share_once_and_one_that_fails_stops_no
 def test_jobs_side_by_side_end_with_the_sweep_however_it_dies(world: Path, launcher: list[str]) -> None:
     (world / "waits-3").touch()
     process = subprocess.Popen(
-        command("-m", *launcher, "prompts.count=3"), cwd=world, stderr=subprocess.DEVNULL, start_new_session=True
+        command("-m", *launcher, "prompts.num_conversations=3"),
+        cwd=world,
+        stderr=subprocess.DEVNULL,
+        start_new_session=True,
     )
     until((world / "ran").exists, "the job runs")
     before = guard.descendants({process.pid})
@@ -228,7 +231,10 @@ def test_launchers_get_settings_for_long_jobs_unless_they_are_given(monkeypatch:
 
 
 def test_the_jobs_of_a_sweep_are_counted_before_it_starts() -> None:
-    assert compose._count(["train.lr=1,2,3", "prompts.seed=range(0,4)", "prompts.count=5", "--config-dir"]) == 12
+    assert (
+        compose._count(["train.lr=1,2,3", "prompts.seed=range(0,4)", "prompts.num_conversations=5", "--config-dir"])
+        == 12
+    )
 
 
 def test_a_recipe_by_path_stays_the_path_in_what_runs_one_job_alone(

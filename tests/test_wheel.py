@@ -31,7 +31,7 @@ def test_a_wheel_in_an_empty_environment_plans_a_recipe_from_another_directory(t
     command = tmp_path / "empty" / "bin" / "speculators-run"
     assert "smollm2_eagle3" in run(command, "--help")
     # The environment is empty, so the engine has to be somebody else's.
-    elsewhere = ("serve.url=http://127.0.0.1:9", "serve.states=states")
+    elsewhere = ("serve.url=http://127.0.0.1:9", "serve.hidden_states_dir=states")
     out = run(command, "plan", "recipe=smollm2_eagle3", *elsewhere, f"run.store={tmp_path}/store")
     assert "upstream: train" in out
     assert not (tmp_path / "store").exists()

@@ -34,7 +34,7 @@ class Loss(enum.Enum):
 
 
 def loss_weights(given: Any) -> dict[Loss, float]:
-    """The losses that `speculator.loss` asks for, with their weights: a name, or several as {name: weight}.
+    """The losses that `speculator.loss_fn` asks for, with their weights: a name, or several as {name: weight}.
 
     Raises:
         RecipeError: no such loss, or a weight that is not positive.
@@ -43,14 +43,15 @@ def loss_weights(given: Any) -> dict[Loss, float]:
     for name, weight in (given if isinstance(given, Mapping) else {given: 1.0}).items():
         known = name if isinstance(name, Loss) else Loss.__members__.get(str(name))
         if known is None:
-            raise RecipeError(f"speculator.loss: there is no loss `{name}`", closest(str(name), Loss.__members__))
+            raise RecipeError(f"speculator.loss_fn: there is no loss `{name}`", closest(str(name), Loss.__members__))
         if not isinstance(weight, (int, float)) or not 0.0 < weight < math.inf:
             raise RecipeError(
-                f"speculator.loss: the weight of {known.name} is {weight}", "give positive numbers: {kl: 0.7, tv: 0.3}"
+                f"speculator.loss_fn: the weight of {known.name} is {weight}",
+                "give positive numbers: {kl: 0.7, tv: 0.3}",
             )
         weights[known] = float(weight)
     if not weights:
-        raise RecipeError("speculator.loss names no loss", f"one of {', '.join(Loss.__members__)}")
+        raise RecipeError("speculator.loss_fn names no loss", f"one of {', '.join(Loss.__members__)}")
     return weights
 
 
@@ -79,24 +80,24 @@ class Speculator:
     """A name in `speculators.drafts.DRAFTS`."""
     num_layers: int = 1
     """Decoder layers of the draft."""
-    layer_ids: list[int] | None = None
+    target_layer_ids: list[int] | None = None
     """Target layers whose input the draft reads; derived from the target's depth if null."""
-    heads: int | None = if_set(None)
+    num_attention_heads: int | None = if_set(None)
     """Query heads of the draft's layers, of the target's width each; as many as the target has if null."""
-    key_value_heads: int | None = if_set(None)
+    num_key_value_heads: int | None = if_set(None)
     """Heads that the draft's keys and values have; as many as the target has if null."""
     intermediate_size: int | None = if_set(None)
     """Width inside the draft's MLPs; the target's if null, three times the hidden size where that has experts."""
     num_speculative_tokens: int = 3
     """Tokens proposed in one step: what is written into the checkpoint, and what evaluation serves with."""
-    loss: Any = if_set("kl")
+    loss_fn: Any = if_set("kl")
     """What is asked of a prediction: a name of `Loss`, or several with their weights: `{kl: 0.7, tv: 0.3}`."""
-    regression: float = if_set(0.0)
+    hidden_loss_weight: float = if_set(0.0)
     """Weight, beside that loss, of how far what enters the draft's head is from what enters the target's (EAGLE, Li et
     al. 2024, arXiv:2401.15077): it says more of each token than which token follows, where there are few."""
-    train_head: bool = if_set(False)
+    train_lm_head: bool = if_set(False)
     """Train the draft's own copy of the target's head, from the target's values on."""
-    train_embeddings: bool = if_set(False)
+    embed_requires_grad: bool = if_set(False)
     """Train the draft's own copy of the target's embeddings, from the target's values on; of a target whose head is
     its embeddings (tied), the draft's two copies are apart."""
 
@@ -108,9 +109,9 @@ class Eagle3(Speculator):
     algorithm: str = "eagle3"
     ttt_steps: int = 3
     """Steps of the train-time test: how often the draft is fed its own output in training."""
-    ttt_one_step_share: float = 0.0
+    ttt_warmup_ratio: float = 0.0
     """Share of the training, from its beginning, in which one step only is unrolled: it costs less."""
-    ttt_drawn: bool = if_set(False)
+    ttt_random_steps: bool = if_set(False)
     """Each step of the training unrolls a number of steps that is drawn anew, from 1 to `ttt_steps`."""
     ttt_step_decay: float = 1.0
     """Weight of step k in the loss is this to the power k."""
@@ -139,7 +140,7 @@ class DFlash(Speculator):
     num_speculative_tokens: int = 15
     """Tokens proposed in one step; the block is one longer."""
     target_layers: int = 5
-    """Layers of the target that are read, spread over its depth, where `layer_ids` is null."""
+    """Layers of the target that are read, spread over its depth, where `target_layer_ids` is null."""
     mask_token_id: int | None = None
     """Token whose embedding stands for a place to be filled in; if null, found for the target: the tokenizer's mask
     token, the first row of the embeddings that the tokenizer does not use, or its token for padding."""
@@ -147,7 +148,7 @@ class DFlash(Speculator):
     """A place of a block sees only those before it; otherwise all of them see each other."""
     sliding_window: int | None = None
     """Tokens before the block that are seen; null: all of its document."""
-    loss: Any = "ce"
+    loss_fn: Any = "ce"
     """What is asked of a prediction, as everywhere. `dpace` needs `ce` or `nla`, alone."""
     weighting: Weighting = Weighting.dpace
     """What the places of a block weigh in the loss."""
@@ -158,7 +159,7 @@ class DFlash(Speculator):
     induction: bool = if_set(False)
     """Begin with attention that finds where the last token stood before and copies what followed it there; takes two
     layers, and pays where there are few conversations to learn it from (docs/log.md)."""
-    anchors: int = 512
+    max_anchors: int = 512
     """Blocks that a step trains on, at most; which ones is drawn anew in every step."""
 
 

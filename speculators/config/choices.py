@@ -27,7 +27,7 @@ class LastState(enum.Enum):
     """Where the state that leaves the target's last layer is kept, by which a draft learns what the target says."""
 
     auto = "auto"
-    """`everywhere` with `train.supervise_prompts`, else `answers`."""
+    """`everywhere` with `train.train_on_prompts`, else `answers`."""
     answers = "answers"
     """Where a token of an answer is predicted."""
     everywhere = "everywhere"
@@ -49,7 +49,7 @@ class DataFormat(enum.Enum):
 class Connector(enum.Enum):
     """What hands hidden states out of vLLM."""
 
-    ours = "ours"
+    native = "native"
     """`engine.connector`: on CPUs and accelerators, for the requests that ask, whole or not at all."""
     example = "example"
     """vLLM's ExampleHiddenStatesConnector, which is upstream's `file` backend. Needs an accelerator; it writes the
@@ -74,16 +74,13 @@ class ExecutorName(enum.Enum):
     """What starts the workers."""
 
     local = "local"
+    """Subprocesses of this machine."""
     submitit = "submitit"
-    ray = "ray"
-
-
-class Cluster(enum.Enum):
-    """Where submitit runs what it is given."""
-
-    local = "local"
-    """Processes of this machine, through the same code as a cluster's."""
+    """Jobs of submitit on this machine, through the same code as a cluster's."""
     slurm = "slurm"
+    """Jobs of a Slurm cluster, through submitit."""
+    ray = "ray"
+    """Tasks of the Ray cluster at `executor.address`."""
 
 
 class Optimizer(enum.Enum):
@@ -100,7 +97,7 @@ class Schedule(enum.Enum):
     cosine = "cosine"
     constant = "constant"
     wsd = "wsd"
-    """Warm-up, stable, decay: constant, and falling to 0 over the last `cooldown` of the steps."""
+    """Warm-up, stable, decay: constant, and falling to 0 over the last `decay_ratio` of the steps."""
 
 
 class Packing(enum.Enum):

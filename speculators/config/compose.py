@@ -13,7 +13,7 @@ import os
 import re
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -27,15 +27,16 @@ from hydra.core.override_parser.types import Override
 from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf
 
-from speculators.config.algorithms import SPECULATORS, DFlash, Eagle3, Loss, Speculator, Weighting, loss_weights
+from speculators.config.algorithms import SPECULATORS
+from speculators.config.checks import check
 from speculators.config.fields import MISSING, leaves
-from speculators.config.schema import Config, Dataset, Executor, Train, from_plain
+from speculators.config.schema import Config, Dataset, Evaluate, Executor, from_plain
 from speculators.config.shipped import CONF, available
 from speculators.errors import RecipeError, closest
 from speculators.runner.installed import installed
 
 _VERSION_BASE = "1.3"
-_OPEN = ("data.", "datasets.", "pipeline.")
+_OPEN = ("data.", "pipeline.")
 """Sections whose keys are names that the recipe gives."""
 _GROUPS = ("target", "data", "speculator", "pipeline", "hardware", "executor")
 _HYDRA_S_OWN = ("output", "launcher", "sweeper", "help", "hydra_help", "hydra_logging", "job_logging", "env")
@@ -50,6 +51,20 @@ _LAUNCHERS = {
 
 # Every composition copies where Hydra looks, this store and all schemas with it, and then copies what it takes again.
 ConfigStore.__deepcopy__ = lambda store, _: store  # type: ignore[attr-defined]
+
+
+@dataclass(kw_only=True, slots=True)
+class _EvaluateAsWritten(Evaluate):
+    """A list and no mapping, since a list on the command line replaces the recipe's, and a mapping adds to it."""
+
+    datasets: list[Any] = field(default_factory=list)  # type: ignore[assignment]
+
+
+@dataclass(kw_only=True, slots=True)
+class _Written(Config):
+    """`Config` as recipes write it, for Hydra."""
+
+    evaluate: Evaluate = field(default_factory=_EvaluateAsWritten)
 
 
 def compose(words: Sequence[str]) -> Config:
@@ -160,22 +175,26 @@ def _count(overrides: Sequence[str]) -> int:
 
 
 def typed(composed: DictConfig) -> Config:
-    """The `Config` of what Hydra composed, with the data sets of `evaluate.sets` filled in.
+    """The `Config` of what Hydra composed, with the data sets of `evaluate.datasets` filled in.
 
     Hydra merged it into the schema, so names and types hold already.
     """
     plain: Any = OmegaConf.to_container(composed, resolve=True, enum_to_str=True)
+    plain["evaluate"]["datasets"] = _evaluation_datasets(plain["evaluate"]["datasets"], plain["data"])
+    for name in sorted(_missing(plain)):
+        raise RecipeError(f"`{name}` is not given", f"set it in the recipe, or say {name}=VALUE")
     config = from_plain(Config, plain)
-    missing = sorted(name for name, value, *_ in leaves(config) if value == MISSING)
-    if missing:
-        raise RecipeError(f"`{missing[0]}` is not given", f"set it in the recipe, or say {missing[0]}=VALUE")
-    given = config.datasets
-    config.datasets = {
-        name: config.data.get(name) or given.get(name) or _dataset(name) for name in config.evaluate.sets
-    }
-    _check_values(config)
-    _refuse_secrets(config)
+    check(config)
     return config
+
+
+def _missing(plain: dict[str, Any], prefix: str = "") -> Iterator[str]:
+    """Names of the options that have no value."""
+    for name, value in plain.items():
+        if value == MISSING:
+            yield f"{prefix}{name}"
+        elif isinstance(value, dict):
+            yield from _missing(value, f"{prefix}{name}.")
 
 
 def as_yaml(config: Config) -> str:
@@ -191,7 +210,7 @@ def _register(words: Sequence[str]) -> tuple[list[str], dict[str, Path]]:
     """
     logging.getLogger("hydra").setLevel(logging.ERROR)
     store = ConfigStore.instance()
-    store.store(name="schema", node=Config)
+    store.store(name="schema", node=_Written)
     for algorithm, schema in SPECULATORS.items():
         store.store(group="speculator", name=f"{algorithm}_schema", node=schema)
     known = available()
@@ -205,6 +224,8 @@ def _register(words: Sequence[str]) -> tuple[list[str], dict[str, Path]]:
             word = f"recipe={','.join(names)}"
         elif key == "force" and not value.startswith("["):
             word = f"force=[{value}]"
+        elif key == "evaluate.datasets" and not value.startswith("["):
+            word = f"{key}=[{value}]"
         elif key == "from":
             word = f"from_={value}"  # `from` cannot be the name of a field
         rewritten.append(word)
@@ -214,6 +235,9 @@ def _register(words: Sequence[str]) -> tuple[list[str], dict[str, Path]]:
             node = OmegaConf.load(path)
         except Exception as error:
             raise RecipeError(f"{path.name} is not YAML: {_first_line(error)}", "mend the file at that line") from None
+        measured_on = OmegaConf.select(node, "evaluate.datasets")
+        if isinstance(measured_on, DictConfig):  # the form that `data` has
+            node.evaluate.datasets = [measured_on]
         store.store(group="recipe", name=name, node={**node, "recipe": name}, package="_global_")
     return rewritten, known
 
@@ -234,12 +258,41 @@ def _initialized() -> Any:
     return hydra.initialize_config_dir(config_dir=str(CONF), version_base=_VERSION_BASE)
 
 
-def _dataset(name: str) -> Any:
+def _evaluation_datasets(items: list[Any], trained_on: dict[str, Any]) -> dict[str, Any]:
+    """`evaluate.datasets` by name, complete, from names and definitions.
+
+    Raises:
+        RecipeError: no such data set, or an option of it that does not exist or has the wrong type.
+    """
+    datasets: dict[str, Any] = {}
+    for item in items:
+        for name, options in item.items() if isinstance(item, dict) else [(str(item), None)]:
+            datasets[name] = _dataset(name, options) if options else trained_on.get(name) or _shipped_dataset(name)
+    return datasets
+
+
+def _shipped_dataset(name: str) -> Any:
     path = CONF / "data" / f"{name}.yaml"
     if not path.is_file():
-        raise RecipeError(f"evaluate.sets: there is no data set `{name}`", closest(name, _choices("data")))
+        raise RecipeError(f"evaluate.datasets: there is no data set `{name}`", closest(name, _choices("data")))
     loaded: Any = OmegaConf.load(path)
-    return OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(Dataset), loaded[name]))
+    return _dataset(name, loaded[name])
+
+
+def _dataset(name: str, options: Any) -> Any:
+    """A data set with its defaults filled in."""
+    full = f"evaluate.datasets.{name}"
+    if not isinstance(options, Mapping):
+        raise RecipeError(f"{full} is {options!r}", "define it by its options: {source: FILE, format: prompts}")
+    schema, known = OmegaConf.structured(Dataset), [name for name, *_ in leaves(Dataset())]
+    for option, value in options.items():
+        if option not in known:
+            raise RecipeError(f"there is no option `{full}.{option}`", closest(str(option), known))
+        try:
+            schema[option] = value
+        except omegaconf.errors.ValidationError as error:
+            raise RecipeError(f"{full}.{option}: {_first_line(error)}", "give a value of the option's type") from None
+    return OmegaConf.to_container(schema, enum_to_str=True)
 
 
 def _choices(group: str) -> list[str]:
@@ -253,7 +306,7 @@ def _options(near: str = "") -> set[str]:
     names = {name for name, *_ in leaves(Config())}
     for schema in SPECULATORS.values():
         names |= {f"speculator.{name}" for name, *_ in leaves(schema())}
-    return names | {name.rsplit(".", 1)[0] for name in names if "." in name} | {"data", "datasets", "pipeline"}
+    return names | {name.rsplit(".", 1)[0] for name in names if "." in name} | {"data", "pipeline"}
 
 
 def _closest_option(name: str, options: set[str]) -> str:
@@ -322,125 +375,6 @@ def _check_launcher(name: str) -> None:
             f"hydra/launcher={name} needs `{distribution}`, which is not installed",
             f"pip install 'speculators-run[{extra}]'",
         )
-
-
-def _check_values(config: Config) -> None:
-    """What a type cannot say. One check per line, each naming the field."""
-    train, evaluate = config.train, config.evaluate
-    loss_weights(config.speculator.loss)
-    checks = (
-        (
-            type(config.speculator) is not Speculator,
-            "speculator.algorithm",
-            "has no schema",
-            f"one of {', '.join(SPECULATORS)}",
-        ),
-        (
-            0 <= config.prompts.hold_out < 1,
-            "prompts.hold_out",
-            "is a share of the conversations, from 0 to 1",
-            "for example 0.05",
-        ),
-        (
-            config.regenerate.max_tokens < train.sequence_length,
-            "regenerate.max_tokens",
-            "leaves no room for a prompt in train.sequence_length",
-            f"below {train.sequence_length}",
-        ),
-        (
-            config.speculator.num_speculative_tokens > 0,
-            "speculator.num_speculative_tokens",
-            "must be positive",
-            "for example 3",
-        ),
-        (
-            all(c > 0 for c in evaluate.concurrency) and bool(evaluate.concurrency),
-            "evaluate.concurrency",
-            "holds positive numbers",
-            "for example [1]",
-        ),
-        (evaluate.prompts > 0, "evaluate.prompts", "must be positive", "for example 32"),
-        *_checks_of_train(train),
-        *_checks_of_draft(config.speculator),
-        *(_checks_of_dflash(config.speculator) if isinstance(config.speculator, DFlash) else ()),
-        *(_checks_of_eagle3(config.speculator) if isinstance(config.speculator, Eagle3) else ()),
-    )
-    for holds, name, wrong, hint in checks:
-        if not holds:
-            raise RecipeError(f"{name} {wrong}", hint)
-
-
-def _checks_of_train(train: Train) -> Iterator[tuple[bool, str, str, str]]:
-    """(holds, field, what is wrong, how to mend it), as `_check_values` has them."""
-    for name, example in (("epochs", "6"), ("lr", "1e-3"), ("batch_tokens", "2048"), ("accumulate", "1")):
-        yield getattr(train, name) > 0, f"train.{name}", "must be positive", f"for example {example}"
-    yield train.processes > 0, "train.processes", "must be positive", "1 takes the stage's own process"
-    yield train.sequence_length > 1, "train.sequence_length", "must be at least 2", "for example 2048"
-    whole = "leave it out for all steps of the epochs"
-    yield train.max_steps is None or train.max_steps > 0, "train.max_steps", "must be positive", whole
-    for name in ("patience", "keep_every"):
-        yield getattr(train, name) >= 0, f"train.{name}", "must not be negative", "0 leaves it off"
-    for name, example in (("warmup", "0.01"), ("ema", "0.999")):
-        yield (
-            0 <= getattr(train, name) < 1, f"train.{name}", "is a share, from 0 to below 1", f"for example {example}"
-        )  # fmt: skip
-    often = "is how many times the lowest loss is too much: above 1, or 0 for never"
-    yield train.explodes_at == 0 or train.explodes_at > 1, "train.explodes_at", often, "for example 5"
-    yield 0 <= train.cooldown <= 1, "train.cooldown", "is a share of the steps, from 0 to 1", "for example 0.2"
-    share = "is a share of the conversations, from 0 to below 1"
-    yield 0 <= train.validation < 1, "train.validation", share, "for example 0.1"
-
-
-def _checks_of_draft(options: Speculator) -> Iterator[tuple[bool, str, str, str]]:
-    """(holds, field, what is wrong, how to mend it), as `_check_values` has them."""
-    for name in ("heads", "key_value_heads", "intermediate_size"):
-        given = getattr(options, name)
-        yield given is None or given > 0, f"speculator.{name}", "must be positive", "leave it out for the target's"
-    yield options.regression >= 0, "speculator.regression", "must not be negative", "0 leaves it off"
-
-
-def _checks_of_eagle3(options: Eagle3) -> Iterator[tuple[bool, str, str, str]]:
-    """(holds, field, what is wrong, how to mend it), as `_check_values` has them."""
-    yield (
-        not (options.fc_norm and options.norm_before_fc),
-        "speculator.fc_norm",
-        "and norm_before_fc exclude each other",
-        "add speculator.norm_before_fc=false",
-    )
-    yield (options.ttt_steps > 0, "speculator.ttt_steps", "must be positive", "for example 3")
-
-
-def _checks_of_dflash(options: DFlash) -> Iterator[tuple[bool, str, str, str]]:
-    """(holds, field, what is wrong, how to mend it), as `_check_values` has them."""
-    yield (
-        options.weighting is not Weighting.dpace or loss_weights(options.loss) in ({Loss.ce: 1.0}, {Loss.nla: 1.0}),
-        "speculator.weighting",
-        "dpace takes the cross-entropy for the draft's confidence, or the likelihood of acceptance",
-        "set speculator.loss=ce, speculator.loss=nla or speculator.weighting=decay",
-    )
-    yield (options.anchors > 0, "speculator.anchors", "must be positive", "for example 512")
-    yield (options.decay_gamma > 0, "speculator.decay_gamma", "must be positive", "for example 4")
-    yield (0 <= options.dpace_alpha <= 1, "speculator.dpace_alpha", "is a share, from 0 to 1", "for example 0.5")
-    yield (options.target_layers > 0, "speculator.target_layers", "must be positive", "for example 5")
-    yield (
-        options.sliding_window is None or options.sliding_window > 0,
-        "speculator.sliding_window",
-        "must be positive",
-        "null for the whole document",
-    )
-
-
-def _refuse_secrets(config: Config) -> None:
-    """A recipe is written into run directories, so it names the variables that hold secrets and never holds one."""
-    told = {
-        "serve.url": "@" in config.serve.url,
-        "serve.also": any("@" in url for url in config.serve.also),
-        "serve.extra_args": any(word.startswith(("--api-key", "--hf-token")) for word in config.serve.extra_args),
-    }
-    for name, holds in told.items():
-        if holds:
-            hint = "export the key, and name the variable that holds it: serve.api_key_env=NAME; for a hub, HF_TOKEN"
-            raise RecipeError(f"{name} holds a secret, and recipes are written down", hint)
 
 
 def _mended(error: Exception) -> RecipeError:

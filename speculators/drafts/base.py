@@ -199,13 +199,13 @@ class Draft(nn.Module, ABC):
             **cls.describe(parts, options, layer_ids),
         }
         draft = cls(config, parts.embeddings, parts.head, vocabulary)
-        if options.train_embeddings:
+        if options.embed_requires_grad:
             draft.embed_tokens = Trained(parts.embeddings)
             draft.own.add("embed_tokens.weight")
-        if options.train_head:
+        if options.train_lm_head:
             draft.lm_head = Trained(parts.head)
             draft.own.add("lm_head.weight")
-        draft.loss, draft.regression = loss_weights(options.loss), options.regression
+        draft.loss, draft.regression = loss_weights(options.loss_fn), options.hidden_loss_weight
         draft.initialise(seed)
         draft.configure(options)
         return draft
@@ -279,7 +279,7 @@ def layer_config(parts: TargetParts, options: Speculator, model_type: str = "lla
     """`transformer_layer_config` of Llama or Qwen3 layers with full attention: the target's shape, or what is asked."""
     target = parts.config
     heads = int(target["num_attention_heads"])
-    groups = options.key_value_heads or target.get("num_key_value_heads") or heads
+    groups = options.num_key_value_heads or target.get("num_key_value_heads") or heads
     # A target with experts has no single MLP width.
     dense = not any(target.get(name) for name in ("num_experts", "num_local_experts", "n_routed_experts"))
     inside = target["intermediate_size"] if dense else 3 * target["hidden_size"]
@@ -288,7 +288,7 @@ def layer_config(parts: TargetParts, options: Speculator, model_type: str = "lla
         "hidden_size": target["hidden_size"],
         "intermediate_size": options.intermediate_size or inside,
         "num_hidden_layers": options.num_layers,
-        "num_attention_heads": options.heads or heads,
+        "num_attention_heads": options.num_attention_heads or heads,
         "num_key_value_heads": groups,
         "head_dim": target.get("head_dim") or target["hidden_size"] // heads,
         "hidden_act": "silu",

@@ -175,7 +175,7 @@ class DFlashDraft(Draft):
 
     def configure(self, options: Speculator) -> None:
         assert isinstance(options, DFlash)
-        self.options, self.anchors = options, options.anchors
+        self.options, self.anchors = options, options.max_anchors
 
     @torch.no_grad()
     def prepare(self, packs: Iterable[Pack], seed: int) -> None:

@@ -144,7 +144,7 @@ class Eagle3Draft(Draft):
             "norm_before_fc": options.norm_before_fc,
             "norm_output": options.norm_output,
             "fc_norm": options.fc_norm,
-            "embed_requires_grad": options.train_embeddings,
+            "embed_requires_grad": options.embed_requires_grad,
             "transformer_layer_config": shape,
         }
 
@@ -156,8 +156,8 @@ class Eagle3Draft(Draft):
         assert isinstance(options, Eagle3)
         self.steps = self.unrolled = options.ttt_steps
         self.step_decay = options.ttt_step_decay
-        self.one_step_share, self.induction = options.ttt_one_step_share, options.induction
-        self.drawn = options.ttt_drawn
+        self.one_step_share, self.induction = options.ttt_warmup_ratio, options.induction
+        self.drawn = options.ttt_random_steps
 
     def advance(self, step: int, total: int) -> None:
         self.unrolled = self.steps

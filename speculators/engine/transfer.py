@@ -80,8 +80,8 @@ class StatesFile:
         return ServiceError(
             f"the server at {url} has put the hidden states of {self.item} into {self.path.name}, which would be in "
             f"{self.path.parent} here, and that is no directory",
-            "serve.states=DIRECTORY: the server's kv_connector_extra_config.shared_storage_path, as it is mounted on "
-            "the machine where the stage runs",
+            "serve.hidden_states_dir=DIRECTORY: the server's kv_connector_extra_config.shared_storage_path, as it is "
+            "mounted on the machine where the stage runs",
         )
 
     async def there(self) -> bool:
@@ -90,8 +90,8 @@ class StatesFile:
     def late(self, seconds: float) -> ServiceError:
         return ServiceError(
             f"the hidden states of {self.item} were promised as {self.path} and are not there after {seconds:g} s",
-            "is the server's directory visible from here? Server and stage have to share it; serve.states says where "
-            "it is mounted",
+            "is the server's directory visible from here? Server and stage have to share it; serve.hidden_states_dir "
+            "says where it is mounted",
         )
 
     def take(self) -> tuple[torch.Tensor, torch.Tensor]:
@@ -134,7 +134,7 @@ class StatesFile:
         except OSError as error:
             raise ServiceError(
                 f"nothing can be locked in {lock.parent}: {error.strerror}; so nobody knows when states are whole",
-                "put the server's directory on a file system whose locks work, or use extract.connector=ours",
+                "put the server's directory on a file system whose locks work, or use extract.connector=native",
             ) from None
         if self.path.exists():
             return True

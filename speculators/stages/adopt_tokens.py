@@ -25,7 +25,7 @@ def main(job: Job) -> None:
 
 
 def _rows(job: Job, tally: Counter[str]) -> Iterator[dict[str, Any]]:
-    longest, least = job.config.train.sequence_length, job.config.tokenize.min_supervised
+    longest, least = job.config.max_seq_len, job.config.tokenize.min_supervised
     for name in sorted(job.config.data):
         directory = job.inputs[f"dataset.{name}"]
         # Whatever it hands out, tensors for upstream's trainer, say: Python's lists are wanted here.

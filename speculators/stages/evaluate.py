@@ -20,7 +20,7 @@ from speculators.config.choices import Dtype
 from speculators.data.conversations import Conversation, Tally, data_file, held_out, usable, with_instruction
 from speculators.engine.client import Client, Completion
 from speculators.engine.metrics import DraftCounters, read_counters
-from speculators.errors import RecipeError, SourceError, StageError, closest
+from speculators.errors import RecipeError, SourceError, StageError
 from speculators.evaluation.lossless import TOLERANCE, compare
 from speculators.job import Job, write_json
 
@@ -51,7 +51,7 @@ def main(job: Job) -> None:
     _check(job)
     prompts: dict[str, list[Prompt]] = {}
     tallies: dict[str, Tally] = {}
-    for name in job.config.evaluate.sets:
+    for name in job.config.evaluate.datasets:
         tallies[name] = Tally()
         prompts[name] = choose(job, name, tallies[name])
     asyncio.run(_work(job, prompts))
@@ -61,30 +61,29 @@ def main(job: Job) -> None:
 
 def _check(job: Job) -> None:
     options = job.config.evaluate
-    if not options.sets or not options.concurrency or min(options.concurrency) < 1 or options.prompts < 1:
+    if not options.datasets or not options.concurrency or min(options.concurrency) < 1 or options.num_prompts < 1:
         raise RecipeError(
-            "nothing is measured with evaluate.sets="
-            f"{options.sets} evaluate.concurrency={options.concurrency} evaluate.prompts={options.prompts}",
-            "name at least one set, one concurrency and one prompt",
+            f"nothing is measured with evaluate.datasets={list(options.datasets)} "
+            f"evaluate.concurrency={options.concurrency} evaluate.num_prompts={options.num_prompts}",
+            "name at least one data set, one concurrency and one prompt",
         )
-    for name in options.sets:
-        if name not in job.config.datasets:
-            raise RecipeError(f"evaluate.sets names `{name}`, which is no data set", closest(name, job.config.datasets))
-        if name in job.config.data and not job.config.prompts.hold_out:
+    for name in options.datasets:
+        if name in job.config.data and not job.config.prompts.eval_holdout_ratio:
             raise RecipeError(
                 f"`{name}` is trained on and evaluated with, and nothing of it is held out",
-                "set prompts.hold_out above 0",
+                "set prompts.eval_holdout_ratio above 0",
             )
 
 
 def choose(job: Job, name: str, tally: Tally) -> list[Prompt]:
     """The prompts of set `name`: always the same ones, by their ids. Of a training set, held-out rows."""
-    spec, options = job.config.datasets[name], job.config.evaluate
+    options = job.config.evaluate
+    spec = options.datasets[name]
     trained = name in job.config.data
 
     def candidates() -> Any:
         for row in usable(data_file(job.inputs[f"dataset.{name}"]), name, spec, tally, set()):
-            if trained and not held_out(row.first, job.config.prompts.hold_out):
+            if trained and not held_out(row.first, job.config.prompts.eval_holdout_ratio):
                 tally.dropped["trained on"] += 1
             else:
                 yield row
@@ -92,11 +91,11 @@ def choose(job: Job, name: str, tally: Tally) -> list[Prompt]:
     def order(row: Conversation) -> bytes:
         return hashlib.sha256(row.id.encode()).digest()
 
-    rows = heapq.nsmallest(options.prompts, candidates(), key=order)
+    rows = heapq.nsmallest(options.num_prompts, candidates(), key=order)
     if not rows:
         raise SourceError(
             f"no prompt of `{name}` is left: {tally.record()}",
-            f"loosen min_chars, max_chars or ascii_only of `{name}`, or raise prompts.hold_out",
+            f"loosen min_chars, max_chars or ascii_only of `{name}`, or raise prompts.eval_holdout_ratio",
         )
     return [Prompt(row.id, _question(with_instruction(row, spec.instruction))) for row in rows]
 
@@ -110,7 +109,7 @@ def _question(messages: list[dict[str, str]]) -> list[dict[str, str]]:
 async def _work(job: Job, prompts: dict[str, list[Prompt]]) -> None:
     options = job.config.evaluate
     if "plain" in job.services:
-        for name in options.sets:
+        for name in options.datasets:
             for concurrency in options.concurrency:
                 path = _measured(job, name, concurrency)
                 if not path.exists():
@@ -118,7 +117,7 @@ async def _work(job: Job, prompts: dict[str, list[Prompt]]) -> None:
     pair = lossless_pair(job)
     if pair is None or pair[0] not in job.services:
         return
-    for name in options.sets:
+    for name in options.datasets:
         path = _compared(job, name)
         if not path.exists():
             write_json(path, await _compare(job, name, prompts[name][: options.lossless_prompts], pair))
@@ -322,7 +321,7 @@ async def _greedy_answers(
 def _publish(job: Job, prompts: dict[str, list[Prompt]], tallies: dict[str, Tally]) -> None:
     options = job.config.evaluate
     sets: dict[str, Any] = {}
-    for name in options.sets:
+    for name in options.datasets:
         measured = {str(c): json.loads(_measured(job, name, c).read_text()) for c in options.concurrency}
         summaries = {concurrency: found["summary"] for concurrency, found in measured.items()}
         sets[name] = {**summaries[str(options.concurrency[0])], "by_concurrency": summaries}
@@ -340,7 +339,8 @@ def _publish(job: Job, prompts: dict[str, list[Prompt]], tallies: dict[str, Tall
     }
     write_json(job.output / "evaluation.json", evaluation)
     job.record["datasets"] = {
-        name: {**tallies[name].record(), "prompts": len(prompts[name]), "asked": options.prompts} for name in prompts
+        name: {**tallies[name].record(), "prompts": len(prompts[name]), "asked": options.num_prompts}
+        for name in prompts
     }
     job.record["acceptance_length"] = {name: numbers["acceptance_length"] for name, numbers in sets.items()}
     job.record["speed_up"] = {name: numbers["speed_up"] for name, numbers in sets.items()}
@@ -352,6 +352,6 @@ def _lossless(job: Job) -> dict[str, Any] | None:
     """The comparisons of all sets and their sums."""
     if lossless_pair(job) is None:
         return None
-    by_set = {name: json.loads(_compared(job, name).read_text()) for name in job.config.evaluate.sets}
+    by_set = {name: json.loads(_compared(job, name).read_text()) for name in job.config.evaluate.datasets}
     sums = {key: sum(found[key] for found in by_set.values()) for key in SUMS}
     return {"dtype": "float32", "tolerance_nats": TOLERANCE, **sums, "sets": by_set}

@@ -16,18 +16,13 @@ from speculators.data.conversations import (
     usable,
     with_instruction,
 )
-from speculators.errors import RecipeError, SourceError
+from speculators.errors import SourceError
 from speculators.job import Job
 
 
 def main(job: Job) -> None:
     """Write `conversations.jsonl`, one conversation a line, in the order in which they were drawn."""
     options = job.config.prompts
-    if options.turns < 1 or not 0 <= options.hold_out < 1 or (options.count is not None and options.count < 1):
-        raise RecipeError(
-            f"impossible: prompts.count={options.count} turns={options.turns} hold_out={options.hold_out}",
-            "count and turns start at 1, hold_out lies in [0, 1)",
-        )
     tallies: dict[str, Tally] = {}
     candidates = _candidates(job, tallies)
 
@@ -35,11 +30,11 @@ def main(job: Job) -> None:
         # By digest and not by a shuffle, so that a row more in a file displaces one conversation and not all.
         return hashlib.sha256(f"{options.seed}/{conversation.id}".encode()).digest()
 
-    if options.count is None:
+    if options.num_conversations is None:
         drawn = sorted(candidates, key=order)
     else:
-        drawn = heapq.nsmallest(options.count, candidates, key=order)
-    job.record |= {"datasets": counts(tallies), "asked": options.count, "kept": len(drawn)}
+        drawn = heapq.nsmallest(options.num_conversations, candidates, key=order)
+    job.record |= {"datasets": counts(tallies), "asked": options.num_conversations, "kept": len(drawn)}
     job.record["notes"] = [note for name, tally in tallies.items() if (note := tally.note(name))]
     job.record["kept_by_dataset"] = {name: sum(c.dataset == name for c in drawn) for name in tallies}
     if not drawn:
@@ -60,15 +55,15 @@ def _candidates(job: Job, tallies: dict[str, Tally]) -> Iterator[Conversation]:
         tally = tallies[name] = Tally()
         path = data_file(job.inputs[f"dataset.{name}"])
         for conversation in usable(path, name, spec, tally, seen):
-            if held_out(conversation.first, job.config.prompts.hold_out):
+            if held_out(conversation.first, job.config.prompts.eval_holdout_ratio):
                 tally.dropped["held out for evaluation"] += 1
             else:
                 yield conversation
 
 
 def _line(job: Job, conversation: Conversation) -> dict[str, object]:
-    """A system message, if there is one, and the first `prompts.turns` user messages."""
+    """A system message, if there is one, and the first `prompts.max_turns` user messages."""
     messages = with_instruction(conversation, job.config.data[conversation.dataset].instruction)
     system = [m for m in messages if m["role"] == "system"]
-    asked = [m for m in messages if m["role"] == "user"][: job.config.prompts.turns]
+    asked = [m for m in messages if m["role"] == "user"][: job.config.prompts.max_turns]
     return {"id": conversation.id, "source": conversation.dataset, "messages": system + asked}

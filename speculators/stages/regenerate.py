@@ -64,7 +64,7 @@ def main(job: Job) -> None:
     if not kept:
         raise StageError(
             f"none of {len(conversations)} conversations was answered: {_dropped(finished)}",
-            "raise `train.sequence_length`, or choose other prompts",
+            "raise `max_seq_len`, or choose other prompts",
         )
     if states:
         _pack_states(job, kept, states)
@@ -117,7 +117,7 @@ async def _answer_all(
 
             async def work(index: int) -> dict[str, Any]:
                 keeper = Keeper(job, index) if _keeps_states(job) else None
-                answered = await answer(client, conversations[index], config, job.config.train.sequence_length, keeper)
+                answered = await answer(client, conversations[index], config, job.config.max_seq_len, keeper)
                 return {"index": index, **answered}
 
             async for answered in client.map(work, waiting):

@@ -17,12 +17,12 @@ from speculators.job import Job
 def main(job: Job) -> None:
     """Write the token table, in the order of the conversations."""
     tally: Counter[str] = Counter()
-    hint = "lower tokenize.min_supervised or raise train.sequence_length"
+    hint = "lower tokenize.min_supervised or raise max_seq_len"
     give_table(job, _rows(job, tally), tally, "conversations", hint)
 
 
 def _rows(job: Job, tally: Counter[str]) -> Iterator[dict[str, Any]]:
-    longest, least = job.config.train.sequence_length, job.config.tokenize.min_supervised
+    longest, least = job.config.max_seq_len, job.config.tokenize.min_supervised
     tokenizer: Any = None
     path = job.inputs["conversations"] / "conversations.jsonl"
     with path.open(encoding="utf-8") as file:
@@ -46,7 +46,7 @@ def _rows(job: Job, tally: Counter[str]) -> Iterator[dict[str, Any]]:
             for whole in merge(turns):
                 row = cut(whole, longest)
                 if len(row.input_ids) < len(whole.input_ids):
-                    tally["rows cut to sequence_length"] += 1
+                    tally["rows cut to max_seq_len"] += 1
                     tally["tokens cut"] += len(whole.input_ids) - len(row.input_ids)
                 if sum(row.loss_mask) < least:
                     tally["dropped rows: fewer supervised tokens than min_supervised"] += 1

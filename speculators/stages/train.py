@@ -4,8 +4,8 @@ The states are read from an artifact, or, where the node is wired to a server (p
 from it while training goes on; `scratch/states` then holds what is kept of them.
 
 The artifact: `best/` and `last/` (checkpoints in the speculators format), `epochs/N/` (more of them, if
-`train.keep_every` says so), `metrics.jsonl` (one line every `train.log_every` steps, one for each validation),
-`summary.json`.
+`train.save_every_epochs` says so), `metrics.jsonl` (one line every `train.log_every_steps` steps, one for each
+validation), `summary.json`.
 """
 
 from __future__ import annotations
@@ -49,7 +49,7 @@ GIB = 2**30
 def main(job: Job) -> None:
     """Run the stage, in as many processes as it is to have."""
     check_trackers(job.config.train.trackers)
-    with joined(job.config.train.processes, fit, job) as ranks:
+    with joined(job.config.train.num_processes, fit, job) as ranks:
         loop = fit(ranks, job)
     if ranks.first:
         publish(job, loop)
@@ -78,7 +78,7 @@ def fit(ranks: Ranks, job: Job) -> Loop:
     vocabulary = read_vocabulary(job, target)
     corpus = Corpus(job.inputs["tokens"], source)
     device = pick_device(train.device)
-    check_devices(train.processes, device)
+    check_devices(train.num_processes, device)
     if device.type == "cpu" and (why := cpu.missing()):
         job.record.setdefault("notes", []).append(f"trained without loops in C++, which takes longer: {why}")
 
@@ -90,7 +90,7 @@ def fit(ranks: Ranks, job: Job) -> Loop:
     teacher = Teacher(
         norm_weight=norm.weight.to(device),
         norm_eps=norm.eps,
-        head=parts.head.float().to(device) if options.train_head else draft.lm_head.weight,
+        head=parts.head.float().to(device) if options.train_lm_head else draft.lm_head.weight,
         scale=target.logit_scale,
         softcap=target.logit_softcap,
     )
@@ -124,7 +124,7 @@ def read(job: Job, target: TargetCheckpoint, ranks: Ranks) -> Shards:
         "layer_ids": job.derived["capture_layer_ids"],
         "hidden_size": target.hidden_size,
         "normed": False,
-        **({"last_state": EVERYWHERE} if job.config.train.supervise_prompts else {}),
+        **({"last_state": EVERYWHERE} if job.config.train.train_on_prompts else {}),
     }
     check_contract(features.contract, wanted)
     if ranks.first:
@@ -146,7 +146,7 @@ def drawn(job: Job, target: TargetCheckpoint, ranks: Ranks) -> Feed:
         hidden_size=target.hidden_size,
         compute=getattr(torch, compute),
         stored=stored,
-        everywhere=options.supervise_prompts,
+        everywhere=options.train_on_prompts,
     )
     cache = None
     if options.states_disk_gib > 0:
@@ -167,7 +167,7 @@ def drawn(job: Job, target: TargetCheckpoint, ranks: Ranks) -> Feed:
         shape,
         job.config.extract,
         memory=int(options.states_memory_gib * GIB / ranks.size),
-        ahead=options.lookahead,
+        ahead=options.prefetch_batches,
         cache=cache,
     )
 
@@ -223,7 +223,7 @@ def publish(job: Job, loop: Loop) -> None:
     if (job.scratch / EPOCHS).exists():
         shutil.copytree(job.scratch / EPOCHS, job.output / EPOCHS)
     shutil.copyfile(job.scratch / METRICS, job.output / METRICS)
-    rows, held = loop.corpus.split(loop.train.validation)
+    rows, held = loop.corpus.split(loop.train.validation_ratio)
     summary = {
         "steps": loop.at.step,
         "tokens": loop.at.tokens,

@@ -178,7 +178,8 @@ def _samples(rows: Iterable[tuple[Tensor, Tensor]]) -> list[tuple[Tensor, Tensor
 AGAIN = "serve this recipe's target, its weights and its layers, and extract the hidden states again: force=[extract]"
 WHICH = (
     "either the last captured state is not the last layer's output, or the states are of another revision of the "
-    "weights: serve this recipe's target and extract again; target.reference_gib=N lets transformers tell which it is"
+    "weights: serve this recipe's target and extract again; target.max_reference_gib=N lets transformers tell which it "
+    "is"
 )
 
 
@@ -190,8 +191,8 @@ def gate_of(job: Job, stored: torch.dtype) -> Gate:
         layer_ids=job.derived["capture_layer_ids"],
         compute=getattr(torch, options.dtype.name),
         stored=stored,
-        least=options.fidelity,
-        reference_gib=options.reference_gib,
+        least=options.min_greedy_agreement,
+        reference_gib=options.max_reference_gib,
     )
 
 
@@ -266,7 +267,7 @@ def check_server(job: Job) -> None:
     Raises:
         ContractError: they are not what the server computes with.
     """
-    if not job.config.target.fidelity:
+    if not job.config.target.min_greedy_agreement:
         return
     table, options = load_from_disk(str(job.inputs["tokens"])), job.config.extract
     sample = places(table["seq_len"])[:EARLY]

@@ -48,7 +48,7 @@ def compare(
     """
     gib = target.bytes / 2**30
     if gib > largest_gib:
-        return Seen(note=f"the target has {gib:.3g} GiB, target.reference_gib is {largest_gib:g}")
+        return Seen(note=f"the target has {gib:.3g} GiB, target.max_reference_gib is {largest_gib:g}")
     try:
         references = _run(target, [ids for ids, _ in samples])
     except (AttributeError, ImportError, KeyError, OSError, RuntimeError, TypeError, ValueError) as error:

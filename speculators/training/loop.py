@@ -48,7 +48,7 @@ METRICS = "metrics.jsonl"
 BEST, LAST = "best", "last"
 """Directories of the checkpoints of the best validation, and of the end."""
 EPOCHS = "epochs"
-"""Directory of the checkpoints that `train.keep_every` keeps."""
+"""Directory of the checkpoints that `train.save_every_epochs` keeps."""
 SAMPLE_TOKENS = 32_768
 """Tokens that a draft may look at before it is trained."""
 
@@ -71,10 +71,12 @@ def schedule(corpus: Corpus, train: Train) -> Schedule:
     Raises:
         StageError: nothing is left to train on.
     """
-    rows, held = corpus.split(train.validation)
+    rows, held = corpus.split(train.validation_ratio)
     if not rows:
-        raise StageError("no conversation is left to train on", "lower train.validation, or take more conversations")
-    if train.supervise_prompts:
+        raise StageError(
+            "no conversation is left to train on", "lower train.validation_ratio, or take more conversations"
+        )
+    if train.train_on_prompts:
         corpus.supervise_all(rows)
     batches: list[list[Piece]] = []
     ends = []
@@ -131,7 +133,7 @@ class Loop:
         self.average: Average | None = None
         for part in draft.modules():
             if isinstance(part, MLP):
-                part.recompute = train.recompute
+                part.recompute = train.activation_checkpointing
         # Heads that are not trained are brought into the format of their products once.
         own, wanted = draft.lm_head.weight, getattr(torch, train.precision.name)
         self.head = None if own.requires_grad else own.to(wanted)
@@ -168,13 +170,13 @@ class Loop:
     def _gains_nothing(self) -> bool:
         """Whether as many validations as `patience` says have come since the best one."""
         validated = [end for end in self.plan.epoch_ends if self.at.best_step < end <= self.at.step]
-        return 0 < self.train.patience <= len(validated)
+        return 0 < self.train.early_stopping_patience <= len(validated)
 
     def _packs(self, index: int) -> list[list[Piece]]:
         """The packs that this rank makes of its share of a step, which may be none. Shares go round."""
         shares = divide(self.plan.batches[index], self.ranks.size)
         share = shares[(self.ranks.rank + index) % self.ranks.size]
-        return [part for part in divide(share, self.train.accumulate) if part]
+        return [part for part in divide(share, self.train.gradient_accumulation_steps) if part]
 
     def _own_validation(self) -> list[int]:
         """The validation packs that this rank takes."""
@@ -192,7 +194,7 @@ class Loop:
     def _sample(self) -> Iterator[Pack]:
         """Some of the rows that are trained on."""
         wanted, tokens = [], 0
-        for row in self.corpus.split(self.train.validation)[0]:
+        for row in self.corpus.split(self.train.validation_ratio)[0]:
             wanted.append([Piece(row, 0, self.corpus.lengths[row])])
             tokens += self.corpus.lengths[row]
             if tokens > SAMPLE_TOKENS:
@@ -204,7 +206,7 @@ class Loop:
     def _step(self, index: int) -> None:
         began = time.monotonic()
         total = len(self.plan.batches)
-        factor = rate(index, total, self.train.warmup, self.train.schedule, self.train.cooldown)
+        factor = rate(index, total, self.train.warmup_ratio, self.train.schedule, self.train.decay_ratio)
         self.draft.advance(index, total)
         loss, tally, wrong = self._backward(index)
         self.weights.add_up()
@@ -213,10 +215,11 @@ class Loop:
             rows = wrong or [piece.row for piece in self.plan.batches[index]]
             raise StageError(
                 f"step {index}: loss {loss}, norm of the gradient {norm}, on rows {self.corpus.name(rows)}",
-                "look at these rows' hidden states; if they are finite, lower train.lr or train.clip",
+                "look at these rows' hidden states; if they are finite, lower train.lr or train.max_grad_norm",
             )
         self._stop_if_exploded(index, tally)
-        self.optimizers.step(factor, min(1.0, self.train.clip / (norm + 1e-6)))
+        largest = self.train.max_grad_norm
+        self.optimizers.step(factor, 1.0 if largest is None else min(1.0, largest / (norm + 1e-6)))
         self.at.step += 1
         if self.average is not None:
             self.average.update(self.at.step)
@@ -234,12 +237,12 @@ class Loop:
         }
         if self.at.best:
             note["held_out"] = round(self.at.best["acceptance_length"], 3)
-        if self.at.step % self.train.log_every == 0 or self.at.step == total:
+        if self.at.step % self.train.log_every_steps == 0 or self.at.step == total:
             self._log(factor)
         self.report(self.at.step, total, note)
 
     def _stop_if_exploded(self, index: int, tally: Tally) -> None:
-        watch, times, predictions = self.at.watch, self.train.explodes_at, sum(tally.count)
+        watch, times, predictions = self.at.watch, self.train.loss_spike_factor, sum(tally.count)
         if not times or not watch.exploded(sum(tally.loss) / predictions if predictions else None, times):
             return
         began = index - watch.ago(times)
@@ -248,7 +251,7 @@ class Loop:
         raise StageError(
             f"step {index}: loss {watch.now:.4g} a prediction, {watch.lowest:.4g} at its lowest; "
             f"it rose in step {began}, on rows {self.corpus.name(rows)}",
-            "lower train.lr; if such rows are to be trained on, raise train.explodes_at, or set it to 0",
+            "lower train.lr; if such rows are to be trained on, raise train.loss_spike_factor, or set it to 0",
         )
 
     def _backward(self, index: int) -> tuple[float, Tally, list[int]]:
@@ -351,7 +354,7 @@ class Loop:
             self.at.best, self.at.best_step = metrics, self.at.step
             if metrics or self.at.step == len(self.plan.batches):  # where nothing is held out, only the last can be it
                 self._keep(self.scratch / BEST)
-        if self.train.keep_every and epoch % self.train.keep_every == 0:
+        if self.train.save_every_epochs and epoch % self.train.save_every_epochs == 0:
             self._keep(self.scratch / EPOCHS / str(epoch))
 
     def _keep(self, place: Path) -> None:
@@ -368,7 +371,7 @@ class Loop:
         beside.rename(place)
 
     def _log(self, factor: float) -> None:
-        lines = (self.at.step - 1) % self.train.log_every + 1
+        lines = (self.at.step - 1) % self.train.log_every_steps + 1
         facts = {"step": self.at.step, "tokens": self.at.tokens, "lr": self.train.lr * factor}
         self._write(facts | {"gradient_norm": self.at.gradient_norm / lines} | self.at.sums.metrics(self.step_decay))
         self.at.sums, self.at.gradient_norm = Tally.empty(0), 0.0

@@ -23,11 +23,6 @@ from speculators.drafts.base import TARGETS
 from speculators.ops import cpu
 from speculators.training.ranks import Ranks, rows
 
-MOMENTUM = 0.95
-"""Muon's, with Nesterov's look-ahead."""
-BETAS = (0.9, 0.95)
-"""AdamW's."""
-EPS = 1e-8
 FLOOR = 5e-3
 """Singular values from this share of the largest upwards end near one, smaller ones in between; in float32."""
 ROUGH_FLOOR = 2e-3
@@ -256,8 +251,9 @@ class Optimizers:
         self.matrices = {name: p for name, p in named.items() if muon and p.ndim == 2 and name not in TARGETS}
         self.others = {name: p for name, p in named.items() if name not in self.matrices}
         self.lr = train.lr
-        self.adamw_lr = train.lr if train.adamw_lr is None else train.adamw_lr
-        self.weight_decay = train.weight_decay
+        self.muon_lr = train.lr if train.muon_lr is None else train.muon_lr
+        self.muon_momentum = train.muon_momentum
+        self.muon_weight_decay = train.weight_decay if train.muon_weight_decay is None else train.muon_weight_decay
         self.block, self.dtype = train.muon_block, getattr(torch, train.precision.name)
         self.momenta = {name: torch.zeros_like(p) for name, p in self.matrices.items()}
         self.ranks = ranks or Ranks()
@@ -266,7 +262,11 @@ class Optimizers:
         plain = [p for p in self.others.values() if p.ndim != 2]
         groups = [{"params": decay, "weight_decay": train.weight_decay}, {"params": plain, "weight_decay": 0.0}]
         self.adamw = torch.optim.AdamW(
-            [g for g in groups if g["params"]], lr=self.adamw_lr, betas=BETAS, eps=EPS, fused=True
+            [g for g in groups if g["params"]],
+            lr=self.lr,
+            betas=(train.adamw_betas[0], train.adamw_betas[1]),
+            eps=train.adamw_eps,
+            fused=True,
         )
 
     def parameters(self) -> Iterator[nn.Parameter]:
@@ -280,13 +280,13 @@ class Optimizers:
         for names in self._groups():
             for name, update in zip(names, self._updates(names, shrink), strict=True):
                 # The same size of update as AdamW's, so that one learning rate serves both.
-                size = self.lr * factor * 0.2 * math.sqrt(max(self.shapes[name]))
-                _move(self.matrices[name], update, 1.0 - self.lr * factor * self.weight_decay, size)
+                size = self.muon_lr * factor * 0.2 * math.sqrt(max(self.shapes[name]))
+                _move(self.matrices[name], update, 1.0 - self.muon_lr * factor * self.muon_weight_decay, size)
         for p in self.others.values():
             if shrink != 1.0 and p.grad is not None:
                 p.grad.mul_(shrink)
         for group in self.adamw.param_groups:
-            group["lr"] = self.adamw_lr * factor
+            group["lr"] = self.lr * factor
         self.adamw.step()
         # What is made of a weight goes by its version (`cpu.rounded`), which this optimiser does not raise.
         torch.autograd.graph.increment_version(list(self.others.values()))
@@ -358,12 +358,13 @@ class Optimizers:
 
         `asked` gets where it is to go, whose size does not matter: the momentum, and once more the gradient (Nesterov).
         """
-        momentum, gradient, new = self.momenta[name], self._gradient(name), (1.0 - MOMENTUM) * shrink
+        momentum, gradient, beta = self.momenta[name], self._gradient(name), self.muon_momentum
+        new = (1.0 - beta) * shrink
         if loops := cpu.kernels(momentum, *([] if asked is None else [asked])):
-            return loops.momentum(momentum, gradient, asked, MOMENTUM, new, new / MOMENTUM)
-        momentum.mul_(MOMENTUM).add_(gradient, alpha=new)
+            return loops.momentum(momentum, gradient, asked, beta, new, new / beta)
+        momentum.mul_(beta).add_(gradient, alpha=new)
         if asked is not None:
-            asked.copy_(torch.add(momentum, gradient, alpha=new / MOMENTUM))
+            asked.copy_(torch.add(momentum, gradient, alpha=new / beta))
         return None
 
     def _gradient(self, name: str) -> Tensor:
@@ -438,13 +439,13 @@ class Average:
             self.averages[name].copy_(kept)
 
 
-def rate(step: int, total: int, warmup: float, schedule: Schedule, cooldown: float = 0.2) -> float:
+def rate(step: int, total: int, warmup_ratio: float, schedule: Schedule, decay_ratio: float = 0.2) -> float:
     """Share of the peak learning rate in step `step` of `total`, counted from 0: up over the warm-up, then down to 0.
 
-    `warmup` is a share of all steps; it always takes at least one, which is trained at full rate if it is the only one.
-    So is `cooldown`, which only `wsd` looks at.
+    `warmup_ratio` is a share of all steps; it always takes at least one, which is trained at full rate if it is the
+    only one. So is `decay_ratio`, which only `wsd` looks at.
     """
-    rising = max(1, round(warmup * total))
+    rising = max(1, round(warmup_ratio * total))
     if step < rising:
         return (step + 1) / rising
     left = (total - step) / max(1, total - rising)
@@ -453,5 +454,5 @@ def rate(step: int, total: int, warmup: float, schedule: Schedule, cooldown: flo
     if schedule is Schedule.cosine:
         return 0.5 * (1.0 - math.cos(math.pi * left))
     if schedule is Schedule.wsd:
-        return min(1.0, (total - step) / max(1, round(cooldown * total)))
+        return min(1.0, (total - step) / max(1, round(decay_ratio * total)))
     return 1.0

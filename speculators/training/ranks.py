@@ -125,8 +125,8 @@ def check_devices(processes: int, device: torch.device) -> None:
     """Raises RecipeError where there are fewer GPUs than processes."""
     if device.type == "cuda" and processes > torch.cuda.device_count():
         raise RecipeError(
-            f"train.processes is {processes}, and there are {torch.cuda.device_count()} GPUs",
-            "a process needs a GPU of its own: lower train.processes, or raise hardware.gpus",
+            f"train.num_processes is {processes}, and there are {torch.cuda.device_count()} GPUs",
+            "a process needs a GPU of its own: lower train.num_processes, or raise hardware.gpus",
         )
 
 

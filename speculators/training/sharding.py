@@ -183,10 +183,10 @@ class _Root(nn.Module):
 
 def weights(draft: Draft, train: Train, ranks: Ranks, device: torch.device) -> Weights:
     """The weights of a draft, which are the same on all ranks, held as the recipe says."""
-    if train.sharded and ranks.size > 1:
+    if train.fsdp and ranks.size > 1:
         return Shards(draft, ranks, device, train.precision)
     # Nothing is added to the gradient of a step's only pack.
-    alone = ranks.size == 1 and train.accumulate == 1 and device.type == "cpu"
+    alone = ranks.size == 1 and train.gradient_accumulation_steps == 1 and device.type == "cpu"
     return Weights(draft, ranks, getattr(torch, train.precision.name) if alone else None)
 
 

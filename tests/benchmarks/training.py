@@ -55,15 +55,15 @@ BATCH_TOKENS = 512
 RATE = 1e-3
 SAME = [
     "vocab.size=8000", "train.epochs=1", "train.max_steps=80", f"train.batch_tokens={BATCH_TOKENS}",
-    "train.sequence_length=1024", f"train.lr={RATE}", "train.muon_block=0",
-    "train.weight_decay=0.1", "train.supervise_prompts=false", "speculator.key_value_heads=null",
-    "speculator.regression=0", "speculator.layer_ids=[2,15,27]",
+    "max_seq_len=1024", f"train.lr={RATE}", "train.muon_block=0",
+    "train.weight_decay=0.1", "train.train_on_prompts=false", "speculator.num_key_value_heads=null",
+    "speculator.hidden_loss_weight=0", "speculator.target_layer_ids=[2,15,27]",
 ]  # fmt: skip
 OURS = {
-    "eagle3": ["speculator.induction=false", "speculator.ttt_one_step_share=0.0"],
+    "eagle3": ["speculator.induction=false", "speculator.ttt_warmup_ratio=0.0"],
     "dflash": [
-        "speculator.num_layers=2", "speculator.num_speculative_tokens=7", "speculator.anchors=64",
-        "speculator.induction=false", "prompts.turns=1", "regenerate.max_tokens=160",
+        "speculator.num_layers=2", "speculator.num_speculative_tokens=7", "speculator.max_anchors=64",
+        "speculator.induction=false", "prompts.max_turns=1", "regenerate.max_tokens=160",
     ],
 }  # fmt: skip
 THEIRS = {
@@ -98,7 +98,7 @@ class World:
     def loop(self, draft: Draft, scratch: Path) -> Loop:
         """Our training of a draft."""
         draft.configure(self.config.speculator)
-        draft.loss = loss_weights(self.config.speculator.loss)
+        draft.loss = loss_weights(self.config.speculator.loss_fn)
         norm = self.target.final_norm()
         teacher = Teacher(norm_weight=norm.weight, norm_eps=norm.eps, head=draft.lm_head.weight)
         corpus, train = Corpus(self.tokens, Shards(self.features)), self.config.train
@@ -126,7 +126,7 @@ class World:
     def export(self, root: Path) -> float:
         """Write everything as upstream reads it; returns the share of the rows that is trained on."""
         corpus = Corpus(self.tokens, Shards(self.features))
-        rows, held = corpus.split(self.config.train.validation)
+        rows, held = corpus.split(self.config.train.validation_ratio)
         return upstream_trainer.export(corpus, self.features, rows, held, self.vocabulary, root)
 
 

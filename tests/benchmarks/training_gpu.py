@@ -77,7 +77,7 @@ SIZES = {
         layer_ids={"eagle3": [2, 18, 33], "dflash": [1, 9, 17, 25, 33]},
         speculators={
             "eagle3": Eagle3(induction=False),
-            "dflash": DFlash(num_layers=5, num_speculative_tokens=15, anchors=512, mask_token_id=151_000),
+            "dflash": DFlash(num_layers=5, num_speculative_tokens=15, max_anchors=512, mask_token_id=151_000),
         },
     ),
     "tiny": Size(
@@ -86,7 +86,7 @@ SIZES = {
         layer_ids={"eagle3": [1, 3, 4], "dflash": [1, 2, 3, 4, 5]},
         speculators={
             "eagle3": Eagle3(induction=False),
-            "dflash": DFlash(num_layers=5, num_speculative_tokens=15, anchors=16, mask_token_id=500),
+            "dflash": DFlash(num_layers=5, num_speculative_tokens=15, max_anchors=16, mask_token_id=500),
         },
     ),
 }  # fmt: skip
@@ -150,7 +150,7 @@ def theirs(
     words: list[object] = ["--target-layer-ids", *size.layer_ids[algorithm], *THEIRS[algorithm]]
     options = size.speculators[algorithm]
     if isinstance(options, DFlash):
-        words += ["--max-anchors", options.anchors, "--mask-token-id", options.mask_token_id]
+        words += ["--max-anchors", options.max_anchors, "--mask-token-id", options.mask_token_id]
     return upstream_trainer.run(python, root, flags, words, driver)
 
 
@@ -165,7 +165,12 @@ def build(
     norm = target.final_norm()
     teacher = Teacher(norm_weight=norm.weight.to(device), norm_eps=norm.eps, head=draft.lm_head.weight)
     train = Train(
-        batch_tokens=size.batch_tokens, epochs=1, max_steps=STEPS - 1, validation=0.0, lr=RATE, precision=Dtype.bfloat16
+        batch_tokens=size.batch_tokens,
+        epochs=1,
+        max_steps=STEPS - 1,
+        validation_ratio=0.0,
+        lr=RATE,
+        precision=Dtype.bfloat16,
     )
     return Loop(draft, teacher, corpus, train, 1.0, torch.bfloat16, scratch, device, lambda *_: None)
 

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 import pytest
 
 from speculators.config import compose, shipped
 from speculators.config.algorithms import SPECULATORS, Eagle3
-from speculators.config.choices import Dtype
+from speculators.config.choices import DataFormat, Dtype
+from speculators.config.schema import Dataset
 from speculators.errors import RecipeError
 from speculators.runner.planning.graph import build
 
@@ -28,7 +30,7 @@ def test_an_override_goes_before_the_recipe() -> None:
 
 
 def test_the_recipe_goes_before_the_schema() -> None:
-    assert compose.compose([DEMO]).prompts.count == 384
+    assert compose.compose([DEMO]).prompts.num_conversations == 384
 
 
 def test_an_algorithms_own_option_can_be_set() -> None:
@@ -40,8 +42,8 @@ def test_an_algorithms_own_option_can_be_set() -> None:
 @pytest.mark.parametrize(
     ("word", "message"),
     [
-        ("speculator.loss=kl", "speculator.weighting dpace takes the cross-entropy"),
-        ("speculator.anchors=0", "speculator.anchors must be positive"),
+        ("speculator.loss_fn=kl", "speculator.weighting dpace takes the cross-entropy"),
+        ("speculator.max_anchors=0", "speculator.max_anchors must be positive"),
         ("speculator.decay_gamma=0", "speculator.decay_gamma must be positive"),
         ("speculator.dpace_alpha=1.5", "speculator.dpace_alpha is a share"),
         ("speculator.target_layers=0", "speculator.target_layers must be positive"),
@@ -65,35 +67,64 @@ def test_a_processor_that_multiplies_bfloat16_is_one_word_and_changes_the_format
 
 def test_a_recipe_of_the_working_directory_is_found(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "recipes").mkdir()
-    text = (shipped.RECIPES / "smollm2_eagle3.yaml").read_text().replace("count: 384", "count: 7")
+    text = (shipped.RECIPES / "smollm2_eagle3.yaml").read_text().replace(": 384", ": 7")
     (tmp_path / "recipes" / "mine.yaml").write_text(text)
     monkeypatch.chdir(tmp_path)
-    assert compose.compose(["recipe=mine"]).prompts.count == 7
+    assert compose.compose(["recipe=mine"]).prompts.num_conversations == 7
 
 
 def test_a_recipe_by_path_is_found(tmp_path: Path) -> None:
-    text = (shipped.RECIPES / "smollm2_eagle3.yaml").read_text().replace("count: 384", "count: 8")
+    text = (shipped.RECIPES / "smollm2_eagle3.yaml").read_text().replace(": 384", ": 8")
     path = tmp_path / "elsewhere.yaml"
     path.write_text(text)
     config = compose.compose([f"recipe={path}"])
-    assert (config.recipe, config.prompts.count) == ("elsewhere", 8)
+    assert (config.recipe, config.prompts.num_conversations) == ("elsewhere", 8)
 
 
 def test_a_set_that_is_also_trained_on_is_the_same_data_set() -> None:
     config = compose.compose([DEMO, "data.sharegpt.max_chars=100"])
-    assert config.datasets["sharegpt"] == config.data["sharegpt"]
-    assert config.datasets["human_eval"].id_field == "task_id"
+    assert config.evaluate.datasets["sharegpt"] == config.data["sharegpt"]
+    assert config.evaluate.datasets["human_eval"].id_field == "task_id"
 
 
-def test_a_recipe_brings_data_sets_of_its_own_to_be_evaluated_with(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    "written",
+    [
+        "[sharegpt, {mine: {source: mine.jsonl, format: prompts}}]",
+        "{sharegpt: null, mine: {source: mine.jsonl, format: prompts}}",
+    ],
+    ids=["list", "mapping"],
+)
+def test_a_recipe_brings_data_sets_of_its_own_to_be_evaluated_with(tmp_path: Path, written: str) -> None:
     path = tmp_path / "mine.yaml"
-    path.write_text(
-        (shipped.RECIPES / "smollm2_eagle3.yaml").read_text()
-        + "datasets: {mine: {source: mine.jsonl, format: prompts}, unasked: {source: x.jsonl, format: prompts}}\n"
-    )
-    config = compose.compose([f"recipe={path}", "evaluate.sets=[sharegpt, mine]"])
-    assert list(config.datasets) == ["sharegpt", "mine"]
-    assert config.datasets["mine"].source == "mine.jsonl"
+    text = (shipped.RECIPES / "smollm2_eagle3.yaml").read_text()
+    path.write_text(re.sub(r"\[human_eval, sharegpt\]", written, text))
+    config = compose.compose([f"recipe={path}"])
+    assert list(config.evaluate.datasets) == ["sharegpt", "mine"]
+    assert config.evaluate.datasets["mine"] == Dataset(source="mine.jsonl", format=DataFormat.prompts)
+    assert config.evaluate.datasets["sharegpt"] == config.data["sharegpt"]
+    assert list(compose.compose([f"recipe={path}", "evaluate.datasets=[human_eval]"]).evaluate.datasets) == [
+        "human_eval"
+    ]
+
+
+@pytest.mark.parametrize(
+    ("words", "message", "hint"),
+    [
+        ("[human]", "evaluate.datasets: there is no data set `human`", "human_eval"),
+        ("{mine: {sourc: x}}", "there is no option `evaluate.datasets.mine.sourc`", "did you mean `source`?"),
+        ("{mine: {source: x, format: nope}}", "evaluate.datasets.mine.format: Invalid value 'nope'", "type"),
+        ("[{mine: file.jsonl}]", "evaluate.datasets.mine is 'file.jsonl'", "{source: FILE, format: prompts}"),
+        ("{mine: {source: x}}", "`evaluate.datasets.mine.format` is not given", "=VALUE"),
+    ],
+)
+def test_a_data_set_that_is_measured_on_is_checked_like_one_that_is_trained_on(
+    words: str, message: str, hint: str
+) -> None:
+    with pytest.raises(RecipeError) as caught:
+        compose.compose([DEMO, f"evaluate.datasets={words}"])
+    assert message in caught.value.message
+    assert hint in caught.value.hint
 
 
 def test_the_hub_is_one_override_away() -> None:
@@ -119,19 +150,18 @@ def test_schemas_choices_and_algorithms_are_one_list() -> None:
         ([DEMO, "+train.x=1"], "`+train.x`: options cannot be added", "train"),
         ([DEMO, "~train.lr"], "`~train.lr`: options cannot be taken away", "default"),
         ([DEMO, "target=smollm2"], "no choice for target named `smollm2`", "smollm2_135m"),
-        ([DEMO, "evaluate.sets=[human]"], "evaluate.sets: there is no data set `human`", "human_eval"),
         ([DEMO, "train.lr=1,2"], "`train.lr` has several values", "-m"),
         ([DEMO, "train.epochs=0"], "train.epochs must be positive", "6"),
-        ([DEMO, "train.validation=1"], "train.validation is a share", "0.1"),
+        ([DEMO, "train.validation_ratio=1"], "train.validation_ratio is a share", "0.1"),
         ([DEMO, "train.ema=1"], "train.ema is a share", "0.999"),
-        ([DEMO, "train.cooldown=1.5"], "train.cooldown is a share of the steps", "0.2"),
-        ([DEMO, "train.explodes_at=0.5"], "train.explodes_at is how many times the lowest loss", "5"),
+        ([DEMO, "train.decay_ratio=1.5"], "train.decay_ratio is a share of the steps", "0.2"),
+        ([DEMO, "train.loss_spike_factor=0.5"], "train.loss_spike_factor is how many times the lowest loss", "5"),
         ([DEMO, "train.max_steps=0"], "train.max_steps must be positive", "leave it out"),
-        ([DEMO, "train.patience=-1"], "train.patience must not be negative", "0"),
-        ([DEMO, "train.accumulate=0"], "train.accumulate must be positive", "1"),
-        ([DEMO, "train.processes=0"], "train.processes must be positive", "1"),
-        ([DEMO, "speculator.heads=0"], "speculator.heads must be positive", "the target's"),
-        ([DEMO, "speculator.regression=-1"], "speculator.regression must not be negative", "0"),
+        ([DEMO, "train.early_stopping_patience=-1"], "train.early_stopping_patience must not be negative", "0"),
+        ([DEMO, "train.gradient_accumulation_steps=0"], "train.gradient_accumulation_steps must be positive", "1"),
+        ([DEMO, "train.num_processes=0"], "train.num_processes must be positive", "1"),
+        ([DEMO, "speculator.num_attention_heads=0"], "speculator.num_attention_heads must be positive", "the target's"),
+        ([DEMO, "speculator.hidden_loss_weight=-1"], "speculator.hidden_loss_weight must not be negative", "0"),
         ([DEMO, "regenerate.max_tokens=1024"], "regenerate.max_tokens leaves no room", "below 1024"),
         ([DEMO, "foo bar=1"], "cannot read an override", "quote"),
         ([DEMO, "data.sharegpt.maxchars=3"], "there is no option `data.sharegpt.maxchars`", "max_chars"),

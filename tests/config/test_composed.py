@@ -70,10 +70,10 @@ def test_a_changed_recipe_is_composed_wherever_it_lies(
     monkeypatch.chdir(tmp_path)
     (tmp_path / "recipes").mkdir()
     for path, words in ((Path("recipes/own.yaml"), ["recipe=own"]), (Path("other.yaml"), ["recipe=other.yaml"])):
-        for count in ("count: 7", "count: 8"):
-            path.write_text(text.replace("count: 384", count))
+        for count in ("num_conversations: 7", "num_conversations: 8"):
+            path.write_text(text.replace("num_conversations: 384", count))
             for _ in range(2):
-                assert composed.compose(words, keep=True).prompts.count == int(count[-1])
+                assert composed.compose(words, keep=True).prompts.num_conversations == int(count[-1])
     assert len(counted) == 4
     Path("other.yaml").unlink()
     with pytest.raises(recipe.RecipeError, match="no recipe at"):
@@ -106,11 +106,11 @@ def test_what_asks_the_environment_or_sets_hydra_is_composed_every_time(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, counted: list[list[str]]
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    text = (shipped.RECIPES / "smollm2_eagle3.yaml").read_text().replace("{count: 384}", '{count: "${oc.env:COUNT}"}')
+    text = (shipped.RECIPES / "smollm2_eagle3.yaml").read_text().replace(": 384}", ': "${oc.env:COUNT}"}')
     Path("asks.yaml").write_text(text)
     for count in (5, 6):
         monkeypatch.setenv("COUNT", str(count))
-        assert composed.compose(["recipe=asks.yaml"], keep=True).prompts.count == count
+        assert composed.compose(["recipe=asks.yaml"], keep=True).prompts.num_conversations == count
     for _ in range(2):
         composed.compose([*WORDS, "hydra.verbose=false"], keep=True)
     assert len(counted) == 4

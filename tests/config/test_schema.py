@@ -23,8 +23,8 @@ def test_the_speculator_keeps_its_algorithms_type_through_json(config: Config) -
 
 
 def test_select_cuts_out_what_is_named_and_reading_more_fails(config: Config) -> None:
-    part = from_plain(Config, select(config, ("vocab", "train.sequence_length")))
-    assert part.train.sequence_length == config.train.sequence_length
+    part = from_plain(Config, select(config, ("vocab", "max_seq_len")))
+    assert part.max_seq_len == config.max_seq_len
     assert part.vocab == config.vocab
     with pytest.raises(AttributeError):
         _ = part.train.lr
@@ -33,10 +33,10 @@ def test_select_cuts_out_what_is_named_and_reading_more_fails(config: Config) ->
 
 
 def test_identity_holds_semantic_fields_only() -> None:
-    config = Config(train=Train(lr=0.5, log_every=3))
+    config = Config(train=Train(lr=0.5, log_every_steps=3))
     found = identity(config, ("train",))
     assert found["train.lr"] == 0.5
-    assert "train.log_every" not in found
+    assert "train.log_every_steps" not in found
 
 
 def test_a_prefix_of_a_name_is_not_the_name() -> None:
@@ -44,10 +44,10 @@ def test_a_prefix_of_a_name_is_not_the_name() -> None:
 
 
 def test_an_if_set_field_enters_only_when_set(monkeypatch: pytest.MonkeyPatch) -> None:
-    field = Train.__dataclass_fields__["clip"]
+    field = Train.__dataclass_fields__["max_grad_norm"]
     monkeypatch.setattr(field, "metadata", {"policy": "if_set"})
-    assert "train.clip" not in identity(Config(), ("train.clip",))
-    assert identity(Config(train=Train(clip=2.0)), ("train.clip",)) == {"train.clip": 2.0}
+    assert "train.max_grad_norm" not in identity(Config(), ("train.max_grad_norm",))
+    assert identity(Config(train=Train(max_grad_norm=2.0)), ("train.max_grad_norm",)) == {"train.max_grad_norm": 2.0}
 
 
 def test_no_path_and_no_secret_is_semantic() -> None:

@@ -139,7 +139,7 @@ def test_where_nothing_is_supervised_a_step_has_gradients_that_are_zero(tmp_path
 
 def test_each_step_draws_its_own_anchors_and_always_the_same(tmp_path: Path) -> None:
     target = tiny.write_target(tmp_path)
-    draft, again = (tiny.make_dflash(target, anchors=9)[0] for _ in range(2))
+    draft, again = (tiny.make_dflash(target, max_anchors=9)[0] for _ in range(2))
     pack = tiny.make_pack([40, 40])
     drawn = []
     for step in range(6):
@@ -219,7 +219,7 @@ def test_mixed_precision_on_the_cpu_stays_close(tmp_path: Path) -> None:
 
 
 def test_overfitting_one_row_reaches_nearly_all_acceptance(tmp_path: Path) -> None:
-    draft, teacher = tiny.make_dflash(tiny.write_target(tmp_path), tiny.V, anchors=16)
+    draft, teacher = tiny.make_dflash(tiny.write_target(tmp_path), tiny.V, max_anchors=16)
     pack = tiny.make_pack([40])
     logits = teacher.logits(pack.last, torch.float32)
     pack.token_ids[1:] = logits.argmax(-1)[:-1]  # the row is what the target says
@@ -348,7 +348,7 @@ def test_a_mask_token_that_the_target_does_not_have_is_refused(tmp_path: Path) -
     ("options", "least", "most"),
     [
         ({}, 0.7, 1.0),
-        ({"heads": 4, "key_value_heads": 4}, 0.7, 1.0),
+        ({"num_attention_heads": 4, "num_key_value_heads": 4}, 0.7, 1.0),
         ({"num_layers": 1}, 0.0, 0.1),
         ({"induction": False}, 0.0, 0.1),
     ],

@@ -254,7 +254,7 @@ def test_mixed_precision_on_the_cpu_stays_close(tmp_path: Path) -> None:
     [
         ({}, 0.7, 1.0),
         ({"draft_arch": DraftArch.qwen3, "fc_norm": True, "norm_before_fc": False}, 0.7, 1.0),
-        ({"heads": 4, "key_value_heads": 4}, 0.7, 1.0),
+        ({"num_attention_heads": 4, "num_key_value_heads": 4}, 0.7, 1.0),
         ({"induction": False}, 0.0, 0.1),
     ],
     ids=["llama", "qwen3, a norm per layer", "a query head per key", "without"],
@@ -270,7 +270,7 @@ def test_an_untrained_draft_copies_what_followed_the_last_time(
 
 
 def test_the_first_share_of_a_training_unrolls_one_step(tmp_path: Path) -> None:
-    draft, _ = tiny.make_draft(tiny.write_target(tmp_path), ttt_one_step_share=0.5)
+    draft, _ = tiny.make_draft(tiny.write_target(tmp_path), ttt_warmup_ratio=0.5)
     steps = []
     for step in (0, 49, 50, 100):
         draft.advance(step, 100)
@@ -279,8 +279,8 @@ def test_the_first_share_of_a_training_unrolls_one_step(tmp_path: Path) -> None:
 
 
 def test_drawn_numbers_of_steps_depend_on_the_seed_and_the_step_alone(tmp_path: Path) -> None:
-    draft, _ = tiny.make_draft(tiny.write_target(tmp_path), ttt_drawn=True, ttt_steps=4)
-    again, _ = tiny.make_draft(tmp_path, ttt_drawn=True, ttt_steps=4)
+    draft, _ = tiny.make_draft(tiny.write_target(tmp_path), ttt_random_steps=True, ttt_steps=4)
+    again, _ = tiny.make_draft(tmp_path, ttt_random_steps=True, ttt_steps=4)
     steps = []
     for step in range(40):
         draft.advance(step, 40)
@@ -319,7 +319,7 @@ def test_a_checkpoint_of_every_variant_has_the_tensors_that_servers_look_for(tmp
 
 def test_a_draft_may_be_of_another_shape_than_its_target(tmp_path: Path) -> None:
     tiny.write_target(tmp_path / "target")
-    draft, _ = tiny.make_draft(tmp_path / "target", heads=6, key_value_heads=3, intermediate_size=40)
+    draft, _ = tiny.make_draft(tmp_path / "target", num_attention_heads=6, num_key_value_heads=3, intermediate_size=40)
     draft.save(tmp_path / "draft", torch.float32)
     shapes = names(tmp_path / "draft")
     assert shapes["layers.0.self_attn.q_proj.weight"] == [6 * 8, 2 * 32]
@@ -342,7 +342,7 @@ def test_a_server_is_told_how_many_layers_are_read_unless_they_are_three(tmp_pat
 @pytest.mark.parametrize("asked", [(True, False), (False, True), (True, True)], ids=["head", "embeddings", "both"])
 def test_head_and_embeddings_are_trained_where_it_is_asked(tmp_path: Path, make: Any, asked: tuple[bool, bool]) -> None:
     directory = tiny.write_target(tmp_path / "target", tie_word_embeddings=True)
-    draft, teacher = make(directory, tiny.V, train_head=asked[0], train_embeddings=asked[1])
+    draft, teacher = make(directory, tiny.V, train_lm_head=asked[0], embed_requires_grad=asked[1])
     target = TargetCheckpoint(directory)
     pack = tiny.make_pack([20, 33])
     optimizers = Optimizers(draft, Train(lr=1e-2))
@@ -372,7 +372,7 @@ def test_head_and_embeddings_are_trained_where_it_is_asked(tmp_path: Path, make:
 
 
 def test_the_gradients_of_head_and_embeddings_are_autograds(tmp_path: Path) -> None:
-    draft, teacher = tiny.make_draft(tiny.write_target(tmp_path), train_head=True, train_embeddings=True)
+    draft, teacher = tiny.make_draft(tiny.write_target(tmp_path), train_lm_head=True, embed_requires_grad=True)
     pack = tiny.make_pack([20, 33])
     found = draft(pack)
     distill(found, pack.last, draft.lm_head.weight, teacher, chunk_elements=300).loss.backward()

@@ -77,7 +77,7 @@ def larger(draft: Draft) -> None:
         (
             40,
             {"draft_arch": DraftArch.qwen3, "num_layers": 3, "fc_norm": True, "norm_before_fc": False}
-            | {"train_head": True, "train_embeddings": True},
+            | {"train_lm_head": True, "embed_requires_grad": True},
         ),
     ],
     ids=[

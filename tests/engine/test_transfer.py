@@ -74,4 +74,4 @@ def test_a_directory_that_cannot_be_seen_is_named_at_once_with_what_to_set(tmp_p
     problem = StatesFile(Path("/mnt/none/x"), "row 3").unseen("http://gpu-7:8000")
     assert isinstance(problem, ServiceError)
     assert re.search("gpu-7:8000 has put the hidden states of row 3 into x, .*/mnt/none", problem.message)
-    assert problem.hint.startswith("serve.states=DIRECTORY")
+    assert problem.hint.startswith("serve.hidden_states_dir=DIRECTORY")

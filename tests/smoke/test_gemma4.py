@@ -34,8 +34,8 @@ def artifact(world: World, node: str) -> tuple[Path, dict[str, Any]]:
 
 
 def test_the_recipe_ends_in_numbers_measured_on_a_gemma(world: World, gemma: str) -> None:
-    few = ("prompts.count=24", "regenerate.max_tokens=48", "train.epochs=2", "train.batch_tokens=512")
-    short = ("train.sequence_length=512", "evaluate.prompts=2", "evaluate.max_tokens=32", "evaluate.concurrency=[2]")
+    few = ("prompts.num_conversations=24", "regenerate.max_tokens=48", "train.epochs=2", "train.batch_tokens=512")
+    short = ("max_seq_len=512", "evaluate.num_prompts=2", "evaluate.max_tokens=32", "evaluate.concurrency=[2]")
     code, out, err = world.run(gemma, *SMALL, *few, *short, recipe="gemma4_dflash")
     assert code == 0, err
     trained, record = artifact(world, "train")

@@ -69,8 +69,8 @@ def test_rows_and_states_are_adopted_and_a_history_once(tmp_path: Path, config: 
     assert reader.contract["layer_ids"] == [2, 4]
 
 
-def test_a_row_is_cut_to_the_sequence_length_and_so_are_its_states(tmp_path: Path, config: Config) -> None:
-    config.train.sequence_length = 4
+def test_a_row_is_cut_to_max_seq_len_and_so_are_its_states(tmp_path: Path, config: Config) -> None:
+    config.max_seq_len = 4
     tokens = load_from_disk(str(adopted(tmp_path, config, upstream(tmp_path / "theirs"))))
     assert tokens["input_ids"][:] == [[1, 2, 3, 4], [7, 8, 9]]
     assert ShardReader(tmp_path / "states/data").length(0) == 4

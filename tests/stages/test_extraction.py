@@ -64,7 +64,7 @@ def job_in(
         datasets.Dataset.from_list(table).save_to_disk(root / "tokens")
         (root / "target").mkdir()
         (root / "target/config.json").write_text(json.dumps({"hidden_size": WIDTH}))
-    config.target.fidelity, config.target.dtype = 0.0, Dtype.bfloat16
+    config.target.min_greedy_agreement, config.target.dtype = 0.0, Dtype.bfloat16
     config.extract.shard_tokens, config.extract.concurrency, config.extract.retries = 60, 4, 1
     config.extract.on_bad_row = OnBadRow.skip if skip else OnBadRow.error
     job = make_job("extract", root / name, config, tokens=root / "tokens", target=root / "target")

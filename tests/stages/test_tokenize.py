@@ -61,7 +61,7 @@ def turn(prompt: list[int], answer: list[int]) -> dict[str, Any]:
 
 def config_of(longest: int = 100, least: int = 1) -> Config:
     config = Config()
-    config.train.sequence_length, config.tokenize.min_supervised = longest, least
+    config.max_seq_len, config.tokenize.min_supervised = longest, least
     return config
 
 
@@ -124,7 +124,7 @@ def test_rows_keep_the_ids_of_the_server_and_the_order_of_the_conversations(tmp_
         "dropped conversations: no answer": 1,
         "dropped rows: fewer supervised tokens than min_supervised": 1,
         "rows": 2,
-        "rows cut to sequence_length": 2,
+        "rows cut to max_seq_len": 2,
         "tokens": 9,
         "tokens cut": 5 + 2,
         "supervised tokens": 6,

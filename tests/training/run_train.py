@@ -24,7 +24,7 @@ from speculators.stages.train import main
 
 SPECULATORS: dict[str, Speculator] = {
     "eagle3": Eagle3(),
-    "dflash": DFlash(num_layers=2, num_speculative_tokens=3, mask_token_id=7, anchors=12, induction=True),
+    "dflash": DFlash(num_layers=2, num_speculative_tokens=3, mask_token_id=7, max_anchors=12, induction=True),
 }
 
 
@@ -32,13 +32,13 @@ def make_job(
     world: Path, work: Path, endpoint: Endpoint | None = None, *, algorithm: str = "eagle3", **train: object
 ) -> Job:
     """A request for the stage, in a world that `tiny` or `states_server` wrote."""
-    options = {"epochs": 3, "batch_tokens": 64, "precision": Dtype.float32, "device": Device.cpu, "log_every": 4}
+    options = {"epochs": 3, "batch_tokens": 64, "precision": Dtype.float32, "device": Device.cpu, "log_every_steps": 4}
     config = Config(
         # Rows that are counted by what the server was asked for are not to be asked for by the gate too.
         target=Target(
             source="local",
             dtype=Dtype.bfloat16 if endpoint is None else Dtype.float32,
-            fidelity=0.98 if endpoint is None else 0.0,
+            min_greedy_agreement=0.98 if endpoint is None else 0.0,
         ),
         data={},
         vocab=Vocab(size=40),

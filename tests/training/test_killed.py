@@ -29,7 +29,7 @@ def attempt(world: Path, work: Path, options: dict[str, Any], kill_at: int | Non
 
     torch.set_num_threads(1)
     job = make_job(world, work, checkpoint_seconds=0.0, **options)
-    job.config.target.reference_gib = 0.0
+    job.config.target.max_reference_gib = 0.0
     asked = threading.Event()
 
     def progress(self: Job, done: float, total: float, unit: str, **note: object) -> None:
@@ -47,7 +47,10 @@ def files(directory: Path) -> dict[str, bytes]:
 
 @pytest.mark.parametrize(
     "options",
-    [{"algorithm": "eagle3"}, {"algorithm": "dflash", "ema": 0.9, "accumulate": 2, "keep_every": 2}],
+    [
+        {"algorithm": "eagle3"},
+        {"algorithm": "dflash", "ema": 0.9, "gradient_accumulation_steps": 2, "save_every_epochs": 2},
+    ],
     ids=["eagle3", "dflash"],
 )
 def test_ten_kills_at_random_moments_leave_no_trace(

@@ -181,7 +181,7 @@ def test_memory_is_bounded_by_what_the_recipe_allows(
     world: World, tmp_path: Path, serve: Callable[..., StatesServer]
 ) -> None:
     server, room = serve(), 300 * TOKEN
-    bounds = {"states_memory_gib": room / 2**30, "lookahead": 2}
+    bounds = {"states_memory_gib": room / 2**30, "prefetch_batches": 2}
     job = make_job(world.path, tmp_path / "work", server.endpoint, **bounds, epochs=EPOCHS)
     job.config.speculator.induction = False  # which looks at rows before the first epoch
     train.main(job)
@@ -398,7 +398,7 @@ def test_nothing_is_trained_on_what_a_server_does_not_compute_with(
             hidden_states=tensors["hidden_states"][:, [1, 0, 2, 3]].contiguous()
         )
     job = make_job(world.path, tmp_path / "work", server.endpoint)
-    job.config.target.fidelity = 0.98
+    job.config.target.min_greedy_agreement = 0.98
     if captured == "right":
         check_server(job)
         assert job.record["fidelity"]["agree"] == job.record["fidelity"]["picks"] == 16

@@ -51,9 +51,9 @@ def parts_of(pack: Pack, chosen: torch.Tensor) -> list[Pack]:
 @pytest.mark.parametrize(
     "make",
     [
-        lambda directory: tiny.make_draft(directory, ttt_step_decay=0.7, loss={"kl": 0.4, "tv": 0.6}),
-        lambda directory: tiny.make_dflash(directory, anchors=19),
-        lambda directory: tiny.make_dflash(directory, anchors=19, loss="lk_hybrid", weighting=Weighting.decay),
+        lambda directory: tiny.make_draft(directory, ttt_step_decay=0.7, loss_fn={"kl": 0.4, "tv": 0.6}),
+        lambda directory: tiny.make_dflash(directory, max_anchors=19),
+        lambda directory: tiny.make_dflash(directory, max_anchors=19, loss_fn="lk_hybrid", weighting=Weighting.decay),
     ],
     ids=["eagle3, by steps", "dflash, by confidence", "dflash, fixed weights"],
 )

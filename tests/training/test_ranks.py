@@ -25,10 +25,10 @@ from speculators.training.ranks import Ranks, joined
 
 WAYS: list[dict[str, Any]] = [
     {"algorithm": "eagle3"},
-    {"algorithm": "eagle3", "accumulate": 2},
-    {"algorithm": "eagle3", "optimizer": Optimizer.adamw, "accumulate": 2},
+    {"algorithm": "eagle3", "gradient_accumulation_steps": 2},
+    {"algorithm": "eagle3", "optimizer": Optimizer.adamw, "gradient_accumulation_steps": 2},
     {"algorithm": "dflash"},
-    {"algorithm": "dflash", "accumulate": 2},
+    {"algorithm": "dflash", "gradient_accumulation_steps": 2},
 ]
 
 pytestmark = pytest.mark.usefixtures("one_thread")  # the processes share the cores with other tests
@@ -46,7 +46,7 @@ def alone(world: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, li
     """The loss curves of one process and one pack a step."""
     found = {}
     for way in WAYS:
-        plain = {**way, "accumulate": 1}
+        plain = {**way, "gradient_accumulation_steps": 1}
         if str(plain) not in found:
             job = job_of(world, tmp_path_factory.mktemp("alone"), **plain)
             train.main(job)
@@ -62,13 +62,13 @@ def test_the_loss_curve_does_not_depend_on_processes_and_packs(
     with joined(processes, fit_all, jobs) as ranks:
         fit_all(ranks, jobs)
     for job, way in zip(jobs, WAYS, strict=True):
-        assert losses(job) == pytest.approx(alone[str({**way, "accumulate": 1})], abs=1e-5), way
+        assert losses(job) == pytest.approx(alone[str({**way, "gradient_accumulation_steps": 1})], abs=1e-5), way
 
 
 def test_a_run_that_was_stopped_goes_on_with_as_many_processes_bit_by_bit_and_with_fewer_to_1e_5(
     world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    options: dict[str, Any] = {"processes": 2, "ema": 0.9, "checkpoint_seconds": 0.0}
+    options: dict[str, Any] = {"num_processes": 2, "ema": 0.9, "checkpoint_seconds": 0.0}
     straight = job_of(world, tmp_path / "straight", **options)
     train.main(straight)
 
@@ -76,7 +76,7 @@ def test_a_run_that_was_stopped_goes_on_with_as_many_processes_bit_by_bit_and_wi
     shutil.copytree(tmp_path / "two", tmp_path / "one")
     two, one = (
         job_of(world, tmp_path / "two", **options),
-        job_of(world, tmp_path / "one", **{**options, "processes": 1}),
+        job_of(world, tmp_path / "one", **{**options, "num_processes": 1}),
     )
     train.main(two)
     train.main(one)
@@ -93,7 +93,7 @@ def test_whichever_process_meets_a_loss_that_is_no_number_its_rows_are_named(tmp
     shard.write_bytes(bytes(raw))
     named = []
     for processes in (1, 2):
-        job = job_of(world, tmp_path / f"work{processes}", validation=0.0, processes=processes)
+        job = job_of(world, tmp_path / f"work{processes}", validation_ratio=0.0, num_processes=processes)
         job.config.speculator.induction = False  # which is fitted to all states before the first step
         with pytest.raises(StageError, match=r"loss nan.* on rows \d+ \(conversation-?\S* ?\S*\)") as caught:
             train.main(job)

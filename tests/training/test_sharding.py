@@ -25,8 +25,8 @@ from speculators.training.sharding import Shards, weights
 
 WAYS: list[dict[str, Any]] = [
     {"algorithm": "eagle3"},
-    {"algorithm": "eagle3", "optimizer": Optimizer.adamw, "accumulate": 2, "own": True},
-    {"algorithm": "dflash", "accumulate": 2},
+    {"algorithm": "eagle3", "optimizer": Optimizer.adamw, "gradient_accumulation_steps": 2, "own": True},
+    {"algorithm": "dflash", "gradient_accumulation_steps": 2},
     {"algorithm": "dflash", "own": True, "precision": Dtype.bfloat16},
 ]
 Counts = tuple[int, int]
@@ -36,8 +36,8 @@ pytestmark = pytest.mark.usefixtures("one_thread")  # the processes share the co
 
 def divided(world: Path, work: Path, own: bool = False, **options: Any) -> Job:
     """`own`: embeddings and head are trained too."""
-    job = job_of(world, work, **{"epochs": 1, "sharded": True, **options})
-    job.config.speculator.train_embeddings = job.config.speculator.train_head = own
+    job = job_of(world, work, **{"epochs": 1, "fsdp": True, **options})
+    job.config.speculator.embed_requires_grad = job.config.speculator.train_lm_head = own
     return job
 
 
@@ -60,7 +60,9 @@ def fit_all(ranks: Ranks, jobs: list[Job]) -> list[list[Counts]]:
 @pytest.fixture(scope="module")
 def alone(world: Path, tmp_path_factory: pytest.TempPathFactory) -> list[tuple[Job, Counts]]:
     """The same trainings by one process."""
-    jobs = [divided(world, tmp_path_factory.mktemp("alone"), **{**way, "accumulate": 1}) for way in WAYS]
+    jobs = [
+        divided(world, tmp_path_factory.mktemp("alone"), **{**way, "gradient_accumulation_steps": 1}) for way in WAYS
+    ]
     return [(job, counts[0]) for job, counts in zip(jobs, fit_all(Ranks(), jobs), strict=True)]
 
 
@@ -89,7 +91,7 @@ def test_a_divided_run_that_was_stopped_goes_on_bit_by_bit_and_to_1e_5_with_anot
     world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def work(name: str, processes: int) -> Job:
-        return divided(world, tmp_path / name, processes=processes, ema=0.9, checkpoint_seconds=0.0)
+        return divided(world, tmp_path / name, num_processes=processes, ema=0.9, checkpoint_seconds=0.0)
 
     stop_at(monkeypatch, 3, work("two", 2))
     stop_at(monkeypatch, 3, work("more", 1))
@@ -120,7 +122,7 @@ def test_rows_are_dealt_out_as_torch_cuts_them(count: int, size: int) -> None:
     ("options", "ranks", "short"),
     [
         ({}, Ranks(), True),
-        ({"accumulate": 2}, Ranks(), False),
+        ({"gradient_accumulation_steps": 2}, Ranks(), False),
         ({}, Ranks(0, 2), False),
         ({"precision": Dtype.float32}, Ranks(), False),
     ],

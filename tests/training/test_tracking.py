@@ -106,7 +106,7 @@ def test_a_tracker_that_fails_later_is_left_out_and_that_is_said_once(
     monkeypatch.setitem(sys.modules, "wandb", Recorder(broken, fails="log"))
     world = write_world(tmp_path / "world")
     job = make_job(
-        world, tmp_path / "work", epochs=1, log_every=1, trackers=[Tracker.wandb, Tracker.mlflow],
+        world, tmp_path / "work", epochs=1, log_every_steps=1, trackers=[Tracker.wandb, Tracker.mlflow],
         tracker_dir=str(tmp_path / "shown"),
     )  # fmt: skip
     train.main(job)

@@ -84,7 +84,13 @@ def test_a_step_in_several_packs_is_the_step_in_one(
 ) -> None:
     one, several = (
         make_job(
-            world, tmp_path / str(packs), algorithm=algorithm, accumulate=packs, batch_tokens=96, log_every=1, **options
+            world,
+            tmp_path / str(packs),
+            algorithm=algorithm,
+            gradient_accumulation_steps=packs,
+            batch_tokens=96,
+            log_every_steps=1,
+            **options,
         )
         for packs in (1, 3)
     )
@@ -97,7 +103,7 @@ def test_a_step_in_several_packs_is_the_step_in_one(
 @ALGORITHMS
 def test_activations_that_are_computed_again_give_the_same_bytes(world: Path, tmp_path: Path, algorithm: str) -> None:
     for name, again in (("kept", False), ("again", True)):
-        train.main(make_job(world, tmp_path / name, algorithm=algorithm, epochs=1, recompute=again))
+        train.main(make_job(world, tmp_path / name, algorithm=algorithm, epochs=1, activation_checkpointing=again))
     assert files(tmp_path / "kept" / "data") == files(tmp_path / "again" / "data")
 
 
@@ -105,7 +111,7 @@ def test_activations_that_are_computed_again_give_the_same_bytes(world: Path, tm
 def test_without_loops_in_c_the_same_is_learnt_and_that_is_said(
     world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, algorithm: str
 ) -> None:
-    jobs = [make_job(world, tmp_path / name, algorithm=algorithm, log_every=1) for name in ("with", "without")]
+    jobs = [make_job(world, tmp_path / name, algorithm=algorithm, log_every_steps=1) for name in ("with", "without")]
     train.main(jobs[0])
     monkeypatch.setattr(cpu, "kernels", lambda *_: None)
     monkeypatch.setattr(cpu, "missing", lambda: "there is no compiler")
@@ -116,7 +122,7 @@ def test_without_loops_in_c_the_same_is_learnt_and_that_is_said(
 
 
 def test_a_run_of_so_many_steps_ends_there_and_its_schedule_too(world: Path, tmp_path: Path) -> None:
-    job = make_job(world, tmp_path, max_steps=10, log_every=1, schedule=Schedule.linear, warmup=0.0)
+    job = make_job(world, tmp_path, max_steps=10, log_every_steps=1, schedule=Schedule.linear, warmup_ratio=0.0)
     train.main(job)
     steps = [line for line in metrics(job) if "lr" in line]
     assert [line["step"] for line in steps] == list(range(1, 11))
@@ -125,7 +131,7 @@ def test_a_run_of_so_many_steps_ends_there_and_its_schedule_too(world: Path, tmp
 
 
 def test_training_ends_when_validations_gain_nothing(world: Path, tmp_path: Path) -> None:
-    job = make_job(world, tmp_path, epochs=30, patience=2, lr=0.0)
+    job = make_job(world, tmp_path, epochs=30, early_stopping_patience=2, lr=0.0)
     train.main(job)
     assert [line["epoch"] for line in metrics(job) if "validation" in line] == [1, 2, 3]
     summary = json.loads((job.output / "summary.json").read_text())
@@ -136,7 +142,7 @@ def test_training_ends_when_validations_gain_nothing(world: Path, tmp_path: Path
 
 
 def test_every_so_many_epochs_a_checkpoint_is_kept(world: Path, tmp_path: Path) -> None:
-    job = make_job(world, tmp_path, epochs=5, keep_every=2)
+    job = make_job(world, tmp_path, epochs=5, save_every_epochs=2)
     train.main(job)
     assert sorted(p.name for p in (job.output / "epochs").iterdir()) == ["2", "4"]
     kept = [Eagle3Draft.load(job.output / name).fc.weight for name in ("epochs/2", "epochs/4", "last")]
@@ -158,7 +164,12 @@ def test_the_averaged_weights_are_what_is_validated_and_written(world: Path, tmp
 def test_a_run_with_an_average_and_several_packs_goes_on_in_the_same_bytes(
     world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    options: dict[str, Any] = {"ema": 0.9, "accumulate": 2, "keep_every": 1, "checkpoint_seconds": 0.0}
+    options: dict[str, Any] = {
+        "ema": 0.9,
+        "gradient_accumulation_steps": 2,
+        "save_every_epochs": 1,
+        "checkpoint_seconds": 0.0,
+    }
     train.main(make_job(world, tmp_path / "straight", **options))
     stop_at(monkeypatch, 9, make_job(world, tmp_path / "stopped", **options))
     train.main(make_job(world, tmp_path / "stopped", **options))
@@ -268,8 +279,8 @@ def test_a_last_layer_that_is_kept_where_answers_are_predicted_trains_the_same_d
         trained.append(files(job.output))
     assert trained[0] == trained[1]
     with pytest.raises(ContractError, match='last_state is "answers", wanted "everywhere"'):
-        train.main(make_job(tmp_path, tmp_path / "prompts", algorithm=algorithm, supervise_prompts=True))
-    train.main(make_job(world, tmp_path / "whole", algorithm=algorithm, supervise_prompts=True, epochs=1))
+        train.main(make_job(tmp_path, tmp_path / "prompts", algorithm=algorithm, train_on_prompts=True))
+    train.main(make_job(world, tmp_path / "whole", algorithm=algorithm, train_on_prompts=True, epochs=1))
 
 
 def test_states_that_do_not_give_what_the_server_picks_are_not_trained_on(tmp_path: Path) -> None:
@@ -303,7 +314,7 @@ def test_a_loss_that_is_no_number_stops_with_its_rows(tmp_path: Path) -> None:
     raw[-400:] = b"\xff" * 400  # bfloat16 NaN in the states of the shard's last row
     shard.write_bytes(bytes(raw))
     with pytest.raises(StageError, match=r"loss nan.* on rows \d+ \(conversation"):
-        train.main(make_job(world, tmp_path / "work", validation=0.0))
+        train.main(make_job(world, tmp_path / "work", validation_ratio=0.0))
 
 
 def test_a_loss_that_explodes_stops_with_its_rows_and_a_resumed_run_at_the_same_step(

@@ -15,8 +15,8 @@ from speculators.stages import train
 
 def job_of(world: Path, work: Path, **options: Any) -> Job:
     """Logs every step, and has no gate, which is tested elsewhere and takes its time."""
-    job = make_job(world, work, **{"log_every": 1, "batch_tokens": 96, **options})
-    job.config.target.reference_gib = 0.0
+    job = make_job(world, work, **{"log_every_steps": 1, "batch_tokens": 96, **options})
+    job.config.target.max_reference_gib = 0.0
     return job
 
 

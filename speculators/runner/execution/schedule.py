@@ -162,7 +162,7 @@ def need(node: Node, config: Config, target: Path | None) -> Need:
     beside = divided.training if divided is not None and divided.unit == "GPUs" and not divided.shared else 0
     drawn = int(config.train.states_memory_gib * GIB) + (weights if servers else 0) if node.draws else 0
     return Need(
-        devices=(vllm.ranks(config) if servers else 1 if on_cpu else config.train.processes) + beside,
+        devices=(vllm.ranks(config) if servers else 1 if on_cpu else config.train.num_processes) + beside,
         memory=LIGHT + max(1, servers) * (weights + cache) + drawn,
         alone=on_cpu and node.spec.measures,
     )
@@ -188,7 +188,7 @@ def split(node: Node, config: Config) -> Split | None:
             "too little memory",
             f"give training its own GPU, hardware.gpus={ranks + 1} or more; or set serve.gpu_memory_utilization=0.5",
         )
-    return Split(unit="GPUs", server=ranks, training=config.train.processes, shared=shared)
+    return Split(unit="GPUs", server=ranks, training=config.train.num_processes, shared=shared)
 
 
 def parts(node: Node, config: Config, devices: Devices, prefer: Collection[int] = ()) -> tuple[Devices, Devices]:

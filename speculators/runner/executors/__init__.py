@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Protocol
 
-from speculators.config.choices import Cluster, ExecutorName
+from speculators.config.choices import ExecutorName
 from speculators.config.schema import Config
 from speculators.config.schema import Executor as Options
 from speculators.errors import RecipeError
@@ -42,17 +42,17 @@ class Executor(Protocol):
         """Start `python -m speculators.worker request` with `env` added; its output is appended to `log`."""
 
 
-EXTRAS = {"submitit": "slurm", "ray": "ray"}
-"""Executors that need a package of their own name, and the extra that brings it."""
+EXTRAS = {"submitit": ("submitit", "slurm"), "slurm": ("submitit", "slurm"), "ray": ("ray", "ray")}
+"""Executors that need a package, that package, and the extra that brings it."""
 
 
 def executor(name: str, options: Options | None = None) -> Executor:
     """The executor of that name, imported only now: it may need what is not installed."""
     options = options or Options()
-    if name == "submitit":
+    if name in ("submitit", "slurm"):
         from speculators.runner.executors.submitit import SubmititExecutor
 
-        return SubmititExecutor(options)
+        return SubmititExecutor(options, here=name == "submitit")
     if name == "ray":
         from speculators.runner.executors.ray import RayExecutor
 
@@ -81,7 +81,10 @@ def check(config: Config, nodes: Mapping[str, Node]) -> None:
     """
     for node in nodes.values():
         name = chosen(config, node.kind)
-        needs = {name: ("executor", EXTRAS[name])} if name in EXTRAS else {}
+        needs = {}
+        if name in EXTRAS:
+            package, extra = EXTRAS[name]
+            needs[package] = ("executor", extra)
         if node.kind == "train" and not elsewhere(config, node.kind):
             needs |= {tracker.name: ("tracker", tracker.name) for tracker in config.train.trackers}
         for package, (what, extra) in needs.items():
@@ -106,7 +109,7 @@ def elsewhere(config: Config, kind: str) -> bool:
         from speculators.runner.executors.ray import is_here
 
         return not is_here(config.executor)
-    return name == "submitit" and config.executor.cluster is not Cluster.local
+    return name == "slurm"
 
 
 def served_there(config: Config, kind: str) -> bool:

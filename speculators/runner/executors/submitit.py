@@ -16,7 +16,6 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from speculators.config.choices import Cluster
 from speculators.config.schema import Executor as Options
 from speculators.errors import StageError
 from speculators.runner.executors.local import python_path
@@ -27,10 +26,10 @@ _SUBMITTING = threading.Lock()
 
 
 class SubmititExecutor:
-    """See `executors.Executor`."""
+    """See `executors.Executor`. `here`: jobs are processes of this machine; otherwise jobs of a Slurm cluster."""
 
-    def __init__(self, options: Options) -> None:
-        self._options = options
+    def __init__(self, options: Options, here: bool) -> None:
+        self._options, self._here = options, here
 
     def submit(self, request: Path, log: Path, env: dict[str, str]) -> RemoteHandle:
         """Submit a job and return at once.
@@ -40,20 +39,22 @@ class SubmititExecutor:
         """
         import submitit
 
-        options, here = self._options, self._options.cluster is Cluster.local
+        options, here = self._options, self._here
         place = place_beside(request)
         task = Task(place, request, log, seen_devices(env) if here else {}, here)
 
         def submitted() -> _Job:
-            executor = submitit.AutoExecutor(folder=place, cluster=options.cluster.name)
-            executor.update_parameters(name=request.stem, timeout_min=options.time_limit, **_asked(options))
+            executor = submitit.AutoExecutor(folder=place, cluster="local" if here else "slurm")
+            executor.update_parameters(
+                name=request.stem, timeout_min=options.time_limit, **({} if here else _asked(options))
+            )
             with _environment({**env, "PYTHONPATH": python_path(), "PYTHONSAFEPATH": "1"}), _deaf_to_the_terminal():
                 return _Job(executor.submit(task), here)
 
         try:
             return RemoteHandle(place, log, submitted)
         except (RuntimeError, OSError, submitit.core.utils.FailedJobError) as error:
-            hint = "executor.name=local needs no submitit" if here else "executor.cluster=local needs no cluster"
+            hint = "executor=local needs no submitit" if here else "executor=submitit needs no cluster"
             raise StageError(f"submitit did not take `{request.stem}`: {error}", hint) from None
 
 
@@ -103,9 +104,7 @@ class _Job:
 
 
 def _asked(options: Options) -> dict[str, Any]:
-    """What a job asks its cluster for; this machine is not asked."""
-    if options.cluster is Cluster.local:
-        return {}
+    """What a job asks its cluster for."""
     # What is None is not asked for.
     partition, gpus = options.partition or None, options.gpus or None
     return {"slurm_partition": partition, "gpus_per_node": gpus, "cpus_per_task": options.cpus}

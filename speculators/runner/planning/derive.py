@@ -60,11 +60,11 @@ def derive(config: Config, known: Facts) -> dict[str, Any]:
     `last_state`: where the last one's are kept.
     """
     depth = known.num_hidden_layers
-    layer_ids = config.speculator.layer_ids or default_layers(config.speculator, depth)
+    layer_ids = config.speculator.target_layer_ids or default_layers(config.speculator, depth)
     outside = [i for i in layer_ids if not 0 <= i <= depth]
     if outside or sorted(set(layer_ids)) != list(layer_ids):
         raise RecipeError(
-            f"speculator.layer_ids {layer_ids} do not fit a target of {depth} layers",
+            f"speculator.target_layer_ids {layer_ids} do not fit a target of {depth} layers",
             f"give ascending ids from 0 to {depth}, or null for {default_layers(config.speculator, depth)}",
         )
     size = config.vocab.size
@@ -73,21 +73,21 @@ def derive(config: Config, known: Facts) -> dict[str, Any]:
             f"vocab.size {size} does not fit the target's vocabulary of {known.vocab_size}",
             "null keeps the whole vocabulary",
         )
-    heads = config.speculator.heads or known.heads
-    groups = config.speculator.key_value_heads or known.key_value_heads
+    heads = config.speculator.num_attention_heads or known.heads
+    groups = config.speculator.num_key_value_heads or known.key_value_heads
     if heads is not None and groups is not None and heads % groups:
         raise RecipeError(
             f"a draft of {heads} heads cannot share {groups} of keys and values",
-            f"let speculator.heads be a multiple of speculator.key_value_heads; the target has {known.heads} and "
-            f"{known.key_value_heads}",
+            "let speculator.num_attention_heads be a multiple of speculator.num_key_value_heads; the target has "
+            f"{known.heads} and {known.key_value_heads}",
         )
     captured, last = [*layer_ids, depth], config.extract.last_state
     if last is LastState.auto:
-        last = LastState.everywhere if config.train.supervise_prompts else LastState.answers
-    elif last is LastState.answers and config.train.supervise_prompts:
+        last = LastState.everywhere if config.train.train_on_prompts else LastState.answers
+    elif last is LastState.answers and config.train.train_on_prompts:
         raise RecipeError(
-            "extract.last_state=answers keeps nothing by which train.supervise_prompts could train on prompts",
-            "leave extract.last_state out, or set train.supervise_prompts=false",
+            "extract.last_state=answers keeps nothing by which train.train_on_prompts could train on prompts",
+            "leave extract.last_state out, or set train.train_on_prompts=false",
         )
     return {
         "layer_ids": list(layer_ids),
@@ -122,7 +122,7 @@ def entered_after(left: list[int]) -> list[int]:
 
 def max_model_len(config: Config) -> int:
     """Tokens that a server must take: the longest row and the answer that evaluation adds to a prompt."""
-    return config.train.sequence_length + max(1, config.evaluate.max_tokens)
+    return config.max_seq_len + max(1, config.evaluate.max_tokens)
 
 
 def feature_bytes_per_token(config: Config, known: Facts) -> int:

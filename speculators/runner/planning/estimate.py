@@ -135,7 +135,7 @@ def refuse_if_too_large(needs: Needs) -> None:
     if needs.feature_bytes > needs.free_bytes:
         raise StoreError(
             f"the hidden states need up to {_gib(needs.feature_bytes)}, the store has {_gib(needs.free_bytes)} free",
-            "lower prompts.count, train.sequence_length or, if training keeps them, train.states_disk_gib; or name a "
+            "lower prompts.num_conversations, max_seq_len or, if training keeps them, train.states_disk_gib; or name a "
             "larger disk: run.store=PATH",
         )
 
@@ -206,7 +206,7 @@ def _tokens(planner: Planner, tokens: Step) -> int:
     """Counted if the tokens are there, else every conversation at its longest."""
     if tokens.artifact is not None and "tokens" in tokens.artifact.record:
         return int(tokens.artifact.record["tokens"])
-    return (planner.config.prompts.count or 0) * planner.config.train.sequence_length
+    return (planner.config.prompts.num_conversations or 0) * planner.config.max_seq_len
 
 
 def _speed(planner: Planner, steps: Mapping[str, Step], telling: Mapping[str, str]) -> float:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import graphlib
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
+from operator import attrgetter
 
 from speculators.config.choices import DataFormat, Dtype
 from speculators.config.schema import Config, Dataset
@@ -18,7 +19,7 @@ from speculators.errors import RecipeError, closest
 SERVE = "serve"
 """The kind of node that is a service, not an artifact."""
 
-GATE = ("target.fidelity", "target.reference_gib")
+GATE = ("target.min_greedy_agreement", "target.max_reference_gib")
 """Options of `targets.fidelity_check`."""
 
 TARGET = "target"
@@ -44,7 +45,7 @@ class Kind:
     serve: str = ""
     """Mode in which it needs the pipeline's server, wired as `target: serve`."""
     datasets: str = ""
-    """Section (`data`, `datasets`) whose files it reads."""
+    """Option (`data`, `evaluate.datasets`) that names the data sets whose files it reads."""
     adopts: bool = False
     """Its data sets are directories of upstream's, with rows and hidden states, and nothing else is."""
     drawn: str = ""
@@ -64,14 +65,14 @@ KINDS: dict[str, Kind] = {
         version=1,
         gives=("conversations", "states"),
         takes={"prompts": "prompts"},
-        reads=("regenerate", "train.sequence_length", "target.dtype"),
+        reads=("regenerate", "max_seq_len", "target.dtype"),
         serve="generate",
     ),
     "tokenize": Kind(
         version=1,
         gives=("tokens",),
         takes={"conversations": "conversations"},
-        reads=("tokenize", "train.sequence_length"),
+        reads=("tokenize", "max_seq_len"),
     ),
     "vocab": Kind(version=1, gives=("vocabulary",), takes={"tokens": "tokens"}, reads=("vocab",)),
     "extract": Kind(
@@ -85,7 +86,7 @@ KINDS: dict[str, Kind] = {
     "adopt_tokens": Kind(
         version=1,
         gives=("tokens",),
-        reads=("data", "tokenize", "train.sequence_length"),
+        reads=("data", "tokenize", "max_seq_len"),
         target=False,
         datasets="data",
         adopts=True,
@@ -119,8 +120,8 @@ KINDS: dict[str, Kind] = {
         version=2,
         gives=("evaluation",),
         takes={"speculator": "speculator"},
-        reads=("evaluate", "data", "datasets", "prompts.hold_out", "target.dtype", "speculator.num_speculative_tokens"),
-        datasets="datasets",
+        reads=("evaluate", "data", "prompts.eval_holdout_ratio", "target.dtype", "speculator.num_speculative_tokens"),
+        datasets="evaluate.datasets",
         measures=True,
     ),
 }
@@ -237,7 +238,7 @@ def build(config: Config) -> dict[str, Node]:
             nodes[TARGET] = Node(
                 name=TARGET, kind="fetch", inputs={}, source=config.target.source, wanted_as="checkpoint"
             )
-        for dataset, options in (getattr(config, spec.datasets) if spec.datasets else {}).items():
+        for dataset, options in (attrgetter(spec.datasets)(config) if spec.datasets else {}).items():
             fetch = f"dataset.{dataset}"
             inputs[fetch] = fetch
             wanted_as = _dataset_as(name, kinds[name], dataset, options)

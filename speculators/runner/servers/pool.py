@@ -50,7 +50,7 @@ class Services:
         """Which server this is. `to_come`: other stages that may still have to run."""
         draft = self._steps[node.inputs["speculator"]].digest if serving.mode == "speculative" else ""
         mode = serving.mode
-        ours = self.planner.config.extract.connector is Connector.ours
+        ours = self.planner.config.extract.connector is Connector.native
         if mode == "generate" and ours and any(n.mode == "extract" and not self._cores(n) for n in to_come):
             # One server does both: with our connector it keeps hidden states only for requests that ask for them.
             mode = "extract"

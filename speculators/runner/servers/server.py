@@ -294,7 +294,7 @@ NO_VLLM = (
 NO_MEMORY = (
     "it wants more memory than there is: lower serve.gpu_memory_utilization, serve.kv_cache_gib, serve.max_num_seqs"
 )
-NO_CACHE = "the cache does not fit: change serve.kv_cache_gib, or lower train.sequence_length"
+NO_CACHE = "the cache does not fit: change serve.kv_cache_gib, or lower max_seq_len"
 HINTS = {
     r"No module named '?\"?vllm": NO_VLLM,
     r"address already in use": "end the program that listens there; serve.port=0 takes a free port",
@@ -348,8 +348,8 @@ def external(config: Config, mode: str, directory: Path, log: Path) -> Service:
         api_key=os.environ.get(variable, "") if variable else "",
         log=log,
         # What is measured is one server's.
-        also=[url.rstrip("/") for url in config.serve.also] if mode in ("generate", "extract") else [],
-        states=Path(config.serve.states).expanduser().absolute() if config.serve.states else None,
+        also=[url.rstrip("/") for url in config.serve.extra_urls] if mode in ("generate", "extract") else [],
+        states=Path(config.serve.hidden_states_dir).expanduser().absolute() if config.serve.hidden_states_dir else None,
         mooncake=mooncake_store(config),
     )
     return Service(spec, directory)

@@ -150,7 +150,7 @@ def argv(
         assert capture_layer_ids is not None
         words += ["--speculative_config", json.dumps(_extraction(capture_layer_ids))]
         words += ["--kv_transfer_config", json.dumps(_connector(config, dtype, states.absolute()))]
-        if device(config) == "cpu" and config.extract.connector is Connector.ours:
+        if device(config) == "cpu" and config.extract.connector is Connector.native:
             words += ["--scheduler-cls", "speculators.engine.connector.StatesScheduler"]
     return [*words, *serve.extra_args]
 
@@ -188,11 +188,12 @@ def check_extraction(config: Config) -> None:
     connector, staged = config.extract.connector, config.serve.pipeline_parallel > 1
     option = f"extract.connector={connector.name}"
     if config.serve.url:  # whoever has started it has chosen
-        if connector is Connector.ours and not config.serve.states:
+        if connector is Connector.native and not config.serve.hidden_states_dir:
             raise RecipeError(
                 f"the server at {config.serve.url} writes hidden states into a directory of its own, and nothing says "
                 "where that is",
-                "serve.states=DIRECTORY: its kv_connector_extra_config.shared_storage_path, as this machine sees it",
+                "serve.hidden_states_dir=DIRECTORY: its kv_connector_extra_config.shared_storage_path, as this machine "
+                "sees it",
             )
         if connector is Connector.mooncake:
             _check_mooncake(config, option, "")
@@ -203,21 +204,21 @@ def check_extraction(config: Config) -> None:
             "of earlier stages on to the last one",
             "serve.tensor_parallel spreads the layers themselves; or extract with serve.pipeline_parallel=1",
         )
-    if connector is Connector.ours:
+    if connector is Connector.native:
         return
     if device(config) == "cpu":
-        raise RecipeError(f"{option} needs an accelerator: it copies to pinned memory", "extract.connector=ours")
+        raise RecipeError(f"{option} needs an accelerator: it copies to pinned memory", "extract.connector=native")
     if staged:
         raise RecipeError(
             f"{option} does not work with serve.pipeline_parallel: it wants the states' cache on every stage",
-            "extract.connector=ours, or serve.pipeline_parallel=1",
+            "extract.connector=native, or serve.pipeline_parallel=1",
         )
     if connector is Connector.fp8:
         _check_fp8(config, option)
     if connector is Connector.mooncake:
         for python in ("", config.serve.python):  # where the stages run, and where vLLM does
             _check_mooncake(config, option, python)
-        _check_hs_connectors(config, option, "extract.connector=ours")
+        _check_hs_connectors(config, option, "extract.connector=native")
 
 
 def _check_mooncake(config: Config, option: str, python: str) -> None:
@@ -237,9 +238,9 @@ def _check_fp8(config: Config, option: str) -> None:
     if config.target.dtype.name != "bfloat16":
         raise RecipeError(
             f"{option} gives states in bfloat16, and target.dtype is {config.target.dtype.name}",
-            "target.dtype=bfloat16, or extract.connector=ours",
+            "target.dtype=bfloat16, or extract.connector=native",
         )
-    instead = "extract.connector=ours with extract.dtype=float8_e4m3fn needs nothing and is finer"
+    instead = "extract.connector=native with extract.dtype=float8_e4m3fn needs nothing and is finer"
     _check_hs_connectors(config, option, instead)
 
 
@@ -318,7 +319,7 @@ def _connector(config: Config, dtype: str, states: Path) -> dict[str, Any]:
     extra: dict[str, Any] = {"shared_storage_path": str(states)}
     if config.extract.connector is Connector.mooncake:
         extra = {"mooncake": _mooncake(config)}
-    if config.extract.connector is not Connector.ours:
+    if config.extract.connector is not Connector.native:
         stock = STOCK_CONNECTORS[config.extract.connector.name]
         return {**stock, "kv_role": "kv_producer", "kv_connector_extra_config": extra}
     # States that are stored in float8 leave the engine so. float16 could not hold them again, to be checked.

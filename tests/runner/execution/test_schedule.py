@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from speculators.config.choices import Cluster, Device, ExecutorName
+from speculators.config.choices import Device, ExecutorName
 from speculators.config.schema import Config
 from speculators.errors import RecipeError
 from speculators.runner.execution import schedule
@@ -138,7 +138,7 @@ def test_needs_follow_from_the_servers_the_weights_and_the_machine(config: Confi
     assert schedule.need(node(config, "evaluate"), config, None) == Need(devices=2, memory=LIGHT)
     config.serve.url = "http://elsewhere:8000"
     assert schedule.need(node(config, "regenerate"), config, tmp_path) == Need()
-    config.executor.name, config.executor.cluster, config.serve.url = ExecutorName.submitit, Cluster.slurm, ""
+    config.executor.name, config.serve.url = ExecutorName.slurm, ""
     assert schedule.need(node(config, "evaluate"), config, tmp_path) == Need(here=False)
 
 

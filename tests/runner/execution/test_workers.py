@@ -48,16 +48,16 @@ def extracting(tmp_path: Path, served: Sequence[str], until: str = "extract") ->
     (checkpoint / "tokenizer.json").write_text("{}")
     own = ["num_hidden_layers", "hidden_size", "vocab_size"]
     return compose.compose([
-        "recipe=smollm2_eagle3", "pipeline=offline", f"target.source={checkpoint}", "target.fidelity=0",
+        "recipe=smollm2_eagle3", "pipeline=offline", f"target.source={checkpoint}", "target.min_greedy_agreement=0",
         "target.dtype=bfloat16", *[f"target.{name}=null" for name in own], "vocab.size=null",
-        "speculator.layer_ids=[2]",
+        "speculator.target_layer_ids=[2]",
         "extract.shard_tokens=60", "extract.workers=2", *served, f"until={until}",
     ])  # fmt: skip
 
 
 def by(server: StatesServer) -> list[str]:
     """A server of somebody else's."""
-    return [f"serve.url={server.url}", f"serve.states={server.directory}"]
+    return [f"serve.url={server.url}", f"serve.hidden_states_dir={server.directory}"]
 
 
 def made_beforehand(config: Config, store: Store) -> None:

@@ -13,7 +13,7 @@ from urllib.request import Request, urlopen
 
 import pytest
 
-from speculators.config.choices import Cluster, Device
+from speculators.config.choices import Device
 from speculators.config.fields import to_plain
 from speculators.config.schema import Config, Executor
 from speculators.errors import ServiceError
@@ -161,7 +161,7 @@ def test_when_the_far_end_is_killed_nothing_of_the_server_is_left(world: Path) -
 @SUBMITIT
 def test_a_server_in_a_job_of_slurm_sees_the_gpus_that_the_job_was_given(slurm: Path) -> None:
     path = served(slurm, hold=2)
-    handle = executors.executor("submitit", Executor(cluster=Cluster.slurm)).submit(path, slurm / "log", {})
+    handle = executors.executor("slurm", Executor()).submit(path, slurm / "log", {})
     until_holding(path)
     pids = until_served(slurm)
     assert {variable(pid, "CUDA_VISIBLE_DEVICES") for pid in pids} == {"7"}

@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 
 from speculators.config import compose
-from speculators.config.choices import Cluster
+from speculators.config.choices import ExecutorName
 from speculators.config.schema import Executor
 from speculators.errors import RecipeError, StageError
 from speculators.runner import executors
@@ -223,7 +223,7 @@ def slurm(world: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 @SUBMITIT
 def test_a_job_of_slurm_asks_for_what_the_recipe_says_and_sees_the_gpus_it_was_given(slurm: Path) -> None:
-    options = Executor(cluster=Cluster.slurm, partition="long", time_limit=90, gpus=2, cpus=3)
+    options = Executor(partition="long", time_limit=90, gpus=2, cpus=3)
     path = request(slurm, tells=["CUDA_VISIBLE_DEVICES"])
     handle = executors.executor("submitit", options).submit(path, slurm / "log", {})
     assert ended(handle, 60) == 0
@@ -237,16 +237,16 @@ def test_a_job_of_slurm_asks_for_what_the_recipe_says_and_sees_the_gpus_it_was_g
 def test_without_slurm_the_error_says_so(world: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PATH", str(world))
     with pytest.raises(StageError, match="srun") as caught:
-        executors.executor("submitit", Executor(cluster=Cluster.slurm)).submit(request(world), world / "log", {})
-    assert "executor.cluster=local" in caught.value.hint
+        executors.executor("slurm", Executor()).submit(request(world), world / "log", {})
+    assert "executor=submitit" in caught.value.hint
 
 
 def test_a_stage_may_have_an_executor_of_its_own() -> None:
     config = compose.compose([DEMO, "executor=slurm", "evaluate.executor=local", "executor.partition=long"])
-    assert executors.chosen(config, "train") == "submitit"
+    assert executors.chosen(config, "train") == "slurm"
     assert executors.chosen(config, "evaluate") == "local"
-    assert executors.chosen(config, "fetch") == "submitit"
-    assert config.executor.cluster is Cluster.slurm
+    assert executors.chosen(config, "fetch") == "slurm"
+    assert config.executor.name is ExecutorName.slurm
 
 
 def test_an_executor_that_is_not_installed_is_refused_with_the_extra_that_brings_it(

@@ -32,7 +32,7 @@ def test_eagle3_reads_a_low_a_middle_and_a_high_layer() -> None:
     assert default_layers(Eagle3(), 30) == [2, 15, 27]
 
 
-@pytest.mark.parametrize("words", [["speculator.key_value_heads=4"], ["speculator.heads=8"]])
+@pytest.mark.parametrize("words", [["speculator.num_key_value_heads=4"], ["speculator.num_attention_heads=8"]])
 def test_heads_that_cannot_share_keys_are_refused_with_the_targets(words: list[str]) -> None:
     known = Facts(num_hidden_layers=30, hidden_size=576, vocab_size=49152, heads=9, key_value_heads=3)
     with pytest.raises(RecipeError, match="heads cannot share") as caught:
@@ -44,8 +44,8 @@ def test_heads_that_cannot_share_keys_are_refused_with_the_targets(words: list[s
     ("words", "kept"),
     [
         ([], "everywhere"),  # the demo trains on prompts too
-        (["train.supervise_prompts=false"], "answers"),
-        (["train.supervise_prompts=false", "extract.last_state=everywhere"], "everywhere"),
+        (["train.train_on_prompts=false"], "answers"),
+        (["train.train_on_prompts=false", "extract.last_state=everywhere"], "everywhere"),
     ],
 )
 def test_the_last_layer_is_kept_where_training_asks_for_it_unless_the_recipe_says_where(

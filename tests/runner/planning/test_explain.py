@@ -16,18 +16,23 @@ from speculators.runner.store.artifacts import Store
 from tests.conftest import publish, publish_all
 
 CHANGES = {
-    "prompts": ["prompts.count=5", "prompts.seed=9", "prompts.hold_out=0.2", "data.sharegpt.max_chars=99"],
+    "prompts": [
+        "prompts.num_conversations=5",
+        "prompts.seed=9",
+        "prompts.eval_holdout_ratio=0.2",
+        "data.sharegpt.max_chars=99",
+    ],
     "regenerate": [
         "regenerate.max_tokens=7",
         "regenerate.temperature=0.5",
         "regenerate.top_p=0.9",
         "regenerate.seed=4",
-        "train.sequence_length=512",
+        "max_seq_len=512",
         "target.dtype=bfloat16",
     ],
-    "tokenize": ["tokenize.min_supervised=3", "train.sequence_length=512"],
+    "tokenize": ["tokenize.min_supervised=3", "max_seq_len=512"],
     "vocab": ["vocab.size=100"],
-    "extract": ["extract.dtype=float32", "target.dtype=bfloat16", "speculator.layer_ids=[1,2,3]"],
+    "extract": ["extract.dtype=float32", "target.dtype=bfloat16", "speculator.target_layer_ids=[1,2,3]"],
     "train": [
         "train.lr=3e-4",
         "train.epochs=9",
@@ -36,16 +41,21 @@ CHANGES = {
         "train.muon_block=7",
         "train.weight_decay=0.5",
         "train.schedule=cosine",
-        "train.warmup=0.5",
-        "train.clip=2",
+        "train.warmup_ratio=0.5",
+        "train.max_grad_norm=2",
         "train.precision=bfloat16",
-        "train.validation=0.3",
+        "train.validation_ratio=0.3",
         "train.seed=3",
         "speculator.num_layers=2",
         "speculator.ttt_steps=5",
         "speculator.norm_output=false",
     ],
-    "evaluate": ["evaluate.prompts=3", "evaluate.max_tokens=9", "evaluate.concurrency=[4]", "prompts.hold_out=0.2"],
+    "evaluate": [
+        "evaluate.num_prompts=3",
+        "evaluate.max_tokens=9",
+        "evaluate.concurrency=[4]",
+        "prompts.eval_holdout_ratio=0.2",
+    ],
 }
 """Of every stage, single options that it reads."""
 
@@ -76,7 +86,7 @@ def test_one_changed_option_is_named_and_nothing_else(store: Store, config: Conf
     publish_all(store, Planner(config, store))
     found = reachable(store, config, name, word)
     assert found.state == "run"
-    derived = {"speculator.layer_ids": ["capture_layer_ids", "layer_ids"]}
+    derived = {"speculator.target_layer_ids": ["capture_layer_ids", "layer_ids"]}
     option = word.partition("=")[0]
     assert [change.name for change in found.changes] == derived.get(option, [option])
     assert found.made["run"] == "earlier"
@@ -111,7 +121,7 @@ def test_a_stage_that_waits_names_the_one_it_waits_for(store: Store, config: Con
 def test_without_an_earlier_artifact_there_is_nothing_to_compare(store: Store) -> None:
     found = asked(store, "prompts")
     assert (found.reason, found.changes, found.made) == ("new", [], {})
-    assert "prompts.count" in found.leaves
+    assert "prompts.num_conversations" in found.leaves
 
 
 def test_a_stage_that_the_recipe_has_not_is_refused(store: Store) -> None:

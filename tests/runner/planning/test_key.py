@@ -131,7 +131,7 @@ def test_keys_do_not_depend_on_the_order_in_which_a_recipe_is_written(tmp_path: 
     "spellings",
     [
         ["train.lr=3e-4", "train.lr=0.0003", "train.lr=.0003", "train.lr=3.0E-04", "train.lr=+3e-4", "train.lr='3e-4'"],
-        ["train.clip=2", "train.clip=2.0", "train.clip=2e0"],
+        ["train.max_grad_norm=2", "train.max_grad_norm=2.0", "train.max_grad_norm=2e0"],
         ["train.epochs=10", "train.epochs=+10", "train.epochs=1_0"],
         ["vocab.size=null", "vocab.size=NULL"],
         ["evaluate.concurrency=[1,8]", "evaluate.concurrency=[1, 8]"],

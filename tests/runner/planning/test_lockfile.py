@@ -68,11 +68,11 @@ def test_the_same_recipe_does_not_differ(store: Store) -> None:
     ("word", "name", "old", "new", "stages"),
     [
         ("train.lr=1e-4", "train.lr", 5e-4, 1e-4, ("train",)),
-        ("train.sequence_length=512", "train.sequence_length", 1024, 512, ("regenerate", "tokenize", "train")),
+        ("max_seq_len=512", "max_seq_len", 1024, 512, ("regenerate", "tokenize")),
         ("prompts.seed=3", "prompts.seed", 0, 3, ("prompts",)),
-        ("speculator.layer_ids=[1,2,3]", "layer_ids", [0, 2, 15, 27], [1, 2, 3], ("extract", "train")),
+        ("speculator.target_layer_ids=[1,2,3]", "layer_ids", [0, 2, 15, 27], [1, 2, 3], ("extract", "train")),
         ("target.dtype=bfloat16", "target.dtype", "float32", "bfloat16", None),
-        ("evaluate.sets=[sharegpt]", "pipeline.dataset.human_eval", "fetch", None, ()),
+        ("evaluate.datasets=[sharegpt]", "pipeline.dataset.human_eval", "fetch", None, ()),
         ("pipeline=offline", "pipeline.extract.uses", "collect", "extract", ()),
     ],
 )
@@ -84,7 +84,7 @@ def test_a_changed_field_is_named_once_with_both_values_and_its_stages(
     if stages is not None:
         assert found[name][2] == stages
     if stages:
-        assert set(found) - {"capture_layer_ids", "speculator.layer_ids"} == {name}
+        assert set(found) - {"capture_layer_ids", "speculator.target_layer_ids"} == {name}
 
 
 def test_a_source_that_moved_is_named_by_its_option(store: Store) -> None:

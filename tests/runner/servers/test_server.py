@@ -165,9 +165,9 @@ def test_a_stubborn_server_that_never_gets_ready_can_be_stopped(
 
 def test_the_directory_of_an_external_servers_states_is_the_one_that_the_recipe_names(tmp_path: Path) -> None:
     config = Config()
-    config.serve.url, config.serve.states = "http://gpu-7:8000", "/mnt/states"
+    config.serve.url, config.serve.hidden_states_dir = "http://gpu-7:8000", "/mnt/states"
     assert external(config, "extract", tmp_path / "n2", tmp_path / "log").plain()["directory"] == "/mnt/states"
-    config.serve.states, config.extract.connector = "", Connector.example
+    config.serve.hidden_states_dir, config.extract.connector = "", Connector.example
     assert external(config, "extract", tmp_path / "n2", tmp_path / "log").spec.states is None
 
 
@@ -204,17 +204,17 @@ def test_an_external_server_is_used_under_its_own_name_and_never_stopped(
     assert used.plain()["model"] == "target-n1"
     used.stop()
     assert ours.poll() == "ready"
-    config.serve.also = [ours.spec.url + "/"]
+    config.serve.extra_urls = [ours.spec.url + "/"]
     assert external(config, "plain", tmp_path / "n2", tmp_path / "log").plain()["also"] == []
     several = external(config, "generate", tmp_path / "n2", tmp_path / "log")
     several.start()
     assert settle(several) == "ready"
     assert several.plain()["also"] == [ours.spec.url]
-    config.serve.also = [f"http://127.0.0.1:{free_port()}"]
+    config.serve.extra_urls = [f"http://127.0.0.1:{free_port()}"]
     missing = external(config, "generate", tmp_path / "n2", tmp_path / "log")
     missing.start()
     assert settle(missing) == "dead"
-    assert f"no server answers at {config.serve.also[0]}" in missing.failure().message
+    assert f"no server answers at {config.serve.extra_urls[0]}" in missing.failure().message
     ours.stop()
     gone = external(config, "plain", tmp_path / "n2", tmp_path / "log")
     gone.start()

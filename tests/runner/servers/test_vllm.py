@@ -226,7 +226,7 @@ def test_an_interpreter_that_is_not_there_has_no_engine() -> None:
     assert vllm.engine_version("/nowhere/bin/python") is None
 
 
-def extraction(connector: Connector = Connector.ours, device: Device = Device.cuda) -> Config:
+def extraction(connector: Connector = Connector.native, device: Device = Device.cuda) -> Config:
     config = recipe()
     config.hardware.device, config.extract.connector = device, connector
     return config
@@ -273,7 +273,7 @@ def test_a_stock_connector_is_loaded_as_its_authors_say(connector: Connector, to
         (Connector.mooncake, {"mooncake": True}, "mooncake needs hs-connectors, which this environment does not"),
         (Connector.example, {"device": "cpu"}, "extract.connector=example needs an accelerator"),
         (Connector.example, {"stages": 2}, "extract.connector=example does not work with serve.pipeline_parallel"),
-        (Connector.ours, {"stages": 2, "device": "cpu"}, "serve.pipeline_parallel=2: vLLM on a CPU does not hand"),
+        (Connector.native, {"stages": 2, "device": "cpu"}, "serve.pipeline_parallel=2: vLLM on a CPU does not hand"),
         (Connector.fp8, {"dtype": "float16"}, "gives states in bfloat16, and target.dtype is float16"),
         (Connector.fp8, {}, "needs hs-connectors, which this environment does not have"),
     ],
@@ -287,17 +287,20 @@ def test_what_a_connector_cannot_do_is_refused_before_anything_starts(
     config.target.dtype = Dtype[change.get("dtype", "bfloat16")]
     with pytest.raises(RecipeError, match=message):
         vllm.check_extraction(config)
-    config.serve.url, config.serve.states = "http://gpu-7:8000", "/mnt"  # then it is for whoever has started it
+    config.serve.url, config.serve.hidden_states_dir = (
+        "http://gpu-7:8000",
+        "/mnt",
+    )  # then it is for whoever has started it
     vllm.check_extraction(config)
 
 
 def test_an_external_server_keeps_states_only_where_the_recipe_says_they_are_seen() -> None:
-    config = extraction(Connector.ours)
+    config = extraction(Connector.native)
     config.serve.url = "http://gpu-7:8000"
     with pytest.raises(RecipeError, match="gpu-7:8000 writes hidden states into a directory of its own") as raised:
         vllm.check_extraction(config)
-    assert raised.value.hint.startswith("serve.states=DIRECTORY")
-    config.serve.states = "/mnt/states"
+    assert raised.value.hint.startswith("serve.hidden_states_dir=DIRECTORY")
+    config.serve.hidden_states_dir = "/mnt/states"
     vllm.check_extraction(config)
 
 
