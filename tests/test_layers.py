@@ -29,7 +29,7 @@ LEFT = [
     {"speculators.runner.servers.pool"},
     {"speculators.runner.execution.execute"},
     {f"speculators.runner.{name}" for name in ("doctor", "environment", "history")},
-    {f"speculators.config.{name}" for name in ("shipped", "compose", "composed")},
+    {f"speculators.config.{name}" for name in ("shipped", "checks", "compose", "composed")},
     {"speculators.ui"},
     {"speculators.verbs"},
     {"speculators.verbs.run"},

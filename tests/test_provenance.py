@@ -98,7 +98,7 @@ def test_no_file_of_a_run_or_of_the_store_holds_a_secret(
     (made,) = Store(tmp_path / "store").artifacts("prompts")
     assert "PLANTED_KEY" in made.provenance["environment"]
     assert made.provenance["words"] == words
-    assert made.provenance["options"]["prompts"]["count"] == 384
+    assert made.provenance["options"]["prompts"]["num_conversations"] == 384
     files = [path for root in ("runs", "store") for path in (tmp_path / root).rglob("*") if path.is_file()]
     assert {"config.json", "events.jsonl", "run.json", "artifact.json"} <= {path.name for path in files}
     assert [path for path in files if any(value.encode() in path.read_bytes() for value in PLANTED.values())] == []

@@ -43,7 +43,7 @@ QUINTICS = [
 
 def options(optimizer: Optimizer, **others: Any) -> Train:
     """What is trained with; two learning rates only where there are two optimisers."""
-    rates = {"lr": LR, "adamw_lr": ADAMW_LR} if optimizer is Optimizer.muon else {"lr": ADAMW_LR}
+    rates = {"lr": ADAMW_LR, "muon_lr": LR} if optimizer is Optimizer.muon else {"lr": ADAMW_LR}
     chosen = {"optimizer": optimizer, "weight_decay": WEIGHT_DECAY, "precision": Dtype.float32, **rates, **others}
     return Train(**chosen)  # type: ignore[arg-type]
 
@@ -146,7 +146,7 @@ def test_adamw_does_what_its_formula_says(optimizer: Optimizer) -> None:
 
 def test_adamw_alone_has_the_one_learning_rate() -> None:
     net = Net(0)
-    optimizers = Optimizers(net, Train(optimizer=Optimizer.adamw, lr=0.5, adamw_lr=None, weight_decay=0.0))
+    optimizers = Optimizers(net, Train(optimizer=Optimizer.adamw, lr=0.5, weight_decay=0.0))
     before = net.norm.detach().clone()
     for p in net.parameters():
         p.grad = torch.ones_like(p)
@@ -196,7 +196,7 @@ def test_a_schedule_is_its_formula(schedule: Schedule, total: int, warmup: float
 
 @pytest.mark.parametrize("schedule", Schedule)
 def test_a_training_follows_the_schedule_that_it_is_given(world: Path, tmp_path: Path, schedule: Schedule) -> None:
-    chosen = {"schedule": schedule, "warmup": 0.3, "cooldown": 0.5, "lr": 0.01, "max_steps": 10, "epochs": 10}
+    chosen = {"schedule": schedule, "warmup_ratio": 0.3, "decay_ratio": 0.5, "lr": 0.01, "max_steps": 10, "epochs": 10}
     job = job_of(world, tmp_path, **chosen)
     train.main(job)
     for step, line in enumerate(line for line in metrics(job) if "lr" in line):

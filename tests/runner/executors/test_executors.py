@@ -275,7 +275,7 @@ def test_only_a_stage_that_would_share_its_job_with_its_server_is_refused(monkey
         config = compose.compose([DEMO, *words])
         executors.check(config, build(config))
     config = compose.compose([DEMO, "pipeline=online", "executor=slurm"])
-    with pytest.raises(RecipeError, match="train: it draws from a server while it trains, and a job of submitit") as no:
+    with pytest.raises(RecipeError, match="train: it draws from a server while it trains, and a job of slurm") as no:
         executors.check(config, build(config))
     assert "train.executor=local; or serve.url=URL" in no.value.hint
 
