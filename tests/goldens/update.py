@@ -13,6 +13,8 @@ from speculators.config import compose
 from speculators.runner.planning.plan import Planner
 from speculators.runner.store.artifacts import Store
 from tests import test_stage_versions
+from tests.data import test_golden_packs
+from tests.features import test_golden_encoding
 from tests.runner.planning.test_key import GOLDEN, RECIPES, keys, words
 
 TESTS = Path(__file__).parents[1]
@@ -38,7 +40,13 @@ def write_stages() -> None:
     test_stage_versions.GOLDEN.write_text(json.dumps(test_stage_versions.recorded(), indent=1) + "\n")
 
 
-GOLDENS: dict[str, Callable[[], None]] = {"keys": write_keys, "losses": write_losses, "stages": write_stages}
+GOLDENS: dict[str, Callable[[], None]] = {
+    "keys": write_keys,
+    "losses": write_losses,
+    "encodings": test_golden_encoding.update,
+    "packs": test_golden_packs.update,
+    "stages": write_stages,
+}
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(prog="python -m tests.goldens.update", description=__doc__)
