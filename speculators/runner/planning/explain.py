@@ -20,7 +20,7 @@ from speculators.runner.planning import key
 from speculators.runner.planning.plan import Planner, State, Step
 from speculators.runner.store.artifact import Artifact
 
-LIBRARIES = ("torch", "transformers", "datasets")
+LIBRARIES = ("torch", "transformers", "tokenizers", "datasets")
 """Noted in the provenance by the stages that load them."""
 
 
@@ -114,7 +114,7 @@ def beside(artifact: Artifact) -> list[Change]:
     return [
         Change(name=name, old=made[name], new=new)
         for name, new in _here().items()
-        if name in made and _public(made[name]) != _public(new)
+        if name in made and name not in artifact.preimage["packages"] and _public(made[name]) != _public(new)
     ]
 
 

@@ -73,6 +73,7 @@ KINDS: dict[str, Kind] = {
         gives=("tokens",),
         takes={"conversations": "conversations"},
         reads=("tokenize", "max_seq_len"),
+        packages=("transformers", "tokenizers"),
     ),
     "vocab": Kind(version=1, gives=("vocabulary",), takes={"tokens": "tokens"}, reads=("vocab",)),
     "extract": Kind(

@@ -78,6 +78,7 @@ class Planner:
         """Stages whose artifact does not count; whoever has made one anew takes it out."""
         self._sources = {n.name: self._resolve(n) for n in self.graph.values() if n.kind == "fetch"}
         self.engine = self._engine()
+        self.packages = {p: installed().get(p, "") for n in self.graph.values() for p in n.spec.packages}
         self.derived: dict[str, Any] = {}
         self.facts: derive.Facts | None = None
         self.learn_target()
@@ -186,7 +187,7 @@ class Planner:
             node.spec.version,
             config=identity(self.config, node.reads) | dict(derived),
             inputs={slot: digests[upstream] for slot, upstream in node.inputs.items() if upstream in digests},
-            packages={name: installed().get(name, "") for name in node.spec.packages},
+            packages={name: self.packages[name] for name in node.spec.packages},
             service={"engine": self.engine} if served else {},
         )
 

@@ -9,7 +9,7 @@ import pytest
 from speculators.config import compose
 from speculators.config.schema import Config
 from speculators.errors import RecipeError
-from speculators.runner.planning.explain import Explanation, explain
+from speculators.runner.planning.explain import LIBRARIES, Explanation, beside, explain
 from speculators.runner.planning.plan import Planner
 from speculators.runner.servers import vllm
 from speculators.runner.store.artifacts import Store
@@ -132,3 +132,20 @@ def test_a_stage_that_the_recipe_has_not_is_refused(store: Store) -> None:
 def test_explaining_writes_nothing(store: Store, tmp_path: Path) -> None:
     asked(store, "train")
     assert not store.root.exists()
+
+
+def test_versions_that_are_in_no_key_are_told_apart_from_those_that_are(
+    store: Store,
+) -> None:
+    planner = Planner(compose.compose(["recipe=smollm2_eagle3"]), store)
+    assert planner.packages.keys() == {"transformers", "tokenizers"}
+    publish_all(store, planner)
+    made = dict.fromkeys(LIBRARIES, "0.1")
+    steps = {step.node.name: step for step in planner.plan()}
+    artifacts = {name: steps[name].artifact for name in ("tokenize", "train")}
+    for artifact in artifacts.values():
+        assert artifact is not None
+        artifact.provenance["versions"] = made
+    found = {name: {change.name for change in beside(artifact)} for name, artifact in artifacts.items() if artifact}
+    assert found["train"] == set(LIBRARIES), "its key holds none of them"
+    assert found["tokenize"] == {"torch", "datasets"}
