@@ -11,8 +11,17 @@ ARGS ?=
 PYTHONS := 3.11 3.12 3.13
 PLATFORMS := x86_64-manylinux_2_31 aarch64-manylinux_2_31
 
+ifneq ($(words $(VENV)),1)
+$(error VENV may not hold spaces: $(VENV))
+endif
+# `make -j clean setup` in this order.
+.NOTPARALLEL:
+
 # Where Python may not write bytecode, vLLM compiles itself anew for a minute at every start.
 export PYTHONDONTWRITEBYTECODE :=
+# The checkout is imported from the directory that make runs in.
+export PYTHONSAFEPATH :=
+unexport PYTHONHOME
 
 .PHONY: help setup lock demo test check fmt clean
 
@@ -20,19 +29,21 @@ help: ## what each target does
 	@grep -hE '^[a-z]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 10
 
 # A Python that is asked for by name, and is not the one of an environment that is there, is not passed over.
-ifeq ($(origin PYTHON),command line)
+ifneq ($(filter command environment,$(firstword $(origin PYTHON))),)
 setup: same-python
 endif
 .PHONY: same-python
 same-python:
-	@test ! -x $(BIN)/python || test "$$($(BIN)/python -V)" = "$$($(PYTHON) -V)" || { printf >&2 \
-	  "error: $(VENV) has $$($(BIN)/python -V), not $$($(PYTHON) -V)\n\nhint: make clean setup PYTHON=$(PYTHON), or VENV=DIRECTORY for a second one\n"; exit 1; }
+	@command -v "$(PYTHON)" > /dev/null || { printf >&2 \
+	  "error: there is no $(PYTHON)\n\nhint: make setup PYTHON=PATH, a Python from 3.11 to 3.13\n"; exit 1; }
+	@test ! -x $(BIN)/python || test "$$($(BIN)/python -V)" = "$$("$(PYTHON)" -V)" || { printf >&2 \
+	  "error: $(VENV) has $$($(BIN)/python -V), not $$("$(PYTHON)" -V)\n\nhint: make clean setup PYTHON=$(PYTHON), or VENV=DIRECTORY for a second one\n"; exit 1; }
 
 setup: $(VENV)/.ready ## .venv from requirements-cpu.lock, exact versions, nothing resolved
 
 $(VENV)/.ready: requirements-cpu.lock pyproject.toml
-	@$(PYTHON) -c 'import sys; v = sys.version.split()[0]; sys.exit("error: this is Python %s\n\nhint: make setup PYTHON=python3.12 (3.11 to 3.13)" % v if sys.version_info < (3, 11) else 0)'
-	@$(PYTHON) -m speculators.runner.environment $(VENV) $(TORCH_INDEX)
+	@"$(PYTHON)" -c 'import sys; sys.exit("error: this is Python %s\n\nhint: make setup PYTHON=PATH, a Python from 3.11 to 3.13" % sys.version.split()[0] if sys.version_info < (3, 11) else 0)'
+	@"$(PYTHON)" -m speculators.runner.environment '$(VENV)' '$(TORCH_INDEX)'
 
 lock: setup ## resolve requirements-cpu.lock again; ARGS=--upgrade takes the newest versions
 	$(BIN)/python -m pip install -q uv

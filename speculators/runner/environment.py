@@ -9,7 +9,9 @@ torch from here.
 
 from __future__ import annotations
 
+import contextlib
 import csv
+import fcntl
 import json
 import os
 import platform
@@ -19,7 +21,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -35,6 +37,8 @@ INDEX_SECONDS, LOAD_SECONDS = 30.0, 300.0
 GIB = 2**30
 CPU_GIB, CUDA_GIB = 5.0, 8.0
 """Free disk space that set-up asks for: the environment itself takes 3.6 or 6.4 GB, and pip unpacks beside it."""
+PIP_SETTINGS = ["CONSTRAINT", "DRY_RUN", "PREFIX", "PYTHON", "QUIET", "REQUIRE_HASHES", "ROOT", "TARGET", "USER"]
+"""Environment variables (`PIP_` and the name) that would send packages elsewhere, or hide what pip prints."""
 CUDA_LIBRARY = re.compile(r"(cuda|nvidia)-")
 """Names in the lock of what only PyPI's build of torch needs."""
 COMPILED_AHEAD = ["torch", "vllm", "transformers", "sympy", "openai"]
@@ -50,8 +54,22 @@ for name in sys.argv[1:]:
             raise ArithmeticError("a product of two matrices is wrong")
         errors[name] = ""
     except BaseException as error:
-        errors[name] = f"{type(error).__name__}: {error}".strip().splitlines()[0]
+        errors[name] = f"{type(error).__name__}: {str(error).strip()}".splitlines()[0]
     print(json.dumps(errors), flush=True)
+"""
+
+MISSING = """
+import importlib.metadata, sys
+from pip._vendor.packaging.requirements import Requirement
+for requirement in map(Requirement, filter(None, map(str.strip, sys.stdin))):
+    if requirement.marker is None or requirement.marker.evaluate():
+        try:
+            version = importlib.metadata.version(requirement.name)
+        except importlib.metadata.PackageNotFoundError:
+            print(requirement.name)
+        else:
+            if not requirement.specifier.contains(version, prereleases=True):
+                print(requirement.name)
 """
 
 
@@ -79,23 +97,28 @@ class TorchBuild:
     requirement: str
     source: str
     """Where it was found, in words."""
-    options: tuple[str, ...] = ()
-    """pip's options that lead to it."""
+    index: str = ""
+    """The package index that has it; empty for the one that pip is configured with."""
     needs_libraries: bool = False
     """Whether it loads only beside the CUDA libraries that its wheel asks for."""
 
     @property
     def command(self) -> str:
         """What a person types to put it in the place of a broken one."""
-        alone = [] if self.needs_libraries else ["--no-deps"]
-        options = [word for word in self.options if word not in QUICK]
-        return " ".join([f"{pip()} install --force-reinstall", *alone, self.requirement, *options])
+        arguments = " ".join([self.requirement, *self.options])
+        command = f"{pip()} install --force-reinstall --no-deps {arguments}"
+        return f"{command} && {pip()} install {arguments}" if self.needs_libraries else command
+
+    @property
+    def options(self) -> list[str]:
+        """pip's options that lead to its index."""
+        return ["--index-url", self.index] if self.index else []
 
 
 def pip() -> str:
     """What a person types to run this interpreter's pip, whether or not its environment is activated."""
-    inside = sys.prefix == sys.base_prefix or os.environ.get("VIRTUAL_ENV") == sys.prefix
-    return "pip" if inside else f"{_relative(Path(sys.executable))} -m pip"
+    on_path = sys.prefix == sys.base_prefix or os.environ.get("VIRTUAL_ENV") == sys.prefix
+    return "pip" if on_path else f"{_relative(Path(sys.executable))} -m pip"
 
 
 def read_lock(path: Path) -> Lock:
@@ -141,22 +164,25 @@ def find_torch(version: str, python: str = sys.executable, index: str = "") -> T
 
     The CPU build of `version` (empty: of the newest) is taken from `index`, from the index that pip is configured with,
     or from PyTorch's own; if none of them has it, PyPI's build for CUDA is. Asks each index once and installs nothing.
+
+    Raises:
+        RunError: `index` is given and has no such build.
     """
     if platform.system() != "Linux":  # elsewhere PyPI's build is the CPU build
         return TorchBuild(requirement=f"torch=={version}" if version else "torch", source="the package index")
-    sources: list[tuple[str, tuple[str, ...]]] = [
-        ("the configured package index", ()),
-        ("PyTorch's index", ("--index-url", f"{PYTORCH_INDEX}/cpu", *QUICK)),
-    ]
     if index:
-        sources.insert(0, (f"TORCH_INDEX, {index}", ("--index-url", index)))
-    for source, options in sources:
-        for found in _versions_of_torch(python, options):
-            if found.endswith("+cpu") and version in ("", found.removesuffix("+cpu")):
-                return TorchBuild(requirement=f"torch=={found}", source=source, options=options)
+        if found := _cpu_build(version, python, ["--index-url", index]):
+            return TorchBuild(requirement=f"torch=={found}", source=f"TORCH_INDEX, {index}", index=index)
+        asked = f"torch=={version}+cpu" if version else "CPU build of torch"
+        raise RunError(f"TORCH_INDEX has no {asked}: {index}", "leave TORCH_INDEX out, and another one is looked for")
+    if found := _cpu_build(version, python, []):
+        return TorchBuild(requirement=f"torch=={found}", source="the configured package index")
+    index = f"{PYTORCH_INDEX}/cpu"
+    if found := _cpu_build(version, python, ["--index-url", index, *QUICK]):
+        return TorchBuild(requirement=f"torch=={found}", source="PyTorch's index", index=index)
     return TorchBuild(
         requirement=f"torch=={version}" if version else "torch",
-        source=f"PyPI, built for CUDA, with its libraries: no CPU build in {', '.join(name for name, _ in sources)}",
+        source="PyPI: the build for CUDA, with the libraries it needs",
         needs_libraries=True,
     )
 
@@ -164,9 +190,7 @@ def find_torch(version: str, python: str = sys.executable, index: str = "") -> T
 def cuda_torch(cuda: str) -> TorchBuild:
     """The build of torch for a driver that runs CUDA `cuda`, `12.8`; empty if the driver's version is unknown."""
     index = f"{PYTORCH_INDEX}/cu{cuda.replace('.', '')}" if cuda else PYTORCH_INDEX
-    return TorchBuild(
-        requirement="torch", source="PyTorch's index", options=("--index-url", index), needs_libraries=True
-    )
+    return TorchBuild(requirement="torch", source="PyTorch's index", index=index, needs_libraries=True)
 
 
 def load_errors(modules: Sequence[str], python: str = sys.executable) -> dict[str, str]:
@@ -192,7 +216,6 @@ def set_up(directory: Path, project: Path, torch_index: str = "") -> None:
     after an interruption goes on from there.
     """
     directory = directory.absolute()
-    (directory / READY).unlink(missing_ok=True)
     lock = read_lock(project / LOCK)
     python = str(directory / "bin" / "python")
     version = _python_version(python)  # of an environment that exists, whichever Python runs this
@@ -204,61 +227,119 @@ def set_up(directory: Path, project: Path, torch_index: str = "") -> None:
         platform.machine(),
         glibc if library == "glibc" else "",
     )
-    if not version:
-        _create(directory)
-    _forget_incomplete(directory)
-    build = find_torch(lock.torch, python, torch_index)
-    _print(f"{build.requirement} from {build.source}")
+    _check_directory(directory)
+    directory.mkdir(parents=True, exist_ok=True)
+    with _exclusive(directory):
+        (directory / READY).unlink(missing_ok=True)
+        _ensure_pip(directory, python)
+        _forget_incomplete(directory, lock)
+        build = _installed_torch(directory, lock.torch, torch_index) or find_torch(lock.torch, python, torch_index)
+        _print(f"{build.requirement} from {build.source}")
+        _install_all(directory, project, python, lock, build)
+        _print("loading torch and vLLM")
+        for name, error in load_errors(["torch", "vllm.platforms"], python).items():
+            if error:
+                hint = "make clean setup; TORCH_INDEX=URL names an index that has torch's CPU build"
+                raise RunError(f"`{name}` does not load: {error}", hint)
+        (directory / READY).touch()
+
+
+def _install_all(directory: Path, project: Path, python: str, lock: Lock, build: TorchBuild) -> None:
+    """Install the lock and the project; check that everything is there, and compile the largest packages."""
     _check_disk(directory, CUDA_GIB if build.needs_libraries else CPU_GIB)
     names = [line for line in lock.requirements if not line.startswith("torch==")]
     if not build.needs_libraries:
         names = [line for line in names if not CUDA_LIBRARY.match(line)]
-    _print(f"installing {len(names) + 1} packages into {_relative(directory)}")
+    _print(f"installing {len(names) + 1} packages; pip's output: {_relative(directory)}/setup-*.log")
     # Three at a time, since pip unpacks one package after the other.
-    groups = [([build.requirement], build.options), (names[0::2], ()), (names[1::2], ())]
-    _install(directory, python, groups)
-    _install(directory, python, [([], ("--no-build-isolation", "-e", str(project)))])
+    groups = [([build.requirement], build.options), (names[0::2], []), (names[1::2], [])]
+    _install(directory, python, {f"setup-{number}": group for number, group in enumerate(groups)})
+    _install(directory, python, {"setup-project": ([], ["--no-build-isolation", "-e", str(project)])})
+    text = "\n".join([build.requirement, *names])
+    if missing := _run([python, "-I", "-c", MISSING], text).stdout.split():
+        hint = f"pip's settings may send packages elsewhere: {pip()} config list"
+        raise RunError(f"pip ended well, but {', '.join(missing[:5])} is not in {_relative(directory)}", hint)
     _print("compiling the packages that an engine loads most of")
     site = _site_packages(directory)
     compiled = [str(path) for path in (site / name for name in COMPILED_AHEAD) if path.exists()]
     # Templates that some packages ship are no Python: their errors mean nothing.
-    subprocess.run([python, "-m", "compileall", "-qq", "-j", "0", *compiled], check=False)
-    _print("loading torch and vLLM")
-    for name, error in load_errors(["torch", "vllm.platforms"], python).items():
-        if error:
-            other = "make clean setup TORCH_INDEX=URL, the URL of an index with torch's CPU build"
-            raise RunError(f"`{name}` does not load: {error}", f"make clean setup; if it fails again: {other}")
-    (directory / READY).touch()
+    subprocess.run([python, "-I", "-m", "compileall", "-qq", "-j", "0", *compiled], check=False)
 
 
 def _python_version(python: str) -> str:
-    """The minor version, `3.12`, of an environment's interpreter; empty if it or its pip does not run."""
-    code = "import sys, pip; print('%d.%d' % sys.version_info[:2])"
+    """The minor version, `3.12`, of a virtual environment's interpreter; empty if it does not run or is none."""
+    code = "import sys; sys.prefix != sys.base_prefix and print('%d.%d' % sys.version_info[:2])"
     try:
-        return _run([python, "-c", code]).stdout.strip()
+        return _run([python, "-I", "-c", code]).stdout.strip()
     except OSError:
         return ""
 
 
-def _create(directory: Path) -> None:
-    """Make a virtual environment with pip, in the place of what an interruption left of one."""
-    done = _run([sys.executable, "-m", "venv", "--clear", str(directory)])
-    if done.returncode:
-        hint = "on Debian and Ubuntu: apt-get install python3-venv; or another Python: make setup PYTHON=PATH"
-        raise RunError(f"no virtual environment can be made: {_last_line(done.stdout + done.stderr)}", hint)
+def _check_directory(directory: Path) -> None:
+    """Refuse a directory that holds something other than a virtual environment, or the beginning of one."""
+    begun = {"bin", "include", "lib", "lib64"}  # without pyvenv.cfg yet, they are empty
+    if not directory.is_dir() or (directory / "pyvenv.cfg").exists():
+        return
+    if {path.name for path in directory.iterdir()} - begun or any(directory.glob("bin/*")):
+        hint = "name a new directory: make setup VENV=DIRECTORY"
+        raise RunError(f"{directory} is not empty and no virtual environment", hint)
 
 
-def _forget_incomplete(directory: Path) -> None:
-    """Remove the records of packages whose files are not all there, so that pip installs them again.
+@contextlib.contextmanager
+def _exclusive(directory: Path) -> Iterator[None]:
+    """Hold the directory for one set-up at a time; the kernel lets go of it when the process ends."""
+    descriptor = os.open(directory, os.O_RDONLY)
+    try:
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            _print(f"waiting: another set-up works in {_relative(directory)}")
+            fcntl.flock(descriptor, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(descriptor)
+
+
+def _ensure_pip(directory: Path, python: str) -> None:
+    """Make a virtual environment with pip, or complete what an interruption left of one. Removes nothing."""
+    done = None
+    if not _python_version(python):
+        done = _run([sys.executable, "-m", "venv", str(directory)])
+    elif _run([python, "-I", "-m", "pip", "--version"]).returncode:
+        done = _run([python, "-I", "-m", "ensurepip", "--upgrade"])
+    if done is not None and done.returncode:
+        said = done.stdout + done.stderr
+        debian = "ensurepip" in said and "apt" in said
+        hint = "apt-get install python3-venv" if debian else "make clean setup, or another Python: PYTHON=PATH"
+        raise RunError(f"no virtual environment can be made in {directory}: {_last_line(said)}", hint)
+
+
+def _installed_torch(directory: Path, version: str, torch_index: str) -> TorchBuild | None:
+    """The build of torch that an earlier set-up installed, unless an index is named for another one."""
+    site = _site_packages(directory)
+    for found in (f"{version}+cpu", version):
+        if (site / f"torch-{found}.dist-info").exists() and (found != version or not torch_index):
+            return TorchBuild(
+                requirement=f"torch=={found}", source="an earlier set-up", needs_libraries=found == version
+            )
+    return None
+
+
+def _forget_incomplete(directory: Path, lock: Lock) -> None:
+    """Remove the records of the lock's packages whose files are not all there, so that pip installs them again.
 
     pip takes a package for installed once its metadata exists, and many wheels carry theirs before their files.
     """
     site = _site_packages(directory)
+    locked = {_canonical(line.partition("==")[0]) for line in lock.requirements}
     for metadata in sorted(site.glob("*.dist-info")):
+        if _canonical(metadata.name.partition("-")[0]) not in locked:
+            continue
         try:
             with (metadata / "RECORD").open(newline="") as file:
-                complete = all(_there(site / row[0], row[2]) for row in csv.reader(file) if row)
-        except (OSError, LookupError, ValueError):
+                rows = [row for row in csv.reader(file) if row]
+            complete = bool(rows) and all(_there(site / row[0], row[2]) for row in rows)
+        except (OSError, LookupError, ValueError, csv.Error):
             complete = False
         if not complete:
             _print(f"{metadata.name.partition('-')[0]} is incomplete and is installed again")
@@ -272,21 +353,22 @@ def _there(path: Path, size: str) -> bool:
         return False
 
 
-def _install(directory: Path, python: str, groups: Sequence[tuple[list[str], Sequence[str]]]) -> None:
+def _install(directory: Path, python: str, groups: dict[str, tuple[list[str], list[str]]]) -> None:
     """Install groups of requirements, each with pip's options for it, by one pip a group at the same time.
 
-    Nothing is resolved. pip's output goes to log files in `directory`.
+    Nothing is resolved. Each group's requirements and pip's output are files of its name in `directory`.
     """
-    pip = [python, "-m", "pip", "--disable-pip-version-check", "install", "--no-deps", "--no-compile", "--no-input"]
-    logs = [directory / f"setup-{number}.log" for number in range(len(groups))]
+    pip_install = [python, "-I", "-m", "pip", "--disable-pip-version-check", "install", "--no-deps", "--no-compile"]
+    logs = [directory / f"{name}.log" for name in groups]
     running: list[subprocess.Popen[bytes]] = []
     try:
-        for (names, options), log in zip(groups, logs, strict=True):
+        for (names, options), log in zip(groups.values(), logs, strict=True):
             requirements = log.with_suffix(".txt")
             requirements.write_text("".join(f"{name}\n" for name in names))
-            words = [*pip, *options, *(["-r", str(requirements)] if names else [])]
+            words = [*pip_install, *options, *(["-r", str(requirements)] if names else [])]
             with log.open("w") as file:
-                running.append(subprocess.Popen(words, stdout=file, stderr=subprocess.STDOUT))
+                process = subprocess.Popen(words, stdout=file, stderr=subprocess.STDOUT, env=_environment())
+                running.append(process)
         while any(process.poll() is None for process in running) and not any(process.poll() for process in running):
             time.sleep(0.1)
     finally:
@@ -306,9 +388,12 @@ def _pip_error(log: Path) -> RunError:
     again = "the same command goes on where it stopped"
     if missing := re.search(r"No matching distribution found for (\S+)", text):
         where = f"Python {platform.python_version()} on {platform.system()} {platform.machine()}"
-        unreachable = re.search(r"NewConnectionError|Connection(?:Reset)?Error|ReadTimeout|ProxyError|SSLError", text)
-        why = "the package index does not answer" if unreachable else f"the package index has none for {where}"
-        hint = f"set pip's index to one that has it (`pip config set global.index-url URL`); {again}"
+        unknown = "(from versions: none)" in text
+        missing_here = f"no version of it is for {where}"
+        why = "the package index does not answer, or does not have it" if unknown else missing_here
+            "the package index does not answer, or does not have it" if unknown else f"no version of it is for {where}"
+        )
+        hint = f"check the network and pip's settings ({pip()} config list); {again}"
         return RunError(f"`{missing[1]}` cannot be installed: {why}", hint)
     if "No space left on device" in text:
         return RunError("the disk is full", f"free some space; {again}")
@@ -316,15 +401,27 @@ def _pip_error(log: Path) -> RunError:
     return RunError(f"pip failed: {causes[-1] if causes else _last_line(text)}", f"{log} has its output; {again}")
 
 
-def _versions_of_torch(python: str, options: Sequence[str]) -> list[str]:
-    """The versions that an index has for this Python and platform, the newest first; none where it does not answer."""
-    words = [python, "-m", "pip", "--disable-pip-version-check", "index", "versions", "torch", *options]
+def _cpu_build(version: str, python: str, options: list[str]) -> str:
+    """The CPU build of a version of torch (empty: of the newest) that an index has for this Python and platform.
+
+    Empty where there is none, or where the index does not answer.
+    """
+    words = [python, "-I", "-m", "pip", "--disable-pip-version-check", "index", "versions", "torch", *options]
     try:
-        done = subprocess.run(words, capture_output=True, text=True, timeout=INDEX_SECONDS, check=False)
+        done = subprocess.run(
+            words, capture_output=True, text=True, timeout=INDEX_SECONDS, check=False, env=_environment()
+        )
     except (OSError, subprocess.TimeoutExpired):
-        return []
+        return ""
     line = next((line for line in done.stdout.splitlines() if line.startswith("Available versions: ")), "")
-    return line.removeprefix("Available versions: ").split(", ")
+    versions = line.removeprefix("Available versions: ").split(", ")  # the newest first
+    return next((v for v in versions if v.endswith("+cpu") and version in ("", v.removesuffix("+cpu"))), "")
+
+
+def _environment() -> dict[str, str]:
+    """The environment for pip, without the variables that would send packages elsewhere."""
+    settings = {f"PIP_{name}" for name in PIP_SETTINGS}
+    return {name: value for name, value in os.environ.items() if name not in settings}
 
 
 def _check_disk(directory: Path, needed: float) -> None:
@@ -342,8 +439,12 @@ def _site_packages(directory: Path) -> Path:
     return next(iter(directory.glob("lib/python3.*/site-packages")))
 
 
-def _run(words: list[str]) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(words, capture_output=True, text=True, check=False)
+def _run(words: list[str], text: str = "") -> subprocess.CompletedProcess[str]:
+    return subprocess.run(words, input=text, capture_output=True, text=True, check=False)
+
+
+def _canonical(name: str) -> str:
+    return re.sub(r"[-_.]+", "-", name).lower()
 
 
 def _numbers(version: str) -> list[int]:
@@ -374,6 +475,9 @@ def main(words: list[str]) -> int:
         set_up(Path(words[0]), Path.cwd(), "".join(words[1:2]))
     except RunError as error:
         _print(f"error: {error.message}\n\nhint: {error.hint}")
+        return 1
+    except OSError as error:
+        _print(f"error: {error}\n\nhint: make clean setup, or another directory: make setup VENV=DIRECTORY")
         return 1
     except KeyboardInterrupt:
         _print("interrupted; the same command goes on where it stopped")

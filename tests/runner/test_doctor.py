@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.metadata
 import json
 import os
+import re
 import subprocess
 import sys
 import time
@@ -68,7 +69,7 @@ def test_a_torchvision_that_does_not_load_is_found_without_loading_anything_here
     assert "CUDA 12.8" in found["torch"].says
     assert found["torchvision"].state == "broken"
     assert found["torchvision"].says == "does not load: RuntimeError: operator torchvision::nms does not exist"
-    assert "pip uninstall torchvision: nothing here needs it" in found["torchvision"].mend
+    assert "pip uninstall -y torchvision (nothing here needs it)" in found["torchvision"].mend
     assert {"torch", "torchvision"}.isdisjoint(set(sys.modules) - before)
 
 
@@ -248,3 +249,38 @@ def test_the_verb_prints_a_line_each_or_data_and_exits_1_only_if_something_is_br
     assert [finding["state"] for finding in json.loads(capsys.readouterr().out)] == ["warn", "broken"]
     assert cli._guarded(["doctor", "disk"]) == 1
     assert "error: `disk` is not understood here" in capsys.readouterr().err
+
+
+def failure(code: str, name: str = "__console__") -> tuple[str, str] | None:
+    """What the doctor makes of an error of this code, run as a module of that name."""
+    try:
+        exec(compile(code, "stage.py", "exec"), {"__name__": name})
+    except Exception as error:
+        return doctor.import_failure(error)
+    raise AssertionError("it ran")
+
+
+def test_an_import_that_fails_is_told_from_other_errors(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    package(tmp_path, "fails", "raise ValueError('no library')", monkeypatch)
+    package(tmp_path, "wants", "import nosuchthing", monkeypatch)
+    package(tmp_path, "runs", "code = compile('1 / 0', 'generated', 'exec')\ndef run(): exec(code)", monkeypatch)
+    monkeypatch.setattr(doctor, "gpus", lambda: NONE)
+    found = failure("import fails", "speculators.stages.x")
+    assert found is not None
+    assert found[0] == "fails"
+    found = failure("import wants", "speculators.stages.x")
+    assert found is not None
+    assert found[0] == "nosuchthing"
+    found = failure("import wandb_of_nobody", "speculators.stages.x")
+    assert found is None, "a name that nobody declares is a defect of ours"
+    assert failure("import runs; runs.run()", "speculators.stages.x") is None, "generated code is no import"
+    assert failure("1 / 0", "speculators.stages.x") is None
+
+
+def test_advice_names_distributions_and_never_a_guess(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert "use another one" in doctor.advice("tomllib", NONE)
+    assert re.search(r"--no-deps PyYAML==\S+$", doctor.advice("yaml", NONE), re.IGNORECASE)
+    assert "make clean setup" in doctor.advice("nosuchthing", NONE)
+    monkeypatch.setattr(importlib.metadata, "packages_distributions", dict)
+    assert "install 'hydra-core" in doctor.advice("hydra", NONE)
+    assert "install 'trackio" in doctor.advice("trackio", NONE)

