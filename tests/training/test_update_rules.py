@@ -170,6 +170,19 @@ def test_muon_in_bfloat16_does_what_its_formula_says_but_for_rounding() -> None:
         assert float((after[-1][name] - expected[-1]).norm()) < 0.1 * float(moved)
 
 
+def test_the_numbers_of_both_are_options(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name, value in {"BETA_1": 0.8, "BETA_2": 0.99, "EPS": 1e-3, "MOMENTUM": 0.7}.items():
+        monkeypatch.setitem(globals(), name, value)
+    others = {"adamw_betas": [0.8, 0.99], "adamw_eps": 1e-3, "muon_momentum": 0.7, "muon_weight_decay": 0.3}
+    first, after = trained(options(Optimizer.muon, **others))
+    for name in SHAPES.keys() - MUONS:
+        torch.testing.assert_close(after[-1][name], adamw(first[name], name)[-1], rtol=0, atol=4e-7)
+    monkeypatch.setitem(globals(), "WEIGHT_DECAY", 0.3)
+    for name in MUONS:
+        expected = muon(first[name], name, zolotarev, 4)[-1]
+        torch.testing.assert_close(after[-1][name], expected, rtol=0, atol=2e-6)
+
+
 def rising(step: int, total: int, warmup: float) -> tuple[int, float]:
     """Steps of the warm-up, and its share of the peak in this one."""
     steps = max(1, round(warmup * total))
