@@ -389,10 +389,7 @@ def _pip_error(log: Path) -> RunError:
     if missing := re.search(r"No matching distribution found for (\S+)", text):
         where = f"Python {platform.python_version()} on {platform.system()} {platform.machine()}"
         unknown = "(from versions: none)" in text
-        missing_here = f"no version of it is for {where}"
-        why = "the package index does not answer, or does not have it" if unknown else missing_here
-            "the package index does not answer, or does not have it" if unknown else f"no version of it is for {where}"
-        )
+        why = "the package index does not answer, or does not have it" if unknown else f"it has none for {where}"
         hint = f"check the network and pip's settings ({pip()} config list); {again}"
         return RunError(f"`{missing[1]}` cannot be installed: {why}", hint)
     if "No space left on device" in text:

@@ -169,7 +169,7 @@ def test_setup_names_a_package_that_the_index_does_not_have(world: World) -> Non
     (world.index / "alpha/alpha-1.0-py3-none-any.whl").rename(world.index / "alpha/alpha-1.0-cp27-none-any.whl")
     links = [f'<a href="{path.name}">{path.name}</a>' for path in world.index.glob("alpha/*.whl")]
     (world.index / "alpha/index.html").write_text("".join(links))
-    with pytest.raises(RunError, match=r"`alpha==1.0` cannot be installed: no version of it is for Python 3"):
+    with pytest.raises(RunError, match=r"`alpha==1.0` cannot be installed: it has none for Python 3"):
         world.set_up()
     assert not world.ready
     shutil.rmtree(world.index / "alpha")
