@@ -59,6 +59,8 @@ def publish(store: Store, planner: Planner, name: str, digests: dict[str, str], 
     known = {"target": ("config.json", json.dumps(facts)), "evaluate": ("evaluation.json", json.dumps(EVALUATION))}
     file, text = known.get(name, ("content", content or name))
     (work / "data" / file).write_text(text)
+    if name == "target":
+        (work / "data" / "chat_template.jinja").write_text("{{ messages }}")
     made = {"preimage": step.preimage, "record": {}, "provenance": {"run": "earlier", "finished": "2026"}}
     artifact = store.publish(step.node.kind, step.key, **made, digest=step.digest or None)
     return artifact.digest
@@ -98,4 +100,5 @@ def checkpoint(tmp_path: Path) -> Path:
     (path / "config.json").write_text('{"num_hidden_layers": 4, "hidden_size": 8, "vocab_size": 32}')
     (path / "model.safetensors").write_bytes(b"weights")
     (path / "tokenizer.json").write_text("{}")
+    (path / "chat_template.jinja").write_text("{{ messages }}")
     return path

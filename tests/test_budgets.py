@@ -10,8 +10,10 @@ SOURCES = sorted((ROOT / "speculators").rglob("*.py"))
 MODULE_LINES = 500
 FUNCTION_LINES = 60
 # 350 lines more than before are runner/environment.py: nine lines of Makefile did not load on most machines.
-RUNNER_LINES = 6_900
-PACKAGE_LINES = 21_700
+# 100 more: planning/checks.py, which refuses in `plan` what failed after an hour.
+RUNNER_LINES = 7_000
+# 300 more: constraints beside the fields, and the names that other tools have for options.
+PACKAGE_LINES = 22_000
 
 
 def lines(path: Path) -> int:

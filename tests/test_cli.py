@@ -213,7 +213,7 @@ def test_hydras_own_flags_work(tmp_path: Path) -> None:
 def test_a_sweep_runs_each_value(tmp_path: Path) -> None:
     done = run("-m", DEMO, "train.epochs=0,-1", cwd=tmp_path)
     assert done.returncode == 1
-    assert "error: train.epochs must be positive" in done.stderr
+    assert "error: train.epochs=0: must be positive" in done.stderr
 
 
 @pytest.mark.parametrize(

@@ -25,11 +25,11 @@ LEFT = [
     {f"speculators.runner.planning{name}" for name in ("", ".graph", ".key", ".derive", ".sources")},
     {f"speculators.runner.{wing}" for wing in ("store", "servers", "execution", "executors")},
     # What plans are made of looks into the store and at the machine (docs/concepts/decisions.md).
-    {f"speculators.runner.planning.{name}" for name in ("plan", "explain", "estimate", "lockfile")},
+    {f"speculators.runner.planning.{name}" for name in ("checks", "plan", "explain", "estimate", "lockfile")},
     {"speculators.runner.servers.pool"},
     {"speculators.runner.execution.execute"},
     {f"speculators.runner.{name}" for name in ("doctor", "environment", "history")},
-    {f"speculators.config.{name}" for name in ("shipped", "checks", "compose", "composed")},
+    {f"speculators.config.{name}" for name in ("shipped", "checks", "foreign_names", "compose", "composed")},
     {"speculators.ui"},
     {"speculators.verbs"},
     {"speculators.verbs.run"},

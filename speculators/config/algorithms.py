@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from speculators.config.fields import MISSING, if_set
+from speculators.config.fields import MISSING, Options, each, if_set, non_negative, not_empty, positive, ratio, semantic
 from speculators.errors import RecipeError, closest
 
 
@@ -72,27 +72,27 @@ class Weighting(enum.Enum):
     """D-PACE: how likely it is, by what the draft gives the tokens so far, that a place is reached at all."""
 
 
-@dataclass(kw_only=True, slots=True)
-class Speculator:
+@dataclass(kw_only=True, slots=True, repr=False)
+class Speculator(Options):
     """The draft model, as far as every algorithm has it."""
 
     algorithm: str = MISSING
     """A name in `speculators.drafts.DRAFTS`."""
-    num_layers: int = 1
+    num_layers: int = semantic(1, positive())
     """Decoder layers of the draft."""
-    target_layer_ids: list[int] | None = None
+    target_layer_ids: list[int] | None = semantic(None, not_empty(), each(non_negative()))
     """Target layers whose input the draft reads; derived from the target's depth if null."""
-    num_attention_heads: int | None = if_set(None)
+    num_attention_heads: int | None = if_set(None, positive())
     """Query heads of the draft's layers, of the target's width each; as many as the target has if null."""
-    num_key_value_heads: int | None = if_set(None)
+    num_key_value_heads: int | None = if_set(None, positive())
     """Heads that the draft's keys and values have; as many as the target has if null."""
-    intermediate_size: int | None = if_set(None)
+    intermediate_size: int | None = if_set(None, positive())
     """Width inside the draft's MLPs; the target's if null, three times the hidden size where that has experts."""
-    num_speculative_tokens: int = 3
+    num_speculative_tokens: int = semantic(3, positive())
     """Tokens proposed in one step: what is written into the checkpoint, and what evaluation serves with."""
     loss_fn: Any = if_set("kl")
     """What is asked of a prediction: a name of `Loss`, or several with their weights: `{kl: 0.7, tv: 0.3}`."""
-    hidden_loss_weight: float = if_set(0.0)
+    hidden_loss_weight: float = if_set(0.0, non_negative())
     """Weight, beside that loss, of how far what enters the draft's head is from what enters the target's (EAGLE, Li et
     al. 2024, arXiv:2401.15077): it says more of each token than which token follows, where there are few."""
     train_lm_head: bool = if_set(False)
@@ -102,18 +102,18 @@ class Speculator:
     its embeddings (tied), the draft's two copies are apart."""
 
 
-@dataclass(kw_only=True, slots=True)
+@dataclass(kw_only=True, slots=True, repr=False)
 class Eagle3(Speculator):
     """EAGLE-3 (Li et al. 2025, arXiv:2503.01840)."""
 
     algorithm: str = "eagle3"
-    ttt_steps: int = 3
+    ttt_steps: int = semantic(3, positive())
     """Steps of the train-time test: how often the draft is fed its own output in training."""
-    ttt_warmup_ratio: float = 0.0
+    ttt_warmup_ratio: float = semantic(0.0, ratio())
     """Share of the training, from its beginning, in which one step only is unrolled: it costs less."""
     ttt_random_steps: bool = if_set(False)
     """Each step of the training unrolls a number of steps that is drawn anew, from 1 to `ttt_steps`."""
-    ttt_step_decay: float = 1.0
+    ttt_step_decay: float = semantic(1.0, positive())
     """Weight of step k in the loss is this to the power k."""
     norm_before_residual: bool = True
     """The residual stream of the first layer starts from the normed features."""
@@ -130,36 +130,36 @@ class Eagle3(Speculator):
     """What the decoder layers are like."""
 
 
-@dataclass(kw_only=True, slots=True)
+@dataclass(kw_only=True, slots=True, repr=False)
 class DFlash(Speculator):
     """DFlash (block diffusion): a block is the last token and one mask for each token that is proposed."""
 
     algorithm: str = "dflash"
-    num_layers: int = 5
+    num_layers: int = semantic(5, positive())
     """Decoder layers of the draft."""
-    num_speculative_tokens: int = 15
+    num_speculative_tokens: int = semantic(15, positive())
     """Tokens proposed in one step; the block is one longer."""
-    target_layers: int = 5
+    target_layers: int = semantic(5, positive())
     """Layers of the target that are read, spread over its depth, where `target_layer_ids` is null."""
-    mask_token_id: int | None = None
+    mask_token_id: int | None = semantic(None, non_negative())
     """Token whose embedding stands for a place to be filled in; if null, found for the target: the tokenizer's mask
     token, the first row of the embeddings that the tokenizer does not use, or its token for padding."""
     causal: bool = False
     """A place of a block sees only those before it; otherwise all of them see each other."""
-    sliding_window: int | None = None
+    sliding_window: int | None = semantic(None, positive())
     """Tokens before the block that are seen; null: all of its document."""
     loss_fn: Any = "ce"
     """What is asked of a prediction, as everywhere. `dpace` needs `ce` or `nla`, alone."""
     weighting: Weighting = Weighting.dpace
     """What the places of a block weigh in the loss."""
-    decay_gamma: float = 4.0
+    decay_gamma: float = semantic(4.0, positive())
     """Of `weighting: decay`, in tokens."""
-    dpace_alpha: float = 0.5
+    dpace_alpha: float = semantic(0.5, ratio())
     """Of `weighting: dpace`: share of its confidence that a place has whatever the draft says, 0 to 1."""
     induction: bool = if_set(False)
     """Begin with attention that finds where the last token stood before and copies what followed it there; takes two
     layers, and pays where there are few conversations to learn it from (docs/log.md)."""
-    max_anchors: int = 512
+    max_anchors: int = semantic(512, positive())
     """Blocks that a step trains on, at most; which ones is drawn anew in every step."""
 
 

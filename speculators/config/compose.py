@@ -27,6 +27,7 @@ from hydra.core.override_parser.types import Override
 from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf
 
+from speculators.config import foreign_names
 from speculators.config.algorithms import SPECULATORS
 from speculators.config.checks import check
 from speculators.config.fields import MISSING, leaves
@@ -310,7 +311,9 @@ def _options(near: str = "") -> set[str]:
 
 
 def _closest_option(name: str, options: set[str]) -> str:
-    """The closest match; without one, what there is beside it, since all of them are a screen full."""
+    """Ours for a name of another tool; else the closest match; else what there is beside it: all are a screen full."""
+    if ours := foreign_names.hint(name):
+        return ours
     written = {option.rstrip("_") for option in options}  # `from`
     section = name.rpartition(".")[0]
     beside = [option for option in written if option.rpartition(".")[0] == section]

@@ -20,7 +20,7 @@ from speculators.config.choices import Dtype
 from speculators.data.conversations import Conversation, Tally, data_file, held_out, usable, with_instruction
 from speculators.engine.client import Client, Completion
 from speculators.engine.metrics import DraftCounters, read_counters
-from speculators.errors import RecipeError, SourceError, StageError
+from speculators.errors import SourceError, StageError
 from speculators.evaluation.lossless import TOLERANCE, compare
 from speculators.job import Job, write_json
 
@@ -48,7 +48,6 @@ def main(job: Job) -> None:
     A target that does not compute in float32 takes two invocations on one work directory, since four servers at
     once would be too many: first the pair that is timed, then the float32 pair that is compared.
     """
-    _check(job)
     prompts: dict[str, list[Prompt]] = {}
     tallies: dict[str, Tally] = {}
     for name in job.config.evaluate.datasets:
@@ -57,22 +56,6 @@ def main(job: Job) -> None:
     asyncio.run(_work(job, prompts))
     if job.derived["phase"] == job.derived["phases"] - 1:
         _publish(job, prompts, tallies)
-
-
-def _check(job: Job) -> None:
-    options = job.config.evaluate
-    if not options.datasets or not options.concurrency or min(options.concurrency) < 1 or options.num_prompts < 1:
-        raise RecipeError(
-            f"nothing is measured with evaluate.datasets={list(options.datasets)} "
-            f"evaluate.concurrency={options.concurrency} evaluate.num_prompts={options.num_prompts}",
-            "name at least one data set, one concurrency and one prompt",
-        )
-    for name in options.datasets:
-        if name in job.config.data and not job.config.prompts.eval_holdout_ratio:
-            raise RecipeError(
-                f"`{name}` is trained on and evaluated with, and nothing of it is held out",
-                "set prompts.eval_holdout_ratio above 0",
-            )
 
 
 def choose(job: Job, name: str, tally: Tally) -> list[Prompt]:

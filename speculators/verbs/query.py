@@ -10,7 +10,7 @@ from speculators import ui
 from speculators.config import composed
 from speculators.errors import RecipeError
 from speculators.runner.execution.execute import as_json
-from speculators.runner.planning import estimate, lockfile
+from speculators.runner.planning import checks, estimate, lockfile
 from speculators.runner.planning.explain import beside
 from speculators.runner.planning.explain import explain as explanation
 from speculators.runner.planning.plan import Planner, Step
@@ -22,6 +22,7 @@ def plan(words: list[str]) -> int:
     as_data = "--json" in words
     config = composed.compose([w for w in words if w != "--json"])
     planner = Planner(config, open_store(config.run))
+    checks.check_machine(config, planner.graph)
     if config.run.locked:
         lockfile.refuse_if_different(planner)
     locked = lockfile.read(config)

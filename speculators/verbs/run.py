@@ -14,11 +14,10 @@ from speculators.config import composed
 from speculators.config.schema import Config
 from speculators.errors import StoreError
 from speculators.job import write_json
-from speculators.runner import executors
 from speculators.runner.execution.events import Events
 from speculators.runner.execution.execute import Execution, as_json, resolved
 from speculators.runner.execution.signals import Interrupted
-from speculators.runner.planning import lockfile
+from speculators.runner.planning import checks, lockfile
 from speculators.runner.planning.plan import Planner
 from speculators.runner.servers import guard
 from speculators.runner.store.artifacts import open_store
@@ -61,9 +60,9 @@ def run_recipe(
     """
     began = time.monotonic()
     planner = Planner(config, open_store(config.run))
+    checks.check_machine(config, planner.graph)
     if config.run.locked:
         lockfile.refuse_if_different(planner)
-    executors.check(config, planner.graph)
     directory = _fresh_directory(Path(config.run.dir).expanduser().resolve(), config.recipe)
     (directory / "logs").mkdir()
     if announce is not None:

@@ -7,9 +7,10 @@ import json
 import pytest
 
 from speculators.config import algorithms, schema
-from speculators.config.algorithms import Eagle3
+from speculators.config.algorithms import SPECULATORS, Eagle3
 from speculators.config.choices import Dtype
 from speculators.config.fields import identity, leaves, select, to_plain
+from speculators.config.foreign_names import CHANGED_MEANING, RENAMED, hint
 from speculators.config.schema import Config, Train, from_plain
 from speculators.runner.planning.graph import KINDS
 
@@ -80,3 +81,23 @@ def test_every_field_is_documented() -> None:
             if isinstance(field, ast.AnnAssign) and not documented and not overrides:
                 bare.append(f"{item.name}.{field.target.id}")
     assert bare == []
+
+
+def test_a_config_can_be_printed_and_says_which_option_a_stage_did_not_declare() -> None:
+    part = from_plain(Config, select(Config(train=Train(lr=0.5)), ("train.lr", "vocab")))
+    assert repr(part) == "Config(vocab=Vocab(executor=None, size=32000), train=Train(lr=0.5))"
+    with pytest.raises(AttributeError, match=r"`train\.epochs` is not among the options that this stage declares"):
+        _ = part.train.epochs
+    with pytest.raises(AttributeError, match=r"`max_seq_len` is not among"):
+        _ = part.max_seq_len
+    with pytest.raises(AttributeError, match="`Train` has no attribute `epoch`"):
+        _ = part.train.epoch  # type: ignore[attr-defined]
+
+
+def test_names_of_other_tools_lead_to_options_that_exist() -> None:
+    known = {name for name, *_ in leaves(Config())}
+    known |= {f"speculator.{name}" for schema in SPECULATORS.values() for name, *_ in leaves(schema())}
+    assert set(RENAMED.values()) <= known
+    assert set(CHANGED_MEANING) <= set(RENAMED.values())
+    assert hint("train.clip") == hint("max-grad-norm") == "the option is `train.max_grad_norm`"
+    assert hint("train.lr") is None

@@ -12,7 +12,6 @@ from speculators.config.choices import DataFormat, Dtype
 from speculators.config.schema import Config, Dataset
 from speculators.data.conversations import Tally, held_out
 from speculators.engine.metrics import DraftCounters
-from speculators.errors import RecipeError
 from speculators.job import Job, write_json
 from speculators.stages import evaluate
 from speculators.stages.evaluate import choose, lossless_pair, summarise
@@ -74,13 +73,6 @@ def test_of_a_set_that_is_trained_on_only_held_out_rows_are_used_and_the_rest_is
     texts = {prompt.messages[0]["content"] for prompt in choose(job, "quiz", tally)}
     assert texts == {f"question {i}" for i in range(100) if held_out(f"question {i}", 0.2)}
     assert tally.dropped == {"trained on": 100 - len(texts)}
-
-
-def test_a_set_that_is_trained_on_without_hold_out_is_refused(tmp_path: Path) -> None:
-    job = job_of(tmp_path, trained=True)
-    job.config.prompts.eval_holdout_ratio = 0.0
-    with pytest.raises(RecipeError, match="`quiz` is trained on and evaluated with"):
-        evaluate.main(job)
 
 
 def test_the_instruction_of_a_set_comes_before_its_prompts(tmp_path: Path) -> None:

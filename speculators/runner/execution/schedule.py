@@ -234,11 +234,10 @@ def check(config: Config) -> None:
             raise RecipeError(f"run.stages: the recipe has no stage `{name}`", closest(name, config.pipeline))
         for option in own.keys() - known:
             raise RecipeError(f"run.stages.{name}: there is no option `{option}`", closest(option, known))
-    values = {f"run.{option}": getattr(config.run, option) for option in (*known, "parallel", "memory_gib")}
-    values |= {f"run.stages.{name}.{k}": v for name, own in config.run.stages.items() for k, v in own.items()}
-    for option, value in values.items():
-        if value < 0:
-            raise RecipeError(f"{option} must not be negative", "leave it out for the default")
+        for option, value in own.items():
+            if not value >= 0:
+                hint = f"leave run.stages.{name}.{option} out for the default"
+                raise RecipeError(f"run.stages.{name}.{option}={value}: must not be negative", hint)
 
 
 def _memory() -> int:

@@ -81,22 +81,20 @@ def check(config: Config, nodes: Mapping[str, Node]) -> None:
     """
     for node in nodes.values():
         name = chosen(config, node.kind)
-        needs = {}
-        if name in EXTRAS:
-            package, extra = EXTRAS[name]
-            needs[package] = ("executor", extra)
+        own = getattr(getattr(config, node.kind, None), "executor", None) is not None
+        option = f"{node.kind}.executor={name}" if own else f"executor={name}"
+        needs = [(option, *EXTRAS[name])] if name in EXTRAS else []
         if node.kind == "train" and not elsewhere(config, node.kind):
-            needs |= {tracker.name: ("tracker", tracker.name) for tracker in config.train.trackers}
-        for package, (what, extra) in needs.items():
+            needs += [(f"train.trackers=[{t.name}]", t.name, t.name) for t in config.train.trackers]
+        for wanted, package, extra in needs:
             if importlib.util.find_spec(package) is None:
                 raise RecipeError(
-                    f"{node.name}: its {what} needs `{package}`, which is not installed",
-                    f"pip install 'speculators-run[{extra}]'",
+                    f"{wanted}: needs `{package}`, which is not installed", f"pip install 'speculators-run[{extra}]'"
                 )
         if node.draws and served_there(config, node.kind):
             raise RecipeError(
-                f"{node.name}: it draws from a server while it trains, and a job of {name} on another machine does not "
-                "divide its devices between the two",
+                f"{option}: `{node.name}` draws from a server while it trains, and a job of {name} on another machine "
+                "does not divide its devices between the two",
                 f"{node.kind}.executor=local; or serve.url=URL of a server that all can reach; or extract before: "
                 "pipeline=offline",
             )

@@ -7,6 +7,7 @@ target says it; `derive` then leaves it out and the stages that need it wait for
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -27,20 +28,32 @@ class Facts:
     heads: int | None = None
     """Query heads, and those of keys and values; None where only the recipe is known."""
     key_value_heads: int | None = None
+    positions: int | None = None
+    """Longest sequence that the target takes, in tokens; None where that is not known, or rotary scaling extends it."""
 
 
 def facts(config: Config, checkpoint: Path | None) -> Facts | None:
     """The target's facts; None while neither the recipe nor a checkpoint tells them.
 
     Raises:
-        ContractError: the recipe says something else than the checkpoint.
+        ContractError: the recipe says something else than the checkpoint, or its config.json lacks one of them.
     """
     names = ("num_hidden_layers", "hidden_size", "vocab_size")
     given = {name: getattr(config.target, name) for name in names}
     if checkpoint is None:
         return None if None in given.values() else Facts(**given)
-    whole = json.loads((checkpoint / "config.json").read_text())
-    text = whole.get("text_config", whole)
+    path = checkpoint / "config.json"
+    try:
+        whole = json.loads(path.read_text(encoding="utf-8"))
+        text = whole.get("text_config") or whole
+    except (ValueError, AttributeError) as error:
+        raise ContractError(f"target.source: {path} is no JSON object ({error})", "fetch or save it again") from None
+    for name in names:
+        if not isinstance(text.get(name), int):
+            raise ContractError(
+                f"target.source={config.target.source}: its config.json has no {name}",
+                "name a language model in the format of transformers: target.source=DIRECTORY or hub:ID@REVISION",
+            )
     found = {name: text[name] for name in names}
     for name in names:
         if given[name] is not None and given[name] != found[name]:
@@ -49,7 +62,14 @@ def facts(config: Config, checkpoint: Path | None) -> Facts | None:
                 f"set target.{name}={found[name]}, or target.{name}=null to read it from there",
             )
     heads = text.get("num_attention_heads")
-    return Facts(**found, heads=heads, key_value_heads=text.get("num_key_value_heads") or heads)
+    groups = text.get("num_key_value_heads") or heads
+    return Facts(**found, heads=heads, key_value_heads=groups, positions=_positions(text))
+
+
+def _positions(text: Mapping[str, Any]) -> int | None:
+    scaling = text.get("rope_scaling") or text.get("rope_parameters") or {}
+    positions = text.get("max_position_embeddings")
+    return positions if isinstance(positions, int) and "factor" not in json.dumps(scaling) else None
 
 
 def derive(config: Config, known: Facts) -> dict[str, Any]:
@@ -64,20 +84,20 @@ def derive(config: Config, known: Facts) -> dict[str, Any]:
     outside = [i for i in layer_ids if not 0 <= i <= depth]
     if outside or sorted(set(layer_ids)) != list(layer_ids):
         raise RecipeError(
-            f"speculator.target_layer_ids {layer_ids} do not fit a target of {depth} layers",
-            f"give ascending ids from 0 to {depth}, or null for {default_layers(config.speculator, depth)}",
+            f"speculator.target_layer_ids={layer_ids}: must be ascending ids from 0 to {depth}, the layers of the target",
+            f"speculator.target_layer_ids=null, for {default_layers(config.speculator, depth)}",
         )
     size = config.vocab.size
     if size is not None and not 0 < size <= known.vocab_size:
         raise RecipeError(
-            f"vocab.size {size} does not fit the target's vocabulary of {known.vocab_size}",
-            "null keeps the whole vocabulary",
+            f"vocab.size={size}: must be at most {known.vocab_size}, the target's vocabulary",
+            "vocab.size=null, which keeps the whole vocabulary",
         )
     heads = config.speculator.num_attention_heads or known.heads
     groups = config.speculator.num_key_value_heads or known.key_value_heads
     if heads is not None and groups is not None and heads % groups:
         raise RecipeError(
-            f"a draft of {heads} heads cannot share {groups} of keys and values",
+            f"speculator.num_attention_heads={heads}: must be a multiple of speculator.num_key_value_heads={groups}",
             "let speculator.num_attention_heads be a multiple of speculator.num_key_value_heads; the target has "
             f"{known.heads} and {known.key_value_heads}",
         )
@@ -103,7 +123,7 @@ def default_layers(speculator: Speculator, depth: int) -> list[int]:
     distances, from what leaves layer 1 to what leaves the third layer before the last; of a shallow target fewer.
     """
     if not isinstance(speculator, DFlash):
-        return sorted({2, depth // 2, depth - 3})
+        return sorted({min(2, depth - 1), depth // 2, max(0, depth - 3)})
     count, lowest = speculator.target_layers, min(1, depth - 1)
     if count == 1:
         return entered_after([depth // 2])
@@ -120,9 +140,11 @@ def entered_after(left: list[int]) -> list[int]:
     return [layer + 1 for layer in left]
 
 
-def max_model_len(config: Config) -> int:
-    """Tokens that a server must take: the longest row and the answer that evaluation adds to a prompt."""
-    return config.max_seq_len + max(1, config.evaluate.max_tokens)
+def max_model_len(config: Config, known: Facts | None) -> int:
+    """Tokens that a server must take: the longest row and the answer that evaluation adds to a prompt, as far as the
+    target has positions for them."""
+    longest = config.max_seq_len + config.evaluate.max_tokens
+    return longest if known is None or known.positions is None else min(longest, known.positions)
 
 
 def feature_bytes_per_token(config: Config, known: Facts) -> int:

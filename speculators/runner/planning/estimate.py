@@ -231,7 +231,7 @@ def _argv(planner: Planner, serving: graph.Serving, steps: Mapping[str, Step]) -
         target=target,
         draft=Path("DRAFT") if serving.mode == "speculative" else None,
         capture_layer_ids=planner.derived.get("capture_layer_ids", []) if serving.mode == "extract" else None,
-        max_model_len=derive.max_model_len(planner.config),
+        max_model_len=derive.max_model_len(planner.config, planner.facts),
         model="target-NONCE",
         port=planner.config.serve.port,
         states=Path("STATES"),

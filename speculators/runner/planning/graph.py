@@ -252,8 +252,6 @@ def build(config: Config) -> dict[str, Node]:
 
 def _shared_out(nodes: dict[str, Node], workers: int) -> dict[str, Node]:
     """Put nodes for the workers of an extraction before it, if there are several: `extract.1`, `extract.2`, ..."""
-    if workers < 1:
-        raise RecipeError(f"extract.workers must be 1 or more, it is {workers}", "leave it out for one")
     if workers == 1:
         return nodes
     shared: dict[str, Node] = {}
@@ -283,6 +281,14 @@ def chosen(nodes: dict[str, Node], config: Config) -> dict[str, Node]:
         name = open_names.pop()
         needed.add(name)
         open_names += nodes[name].needs
+    option = f"only={config.only}" if config.only else f"until={config.until}"
+    for again, names in (("from", [config.from_]), ("force", config.force)):
+        for name in filter(None, names):
+            if name not in needed:
+                raise RecipeError(
+                    f"{again}={name}: {option} leaves `{name}` out, so that nothing is made anew",
+                    f"until={name}, or leave out {option}",
+                )
     return {name: node for name, node in nodes.items() if name in needed}
 
 

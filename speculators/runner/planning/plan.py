@@ -18,7 +18,7 @@ from speculators.config.schema import Config
 from speculators.errors import ServiceError
 from speculators.runner.execution import schedule
 from speculators.runner.installed import installed
-from speculators.runner.planning import derive, graph, key, sources
+from speculators.runner.planning import checks, derive, graph, key, sources
 from speculators.runner.planning.graph import TARGET, Node
 from speculators.runner.servers import vllm
 from speculators.runner.store.artifact import Artifact
@@ -72,6 +72,7 @@ class Planner:
         self.store = store
         self.graph = graph.chosen(graph.build(config), config)
         schedule.check(config)
+        checks.check_graph(config, self.graph)
         if any(node.mode == "extract" for node in self.graph.values()):
             vllm.check_extraction(config)
         self.forced = graph.forced(self.graph, config)
@@ -87,8 +88,10 @@ class Planner:
         """Derive what depends on the target's config.json, if that is at hand; called again once it was fetched."""
         if TARGET not in self.graph:
             return
-        self.facts = derive.facts(self.config, self.step(TARGET, {}).path)
+        checkpoint = self.step(TARGET, {}).path
+        self.facts = derive.facts(self.config, checkpoint)
         if self.facts is not None:
+            checks.check_target(self.config, self.graph, checkpoint, self.facts)
             self.derived = derive.derive(self.config, self.facts)
 
     def plan(self) -> list[Step]:
@@ -152,7 +155,9 @@ class Planner:
         return self._preimage(node, self._derived(node) if self._derivable(node) else {}, digests)
 
     def _resolve(self, node: Node) -> sources.Source:
-        option = "target.source" if node.name == TARGET else f"{node.name.replace('dataset.', 'data.')}.source"
+        name = node.name.removeprefix("dataset.")
+        section = f"data.{name}" if name in self.config.data else f"evaluate.datasets.{name}"
+        option = "target.source" if node.name == TARGET else f"{section}.source"
         return sources.resolve(option, node.source, node.wanted_as)
 
     def _engine(self) -> str:

@@ -190,7 +190,7 @@ class Services:
             target=str(target.absolute()),
             draft=str(draft / "best") if draft else "",
             capture_layer_ids=self.planner.derived["capture_layer_ids"] if mode == "extract" else None,
-            max_model_len=derive.max_model_len(config),
+            max_model_len=derive.max_model_len(config, self.planner.facts),
             cores=cores,
             homes=str(self._homes),
             logs=str(self._logs),

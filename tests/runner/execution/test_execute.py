@@ -478,7 +478,7 @@ def test_options_that_fit_no_stage_are_refused_before_anything_runs(mill: Callab
     for stages, message in (
         ({"sead": {}}, "no stage `sead`"),
         ({"seed": {"retrys": 1}}, "no option `retrys`"),
-        ({"seed": {"retries": -1}}, "run.stages.seed.retries must not be negative"),
+        ({"seed": {"retries": -1}}, "run.stages.seed.retries=-1: must not be negative"),
     ):
         world.config.run.stages = stages  # type: ignore[assignment]
         with pytest.raises(RecipeError, match=message):

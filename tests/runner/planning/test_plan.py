@@ -126,7 +126,7 @@ def test_an_unknown_target_makes_only_what_needs_its_depth_wait(config: Config, 
 def test_layer_ids_outside_the_target_are_refused(config: Config, store: Store) -> None:
     config.speculator.target_layer_ids = [2, 15, 31]
     with pytest.raises(
-        RecipeError, match=r"speculator\.target_layer_ids \[2, 15, 31\] do not fit a target of 30 layers"
+        RecipeError, match=r"speculator\.target_layer_ids=\[2, 15, 31\]: must be ascending ids from 0 to 30"
     ):
         Planner(config, store)
 

@@ -1,0 +1,228 @@
+"""What `plan` refuses: exit code 1, one `error:` that names the option, and one `hint:` that works."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import re
+import socket
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from speculators import cli
+from speculators.runner.planning import checks
+
+RECIPE = """# @package _global_
+defaults:
+  - override /target: smollm2_135m
+  - override /data: []
+  - override /speculator: {speculator}
+  - override /pipeline: {pipeline}
+  - override /hardware: cpu
+target: {{source: ./target, num_hidden_layers: null, hidden_size: null, vocab_size: null}}
+data: {{mine: {{source: ./rows.jsonl, format: messages}}}}
+evaluate: {{datasets: [{{ev: {{source: ./rows.jsonl, format: prompts}}}}]}}
+"""
+FACTS = {"num_hidden_layers": 8, "hidden_size": 8, "vocab_size": 40_000, "max_position_embeddings": 4096}
+
+
+@pytest.fixture
+def world(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A directory with rows, a target as far as planning looks into one, and recipes."""
+    for speculator in ("eagle3", "dflash"):
+        (tmp_path / f"{speculator}.yaml").write_text(RECIPE.format(speculator=speculator, pipeline="offline"))
+    (tmp_path / "rows.jsonl").write_text('{"id": 1, "messages": [{"role": "user", "content": "a"}], "prompt": "a"}\n')
+    target = tmp_path / "target"
+    target.mkdir()
+    (target / "config.json").write_text(json.dumps(FACTS))
+    (target / "model.safetensors").write_bytes(b"weights")
+    (target / "tokenizer.json").write_text("{}")
+    (target / "tokenizer_config.json").write_text('{"chat_template": "{{ messages }}"}')
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(checks, "has_gpu", lambda: False)
+    return tmp_path
+
+
+def planned(capsys: pytest.CaptureFixture[str], *words: str, recipe: str = "eagle3") -> tuple[int, str, str]:
+    """Exit code of `plan`, its `error:` and its `hint:`."""
+    code = cli._guarded(["plan", f"recipe={recipe}.yaml", *words])
+    text = capsys.readouterr().err
+    errors, hints = re.findall(r"^error: (.*)$", text, re.M), re.findall(r"^hint: (.*)$", text, re.M)
+    assert len(errors) == len(hints) == (code != 0), text
+    return code, *(found[0] if found else "" for found in (errors, hints))  # type: ignore[return-value]
+
+
+def mended(words: tuple[str, ...], hint: str) -> tuple[str, ...]:
+    """The overrides with the first `NAME=VALUE` of the hint in place of the one of that name."""
+    found = re.search(r"([\w.]+)=(\[[^\]]*\]|[^\s,]+)", hint)
+    assert found, hint
+    return (*(word for word in words if word.partition("=")[0] != found[1]), found[0])
+
+
+VALUES = [
+    "train.max_grad_norm=0", "train.max_grad_norm=-3", "train.log_every_steps=0", "train.lr=0", "train.lr=nan",
+    "train.lr=inf", "train.muon_lr=-1", "train.muon_momentum=1", "train.muon_weight_decay=-1",
+    "train.weight_decay=-0.1",
+    "train.adamw_betas=[0.9]", "train.adamw_betas=[0.9,1]", "train.adamw_eps=0", "train.epochs=0", "train.max_steps=0",
+    "train.batch_tokens=0", "train.warmup_ratio=1", "train.decay_ratio=1.5", "train.ema=1", "train.validation_ratio=1",
+    "train.loss_spike_factor=0.5", "train.early_stopping_patience=-1", "train.save_every_epochs=-1",
+    "train.num_processes=0", "train.gradient_accumulation_steps=0", "train.prefetch_batches=0",
+    "train.checkpoint_seconds=-1", "train.states_disk_gib=-1", "train.muon_block=-1", "train.device=cuda",
+    "hardware.device=cuda", "hardware.gpus=-1", "regenerate.concurrency=0", "extract.concurrency=0",
+    "evaluate.concurrency=[0]", "evaluate.concurrency=[]", "regenerate.temperature=-1", "evaluate.temperature=-0.5",
+    "regenerate.top_p=0", "regenerate.max_tokens=0", "regenerate.max_tokens=2048", "regenerate.timeout=0",
+    "regenerate.retries=-1", "extract.workers=0", "extract.shard_tokens=0", "evaluate.datasets=[]",
+    "evaluate.num_prompts=0", "evaluate.max_tokens=0", "evaluate.max_tokens=5000", "evaluate.lossless_prompts=-1",
+    "prompts.num_conversations=0", "prompts.max_turns=0", "prompts.eval_holdout_ratio=1",
+    "prompts.eval_holdout_ratio=-1",
+    "vocab.size=0", "vocab.size=40001", "tokenize.min_supervised=-1", "max_seq_len=1", "max_seq_len=4096",
+    "max_seq_len=100000", "speculator.num_layers=0", "speculator.target_layer_ids=[]",
+    "speculator.target_layer_ids=[-1]",
+    "speculator.target_layer_ids=[9]", "speculator.num_speculative_tokens=0", "speculator.num_attention_heads=0",
+    "speculator.hidden_loss_weight=-1", "speculator.ttt_steps=0", "speculator.ttt_warmup_ratio=2",
+    "speculator.ttt_step_decay=0", "serve.port=70000", "serve.kv_cache_gib=0", "serve.max_num_seqs=0",
+    "serve.gpu_memory_utilization=0", "serve.tensor_parallel=0", "serve.mooncake.segment_gib=0", "executor.cpus=0",
+    "executor.time_limit=0", "run.retries=-1", "run.quota_gib=nan", "target.min_greedy_agreement=2",
+    "target.max_reference_gib=-1", "data.mine.max_chars=0", "data.mine.min_chars=-1",
+]  # fmt: skip
+"""Overrides that cannot work; what the hint says instead does."""
+
+
+@pytest.mark.parametrize("word", VALUES)
+def test_plan_checks_name_the_option_and_its_value_and_their_hint_works(
+    world: Path, capsys: pytest.CaptureFixture[str], word: str
+) -> None:
+    code, error, hint = planned(capsys, word)
+    assert (code, word.partition("=")[0] in error) == (1, True), error
+    assert ": " in error, "the constraint"
+    assert planned(capsys, *mended((word,), hint)) == (0, "", "")
+
+
+@pytest.mark.parametrize(
+    "word",
+    [
+        "speculator.decay_gamma=0", "speculator.dpace_alpha=1.5", "speculator.target_layers=0",
+        "speculator.sliding_window=0", "speculator.max_anchors=0", "speculator.mask_token_id=-1",
+        "speculator.loss_fn=kl",
+    ],
+)  # fmt: skip
+def test_plan_checks_of_a_block_draft(world: Path, capsys: pytest.CaptureFixture[str], word: str) -> None:
+    code, error, hint = planned(capsys, word, recipe="dflash")
+    assert (code, word.partition("=")[0] in error) == (1, True), error
+    assert planned(capsys, *mended((word,), hint), recipe="dflash")[0] == 0
+
+
+COMBINED = [
+    (("prompts.eval_holdout_ratio=0", "evaluate.datasets=[mine]"), "prompts.eval_holdout_ratio=0"),
+    (("until=train", "from=evaluate"), "from=evaluate"),
+    (("until=train", "force=[evaluate]"), "force=evaluate"),
+    (("data.mine.max_chars=10", "data.mine.min_chars=20"), "data.mine.max_chars=10"),
+    (("speculator.fc_norm=true",), "speculator.fc_norm=true"),
+    (("evaluate.datasets=[{other: {source: rows.jsonl}}]",), "evaluate.datasets.other.format"),
+    (("evaluate.datasets=[human]",), "evaluate.datasets"),
+    (("evaluate.datasets=[{other: {source: gone.jsonl, format: prompts}}]",), "evaluate.datasets.other.source"),
+    (("data.mine.source=gone.jsonl",), "data.mine.source"),
+    (("pipeline=online", "executor=slurm"), "executor=slurm"),
+    (("learning_rate=1e-3",), "learning_rate"),
+]
+
+
+@pytest.mark.parametrize(("words", "named"), COMBINED, ids=[words[0] for words, _ in COMBINED])
+def test_plan_checks_of_options_that_do_not_fit(
+    world: Path, capsys: pytest.CaptureFixture[str], words: tuple[str, ...], named: str
+) -> None:
+    code, error, hint = planned(capsys, *words)
+    assert (code, named in error, bool(hint)) == (1, True, True), error
+    if words[0].startswith(("prompts.", "until=", "data.mine.max", "speculator.")):
+        kept = tuple(word for word in words if not word.startswith("until="))
+        assert planned(capsys, *mended(kept, hint))[0] == 0
+
+
+@pytest.mark.parametrize("depth", [1, 2, 3, 5])
+@pytest.mark.parametrize("recipe", ["eagle3", "dflash"])
+def test_plan_checks_leave_shallow_targets_alone(
+    world: Path, capsys: pytest.CaptureFixture[str], depth: int, recipe: str
+) -> None:
+    (world / "target" / "config.json").write_text(json.dumps(FACTS | {"num_hidden_layers": depth}))
+    assert planned(capsys, recipe=recipe) == (0, "", "")
+    code, _, hint = planned(capsys, f"speculator.target_layer_ids=[{depth + 1}]", recipe=recipe)
+    assert code == 1
+    assert planned(capsys, *mended((f"speculator.target_layer_ids=[{depth + 1}]",), hint), recipe=recipe)[0] == 0
+
+
+@pytest.mark.parametrize("missing", ["num_hidden_layers", "hidden_size", "vocab_size"])
+def test_plan_checks_that_the_targets_config_says_what_is_needed(
+    world: Path, capsys: pytest.CaptureFixture[str], missing: str
+) -> None:
+    (world / "target" / "config.json").write_text(json.dumps({k: v for k, v in FACTS.items() if k != missing}))
+    code, error, hint = planned(capsys)
+    assert code == 1
+    assert error == f"target.source=./target: its config.json has no {missing}"
+    assert "target.source=DIRECTORY" in hint
+
+
+def test_plan_checks_that_the_targets_config_is_json(world: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (world / "target" / "config.json").write_text("{")
+    code, error, _ = planned(capsys)
+    assert (code, error.startswith("target.source: ")) == (1, True)
+
+
+def test_plan_checks_the_chat_template(world: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (world / "target" / "tokenizer_config.json").write_text("{}")
+    code, error, hint = planned(capsys)
+    assert (code, error) == (1, "target.source=./target: its tokenizer has no chat template")
+    assert "chat_template.jinja" in hint
+    (world / "target" / "chat_template.jinja").write_text("{{ messages }}")
+    assert planned(capsys)[0] == 0
+
+
+def test_plan_checks_that_code_of_the_target_is_trusted(world: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (world / "target" / "config.json").write_text(json.dumps(FACTS | {"auto_map": {"AutoConfig": "own.Config"}}))
+    code, error, hint = planned(capsys)
+    assert (code, error.startswith("target.trust_remote_code=false: ")) == (1, True)
+    assert planned(capsys, *mended((), hint))[0] == 0
+
+
+def test_plan_checks_a_data_set_without_a_format(world: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (world / "bare.yaml").write_text((world / "eagle3.yaml").read_text().replace(", format: messages", ""))
+    code, error, hint = planned(capsys, recipe="bare")
+    assert (code, error) == (1, "`data.mine.format` is not given")
+    assert planned(capsys, "data.mine.format=messages", recipe="bare")[0] == 0
+    assert "data.mine.format=VALUE" in hint
+
+
+@pytest.fixture
+def taken() -> Iterator[int]:
+    """A port that somebody listens on."""
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        yield server.getsockname()[1]
+
+
+def test_plan_checks_that_the_port_is_free(world: Path, capsys: pytest.CaptureFixture[str], taken: int) -> None:
+    code, error, hint = planned(capsys, f"serve.port={taken}")
+    assert (code, error) == (1, f"serve.port={taken}: the port is in use")
+    assert planned(capsys, *mended((f"serve.port={taken}",), hint))[0] == 0
+    assert planned(capsys, f"serve.port={taken}", "until=prompts")[0] == 0, "no server is started for it"
+
+
+def test_plan_checks_what_an_executor_needs(
+    world: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    code, error, hint = planned(capsys, "train.executor=slurm")
+    assert (code, "train" in error, hint) == (1, True, "pip install 'speculators-run[slurm]'")
+
+
+def test_plan_checks_no_data_set_to_measure_on_where_nothing_is_measured(
+    world: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert planned(capsys, "evaluate.datasets=[]", "until=train")[0] == 0
+
+
+def test_a_server_never_takes_more_tokens_than_the_target_has_positions(
+    world: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert cli._guarded(["plan", "recipe=eagle3.yaml", "max_seq_len=4095", "evaluate.max_tokens=128"]) == 0
+    assert set(re.findall(r"--max-model-len (\d+)", capsys.readouterr().out)) == {"4096"}
