@@ -92,7 +92,7 @@ def test_what_jobs_have_in_common_runs_once_and_each_has_a_run_of_its_own(world:
     ]
     assert len({(place / f"00{i}").resolve() for i in range(4)}) == 4
     config = json.loads((place / "003/config.json").read_text())
-    assert (config["prompts"]["count"], config["train"]["lr"]) == (4, 3e-4)
+    assert (config["prompts"]["num_conversations"], config["train"]["lr"]) == (4, 3e-4)
     assert {p.name for p in world.iterdir()} == {"stages", "site", "rows.json", "runs", "ran", "store"}
     assert "done     job 1               prompts.num_conversations=3 train.lr=0.0003" in done.stderr
     assert not (place / "held").exists()

@@ -84,7 +84,7 @@ def derive(config: Config, known: Facts) -> dict[str, Any]:
     outside = [i for i in layer_ids if not 0 <= i <= depth]
     if outside or sorted(set(layer_ids)) != list(layer_ids):
         raise RecipeError(
-            f"speculator.target_layer_ids={layer_ids}: must be ascending ids from 0 to {depth}, the layers of the target",
+            f"speculator.target_layer_ids={layer_ids}: must be ascending ids from 0 to {depth}, the target's layers",
             f"speculator.target_layer_ids=null, for {default_layers(config.speculator, depth)}",
         )
     size = config.vocab.size

@@ -156,9 +156,3 @@ def test_forcing_an_extraction_forces_its_workers() -> None:
     config = offline()
     config.extract.workers, config.force = 2, ["extract"]
     assert graph.forced(graph.build(config), config) == {"extract", "extract.1", "extract.2"}
-
-
-def test_less_than_one_worker_is_refused(config: Config) -> None:
-    config.extract.workers = 0
-    with pytest.raises(RecipeError, match=r"extract\.workers must be 1 or more"):
-        graph.build(config)

@@ -133,7 +133,7 @@ def test_layer_ids_outside_the_target_are_refused(config: Config, store: Store) 
 
 def test_a_vocabulary_larger_than_the_targets_is_refused(config: Config, store: Store) -> None:
     config.vocab.size = 50000
-    with pytest.raises(RecipeError, match=r"vocab\.size 50000"):
+    with pytest.raises(RecipeError, match=r"vocab\.size=50000: must be at most 49152"):
         Planner(config, store)
 
 
