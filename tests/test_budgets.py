@@ -10,10 +10,10 @@ SOURCES = sorted((ROOT / "speculators").rglob("*.py"))
 MODULE_LINES = 500
 FUNCTION_LINES = 60
 # 350 lines more than before are runner/environment.py: nine lines of Makefile did not load on most machines.
-# 100 more: planning/checks.py, which refuses in `plan` what failed after an hour.
+# 200 more: planning/checks.py, which refuses in `plan` what failed after an hour.
 RUNNER_LINES = 7_100
-# 300 more: constraints beside the fields, and the names that other tools have for options.
-PACKAGE_LINES = 22_000
+# 600 more: constraints beside the fields, and the names that other tools have for options.
+PACKAGE_LINES = 22_300
 
 
 def lines(path: Path) -> int:
