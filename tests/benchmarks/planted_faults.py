@@ -1,0 +1,181 @@
+"""Plants faults one at a time in a copy of the package and runs the tests that have to catch each.
+
+    python -m tests.benchmarks.planted_faults [WORD ...]
+
+Prints a Markdown table: the fault, and the first test that failed because of it. WORD limits the run to faults that
+have the word in their name or file. First all tests run without a fault, and the time they take is printed. Exit code 1
+if a fault is not caught, 2 if the text of a fault is not found exactly once, since the source has changed then.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+ROOT = Path(__file__).parents[2]
+COPIED = ("speculators", "tests", "recipes", "conf", "pyproject.toml", "README.md")
+SECONDS = 180.0
+"""Time limit of the tests of one fault."""
+
+RULES = "tests/training/test_update_rules.py"
+EAGLE3 = "tests/training/test_golden_losses.py::test_losses_are_the_golden_ones[eagle3_adamw-{}]"
+DFLASH = "tests/training/test_golden_losses.py::test_losses_are_the_golden_ones[dflash_adamw-{}]"
+DIVERGENCES = "tests/training/test_divergences.py::test_value_and_slope_equal_autograd_in_float64"
+PACKS = "tests/data/test_golden_packs.py"
+ENCODING = "tests/features/test_golden_encoding.py"
+FEATURES = "tests/features/test_encoding.py"
+VOCAB = "tests/stages/test_vocab.py"
+TOKENIZE = "tests/stages/test_tokenize.py"
+TABLE = "tests/data/test_token_table.py"
+ACCEPTANCE = "tests/evaluation/test_acceptance.py"
+CANONICAL = "tests/runner/planning/test_key.py::test_the_canonical_text_is_pinned"
+KEYS = "tests/runner/planning/test_key.py::test_keys_are_the_golden_ones"
+CPP = "tests/ops/test_cpu.py::test_a_norm_and_its_slopes_are_those_of_torch"
+DOCUMENTS = "tests/drafts/test_eagle3.py::test_predictions_stay_in_their_document_and_follow_the_supervision"
+DPACE = "tests/drafts/test_dflash.py::test_dpace_weighs_a_place_by_how_likely_it_and_later_ones_are_reached"
+ROUNDED = "tests/training/test_optim.py::test_whoever_keeps_a_rounded_weight_sees_that_it_has_moved"
+
+
+@dataclass(frozen=True, slots=True)
+class Fault:
+    """One change to the package that makes it wrong."""
+
+    name: str
+    file: str
+    """Below `speculators/`."""
+    old: str
+    new: str
+    tests: str
+    """What pytest has to run: a file, or one test of it."""
+
+
+FAULTS = [
+    Fault("Muon's momentum 0.5", "config/schema.py", "muon_momentum: float = if_set(0.95)",
+          "muon_momentum: float = if_set(0.5)", RULES),
+    Fault("AdamW's betas 0.5, 0.5", "config/schema.py", "if_set([0.9, 0.95])", "if_set([0.5, 0.5])", RULES),
+    Fault("AdamW's eps 1e-2", "config/schema.py", "adamw_eps: float = if_set(1e-8)",
+          "adamw_eps: float = if_set(1e-2)", RULES),
+    Fault("Muon's updates scaled by the shorter side", "training/optim.py", "math.sqrt(max(self.shapes[name]))",
+          "math.sqrt(min(self.shapes[name]))", RULES),
+    Fault("weight decay with the wrong sign", "training/optim.py", "1.0 - self.muon_lr * factor",
+          "1.0 + self.muon_lr * factor", RULES),
+    Fault("no Nesterov step", "training/optim.py", "asked, beta, new, new / beta)", "asked, beta, new, 0.0)", RULES),
+    Fault("cosine schedule that rises", "training/optim.py", "0.5 * (1.0 - math.cos(", "0.5 * (1.0 + math.cos(", RULES),
+    Fault("warm-up one step late", "training/optim.py", "return (step + 1) / rising", "return step / rising", RULES),
+    Fault("a rounded weight is kept when the weight changes (stale cache)", "ops/cpu.py",
+          "elif kept.version != weight._version:", "elif kept.version > weight._version:", ROUNDED),
+    Fault("later steps at the position of the first", "drafts/eagle3.py", "positions[at.asking] + step",
+          "positions[at.asking]", EAGLE3.format("cpp")),
+    Fault("predictions across documents", "drafts/eagle3.py", "inside_KS & pack.loss_mask[target_KS]",
+          "pack.loss_mask[target_KS]", DOCUMENTS),
+    Fault("the final norm is left out", "drafts/eagle3.py", "normed = self.norm(state)", "normed = state", EAGLE3.format("cpp")),
+    Fault("each step sees the token of the step before", "drafts/eagle3.py", "at.tokens[min(step + 1,",
+          "at.tokens[min(step,", EAGLE3.format("cpp")),
+    Fault("the norm of the context is left out", "drafts/dflash.py", "self.hidden_norm(self.fc(features))",
+          "self.fc(features)", DFLASH.format("cpp")),
+    Fault("another token stands for the mask", "drafts/dflash.py", "new_tensor([self.mask_token_id])",
+          "new_tensor([0])", DFLASH.format("cpp")),
+    Fault("blocks propose one position early", "drafts/dflash.py", "q, stream = q[:, 1:], stream[:, 1:]",
+          "q, stream = q[:, :-1], stream[:, :-1]", DFLASH.format("cpp")),
+    Fault("D-PACE mixes with 1 - alpha", "drafts/dflash.py", "(1.0 - alpha) * torch.exp(-divergence) + alpha",
+          "alpha * torch.exp(-divergence) + (1.0 - alpha)", DPACE),
+    Fault("rotary embedding turned the wrong way in one half", "drafts/layers.py", "torch.cat([-second, first]",
+          "torch.cat([second, first]", EAGLE3.format("torch")),
+    Fault("gradient of the KL divergence with the wrong sign", "training/divergences.py", "q.sub_(p_rows)",
+          "q.add_(p_rows)", DIVERGENCES),
+    Fault("Jensen-Shannon divergence without its half", "training/divergences.py",
+          "return 0.5 * (of_p.sum(-1) + of_q.sum(-1))", "return of_p.sum(-1) + of_q.sum(-1)", DIVERGENCES),
+    Fault("C++ norm without eps", "ops/kernels.cpp", "std::sqrt(squares / float(width) + eps)",
+          "std::sqrt(squares / float(width))", CPP),
+    Fault("packs that do not change with the epoch", "data/packing.py", 'random.Random(f"{seed} {epoch}")',
+          'random.Random(f"{seed}")', PACKS),
+    Fault("another salt for the validation split", "data/packing.py", 'f"validation {conversation}"',
+          'f"{conversation}"', PACKS),
+    Fault("scales twice as large", "features/encoding.py", "exponent - 9, exponent - 8)", "exponent - 8, exponent - 7)",
+          ENCODING),
+    Fault("largest value of float8 240", "features/encoding.py", "LARGEST = 448.0", "LARGEST = 240.0", ENCODING),
+    Fault("the wrong layer is kept as the last", "features/encoding.py", "tensor[:, :-1].contiguous()",
+          "tensor[:, 1:].contiguous()", FEATURES),
+    Fault("d2t with the wrong sign", "stages/vocab.py", "ids - torch.arange(len(ids))",
+          "torch.arange(len(ids)) - ids", VOCAB),
+    Fault("the rarest tokens are kept", "stages/vocab.py", "np.argsort(-counts", "np.argsort(counts", VOCAB),
+    Fault("prompts between answers are supervised", "data/template.py", "[0] * len(between)", "[1] * len(between)",
+          TOKENIZE),
+    Fault("the answer is part of its own prompt", "data/template.py", "_render(tokenizer, messages[:i],",
+          "_render(tokenizer, messages[: i + 1],", TOKENIZE),
+    Fault("the target is asked one position late", "data/token_table.py", "np.append(supervised[1:], False)",
+          "np.append(False, supervised[:-1])", TABLE),
+    Fault("the target's own token is not counted as progress", "evaluation/acceptance.py", "+ lengths[at] + 1,",
+          "+ lengths[at],", ACCEPTANCE),
+    Fault("acceptance length without the bonus token", "evaluation/acceptance.py", "1.0 + sum(shares)", "sum(shares)",
+          ACCEPTANCE),
+    Fault("keys without the stage's version", "runner/planning/key.py", '"version": version,', '"version": 1,', KEYS),
+    Fault("keys without the inputs", "runner/planning/key.py", '"inputs": dict(inputs),', '"inputs": {},', KEYS),
+    Fault("keys that depend on the order of options", "runner/planning/key.py", "sort_keys=True", "sort_keys=False",
+          KEYS),
+]  # fmt: skip
+
+
+def run(root: Path, *arguments: str) -> tuple[int, str]:
+    """Run pytest in a copy. Gives its exit code and its output; 124 where it takes longer than `SECONDS`."""
+    env = {**os.environ, "PYTHONPATH": str(root), "PYTHONDONTWRITEBYTECODE": "1", "COLUMNS": "400"}
+    command = [sys.executable, "-m", "pytest", "-x", "-q", "-p", "no:cacheprovider", *arguments]
+    try:
+        done = subprocess.run(command, cwd=root, env=env, capture_output=True, text=True, timeout=SECONDS)
+    except subprocess.TimeoutExpired:
+        return 124, ""
+    return done.returncode, done.stdout + done.stderr
+
+
+def planted(fault: Fault, root: Path) -> str:
+    """Plant a fault, run its tests, take it out again. Gives the name of the test that failed; empty if none did."""
+    path = root / "speculators" / fault.file
+    source = path.read_text()
+    path.write_text(source.replace(fault.old, fault.new))
+    code, output = run(root, fault.tests)
+    path.write_text(source)
+    if code == 124:
+        return f"no test within {SECONDS:.0f} s"
+    failed = re.search(r"^(?:FAILED|ERROR) \S+::(\S+)", output, re.MULTILINE)
+    return failed[1] if code == 1 and failed else ""
+
+
+def main(words: list[str]) -> int:
+    """Plant every fault that has one of the words, or all."""
+    chosen = [f for f in FAULTS if not words or any(word in f"{f.name} {f.file}" for word in words)]
+    for fault in chosen:
+        count = (ROOT / "speculators" / fault.file).read_text().count(fault.old)
+        if count != 1:
+            print(f"error: {fault.file} has {count} times `{fault.old}`\n\nhint: update FAULTS", file=sys.stderr)
+            return 2
+    missed = 0
+    with tempfile.TemporaryDirectory() as directory:
+        root = Path(directory)
+        for name in COPIED:
+            if (ROOT / name).is_dir():
+                shutil.copytree(ROOT / name, root / name, ignore=shutil.ignore_patterns("__pycache__"))
+            elif (ROOT / name).exists():
+                shutil.copy(ROOT / name, root / name)
+        began = time.monotonic()
+        code, output = run(root, *sorted({fault.tests for fault in chosen}))
+        if code:
+            print(output, file=sys.stderr)
+            return 2
+        print(f"Without a fault all of these tests pass, in {time.monotonic() - began:.0f} s.\n")
+        print("| fault | file | caught by |\n|---|---|---|", flush=True)
+        for fault in chosen:
+            test = planted(fault, root)
+            missed += not test
+            print(f"| {fault.name} | `{fault.file}` | {f'`{test}`' if test else '**nothing**'} |", flush=True)
+    return 1 if missed else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
