@@ -12,9 +12,9 @@ from pathlib import Path
 from speculators.config import compose
 from speculators.runner.planning.plan import Planner
 from speculators.runner.store.artifacts import Store
-from tests import test_stage_versions
 from tests.data import test_golden_packs
 from tests.features import test_golden_encoding
+from tests.goldens import stages
 from tests.runner.planning.test_key import GOLDEN, RECIPES, keys, words
 
 TESTS = Path(__file__).parents[1]
@@ -35,21 +35,28 @@ def write_losses() -> None:
     test_golden_losses.update()
 
 
-def write_stages() -> None:
-    """Versions and sources of the stages."""
-    test_stage_versions.GOLDEN.write_text(json.dumps(test_stage_versions.recorded(), indent=1) + "\n")
-
-
 GOLDENS: dict[str, Callable[[], None]] = {
     "keys": write_keys,
     "losses": write_losses,
     "encodings": test_golden_encoding.update,
     "packs": test_golden_packs.update,
-    "stages": write_stages,
 }
 
-if __name__ == "__main__":
+
+def main() -> str:
+    """Write what the command line names; gives what is wrong, if anything is."""
     parser = argparse.ArgumentParser(prog="python -m tests.goldens.update", description=__doc__)
-    parser.add_argument("names", nargs="+", choices=GOLDENS, metavar="NAME", help=", ".join(GOLDENS))
-    for name in parser.parse_args().names:
-        GOLDENS[name]()
+    names = [*GOLDENS, "stages"]
+    parser.add_argument("names", nargs="+", choices=names, metavar="NAME", help=", ".join(names))
+    parser.add_argument(
+        "--same-output", default="", metavar="WHY", help="the output of every changed stage is the same"
+    )
+    arguments = parser.parse_args()
+    for name in arguments.names:
+        if name != "stages":
+            GOLDENS[name]()
+    return stages.update(arguments.same_output) if "stages" in arguments.names else ""
+
+
+if __name__ == "__main__":
+    sys.exit(main())
