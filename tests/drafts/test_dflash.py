@@ -176,6 +176,9 @@ def test_dpace_weighs_a_place_by_how_likely_it_and_later_ones_are_reached() -> N
     share = torch.tensor([[1.0], [1.0], [0.0], [1.0]]) / 3
     expected = [27 / 16 / 3, 15 / 16 / 3, 0.0, 15 / 32 / 3]
     assert reach(divergence, share, 0.5).flatten().tolist() == pytest.approx(expected)
+    # alpha 1/4: passed 5/8, 7/16, 1, 1; reached 5/8, 35/128, -, 35/128; summed 75/64, 35/64, 0, 35/128.
+    expected = [75 / 64 / 3, 35 / 64 / 3, 0.0, 35 / 128 / 3]
+    assert reach(divergence, share, 0.25).flatten().tolist() == pytest.approx(expected)
 
 
 @pytest.mark.parametrize("loss", [Loss.ce, Loss.kl])
