@@ -57,11 +57,11 @@ class Fault:
 
 
 FAULTS = [
-    Fault("Muon's momentum 0.5", "config/schema.py", "muon_momentum: float = if_set(0.95)",
-          "muon_momentum: float = if_set(0.5)", RULES),
-    Fault("AdamW's betas 0.5, 0.5", "config/schema.py", "if_set([0.9, 0.95])", "if_set([0.5, 0.5])", RULES),
-    Fault("AdamW's eps 1e-2", "config/schema.py", "adamw_eps: float = if_set(1e-8)",
-          "adamw_eps: float = if_set(1e-2)", RULES),
+    Fault("Muon's momentum 0.5", "config/schema.py", "muon_momentum: float = if_set(0.95,",
+          "muon_momentum: float = if_set(0.5,", RULES),
+    Fault("AdamW's betas 0.5, 0.5", "config/schema.py", "if_set([0.9, 0.95],", "if_set([0.5, 0.5],", RULES),
+    Fault("AdamW's eps 1e-2", "config/schema.py", "adamw_eps: float = if_set(1e-8,",
+          "adamw_eps: float = if_set(1e-2,", RULES),
     Fault("Muon's updates scaled by the shorter side", "training/optim.py", "math.sqrt(max(self.shapes[name]))",
           "math.sqrt(min(self.shapes[name]))", RULES),
     Fault("weight decay with the wrong sign", "training/optim.py", "1.0 - self.muon_lr * factor",
