@@ -101,6 +101,24 @@ class Speculator(Options):
     """Train the draft's own copy of the target's embeddings, from the target's values on; of a target whose head is
     its embeddings (tied), the draft's two copies are apart."""
 
+    # What the package has to know of an algorithm without its model. An algorithm overrides what differs.
+
+    def default_target_layer_ids(self, depth: int) -> list[int]:
+        """Layers of a target of `depth` layers whose input the draft reads where the recipe names none, ascending."""
+        raise NotImplementedError
+
+    def needs_mask_token(self) -> bool:
+        """Whether the draft needs a mask token that the recipe leaves to be found in the target's tokenizer."""
+        return False
+
+    def step_decay(self) -> float:
+        """Factor from the weight of one proposed token's loss to the next one's."""
+        return 1.0
+
+    def vllm_method(self) -> str:
+        """The `method` under which vLLM serves the checkpoint."""
+        return self.algorithm
+
 
 @dataclass(kw_only=True, slots=True, repr=False)
 class Eagle3(Speculator):
@@ -128,6 +146,14 @@ class Eagle3(Speculator):
     """Begin with attention that finds where the last token stood before and copies what followed it there."""
     draft_arch: DraftArch = if_set(DraftArch.llama)
     """What the decoder layers are like."""
+
+    def default_target_layer_ids(self, depth: int) -> list[int]:
+        """A low, a middle and a high layer, as in the paper."""
+        return sorted({2, depth // 2, depth - 3})
+
+    def step_decay(self) -> float:
+        """See `ttt_step_decay`."""
+        return self.ttt_step_decay
 
 
 @dataclass(kw_only=True, slots=True, repr=False)
@@ -161,6 +187,29 @@ class DFlash(Speculator):
     layers, and pays where there are few conversations to learn it from (docs/log.md)."""
     max_anchors: int = semantic(512, positive())
     """Blocks that a step trains on, at most; which ones is drawn anew in every step."""
+
+    def default_target_layer_ids(self, depth: int) -> list[int]:
+        """`target_layers` of them at equal distances, from the output of layer 1 to that of the third before the last.
+
+        A shallow target has fewer.
+        """
+        lowest = min(1, depth - 1)
+        if self.target_layers == 1:
+            return inputs_after([depth // 2])
+        distance = (max(lowest, depth - 3) - lowest) / (self.target_layers - 1)
+        return inputs_after(sorted({round(lowest + i * distance) for i in range(self.target_layers)}))
+
+    def needs_mask_token(self) -> bool:
+        """See `mask_token_id`."""
+        return self.mask_token_id is None
+
+
+def inputs_after(outputs: list[int]) -> list[int]:
+    """Layer ids by their input, from layer ids by their output: the output of layer i is the input of layer i + 1.
+
+    This package, vLLM and upstream's package count inputs; DFlash's authors count outputs.
+    """
+    return [layer + 1 for layer in outputs]
 
 
 SPECULATORS: dict[str, type[Speculator]] = {"eagle3": Eagle3, "dflash": DFlash}

@@ -21,7 +21,6 @@ from typing import Any, cast
 import torch
 from safetensors.torch import load_file
 
-from speculators.config.algorithms import DFlash, Eagle3
 from speculators.config.choices import Device
 from speculators.config.fields import leaves, to_plain
 from speculators.drafts import DRAFTS
@@ -82,8 +81,8 @@ def fit(ranks: Ranks, job: Job) -> Loop:
     if device.type == "cpu" and (why := cpu.missing()):
         job.record.setdefault("notes", []).append(f"trained without loops in C++, which takes longer: {why}")
 
-    if isinstance(options, DFlash) and options.mask_token_id is None:
-        options = replace(options, mask_token_id=target.mask_token_id())
+    if options.needs_mask_token():
+        options = replace(cast(Any, options), mask_token_id=target.mask_token_id())
     parts = target.parts(vocabulary.tokens)
     draft = DRAFTS[options.algorithm].build(parts, options, vocabulary, job.derived["layer_ids"], train.seed).to(device)
     norm = target.final_norm()
@@ -94,7 +93,6 @@ def fit(ranks: Ranks, job: Job) -> Loop:
         scale=target.logit_scale,
         softcap=target.logit_softcap,
     )
-    decay = options.ttt_step_decay if isinstance(options, Eagle3) else 1.0
     save_dtype = getattr(torch, job.config.target.dtype.name)
 
     def report(done: int, total: int, note: dict[str, Any]) -> None:
@@ -105,7 +103,19 @@ def fit(ranks: Ranks, job: Job) -> Loop:
         at_the_end.callback(corpus.close)
         trackers = track(job) if ranks.first else Trackers()
         at_the_end.callback(trackers.close)
-        loop = Loop(draft, teacher, corpus, train, decay, save_dtype, job.scratch, device, report, ranks, trackers)
+        loop = Loop(
+            draft,
+            teacher,
+            corpus,
+            train,
+            options.step_decay(),
+            save_dtype,
+            job.scratch,
+            device,
+            report,
+            ranks,
+            trackers,
+        )
         loop.run()
     if isinstance(source, Feed):
         job.record |= source.record()

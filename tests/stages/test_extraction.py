@@ -108,7 +108,7 @@ def test_the_last_layer_is_kept_where_an_answer_is_predicted_and_where_the_gate_
         main(part)
     main(whole := joining(tmp_path, config, server, *parts, last_state="answers"))
     assert files(whole.output) == files(job.output)
-    with pytest.raises(ContractError, match='last_state is "answers", wanted "everywhere"'):
+    with pytest.raises(ContractError, match='last_state is "answers", expected "everywhere"'):
         check_contract(reader.contract, ShardReader(everywhere.output).contract)
     corpus = Corpus(job.inputs["tokens"], Shards(reader))
     pack = corpus.pack([Piece(3, 0, 11), Piece(20, 0, 9)], torch.device("cpu"))
@@ -311,7 +311,7 @@ def test_parts_that_are_not_the_whole_or_of_another_target_are_not_joined(
         main(joining(tmp_path, config, server, first))
     other = joining(tmp_path, config, server, first, name="other")
     other.digests["target"] = "another"
-    with pytest.raises(ContractError, match='target is "t", wanted "another"'):
+    with pytest.raises(ContractError, match='target is "t", expected "another"'):
         main(other)
 
 

@@ -278,7 +278,7 @@ def test_a_last_layer_that_is_kept_where_answers_are_predicted_trains_the_same_d
         train.main(job)
         trained.append(files(job.output))
     assert trained[0] == trained[1]
-    with pytest.raises(ContractError, match='last_state is "answers", wanted "everywhere"'):
+    with pytest.raises(ContractError, match='last_state is "answers", expected "everywhere"'):
         train.main(make_job(tmp_path, tmp_path / "prompts", algorithm=algorithm, train_on_prompts=True))
     train.main(make_job(world, tmp_path / "whole", algorithm=algorithm, train_on_prompts=True, epochs=1))
 

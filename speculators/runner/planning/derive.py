@@ -12,7 +12,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from speculators.config.algorithms import DFlash, Speculator
 from speculators.config.choices import LastState
 from speculators.config.schema import Config
 from speculators.errors import ContractError, RecipeError
@@ -80,12 +79,12 @@ def derive(config: Config, known: Facts) -> dict[str, Any]:
     `last_state`: where the last one's are kept.
     """
     depth = known.num_hidden_layers
-    layer_ids = config.speculator.target_layer_ids or default_layers(config.speculator, depth)
+    layer_ids = config.speculator.target_layer_ids or config.speculator.default_target_layer_ids(depth)
     outside = [i for i in layer_ids if not 0 <= i <= depth]
     if outside or sorted(set(layer_ids)) != list(layer_ids):
         raise RecipeError(
             f"speculator.target_layer_ids={layer_ids}: must be ascending ids from 0 to {depth}, the target's layers",
-            f"speculator.target_layer_ids=null, for {default_layers(config.speculator, depth)}",
+            f"speculator.target_layer_ids=null, for {config.speculator.default_target_layer_ids(depth)}",
         )
     size = config.vocab.size
     if size is not None and not 0 < size <= known.vocab_size:
@@ -114,30 +113,6 @@ def derive(config: Config, known: Facts) -> dict[str, Any]:
         "capture_layer_ids": captured,
         "last_state": last.name,
     }
-
-
-def default_layers(speculator: Speculator, depth: int) -> list[int]:
-    """The layers of a target of `depth` layers whose input a draft reads unless it is told, ascending.
-
-    EAGLE-3 takes a low, a middle and a high one (Li et al. 2025, arXiv:2503.01840). DFlash takes some at equal
-    distances, from what leaves layer 1 to what leaves the third layer before the last; of a shallow target fewer.
-    """
-    if not isinstance(speculator, DFlash):
-        return sorted({min(2, depth - 1), depth // 2, max(0, depth - 3)})
-    count, lowest = speculator.target_layers, min(1, depth - 1)
-    if count == 1:
-        return entered_after([depth // 2])
-    apart = (max(lowest, depth - 3) - lowest) / (count - 1)
-    return entered_after(sorted({round(lowest + i * apart) for i in range(count)}))
-
-
-def entered_after(left: list[int]) -> list[int]:
-    """Layers by their input, from layers by their output.
-
-    What leaves layer i enters layer i + 1. Everything here, vLLM and upstream's package count inputs; DFlash's authors
-    count outputs.
-    """
-    return [layer + 1 for layer in left]
 
 
 def max_model_len(config: Config, known: Facts | None) -> int:

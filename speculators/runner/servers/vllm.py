@@ -302,7 +302,7 @@ def _prefix_caching(mode: str) -> str:
 def _speculative(config: Config, draft: Path) -> dict[str, Any]:
     return {
         "model": str(draft),
-        "method": config.speculator.algorithm,
+        "method": config.speculator.vllm_method(),
         "num_speculative_tokens": config.speculator.num_speculative_tokens,
     }
 

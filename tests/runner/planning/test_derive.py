@@ -5,31 +5,31 @@ from __future__ import annotations
 import pytest
 
 from speculators.config import compose
-from speculators.config.algorithms import DFlash, Eagle3
+from speculators.config.algorithms import DFlash, Eagle3, inputs_after
 from speculators.errors import RecipeError
-from speculators.runner.planning.derive import Facts, default_layers, derive, entered_after
+from speculators.runner.planning.derive import Facts, derive
 
 
 def test_the_authors_layers_are_ours_one_higher() -> None:
     # Of a target of 36 layers they read what leaves 1, 9, 17, 25 and 33.
-    assert default_layers(DFlash(), 36) == entered_after([1, 9, 17, 25, 33]) == [2, 10, 18, 26, 34]
+    assert DFlash().default_target_layer_ids(36) == inputs_after([1, 9, 17, 25, 33]) == [2, 10, 18, 26, 34]
 
 
 @pytest.mark.parametrize(("depth", "count", "layers"), [(30, 5, [2, 9, 15, 21, 28]), (30, 1, [16]), (30, 2, [2, 28])])
 def test_layers_of_a_block_draft_are_spread_over_the_depth(depth: int, count: int, layers: list[int]) -> None:
-    assert default_layers(DFlash(target_layers=count), depth) == layers
+    assert DFlash(target_layers=count).default_target_layer_ids(depth) == layers
 
 
 @pytest.mark.parametrize("depth", range(1, 12))
 def test_a_shallow_target_is_read_at_fewer_layers_that_it_has(depth: int) -> None:
-    found = default_layers(DFlash(), depth)
+    found = DFlash().default_target_layer_ids(depth)
     assert found == sorted(set(found))
     assert found[0] >= 1
     assert found[-1] <= depth
 
 
 def test_eagle3_reads_a_low_a_middle_and_a_high_layer() -> None:
-    assert default_layers(Eagle3(), 30) == [2, 15, 27]
+    assert Eagle3().default_target_layer_ids(30) == [2, 15, 27]
 
 
 @pytest.mark.parametrize("words", [["speculator.num_key_value_heads=4"], ["speculator.num_attention_heads=8"]])
