@@ -27,64 +27,20 @@ FLOOR = 5e-3
 """Singular values from this share of the largest upwards end near one, smaller ones in between; in float32."""
 ROUGH_FLOOR = 2e-3
 """The same in shorter formats, where they end less near: small ones count for more (docs/log.md)."""
-
-
-def zolotarev(poles: int, floor: float) -> tuple[float, list[float], list[float]]:
-    """The odd rational function with so many pairs of poles that is nearest to 1 on [floor, 1].
-
-    It is scale * x * (1 + sum(weight / (x^2 + pole))). Zolotarev found it in 1877; Nakatsukasa and Freund use it for
-    the polar factor (SIAM Review 2016, doi:10.1137/140990334). Its zeros and poles are Jacobi's elliptic functions at
-    equal distances, computed here by their descent to circular ones (Abramowitz and Stegun, 16.4).
-
-    Returns:
-        scale, the weights, and the poles.
-    """
-    larger, smaller = 1.0, floor
-    descent = []
-    while larger - smaller > 1e-15:
-        descent.append((larger - smaller) / (larger + smaller))
-        larger, smaller = (larger + smaller) / 2, math.sqrt(larger * smaller)
-    squares = []
-    for place in range(1, 2 * poles + 1):
-        amplitude = 2 ** len(descent) * math.pi / 2 * place / (2 * poles + 1)
-        for ratio in reversed(descent):
-            amplitude = (amplitude + math.asin(ratio * math.sin(amplitude))) / 2
-        squares.append((floor * math.tan(amplitude)) ** 2)
-    at, zeros = squares[0::2], squares[1::2]
-    weights = [
-        math.prod(zero - pole for zero in zeros) / math.prod(other - pole for other in at if other != pole)
-        for pole in at
-    ]
-    # It swings evenly about what shall be one, from its lowest at the floor to its highest at one.
-    ends = [x * (1.0 + sum(w / (x * x + pole) for w, pole in zip(weights, at, strict=True))) for x in (floor, 1.0)]
-    return 2.0 / sum(ends), weights, at
-
-
-def quintics(count: int, floor: float, margin: float) -> list[tuple[float, float, float]]:
-    """Odd polynomials a x + b x^3 + c x^5 that, one after the other, bring [floor, 1] nearest to 1.
-
-    Each is the nearest to 1 on the interval that the one before leaves, which makes the whole the best of its kind
-    (Amsel et al. 2025, arXiv:2505.16932). Of a quintic the error is greatest at both ends and at two places between
-    them, in turn up and down; those are found by going to where the last polynomial turned (Remez). Beyond its
-    interval a quintic soon grows, so each one's reaches `margin` times further up than values should come.
-    """
-    low, high, found = floor, 1.0, []
-    for _ in range(count):
-        high *= margin
-        inner = [(3 * low + high) / 4, (low + 3 * high) / 4]
-        for _ in range(20):
-            at = torch.tensor([low, *inner, high], dtype=torch.float64)
-            powers = torch.stack([at, at**3, at**5, torch.tensor([1, -1, 1, -1])], dim=1)
-            a, b, c, error = torch.linalg.solve(powers, torch.ones_like(at)).tolist()
-            root = math.sqrt(9 * b * b - 20 * a * c)
-            inner = [math.sqrt((-3 * b - root) / (10 * c)), math.sqrt((-3 * b + root) / (10 * c))]
-        found.append((a, b, c))
-        low, high = 1.0 - error, 1.0 + error
-    return found
-
-
-SCALE, WEIGHTS, POLES = zolotarev(2, FLOOR)
-QUINTICS = quintics(4, ROUGH_FLOOR, 1.02)
+SCALE = 0.8490016030350571
+WEIGHTS = (0.02035097971791578, 0.28000543285858204)
+POLES = (7.853246321038987e-05, 0.01920639484477456)
+"""Coefficients of f(x) = SCALE * x * (1 + sum(weight / (x^2 + pole))), nearest to 1 on [FLOOR, 1] of all odd rational
+functions with two pairs of poles (Zolotarev 1877; Nakatsukasa and Freund, SIAM Review 2016, doi:10.1137/140990334).
+tests/training/test_muon_coefficients.py derives them."""
+QUINTICS = (
+    (8.26322276051256, -23.504199369861908, 16.754055389848872),
+    (4.03699987276044, -2.8876570662791146, 0.5215665376942002),
+    (3.6701282810834766, -2.6409937093278533, 0.49533509848619456),
+    (2.793181226775115, -2.014977622886023, 0.42978968487580005),
+)
+"""Coefficients (a, b, c) of polynomials a x + b x^3 + c x^5 that, one after the other, bring [ROUGH_FLOOR, 1] nearest
+to 1 (Amsel et al. 2025, arXiv:2505.16932). The same test file derives them."""
 TOGETHER = 1 << 22
 """Numbers in matrices that are made orthogonal together, unless one alone has more: what a CPU's cache holds."""
 
@@ -102,8 +58,8 @@ def turned(x: Tensor, shapes: Sequence[Sequence[int]]) -> list[Tensor]:
 def orthogonalise(x: Tensor, shapes: Sequence[Sequence[int]], block: int = 0) -> list[Tensor]:
     """The orthogonal matrix nearest to each, about: singular values from the floor up end around one.
 
-    With X = USV', f(S) is wanted for S, f being `zolotarev`'s function, which ends between 0.9 and 1.1, or `quintics`'
-    chain in formats shorter than float32, between 0.65 and 1.35; either is X times a function of its Gram matrix
+    With X = USV', f(S) is wanted for S, f being Zolotarev's function, which ends between 0.9 and 1.1, or the chain of
+    `QUINTICS` in formats shorter than float32, between 0.65 and 1.35; either is X times a function of its Gram matrix
     [k, k]. The usual chain (Jordan et al. 2024) takes one step more, to 0.68 and 1.19.
 
     With `block`, the shorter side is cut into groups of so many rows, each made orthogonal by itself: k / block
@@ -147,7 +103,7 @@ def together(shapes: Sequence[Sequence[int]]) -> list[list[int]]:
 
 
 def _by_inverses(x: Tensor) -> tuple[Tensor, Tensor]:
-    """By `zolotarev`'s function, which float32 will do for: one product and two inverses, and a last product to come.
+    """By Zolotarev's function, which float32 will do for: one product and two inverses, and a last product to come.
 
     Takes [B, k, n] and gives the same, and what has to be applied to it from the left, [B, k, k].
     """
@@ -168,7 +124,7 @@ def _by_inverses(x: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _by_products(x: Tensor) -> tuple[Tensor, Tensor]:
-    """By `quintics`; as `_by_inverses`, but for what is given, to which all but the last has been applied."""
+    """By `QUINTICS`; as `_by_inverses`, but for what is given, to which all but the last has been applied."""
     gram = _gram(x)
     length = _shorten(gram)
     for place, quintic in enumerate(QUINTICS):

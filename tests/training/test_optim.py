@@ -17,12 +17,10 @@ from speculators.training.optim import (
     Average,
     Optimizers,
     orthogonalise,
-    quintics,
     rate,
     stacked,
     together,
     turned,
-    zolotarev,
 )
 
 
@@ -48,31 +46,6 @@ def spread(rows: int, columns: int, least: float) -> torch.Tensor:
     draw = torch.Generator().manual_seed(0)
     u, _, v = torch.linalg.svd(torch.randn(rows, columns, generator=draw), full_matrices=False)
     return (u * torch.logspace(0, math.log10(least), min(rows, columns))) @ v
-
-
-@pytest.mark.parametrize(("poles", "floor"), [(1, 0.1), (2, 5e-3), (3, 1e-3), (4, 1e-6)])
-def test_the_function_swings_about_one_as_often_as_the_best_of_its_type_must(poles: int, floor: float) -> None:
-    # Chebyshev's criterion: no other function of the type is nearer if the error is greatest 2r + 2 times in turn.
-    scale, weights, at = zolotarev(poles, floor)
-    x = torch.logspace(math.log10(floor), 0, 200_001, dtype=torch.float64)
-    error = scale * x * (1 + sum(w / (x * x + pole) for w, pole in zip(weights, at, strict=True))) - 1
-    turns = [0, *(torch.where(error.diff()[1:] * error.diff()[:-1] < 0)[0] + 1).tolist(), len(x) - 1]
-    assert len(turns) == 2 * poles + 2
-    signs = torch.tensor([(-1.0) ** (place + 1) for place in range(len(turns))], dtype=torch.float64)
-    torch.testing.assert_close(error[turns], signs * error.abs().max(), atol=0, rtol=1e-5)
-
-
-@pytest.mark.parametrize("floor", [0.1, 5e-3, 1e-3])
-def test_each_quintic_swings_about_one_as_often_as_the_best_must(floor: float) -> None:
-    low, high = floor, 1.0
-    for a, b, c in quintics(3, floor, 1.01):
-        x = torch.linspace(low, 1.01 * high, 200_001, dtype=torch.float64)
-        error = a * x + b * x**3 + c * x**5 - 1
-        turns = [0, *(torch.where(error.diff()[1:] * error.diff()[:-1] < 0)[0] + 1).tolist(), len(x) - 1]
-        signs = torch.tensor([-1.0, 1.0, -1.0, 1.0], dtype=torch.float64)
-        torch.testing.assert_close(error[turns], signs * error.abs().max(), atol=0, rtol=1e-5)
-        low, high = 1 - float(error.abs().max()), 1 + float(error.abs().max())
-    assert high - 1 < 1 - floor
 
 
 def orthogonal(*matrices: torch.Tensor, block: int = 0, dtype: torch.dtype = torch.float32) -> list[torch.Tensor]:
