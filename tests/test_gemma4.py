@@ -125,8 +125,9 @@ def test_a_draft_of_the_recipe_learns_from_its_states(gemma: tuple[Path, Any], t
         (V - 6, {"pad_token": "<pad>"}, V - 6),
         (V, {"pad_token": "<pad>", "eos_token": "<eos>"}, 0),
         (V, {"eos_token": "<eos>"}, 1),
+        (V, {"mask_token": "<added>", "pad_token": "<pad>"}, 0),
     ],
-    ids=["its own", "an unused row", "padding", "the end"],
+    ids=["its own", "an unused row", "padding", "the end", "its own comes after the embeddings"],
 )
 def test_a_mask_token_is_found(tmp_path: Path, size: int, special: dict[str, str], found: int) -> None:
     directory = tiny.write_target(tmp_path, vocab_size=V)

@@ -183,7 +183,7 @@ class TargetCheckpoint:
         tokenizer = AutoTokenizer.from_pretrained(str(self.directory), local_files_only=True)
         unused = len(tokenizer) if len(tokenizer) < self.vocab_size else None
         for found in (tokenizer.mask_token_id, unused, tokenizer.pad_token_id, tokenizer.eos_token_id):
-            if found is not None:
+            if found is not None and found < self.vocab_size:  # a tokenizer may have more tokens than embeddings
                 return int(found)
         raise ContractError(
             f"the tokenizer of {self.directory} has no token for masks, padding or the end",

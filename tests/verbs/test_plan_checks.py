@@ -105,6 +105,7 @@ def test_plan_checks_name_the_option_and_its_value_and_their_hint_works(
     [
         "speculator.decay_gamma=0", "speculator.dpace_alpha=1.5", "speculator.target_layers=0",
         "speculator.sliding_window=0", "speculator.max_anchors=0", "speculator.mask_token_id=-1",
+        "speculator.mask_token_id=40000",
         "speculator.loss_fn=kl",
     ],
 )  # fmt: skip

@@ -92,6 +92,12 @@ def derive(config: Config, known: Facts) -> dict[str, Any]:
             f"vocab.size={size}: must be at most {known.vocab_size}, the target's vocabulary",
             "vocab.size=null, which keeps the whole vocabulary",
         )
+    mask = getattr(config.speculator, "mask_token_id", None)
+    if mask is not None and mask >= known.vocab_size:
+        raise RecipeError(
+            f"speculator.mask_token_id={mask}: must be below {known.vocab_size}, the target's vocabulary",
+            "speculator.mask_token_id=null, which finds one",
+        )
     heads = config.speculator.num_attention_heads or known.heads
     groups = config.speculator.num_key_value_heads or known.key_value_heads
     if heads is not None and groups is not None and heads % groups:
