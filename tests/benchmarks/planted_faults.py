@@ -144,7 +144,7 @@ def planted(fault: Fault, root: Path) -> str:
     path.write_text(source)
     if code == 124:
         return f"no test within {SECONDS:.0f} s"
-    failed = re.search(r"^(?:FAILED|ERROR) \S+::(\S+)", output, re.MULTILINE)
+    failed = re.search(r"^(?:FAILED|ERROR) \S+?::(\w+)", output, re.MULTILINE)
     return failed[1] if code == 1 and failed else ""
 
 
