@@ -34,7 +34,7 @@ from pathlib import Path
 
 from speculators import ui
 from speculators.errors import RecipeError, RunError, closest
-from speculators.runner.installed import installed
+from speculators.packages import installed_version
 
 VERBS = {
     "run": "run.main",
@@ -92,7 +92,7 @@ def _dispatch(words: list[str]) -> int:
     if not words or words[0] in ("--help", "-h", "help"):
         return _help()
     if words[0] == "--version":
-        print(installed()["speculators-run"])
+        print(installed_version("speculators-run"))
         return 0
     first = words[0]
     if first.startswith("-") or "=" in first:
@@ -119,7 +119,7 @@ def _first_comment(path: Path) -> str:
 
 def _refuse_foreign_package() -> None:
     """Upstream's PyPI package has the same import name; mixed files of both would fail in ways nobody can read."""
-    foreign = installed().get("speculators")
+    foreign = installed_version("speculators")
     if foreign:
         raise RecipeError(
             f"the package `speculators` {foreign} is installed beside `speculators-run`, both are `import speculators`",

@@ -12,13 +12,14 @@ import pytest
 
 from speculators import cli, ui
 from speculators.config.schema import Config
-from speculators.runner.installed import installed
+from speculators.packages import installed_version
 from speculators.runner.planning import estimate
 from speculators.runner.planning.plan import Planner
 from speculators.runner.servers import vllm
 from speculators.runner.store.artifacts import Store
 from speculators.verbs import query
 from tests.conftest import EVALUATION, OF_CHECKPOINT, publish_all
+from tests.runner.fake_server import distribution
 
 DEMO = "recipe=smollm2_eagle3"
 
@@ -76,7 +77,7 @@ def test_a_mistake_is_one_error_one_hint_and_exit_code_1(
 def test_upstreams_package_beside_ours_is_refused(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    (tmp_path / "speculators-0.9.0.dist-info").mkdir()
+    distribution(tmp_path, "speculators", "0.9.0")
     monkeypatch.syspath_prepend(tmp_path)
     assert main("plan", DEMO) == 1
     assert "pip uninstall speculators" in capsys.readouterr().err
@@ -246,7 +247,7 @@ def test_plan_and_explain_tell_what_differs_outside_of_the_key(
         path.write_text(json.dumps(described))
     assert main("plan", DEMO) == 0
     out = capsys.readouterr().out
-    torch = installed()["torch"].partition("+")[0]
+    torch = (installed_version("torch") or "").partition("+")[0]
     assert f"not in any key: torch 1.0+cu118 -> {torch}" in out
     assert out.count("(vocab, train)") == 2
     assert "\x1b" not in out

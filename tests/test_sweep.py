@@ -16,7 +16,7 @@ import pytest
 from speculators import cli
 from speculators.config import compose, shipped
 from speculators.errors import RecipeError
-from speculators.runner.installed import installed
+from speculators.packages import installed_version
 from speculators.runner.servers import guard
 
 DEMO = "recipe=smollm2_eagle3"
@@ -127,21 +127,21 @@ LAUNCHERS = [
     pytest.param(
         ["hydra/launcher=joblib"],
         marks=pytest.mark.skipif(
-            "hydra-joblib-launcher" not in installed(), reason="the extra `joblib` is not installed"
+            installed_version("hydra-joblib-launcher") is None, reason="the extra `joblib` is not installed"
         ),
         id="joblib",
     ),
     pytest.param(
         ["hydra/launcher=submitit_local"],
         marks=pytest.mark.skipif(
-            "hydra-submitit-launcher" not in installed(), reason="the extra `sweep-slurm` is not installed"
+            installed_version("hydra-submitit-launcher") is None, reason="the extra `sweep-slurm` is not installed"
         ),
         id="submitit",
     ),
     pytest.param(
         ["hydra/launcher=ray"],
         marks=pytest.mark.skipif(
-            "hydra-ray-launcher" not in installed(), reason="the extra `sweep-ray` is not installed"
+            installed_version("hydra-ray-launcher") is None, reason="the extra `sweep-ray` is not installed"
         ),
         id="ray",
     ),
@@ -215,7 +215,7 @@ def test_a_mistake_is_found_before_the_first_job(
 
 
 def test_a_launcher_that_is_not_installed_is_named_with_its_extra(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(compose, "installed", dict)
+    monkeypatch.setattr(compose, "installed_version", lambda name: None)
     with pytest.raises(RecipeError, match="hydra/launcher=joblib needs `hydra-joblib-launcher`") as caught:
         compose.sweep(["-m", DEMO, "hydra/launcher=joblib"], Path(), lambda job: None)
     assert caught.value.hint == "pip install 'speculators-run[joblib]'"

@@ -34,7 +34,7 @@ from speculators.config.fields import MISSING, leaves
 from speculators.config.schema import Config, Dataset, Evaluate, Executor, from_plain
 from speculators.config.shipped import CONF, available
 from speculators.errors import RecipeError, closest
-from speculators.runner.installed import installed
+from speculators.packages import installed_version
 
 _VERSION_BASE = "1.3"
 _OPEN = ("data.", "pipeline.")
@@ -373,7 +373,7 @@ def _check_launcher(name: str) -> None:
         if name != "basic":
             raise RecipeError(f"hydra/launcher: there is no launcher `{name}`", closest(name, ["basic", *_LAUNCHERS]))
         return
-    if distribution not in installed():
+    if installed_version(distribution) is None:
         raise RecipeError(
             f"hydra/launcher={name} needs `{distribution}`, which is not installed",
             f"pip install 'speculators-run[{extra}]'",

@@ -19,7 +19,7 @@ from pathlib import Path
 from speculators.config import shipped
 from speculators.config.fields import to_plain
 from speculators.config.schema import Config, from_plain
-from speculators.runner.installed import installed
+from speculators.packages import installed_version
 from speculators.runner.store.artifacts import store_root
 
 KEPT = 100
@@ -57,8 +57,7 @@ def _place(words: Sequence[str]) -> Path | None:
         return None  # whoever composes has the words for it
     if any(_NOT_THE_SAME_TWICE.search(text) for text in (*map(os.fsencode, words), *recipes.values())):
         return None
-    versions = installed()
-    made_of = [list(words), [versions.get(name) for name in _COMPOSERS]]
+    made_of = [list(words), [installed_version(name) for name in _COMPOSERS]]
     digest = hashlib.sha256(json.dumps(made_of).encode())
     for name, text in (*recipes.items(), *ours.items()):
         digest.update(hashlib.sha256(os.fsencode(name)).digest() + hashlib.sha256(text).digest())

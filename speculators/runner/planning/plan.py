@@ -16,8 +16,8 @@ from typing import Any
 from speculators.config.fields import identity
 from speculators.config.schema import Config
 from speculators.errors import ServiceError
+from speculators.packages import installed_version
 from speculators.runner.execution import schedule
-from speculators.runner.installed import installed
 from speculators.runner.planning import checks, derive, graph, key, sources
 from speculators.runner.planning.graph import TARGET, Node
 from speculators.runner.servers import vllm
@@ -79,7 +79,7 @@ class Planner:
         """Stages whose artifact does not count; whoever has made one anew takes it out."""
         self._sources = {n.name: self._resolve(n) for n in self.graph.values() if n.kind == "fetch"}
         self.engine = self._engine()
-        self.packages = {p: installed().get(p, "") for n in self.graph.values() for p in n.spec.packages}
+        self.packages = {p: installed_version(p) or "" for n in self.graph.values() for p in n.spec.packages}
         self.derived: dict[str, Any] = {}
         self.facts: derive.Facts | None = None
         self.learn_target()

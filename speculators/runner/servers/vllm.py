@@ -21,7 +21,7 @@ from typing import Any
 from speculators.config.choices import Connector
 from speculators.config.schema import Config
 from speculators.errors import RecipeError
-from speculators.runner.installed import installed
+from speculators.packages import installed_version, is_installed
 from speculators.runner.servers import threads
 from speculators.runner.servers.server import Service, ServiceSpec, free_port, mooncake_store
 
@@ -226,7 +226,7 @@ def _check_mooncake(config: Config, option: str, python: str) -> None:
         raise RecipeError(
             f"serve.mooncake.master={config.serve.mooncake.master} is not HOST:PORT", "as 127.0.0.1:50051"
         )
-    if not any(name.startswith(MOONCAKE) for name in _installed(python)):
+    if not is_installed(MOONCAKE, _site_packages(python)):
         raise RecipeError(
             f"{option} needs Mooncake's client, which {python or 'this environment'} does not have",
             "pip install 'speculators-run[mooncake]'; where vLLM is and where the stages run: "
@@ -245,7 +245,7 @@ def _check_fp8(config: Config, option: str) -> None:
 
 
 def _check_hs_connectors(config: Config, option: str, instead: str) -> None:
-    if "hs-connectors" not in _installed(config.serve.python):
+    if installed_version("hs-connectors", _site_packages(config.serve.python)) is None:
         raise RecipeError(
             f"{option} needs hs-connectors, which {config.serve.python or 'this environment'} does not have",
             f"pip install hs-connectors==0.9.0 where vLLM is; {instead}",
@@ -271,18 +271,18 @@ def device(config: Config) -> str:
 
 def _engine(python: str) -> tuple[str, str] | None:
     """Distribution and version."""
-    found = _installed(python)
-    return next(((name, found[name]) for name in DISTRIBUTIONS if name in found), None)
+    path = _site_packages(python)
+    versions = ((name, installed_version(name, path)) for name in DISTRIBUTIONS)
+    return next(((name, version) for name, version in versions if version is not None), None)
 
 
-def _installed(python: str) -> dict[str, str]:
-    """Versions of the distributions that an interpreter has. Another than ours is not started: its site-packages are
-    looked at."""
+def _site_packages(python: str) -> list[str] | None:
+    """Where another interpreter has its distributions, which is known without starting it; None for this one."""
     interpreter = _interpreter(python)
     if interpreter == sys.executable:
-        return installed()
+        return None
     prefix = Path(interpreter).parent.parent
-    return installed(str(p) for pattern in PACKAGES for p in sorted(prefix.glob(pattern)))
+    return [str(directory) for pattern in PACKAGES for directory in sorted(prefix.glob(pattern))]
 
 
 def _interpreter(python: str) -> str:

@@ -102,7 +102,7 @@ def test_another_version_of_the_engine_or_of_a_library_is_a_difference(
 ) -> None:
     locked = lockfile.resolved(planner(store))
     monkeypatch.setattr(vllm, "engine_version", lambda python: "2.0.0")
-    monkeypatch.setattr(explain, "installed", lambda: dict.fromkeys(explain.LIBRARIES, "9.9+cpu"))
+    monkeypatch.setattr(explain, "installed_version", lambda name: "9.9+cpu")
     found = {d.name: d for d in lockfile.differences(locked, planner(store))}
     assert set(found) == {"service engine", *(f"package {name}" for name in explain.LIBRARIES)}
     assert found["service engine"].new == "2.0.0"

@@ -160,9 +160,9 @@ def test_a_package_that_a_stage_declares_makes_it_anew_when_its_version_changes(
     config: Config, store: Store, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setitem(graph.KINDS, "prompts", replace(graph.KINDS["prompts"], packages=("torch",)))
-    monkeypatch.setattr(plan, "installed", lambda: {"torch": "3.0"})
+    monkeypatch.setattr(plan, "installed_version", lambda name: "3.0")
     digests = publish_all(store, Planner(config, store))
-    monkeypatch.setattr(plan, "installed", lambda: {"torch": "3.1"})
+    monkeypatch.setattr(plan, "installed_version", lambda name: "3.1")
     step = Planner(config, store).step("prompts", digests)
     assert (step.state, step.reason) == (State.run, "changed: package torch 3.0 -> 3.1")
 

