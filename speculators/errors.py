@@ -14,7 +14,6 @@ Every error says what is wrong in `message` and how to mend it in `hint`.
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Iterable
 
 
@@ -59,6 +58,8 @@ class ContractError(RunError):
 
 def closest(name: str, known: Iterable[str], listed: Iterable[str] | None = None) -> str:
     """Say the closest match of a mistyped name, or list what there is; `listed`, where all is too much to read."""
+    import difflib  # here: every worker imports this module, and few need a closest match
+
     names = sorted(known)
     match = difflib.get_close_matches(name, names, n=1, cutoff=0.5)
     there = names if listed is None else sorted(listed)

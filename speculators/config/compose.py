@@ -198,11 +198,6 @@ def _missing(plain: dict[str, Any], prefix: str = "") -> Iterator[str]:
             yield from _missing(value, f"{prefix}{name}.")
 
 
-def as_yaml(config: Config) -> str:
-    """The resolved recipe as YAML, for people."""
-    return OmegaConf.to_yaml(OmegaConf.structured(config))
-
-
 def _register(words: Sequence[str]) -> tuple[list[str], dict[str, Path]]:
     """Make the recipes and every schema known to Hydra; a recipe given by path becomes one by name.
 
