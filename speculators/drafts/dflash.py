@@ -35,7 +35,6 @@ import torch
 from torch import Tensor, nn
 
 from speculators.config.algorithms import DFlash, Speculator, Weighting
-from speculators.drafts.attention import Span, anchored_attention, context_places, spans
 from speculators.drafts.base import (
     TARGETS,
     Draft,
@@ -46,7 +45,6 @@ from speculators.drafts.base import (
     draw,
     layer_config,
 )
-from speculators.drafts.flex import AnchorMask
 from speculators.drafts.induction import MATCH, Fit, principal, slow_places
 from speculators.drafts.layers import (
     MLP,
@@ -56,10 +54,12 @@ from speculators.drafts.layers import (
     RMSNorm,
     Rotary,
     initialise,
-    rotate,
 )
 from speculators.errors import ContractError
 from speculators.features.batch import Pack
+from speculators.ops.attention import anchored_attention
+from speculators.ops.functional import apply_rotary
+from speculators.ops.masks import AnchorMask, anchor_mask, context_positions
 
 SLIDING = "sliding_attention"
 ALONE = 20.0
@@ -98,8 +98,8 @@ class Layer(nn.Module):
         super().__init__()
         self.self_attn = Attention(config, config.hidden_size, head_norm=True)
         self.mlp = MLP(config)
-        self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps, for_products=True)
-        self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps, for_products=True)
+        self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps, feeds_matmul=True)
+        self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps, feeds_matmul=True)
         self.window, self.causal = window, causal
 
     def finish(self, attended: Tensor, stream: Tensor) -> Tensor:
@@ -133,7 +133,7 @@ class DFlashDraft(Draft):
         self.options = DFlash()
         width, read = shape.hidden_size, len(config["aux_hidden_state_layer_ids"])
         self.fc = Linear(read * width, width)
-        self.hidden_norm = RMSNorm(width, shape.rms_norm_eps, for_products=True)
+        self.hidden_norm = RMSNorm(width, shape.rms_norm_eps, feeds_matmul=True)
         count = plain["num_hidden_layers"]
         slides = [kind == SLIDING for kind in plain.get("layer_types") or ["full_attention"] * count]
         causal = not config.get("sliding_window_non_causal", False)
@@ -312,7 +312,7 @@ class DFlashDraft(Draft):
         context_turn = self.rotary(at.positions[at.context])
         rows = torch.cat([pack.token_ids[at.anchors], pack.token_ids.new_tensor([self.mask_token_id])])
         stream = nn.functional.embedding(rows, self.embed_tokens.weight).float()
-        over: dict[int | None, list[Span] | AnchorMask] = {}
+        over: dict[int | None, AnchorMask] = {}
         for index, layer in enumerate(self.layers):
             assert isinstance(layer, Layer)
             read = layer.input_layernorm(stream)
@@ -320,12 +320,12 @@ class DFlashDraft(Draft):
             q, k, v = attention.queries(read), attention.keys(read), attention.values(read)
             if index == 0:  # all masks are still the same row, which is projected once
                 q, k, v, stream = (self._laid_out(x) for x in (q, k, v, stream))
-            q, k = rotate(q, (cosine, sine)), rotate(k, (cosine, sine))
+            q, k = apply_rotary(q, cosine, sine), apply_rotary(k, cosine, sine)
             if index == len(self.layers) - 1:  # the anchor proposes nothing
                 q, stream = q[:, 1:], stream[:, 1:]
             if layer.window not in over:
-                over[layer.window] = spans(pack.documents(), at.anchors, self.slots, layer.window)
-            seen = (rotate(attention.keys(context), context_turn), attention.values(context))
+                over[layer.window] = anchor_mask(pack.documents(), at.anchors, layer.window)
+            seen = (apply_rotary(attention.keys(context), *context_turn), attention.values(context))
             stream = layer.finish(anchored_attention(q, seen, (k, v), over[layer.window], layer.causal), stream)
         return stream
 
@@ -350,7 +350,7 @@ class DFlashDraft(Draft):
         target_KR = target_KR.clamp(max=total - 1)
         return Layout(
             anchors=anchors,
-            context=context_places(pack.documents(), anchors),
+            context=context_positions(pack.documents(), anchors),
             positions=places_T - starts_T,
             target=target_KR,
             valid=inside_KR & pack.loss_mask[(target_KR + 1).clamp(max=total - 1)] & asked_T[anchors],

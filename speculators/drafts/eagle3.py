@@ -31,9 +31,7 @@ import torch
 from torch import Tensor, nn
 
 from speculators.config.algorithms import DraftArch, Eagle3, Speculator
-from speculators.drafts.attention import Block, KeyValues, causal_blocks, unrolled_attention
 from speculators.drafts.base import Draft, Predictions, Supervision, TargetParts, Vocabulary, draw, layer_config
-from speculators.drafts.flex import CausalMask
 from speculators.drafts.induction import MATCH, Fit, principal, slow_places, widened
 from speculators.drafts.layers import (
     MLP,
@@ -43,9 +41,11 @@ from speculators.drafts.layers import (
     RMSNorm,
     Rotary,
     initialise,
-    rotate,
 )
 from speculators.features.batch import Pack
+from speculators.ops.attention import KeyValues, causal_attention
+from speculators.ops.functional import apply_rotary
+from speculators.ops.masks import CausalMask, causal_mask
 
 SERVED_LAYERS = 3
 """Target layers that vLLM takes for granted where a draft of Llama layers does not say `num_aux_hidden_states`."""
@@ -67,9 +67,9 @@ class Layout:
     """Place whose distribution step k predicts [K, R]; anything where it is not valid."""
     valid: Tensor
     """bool [K, R]: that place is in the same document and supervised."""
-    source_blocks: list[Block] | CausalMask
+    source_mask: CausalMask | None
     """For attention of every source; needed only by layers below the last."""
-    asking_blocks: list[Block] | CausalMask
+    asking_mask: CausalMask
     """For attention of the asking ones."""
 
 
@@ -83,9 +83,9 @@ class Layer(nn.Module):
         self.mlp = MLP(config)
         # What becomes the stream stays in float32, and what lies beside it there too.
         short = not (first and norm_before_residual)
-        self.input_layernorm = RMSNorm(width, config.rms_norm_eps, for_products=short)
-        self.post_attention_layernorm = RMSNorm(width, config.rms_norm_eps, for_products=True)
-        self.hidden_norm = RMSNorm(width, config.rms_norm_eps, for_products=short) if first else None
+        self.input_layernorm = RMSNorm(width, config.rms_norm_eps, feeds_matmul=short)
+        self.post_attention_layernorm = RMSNorm(width, config.rms_norm_eps, feeds_matmul=True)
+        self.hidden_norm = RMSNorm(width, config.rms_norm_eps, feeds_matmul=short) if first else None
         self.norm_before_residual = norm_before_residual
 
     def attend_to(self, embedded: Tensor, state: Tensor) -> tuple[Tensor, Tensor]:
@@ -120,7 +120,7 @@ class Eagle3Draft(Draft):
         self.drawn, self.seed = False, 0
         self.norm_output = bool(config["norm_output"])
         width, read = shape.hidden_size, len(config["eagle_aux_hidden_state_layer_ids"])
-        norm = partial(RMSNorm, eps=shape.rms_norm_eps, for_products=True)
+        norm = partial(RMSNorm, eps=shape.rms_norm_eps, feeds_matmul=True)
         self.input_norm = norm(read * width) if config["norm_before_fc"] else None
         every = (norm(width) for _ in range(read))
         self.fc_norm = nn.ModuleList(every) if config.get("fc_norm") else None
@@ -259,19 +259,20 @@ class Eagle3Draft(Draft):
             assert isinstance(layer, Layer)
             attention = layer.self_attn
             read, stream = layer.attend_to(embedded, state)
-            keys, values = rotate(attention.keys(read), turn), attention.values(read)
-            blocks, asked_turn = at.asking_blocks, turn
+            keys, values = apply_rotary(attention.keys(read), *turn), attention.values(read)
+            mask, asked_turn = at.asking_mask, turn
             if step > 0:
                 caches[index].own.append((keys, values))
             else:
                 caches.append(KeyValues(keys, values, []))
                 if index < len(self.layers) - 1:
-                    blocks = at.source_blocks
+                    assert at.source_mask is not None
+                    mask = at.source_mask
                 else:  # nobody attends to this layer's output: only the rows that supervision asks for go on
                     read, stream = read.index_select(0, at.asking), stream.index_select(0, at.asking)
                     asked_turn = (turn[0][at.asking], turn[1][at.asking])
-            queries = rotate(attention.queries(read), asked_turn)
-            state = layer.finish(unrolled_attention(queries, caches[index], blocks), stream)
+            queries = apply_rotary(attention.queries(read), *asked_turn)
+            state = layer.finish(causal_attention(queries, caches[index], mask), stream)
         return state
 
     def layout(self, pack: Pack) -> Layout:
@@ -298,6 +299,6 @@ class Eagle3Draft(Draft):
             tokens=pack.token_ids[target_KS[:, asking]],
             target=target_KS[:, asking],
             valid=valid_KS[:, asking],
-            source_blocks=causal_blocks(documents, everyone) if len(self.layers) > 1 else [],
-            asking_blocks=causal_blocks(documents, asking),
+            source_mask=causal_mask(documents, everyone) if len(self.layers) > 1 else None,
+            asking_mask=causal_mask(documents, asking),
         )

@@ -1,7 +1,6 @@
-"""Building blocks that several drafts share: norm, rotary positions, products, MLP.
+"""Modules that several drafts share: RMSNorm, linear layer, rotary embedding, attention projections, MLP.
 
-All of it works on packed rows, [tokens, width], without a batch dimension. On a CPU, `ops.cpu` does in one pass what
-torch would do in several.
+All of them work on packed rows, [tokens, width], without a batch dimension, and compute by the functions of `ops`.
 
 Shapes: R rows; H width; G key-value heads; Q query heads; D head width.
 """
@@ -17,11 +16,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from speculators.errors import ContractError
-from speculators.ops import cpu
-from speculators.ops.cpu import Kernels
-
-ROWS = 64
-"""Of a product in a short format on a CPU, the number of rows is a multiple of this."""
+from speculators.ops import functional
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -45,88 +40,27 @@ class LayerConfig:
 
 
 class RMSNorm(nn.Module):
-    """Root-mean-square norm, computed in float32.
+    """Root-mean-square norm; `feeds_matmul` as in `functional.rms_norm`."""
 
-    With `for_products`, what it gives goes into products alone, and has their format where native loops make it.
-    """
-
-    def __init__(self, width: int, eps: float, for_products: bool = False) -> None:
+    def __init__(self, width: int, eps: float, feeds_matmul: bool = False) -> None:
         super().__init__()
         self.weight = nn.Parameter(torch.ones(width))
-        self.eps, self.for_products = eps, for_products
+        self.eps, self.feeds_matmul = eps, feeds_matmul
 
-    def forward(self, x: Tensor) -> Tensor:
-        """[..., width] of any dtype -> the same shape, in float32 or for products."""
-        if loops := cpu.kernels(x, self.weight):
-            short = self.for_products and torch.is_autocast_enabled("cpu")
-            dtype = torch.get_autocast_dtype("cpu") if short else torch.float32
-            out: Tensor = _Norm.apply(loops, x.contiguous(), self.weight, self.eps, dtype)
-            return out
-        return nn.functional.rms_norm(x.float(), (x.shape[-1],), self.weight, self.eps)
-
-
-class _Norm(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, loops: Kernels, x: Tensor, weight: Tensor, eps: float, dtype: torch.dtype) -> Tensor:
-        out, inverse = loops.norm(x, weight, eps, dtype)
-        ctx.loops = loops
-        ctx.save_for_backward(x, weight, inverse)
-        return out
-
-    @staticmethod
-    def backward(ctx: Any, *slopes: Tensor) -> tuple[Tensor | None, ...]:
-        of_x, of_weight = ctx.loops.norm_slopes(slopes[0].contiguous(), *ctx.saved_tensors)
-        return None, of_x, of_weight, None, None
-
-
-def whole_blocks(x: Tensor, dtype: torch.dtype) -> Tensor:
-    """Rows [n, W] as `dtype`, and behind them rows of zeros up to a multiple of `ROWS` where that is faster.
-
-    On a CPU, oneDNN makes products in short formats, and compiles each for every number of rows that it has not met
-    before, which takes longer than most of them. Hardly two steps have the same number.
-    """
-    count, short = len(x), -len(x) % ROWS
-    if not short or x.device.type != "cpu" or dtype not in (torch.bfloat16, torch.float16):
-        return x.to(dtype)
-    out = x.new_empty(count + short, *x.shape[1:], dtype=dtype)
-    out[:count] = x
-    out[count:] = 0.0
-    return out
+    def forward(self, hidden_states: Tensor) -> Tensor:
+        """[..., width] of any format -> the same shape, float32 unless the output feeds matrix products only."""
+        return functional.rms_norm(hidden_states, self.weight, self.eps, self.feeds_matmul)
 
 
 class Linear(nn.Linear):
-    """A product with a matrix, nothing added; see `whole_blocks`.
-
-    On a CPU the matrix is rounded for products in a short format once for every value that it takes (`rounded`). Its
-    gradient is made in that format, and kept in it where `weight.grad_dtype` says so.
-    """
+    """Linear layer without bias, computed by `functional.linear`."""
 
     def __init__(self, width_in: int, width_out: int) -> None:
         super().__init__(width_in, width_out, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
-        """[..., width_in] -> [..., width_out], in the format that products are to have."""
-        if x.device.type != "cpu" or not torch.is_autocast_enabled("cpu"):
-            return super().forward(x)
-        rows = x.reshape(-1, x.shape[-1])
-        dtype = torch.get_autocast_dtype("cpu")
-        out: Tensor = _Product.apply(whole_blocks(rows, dtype), self.weight, cpu.rounded(self.weight, dtype))
-        return (out if len(out) == len(rows) else out[: len(rows)]).unflatten(0, x.shape[:-1])
-
-
-class _Product(torch.autograd.Function):
-    """Rows [n, W] @ matrix.T, which is there in their format too."""
-
-    @staticmethod
-    def forward(ctx: Any, rows: Tensor, matrix: Tensor, rounded: Tensor) -> Tensor:
-        ctx.save_for_backward(rows, rounded)
-        return rows @ rounded.T
-
-    @staticmethod
-    def backward(ctx: Any, *slopes: Tensor) -> tuple[Tensor | None, ...]:
-        (slope,), (rows, rounded) = slopes, ctx.saved_tensors
-        of_rows, of_matrix, _ = ctx.needs_input_grad
-        return slope @ rounded if of_rows else None, slope.T @ rows if of_matrix else None, None
+        """[..., width_in] -> [..., width_out]."""
+        return functional.linear(x, self.weight)
 
 
 class Frozen(nn.Module):
@@ -148,7 +82,7 @@ class Trained(nn.Module):
 
 
 class Rotary(nn.Module):
-    """Rotary positions (Su et al. 2021, arXiv:2104.09864), the two halves of a head rotated against each other."""
+    """Rotary embedding (Su et al. 2021, arXiv:2104.09864): cosines and sines for `functional.apply_rotary`."""
 
     frequencies: Tensor
 
@@ -157,9 +91,9 @@ class Rotary(nn.Module):
         frequencies, self.scale = _frequencies(config)
         self.register_buffer("frequencies", frequencies, persistent=False)
 
-    def forward(self, positions: Tensor) -> tuple[Tensor, Tensor]:
-        """Positions int64 [R] -> cosine and sine, each [R, 1, D]."""
-        angles = positions.float()[:, None] * self.frequencies[None, :]
+    def forward(self, position_ids: Tensor) -> tuple[Tensor, Tensor]:
+        """Positions int64 [R] -> cos and sin, each float32 [R, 1, D]."""
+        angles = position_ids.float()[:, None] * self.frequencies[None, :]
         angles = torch.cat([angles, angles], dim=-1)[:, None, :]
         return angles.cos() * self.scale, angles.sin() * self.scale
 
@@ -188,33 +122,10 @@ def _frequencies(config: LayerConfig) -> tuple[Tensor, float]:
     return frequencies.float(), float(scale)
 
 
-def rotate(x: Tensor, cosine_sine: tuple[Tensor, Tensor]) -> Tensor:
-    """Rotate heads [..., heads, D] by their position; cosine and sine are [..., 1, D]. Gives float32."""
-    cosine, sine = cosine_sine
-    if loops := cpu.kernels(x, cosine):
-        out: Tensor = _Rotated.apply(loops, x.contiguous(), cosine.contiguous(), sine.contiguous())
-        return out
-    first, second = x.chunk(2, dim=-1)
-    return x * cosine + torch.cat([-second, first], dim=-1) * sine
-
-
-class _Rotated(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, loops: Kernels, x: Tensor, cosine: Tensor, sine: Tensor) -> Tensor:
-        ctx.loops, ctx.dtype = loops, x.dtype
-        ctx.save_for_backward(cosine, sine)
-        return loops.rotate(x, cosine, sine, torch.float32)
-
-    @staticmethod
-    def backward(ctx: Any, *slopes: Tensor) -> tuple[Tensor | None, ...]:
-        cosine, sine = ctx.saved_tensors
-        return None, ctx.loops.rotate(slopes[0].contiguous(), cosine, -sine, ctx.dtype), None, None
-
-
 class Attention(nn.Module):
-    """Projections around attention; `width_in` is the layer's width, or more for a concatenation.
+    """Projections of an attention layer; `width_in` is the layer's width, or more for a concatenation.
 
-    With `head_norm`, queries and keys are normed head by head before they are rotated, as in Qwen3.
+    With `head_norm`, an RMSNorm is applied to queries and keys, head by head, before they are rotated, as in Qwen3.
     """
 
     def __init__(self, config: LayerConfig, width_in: int, head_norm: bool = False) -> None:
@@ -227,29 +138,29 @@ class Attention(nn.Module):
         self.q_norm = RMSNorm(config.head_dim, config.rms_norm_eps) if head_norm else None
         self.k_norm = RMSNorm(config.head_dim, config.rms_norm_eps) if head_norm else None
 
-    def heads(self, projection: nn.Linear, x: Tensor) -> Tensor:
+    def heads(self, projection: nn.Linear, hidden_states: Tensor) -> Tensor:
         """Project [..., width_in] and split into heads [..., heads, D]."""
-        return projection(x).unflatten(-1, (-1, self.head_dim))
+        return projection(hidden_states).unflatten(-1, (-1, self.head_dim))
 
-    def queries(self, x: Tensor) -> Tensor:
-        """Queries of rows [..., width_in], not rotated yet [..., Q, D]."""
-        found = self.heads(self.q_proj, x)
-        return found if self.q_norm is None else self.q_norm(found)
+    def queries(self, hidden_states: Tensor) -> Tensor:
+        """Query states of rows [..., width_in], not rotated yet [..., Q, D]."""
+        query_states = self.heads(self.q_proj, hidden_states)
+        return query_states if self.q_norm is None else self.q_norm(query_states)
 
-    def keys(self, x: Tensor) -> Tensor:
-        """Keys of rows [..., width_in], not rotated yet [..., G, D]."""
-        found = self.heads(self.k_proj, x)
-        return found if self.k_norm is None else self.k_norm(found)
+    def keys(self, hidden_states: Tensor) -> Tensor:
+        """Key states of rows [..., width_in], not rotated yet [..., G, D]."""
+        key_states = self.heads(self.k_proj, hidden_states)
+        return key_states if self.k_norm is None else self.k_norm(key_states)
 
-    def values(self, x: Tensor) -> Tensor:
-        """Values of rows [..., width_in]: [..., G, D]."""
-        return self.heads(self.v_proj, x)
+    def values(self, hidden_states: Tensor) -> Tensor:
+        """Value states of rows [..., width_in]: [..., G, D]."""
+        return self.heads(self.v_proj, hidden_states)
 
 
 class MLP(nn.Module):
-    """Gated feed-forward layer with SiLU.
+    """SiLU-gated MLP: down_proj(silu(gate_proj(x)) * up_proj(x)).
 
-    With `recompute`, what is inside, several times as wide as the layer, is not kept for the backward pass.
+    With `recompute`, its intermediate activations are computed again in the backward pass instead of being kept.
     """
 
     recompute = False
@@ -260,28 +171,17 @@ class MLP(nn.Module):
         self.up_proj = Linear(config.hidden_size, config.intermediate_size)
         self.down_proj = Linear(config.intermediate_size, config.hidden_size)
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, hidden_states: Tensor) -> Tensor:
         """[R, H] -> [R, H]."""
-        out: Tensor = checkpoint(self._inside, x, use_reentrant=False) if self.recompute else self._inside(x)
+        if not self.recompute:
+            return self._compute(hidden_states)
+        out: Tensor = checkpoint(self._compute, hidden_states, use_reentrant=False)
         return out
 
-    def _inside(self, x: Tensor) -> Tensor:
-        gate, up = self.gate_proj(x), self.up_proj(x)
-        loops = cpu.kernels(gate, up)
-        out: Tensor = self.down_proj(_Gated.apply(loops, gate, up) if loops else nn.functional.silu(gate) * up)
+    def _compute(self, hidden_states: Tensor) -> Tensor:
+        gate, up = self.gate_proj(hidden_states), self.up_proj(hidden_states)
+        out: Tensor = self.down_proj(functional.silu_mul(gate, up))
         return out
-
-
-class _Gated(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, loops: Kernels, gate: Tensor, up: Tensor) -> Tensor:
-        gate, up, ctx.loops = gate.contiguous(), up.contiguous(), loops
-        ctx.save_for_backward(gate, up)
-        return loops.gated(gate, up)
-
-    @staticmethod
-    def backward(ctx: Any, *slopes: Tensor) -> tuple[Tensor | None, ...]:
-        return None, *ctx.loops.gated_slopes(slopes[0].contiguous(), *ctx.saved_tensors)
 
 
 def initialise(module: nn.Module, std: float, generator: torch.Generator) -> None:

@@ -1,4 +1,7 @@
-"""Single operations that torch does slowly: `cpu` has them as loops in C++, compiled on this machine.
+"""Operations of training, one public function each, whose implementation is chosen by the device of its tensors.
 
-Drafts, training and stages import `cpu`; whoever calls has the same in torch's operations, for when it says None.
+`functional` has RMSNorm, rotary embedding, SiLU-gated product and linear layer; `attention` and `masks` have attention
+over packed batches; `weights` changes weights and keeps rounded copies of them. Behind them are `cpu` (C++), `gpu`
+(flex attention) and `blockwise` (plain torch). Drafts, training and stages import the functions; this package imports
+nothing of ours but `config.algorithms`.
 """

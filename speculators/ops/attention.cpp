@@ -2,10 +2,10 @@
 //
 // Queries come in blocks [M, L, Q, D] whose queries see the same: of the context [C, G, D] the places from `first` up to
 // `end` [M], and the block's own keys [M, S, G, D]; with `causal`, the last L of S slots ask, and see none after their
-// own. Q / G query heads share a key. Scores are made again for the slopes, from the logarithms of what they were
+// own. Q / G query heads share a key. Scores are made again for the grads, from the logarithms of what they were
 // divided by (Dao et al. 2022, arXiv:2205.14135).
 //
-// A task is a block's queries of one group of heads, or for the slopes a run of blocks, because those of its context
+// A task is a block's queries of one group of heads, or for the grads a run of blocks, because those of its context
 // are sums over all of its blocks. Numbers of a task lie in a core's cache, in rows of whole vectors: D, C and S are
 // rounded up to lanes, and zeros fill the rest.
 
@@ -55,12 +55,12 @@ inline void by_fours(int64_t count, F call) {
 }
 
 template <int N, int T>
-inline void dot_tile(const float* q, int64_t row, const float* turned, int64_t stride, int64_t width, float* s,
+inline void dot_tile(const float* q, int64_t row, const float* transposed, int64_t stride, int64_t width, float* s,
                      int64_t s_row) {
   Lanes sums[N][T] = {};
   for (int64_t d = 0; d < width; ++d)
     for (int t = 0; t < T; ++t) {
-      const Lanes key = load(turned + d * stride + t * LANES);
+      const Lanes key = load(transposed + d * stride + t * LANES);
       for (int i = 0; i < N; ++i) sums[i][t] += q[i * row + d] * key;
     }
   for (int i = 0; i < N; ++i)
@@ -68,13 +68,13 @@ inline void dot_tile(const float* q, int64_t row, const float* turned, int64_t s
 }
 
 // s[i][k] = sum(q[i] * key k) for whole lanes of keys, which lie transposed [D, stride].
-void dots(const float* q, int64_t count, int64_t row, const float* turned, int64_t stride, int64_t width, int64_t keys,
+void dots(const float* q, int64_t count, int64_t row, const float* transposed, int64_t stride, int64_t width, int64_t keys,
           float* s, int64_t s_row) {
   by_fours(count, [&](auto n, int64_t i) {
     int64_t k = 0;
     for (; k + 4 * LANES <= keys; k += 4 * LANES)
-      dot_tile<n, 4>(q + i * row, row, turned + k, stride, width, s + i * s_row + k, s_row);
-    for (; k < keys; k += LANES) dot_tile<n, 1>(q + i * row, row, turned + k, stride, width, s + i * s_row + k, s_row);
+      dot_tile<n, 4>(q + i * row, row, transposed + k, stride, width, s + i * s_row + k, s_row);
+    for (; k < keys; k += LANES) dot_tile<n, 1>(q + i * row, row, transposed + k, stride, width, s + i * s_row + k, s_row);
   });
 }
 
@@ -106,13 +106,13 @@ void mix(const float* p, int64_t p_row, int64_t p_column, int64_t to, int64_t co
   });
 }
 
-// Rows [n, stride] of `width` numbers: each in whole lanes, and if asked for transposed [width, n in whole lanes].
-void lay_out(const float* from, int64_t n, int64_t stride, int64_t width, float* rows, float* turned) {
+// Rows [n, stride] of `width` numbers: each in whole lanes, and if queries for transposed [width, n in whole lanes].
+void lay_out(const float* from, int64_t n, int64_t stride, int64_t width, float* rows, float* transposed) {
   const int64_t row = whole(width), columns = whole(n);
   for (int64_t k = 0; k < n; ++k) {
     std::copy_n(from + k * stride, width, rows + k * row);
-    if (turned)
-      for (int64_t d = 0; d < width; ++d) turned[d * columns + k] = from[k * stride + d];
+    if (transposed)
+      for (int64_t d = 0; d < width; ++d) transposed[d * columns + k] = from[k * stride + d];
   }
 }
 
@@ -165,10 +165,10 @@ struct Task {
       for (int64_t d = 0; d < z.width; ++d) to[i * row + d] = from[z.query(block, group, i) + d] * scale;
   }
   // Products of queries with what a block sees, [queries, columns]; what lies between is anything.
-  void products(const std::vector<float>& with, const Turned& turned, int64_t begin, const float* own, int64_t block,
+  void products(const std::vector<float>& with, const Turned& transposed, int64_t begin, const float* own, int64_t block,
                 int64_t group, std::vector<float>& found) {
     found.resize(z.queries() * columns);
-    dots(with.data(), z.queries(), row, turned.at(group, begin), turned.columns, z.width, before, found.data(),
+    dots(with.data(), z.queries(), row, transposed.at(group, begin), transposed.columns, z.width, before, found.data(),
          columns);
     lay_out(own + (block * z.slots * z.groups + group) * z.width, z.slots, z.groups * z.width, z.width, own_rows.data(),
             own_turned.data());
@@ -183,7 +183,7 @@ struct Task {
   }
 };
 
-void attend(const Sizes& z, const float* q, const float* keys, const float* values, const float* own_keys,
+void attention(const Sizes& z, const float* q, const float* keys, const float* values, const float* own_keys,
             const float* own_values, const int64_t* first, const int64_t* end, float* out, float* logs, int threads) {
   const Turned k(z, keys, threads);
   const Rows v(z, values);
@@ -236,21 +236,21 @@ struct Slopes {
 };
 
 // Of one block; `of_keys` and `of_values` are those of the group's context, in rows of whole lanes.
-void block_slopes(Task& task, std::vector<float>& slopes, std::vector<float>& pull, int64_t m, int64_t g, int64_t begin,
-                  const float* slope, const float* out, const float* logs, const float* q, const Rows& key_rows,
+void block_slopes(Task& task, std::vector<float>& grads, std::vector<float>& pull, int64_t m, int64_t g, int64_t begin,
+                  const float* grad, const float* out, const float* logs, const float* q, const Rows& key_rows,
                   const Turned& k, const Turned& v, const float* own_keys, const float* own_values, float* of_keys, float* of_values,
                   const Slopes& of) {
   const Sizes& z = task.z;
   const float scale = 1.0f / std::sqrt(float(z.width));
   const int64_t own = (m * z.slots * z.groups + g) * z.width, stride = z.groups * z.width;
-  task.take(slope, m, g, 1.0f, slopes);
-  task.products(slopes, v, begin, own_values, m, g, pull);
+  task.take(grad, m, g, 1.0f, grads);
+  task.products(grads, v, begin, own_values, m, g, pull);
   task.take(q, m, g, scale, task.q);
   task.products(task.q, k, begin, own_keys, m, g, task.s);
   for (int64_t i = 0; i < z.queries(); ++i) {
     const int64_t at = z.query(m, g, i);
     const float log = logs[at / z.width];
-    const float mean = total(z.width, [=](int64_t d) { return slope[at + d] * out[at + d]; });
+    const float mean = total(z.width, [=](int64_t d) { return grad[at + d] * out[at + d]; });
     float* const p = task.s.data() + i * task.columns;
     float* const h = pull.data() + i * task.columns;
 #pragma omp simd
@@ -266,17 +266,17 @@ void block_slopes(Task& task, std::vector<float>& slopes, std::vector<float>& pu
   for (int64_t i = 0; i < z.queries(); ++i)
     for (int64_t d = 0; d < z.width; ++d) of.q[z.query(m, g, i) + d] = moved[i * task.row + d] * scale;
   mix(pull.data(), 1, task.columns, task.seen, z.queries(), task.q.data(), task.row, of_keys + begin * task.row);
-  mix(s, 1, task.columns, task.seen, z.queries(), slopes.data(), task.row, of_values + begin * task.row);
+  mix(s, 1, task.columns, task.seen, z.queries(), grads.data(), task.row, of_values + begin * task.row);
   const auto put_own = [&](const float* by, const std::vector<float>& with, float* to) {
     std::fill(own_moved.begin(), own_moved.end(), 0.0f);
     mix(by + task.before, 1, task.columns, z.slots, z.queries(), with.data(), task.row, own_moved.data());
     for (int64_t j = 0; j < z.slots; ++j) std::copy_n(own_moved.data() + j * task.row, z.width, to + own + j * stride);
   };
   put_own(pull.data(), task.q, of.own_keys);
-  put_own(s, slopes, of.own_values);
+  put_own(s, grads, of.own_values);
 }
 
-void attend_slopes(const Sizes& z, const float* slope, const float* out, const float* logs, const float* q,
+void attention_backward(const Sizes& z, const float* grad, const float* out, const float* logs, const float* q,
                    const float* keys, const float* values, const float* own_keys, const float* own_values,
                    const int64_t* first, const int64_t* end, const Slopes& of, int threads) {
   const Rows key_rows(z, keys);
@@ -293,13 +293,13 @@ void attend_slopes(const Sizes& z, const float* slope, const float* out, const f
 #pragma omp parallel num_threads(threads)
   {
     Task task(z);
-    std::vector<float> slopes(z.queries() * task.row), pull;
+    std::vector<float> grads(z.queries() * task.row), pull;
 #pragma omp for schedule(dynamic, 1)
     for (int64_t at = 0; at < count * z.groups; ++at) {
       const int64_t r = order[at / z.groups], g = at % z.groups;
       for (int64_t m = bounds[r]; m < bounds[r + 1]; ++m) {
         task.at(end[m] - first[m]);
-        block_slopes(task, slopes, pull, m, g, first[m], slope, out, logs, q, key_rows, k, v, own_keys, own_values,
+        block_slopes(task, grads, pull, m, g, first[m], grad, out, logs, q, key_rows, k, v, own_keys, own_values,
                      of_keys.data() + g * z.context * row, of_values.data() + g * z.context * row, of);
       }
     }
@@ -317,20 +317,20 @@ void attend_slopes(const Sizes& z, const float* slope, const float* out, const f
 
 extern "C" {
 
-void speculators_attend(const float* q, const float* keys, const float* values, const float* own_keys,
+void speculators_attention(const float* q, const float* keys, const float* values, const float* own_keys,
                         const float* own_values, const int64_t* first, const int64_t* end, float* out, float* logs,
                         int64_t blocks, int64_t length, int64_t heads, int64_t width, int64_t context, int64_t groups,
                         int64_t slots, int causal, int threads) {
-  attend({blocks, length, heads, width, context, groups, slots, causal}, q, keys, values, own_keys, own_values, first,
+  attention({blocks, length, heads, width, context, groups, slots, causal}, q, keys, values, own_keys, own_values, first,
          end, out, logs, threads);
 }
 
-void speculators_attend_slopes(const float* slope, const float* out, const float* logs, const float* q,
+void speculators_attention_backward(const float* grad, const float* out, const float* logs, const float* q,
                                const float* keys, const float* values, const float* own_keys, const float* own_values,
-                               const int64_t* first, const int64_t* end, float* of_q, float* of_keys, float* of_values,
+                               const int64_t* first, const int64_t* end, float* grad_q, float* of_keys, float* of_values,
                                float* of_own_keys, float* of_own_values, int64_t blocks, int64_t length, int64_t heads,
                                int64_t width, int64_t context, int64_t groups, int64_t slots, int causal, int threads) {
-  attend_slopes({blocks, length, heads, width, context, groups, slots, causal}, slope, out, logs, q, keys, values,
-                own_keys, own_values, first, end, {of_q, of_keys, of_values, of_own_keys, of_own_values}, threads);
+  attention_backward({blocks, length, heads, width, context, groups, slots, causal}, grad, out, logs, q, keys, values,
+                own_keys, own_values, first, end, {grad_q, of_keys, of_values, of_own_keys, of_own_values}, threads);
 }
 }

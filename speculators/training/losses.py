@@ -26,9 +26,9 @@ from torch import Tensor
 
 from speculators.config.algorithms import Loss
 from speculators.drafts.base import Predictions, Vocabulary
-from speculators.drafts.layers import whole_blocks
 from speculators.features.batch import Pack
 from speculators.ops import cpu
+from speculators.ops.functional import padded_rows
 from speculators.training.divergences import cost
 
 CHUNK_ELEMENTS = {"cpu": 1 << 23, "cuda": 1 << 27}
@@ -63,7 +63,7 @@ class Teacher:
 
     def through(self, head: Tensor, last: Tensor) -> Tensor:
         """States -> what a head that is in the format of the product already makes of them, in that format [U, V]."""
-        return (whole_blocks(self.normed(last), head.dtype) @ head.T)[: len(last)]
+        return (padded_rows(self.normed(last), head.dtype) @ head.T)[: len(last)]
 
     @property
     def plain(self) -> bool:
@@ -216,7 +216,7 @@ class _Walk:
             product = how.teacher.through(self.teacher_head, self.last[self.places_U[begin:end]])
             # More predictions of one place than fit are computed in turns.
             for picked in self.order_N[bounds[begin] : bounds[end]].split(rows):
-                hidden = whole_blocks(self.hidden_NH[picked], how.dtype)
+                hidden = padded_rows(self.hidden_NH[picked], how.dtype)
                 z = hidden @ self.head.T
                 weight = None if weight_N is None else weight_N[picked]
                 local, sloped = self.which_N[picked] - begin, slopes is not None or of_head is not None

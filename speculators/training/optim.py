@@ -21,6 +21,7 @@ from speculators.config.choices import Optimizer, Schedule
 from speculators.config.schema import Train
 from speculators.drafts.base import TARGETS
 from speculators.ops import cpu
+from speculators.ops.weights import apply_update, mark_changed
 from speculators.training.ranks import Ranks, rows
 
 FLOOR = 5e-3
@@ -174,14 +175,6 @@ def _gram(x: Tensor) -> Tensor:
     return (parts @ parts.mT).sum(0, keepdim=True)
 
 
-def _move(weight: Tensor, update: Tensor, keep: float, size: float) -> None:
-    """Let a weight become `keep` of itself less `size` of an update."""
-    if loops := cpu.kernels(weight, update):
-        return loops.move(weight, update.contiguous(), keep, size)
-    weight.mul_(keep).add_(update, alpha=-size)
-    return None
-
-
 class Optimizers:
     """What trains a draft: Muon for its matrices if asked, AdamW for the rest, one schedule for both.
 
@@ -237,15 +230,14 @@ class Optimizers:
             for name, update in zip(names, self._updates(names, shrink), strict=True):
                 # The same size of update as AdamW's, so that one learning rate serves both.
                 size = self.muon_lr * factor * 0.2 * math.sqrt(max(self.shapes[name]))
-                _move(self.matrices[name], update, 1.0 - self.muon_lr * factor * self.muon_weight_decay, size)
+                apply_update(self.matrices[name], update, 1.0 - self.muon_lr * factor * self.muon_weight_decay, size)
         for p in self.others.values():
             if shrink != 1.0 and p.grad is not None:
                 p.grad.mul_(shrink)
         for group in self.adamw.param_groups:
             group["lr"] = self.lr * factor
         self.adamw.step()
-        # What is made of a weight goes by its version (`cpu.rounded`), which this optimiser does not raise.
-        torch.autograd.graph.increment_version(list(self.others.values()))
+        mark_changed(self.others.values())  # fused AdamW does not raise the weights' version counters
         for p in self.parameters():
             p.grad = None
 
@@ -317,7 +309,7 @@ class Optimizers:
         momentum, gradient, beta = self.momenta[name], self._gradient(name), self.muon_momentum
         new = (1.0 - beta) * shrink
         if loops := cpu.kernels(momentum, *([] if asked is None else [asked])):
-            return loops.momentum(momentum, gradient, asked, beta, new, new / beta)
+            return loops.nesterov_momentum(momentum, gradient, asked, beta, new, new / beta)
         momentum.mul_(beta).add_(gradient, alpha=new)
         if asked is not None:
             asked.copy_(torch.add(momentum, gradient, alpha=new / beta))

@@ -204,5 +204,5 @@ def _norm(parameters: Iterable[nn.Parameter]) -> Tensor:
     """Of all gradients together, float32."""
     gradients = [p.grad for p in parameters if p.grad is not None]
     if loops := cpu.kernels(*gradients):
-        return torch.tensor(math.sqrt(sum(loops.squares(gradient) for gradient in gradients)))
+        return torch.tensor(math.sqrt(sum(loops.sum_of_squares(gradient) for gradient in gradients)))
     return nn.utils.get_total_norm(gradients)

@@ -15,12 +15,13 @@ from safetensors import safe_open
 
 from speculators.config.algorithms import DFlash, Loss, Weighting
 from speculators.config.schema import Train
-from speculators.drafts.attention import anchor_mask, anchored_attention, context_places, spans
 from speculators.drafts.base import Predictions
 from speculators.drafts.dflash import DFlashDraft, reach
 from speculators.errors import ContractError
 from speculators.evaluation.acceptance import Walk
-from speculators.ops import cpu
+from speculators.ops import cpu, gpu
+from speculators.ops.attention import anchored_attention
+from speculators.ops.masks import anchor_mask, context_positions
 from speculators.training.losses import Teacher, distill, run, sayable_next
 from speculators.training.optim import Optimizers
 
@@ -79,13 +80,14 @@ def test_attention_of_blocks_and_its_slopes_equal_a_dense_float64_reference(
     shapes = [(len(anchors), length, 4), (total, 2), (total, 2), (len(anchors), 4, 2), (len(anchors), 4, 2)]
     leaves = [torch.randn(*shape, 8, generator=draw).requires_grad_() for shape in shapes]
     q, keys, values, *own = leaves
-    places = context_places(blocks, anchors)
-    over = anchor_mask(blocks, anchors, window) if way == "flex" else spans(blocks, anchors, 4, window)
+    places = context_positions(blocks, anchors)
+    mask = anchor_mask(blocks, anchors, window)
+    attend = gpu.anchored_attention if way == "flex" else anchored_attention
     slope = torch.randn(len(anchors), length, 4 * 8, generator=draw)
 
     for leaf in leaves:
         leaf.requires_grad_(way != "flex")  # which torch computes on a CPU without slopes
-    found = anchored_attention(q, (keys[places], values[places]), (own[0], own[1]), over, causal)
+    found = attend(q, (keys[places], values[places]), (own[0], own[1]), mask, causal).flatten(2)
     expected = dense_attention(q, (keys, values), (own[0], own[1]), documents, anchors, causal, window)
     torch.testing.assert_close(found.double(), expected, atol=2e-6, rtol=1e-5)
     if way != "flex":

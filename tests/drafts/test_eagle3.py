@@ -16,12 +16,13 @@ from safetensors.torch import load_file
 
 from speculators.config.algorithms import DraftArch, Eagle3
 from speculators.config.schema import Train
-from speculators.drafts.attention import KeyValues, causal_blocks, causal_mask, unrolled_attention
 from speculators.drafts.base import Predictions, Vocabulary
 from speculators.drafts.eagle3 import Eagle3Draft
 from speculators.drafts.layers import LayerConfig, Rotary
 from speculators.errors import ContractError
-from speculators.ops import cpu
+from speculators.ops import cpu, gpu
+from speculators.ops.attention import KeyValues, causal_attention
+from speculators.ops.masks import causal_mask
 from speculators.targets.checkpoint import TargetCheckpoint
 from speculators.training.losses import Tally, Teacher, distill, sayable_next
 from speculators.training.optim import Optimizers
@@ -64,12 +65,16 @@ def test_attention_inside_documents_and_its_slopes_equal_a_dense_float64_referen
     q, keys, values, *own = leaves
     starts = [sum(documents[:i]) for i in range(len(documents))]
     cache = KeyValues(keys, values, list(zip(own[::2], own[1::2], strict=True)))
-    cut = causal_mask if way == "flex" else causal_blocks
     slope = torch.randn(len(asking), 4 * width, generator=draw)
 
     for leaf in leaves:
         leaf.requires_grad_(way != "flex")  # which torch computes on a CPU without slopes
-    found = unrolled_attention(q, cache, cut(list(zip(starts, documents, strict=True)), asking))
+    mask = causal_mask(list(zip(starts, documents, strict=True)), asking)
+    if way == "flex":
+        steps = [(keys, values), *cache.own]
+        found = gpu.causal_attention(q, [k for k, _ in steps], [v for _, v in steps], mask)
+    else:
+        found = causal_attention(q, cache, mask)
     expected = dense_attention(q, cache, documents, asking)
     torch.testing.assert_close(found.double(), expected, atol=2e-6, rtol=1e-5)
     if way != "flex":

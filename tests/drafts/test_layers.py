@@ -5,21 +5,22 @@ from __future__ import annotations
 import pytest
 import torch
 
-from speculators.drafts.layers import ROWS, Linear, whole_blocks
+from speculators.drafts.layers import Linear
+from speculators.ops.functional import ROW_MULTIPLE, padded_rows
 
 
 @pytest.mark.parametrize(
     ("rows", "dtype", "expected"),
     [
-        (1, torch.bfloat16, ROWS),
-        (ROWS, torch.bfloat16, ROWS),
-        (ROWS + 1, torch.float16, 2 * ROWS),
+        (1, torch.bfloat16, ROW_MULTIPLE),
+        (ROW_MULTIPLE, torch.bfloat16, ROW_MULTIPLE),
+        (ROW_MULTIPLE + 1, torch.float16, 2 * ROW_MULTIPLE),
         (0, torch.bfloat16, 0),
-        (ROWS + 1, torch.float32, ROWS + 1),
+        (ROW_MULTIPLE + 1, torch.float32, ROW_MULTIPLE + 1),
     ],
 )
-def test_rows_of_a_short_format_come_in_whole_blocks(rows: int, dtype: torch.dtype, expected: int) -> None:
-    found = whole_blocks(torch.ones(rows, 3), dtype)
+def test_rows_of_a_short_format_come_in_padded_rows(rows: int, dtype: torch.dtype, expected: int) -> None:
+    found = padded_rows(torch.ones(rows, 3), dtype)
     assert found.shape == (expected, 3)
     assert torch.equal(found[:rows], torch.ones(rows, 3, dtype=dtype))
     assert found[rows:].abs().sum() == 0

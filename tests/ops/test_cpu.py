@@ -80,9 +80,9 @@ def test_a_norm_and_its_slopes_are_those_of_torch(
     exact, of_exact = x.double().requires_grad_(), weight.double().requires_grad_()
     wanted = torch.nn.functional.rms_norm(exact, shape[-1:], of_exact, 1e-3)
     wanted.backward(slope.double())
-    out, inverse = loops.norm(x, weight, 1e-3, slope_dtype)
+    out, inverse = loops.rms_norm(x, weight, 1e-3, slope_dtype)
     close(out, wanted, slope_dtype)
-    of_x, of_weight = loops.norm_slopes(slope, x, weight, inverse)
+    of_x, of_weight = loops.rms_norm_backward(slope, x, weight, inverse)
     assert exact.grad is not None
     close(of_x, exact.grad, dtype)
     torch.testing.assert_close(of_weight, of_exact.grad.float(), atol=1e-4, rtol=1e-4)  # type: ignore[union-attr]
@@ -94,8 +94,8 @@ def test_a_gate_and_its_slopes_are_those_of_torch_however_large(loops: cpu.Kerne
     wide, beside = gate.float().requires_grad_(), up.float().requires_grad_()
     wanted = torch.nn.functional.silu(wide) * beside
     wanted.backward(slope.float())
-    close(loops.gated(gate, up), wanted, dtype)
-    for found, leaf in zip(loops.gated_slopes(slope, gate, up), (wide, beside), strict=True):
+    close(loops.silu_mul(gate, up), wanted, dtype)
+    for found, leaf in zip(loops.silu_mul_backward(slope, gate, up), (wide, beside), strict=True):
         assert leaf.grad is not None
         close(found, leaf.grad, dtype)
 
@@ -103,11 +103,11 @@ def test_a_gate_and_its_slopes_are_those_of_torch_however_large(loops: cpu.Kerne
 def test_what_is_rotated_is_turned_back_by_the_other_sine(loops: cpu.Kernels) -> None:
     x, angles = drawn(4, 5, 3, 8), drawn(4, 5, 1, 4)
     cosine, sine = torch.cat([angles.cos()] * 2, -1), torch.cat([angles.sin()] * 2, -1)
-    turned = loops.rotate(x, cosine, sine, WIDE)
+    turned = loops.apply_rotary(x, cosine, sine, WIDE)
     first, second = x.chunk(2, -1)
     close(turned, x * cosine + torch.cat([-second, first], -1) * sine, WIDE)
-    close(loops.rotate(turned, cosine, -sine, SHORT), x, SHORT)
-    close(loops.rotate(x.to(SHORT), cosine, sine, WIDE), turned, SHORT)
+    close(loops.apply_rotary(turned, cosine, -sine, SHORT), x, SHORT)
+    close(loops.apply_rotary(x.to(SHORT), cosine, sine, WIDE), turned, SHORT)
 
 
 @pytest.mark.parametrize("shape", [(5, 7), (64, 96), (70, 33), (1, 40), (40, 1)])
@@ -120,7 +120,7 @@ def test_a_momentum_takes_the_gradient_in_and_says_where_it_goes_also_transposed
     wanted = held * 0.9 + gradient.float() * 0.2
     for asked in (None, torch.empty(shape, dtype=dtype), torch.empty(shape[::-1], dtype=dtype).mT):
         moved = held.clone()
-        loops.momentum(moved, gradient, asked, 0.9, 0.2, 0.3)
+        loops.nesterov_momentum(moved, gradient, asked, 0.9, 0.2, 0.3)
         torch.testing.assert_close(moved, wanted, atol=1e-6, rtol=1e-6)
         if asked is not None:
             ahead = wanted + gradient.float() * 0.3
@@ -139,19 +139,19 @@ def test_a_polynomial_of_matrices_has_its_own_factors_for_each(loops: cpu.Kernel
 def test_a_weight_moves_by_an_update_and_a_sum_of_squares_is_one(loops: cpu.Kernels, dtype: torch.dtype) -> None:
     weight, update = drawn(33, 57), drawn(33, 57, dtype=dtype)
     wanted = weight * 0.99 - 0.1 * update.float()
-    loops.move(weight, update, 0.99, 0.1)
+    loops.apply_update(weight, None, update, 0.99, 0.1)
     torch.testing.assert_close(weight, wanted, atol=1e-6, rtol=1e-6)
-    assert loops.squares(update) == pytest.approx(float(update.double().square().sum()), rel=1e-6)
+    assert loops.sum_of_squares(update) == pytest.approx(float(update.double().square().sum()), rel=1e-6)
 
 
 def test_the_number_of_threads_does_not_change_a_bit(loops: cpu.Kernels) -> None:
     def all_of_it() -> list[Tensor]:
         z, asked, held = drawn(50, 333, dtype=SHORT), torch.empty(90, 70, dtype=SHORT).mT, drawn(70, 90)
         loss, _ = loops.losses(Loss.kl, z, drawn(17, 333), torch.arange(50) // 3, None, True)
-        loops.momentum(held, drawn(70, 90, scale=2.0), asked, 0.95, 0.05, 0.05)
+        loops.nesterov_momentum(held, drawn(70, 90, scale=2.0), asked, 0.95, 0.05, 0.05)
         x, slope, weight = drawn(77, 40), drawn(77, 40, dtype=SHORT), drawn(40)
-        slopes = loops.norm_slopes(slope, x, weight, loops.norm(x, weight, 1e-6, SHORT)[1])
-        return [loss, z, asked, held, *slopes, torch.tensor(loops.squares(held), dtype=torch.float64)]
+        slopes = loops.rms_norm_backward(slope, x, weight, loops.rms_norm(x, weight, 1e-6, SHORT)[1])
+        return [loss, z, asked, held, *slopes, torch.tensor(loops.sum_of_squares(held), dtype=torch.float64)]
 
     before, found = torch.get_num_threads(), []
     try:

@@ -11,7 +11,7 @@ from torch import nn
 from speculators.config.choices import Dtype, Optimizer, Schedule
 from speculators.config.schema import Train
 from speculators.drafts.layers import Linear
-from speculators.ops import cpu
+from speculators.ops.weights import rounded
 from speculators.training.optim import (
     FLOOR,
     Average,
@@ -183,8 +183,8 @@ def test_whoever_keeps_a_rounded_weight_sees_that_it_has_moved(optimizer: Optimi
         with torch.autocast("cpu", torch.bfloat16):
             net(torch.randn(5, 6)).square().mean().backward()
         parts = [part for part in net if isinstance(part, Linear)]
-        before = [cpu.rounded(part.weight, torch.bfloat16).clone() for part in parts]
+        before = [rounded(part.weight, torch.bfloat16).clone() for part in parts]
         optimizers.step(1.0)
         for part, old in zip(parts, before, strict=True):
-            assert torch.equal(cpu.rounded(part.weight, torch.bfloat16), part.weight.to(torch.bfloat16))
-            assert not torch.equal(cpu.rounded(part.weight, torch.bfloat16), old)
+            assert torch.equal(rounded(part.weight, torch.bfloat16), part.weight.to(torch.bfloat16))
+            assert not torch.equal(rounded(part.weight, torch.bfloat16), old)
