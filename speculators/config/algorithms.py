@@ -4,11 +4,22 @@ from __future__ import annotations
 
 import enum
 import math
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from speculators.config.fields import MISSING, Options, each, if_set, non_negative, not_empty, positive, ratio, semantic
+from speculators.config.fields import (
+    MISSING,
+    Options,
+    as_override,
+    each,
+    if_set,
+    non_negative,
+    not_empty,
+    positive,
+    ratio,
+    semantic,
+)
 from speculators.errors import RecipeError, closest
 
 
@@ -119,6 +130,10 @@ class Speculator(Options):
         """The `method` under which vLLM serves the checkpoint."""
         return self.algorithm
 
+    def check(self) -> Iterator[tuple[bool, str, str]]:
+        """Options of the draft that have to fit each other: (they do, what is wrong, what to give instead)."""
+        return iter(())
+
 
 @dataclass(kw_only=True, slots=True, repr=False)
 class Eagle3(Speculator):
@@ -149,11 +164,19 @@ class Eagle3(Speculator):
 
     def default_target_layer_ids(self, depth: int) -> list[int]:
         """A low, a middle and a high layer, as in the paper."""
-        return sorted({2, depth // 2, depth - 3})
+        return sorted({min(2, depth - 1), depth // 2, max(0, depth - 3)})
 
     def step_decay(self) -> float:
         """See `ttt_step_decay`."""
         return self.ttt_step_decay
+
+    def check(self) -> Iterator[tuple[bool, str, str]]:
+        """RMSNorm comes in one of two places."""
+        yield (
+            not (self.fc_norm and self.norm_before_fc),
+            "speculator.fc_norm=true: excludes speculator.norm_before_fc=true",
+            "speculator.norm_before_fc=false",
+        )
 
 
 @dataclass(kw_only=True, slots=True, repr=False)
@@ -202,6 +225,15 @@ class DFlash(Speculator):
     def needs_mask_token(self) -> bool:
         """See `mask_token_id`."""
         return self.mask_token_id is None
+
+    def check(self) -> Iterator[tuple[bool, str, str]]:
+        """D-PACE takes a confidence from the loss."""
+        yield (
+            self.weighting is not Weighting.dpace or loss_weights(self.loss_fn) in ({Loss.ce: 1.0}, {Loss.nla: 1.0}),
+            "speculator.weighting=dpace: takes the cross-entropy for the draft's confidence, or the likelihood of "
+            f"acceptance, not speculator.loss_fn={as_override(self.loss_fn)}",
+            "speculator.loss_fn=ce, speculator.loss_fn=nla or speculator.weighting=decay",
+        )
 
 
 def inputs_after(outputs: list[int]) -> list[int]:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from speculators.config.algorithms import SPECULATORS, DFlash, Eagle3, Loss, Speculator, Weighting, loss_weights
+from speculators.config.algorithms import SPECULATORS, Speculator, loss_weights
 from speculators.config.fields import as_override, violations
 from speculators.config.schema import Config
 from speculators.errors import RecipeError
@@ -59,23 +59,7 @@ def _combinations(config: Config) -> Iterator[tuple[bool, str, str]]:
             f"{name}.max_chars={dataset.max_chars}: is below {name}.min_chars={dataset.min_chars}",
             f"{name}.max_chars=null, or {name}.min_chars=1",
         )
-    if isinstance(config.speculator, DFlash):
-        yield from _combinations_of_dflash(config.speculator)
-    if isinstance(config.speculator, Eagle3):
-        yield (
-            not (config.speculator.fc_norm and config.speculator.norm_before_fc),
-            "speculator.fc_norm=true: excludes speculator.norm_before_fc=true",
-            "speculator.norm_before_fc=false",
-        )
-
-
-def _combinations_of_dflash(options: DFlash) -> Iterator[tuple[bool, str, str]]:
-    yield (
-        options.weighting is not Weighting.dpace or loss_weights(options.loss_fn) in ({Loss.ce: 1.0}, {Loss.nla: 1.0}),
-        f"speculator.weighting=dpace: takes the cross-entropy for the draft's confidence, or the likelihood of "
-        f"acceptance, not speculator.loss_fn={as_override(options.loss_fn)}",
-        "speculator.loss_fn=ce, speculator.loss_fn=nla or speculator.weighting=decay",
-    )
+    yield from config.speculator.check()
 
 
 def _refuse_secrets(config: Config) -> None:

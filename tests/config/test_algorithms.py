@@ -11,7 +11,7 @@ import pytest
 from speculators.config.algorithms import SPECULATORS
 
 PACKAGE = Path(__file__).parents[2] / "speculators"
-OWN = {PACKAGE / "config/algorithms.py", PACKAGE / "config/checks.py"}
+OWN = {PACKAGE / "config/algorithms.py"}
 NAMES = re.compile("|".join([*SPECULATORS, *(schema.__name__ for schema in SPECULATORS.values())]))
 
 
@@ -47,7 +47,7 @@ def test_no_other_module_names_an_algorithm(path: Path) -> None:
 def test_every_algorithm_says_what_the_package_asks_of_it(name: str) -> None:
     options = SPECULATORS[name]()
     assert options.algorithm == name
-    for depth in (4, 12, 80):
+    for depth in (1, 2, 4, 12, 80):
         layer_ids = options.default_target_layer_ids(depth)
         assert layer_ids == sorted(set(layer_ids))
         assert all(0 <= layer <= depth for layer in layer_ids)
