@@ -1,5 +1,5 @@
-"""The engine, vLLM, from the stages' side: requests to it, what hands hidden states over, what it counts.
+"""vLLM as the stages see it: an HTTP client, the transfer of hidden states, and the speculative-decoding metrics.
 
-Stages import `client` (through which `pool`, `transfer` and `mooncake` are used) and `metrics`. vLLM itself loads
-`connector`, inside the server's process, by its name on the command line (`runner/servers/vllm.py`).
+Stages import `client` (which uses `pool`, `transfer` and `mooncake`) and `metrics`. vLLM itself
+loads `connector`, inside the server's processes, through the module path on its command line (`runner/servers/vllm.py`).
 """

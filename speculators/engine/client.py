@@ -1,14 +1,13 @@
-"""Requests to vLLM servers: many in flight, retried where that can help, and one clear error when all are gone.
+"""An asynchronous client of vLLM servers: bounded concurrency, retries, and one clear error when all servers are gone.
 
     async with Client(endpoint, concurrency=32, retries=3, timeout=600.0) as client:
         answer = await client.chat(messages, item="conversation c7", max_tokens=64, temperature=0.0)
         again = await client.complete(answer.prompt_ids, item="conversation c7", max_tokens=64)
-        token_ids, states = (await client.hidden_states(token_ids, item="row 12")).take()
+        token_ids, hidden_states = (await client.hidden_states(token_ids, item="row 12")).load()
         async for result in client.map(work, items): ...
 
-What is retried, with exponential back-off: time-outs, broken connections, 429 and 5xx. What is not: a 4xx, which is
-about the item and names it. Where several servers answer the same requests they share them; which one gets what, and
-what is done about one that fails, is the affair of `pool`.
+Time-outs, broken connections, 429 and 5xx are retried with exponential back-off. Other 4xx are not: they are about the
+request, and the error names its item. Several servers that answer the same requests share them (see `pool`).
 """
 
 from __future__ import annotations
@@ -26,58 +25,69 @@ from typing import Any, TypeVar
 
 import httpx
 
-from speculators.engine.mooncake import Store
-from speculators.engine.pool import Pool, Server, explain
-from speculators.engine.transfer import Promised, promised
+from speculators.engine.mooncake import MooncakeStore
+from speculators.engine.pool import RESTART_HINT, EnginePool, EngineServer, summarize_log
+from speculators.engine.transfer import Transfer, announced_transfer
 from speculators.errors import ServiceError, StageError
 from speculators.job import Endpoint
 
-FIRST_PAUSE = 0.5
-"""Seconds before the second attempt; doubled for each further one."""
-LONGEST_PAUSE = 15.0
-TOKENS_IN_TIME = 2048
-"""Tokens, of prompt and answer together, that a request may ask for within `timeout`; for more it gets more time."""
+FIRST_BACKOFF_SECONDS = 0.5
+"""Delay before the second attempt; doubled for each further one."""
+MAX_BACKOFF_SECONDS = 15.0
+"""Longest delay between two attempts."""
+TOKENS_PER_TIMEOUT = 2048
+"""Tokens, prompt and answer together, of a request that gets `timeout`; a larger one gets proportionally more time."""
+HEALTH_CHECK_SECONDS = 2.0
+"""Interval of the health checks while a client waits for hidden states."""
 
-A = TypeVar("A")
-B = TypeVar("B")
+Item = TypeVar("Item")
+Result = TypeVar("Result")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Completion:
-    """One answer, as the server saw it."""
+    """An answer of the server, with the token ids that it read and sampled."""
 
     prompt_ids: list[int]
-    """The prompt after the chat template."""
+    """Token ids of the prompt, after the chat template."""
     token_ids: list[int]
-    """The sampled tokens, the end-of-sequence token with them."""
+    """The sampled token ids, the end-of-sequence token included."""
     text: str
+    """The answer as text, without special tokens."""
     finish_reason: str
+    """`stop` at an end-of-sequence token, `length` at max_tokens."""
     logprobs: list[dict[int, float]]
-    """Per sampled token {token id: log-probability} of the likeliest tokens; empty unless asked for."""
+    """Per sampled token {token id: log-probability} of the most probable tokens; empty unless requested."""
     kv_transfer_params: dict[str, Any]
+    """What the server's KV connector announces (see `transfer`); empty without one."""
     seconds: float
-    """From sending the request to having the answer, without time in the queue or for failed attempts."""
+    """Time from sending the request to receiving the answer, without the client's queue and failed attempts."""
     url: str = ""
-    """The server that gave it."""
+    """The server that answered."""
 
 
 class Client:
-    """An asynchronous client of one server, or of several that serve the same.
+    """An asynchronous client of one server, or of several that serve the same model.
 
-    `concurrency` bounds the requests in flight, whoever sends them. `timeout`, in seconds, is what a request of up to
-    `TOKENS_IN_TIME` tokens may take, and how long a server that is not healthy is waited for.
+    Args:
+        endpoint: the server, and the URLs of further ones.
+        concurrency: the largest number of requests in flight, over all callers.
+        retries: further attempts of a request that fails.
+        timeout: seconds that a request of up to `TOKENS_PER_TIMEOUT` tokens may take, and that an unhealthy server may
+            take to recover.
     """
 
     def __init__(self, endpoint: Endpoint, *, concurrency: int, retries: int, timeout: float) -> None:
         self.endpoint = endpoint
         self.concurrency = concurrency
         self.retried = 0
+        """Attempts that were repeated so far."""
         self._retries = retries
         self._timeout = timeout
         self._slots = asyncio.Semaphore(concurrency)
         servers = [endpoint, *(dataclasses.replace(endpoint, url=url, also=[]) for url in endpoint.also)]
-        self._store = Store(endpoint.mooncake) if endpoint.mooncake else None
-        self._pool = Pool(servers, connections=concurrency, timeout=timeout, patience=timeout)
+        self._store = MooncakeStore(endpoint.mooncake) if endpoint.mooncake else None
+        self._pool = EnginePool(servers, connections=concurrency, timeout=timeout, recovery_timeout=timeout)
 
     async def __aenter__(self) -> Client:
         return self
@@ -89,95 +99,119 @@ class Client:
         if self._store is not None:
             self._store.close()
 
-    async def chat(self, messages: Sequence[dict[str, Any]], *, item: str, near: str = "", **fields: Any) -> Completion:
-        """Answer a conversation. `fields` are the request's own (`max_tokens`, `temperature`, `logprobs`, `seed`...).
+    async def chat(
+        self, messages: Sequence[dict[str, Any]], *, item: str, affinity_key: str = "", **fields: Any
+    ) -> Completion:
+        """Generate the answer to a conversation.
 
-        `item` is what an error calls this request. Requests with the same `near` begin alike, and go to one server.
-        `logprobs=N` asks for the N likeliest tokens a position.
+        Args:
+            messages: the conversation, as {role, content} objects.
+            item: the name of the request in errors.
+            affinity_key: requests with the same key begin with the same tokens; they go to one server.
+            fields: fields of the request (`max_tokens`, `temperature`, `seed`, ...); `logprobs=N` asks for the N most
+                probable tokens per position.
+
+        Raises:
+            StageError: the server refuses this request.
+            ServiceError: no server answers it, or the server does not return token ids.
         """
         if "logprobs" in fields:
             fields |= {"logprobs": True, "top_logprobs": fields["logprobs"]}
-        body, said = await self._post("/v1/chat/completions", {"messages": list(messages), **fields}, item, near)
+        body, origin = await self._post(
+            "/v1/chat/completions", {"messages": list(messages), **fields}, item, affinity_key
+        )
         choice = body["choices"][0]
-        positions = (choice.get("logprobs") or {}).get("content") or []
+        entries = (choice.get("logprobs") or {}).get("content") or []
         answer = _completion(
             body,
             choice,
             text=choice["message"].get("content") or "",
             prompt_ids=body.get("prompt_token_ids"),
-            logprobs=[{_token_id(t["token"]): t["logprob"] for t in p["top_logprobs"]} for p in positions],
-            **said,
+            logprobs=[{_token_id(t["token"]): t["logprob"] for t in entry["top_logprobs"]} for entry in entries],
+            **origin,
         )
-        return answer if fields.get("kv_transfer_params") else await self._without_states(answer, item)
+        return answer if fields.get("kv_transfer_params") else await self._delete_unrequested(answer, item)
 
-    async def complete(self, prompt_ids: Sequence[int], *, item: str, near: str = "", **fields: Any) -> Completion:
-        """Continue token ids as they are, without a template; otherwise as `chat`."""
-        body, said = await self._post("/v1/completions", {"prompt": list(prompt_ids), **fields}, item, near)
+    async def complete(
+        self, prompt_ids: Sequence[int], *, item: str, affinity_key: str = "", **fields: Any
+    ) -> Completion:
+        """Continue `prompt_ids` without a chat template; arguments and errors as in `chat`."""
+        body, origin = await self._post("/v1/completions", {"prompt": list(prompt_ids), **fields}, item, affinity_key)
         choice = body["choices"][0]
-        positions = (choice.get("logprobs") or {}).get("top_logprobs") or []
+        entries = (choice.get("logprobs") or {}).get("top_logprobs") or []
         answer = _completion(
             body,
             choice,
             text=choice["text"],
             prompt_ids=choice.get("prompt_token_ids"),
-            logprobs=[{_token_id(token): value for token, value in (p or {}).items()} for p in positions],
-            **said,
+            logprobs=[{_token_id(token): value for token, value in (entry or {}).items()} for entry in entries],
+            **origin,
         )
-        return answer if fields.get("kv_transfer_params") else await self._without_states(answer, item)
+        return answer if fields.get("kv_transfer_params") else await self._delete_unrequested(answer, item)
 
-    async def tokenize(self, messages: Sequence[dict[str, Any]], *, item: str, near: str = "") -> list[int]:
-        """The token ids that `chat` would send these messages as, with the opening of the answer."""
-        body, _ = await self._post("/tokenize", {"messages": list(messages), "add_generation_prompt": True}, item, near)
+    async def tokenize(self, messages: Sequence[dict[str, Any]], *, item: str, affinity_key: str = "") -> list[int]:
+        """The prompt token ids of `messages` in `chat`: the chat template with the generation prompt."""
+        body, _ = await self._post(
+            "/tokenize", {"messages": list(messages), "add_generation_prompt": True}, item, affinity_key
+        )
         return list(body["tokens"])
 
-    async def hidden_states(self, token_ids: Sequence[int], *, item: str, near: str = "") -> Promised:
-        """Run the target over `token_ids` on a server in mode `extract`; returns when its states are there."""
+    async def hidden_states(self, token_ids: Sequence[int], *, item: str, affinity_key: str = "") -> Transfer:
+        """Run the target over `token_ids` on a server in mode `extract`; returns when its hidden states are written."""
         answer = await self.complete(
             token_ids,
             item=item,
-            near=near,
+            affinity_key=affinity_key,
             max_tokens=1,
             temperature=0.0,
             kv_transfer_params={"hidden_states": True},
-            # What another request left in the prefix cache was computed in other pieces, and differs in the last bits.
+            # Bypass the prefix cache: its entries were computed in other chunks, and differ in the last bits.
             cache_salt=uuid.uuid4().hex,
         )
-        return await self.states_of(answer, item=item)
+        return await self.requested_states(answer, item=item)
 
-    async def states_of(self, answer: Completion, *, item: str) -> Promised:
-        """The states of an answer whose request asked for them; returns when they are there."""
-        states = self._promised(answer, item)
-        if states is None:
+    async def requested_states(self, answer: Completion, *, item: str) -> Transfer:
+        """The hidden states of an answer whose request asked for them; returns when they are written.
+
+        Raises:
+            StageError: the server could not write them.
+            ServiceError: the answer announces none, they cannot be accessed, or they do not appear in time.
+        """
+        transfer = self._announced(answer, item)
+        if transfer is None:
             raise ServiceError(
                 f"the server answered {item} without hidden states",
-                f"it has to be served in mode `extract`, with a connector that keeps them (in a Mooncake store only "
-                f"with extract.connector=mooncake); its mode is `{self.endpoint.mode}`",
+                f"serve it in mode `extract` (its mode is `{self.endpoint.mode}`), with a KV connector that exports "
+                f"hidden states; for a Mooncake store set extract.connector=mooncake",
             )
-        if (problem := states.unseen(answer.url)) is not None:
-            raise problem
+        if (error := transfer.access_error(answer.url)) is not None:
+            raise error
         server = next(server for server in self._pool.servers if server.endpoint.url == answer.url)
-        await self._appear(states, server, self._limit(len(answer.prompt_ids) + len(answer.token_ids)))
-        return states
+        time_limit = self._time_limit(len(answer.prompt_ids) + len(answer.token_ids))
+        await self._wait_until_complete(transfer, server, time_limit)
+        return transfer
 
-    async def _without_states(self, answer: Completion, item: str) -> Completion:
-        """Remove the states of a request that did not ask for them: some connectors write those of every request."""
-        states = self._promised(answer, item)
-        if states is not None and states.unseen(answer.url) is None:
-            with contextlib.suppress(StageError):  # where they could not be written nothing is left
-                await asyncio.to_thread((await self.states_of(answer, item=item)).drop)
+    async def _delete_unrequested(self, answer: Completion, item: str) -> Completion:
+        """Delete hidden states that were not requested: some connectors write those of every request."""
+        transfer = self._announced(answer, item)
+        if transfer is not None and transfer.access_error(answer.url) is None:
+            with contextlib.suppress(StageError):  # the server could not write them: nothing to delete
+                await asyncio.to_thread((await self.requested_states(answer, item=item)).delete)
         return answer
 
-    def _promised(self, answer: Completion, item: str) -> Promised | None:
-        return promised(answer.kv_transfer_params, self.endpoint.directory, self._store, item)
+    def _announced(self, answer: Completion, item: str) -> Transfer | None:
+        return announced_transfer(answer.kv_transfer_params, self.endpoint.directory, self._store, item)
 
-    async def map(self, work: Callable[[A], Awaitable[B]], items: Iterable[A]) -> AsyncGenerator[B, None]:
-        """`work` on every item, `concurrency` of them at a time; yields results as they finish.
+    async def map(
+        self, work: Callable[[Item], Awaitable[Result]], items: Iterable[Item]
+    ) -> AsyncGenerator[Result, None]:
+        """Run `work` on every item, at most `concurrency` at a time; yields results as they finish.
 
-        `items` is drawn from as results are taken, so memory stays bounded. The first error stops the rest.
+        `items` is consumed as results are, so memory stays bounded. The first error cancels the rest.
         """
         remaining = iter(items)
-        running: set[asyncio.Future[B]] = set()
-        done: set[asyncio.Future[B]] = set()
+        running: set[asyncio.Future[Result]] = set()
+        done: set[asyncio.Future[Result]] = set()
         try:
             while True:
                 for item in remaining:
@@ -194,98 +228,106 @@ class Client:
                 task.cancel()
             await asyncio.gather(*running, *done, return_exceptions=True)
 
-    async def map_in_order(self, work: Callable[[A], Awaitable[B]], items: Iterable[A]) -> AsyncGenerator[B, None]:
+    async def map_in_order(
+        self, work: Callable[[Item], Awaitable[Result]], items: Iterable[Item]
+    ) -> AsyncGenerator[Result, None]:
         """As `map`, but results come in the order of the items.
 
-        So that a slow one does not leave the server idle, twice `concurrency` of them are begun or wait for their turn.
+        Up to twice `concurrency` items are started ahead, so that one slow item does not leave the server idle.
         """
-        begun: deque[asyncio.Future[B]] = deque()
+        started: deque[asyncio.Future[Result]] = deque()
         try:
             for item in items:
-                begun.append(asyncio.ensure_future(work(item)))
-                if len(begun) >= 2 * self.concurrency:
-                    yield await begun.popleft()
-            while begun:
-                yield await begun.popleft()
+                started.append(asyncio.ensure_future(work(item)))
+                if len(started) >= 2 * self.concurrency:
+                    yield await started.popleft()
+            while started:
+                yield await started.popleft()
         finally:
-            for task in begun:
+            for task in started:
                 task.cancel()
-            await asyncio.gather(*begun, return_exceptions=True)
+            await asyncio.gather(*started, return_exceptions=True)
 
     async def _post(
-        self, path: str, fields: dict[str, Any], item: str, near: str
+        self, path: str, fields: dict[str, Any], item: str, affinity_key: str
     ) -> tuple[dict[str, Any], dict[str, Any]]:
-        """The body of an answer; and which server gave it, after how many seconds."""
+        """Send a request, with retries. Returns the answer's body, and its `seconds` and `url` for `Completion`."""
         payload = {
             "model": self.endpoint.model,
             "return_token_ids": True,
             "return_tokens_as_token_ids": True,
             **fields,
         }
-        limit = self._limit(len(fields.get("prompt", ())) + fields.get("max_tokens", 0))
-        failures, failed = 0, None
+        time_limit = self._time_limit(len(fields.get("prompt", ())) + fields.get("max_tokens", 0))
+        failures, failed_server = 0, None
         while True:
-            async with self._slots, self._pool.server(near, avoid=failed) as server:
+            async with self._slots, self._pool.server(affinity_key, avoid=failed_server) as server:
                 start = time.perf_counter()
                 try:
-                    response = await server.http.post(path, json=payload, timeout=limit)
+                    response = await server.http.post(path, json=payload, timeout=time_limit)
                     if response.is_success:
-                        self._pool.worked(server)
+                        self._pool.record_success(server)
                         return response.json(), {"seconds": time.perf_counter() - start, "url": server.endpoint.url}
-                    problem = self._judge(response, item, server)
+                    problem = self._retryable_problem(response, item, server)
                 except httpx.ConnectError:
-                    self._pool.failed(server, "it refuses connections", refused=True)
+                    self._pool.record_failure(server, "connection refused", refused=True)
                     continue
                 except httpx.TimeoutException:
-                    problem = f"no answer within {limit:g} s"
+                    problem = f"no answer within {time_limit:g} s"
                 except httpx.TransportError as error:
                     problem = f"the connection broke ({type(error).__name__})"
-                self._pool.failed(server, problem)
-                failed = server
+                self._pool.record_failure(server, problem)
+                failed_server = server
             if failures >= self._retries:
                 raise ServiceError(
-                    f"{item}: {problem}, {failures + 1} times in a row; {explain(server.endpoint.log)}",
-                    "run the same command again: what is finished is kept",
+                    f"{item}: {problem}, {failures + 1} times in a row; {summarize_log(server.endpoint.log)}",
+                    "run the same command again: finished rows are kept",
                 )
-            await asyncio.sleep(min(FIRST_PAUSE * 2**failures, LONGEST_PAUSE))
+            await asyncio.sleep(min(FIRST_BACKOFF_SECONDS * 2**failures, MAX_BACKOFF_SECONDS))
             failures += 1
             self.retried += 1
 
-    def _limit(self, tokens: int) -> float:
-        """Seconds that a request may take which asks for so many tokens, those of its prompt included."""
-        return self._timeout * max(1.0, tokens / TOKENS_IN_TIME)
+    def _time_limit(self, tokens: int) -> float:
+        """Seconds that a request of `tokens` tokens may take, prompt and answer together."""
+        return self._timeout * max(1.0, tokens / TOKENS_PER_TIMEOUT)
 
-    def _judge(self, response: httpx.Response, item: str, server: Server) -> str:
-        """What is wrong, if another attempt may help; raises where it cannot."""
-        said = _said(response)
+    def _retryable_problem(self, response: httpx.Response, item: str, server: EngineServer) -> str:
+        """Describe an error answer that a retry may avoid.
+
+        Raises:
+            StageError: the server refuses this request.
+            ServiceError: the server refuses every request: a wrong key or model.
+        """
+        message = _error_message(response)
         if response.status_code == 429 or response.status_code >= 500:
-            return f"the server answered {response.status_code} ({said})"
-        self._pool.worked(server)
+            return f"the server answered {response.status_code} ({message})"
+        self._pool.record_success(server)
         if response.status_code in (401, 403, 404):
             raise ServiceError(
-                f"the server at {server.endpoint.url} answered {response.status_code}: {said}",
-                f"it has to serve the model `{self.endpoint.model}` and take this run's key",
+                f"the server at {server.endpoint.url} answered {response.status_code}: {message}",
+                f"the server must serve the model `{self.endpoint.model}` and accept this run's API key",
             )
-        raise StageError(f"the server refuses {item}: {said}", "leave this item out, or mend it where it comes from")
+        raise StageError(f"the server refuses {item}: {message}", "fix or remove this item in its data set")
 
-    async def _appear(self, states: Promised, server: Server, limit: float) -> None:
-        """Wait until the connector has written them."""
-        pause = 0.001
-        next_check = time.monotonic() + 2.0
+    async def _wait_until_complete(self, transfer: Transfer, server: EngineServer, time_limit: float) -> None:
+        """Poll a transfer until it is complete, and the server's health meanwhile; `time_limit` in seconds."""
+        delay = 0.001
+        next_check = time.monotonic() + HEALTH_CHECK_SECONDS
         try:
-            async with asyncio.timeout(limit):
-                while not await states.there():
+            async with asyncio.timeout(time_limit):
+                while not await transfer.complete():
                     if time.monotonic() > next_check:
-                        if await server.health() in ("refused", "ill"):
+                        if await server.health() in ("refused", "unhealthy"):
                             raise ServiceError(
-                                f"the server at {server.endpoint.url} is gone; {explain(server.endpoint.log)}",
-                                "mend what its log names, then run the same command again: what is finished is kept",
+                                f"the server at {server.endpoint.url} stopped while it wrote hidden states; "
+                                f"{summarize_log(server.endpoint.log)}",
+                                RESTART_HINT,
                             )
-                        next_check = time.monotonic() + 2.0
-                    await asyncio.sleep(pause)
-                    pause = min(2 * pause, 0.05)
+                        next_check = time.monotonic() + HEALTH_CHECK_SECONDS
+                    await asyncio.sleep(delay)
+                    delay = min(2 * delay, 0.05)
         except TimeoutError:
-            raise states.late(limit) from None
+            raise transfer.timeout_error(time_limit) from None
 
 
 def _completion(
@@ -313,12 +355,12 @@ def _completion(
 
 
 def _token_id(name: str) -> int:
-    """`token_id:42`, which the server writes in place of a token's text."""
+    """Parse `token_id:42`, which the server writes in place of a token's text (return_tokens_as_token_ids)."""
     return int(name.removeprefix("token_id:"))
 
 
-def _said(response: httpx.Response) -> str:
-    """The message in an error body, whatever its form."""
+def _error_message(response: httpx.Response) -> str:
+    """The message of an error answer: of OpenAI's format, else the first 200 characters."""
     try:
         error = response.json()["error"]
         return str(error["message"] if isinstance(error, dict) else error)

@@ -1,16 +1,16 @@
-"""Hidden states on their way from a server to whoever asked: where they are, when they are whole, what is in them.
+"""Transfer of hidden states from a server to the client: where they are, when they are complete, how they are read.
 
-Three ways are known. Which one a server goes is in its answer, so nobody has to say it:
+Three connectors are supported. The fields of the answer tell which one the server uses:
 
-- `hidden_states_file`, of our connector: a name in the directory that server and client share. The file appears by a
-  rename, or `NAME.error` in its place says why it does not.
-- `hidden_states_path`, of vLLM's ExampleHiddenStatesConnector and what is made from it (hs-connectors' float8 one):
-  the server's own path. Before the answer comes, the server has an exclusive lock on `PATH.lock`, and gives it back
-  when the file is written, or could not be. It writes the states of every request, asked for or not.
+- `hidden_states_file`, of this package's connector: a file name in the directory that server and client share. The file
+  appears by a rename, or `NAME.error` appears instead and holds the reason.
+- `hidden_states_path`, of vLLM's ExampleHiddenStatesConnector and its derivatives (hs-connectors' float8 one): a path
+  on the server. The server locks `PATH.lock` exclusively before it answers, and unlocks it when the file is written or
+  writing failed. It writes the hidden states of every request, also of those that did not ask.
 - `handle`, of hs-connectors' Mooncake connector: the key of an object in a store, see `mooncake`.
 
-float8 comes as `scales` [T, L] in the target's type (ours), or `hidden_states_scales` [T, 1, 1] in float32, one over
-all layers (hs-connectors'), which reads as bfloat16.
+float8 hidden states come with `scales` [T, L] in the target's dtype (this package's connector), or with
+`hidden_states_scales` float32 [T, 1, 1], one scale for all layers of a token (hs-connectors), and are read as bfloat16.
 """
 
 from __future__ import annotations
@@ -25,107 +25,108 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 
-from speculators.engine.mooncake import HANDLE, StatesObject, Store
+from speculators.engine.mooncake import HANDLE, MooncakeStore, MooncakeTransfer
 from speculators.errors import ServiceError, StageError
 from speculators.features.encoding import dequantize
 
-OURS, STOCK = "hidden_states_file", "hidden_states_path"
-"""Under which an answer's `kv_transfer_params` name a file."""
-SEES_LOG = "the server's disk is full or broken, or another program writes to its directory; see its log"
+NATIVE_FIELD, EXAMPLE_FIELD = "hidden_states_file", "hidden_states_path"
+"""Fields of `kv_transfer_params` that name a file: of this package's connector, and of vLLM's example connector."""
+WRITE_FAILED_HINT = (
+    "see the server's log: its disk may be full or broken, or another program may write to its directory"
+)
 
 
-class Promised(Protocol):
-    """Hidden states that a server has promised. Whoever has waited for many of them takes one at a time."""
+class Transfer(Protocol):
+    """Hidden states that a server has announced in its answer."""
 
-    def unseen(self, url: str) -> ServiceError | None:
-        """Why nothing that the server at `url` promises can be seen from here; None where it can."""
+    def access_error(self, url: str) -> ServiceError | None:
+        """Why this machine cannot access what the server at `url` writes; None if it can."""
 
-    async def there(self) -> bool:
-        """Whether they are there, and whole.
+    async def complete(self) -> bool:
+        """Check once whether the hidden states are written.
 
         Raises:
             StageError: the server could not write them.
-            ServiceError: nobody can tell.
+            ServiceError: it cannot be determined.
         """
 
-    def late(self, seconds: float) -> ServiceError:
-        """What to say if they are not there after so many."""
+    def timeout_error(self, seconds: float) -> ServiceError:
+        """The error for hidden states that are not complete after `seconds`."""
 
-    def take(self) -> tuple[torch.Tensor, torch.Tensor]:
-        """The ids that the states belong to, int64 [T], and the states [T, L, H] in the dtype the target computes in.
-
-        They are gone from where they were afterwards.
+    def load(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """Read and delete them: token ids int64 [T], hidden states [T, L, H] in the target's compute dtype.
 
         Raises:
-            StageError: they are not what a connector writes, or not whole.
+            StageError: the data is damaged, or not what a connector writes.
         """
 
-    def drop(self) -> None:
-        """Remove what the server has written."""
+    def delete(self) -> None:
+        """Delete what the server has written."""
 
 
 @dataclass(frozen=True, slots=True)
-class StatesFile:
-    """Promised states in a file."""
+class FileTransfer:
+    """A `Transfer` through a safetensors file."""
 
     path: Path
     item: str = "an answer"
-    """What an error calls them."""
+    """The name of the request in errors."""
     lock: Path | None = None
-    """What the server holds locked until they are written; None: they appear whole."""
+    """The file that the server holds locked while it writes; None: the file appears complete, by a rename."""
 
-    def unseen(self, url: str) -> ServiceError | None:
+    def access_error(self, url: str) -> ServiceError | None:
         if self.path.parent.is_dir():
             return None
         return ServiceError(
-            f"the server at {url} has put the hidden states of {self.item} into {self.path.name}, which would be in "
-            f"{self.path.parent} here, and that is no directory",
-            "serve.hidden_states_dir=DIRECTORY: the server's kv_connector_extra_config.shared_storage_path, as it is "
-            "mounted on the machine where the stage runs",
+            f"the server at {url} wrote the hidden states of {self.item} to {self.path.name}, and its directory is "
+            f"not on this machine: {self.path.parent} is no directory",
+            "serve.hidden_states_dir=DIRECTORY: where the server's kv_connector_extra_config.shared_storage_path is "
+            "mounted on the machine that runs the stage",
         )
 
-    async def there(self) -> bool:
-        return self._appeared() if self.lock is None else self._released(self.lock)
+    async def complete(self) -> bool:
+        return self._renamed() if self.lock is None else self._unlocked(self.lock)
 
-    def late(self, seconds: float) -> ServiceError:
+    def timeout_error(self, seconds: float) -> ServiceError:
         return ServiceError(
-            f"the hidden states of {self.item} were promised as {self.path} and are not there after {seconds:g} s",
-            "is the server's directory visible from here? Server and stage have to share it; serve.hidden_states_dir "
-            "says where it is mounted",
+            f"the hidden states of {self.item} did not appear as {self.path} within {seconds:g} s",
+            "server and stage must share that directory; set serve.hidden_states_dir to where it is mounted here",
         )
 
-    def take(self) -> tuple[torch.Tensor, torch.Tensor]:
+    def load(self) -> tuple[torch.Tensor, torch.Tensor]:
         try:
             tensors = load_file(self.path)
-            token_ids, states = tensors["token_ids"], tensors["hidden_states"]
+            token_ids, hidden_states = tensors["token_ids"], tensors["hidden_states"]
         except (SafetensorError, KeyError, OSError) as error:
             raise StageError(
                 f"{self.item}: the hidden states in {self.path.name} cannot be read: {type(error).__name__}: {error}",
-                SEES_LOG,
+                WRITE_FAILED_HINT,
             ) from None
         finally:
-            self.drop()
+            self.delete()
         if "scales" in tensors:
-            states = dequantize(states, tensors["scales"])
+            hidden_states = dequantize(hidden_states, tensors["scales"])
         elif "hidden_states_scales" in tensors:
-            states = (states.float() * tensors["hidden_states_scales"]).to(torch.bfloat16)
-        return token_ids, states
+            hidden_states = (hidden_states.float() * tensors["hidden_states_scales"]).to(torch.bfloat16)
+        return token_ids, hidden_states
 
-    def drop(self) -> None:
+    def delete(self) -> None:
         for path in filter(None, (self.path, self.lock)):
             path.unlink(missing_ok=True)
 
-    def _appeared(self) -> bool:
+    def _renamed(self) -> bool:
         if self.path.exists():
             return True
-        failed = Path(f"{self.path}.error")
-        if failed.exists():
-            message = failed.read_text()
-            failed.unlink()
-            raise StageError(f"the server could not write the hidden states of {self.item}: {message}", "see its log")
+        error_file = Path(f"{self.path}.error")
+        if error_file.exists():
+            reason = error_file.read_text()
+            error_file.unlink()
+            raise StageError(
+                f"the server could not write the hidden states of {self.item}: {reason}", "see the server's log"
+            )
         return False
 
-    def _released(self, lock: Path) -> bool:
+    def _unlocked(self, lock: Path) -> bool:
         try:
             with lock.open("rb") as file:
                 fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
@@ -133,28 +134,30 @@ class StatesFile:
             return False
         except OSError as error:
             raise ServiceError(
-                f"nothing can be locked in {lock.parent}: {error.strerror}; so nobody knows when states are whole",
-                "put the server's directory on a file system whose locks work, or use extract.connector=native",
+                f"files in {lock.parent} cannot be locked ({error.strerror}), and the server signals by a lock that "
+                "hidden states are complete",
+                "put the server's directory on a file system that supports locks, or use extract.connector=native",
             ) from None
         if self.path.exists():
             return True
-        self.drop()
-        raise StageError(f"the server could not write the hidden states of {self.item}", SEES_LOG)
+        self.delete()
+        raise StageError(f"the server could not write the hidden states of {self.item}", WRITE_FAILED_HINT)
 
 
-def promised(answer: Mapping[str, Any], directory: Path, store: Store | None, item: str) -> Promised | None:
-    """What an answer's `kv_transfer_params` promise; None if that is nothing.
+def announced_transfer(
+    params: Mapping[str, Any], directory: Path, store: MooncakeStore | None, item: str
+) -> Transfer | None:
+    """The transfer that an answer's `kv_transfer_params` announce; None if they announce none.
 
-    An object is in `store`, and is nothing where the recipe speaks of none. A file lies in `directory`, whatever that
-    is called where the server is. Where nobody has said what the directory of a server that is not ours is called here,
-    the path that the server says has to do.
+    Objects are read from `store`, and ignored if it is None. Files are looked up by name in `directory`, the mount
+    point of the server's directory on this machine. If that is no directory, the server's own path is used as it is.
     """
-    if HANDLE in answer and store is not None:
-        return StatesObject(answer, store, item)
-    if OURS in answer:
-        return StatesFile(directory / Path(answer[OURS]).name, item)
-    if STOCK not in answer:
+    if HANDLE in params and store is not None:
+        return MooncakeTransfer(params, store, item)
+    if NATIVE_FIELD in params:
+        return FileTransfer(directory / Path(params[NATIVE_FIELD]).name, item)
+    if EXAMPLE_FIELD not in params:
         return None
-    said = Path(answer[STOCK])
-    path = directory / said.name if directory.is_dir() else said
-    return StatesFile(path, item, path.with_name(f"{path.name}.lock"))
+    server_path = Path(params[EXAMPLE_FIELD])
+    path = directory / server_path.name if directory.is_dir() else server_path
+    return FileTransfer(path, item, path.with_name(f"{path.name}.lock"))

@@ -27,7 +27,7 @@ import torch
 from datasets import Dataset, load_from_disk
 
 from speculators.engine.client import Client
-from speculators.engine.transfer import Promised
+from speculators.engine.transfer import Transfer
 from speculators.errors import ContractError, RunError, StageError
 from speculators.features.contract import check_contract
 from speculators.features.shards import INDEX, RowSpan, ShardWriter, link, shard_name, write_index
@@ -95,18 +95,18 @@ async def _run(job: Job, tokens: Dataset, rows: range, writer: ShardWriter) -> i
         gate = await fidelity_check.open_gate(job, client, tokens, writer.done | set(bad.reasons), rows)
         asked = {row: [position] for row, position in fidelity_check.places(tokens["seq_len"])}
 
-        async def work(row: int) -> tuple[int, list[int], Promised | RunError]:
+        async def work(row: int) -> tuple[int, list[int], Transfer | RunError]:
             sent = list(tokens[row]["input_ids"])
             try:
-                return row, sent, await client.hidden_states(sent, item=f"row {row}", near=tokens[row]["id"])
+                return row, sent, await client.hidden_states(sent, item=f"row {row}", affinity_key=tokens[row]["id"])
             except StageError as error:  # about this row: what is about the server is a ServiceError
                 return row, sent, error
 
-        def keep(row: int, sent: list[int], file: Promised | RunError) -> None:
+        def keep(row: int, sent: list[int], file: Transfer | RunError) -> None:
             try:
                 if isinstance(file, RunError):
                     raise file
-                token_ids, states = file.take()
+                token_ids, states = file.load()
                 check_states(f"row {row}", sent, token_ids, states, compute)
                 writer.add(row, token_ids, states, last_layer_mask(job, tokens[row]["loss_mask"], asked.get(row, ())))
             except RunError as error:

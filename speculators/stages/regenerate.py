@@ -31,7 +31,7 @@ from speculators.config.choices import OnBadRow
 from speculators.config.schema import Regenerate
 from speculators.data.template import Row, Turn, merge
 from speculators.engine.client import Client, Completion
-from speculators.engine.transfer import Promised
+from speculators.engine.transfer import Transfer
 from speculators.errors import ContractError, StageError
 from speculators.features.encoding import encode, split_last_layer
 from speculators.features.shards import ShardWriter
@@ -151,9 +151,9 @@ class Keeper:
         self._stored = job.config.extract.dtype.name
         self._compute = getattr(torch, job.config.target.dtype.name)
 
-    def keep(self, turn: int, said: Completion, file: Promised) -> str:
+    def keep(self, turn: int, said: Completion, file: Transfer) -> str:
         """Check one turn's states and write them in the stored type; returns the file's name."""
-        token_ids, states = file.take()
+        token_ids, states = file.load()
         item = f"conversation {self._index}"
         check_states(item, [*said.prompt_ids, *said.token_ids[:-1]], token_ids, states, self._compute)
         name = f"{self._index:07d}-{turn}.safetensors"
@@ -227,12 +227,12 @@ async def answer(
     turns: list[dict[str, Any]] = []
     dropped, why = None, ""
     kept = 0
-    item = near = f"conversation {conversation['id']}"
+    item = affinity_key = f"conversation {conversation['id']}"
     for message in conversation["messages"]:
         messages.append(message)
         if message["role"] != "user":
             continue
-        prompt_ids = await client.tokenize(messages, item=item, near=near)
+        prompt_ids = await client.tokenize(messages, item=item, affinity_key=affinity_key)
         room = longest - len(prompt_ids)
         if room <= 0:
             dropped = "prompt_too_long"
@@ -240,7 +240,7 @@ async def answer(
         said = await client.chat(
             messages,
             item=item,
-            near=near,
+            affinity_key=affinity_key,
             max_tokens=min(config.max_tokens, room),
             temperature=config.temperature,
             top_p=config.top_p,
@@ -254,7 +254,7 @@ async def answer(
         turn = {"prompt_ids": said.prompt_ids, "answer_ids": said.token_ids, "finish_reason": said.finish_reason}
         if keeper:
             try:
-                file = await client.states_of(said, item=item)
+                file = await client.requested_states(said, item=item)
                 turn["states"] = await asyncio.to_thread(keeper.keep, len(turns), said, file)
             except (StageError, ContractError) as error:  # about this answer: what is about the server is another
                 if not keeper.skips:

@@ -282,7 +282,7 @@ def check_server(job: Job) -> None:
             begun = list(table[row]["input_ids"])[: position + 1]
             item = f"row {row}"
             pick, file = await ask(client, row, begun, position), await client.hidden_states(begun, item=item)
-            token_ids, states = file.take()
+            token_ids, states = file.load()
             check_states(item, begun, token_ids, states, getattr(torch, job.config.target.dtype.name))
             return pick, (token_ids, states)
 

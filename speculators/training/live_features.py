@@ -27,7 +27,7 @@ from torch import Tensor
 from speculators.config.schema import Extract
 from speculators.data.token_table import TokenTable, asked_for
 from speculators.engine.client import Client
-from speculators.engine.transfer import Promised
+from speculators.engine.transfer import Transfer
 from speculators.errors import ContractError, ServiceError
 from speculators.features.disk_cache import HiddenStatesCache
 from speculators.features.encoding import LAST, bytes_per_token, copy_prefix, encode, layout, split_last_layer
@@ -250,9 +250,9 @@ class Feed:
         self._busy_since = now
         self._in_flight += change
 
-    def _take(self, row: int, sent: list[int], file: Promised) -> None:
+    def _take(self, row: int, sent: list[int], file: Transfer) -> None:
         """In a thread: reading, checking and storing a row must not keep other requests from being sent."""
-        token_ids, states = file.take()
+        token_ids, states = file.load()
         check_states(f"row {row}", sent, token_ids, states, self.shape.compute)
         wanted = [len(sent), self.shape.layers, self.shape.hidden_size]
         if list(states.shape) != wanted:

@@ -21,7 +21,7 @@ import torch
 
 from speculators.config import compose
 from speculators.engine.client import Client, Completion
-from speculators.engine.transfer import StatesFile
+from speculators.engine.transfer import FileTransfer
 from speculators.features.writer import check_states
 from speculators.job import Endpoint
 from speculators.runner.planning import derive
@@ -62,7 +62,7 @@ class Measured:
             said = await client.chat(messages, item="a prompt", max_tokens=tokens, temperature=0.0, **fields)
             row = [*said.prompt_ids, *said.token_ids[:-1]]
             if fields:
-                await self._take(row, await client.states_of(said, item="a prompt"))
+                await self._take(row, await client.requested_states(said, item="a prompt"))
             return row
 
         return await self._all(one, prompts, in_flight)
@@ -77,9 +77,9 @@ class Measured:
 
         await self._all(one, rows, in_flight)
 
-    async def _take(self, row: list[int], file: StatesFile) -> None:
+    async def _take(self, row: list[int], file: FileTransfer) -> None:
         def work() -> None:
-            token_ids, states = file.take()
+            token_ids, states = file.load()
             check_states("a row", row, token_ids, states, self.compute)
             states.to(torch.bfloat16)
 

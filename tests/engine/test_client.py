@@ -17,9 +17,9 @@ from safetensors.torch import save_file
 
 from speculators.engine import client as module
 from speculators.engine import pool
-from speculators.engine.client import TOKENS_IN_TIME, Client
-from speculators.engine.pool import explain
-from speculators.engine.transfer import StatesFile
+from speculators.engine.client import TOKENS_PER_TIMEOUT, Client
+from speculators.engine.pool import summarize_log
+from speculators.engine.transfer import FileTransfer
 from speculators.errors import ServiceError, StageError
 from speculators.features.encoding import dequantize, quantize
 from speculators.job import Endpoint
@@ -76,10 +76,10 @@ class Server:
 
 @pytest.fixture
 def serve(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[list[tuple[int, Any]]], Server]]:
-    monkeypatch.setattr(module, "FIRST_PAUSE", 0.01)
-    monkeypatch.setattr(module, "LONGEST_PAUSE", 0.05)
-    monkeypatch.setattr(pool, "FIRST_PROBE", 0.02)
-    monkeypatch.setattr(pool, "LONGEST_PROBE", 0.1)
+    monkeypatch.setattr(module, "FIRST_BACKOFF_SECONDS", 0.01)
+    monkeypatch.setattr(module, "MAX_BACKOFF_SECONDS", 0.05)
+    monkeypatch.setattr(pool, "FIRST_PROBE_SECONDS", 0.02)
+    monkeypatch.setattr(pool, "MAX_PROBE_SECONDS", 0.1)
     servers: list[Server] = []
 
     def start(script: list[tuple[int, Any]]) -> Server:
@@ -206,7 +206,7 @@ def test_a_server_that_is_gone_is_reported_at_once_with_its_last_lines(serve: An
     with pytest.raises(ServiceError) as error:
         use(refused_url(), tmp_path, ask, retries=1000)
     assert time.monotonic() - start < 3
-    assert "is gone" in error.value.message
+    assert "refuses connections" in error.value.message
     assert "line 99" in error.value.message
     assert "line 79" not in error.value.message
 
@@ -215,8 +215,8 @@ def test_the_cause_is_quoted_though_a_flood_follows_it(tmp_path: Path) -> None:
     log = tmp_path / "server.log"
     flood = "Traceback ...\nEngineDeadError: see above\n" * 50
     log.write_text(f"INFO up\nERROR EngineCore encountered a fatal error.\nERROR RuntimeError: out of blocks\n{flood}")
-    assert explain(log).startswith("it broke at: ERROR RuntimeError: out of blocks\n")
-    assert explain(tmp_path / "none.log") == f"there is no log at {tmp_path / 'none.log'}"
+    assert summarize_log(log).startswith("first error: ERROR RuntimeError: out of blocks\n")
+    assert summarize_log(tmp_path / "none.log") == f"there is no log at {tmp_path / 'none.log'}"
 
 
 def test_hidden_states_are_taken_once_and_their_file_is_gone(serve: Any, tmp_path: Path) -> None:
@@ -229,7 +229,7 @@ def test_hidden_states_are_taken_once_and_their_file_is_gone(serve: Any, tmp_pat
         assert not asking.done()  # the answer came, the file did not
         save_file({"hidden_states": states, "token_ids": torch.tensor([1, 2])}, tmp_path / "part")
         (tmp_path / "part").rename(tmp_path / "x.safetensors")
-        return (await asking).take()
+        return (await asking).load()
 
     (token_ids, found), _ = use(server.url, tmp_path, work)
     assert token_ids.tolist() == [1, 2]
@@ -244,7 +244,7 @@ def test_states_that_left_the_server_in_float8_are_floats_in_the_type_it_compute
     quantized, scales = quantize(states)
     tensors = {"hidden_states": quantized, "scales": scales.float(), "token_ids": torch.tensor([1, 2])}
     save_file(tensors, tmp_path / "x.safetensors")
-    _, found = StatesFile(tmp_path / "x.safetensors").take()
+    _, found = FileTransfer(tmp_path / "x.safetensors").load()
     assert found.dtype is torch.float32
     assert torch.equal(found, dequantize(quantized, scales).float())
     assert list(tmp_path.iterdir()) == []
@@ -319,7 +319,7 @@ def test_a_server_that_fails_all_requests_is_left_alone_until_it_is_healthy(serv
         sent = len(server.requests)
         await asyncio.to_thread(server.await_probes, 3)
         assert len(server.requests) == sent
-        assert sent <= pool.FAILURES + client.concurrency
+        assert sent <= pool.MAX_FAILURES + client.concurrency
         server.script, server.health = [(200, ANSWER)], 200
         assert all(answer.text == "yes" for answer in await asyncio.gather(*asking))
 
@@ -327,10 +327,10 @@ def test_a_server_that_fails_all_requests_is_left_alone_until_it_is_healthy(serv
 
 
 def test_the_first_failure_after_that_is_enough(serve: Any, tmp_path: Path) -> None:
-    server = serve([*[(500, {})] * pool.FAILURES, (500, {}), (200, ANSWER)])
+    server = serve([*[(500, {})] * pool.MAX_FAILURES, (500, {}), (200, ANSWER)])
     use(server.url, tmp_path, ask, retries=20)
     assert server.probes == 2  # after FAILURES, and after one more
-    assert len(server.requests) == pool.FAILURES + 2
+    assert len(server.requests) == pool.MAX_FAILURES + 2
 
 
 def test_a_server_that_stays_ill_is_given_up_with_one_error(serve: Any, tmp_path: Path) -> None:
@@ -354,7 +354,7 @@ def test_a_request_for_more_tokens_gets_more_time(serve: Any, tmp_path: Path) ->
         use(server.url, tmp_path, ask, timeout=0.1, retries=0)
 
     async def long(client: Client) -> Any:
-        return await client.complete([1, 2], item="row 1", max_tokens=40 * TOKENS_IN_TIME)
+        return await client.complete([1, 2], item="row 1", max_tokens=40 * TOKENS_PER_TIMEOUT)
 
     assert use(server.url, tmp_path, long, timeout=0.1, retries=0)[0].text == "yes"
 
@@ -400,22 +400,24 @@ def test_when_all_servers_are_gone_the_error_names_all(tmp_path: Path) -> None:
     urls = [refused_url(), refused_url()]
     with pytest.raises(ServiceError) as error:
         use(urls, tmp_path, ask)
-    assert all(f"the server at {url} is gone" in error.value.message for url in urls)
+    assert all(f"the server at {url} refuses connections" in error.value.message for url in urls)
 
 
 def test_what_begins_alike_goes_to_one_server_until_that_fails(serve: Any, tmp_path: Path) -> None:
     servers = [serve([(200, ANSWER)]), serve([(200, ANSWER)])]
 
     async def work(client: Client) -> list[str]:
-        async def turns(near: str) -> set[str]:
-            return {(await client.complete([1], item="c", near=near, max_tokens=1)).url for _ in range(6)}
+        async def turns(affinity_key: str) -> set[str]:
+            return {
+                (await client.complete([1], item="c", affinity_key=affinity_key, max_tokens=1)).url for _ in range(6)
+            }
 
         used = await asyncio.gather(*(turns(f"c{i}") for i in range(4)))
         assert [len(urls) for urls in used] == [1] * 4
         assert len(set.union(*used)) == 2
         (home,) = await turns("c0")
         next(server for server in servers if server.url == home).script = [(0, None)]
-        return [home, (await client.complete([1], item="c", near="c0", max_tokens=1)).url]
+        return [home, (await client.complete([1], item="c", affinity_key="c0", max_tokens=1)).url]
 
     (home, elsewhere), _ = use([server.url for server in servers], tmp_path, work, retries=20)
     assert home != elsewhere
@@ -431,5 +433,5 @@ def test_a_states_file_that_is_damaged_is_an_error_with_its_name(tmp_path: Path,
     if damage != "other names":
         path.write_bytes(path.read_bytes()[: 0 if damage == "empty" else -8])
     with pytest.raises(StageError, match=r"hidden states in x.safetensors cannot be read"):
-        StatesFile(path).take()
+        FileTransfer(path).load()
     assert not path.exists()

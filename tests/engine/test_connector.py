@@ -23,7 +23,7 @@ def test_tokens_are_read_out_of_a_paged_cache() -> None:
     cache = torch.arange(blocks * layers * size * width, dtype=torch.float32).view(blocks, layers, size, width)
     owned, tokens = [5, 2, 6], 10
     position = torch.arange(tokens)
-    rows = connector._rows(cache, torch.tensor(owned)[position // size], position % size)
+    rows = connector._gather_tokens(cache, torch.tensor(owned)[position // size], position % size)
     assert rows.shape == (tokens, layers, width)
     assert rows.is_contiguous()
     for token in range(tokens):
@@ -33,7 +33,7 @@ def test_tokens_are_read_out_of_a_paged_cache() -> None:
 
 def test_rows_are_a_copy_so_that_blocks_can_be_used_again() -> None:
     cache = torch.ones(2, 1, 4, 3)
-    rows = connector._rows(cache, torch.tensor([1, 1]), torch.tensor([0, 1]))
+    rows = connector._gather_tokens(cache, torch.tensor([1, 1]), torch.tensor([0, 1]))
     cache.zero_()
     assert bool((rows == 1).all())
 
@@ -65,29 +65,29 @@ def test_a_failed_write_leaves_the_reason_and_nothing_else(
 @pytest.mark.parametrize("computed", [torch.bfloat16, torch.float32])
 def test_states_leave_in_float8_and_their_type_with_the_scales(computed: torch.dtype) -> None:
     states = torch.randn(5, 3, 16).to(computed)
-    assert connector._quantises("float8_e4m3fn", computed)
-    leaving = connector._leaving(states, True)
+    assert connector._should_quantize("float8_e4m3fn", computed)
+    leaving = connector._encode(states, True)
     assert leaving["hidden_states"].dtype is torch.float8_e4m3fn
     assert dequantize(leaving["hidden_states"], leaving["scales"]).dtype is computed
-    assert torch.equal(connector._leaving(states, False)["hidden_states"], states)
+    assert torch.equal(connector._encode(states, False)["hidden_states"], states)
 
 
 def test_a_type_that_states_cannot_leave_in_is_refused() -> None:
-    assert not connector._quantises(None, torch.float16)
+    assert not connector._should_quantize(None, torch.float16)
     for wanted, computed in (("float8_e4m3fn", torch.float16), ("int8", torch.bfloat16)):
         with pytest.raises(ValueError, match=f"dtype is {wanted} and the target computes in {computed}"):
-            connector._quantises(wanted, computed)
+            connector._should_quantize(wanted, computed)
 
 
 @pytest.mark.parametrize(("kinds", "group"), [(("full", "states"), 1), (("states", "full"), 0), (("full",), 0)])
 def test_the_group_of_the_states_is_found(kinds: tuple[str, ...], group: int) -> None:
-    assert connector._group_of_states(groups(*kinds)) == group
+    assert connector._hidden_states_group(groups(*kinds)) == group
 
 
 @pytest.mark.parametrize("kinds", [("full", "full"), ("states", "states")])
 def test_an_ambiguous_group_is_refused(kinds: tuple[str, ...]) -> None:
-    with pytest.raises(ValueError, match="groups of cache blocks hold hidden states, one should"):
-        connector._group_of_states(groups(*kinds))
+    with pytest.raises(ValueError, match="KV cache groups hold hidden states, expected 1"):
+        connector._hidden_states_group(groups(*kinds))
 
 
 @pytest.mark.parametrize(
@@ -107,10 +107,10 @@ def test_a_cache_of_states_on_the_wrong_stage_is_refused(layers: list[str], last
 
 
 def test_stages_that_do_not_hand_their_states_on_are_refused() -> None:
-    connector._check_stages(1, False)
-    connector._check_stages(4, True)
+    connector._check_pipeline_parallelism(1, False)
+    connector._check_pipeline_parallelism(4, True)
     with pytest.raises(ValueError, match=r"4 stages\) need vLLM's model runner V2"):
-        connector._check_stages(4, False)
+        connector._check_pipeline_parallelism(4, False)
 
 
 def groups(*kinds: str) -> SimpleNamespace:

@@ -127,15 +127,23 @@ def test_states_are_what_was_put_and_are_gone_then_over_one_connection(
 @pytest.mark.parametrize(
     ("trouble", "kind", "message"),
     [
-        ("version", ServiceError, r"has a manifest of version 2 for the hidden states of row 7, and 1 is what this"),
+        (
+            "version",
+            ServiceError,
+            r"sent a manifest of version 2 for the hidden states of row 7; this release reads version 1",
+        ),
         (
             "outside",
             StageError,
             r"row 7: the hidden states in cmpl-.* cannot be read: .*lies so in 192 bytes",
         ),
-        ("before", StageError, r"row 7: .*no tensor lies so in 192 bytes: .*'offset': -64"),
-        ("crooked", StageError, r"row 7: .*no tensor lies so in 192 bytes: .*'offset': 1"),
-        ("shape", StageError, r"row 7: .*no tensor lies so in 192 bytes: .*'shape': \[3, 2, 9\]"),
+        ("before", StageError, r"row 7: .*the manifest entry does not fit an object of 192 bytes: .*'offset': -64"),
+        ("crooked", StageError, r"row 7: .*the manifest entry does not fit an object of 192 bytes: .*'offset': 1"),
+        (
+            "shape",
+            StageError,
+            r"row 7: .*the manifest entry does not fit an object of 192 bytes: .*'shape': \[3, 2, 9\]",
+        ),
         ("type", StageError, r"row 7: the hidden states in cmpl-.* cannot be read: AttributeError"),
         ("nameless", StageError, r"row 7: the hidden states in cmpl-.* cannot be read: KeyError: 'token_ids'"),
         (
@@ -161,7 +169,7 @@ def test_an_object_for_which_the_store_had_no_room_any_more_says_what_gives_it_r
     async def late(client: Client) -> None:
         states = await client.hidden_states(PROMPT, item="row 7")
         store.objects.clear()
-        states.take()
+        states.load()
 
     with pytest.raises(StageError, match=r"row 7: .* status -704") as raised:
         use(server.url, master, late)
@@ -222,7 +230,7 @@ def test_what_never_appears_and_a_store_that_hangs_are_waited_for_as_long_as_a_r
         finally:
             store.answers.set()
 
-    with pytest.raises(ServiceError, match=r"row 7 were promised to the Mooncake store .* after 0.2 s") as raised:
+    with pytest.raises(ServiceError, match=r"row 7 did not appear in the Mooncake store .* within 0.2 s") as raised:
         use(server.url, master, limited, timeout=0.2)
     assert "serve.mooncake.segment_gib" in raised.value.hint
 

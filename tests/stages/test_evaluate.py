@@ -45,7 +45,7 @@ def test_speed_and_acceptance_are_what_one_gets_by_hand() -> None:
         record("b", ([1] * 20, 2.0), ([2] * 20, 1.0)),
         record("c", ([1] * 10, 3.0), ([1] * 10, 2.5)),
     ]
-    counted = DraftCounters(drafts=20, proposed=60, accepted=20, accepted_at={0: 12, 1: 6, 2: 2})
+    counted = DraftCounters(drafts=20, proposed=60, accepted=20, accepted_per_position={1: 12, 2: 6, 3: 2})
     found = summarise(records, {"plain": 6.0, "speculative": 4.0}, counted, positions=3)
     assert found["plain"]["tokens_per_second"] == pytest.approx(40 / 6)
     assert found["speculative"]["tokens_per_second"] == pytest.approx(10)
@@ -92,7 +92,7 @@ def test_answers_are_compared_in_float32_whatever_the_target_is_served_in(tmp_pa
 
 def test_the_last_phase_publishes_what_the_earlier_ones_left_and_asks_no_server_again(tmp_path: Path) -> None:
     job = job_of(tmp_path, concurrency=[1, 4])
-    counted = DraftCounters(drafts=5, proposed=15, accepted=5, accepted_at={0: 4, 1: 1, 2: 0})
+    counted = DraftCounters(drafts=5, proposed=15, accepted=5, accepted_per_position={1: 4, 2: 1, 3: 0})
     for concurrency, seconds in ((1, 2.0), (4, 1.0)):
         records = [record("quiz/1", ([1, 2], seconds), ([1, 2], seconds / 2))]
         summary = summarise(records, {"plain": seconds, "speculative": seconds / 2}, counted, 3)

@@ -36,8 +36,8 @@ Start = Callable[..., StatesServer]
 
 @pytest.fixture
 def serve(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Start]:
-    monkeypatch.setattr(client, "FIRST_PAUSE", 0.01)
-    monkeypatch.setattr(pool, "FIRST_PROBE", 0.02)
+    monkeypatch.setattr(client, "FIRST_BACKOFF_SECONDS", 0.01)
+    monkeypatch.setattr(pool, "FIRST_PROBE_SECONDS", 0.02)
     servers: list[StatesServer] = []
 
     def start(trouble: dict[int, str] | None = None) -> StatesServer:
@@ -193,7 +193,7 @@ def test_too_many_bad_rows_are_not_the_rows_fault(tmp_path: Path, config: Config
 def test_a_row_that_was_left_out_stays_out_when_the_stage_goes_on(tmp_path: Path, config: Config, serve: Start) -> None:
     server = serve({11: "nan"})
     server.dies_after = 20
-    with pytest.raises(ServiceError, match="is gone"):
+    with pytest.raises(ServiceError, match=r"refuses connections|stopped while"):
         main(job_in(tmp_path, config, server, skip=True))
     other = serve()
     job = job_in(tmp_path, config, other, skip=True)
@@ -206,7 +206,7 @@ def test_a_server_that_is_killed_costs_only_what_was_not_sealed(tmp_path: Path, 
     main(straight := job_in(tmp_path, config, serve(), name="straight"))
     server = serve()
     server.dies_after = 20
-    with pytest.raises(ServiceError, match="is gone"):
+    with pytest.raises(ServiceError, match=r"refuses connections|stopped while"):
         main(job_in(tmp_path, config, server))
     sealed = len(list((tmp_path / "work/data").glob("shard-*")))
     assert sealed > 0
@@ -280,7 +280,7 @@ def test_a_worker_that_is_killed_goes_on_at_its_last_sealed_shard(tmp_path: Path
     main(first := part_in(tmp_path, config, serve(), 0))
     dying = serve()
     dying.dies_after = 9
-    with pytest.raises(ServiceError, match="is gone"):
+    with pytest.raises(ServiceError, match=r"refuses connections|stopped while"):
         main(part_in(tmp_path, config, dying, 1))
     other = serve()
     main(second := part_in(tmp_path, config, other, 1))

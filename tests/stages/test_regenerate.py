@@ -15,7 +15,7 @@ from speculators.config.choices import Dtype, OnBadRow, StatesDtype
 from speculators.config.fields import select
 from speculators.config.schema import Config, Regenerate, from_plain
 from speculators.engine.client import Completion
-from speculators.engine.transfer import StatesFile
+from speculators.engine.transfer import FileTransfer
 from speculators.errors import ContractError, StageError
 from speculators.features.contract import ANSWERS, EVERYWHERE
 from speculators.features.encoding import decode, encode
@@ -38,7 +38,7 @@ class Words:
         self.answers = list(answers)
         self.asked: list[dict[str, Any]] = []
 
-    async def tokenize(self, messages: list[dict[str, str]], *, item: str, near: str = "") -> list[int]:
+    async def tokenize(self, messages: list[dict[str, str]], *, item: str, affinity_key: str = "") -> list[int]:
         return list(range(sum(len(message["content"].split()) for message in messages)))
 
     async def chat(self, messages: list[dict[str, str]], *, item: str, **fields: Any) -> Completion:
@@ -105,7 +105,7 @@ def test_conversations_with_one_system_prompt_are_asked_one_after_the_other() ->
 def test_the_turns_of_a_conversation_go_to_one_server() -> None:
     words = Words("first answer", "second")
     answered(words, conversation("one two", "three"))
-    assert [asked["near"] for asked in words.asked] == ["conversation c1"] * 2
+    assert [asked["affinity_key"] for asked in words.asked] == ["conversation c1"] * 2
 
 
 def test_an_empty_answer_ends_the_conversation_and_is_named() -> None:
@@ -161,11 +161,11 @@ class WordsWithStates(Words):
         super().__init__(*answers)
         self.directory = directory
 
-    async def states_of(self, said: Completion, *, item: str) -> StatesFile:
+    async def requested_states(self, said: Completion, *, item: str) -> FileTransfer:
         ids = [*said.prompt_ids, *said.token_ids[:-1]]
         path = self.directory / f"{len(self.answers)}.safetensors"
         save_file({"hidden_states": torch.tensor(ids).float()[:, None, None], "token_ids": torch.tensor(ids)}, path)
-        return StatesFile(path)
+        return FileTransfer(path)
 
 
 class Remembering(WordsWithStates):
@@ -173,7 +173,7 @@ class Remembering(WordsWithStates):
 
     said: Completion | None = None
 
-    async def tokenize(self, messages: list[dict[str, str]], *, item: str, near: str = "") -> list[int]:
+    async def tokenize(self, messages: list[dict[str, str]], *, item: str, affinity_key: str = "") -> list[int]:
         whole = [*self.said.prompt_ids, *self.said.token_ids] if self.said else []
         return [*whole, 7, 7]
 
@@ -321,7 +321,7 @@ def test_states_are_kept_in_float8_with_their_scales(tmp_path: Path, config: Con
     job = keeping(tmp_path, config, "float8_e4m3fn")
     states = torch.randn(3, 1, 8)
     save_file({"hidden_states": states, "token_ids": torch.tensor([1, 2, 3])}, tmp_path / "sent")
-    name = Keeper(job, 0).keep(0, said([1, 2], [3, 4]), StatesFile(tmp_path / "sent"))
+    name = Keeper(job, 0).keep(0, said([1, 2], [3, 4]), FileTransfer(tmp_path / "sent"))
     kept = load_file(job.scratch / "states" / name)
     assert kept["states"].dtype is torch.float8_e4m3fn
     assert torch.equal(decode(kept), decode(encode("row", states, "float8_e4m3fn")))
@@ -333,10 +333,10 @@ def test_states_of_a_turn_are_kept_in_the_stored_type_and_of_other_tokens_refuse
     job = keeping(tmp_path, config, "bfloat16")
     states = torch.randn(3, 1, 8)
 
-    def written() -> StatesFile:
+    def written() -> FileTransfer:
         path = tmp_path / "from-the-server"
         save_file({"hidden_states": states, "token_ids": torch.tensor([1, 2, 3])}, path)
-        return StatesFile(path)
+        return FileTransfer(path)
 
     name = Keeper(job, 12).keep(1, said([1, 2], [3, 4]), written())
     assert name == "0000012-1.safetensors"
@@ -352,8 +352,8 @@ def test_states_of_a_turn_are_kept_in_the_stored_type_and_of_other_tokens_refuse
 class Troubled(WordsWithStates):
     """The states of the answer `bad` are not numbers."""
 
-    async def states_of(self, said: Completion, *, item: str) -> StatesFile:
-        file = await super().states_of(said, item=item)
+    async def requested_states(self, said: Completion, *, item: str) -> FileTransfer:
+        file = await super().requested_states(said, item=item)
         if said.text == "bad":
             ids = torch.tensor([*said.prompt_ids, *said.token_ids[:-1]])
             save_file({"hidden_states": torch.full((len(ids), 1, 1), torch.nan), "token_ids": ids}, file.path)

@@ -73,7 +73,7 @@ def world(one_thread: None, tmp_path_factory: pytest.TempPathFactory) -> World:
 
 @pytest.fixture
 def serve(world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..., StatesServer]]:
-    monkeypatch.setattr(client, "FIRST_PAUSE", 0.01)
+    monkeypatch.setattr(client, "FIRST_BACKOFF_SECONDS", 0.01)
     monkeypatch.setattr(disk_cache, "SET_TOKENS", 64)
     servers: list[StatesServer] = []
 

@@ -151,7 +151,7 @@ def argv(
         words += ["--speculative_config", json.dumps(_extraction(capture_layer_ids))]
         words += ["--kv_transfer_config", json.dumps(_connector(config, dtype, states.absolute()))]
         if device(config) == "cpu" and config.extract.connector is Connector.native:
-            words += ["--scheduler-cls", "speculators.engine.connector.StatesScheduler"]
+            words += ["--scheduler-cls", "speculators.engine.connector.ExtractionScheduler"]
     return [*words, *serve.extra_args]
 
 

@@ -87,7 +87,7 @@ def test_an_extracting_server_gets_the_layers_and_our_connector() -> None:
     connector = json.loads(value(argv, "--kv_transfer_config"))
     assert connector["kv_connector_module_path"] == "speculators.engine.connector"
     assert connector["kv_connector_extra_config"] == {"shared_storage_path": "/store/services/n1/states"}
-    assert value(argv, "--scheduler-cls") == "speculators.engine.connector.StatesScheduler"
+    assert value(argv, "--scheduler-cls") == "speculators.engine.connector.ExtractionScheduler"
 
 
 def test_states_that_are_stored_in_float8_leave_the_engine_so() -> None:
