@@ -343,7 +343,7 @@ def test_a_server_that_stays_ill_is_given_up_with_one_error(serve: Any, tmp_path
 
     errors, _ = use(server.url, tmp_path, work, retries=20, timeout=1.0)
     assert len(errors) == 20
-    said = f"the server at {server.url} says that it is not healthy for 1 s (the server answered 500 (no more blocks))"
+    said = f"the server at {server.url} has been unhealthy for 1 s (the server answered 500 (no more blocks))"
     assert {e.message.partition(";")[0] for e in errors} == {said}  # type: ignore[attr-defined]
 
 
