@@ -13,6 +13,7 @@ from urllib.request import Request, urlopen
 
 import pytest
 
+from speculators.config.algorithms import Eagle3
 from speculators.config.choices import Device
 from speculators.config.fields import to_plain
 from speculators.config.schema import Config, Executor
@@ -236,7 +237,7 @@ class Run:
         path = os.pathsep.join([str(CRASH / "site"), str(CRASH.parents[1])])
         for name, value in {"PYTHONPATH": path, "CRASH_WORLD": str(world), "CRASH_PACE": "0.3"}.items():
             monkeypatch.setenv(name, value)
-        self.config = Config(recipe="asking", pipeline={"serve": {}, "query": {"target": "serve"}})
+        self.config = Config(recipe="asking", speculator=Eagle3(), pipeline={"serve": {}, "query": {"target": "serve"}})
         self.config.target.source, self.config.vocab.size = str(world / "checkpoint"), None
         self.config.serve.python = engine(world, *options)
         self.config.run.retry_wait = 0.1
