@@ -36,7 +36,7 @@ QUICK = ["--retries", "0", "--timeout", "5"]
 INDEX_SECONDS, LOAD_SECONDS = 30.0, 300.0
 GIB = 2**30
 CPU_GIB, CUDA_GIB = 5.0, 8.0
-"""Free disk space that set-up asks for: the environment itself takes 3.6 or 6.4 GB, and pip unpacks beside it."""
+"""Free disk space that set-up asks for: the environment itself takes 3.5 or 6.8 GB, and pip unpacks beside it."""
 PIP_SETTINGS = ["CONSTRAINT", "DRY_RUN", "PREFIX", "PYTHON", "QUIET", "REQUIRE_HASHES", "ROOT", "TARGET", "USER"]
 """Environment variables (`PIP_` and the name) that would send packages elsewhere, or hide what pip prints."""
 CUDA_LIBRARY = re.compile(r"(cuda|nvidia)-")
