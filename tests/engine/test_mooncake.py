@@ -107,7 +107,7 @@ def use(url: str, master: str | None, work: Callable[[Client], Awaitable[Any]], 
 
 async def row(client: Client, prompt: list[int] = PROMPT) -> tuple[torch.Tensor, torch.Tensor]:
     states = await client.hidden_states(prompt, item="row 7")
-    return await asyncio.to_thread(states.take)
+    return await asyncio.to_thread(states.load)
 
 
 def test_states_are_what_was_put_and_are_gone_then_over_one_connection(
@@ -135,7 +135,7 @@ def test_states_are_what_was_put_and_are_gone_then_over_one_connection(
         (
             "outside",
             StageError,
-            r"row 7: the hidden states in cmpl-.* cannot be read: .*lies so in 192 bytes",
+            r"row 7: the hidden states in cmpl-.* cannot be read: .*does not fit an object of 192 bytes",
         ),
         ("before", StageError, r"row 7: .*the manifest entry does not fit an object of 192 bytes: .*'offset': -64"),
         ("crooked", StageError, r"row 7: .*the manifest entry does not fit an object of 192 bytes: .*'offset': 1"),
@@ -149,7 +149,7 @@ def test_states_are_what_was_put_and_are_gone_then_over_one_connection(
         (
             "truncated",
             StageError,
-            r"row 7: the hidden states in cmpl-.* cannot be read: .* 128 bytes, not 192",
+            r"row 7: the hidden states in cmpl-.* cannot be read: .* 128 bytes, expected 192",
         ),
         ("unwritten", StageError, r"could not write the hidden states of row 7: .*Non-finite producer tensor"),
     ],
