@@ -8,6 +8,7 @@ import sys
 import time
 from pathlib import Path
 
+from speculators.config.algorithms import Eagle3
 from speculators.config.choices import Device
 from speculators.config.schema import Config
 from speculators.errors import RunError
@@ -33,7 +34,7 @@ def declare() -> None:
 
 
 def config(world: Path, pipeline: dict[str, dict[str, str]]) -> Config:
-    made = Config(recipe="crash", pipeline=pipeline)
+    made = Config(recipe="crash", speculator=Eagle3(), pipeline=pipeline)
     made.target.source = str(world / "checkpoint")
     made.vocab.size = None
     made.hardware.device = Device.cpu
