@@ -13,7 +13,7 @@ FUNCTION_LINES = 60
 # 200 more: planning/checks.py, which refuses in `plan` what failed after an hour.
 RUNNER_LINES = 7_100
 # 600 more: constraints beside the fields, and the names that other tools have for options.
-PACKAGE_LINES = 22_300
+PACKAGE_LINES = 22_400  # 45 lines more: one function an operation in ops/, with its texts
 
 
 def lines(path: Path) -> int:

@@ -56,6 +56,7 @@ def gemma(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Any]:
         model.model.norm.weight.uniform_(0.5, 1.5)
     directory = tmp_path_factory.mktemp("gemma4")
     model.save_pretrained(directory)
+    (directory / "chat_template.jinja").write_text("{{ messages[0]['content'] }}")
     write_tokenizer(directory, V, mask_token="<mask>", pad_token="<pad>", eos_token="<eos>")
     return directory, model
 

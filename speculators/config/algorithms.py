@@ -116,7 +116,7 @@ class Speculator(Options):
 
     def default_target_layer_ids(self, depth: int) -> list[int]:
         """Layers of a target of `depth` layers whose input the draft reads where the recipe names none, ascending."""
-        raise NotImplementedError
+        return sorted({min(2, depth - 1), depth // 2, max(0, depth - 3)})
 
     def needs_mask_token(self) -> bool:
         """Whether the draft needs a mask token that the recipe leaves to be found in the target's tokenizer."""
