@@ -46,6 +46,7 @@ def extracting(tmp_path: Path, served: Sequence[str], until: str = "extract") ->
     (checkpoint / "config.json").write_text(json.dumps(facts))
     (checkpoint / "model.safetensors").write_bytes(b"weights")
     (checkpoint / "tokenizer.json").write_text("{}")
+    (checkpoint / "chat_template.jinja").write_text("{{ messages }}")
     own = ["num_hidden_layers", "hidden_size", "vocab_size"]
     return compose.compose([
         "recipe=smollm2_eagle3", "pipeline=offline", f"target.source={checkpoint}", "target.min_greedy_agreement=0",
