@@ -106,7 +106,7 @@ class TokenTable:
 def asked_for(loss_mask: npt.ArrayLike) -> npt.NDArray[np.bool_]:
     """Where a draft may be asked for what the target says next, by a row's loss mask.
 
-    EAGLE-3 is asked at tokens that are supervised, DFlash at the tokens before them.
+    Some algorithms are supervised at the tokens themselves, others at the tokens before them.
     """
     supervised = np.asarray(loss_mask) != 0
     return np.logical_or(supervised, np.append(supervised[1:], False))

@@ -2,7 +2,7 @@
 
 Scores are computed within each document only. On a CPU a C++ loop computes for every query what it sees and nothing
 else (`cpu`); on a GPU it is compiled flex attention (`gpu`); elsewhere plain torch (`blockwise`). `masks` builds the
-masks; `reference` has the formulas.
+masks.
 
 Shapes: T tokens of the packed batch; R queries or blocks, R <= T; G key-value heads; Q query heads; D head width;
 C context positions; B slots of a block; L of them are queries, the last L.

@@ -2,8 +2,8 @@
 
 After a matrix product comes small work on many numbers, for which torch goes through memory once per operation. Here a
 row of logits becomes a loss and its gradient while it is in a core's cache, which takes a tenth of the time
-(docs/log.md). `functional`, `attention`, `losses` and `muon` compute the same in torch where there are no kernels;
-results differ by rounding.
+(docs/log.md). `functional`, `attention`, `training.losses` and `training.optim` compute the same in torch where there
+are no kernels; results differ by rounding.
 
 The compiler is `$CXX` or `c++`; the library is kept in the user's cache. `SPECULATORS_NATIVE=0` turns the kernels off.
 """

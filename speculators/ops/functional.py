@@ -1,7 +1,7 @@
 """RMSNorm, rotary embedding, SiLU-gated product and linear layer, each as one function for every device.
 
 On a CPU, `autograd` and `cpu` compute in one pass over memory what torch computes in several; elsewhere torch's own
-operations do. `reference` has the formulas. Tensors are packed rows [..., width], without a batch dimension.
+operations do. Tensors are packed rows [..., width], without a batch dimension.
 """
 
 from __future__ import annotations
