@@ -71,7 +71,7 @@ check: setup ## lint, format, types, layers, budgets
 	$(BIN)/mypy
 	$(BIN)/python -m pytest tests/test_layers.py tests/test_budgets.py
 
-fmt: setup ## format and mend what lint can mend
+fmt: setup ## format, and fix what the linter can fix
 	$(BIN)/ruff format .
 	$(BIN)/ruff check --fix .
 
