@@ -131,7 +131,7 @@ UNCONVERTED: tuple[str, ...] = (
     "docs/concepts/decisions.md",
     "docs/reference/",
     "speculators/cli",
-    "speculators/conf/",
+    "conf/",
     "speculators/config/",
     "speculators/data/",
     "speculators/drafts/",
@@ -142,7 +142,7 @@ UNCONVERTED: tuple[str, ...] = (
     "speculators/ops/",
     "speculators/packages",
     "speculators/provenance",
-    "speculators/recipes/",
+    "recipes/",
     "speculators/runner/execution/",
     "speculators/runner/executors/",
     "speculators/runner/planning/",
@@ -189,7 +189,7 @@ def test_each_word_is_caught_where_it_is_ruled_out(rule: Rule) -> None:
         assert rule in [use.rule for use in uses("speculators/planted.py", planted)], (what, planted)
     if rule.where == "text":
         assert rule in [use.rule for use in uses("docs/planted.md", f"Line one.\nThe {rule.words} of it.\n")]
-        assert rule in [use.rule for use in uses("speculators/conf/planted.yaml", f"a: 1  # {rule.words}\n")]
+        assert rule in [use.rule for use in uses("conf/planted.yaml", f"a: 1  # {rule.words}\n")]
 
 
 def test_a_good_file_is_not_blamed() -> None:
