@@ -28,8 +28,8 @@ from speculators.config.algorithms import Loss
 from speculators.drafts.base import Predictions, Vocabulary
 from speculators.features.batch import Pack
 from speculators.ops import cpu
+from speculators.ops.divergences import cost
 from speculators.ops.functional import padded_rows
-from speculators.training.divergences import cost
 
 CHUNK_ELEMENTS = {"cpu": 1 << 23, "cuda": 1 << 27}
 """Logits that exist at one time. Fewer make flat products, which are slow."""

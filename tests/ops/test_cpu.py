@@ -11,7 +11,7 @@ from torch import Tensor
 
 from speculators.config.algorithms import Loss
 from speculators.ops import cpu
-from speculators.training.divergences import cost
+from speculators.ops.divergences import cost
 
 SHORT, WIDE = torch.bfloat16, torch.float32
 

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from speculators.config.algorithms import Loss, loss_weights
 from speculators.errors import RecipeError
-from speculators.training.divergences import PARTS, cost
+from speculators.ops.divergences import PARTS, cost
 
 
 def plain(loss: Loss, z: Tensor, wanted: Tensor) -> Tensor:
