@@ -20,10 +20,11 @@ from speculators.drafts.base import Vocabulary
 from speculators.drafts.dflash import DFlashDraft
 from speculators.errors import ContractError
 from speculators.features.batch import Pack
+from speculators.ops.distillation import Teacher
 from speculators.runner.planning.plan import Planner, State
 from speculators.runner.store.artifacts import Store
 from speculators.targets.checkpoint import TargetCheckpoint
-from speculators.training.losses import Teacher, distill
+from speculators.training.losses import distill
 from speculators.training.optim import Optimizers
 
 V, DEPTH, MASK = 64, 8, 4

@@ -33,11 +33,11 @@ from speculators.features.io import exceeds_page_cache
 from speculators.features.shards import ShardReader
 from speculators.job import Job, write_json
 from speculators.ops import cpu
+from speculators.ops.distillation import Teacher
 from speculators.targets.checkpoint import TargetCheckpoint
 from speculators.targets.fidelity_check import check_features, check_server
 from speculators.training.live_features import Feed, Shape
 from speculators.training.loop import BEST, EPOCHS, LAST, METRICS, Loop
-from speculators.training.losses import Teacher
 from speculators.training.ranks import Ranks, check_devices, joined
 from speculators.training.tracking import About, Trackers
 from speculators.training.tracking import check as check_trackers

@@ -36,8 +36,9 @@ from speculators.errors import StageError
 from speculators.evaluation.acceptance import Walk
 from speculators.features.batch import Pack
 from speculators.features.dataloader import Corpus
+from speculators.ops.distillation import Teacher
 from speculators.training import checkpoint
-from speculators.training.losses import Outcome, Tally, Teacher, distill, run, sayable_next
+from speculators.training.losses import Outcome, Tally, distill, run, sayable_next
 from speculators.training.optim import Average, Optimizers, rate
 from speculators.training.ranks import Ranks
 from speculators.training.sharding import Weights, weights

@@ -22,7 +22,8 @@ import torch
 
 from speculators.config.algorithms import Loss
 from speculators.drafts.base import Predictions
-from speculators.training.losses import CHUNK_ELEMENTS, Teacher, distill
+from speculators.ops.distillation import CHUNK_ELEMENTS, Teacher
+from speculators.training.losses import distill
 
 SIZES = (32_000, 151_936, 262_144)
 WIDTH, TOKENS, STEPS = 256, 64, 3

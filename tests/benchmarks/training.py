@@ -45,11 +45,11 @@ from speculators.drafts import DRAFTS
 from speculators.drafts.base import Draft, Vocabulary
 from speculators.features.dataloader import Corpus, Shards
 from speculators.features.shards import ShardReader
+from speculators.ops.distillation import Teacher
 from speculators.runner.planning.plan import Planner
 from speculators.runner.store.artifacts import Store
 from speculators.targets.checkpoint import TargetCheckpoint
 from speculators.training.loop import Loop
-from speculators.training.losses import Teacher
 
 BATCH_TOKENS = 512
 RATE = 1e-3

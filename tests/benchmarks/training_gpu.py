@@ -36,10 +36,10 @@ from speculators.drafts.base import Vocabulary
 from speculators.features.contract import feature_contract
 from speculators.features.dataloader import Corpus, Shards
 from speculators.features.shards import ShardReader, ShardWriter
+from speculators.ops.distillation import Teacher
 from speculators.stages.train import same_bytes_every_time
 from speculators.targets.checkpoint import TargetCheckpoint
 from speculators.training.loop import Loop
-from speculators.training.losses import Teacher
 
 STEPS = 13
 RATE = 1e-4

@@ -21,8 +21,9 @@ from speculators.errors import ContractError
 from speculators.evaluation.acceptance import Walk
 from speculators.ops import cpu, gpu
 from speculators.ops.attention import anchored_attention
+from speculators.ops.distillation import Teacher
 from speculators.ops.masks import anchor_mask, context_positions
-from speculators.training.losses import Teacher, distill, run, sayable_next
+from speculators.training.losses import distill, run, sayable_next
 from speculators.training.optim import Optimizers
 
 

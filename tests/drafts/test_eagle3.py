@@ -22,9 +22,10 @@ from speculators.drafts.layers import LayerConfig, Rotary
 from speculators.errors import ContractError
 from speculators.ops import cpu, gpu
 from speculators.ops.attention import KeyValues, causal_attention
+from speculators.ops.distillation import Teacher
 from speculators.ops.masks import causal_mask
 from speculators.targets.checkpoint import TargetCheckpoint
-from speculators.training.losses import Tally, Teacher, distill, sayable_next
+from speculators.training.losses import Tally, distill, sayable_next
 from speculators.training.optim import Optimizers
 
 

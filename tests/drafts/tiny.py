@@ -17,8 +17,8 @@ from speculators.drafts.eagle3 import Eagle3Draft
 from speculators.features.batch import Pack
 from speculators.features.contract import feature_contract
 from speculators.features.shards import ShardWriter
+from speculators.ops.distillation import Teacher
 from speculators.targets.checkpoint import TargetCheckpoint
-from speculators.training.losses import Teacher
 
 H, V, LAYERS = 32, 96, 6
 CONFIG = {

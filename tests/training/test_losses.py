@@ -15,7 +15,8 @@ from speculators.config.algorithms import Loss, Weighting
 from speculators.drafts.base import Draft, Predictions
 from speculators.drafts.dflash import DFlashDraft
 from speculators.features.batch import Pack
-from speculators.training.losses import PART_ELEMENTS, Teacher, distill
+from speculators.ops.distillation import PART_ELEMENTS, Teacher
+from speculators.training.losses import distill
 
 LENGTHS = [20, 33, 9, 14]
 

@@ -11,17 +11,9 @@ from torch import nn
 from speculators.config.choices import Dtype, Optimizer, Schedule
 from speculators.config.schema import Train
 from speculators.drafts.layers import Linear
+from speculators.ops.muon import FLOOR, orthogonalise, stacked, together, turned
 from speculators.ops.weights import rounded
-from speculators.training.optim import (
-    FLOOR,
-    Average,
-    Optimizers,
-    orthogonalise,
-    rate,
-    stacked,
-    together,
-    turned,
-)
+from speculators.training.optim import Average, Optimizers, rate
 
 
 @pytest.mark.parametrize(

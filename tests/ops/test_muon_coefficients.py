@@ -1,4 +1,4 @@
-"""Derives the coefficients of Muon's update that `training/optim.py` holds as literals."""
+"""Derives the coefficients of Muon's update that `ops/muon.py` holds as literals."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import math
 import pytest
 import torch
 
-from speculators.training import optim
+from speculators.ops import muon
 
 
 def zolotarev(poles: int, floor: float) -> tuple[float, list[float], list[float]]:
@@ -65,16 +65,16 @@ def quintics(count: int, floor: float, margin: float) -> list[tuple[float, float
 
 
 def test_the_rational_coefficients_are_those_of_the_derivation() -> None:
-    scale, weights, poles = zolotarev(2, optim.FLOOR)
-    assert pytest.approx(scale, rel=1e-12) == optim.SCALE
-    assert pytest.approx(weights, rel=1e-12) == optim.WEIGHTS
-    assert pytest.approx(poles, rel=1e-12) == optim.POLES
+    scale, weights, poles = zolotarev(2, muon.FLOOR)
+    assert pytest.approx(scale, rel=1e-12) == muon.SCALE
+    assert pytest.approx(weights, rel=1e-12) == muon.WEIGHTS
+    assert pytest.approx(poles, rel=1e-12) == muon.POLES
 
 
 def test_the_quintic_coefficients_are_those_of_the_derivation() -> None:
-    derived = quintics(4, optim.ROUGH_FLOOR, 1.02)
-    assert len(optim.QUINTICS) == len(derived)
-    for literal, expected in zip(optim.QUINTICS, derived, strict=True):
+    derived = quintics(4, muon.ROUGH_FLOOR, 1.02)
+    assert len(muon.QUINTICS) == len(derived)
+    for literal, expected in zip(muon.QUINTICS, derived, strict=True):
         assert literal == pytest.approx(expected, rel=1e-8)
 
 
