@@ -19,7 +19,7 @@ from speculators.config.schema import Train
 from speculators.drafts.base import Vocabulary
 from speculators.drafts.dflash import DFlashDraft
 from speculators.errors import ContractError
-from speculators.features.batch import Pack
+from speculators.features.batch import PackedBatch
 from speculators.ops.distillation import Teacher
 from speculators.runner.planning.plan import Planner, State
 from speculators.runner.store.artifacts import Store
@@ -98,20 +98,20 @@ def test_a_draft_of_the_recipe_learns_from_its_states(gemma: tuple[Path, Any], t
     states, logits = states_of(model, tokens, ids)
     torch.testing.assert_close(teacher.logits(states[:, -1], torch.float32), logits, atol=1e-4, rtol=1e-4)
 
-    pack = Pack(
+    pack = PackedBatch(
         rows=[0],
         lengths=[40],
         token_ids=tokens,
         loss_mask=torch.arange(40) > 9,
-        states=states[:, :-1],
-        last=states[:, -1],
-        last_at=torch.arange(40),
+        hidden_states=states[:, :-1],
+        last_hidden_states=states[:, -1],
+        last_index=torch.arange(40),
     )
     optimizers = Optimizers(draft, Train(lr=1e-2))
     losses = []
     for step in range(30):
         draft.advance(step, 30)
-        outcome = distill(draft(pack), pack.last, draft.lm_head.weight, teacher, draft.loss)
+        outcome = distill(draft(pack), pack.last_hidden_states, draft.lm_head.weight, teacher, draft.loss)
         outcome.loss.backward()
         optimizers.step(1.0)
         losses.append(outcome.loss.item())

@@ -141,7 +141,7 @@ def test_a_stage_imports_no_other_stage(name: str) -> None:
 def test_a_draft_imports_no_other_draft(name: str) -> None:
     shared = ("attention", "base", "induction", "layers")
     operations = ("ops", "ops.attention", "ops.cpu", "ops.functional", "ops.masks", "ops.weights")
-    below = (*operations, "features.batch")  # the last for `Pack`, what a draft is given
+    below = (*operations, "features.batch")  # the last for `PackedBatch`, what a draft is given
     allowed = set().union(*SHARED) | {f"speculators.{n}" for n in (*below, *(f"drafts.{n}" for n in shared))}
     own = ".".join(name.split(".")[:3])
     assert [i for i in OURS[name] if i not in allowed and not i.startswith(own)] == []

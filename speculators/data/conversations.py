@@ -2,7 +2,7 @@
 
 A file is never loaded whole, and a file that was cut off in the middle gives every row before the cut. What a
 row must be to be used (`Conversation`) is decided here once, for training and evaluation alike, and so is which
-conversations are held out: both sides ask `held_out`, so they cannot disagree.
+conversations are held out: both sides ask `in_evaluation_holdout`, so they cannot disagree.
 """
 
 from __future__ import annotations
@@ -62,7 +62,7 @@ class Conversation:
 
 
 @dataclass(slots=True)
-class Tally:
+class RowCounts:
     """What became of the rows of one file; `read` is the sum of what is dropped and what is used."""
 
     read: int = 0
@@ -91,7 +91,7 @@ def data_file(place: Path) -> Path:
     return files[0]
 
 
-def usable(path: Path, name: str, spec: Dataset, tally: Tally, seen: set[bytes]) -> Iterator[Conversation]:
+def usable(path: Path, name: str, spec: Dataset, tally: RowCounts, seen: set[bytes]) -> Iterator[Conversation]:
     """The conversations of data set `name` that pass its filters, each first user message once.
 
     `seen` carries the digests of first messages from one data set to the next. The filters look at the text as it is
@@ -130,7 +130,7 @@ def text_digest(text: str) -> bytes:
     return hashlib.sha256(" ".join(text.split()).casefold().encode()).digest()
 
 
-def held_out(first_message: str, share: float) -> bool:
+def in_evaluation_holdout(first_message: str, share: float) -> bool:
     """Whether a conversation is kept from training, for evaluation.
 
     Decided by the text of the first user message and nothing else: a copy of it under another id or in another data
@@ -139,7 +139,7 @@ def held_out(first_message: str, share: float) -> bool:
     return int.from_bytes(text_digest(first_message)[:8], "big") < share * 2**64
 
 
-def read_conversations(path: Path, name: str, spec: Dataset, tally: Tally) -> Iterator[Conversation]:
+def read_conversations(path: Path, name: str, spec: Dataset, tally: RowCounts) -> Iterator[Conversation]:
     """Every well-formed row of a file, in its order; `tally` is filled as far as the iteration went."""
     rows = _list_rows(path) if spec.format is DataFormat.sharegpt else _line_rows(path)
     try:
@@ -349,6 +349,6 @@ def _unfinished(error: json.JSONDecodeError) -> bool:
     return error.msg.startswith("Unterminated string") or error.pos >= len(error.doc) - _LONGEST_TOKEN
 
 
-def counts(tallies: dict[str, Tally]) -> dict[str, Any]:
+def counts(tallies: dict[str, RowCounts]) -> dict[str, Any]:
     """The tallies of several data sets for an artifact's record."""
     return {name: tally.record() for name, tally in sorted(tallies.items())}

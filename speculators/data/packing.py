@@ -23,7 +23,7 @@ WINDOW = 32
 
 
 @dataclass(frozen=True, order=True, slots=True)
-class Piece:
+class RowSlice:
     """Part of a row: what is supervised of it in one step. The row's tokens up to `end` are there to be seen."""
 
     row: int
@@ -36,7 +36,7 @@ class Piece:
         return self.end - self.begin
 
 
-def pieces(row: int, length: int, supervised: Sequence[int], batch_tokens: int) -> list[Piece]:
+def slice_row(row: int, length: int, supervised: Sequence[int], batch_tokens: int) -> list[RowSlice]:
     """Cut a row that is longer than a batch, so that every piece has about as many supervised tokens.
 
     Args:
@@ -49,15 +49,15 @@ def pieces(row: int, length: int, supervised: Sequence[int], batch_tokens: int) 
     """
     parts = max(1, min(-(-length // batch_tokens), len(supervised)))
     cuts = [0, *(supervised[len(supervised) * part // parts] for part in range(1, parts)), length]
-    return [Piece(row, begin, end) for begin, end in itertools.pairwise(cuts)]
+    return [RowSlice(row, begin, end) for begin, end in itertools.pairwise(cuts)]
 
 
-def pack(ordered: Iterable[Piece], batch_tokens: int) -> list[list[Piece]]:
+def pack(ordered: Iterable[RowSlice], batch_tokens: int) -> list[list[RowSlice]]:
     """Put pieces, as they come, into the fullest batch that still has room; one that is longer is a batch by itself.
 
     n log n in the number of pieces.
     """
-    batches: list[list[Piece]] = []
+    batches: list[list[RowSlice]] = []
     room: list[tuple[int, int]] = []  # (free tokens, batch), ascending
     for piece in ordered:
         place = bisect.bisect_left(room, (piece.tokens, -1))
@@ -73,7 +73,7 @@ def pack(ordered: Iterable[Piece], batch_tokens: int) -> list[list[Piece]]:
     return batches
 
 
-def balance(ordered: Sequence[Piece], batch_tokens: int) -> list[list[Piece]]:
+def balance(ordered: Sequence[RowSlice], batch_tokens: int) -> list[list[RowSlice]]:
     """Put pieces into batches of about equal length: about `WINDOW` batches at a time, of the pieces that come next.
 
     In a window, the longest piece goes first, each where there is least (LPT); there are as few batches as that can
@@ -82,7 +82,7 @@ def balance(ordered: Sequence[Piece], batch_tokens: int) -> list[list[Piece]]:
     batches = [[piece] for piece in ordered if piece.tokens >= batch_tokens]
     short = [piece for piece in ordered if piece.tokens < batch_tokens]
     total = sum(piece.tokens for piece in short)
-    windows: list[list[Piece]] = [[] for _ in range(max(1, round(total / (WINDOW * batch_tokens))))]
+    windows: list[list[RowSlice]] = [[] for _ in range(max(1, round(total / (WINDOW * batch_tokens))))]
     before = 0
     for piece in short:
         windows[before * len(windows) // total].append(piece)
@@ -90,7 +90,7 @@ def balance(ordered: Sequence[Piece], batch_tokens: int) -> list[list[Piece]]:
     return batches + [batch for window in windows for batch in _balanced(window, batch_tokens)]
 
 
-def _balanced(window: Sequence[Piece], batch_tokens: int) -> list[list[Piece]]:
+def _balanced(window: Sequence[RowSlice], batch_tokens: int) -> list[list[RowSlice]]:
     count = -(-sum(piece.tokens for piece in window) // batch_tokens)
     while window:
         batches = divide(window, count, context=False)
@@ -101,8 +101,8 @@ def _balanced(window: Sequence[Piece], batch_tokens: int) -> list[list[Piece]]:
 
 
 def training_batches(
-    every: Iterable[Piece], batch_tokens: int, seed: int, epoch: int, packing: Packing = Packing.best_fit
-) -> list[list[Piece]]:
+    every: Iterable[RowSlice], batch_tokens: int, seed: int, epoch: int, packing: Packing = Packing.best_fit
+) -> list[list[RowSlice]]:
     """The batches of one epoch, in the order in which they are trained on."""
     draw = random.Random(f"{seed} {epoch}")
     order = sorted(every)
@@ -112,7 +112,7 @@ def training_batches(
     return batches
 
 
-def divide(batch: Sequence[Piece], parts: int, *, context: bool = True) -> list[list[Piece]]:
+def divide(batch: Sequence[RowSlice], parts: int, *, context: bool = True) -> list[list[RowSlice]]:
     """Deal the pieces of a batch to `parts` packs so that all have about the same number of tokens to run through.
 
     The longest piece comes first, and each goes where there is least (LPT): the fullest has at most a third more than
@@ -130,12 +130,12 @@ def divide(batch: Sequence[Piece], parts: int, *, context: bool = True) -> list[
     return [[batch[index] for index in sorted(part)] for part in dealt]
 
 
-def validation_batches(every: Iterable[Piece], batch_tokens: int) -> list[list[Piece]]:
+def validation_batches(every: Iterable[RowSlice], batch_tokens: int) -> list[list[RowSlice]]:
     """The same batches every time, longest pieces first."""
     return pack(sorted(every, key=lambda piece: (-piece.tokens, piece)), batch_tokens)
 
 
-def held_out(conversation: str, share: float) -> bool:
+def in_validation_split(conversation: str, share: float) -> bool:
     """Whether a conversation is validated on: by a digest of its id, so that all its rows go the same way.
 
     The digest has a salt of its own: what evaluation holds out is chosen by the id too, by another choice.

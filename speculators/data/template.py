@@ -12,7 +12,7 @@ from typing import Any
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Turn:
+class ChatTurn:
     """One answer and everything before it, as token ids."""
 
     prompt_ids: list[int]
@@ -20,7 +20,7 @@ class Turn:
 
 
 @dataclass(slots=True)
-class Row:
+class TokenSequence:
     """Token ids and, for each, 1 where the target said it and the draft learns from it, else 0."""
 
     input_ids: list[int]
@@ -31,8 +31,8 @@ class TemplateError(Exception):
     """The chat template does not take this conversation, or does not put the answer after the prompt."""
 
 
-def turns_of(tokenizer: Any, messages: list[dict[str, str]]) -> list[Turn]:
-    """One `Turn` for each assistant message, in order.
+def chat_turns(tokenizer: Any, messages: list[dict[str, str]]) -> list[ChatTurn]:
+    """One `ChatTurn` for each assistant message, in order.
 
     Args:
         tokenizer: a transformers tokenizer that has a chat template.
@@ -49,17 +49,17 @@ def turns_of(tokenizer: Any, messages: list[dict[str, str]]) -> list[Turn]:
         if not whole.startswith(prompt):
             raise TemplateError("the chat template changes the prompt when the answer is added")
         answer = _spoken(tokenizer, whole[len(prompt) :])
-        turns.append(Turn(prompt_ids=_ids(tokenizer, prompt), answer_ids=_ids(tokenizer, answer)))
+        turns.append(ChatTurn(prompt_ids=_ids(tokenizer, prompt), answer_ids=_ids(tokenizer, answer)))
     return turns
 
 
-def merge(turns: list[Turn]) -> list[Row]:
+def merge_turns(turns: list[ChatTurn]) -> list[TokenSequence]:
     """One row for turns that each start with the whole of the one before, a new row where that breaks.
 
     It breaks where a template rewrites the past (drops what was thought, say) or an answer is tokenised
     differently as part of a prompt. A row then starts over with the whole prompt, and every answer is supervised once.
     """
-    rows: list[Row] = []
+    rows: list[TokenSequence] = []
     for turn in turns:
         last = rows[-1] if rows else None
         if last and turn.prompt_ids[: len(last.input_ids)] == last.input_ids:
@@ -68,7 +68,7 @@ def merge(turns: list[Turn]) -> list[Row]:
             last.loss_mask += [0] * len(between) + [1] * len(turn.answer_ids)
         else:
             mask = [0] * len(turn.prompt_ids) + [1] * len(turn.answer_ids)
-            rows.append(Row([*turn.prompt_ids, *turn.answer_ids], mask))
+            rows.append(TokenSequence([*turn.prompt_ids, *turn.answer_ids], mask))
     return rows
 
 

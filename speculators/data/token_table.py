@@ -31,7 +31,7 @@ _BATCH = 1024
 """Rows held in memory before they are written."""
 
 
-def give_table(job: Job, rows: Iterable[dict[str, Any]], tally: Counter[str], what: str, hint: str) -> None:
+def publish_table(job: Job, rows: Iterable[dict[str, Any]], tally: Counter[str], what: str, hint: str) -> None:
     """Write rows into the job's output; what `rows` counts into `tally` on the way goes into the record.
 
     Raises:
@@ -103,7 +103,7 @@ class TokenTable:
         return self._loss_mask[row]
 
 
-def asked_for(loss_mask: npt.ArrayLike) -> npt.NDArray[np.bool_]:
+def prediction_mask(loss_mask: npt.ArrayLike) -> npt.NDArray[np.bool_]:
     """Where a draft may be asked for what the target says next, by a row's loss mask.
 
     Some algorithms are supervised at the tokens themselves, others at the tokens before them.

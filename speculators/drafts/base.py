@@ -1,7 +1,7 @@
 """What every draft is: built from a target, called on packs, written and read as a speculators checkpoint.
 
-A draft turns a `Pack` into `Predictions`: rows that go through the head, and for each the place in the pack whose
-target distribution it should match. It knows nothing of losses: those need the head and the target's last states,
+A draft turns a `PackedBatch` into `Predictions`: rows that go through the head, and for each the place in the pack
+whose target distribution it should match. It knows nothing of losses: those need the head and the target's last states,
 take most of the time, and are the same for all algorithms (`training.losses`).
 
 The checkpoint is a directory with `config.json` and `model.safetensors` in the speculators format, which vLLM and
@@ -26,7 +26,7 @@ from torch import Tensor, nn
 from speculators.config.algorithms import Loss, Speculator, loss_weights
 from speculators.drafts.layers import Frozen, Trained
 from speculators.errors import ContractError
-from speculators.features.batch import Pack
+from speculators.features.batch import PackedBatch
 
 TARGETS = {"embed_tokens.weight", "lm_head.weight"}
 """Tensors that a draft takes over from its target."""
@@ -140,7 +140,7 @@ class Draft(nn.Module, ABC):
     def initialise(self, seed: int) -> None:
         """Draw the trained weights."""
 
-    def prepare(self, packs: Iterable[Pack], seed: int) -> None:
+    def prepare(self, packs: Iterable[PackedBatch], seed: int) -> None:
         """Fit what was drawn to the target's states, before the first step. Most algorithms have nothing to fit."""
         return
 
@@ -161,11 +161,11 @@ class Draft(nn.Module, ABC):
         """Take over the options of training that are no part of the checkpoint."""
 
     @abstractmethod
-    def forward(self, pack: Pack) -> Predictions:
+    def forward(self, pack: PackedBatch) -> Predictions:
         """Predict from every place of the pack that supervision asks for."""
 
     @abstractmethod
-    def supervision(self, whole: Pack) -> Supervision:
+    def supervision(self, whole: PackedBatch) -> Supervision:
         """What is supervised in all packs of one step together. Their states are not read, and may be empty."""
 
     def left_out(self) -> set[str]:

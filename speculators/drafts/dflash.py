@@ -56,7 +56,7 @@ from speculators.drafts.layers import (
     initialise,
 )
 from speculators.errors import ContractError
-from speculators.features.batch import Pack
+from speculators.features.batch import PackedBatch
 from speculators.ops.attention import anchored_attention
 from speculators.ops.functional import apply_rotary
 from speculators.ops.masks import AnchorMask, anchor_mask, context_positions
@@ -178,7 +178,7 @@ class DFlashDraft(Draft):
         self.options, self.anchors = options, options.max_anchors
 
     @torch.no_grad()
-    def prepare(self, packs: Iterable[Pack], seed: int) -> None:
+    def prepare(self, packs: Iterable[PackedBatch], seed: int) -> None:
         """Let the second layer look for where the anchor stood before, once the first has told the masks what it is.
 
         The context is laid out along a basis: something constant, in which it is told from anchors; the token before;
@@ -262,9 +262,9 @@ class DFlashDraft(Draft):
         assert isinstance(layer, Layer)
         return layer.self_attn
 
-    def _read(self, pack: Pack) -> Tensor:
+    def _read(self, pack: PackedBatch) -> Tensor:
         """What `fc` reads at every place [T, A * H]."""
-        return pack.states.flatten(1).float()
+        return pack.hidden_states.flatten(1).float()
 
     def _token(self, token_ids: Tensor) -> Tensor:
         """What the first layer reads of tokens at the beginning [T, H]."""
@@ -274,9 +274,9 @@ class DFlashDraft(Draft):
     def advance(self, step: int, total: int) -> None:
         self.visit = step if step < total else None
 
-    def forward(self, pack: Pack) -> Predictions:
+    def forward(self, pack: PackedBatch) -> Predictions:
         at = self.layout(pack)
-        features = pack.states[at.context].flatten(1).to(self.fc.weight.dtype)
+        features = pack.hidden_states[at.context].flatten(1).to(self.fc.weight.dtype)
         if READ_SIZE in self.measured:
             features /= self.measured[READ_SIZE]
         context = self.hidden_norm(self.fc(features))
@@ -299,13 +299,13 @@ class DFlashDraft(Draft):
             reweigh=reweigh,
         )
 
-    def supervision(self, whole: Pack) -> Supervision:
+    def supervision(self, whole: PackedBatch) -> Supervision:
         at = self.layout(whole)
         chosen = torch.zeros_like(whole.loss_mask)
         chosen[at.anchors] = True
         return Supervision(counts=at.valid.sum().clamp(min=1).float().expand(len(at.valid)), chosen=chosen)
 
-    def _blocks(self, pack: Pack, at: Layout, context: Tensor) -> Tensor:
+    def _blocks(self, pack: PackedBatch, at: Layout, context: Tensor) -> Tensor:
         """Run the layers over all blocks: what leaves them at the places that propose [R, K, H]."""
         positions = at.positions[at.anchors][:, None] + torch.arange(self.slots, device=at.anchors.device)
         cosine, sine = (x.unflatten(0, positions.shape) for x in self.rotary(positions.flatten()))
@@ -334,17 +334,17 @@ class DFlashDraft(Draft):
         masks = rows[-1].expand(len(rows) - 1, self.slots - 1, *rows.shape[1:])
         return torch.cat([rows[:-1, None], masks], dim=1)
 
-    def layout(self, pack: Pack) -> Layout:
+    def layout(self, pack: PackedBatch) -> Layout:
         """Choose anchors, and work out what their blocks see and what they are asked for."""
         device, total = pack.token_ids.device, len(pack.token_ids)
         starts_T, ends_T = pack.bounds()
         places_T = torch.arange(total, device=device)
         asked_T = torch.zeros_like(pack.loss_mask)
         asked_T[:-1] = pack.loss_mask[:-1] & pack.loss_mask[1:] & (places_T[1:] < ends_T[:-1])
-        if pack.chosen is None:
+        if pack.anchor_mask is None:
             anchors = self._drawn(asked_T.nonzero()[:, 0])
         else:
-            anchors = _one_at_least((asked_T & pack.chosen).nonzero()[:, 0])
+            anchors = _one_at_least((asked_T & pack.anchor_mask).nonzero()[:, 0])
         target_KR = anchors[None, :] + torch.arange(self.slots - 1, device=device)[:, None]
         inside_KR = target_KR + 1 < ends_T[anchors]
         target_KR = target_KR.clamp(max=total - 1)

@@ -42,7 +42,7 @@ from speculators.drafts.layers import (
     Rotary,
     initialise,
 )
-from speculators.features.batch import Pack
+from speculators.features.batch import PackedBatch
 from speculators.ops.attention import KeyValues, causal_attention
 from speculators.ops.functional import apply_rotary
 from speculators.ops.masks import CausalMask, causal_mask
@@ -167,7 +167,7 @@ class Eagle3Draft(Draft):
             self.unrolled = 1 + draw(f"steps {self.seed} {step}") % self.steps
 
     @torch.no_grad()
-    def prepare(self, packs: Iterable[Pack], seed: int) -> None:
+    def prepare(self, packs: Iterable[PackedBatch], seed: int) -> None:
         """Set half of the first layer's query heads, the keys and values that they see, and some rows of `fc`."""
         layer, width = self.layers[0], self.shape.hidden_size
         assert isinstance(layer, Layer)
@@ -211,9 +211,9 @@ class Eagle3Draft(Draft):
                 asks[places[single:], [width + j for j in range(size - single)]] = scale
                 attention.o_proj.weight[:, query * head : (query + 1) * head] = written
 
-    def _read(self, pack: Pack) -> Tensor:
+    def _read(self, pack: PackedBatch) -> Tensor:
         """What `fc` reads at every place [T, A * H]."""
-        return self._normed(pack.states.float())
+        return self._normed(pack.hidden_states.float())
 
     def _normed(self, states: Tensor) -> Tensor:
         """States of the target's layers [..., A, H] as `fc` reads them [..., A * H]."""
@@ -226,9 +226,9 @@ class Eagle3Draft(Draft):
         embedded = nn.functional.embedding(token_ids, self.embed_tokens.weight).float()
         return nn.functional.rms_norm(embedded, (self.shape.hidden_size,), eps=self.shape.rms_norm_eps)
 
-    def forward(self, pack: Pack) -> Predictions:
+    def forward(self, pack: PackedBatch) -> Predictions:
         at = self.layout(pack)
-        state = self.fc(self._normed(pack.states[at.sources].to(self.fc.weight.dtype)))
+        state = self.fc(self._normed(pack.hidden_states[at.sources].to(self.fc.weight.dtype)))
         tokens = pack.token_ids[at.sources + 1]
         caches: list[KeyValues] = []
         hidden = []
@@ -244,7 +244,7 @@ class Eagle3Draft(Draft):
         weight = decay * valid / count[:, None]
         return Predictions(hidden=torch.stack(hidden), target=at.target, valid=at.valid, weight=weight, count=count)
 
-    def supervision(self, whole: Pack) -> Supervision:
+    def supervision(self, whole: PackedBatch) -> Supervision:
         counts = self.layout(whole).valid.sum(1).float().clamp(min=1.0)
         return Supervision(counts=counts, chosen=torch.ones_like(whole.loss_mask))
 
@@ -275,7 +275,7 @@ class Eagle3Draft(Draft):
             state = layer.finish(causal_attention(queries, caches[index], mask), stream)
         return state
 
-    def layout(self, pack: Pack) -> Layout:
+    def layout(self, pack: PackedBatch) -> Layout:
         """Work out sources, asking rows, and what each step sees and predicts."""
         device = pack.token_ids.device
         total = len(pack.token_ids)

@@ -20,7 +20,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from speculators.features.batch import Pack
+from speculators.features.batch import PackedBatch
 
 SLOW = 75.0
 """Rotary pairs that take more tokens than this to turn by one radian compare contents; faster ones tell distances."""
@@ -51,7 +51,9 @@ class Fit:
     """The same for the token before [F, H]."""
 
     @classmethod
-    def of(cls, packs: Iterable[Pack], read: Callable[[Pack], Tensor], token: Callable[[Tensor], Tensor]) -> Fit:
+    def of(
+        cls, packs: Iterable[PackedBatch], read: Callable[[PackedBatch], Tensor], token: Callable[[Tensor], Tensor]
+    ) -> Fit:
         """Sum over all places of the packs but the first of each document."""
         sums: list[Tensor] = []
         count = 0

@@ -19,7 +19,7 @@ from torch import Tensor
 
 
 @dataclass(slots=True)
-class Walk:
+class AcceptanceCounts:
     """Proposals that were made, and how many of them were accepted up to each position."""
 
     proposals: int
@@ -27,7 +27,7 @@ class Walk:
     """For position k of a proposal: how many were accepted up to and with it."""
 
     @classmethod
-    def empty(cls, positions: int) -> Walk:
+    def empty(cls, positions: int) -> AcceptanceCounts:
         """No proposal yet, each to be of `positions` tokens."""
         return cls(0, [0] * positions)
 
@@ -48,7 +48,7 @@ class Walk:
                 self.accepted[position] += yes
             at = bisect.bisect_left(places, places[at] + lengths[at] + 1, lo=at + 1)
 
-    def join(self, other: Walk) -> None:
+    def join(self, other: AcceptanceCounts) -> None:
         """Count the proposals of `other` too."""
         self.proposals += other.proposals
         self.accepted = [a + b for a, b in zip(self.accepted, other.accepted, strict=True)]

@@ -57,7 +57,7 @@ def verdict(likeliest: dict[int, float], plain: int | None, speculative: int | N
     return ("tie" if gap < TOLERANCE else "fault"), gap
 
 
-async def compare(
+async def compare_answers(
     client: Client, prompt: Sequence[int], plain: Sequence[int], speculative: Sequence[int], *, item: str
 ) -> Comparison:
     """Compare two answers (token ids) to `prompt` (token ids); `client` is the server without a draft."""

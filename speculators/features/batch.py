@@ -10,7 +10,7 @@ from torch import Tensor
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Pack:
+class PackedBatch:
     """Whole documents, one after the other."""
 
     rows: list[int]
@@ -21,13 +21,13 @@ class Pack:
     """int64 [T]"""
     loss_mask: Tensor
     """bool [T]: the token is one that the target said."""
-    states: Tensor
+    hidden_states: Tensor
     """[T, A, H], stored dtype: the target's states, of the draft's layers in order."""
-    last: Tensor
+    last_hidden_states: Tensor
     """[U, H], stored dtype: the last layer's output, at the places where a prediction may ask for it."""
-    last_at: Tensor
+    last_index: Tensor
     """int64 [T]: of each of these places, the row of `last`; of others anything."""
-    chosen: Tensor | None = None
+    anchor_mask: Tensor | None = None
     """bool [T]: where a draft that draws places may train from, if they were drawn for a larger pack that this one is
     a part of; the draft draws them itself if None."""
 

@@ -1,6 +1,6 @@
 """What is trained on: the rows of a token table beside their hidden states, split by conversation.
 
-Where states come from is a `Source`: the shards of an artifact (`Shards`), or a live server
+Where states come from is a `HiddenStatesSource`: the shards of an artifact (`ShardSource`), or a live server
 (`training.live_features`). Which batches there are depends on the tokens and the seed alone, so it is the same for all
 sources that cover whole rows.
 While one batch is trained on, threads read the next ones (`prefetch`), into memory that is used again.
@@ -27,12 +27,12 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from speculators.data.packing import Piece, held_out, pieces
+from speculators.data.packing import RowSlice, in_validation_split, slice_row
 from speculators.data.token_table import TokenTable
 from speculators.errors import ContractError
-from speculators.features.batch import Pack
+from speculators.features.batch import PackedBatch
 from speculators.features.encoding import LAST, decode, last_layer_part
-from speculators.features.prefetch import Ahead, Buffers
+from speculators.features.prefetch import BufferPool, Prefetcher
 from speculators.features.shards import ShardReader
 from speculators.features.writer import read_skipped
 
@@ -40,10 +40,10 @@ Parts = Sequence[tuple[int, int]]
 """Rows, and how many of each one's tokens are wanted, from its beginning."""
 
 
-class Source(Protocol):
+class HiddenStatesSource(Protocol):
     """Hidden states by row of the token table."""
 
-    at_once: int
+    concurrent_fills: int
     """Batches that may be filled at the same time."""
 
     @property
@@ -83,10 +83,10 @@ FAR_BYTES = 64 << 20
 """How much is asked of the disk ahead, and no less than a batch: one batch alone leaves it idle in between."""
 
 
-class Shards:
+class ShardSource:
     """States that an artifact holds. Nothing has to be waited for but the disk."""
 
-    at_once = 2
+    concurrent_fills = 2
     """Or the disk would wait while the end of one batch is looked at, and the beginning of the next."""
 
     def __init__(self, reader: ShardReader) -> None:
@@ -103,7 +103,7 @@ class Shards:
         self._telling = threading.Lock()
 
     def lengths(self, whole: Sequence[int]) -> dict[int, int]:
-        """See `Source`."""
+        """See `HiddenStatesSource`."""
         rows = self.reader.rows
         wanted = sorted(set(range(len(whole))) - set(read_skipped(self.reader.directory)))
         if rows != wanted:
@@ -122,20 +122,20 @@ class Shards:
         return self._lengths
 
     def last_layer_mask(self, row: int, tokens: int) -> npt.NDArray[np.bool_]:
-        """See `Source`."""
+        """See `HiddenStatesSource`."""
         return self.reader.last_layer_mask(row, tokens)
 
     def expect(self, batches: Sequence[Sequence[int]]) -> None:
-        """See `Source`."""
+        """See `HiddenStatesSource`."""
         with self._telling:
             self._expected, self._asked = deque(list(batch) for batch in batches), deque()
             self._tell()
 
     def fill(self, parts: Parts, token_ids: npt.NDArray[np.int64], into: Mapping[str, Tensor]) -> None:
-        """See `Source`."""
+        """See `HiddenStatesSource`."""
         rows = [row for row, _ in parts]
         with self._telling:
-            for place in range(min(self.at_once, len(self._asked))):
+            for place in range(min(self.concurrent_fills, len(self._asked))):
                 if self._expected[place] == rows:
                     del self._expected[place], self._asked[place]
                     break
@@ -163,49 +163,49 @@ class Shards:
         """Nobody waits."""
 
 
-class Corpus:
+class DataLoader:
     """Tokens and states by row.
 
     Raises:
         ContractError: rows without states, or states of other tokens.
     """
 
-    def __init__(self, tokens: Path, source: Source) -> None:
+    def __init__(self, tokens: Path, source: HiddenStatesSource) -> None:
         self.table = TokenTable(tokens)
         self.source = source
         self.lengths: dict[int, int] = source.lengths(self.table.lengths)
         """Tokens of each row that have states."""
         self._whole: set[int] = set()
         self._device = torch.device("cpu")
-        self._buffers = Buffers()
+        self._buffers = BufferPool()
         self._stream: torch.cuda.Stream | None = None
-        self._ahead: Ahead[list[Piece], Read] = Ahead(self._read, source.at_once)
+        self._ahead: Prefetcher[list[RowSlice], EncodedBatch] = Prefetcher(self._read, source.concurrent_fills)
 
     def split(self, share: float) -> tuple[list[int], list[int]]:
         """Rows to train on, and rows to validate on: about `share` of the conversations."""
-        held = {row for row in self.lengths if held_out(self.table.conversations[row], share)}
+        held = {row for row in self.lengths if in_validation_split(self.table.conversations[row], share)}
         return [row for row in self.lengths if row not in held], sorted(held)
 
     def supervise_all(self, rows: Iterable[int]) -> None:
         """From now on every token of these rows is supervised, whoever said it."""
         self._whole.update(rows)
 
-    def pieces(self, rows: Sequence[int], batch_tokens: int) -> list[Piece]:
+    def row_slices(self, rows: Sequence[int], batch_tokens: int) -> list[RowSlice]:
         """The rows, those that are longer than a batch in several pieces."""
         found = []
         for row in rows:
             length, supervised = self.lengths[row], []
             if length > batch_tokens:
                 supervised = np.flatnonzero(self._supervised(row, 0, length)).tolist()
-            found += pieces(row, length, supervised, batch_tokens)
+            found += slice_row(row, length, supervised, batch_tokens)
         return found
 
-    def expect(self, batches: Sequence[Sequence[Piece]]) -> None:
+    def expect(self, batches: Sequence[Sequence[RowSlice]]) -> None:
         """What `pack` will be asked for from now on, in this order."""
         begun = self._ahead.expect([list(batch) for batch in batches])
         self.source.expect([[piece.row for piece in batch] for batch in batches[begun:]])
 
-    def pack(self, wanted: Sequence[Piece], device: torch.device) -> Pack:
+    def pack(self, wanted: Sequence[RowSlice], device: torch.device) -> PackedBatch:
         """The pieces as one pack: each row up to its piece's end, supervised inside the piece.
 
         Raises:
@@ -214,18 +214,18 @@ class Corpus:
         self._to(device)
         found = self.read(wanted)
         if self._stream is not None:
-            for tensor in (found.token_ids, found.loss_mask, found.last_at, *found.encoded.values()):
+            for tensor in (found.token_ids, found.loss_mask, found.last_index, *found.encoded.values()):
                 tensor.record_stream(torch.cuda.current_stream(device))
-        return Pack(
+        return PackedBatch(
             rows=[piece.row for piece in wanted],
             lengths=[piece.end for piece in wanted],
             token_ids=found.token_ids,
             loss_mask=found.loss_mask,
             **self._decoded(found.encoded),
-            last_at=found.last_at,
+            last_index=found.last_index,
         )
 
-    def read(self, wanted: Sequence[Piece]) -> Read:
+    def read(self, wanted: Sequence[RowSlice]) -> EncodedBatch:
         """What `pack` makes a pack of, on the device of the last one."""
         return self._ahead.take(list(wanted))
 
@@ -235,7 +235,7 @@ class Corpus:
         self.source.close()
         self._ahead.join()
 
-    def mask(self, piece: Piece) -> Tensor:
+    def mask(self, piece: RowSlice) -> Tensor:
         """bool [T]: what of a row, up to its piece's end, is supervised in this piece."""
         mask = np.zeros(piece.end, np.bool_)
         mask[piece.begin :] = self._supervised(piece.row, piece.begin, piece.end)
@@ -253,17 +253,17 @@ class Corpus:
         if self._stream is None and "scales" in encoded:
             out = self._buffers.empty({name: (torch.bfloat16, encoded[name].shape) for name in ("states", "last")})
         return {
-            "states": decode(encoded, out.get("states")),
-            "last": decode(last_layer_part(encoded), out.get("last")),
+            "hidden_states": decode(encoded, out.get("states")),
+            "last_hidden_states": decode(last_layer_part(encoded), out.get("last")),
         }
 
     def _to(self, device: torch.device) -> None:
         """Where packs are wanted from now on."""
         if device != self._device:
-            self._device, self._buffers = device, Buffers(pinned=device.type == "cuda")
+            self._device, self._buffers = device, BufferPool(pinned=device.type == "cuda")
             self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None
 
-    def _read(self, wanted: list[Piece]) -> Read:
+    def _read(self, wanted: list[RowSlice]) -> EncodedBatch:
         """In a thread that reads ahead."""
         parts = [(piece.row, piece.end) for piece in wanted]
         total = sum(piece.end for piece in wanted)
@@ -289,15 +289,17 @@ class Corpus:
             }
         )
         self.source.fill(parts, token_ids, encoded)
-        last_at = np.maximum(last.cumsum() - 1, 0)
-        read = Read(torch.from_numpy(token_ids), torch.from_numpy(loss_mask), torch.from_numpy(last_at), encoded)
+        last_index = np.maximum(last.cumsum() - 1, 0)
+        read = EncodedBatch(
+            torch.from_numpy(token_ids), torch.from_numpy(loss_mask), torch.from_numpy(last_index), encoded
+        )
         if self._stream is None:
             return read
         with torch.cuda.stream(self._stream):
-            moved = Read(
+            moved = EncodedBatch(
                 read.token_ids.to(self._device, non_blocking=True),
                 read.loss_mask.to(self._device, non_blocking=True),
-                read.last_at.to(self._device, non_blocking=True),
+                read.last_index.to(self._device, non_blocking=True),
                 {name: tensor.to(self._device, non_blocking=True) for name, tensor in encoded.items()},
             )
         self._stream.synchronize()  # then what was copied can be used again
@@ -305,11 +307,11 @@ class Corpus:
 
 
 @dataclass(frozen=True, slots=True)
-class Read:
+class EncodedBatch:
     """A batch on the device where it is wanted, states still encoded."""
 
     token_ids: Tensor
     loss_mask: Tensor
-    last_at: Tensor
-    """See `Pack`."""
+    last_index: Tensor
+    """See `PackedBatch`."""
     encoded: dict[str, Tensor]

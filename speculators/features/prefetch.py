@@ -1,4 +1,4 @@
-"""Ahead: what is wanted next is made while what came before it is used, in memory that is used again.
+"""Prefetcher: what is wanted next is made while what came before it is used, in memory that is used again.
 
 They are begun in the order in which they are expected, a thread for each, and no more of them than are asked for ahead:
 so what is made does not depend on which side is faster, and memory is bounded by what is in flight.
@@ -24,7 +24,7 @@ Item = TypeVar("Item")
 Made = TypeVar("Made")
 
 
-class Ahead(Generic[Item, Made]):
+class Prefetcher(Generic[Item, Made]):
     """Calls `make` on items before they are taken; the first thread starts with the first one that is.
 
     What goes wrong in a thread is raised when the item is taken that it went wrong with.
@@ -77,7 +77,7 @@ class Ahead(Generic[Item, Made]):
         self._begun.clear()
 
 
-class Buffers:
+class BufferPool:
     """Memory for tensors that goes on to the next one when nobody has the tensor or a part of it any more.
 
     Fresh memory costs as much as what is written to it: the kernel zeroes every page when it is touched first.

@@ -31,6 +31,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
+from speculators.data.packing import RowSlice
 from speculators.errors import ContractError
 from speculators.features.contract import FORMAT, check_contract
 from speculators.features.encoding import FLOAT8, LAST, decode, encode, last_layer_part, layout, split_last_layer
@@ -69,13 +70,12 @@ class RowSpan:
         """Number of entries in `last` among the row's first `tokens` positions."""
         return sum(min(end, tokens) - min(begin, tokens) for begin, end in self.ranges)
 
-    def slice(self, begin: int, tokens: int) -> RowSpan:
-        """The location of `tokens` tokens of the row from position `begin`, as a row of its own."""
-        assert begin + tokens <= self.length
-        end = begin + tokens
+    def slice(self, begin: int, end: int) -> RowSpan:
+        """Return the location of the row's positions [begin, end), as a row of its own."""
+        assert end <= self.length
         ranges = [[max(first, begin) - begin, min(last, end) - begin] for first, last in self.ranges]
         ranges = [[first, last] for first, last in ranges if first < last]
-        return RowSpan(self.shard, self.start + begin, tokens, self.last_start + self.last_count(begin), ranges)
+        return RowSpan(self.shard, self.start + begin, end - begin, self.last_start + self.last_count(begin), ranges)
 
     def last_mask(self, tokens: int) -> npt.NDArray[np.bool_]:
         """bool [tokens] over the row's first positions: true where the last layer is kept."""
@@ -83,15 +83,6 @@ class RowSpan:
         for begin, end in self.ranges:
             mask[begin:end] = True
         return mask
-
-
-@dataclass(frozen=True, slots=True)
-class RowSlice:
-    """`tokens` tokens of a row, from position `begin`."""
-
-    row: int
-    begin: int
-    tokens: int
 
 
 def mask_to_ranges(mask: torch.Tensor) -> list[list[int]]:
@@ -307,7 +298,7 @@ class ShardReader:
             File name -> sha256 of every shard.
         """
         check_contract(self.contract, {**contract, "tokens": self.contract["tokens"]})
-        spans = {number: self._span(part.row).slice(part.begin, part.tokens) for number, part in parts.items()}
+        spans = {number: self._span(part.row).slice(part.begin, part.end) for number, part in parts.items()}
         for path in self._paths:
             link(path, directory / path.name)
         shards = [{**shard, "tokens": self.contract["tokens"]} for shard in self._shards]

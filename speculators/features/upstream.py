@@ -81,7 +81,7 @@ def histories(rows: Sequence[Sequence[int]], masks: Sequence[Sequence[int]]) -> 
     return dict(sorted(joined.items()))
 
 
-def export(tokens: Path, features: Path, directory: Path) -> int:
+def export_for_upstream(tokens: Path, features: Path, directory: Path) -> int:
     """Write rows and states for upstream's trainer; returns the number of rows.
 
     States in bfloat16, whatever they are stored in; the last layer's are 0 where they were not kept, which is where
@@ -126,7 +126,7 @@ def main(arguments: list[str]) -> int:
         print("usage: python -m speculators.features.upstream TOKENS FEATURES DIR", file=sys.stderr)
         return 1
     try:
-        rows = export(*map(Path, arguments))
+        rows = export_for_upstream(*map(Path, arguments))
     except RunError as error:
         print(f"error: {error.message}\n\nhint: {error.hint}", file=sys.stderr)
         return 1

@@ -10,14 +10,14 @@ from typing import Any
 import torch
 
 from speculators.config.choices import OnBadRow
-from speculators.data.token_table import asked_for
+from speculators.data.token_table import prediction_mask
 from speculators.errors import ContractError, RunError, StageError
 from speculators.features.contract import EVERYWHERE, feature_contract
 from speculators.features.shards import ShardWriter
 from speculators.job import Job, write_json
 
 SKIPPED = "skipped.json"
-ANSWERED = "states"
+ANSWER_STATES = "states"
 """Directory of the answers' hidden states in the artifact with the answers."""
 FEW, SHARE = 4, 0.02
 """Rows that may be left out: so many, and this share of those that were seen."""
@@ -109,7 +109,7 @@ def last_layer_mask(job: Job, loss_mask: Sequence[int], asked: Iterable[int] = (
     """Where such a stage keeps the last layer of a row, bool [T]; also where the server was asked for its pick."""
     if job.derived["last_state"] == EVERYWHERE:
         return torch.ones(len(loss_mask), dtype=torch.bool)
-    places = torch.from_numpy(asked_for(loss_mask))
+    places = torch.from_numpy(prediction_mask(loss_mask))
     places[list(asked)] = True
     return places
 

@@ -12,7 +12,7 @@ from typing import Any
 
 from datasets import load_from_disk
 
-from speculators.data.token_table import give_table
+from speculators.data.token_table import publish_table
 from speculators.features.upstream import histories, states_path
 from speculators.job import Job
 
@@ -21,7 +21,7 @@ def main(job: Job) -> None:
     """Write the token table, the data sets by name and each one's rows in its own order."""
     tally: Counter[str] = Counter()
     hint = "make the states with upstream's `generate-offline-data`, into hidden_states/ beside the rows"
-    give_table(job, _rows(job, tally), tally, "upstream rows", hint)
+    publish_table(job, _rows(job, tally), tally, "upstream rows", hint)
 
 
 def _rows(job: Job, tally: Counter[str]) -> Iterator[dict[str, Any]]:

@@ -10,18 +10,18 @@ from __future__ import annotations
 import json
 import shutil
 from collections import defaultdict
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from datasets import load_from_disk
 
+from speculators.data.packing import RowSlice
 from speculators.errors import ContractError
-from speculators.features.shards import RowSlice, ShardReader
-from speculators.features.writer import ANSWERED, states_contract
+from speculators.features.shards import ShardReader
+from speculators.features.writer import ANSWER_STATES, states_contract
 from speculators.job import Job
-from speculators.targets.fidelity_check import write_picks
-from speculators.targets.readings import Pick
+from speculators.targets.fidelity_check import write_greedy_tokens
+from speculators.targets.readings import GreedyToken
 
 
 def main(job: Job) -> None:
@@ -29,7 +29,7 @@ def main(job: Job) -> None:
     tokens = load_from_disk(str(job.inputs["tokens"]))
     turns = read_turns(job.inputs["states"] / "conversations.jsonl")
     parts: dict[int, RowSlice] = {}
-    picks: list[Pick] = []
+    picks: list[GreedyToken] = []
     for number in range(len(tokens)):
         row = tokens[number]
         turn = covering(turns[row["id"]], row["input_ids"])
@@ -38,14 +38,14 @@ def main(job: Job) -> None:
                 f"row {number} (conversation {row['id']}) is no part of what the target was asked and answered",
                 "use `pipeline=offline`, which runs the target over the rows themselves",
             )
-        picks += picks_in(number, turn)
-        states = RowSlice(*turn["states"])
-        parts[number] = replace(states, tokens=min(len(row["input_ids"]), states.tokens))
+        picks += greedy_tokens_of_row(number, turn)
+        answer_row, begin, length = turn["states"]
+        parts[number] = RowSlice(answer_row, begin, begin + min(len(row["input_ids"]), length))
     shutil.rmtree(job.output)  # of an attempt that was killed
     job.output.mkdir()
-    answers = ShardReader(job.inputs["states"] / ANSWERED)
+    answers = ShardReader(job.inputs["states"] / ANSWER_STATES)
     job.digests_written |= answers.link_rows(parts, states_contract(job), job.output)
-    write_picks(job.output, picks)
+    write_greedy_tokens(job.output, picks)
     job.record |= {
         "rows": len(tokens),
         "tokens": sum(tokens["seq_len"]),
@@ -53,10 +53,10 @@ def main(job: Job) -> None:
     }
 
 
-def picks_in(row: int, turn: dict[str, Any]) -> list[Pick]:
+def greedy_tokens_of_row(row: int, turn: dict[str, Any]) -> list[GreedyToken]:
     """What the server found likeliest in a turn that covers a row; training leaves out what the row was cut before."""
     begin = len(turn["prompt_ids"]) - 1
-    return [Pick(row, begin + place, token, logprob) for place, token, logprob in turn.get("picks", ())]
+    return [GreedyToken(row, begin + place, token, logprob) for place, token, logprob in turn.get("picks", ())]
 
 
 def read_turns(conversations: Path) -> dict[str, list[dict[str, Any]]]:

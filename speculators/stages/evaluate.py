@@ -17,11 +17,18 @@ from pathlib import Path
 from typing import Any
 
 from speculators.config.choices import Dtype
-from speculators.data.conversations import Conversation, Tally, data_file, held_out, usable, with_instruction
+from speculators.data.conversations import (
+    Conversation,
+    RowCounts,
+    data_file,
+    in_evaluation_holdout,
+    usable,
+    with_instruction,
+)
 from speculators.engine.client import Client, Completion
 from speculators.engine.metrics import DraftCounters, read_counters
 from speculators.errors import SourceError, StageError
-from speculators.evaluation.lossless import TOLERANCE, compare
+from speculators.evaluation.lossless import TOLERANCE, compare_answers
 from speculators.job import Job, write_json
 
 SIDES = ("plain", "speculative")
@@ -49,16 +56,16 @@ def main(job: Job) -> None:
     once would be too many: first the pair that is timed, then the float32 pair that is compared.
     """
     prompts: dict[str, list[Prompt]] = {}
-    tallies: dict[str, Tally] = {}
+    tallies: dict[str, RowCounts] = {}
     for name in job.config.evaluate.datasets:
-        tallies[name] = Tally()
+        tallies[name] = RowCounts()
         prompts[name] = choose(job, name, tallies[name])
     asyncio.run(_work(job, prompts))
     if job.derived["phase"] == job.derived["phases"] - 1:
         _publish(job, prompts, tallies)
 
 
-def choose(job: Job, name: str, tally: Tally) -> list[Prompt]:
+def choose(job: Job, name: str, tally: RowCounts) -> list[Prompt]:
     """The prompts of set `name`: always the same ones, by their ids. Of a training set, held-out rows."""
     options = job.config.evaluate
     spec = options.datasets[name]
@@ -66,7 +73,7 @@ def choose(job: Job, name: str, tally: Tally) -> list[Prompt]:
 
     def candidates() -> Any:
         for row in usable(data_file(job.inputs[f"dataset.{name}"]), name, spec, tally, set()):
-            if trained and not held_out(row.first, job.config.prompts.eval_holdout_ratio):
+            if trained and not in_evaluation_holdout(row.first, job.config.prompts.eval_holdout_ratio):
                 tally.dropped["trained on"] += 1
             else:
                 yield row
@@ -269,7 +276,7 @@ async def _compare(job: Job, name: str, prompts: list[Prompt], pair: tuple[str, 
         for record in records:
             plain, speculative = (record[side]["token_ids"] for side in SIDES)
             item = f"{record['id']} where its answers differ"
-            found = await compare(clients[0], record["prompt_ids"], plain, speculative, item=item)
+            found = await compare_answers(clients[0], record["prompt_ids"], plain, speculative, item=item)
             tokens += found.tokens
             if found.difference:
                 differences.append({"id": record["id"], **found.difference})
@@ -301,7 +308,7 @@ async def _greedy_answers(
     return records
 
 
-def _publish(job: Job, prompts: dict[str, list[Prompt]], tallies: dict[str, Tally]) -> None:
+def _publish(job: Job, prompts: dict[str, list[Prompt]], tallies: dict[str, RowCounts]) -> None:
     options = job.config.evaluate
     sets: dict[str, Any] = {}
     for name in options.datasets:

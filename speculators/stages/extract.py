@@ -92,8 +92,8 @@ async def _run(job: Job, tokens: Dataset, rows: range, writer: ShardWriter) -> i
     )
     start, done, seen = time.monotonic(), 0, 0
     async with client:
-        gate = await fidelity_check.open_gate(job, client, tokens, writer.done | set(bad.reasons), rows)
-        asked = {row: [position] for row, position in fidelity_check.places(tokens["seq_len"])}
+        gate = await fidelity_check.start_early_check(job, client, tokens, writer.done | set(bad.reasons), rows)
+        asked = {row: [position] for row, position in fidelity_check.sample_positions(tokens["seq_len"])}
 
         async def work(row: int) -> tuple[int, list[int], Transfer | RunError]:
             sent = list(tokens[row]["input_ids"])
@@ -166,13 +166,13 @@ def join(job: Job, tokens: Dataset, parts: Sequence[Path]) -> None:
             link(part / shard["file"], job.output / name)
             shards.append({"file": name, "sha256": shard["sha256"]})
         spans |= {int(row): RowSpan(before + shard, *where) for row, (shard, *where) in index["rows"].items()}
-        picks += fidelity_check.read_picks(part)
+        picks += fidelity_check.read_greedy_tokens(part)
         skipped |= read_skipped(part)
     missing = set(range(len(tokens))) - set(spans) - set(skipped)
     if missing:
         raise ContractError(f"no worker has extracted row {min(missing)}", "extract again: force=[extract]")
     write_index(job.output, wanted, shards, spans)
-    fidelity_check.write_picks(job.output, picks)
+    fidelity_check.write_greedy_tokens(job.output, picks)
     if skipped:
         write_json(job.output / SKIPPED, {str(row): reason for row, reason in sorted(skipped.items())})
     job.digests_written |= {shard["file"]: shard["sha256"] for shard in shards}

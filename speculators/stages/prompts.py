@@ -9,10 +9,10 @@ from collections.abc import Iterator
 
 from speculators.data.conversations import (
     Conversation,
-    Tally,
+    RowCounts,
     counts,
     data_file,
-    held_out,
+    in_evaluation_holdout,
     usable,
     with_instruction,
 )
@@ -23,7 +23,7 @@ from speculators.job import Job
 def main(job: Job) -> None:
     """Write `conversations.jsonl`, one conversation a line, in the order in which they were drawn."""
     options = job.config.prompts
-    tallies: dict[str, Tally] = {}
+    tallies: dict[str, RowCounts] = {}
     candidates = _candidates(job, tallies)
 
     def order(conversation: Conversation) -> bytes:
@@ -48,14 +48,14 @@ def main(job: Job) -> None:
     job.progress(len(drawn), len(drawn), "conversations")
 
 
-def _candidates(job: Job, tallies: dict[str, Tally]) -> Iterator[Conversation]:
+def _candidates(job: Job, tallies: dict[str, RowCounts]) -> Iterator[Conversation]:
     """Every usable conversation that is not held out. Sets go by name: their order in a recipe means nothing."""
     seen: set[bytes] = set()
     for name, spec in sorted(job.config.data.items()):
-        tally = tallies[name] = Tally()
+        tally = tallies[name] = RowCounts()
         path = data_file(job.inputs[f"dataset.{name}"])
         for conversation in usable(path, name, spec, tally, seen):
-            if held_out(conversation.first, job.config.prompts.eval_holdout_ratio):
+            if in_evaluation_holdout(conversation.first, job.config.prompts.eval_holdout_ratio):
                 tally.dropped["held out for evaluation"] += 1
             else:
                 yield conversation

@@ -29,15 +29,15 @@ from torch import Tensor
 
 from speculators.config.choices import OnBadRow
 from speculators.config.schema import Regenerate
-from speculators.data.template import Row, Turn, merge
+from speculators.data.template import ChatTurn, TokenSequence, merge_turns
 from speculators.engine.client import Client, Completion
 from speculators.engine.transfer import Transfer
 from speculators.errors import ContractError, StageError
 from speculators.features.encoding import encode, split_last_layer
 from speculators.features.shards import ShardWriter
-from speculators.features.writer import ANSWERED, check_states, last_layer_mask, refuse_too_many, states_writer
+from speculators.features.writer import ANSWER_STATES, check_states, last_layer_mask, refuse_too_many, states_writer
 from speculators.job import Job
-from speculators.targets.fidelity_check import of_answer
+from speculators.targets.fidelity_check import greedy_tokens_in_answer
 
 STATES = "states"
 """Directory of the turns' hidden states in the scratch directory."""
@@ -53,7 +53,7 @@ def main(job: Job) -> None:
     """Answer every conversation, in any order; publish them in the order they came in."""
     conversations = [json.loads(line) for line in _lines(job.inputs["prompts"] / "conversations.jsonl")]
     log = job.scratch / "answers.jsonl"
-    states = states_writer(job, "prompts", ANSWERED) if _keeps_states(job) else None
+    states = states_writer(job, "prompts", ANSWER_STATES) if _keeps_states(job) else None
     sealed = states.done if states else set()
     finished = {i: a for i, a in read_answers(log).items() if a["dropped"] != BAD_STATES or i in sealed}
     job.record["resumed"] = len(finished)
@@ -184,7 +184,9 @@ def _pack_states(job: Job, kept: list[dict[str, Any]], writer: ShardWriter) -> N
         row, begin = answered["index"], 0
         turns = [turn for turn in answered["turns"] if "states" in turn]
         files = [job.scratch / STATES / turn["states"] for turn in turns]
-        wholes = merge([Turn(prompt_ids=t["prompt_ids"], answer_ids=t["answer_ids"]) for t in answered["turns"]])
+        wholes = merge_turns(
+            [ChatTurn(prompt_ids=t["prompt_ids"], answer_ids=t["answer_ids"]) for t in answered["turns"]]
+        )
         for turn, whole in zip(turns, wholes, strict=True):
             turn["states"] = [row, begin, len(whole.input_ids) - 1]
             begin += len(whole.input_ids) - 1
@@ -196,10 +198,10 @@ def _pack_states(job: Job, kept: list[dict[str, Any]], writer: ShardWriter) -> N
                 file.unlink()
         job.progress(number + 1, len(kept), "conversations")
     writer.close()
-    job.digests_written |= {f"{ANSWERED}/{name}": digest for name, digest in writer.digests.items()}
+    job.digests_written |= {f"{ANSWER_STATES}/{name}": digest for name, digest in writer.digests.items()}
 
 
-def _joined(job: Job, files: list[Path], wholes: list[Row]) -> tuple[Tensor, dict[str, Tensor], Tensor]:
+def _joined(job: Job, files: list[Path], wholes: list[TokenSequence]) -> tuple[Tensor, dict[str, Tensor], Tensor]:
     """One conversation's token ids, states as `split_last_layer` leaves them, and where the last layer's are kept."""
     found = []
     for file, whole in zip(files, wholes, strict=True):
@@ -263,7 +265,7 @@ async def answer(
                 break
             if turns and continues(turns[-1], turn):
                 keeper.drop(turns[-1].pop("states"))
-            turn |= {"picks": picks} if (picks := of_answer(said)) else {}
+            turn |= {"picks": picks} if (picks := greedy_tokens_in_answer(said)) else {}
         turns.append(turn)
         kept = len(messages)
     told = {"why": why} if why else {}

@@ -8,8 +8,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from speculators.data.template import Row, TemplateError, Turn, merge, turns_of
-from speculators.data.token_table import give_table
+from speculators.data.template import ChatTurn, TemplateError, TokenSequence, chat_turns, merge_turns
+from speculators.data.token_table import publish_table
 from speculators.errors import SourceError
 from speculators.job import Job
 
@@ -18,7 +18,7 @@ def main(job: Job) -> None:
     """Write the token table, in the order of the conversations."""
     tally: Counter[str] = Counter()
     hint = "lower tokenize.min_supervised or raise max_seq_len"
-    give_table(job, _rows(job, tally), tally, "conversations", hint)
+    publish_table(job, _rows(job, tally), tally, "conversations", hint)
 
 
 def _rows(job: Job, tally: Counter[str]) -> Iterator[dict[str, Any]]:
@@ -33,17 +33,19 @@ def _rows(job: Job, tally: Counter[str]) -> Iterator[dict[str, Any]]:
             tally["conversations"] += 1
             job.progress(tally["conversations"], total, "conversations")
             if "turns" in conversation:
-                turns = [Turn(prompt_ids=t["prompt_ids"], answer_ids=t["answer_ids"]) for t in conversation["turns"]]
+                turns = [
+                    ChatTurn(prompt_ids=t["prompt_ids"], answer_ids=t["answer_ids"]) for t in conversation["turns"]
+                ]
             else:
                 tokenizer = tokenizer or _tokenizer(job.inputs["target"])
                 try:
-                    turns = turns_of(tokenizer, conversation["messages"])
+                    turns = chat_turns(tokenizer, conversation["messages"])
                 except TemplateError as error:
                     tally[f"dropped conversations: {error}"] += 1
                     continue
             if not turns:
                 tally["dropped conversations: no answer"] += 1
-            for whole in merge(turns):
+            for whole in merge_turns(turns):
                 row = cut(whole, longest)
                 if len(row.input_ids) < len(whole.input_ids):
                     tally["rows cut to max_seq_len"] += 1
@@ -63,9 +65,9 @@ def _rows(job: Job, tally: Counter[str]) -> Iterator[dict[str, Any]]:
                 }
 
 
-def cut(row: Row, longest: int) -> Row:
+def cut(row: TokenSequence, longest: int) -> TokenSequence:
     """The first `longest` tokens."""
-    return Row(row.input_ids[:longest], row.loss_mask[:longest])
+    return TokenSequence(row.input_ids[:longest], row.loss_mask[:longest])
 
 
 def _tokenizer(target: Path) -> Any:

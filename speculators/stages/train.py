@@ -27,7 +27,7 @@ from speculators.drafts import DRAFTS
 from speculators.drafts.base import Vocabulary
 from speculators.errors import ContractError, RecipeError, closest
 from speculators.features.contract import ANSWERS, EVERYWHERE, check_contract, feature_contract
-from speculators.features.dataloader import Corpus, Shards
+from speculators.features.dataloader import DataLoader, ShardSource
 from speculators.features.disk_cache import HiddenStatesCache
 from speculators.features.io import exceeds_page_cache
 from speculators.features.shards import ShardReader
@@ -75,7 +75,7 @@ def fit(ranks: Ranks, job: Job) -> Loop:
     target = TargetCheckpoint(job.inputs["target"])
     source = drawn(job, target, ranks) if "features" not in job.inputs else read(job, target, ranks)
     vocabulary = read_vocabulary(job, target)
-    corpus = Corpus(job.inputs["tokens"], source)
+    corpus = DataLoader(job.inputs["tokens"], source)
     device = pick_device(train.device)
     check_devices(train.num_processes, device)
     if device.type == "cpu" and (why := cpu.missing()):
@@ -124,7 +124,7 @@ def fit(ranks: Ranks, job: Job) -> Loop:
     return loop
 
 
-def read(job: Job, target: TargetCheckpoint, ranks: Ranks) -> Shards:
+def read(job: Job, target: TargetCheckpoint, ranks: Ranks) -> ShardSource:
     """States of an artifact, which have to be of this target, these tokens and these layers."""
     path = job.inputs["features"]
     features = ShardReader(path, direct_io=exceeds_page_cache(path))
@@ -139,7 +139,7 @@ def read(job: Job, target: TargetCheckpoint, ranks: Ranks) -> Shards:
     check_contract(features.contract, wanted)
     if ranks.first:
         check_features(job, features)
-    return Shards(features)
+    return ShardSource(features)
 
 
 def drawn(job: Job, target: TargetCheckpoint, ranks: Ranks) -> Feed:

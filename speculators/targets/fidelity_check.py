@@ -33,9 +33,16 @@ from speculators.features.writer import check_states
 from speculators.job import Job, write_json
 from speculators.targets import reference
 from speculators.targets.checkpoint import TargetCheckpoint
-from speculators.targets.readings import Agreement, Pick, Reading, agreement, others, reading_of
+from speculators.targets.readings import (
+    Agreement,
+    GreedyToken,
+    Reading,
+    agreement,
+    alternative_readings,
+    checkpoint_reading,
+)
 
-PICKS = "picks.json"
+GREEDY_TOKENS_FILE = "picks.json"
 PLACES = 48
 """Rows of a table at whose beginning the server is asked."""
 EARLY = 16
@@ -46,7 +53,7 @@ OF_ANSWER = 4
 """Places of an answer that are kept, where answering gives them."""
 
 
-def places(lengths: Sequence[int]) -> list[tuple[int, int]]:
+def sample_positions(lengths: Sequence[int]) -> list[tuple[int, int]]:
     """(row, position) of what to ask about rows of these lengths: always the same, and over the whole table."""
     spread = PLACES - EARLY
     rows = {*range(min(EARLY, len(lengths))), *(i * len(lengths) // spread for i in range(spread) if lengths)}
@@ -57,14 +64,14 @@ def _cut(row: int, length: int) -> int:
     return random.Random(row).randint(min(SHORTEST, length), min(LONGEST, length))
 
 
-async def ask(client: Client, row: int, token_ids: Sequence[int], position: int) -> Pick:
+async def ask(client: Client, row: int, token_ids: Sequence[int], position: int) -> GreedyToken:
     """Have the server continue the beginning of a row, up to and with `position`, by one token."""
     begun = token_ids[: position + 1]
     said = await client.complete(begun, item=f"row {row}", max_tokens=1, temperature=0.0, logprobs=1)
-    return Pick(row, position, *_likeliest(said, 0))
+    return GreedyToken(row, position, *_likeliest(said, 0))
 
 
-def of_answer(said: Completion) -> list[tuple[int, int, float | None]]:
+def greedy_tokens_in_answer(said: Completion) -> list[tuple[int, int, float | None]]:
     """Some of the picks in an answer, as (place in the answer, token, log-probability); none without `logprobs`."""
     count = len(said.token_ids)
     wanted = sorted({i * count // OF_ANSWER for i in range(OF_ANSWER)}) if count and len(said.logprobs) == count else []
@@ -77,19 +84,19 @@ def _likeliest(said: Completion, place: int) -> tuple[int, float | None]:
     return max(said.logprobs[place].items(), key=lambda entry: entry[1])
 
 
-def write_picks(directory: Path, picks: Sequence[Pick]) -> None:
+def write_greedy_tokens(directory: Path, picks: Sequence[GreedyToken]) -> None:
     """Put them beside the states."""
-    write_json(directory / PICKS, [list(pick) for pick in sorted(picks, key=lambda pick: pick[:2])])
+    write_json(directory / GREEDY_TOKENS_FILE, [list(pick) for pick in sorted(picks, key=lambda pick: pick[:2])])
 
 
-def read_picks(directory: Path) -> list[Pick]:
+def read_greedy_tokens(directory: Path) -> list[GreedyToken]:
     """Those beside the states; none where states came without, from another program for one."""
-    path = directory / PICKS
-    return [Pick(*plain) for plain in json.loads(path.read_text())] if path.exists() else []
+    path = directory / GREEDY_TOKENS_FILE
+    return [GreedyToken(*plain) for plain in json.loads(path.read_text())] if path.exists() else []
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Gate:
+class FidelityCheck:
     """One target's gate."""
 
     checkpoint: Path
@@ -104,7 +111,7 @@ class Gate:
     reference_gib: float
     """Largest checkpoint that is also run by transformers."""
 
-    def check(self, picks: Sequence[Pick], states: Callable[[int], tuple[Tensor, Tensor]]) -> dict[str, Any]:
+    def check(self, picks: Sequence[GreedyToken], states: Callable[[int], tuple[Tensor, Tensor]]) -> dict[str, Any]:
         """Compare; `states(row)` gives token ids [T] and states [T, L, H]. Returns what was found, for the record.
 
         Raises:
@@ -120,13 +127,13 @@ class Gate:
         def compare(reading: Reading) -> Agreement:
             return agreement(reading, at, picks, drift, torch.finfo(self.compute).eps / 2)
 
-        own = compare(reading_of(target)) if target.has_head else None
+        own = compare(checkpoint_reading(target)) if target.has_head else None
         passed = own is not None and own.passes(self.least)
         if not passed:
-            for mistake in others(target, self.layer_ids):
+            for mistake in alternative_readings(target, self.layer_ids):
                 if compare(mistake.reading).passes(self.least):
                     raise ContractError(f"{self._begin(own)}{mistake.name}; read that way they agree", mistake.hint)
-        seen = reference.compare(target, _samples(rows.values()), self.layer_ids, drift, self.reference_gib)
+        seen = reference.compare_layers(target, _samples(rows.values()), self.layer_ids, drift, self.reference_gib)
         if seen.verdict:
             raise ContractError(f"{self._begin(own)}{seen.verdict}", AGAIN)
         if own is None or not passed:
@@ -142,7 +149,7 @@ class Gate:
         if not self.least:
             return {"picks": 0}
         target = TargetCheckpoint(self.checkpoint)
-        seen = reference.compare(target, _samples(rows), self.layer_ids, self._drift(target), self.reference_gib)
+        seen = reference.compare_layers(target, _samples(rows), self.layer_ids, self._drift(target), self.reference_gib)
         if seen.verdict:
             raise ContractError(f"these hidden states are not the target's: {seen.verdict}", AGAIN)
         return {"picks": 0, "states_off": seen.off}
@@ -183,10 +190,10 @@ WHICH = (
 )
 
 
-def gate_of(job: Job, stored: torch.dtype) -> Gate:
+def check_for(job: Job, stored: torch.dtype) -> FidelityCheck:
     """The gate for states that a stage has in hand, rounded to `stored`."""
     options = job.config.target
-    return Gate(
+    return FidelityCheck(
         checkpoint=job.inputs["target"],
         layer_ids=job.derived["capture_layer_ids"],
         compute=getattr(torch, options.dtype.name),
@@ -196,14 +203,14 @@ def gate_of(job: Job, stored: torch.dtype) -> Gate:
     )
 
 
-class EarlyGate:
+class EarlyFidelityCheck:
     """The gate of an extraction that runs: it is passed once, with the first rows that come in."""
 
-    def __init__(self, gate: Gate, picks: Sequence[Pick], output: Path) -> None:
+    def __init__(self, gate: FidelityCheck, picks: Sequence[GreedyToken], output: Path) -> None:
         self._gate = gate
         self._output = output
         self._waiting = {pick.row: pick for pick in picks}
-        self._picks: list[Pick] = []
+        self._picks: list[GreedyToken] = []
         self._seen: dict[int, tuple[Tensor, Tensor]] = {}
         self.found: dict[str, Any] = {}
         """What was found, once it was."""
@@ -238,27 +245,29 @@ class EarlyGate:
         self._picks, self._seen = [], {}
 
 
-async def open_gate(job: Job, client: Client, table: Any, done: Container[int], rows: range) -> EarlyGate:
+async def start_early_check(
+    job: Job, client: Client, table: Any, done: Container[int], rows: range
+) -> EarlyFidelityCheck:
     """The gate of an extraction of some rows of the token table, of which the rows `done` are kept already.
 
     The server is asked for the picks of these rows first, unless an earlier attempt has asked. One that does not begin
     with the table's first rows has a server of its own too, and its first rows are asked about for the gate alone.
     """
 
-    async def work(place: tuple[int, int]) -> Pick:
+    async def work(place: tuple[int, int]) -> GreedyToken:
         row, position = place
         return await ask(client, row, table[row]["input_ids"], position)
 
     lengths = table["seq_len"]
-    if not (job.output / PICKS).exists():
-        wanted = [place for place in places(lengths) if place[0] in rows]
-        write_picks(job.output, [pick async for pick in client.map(work, wanted)])
+    if not (job.output / GREEDY_TOKENS_FILE).exists():
+        wanted = [place for place in sample_positions(lengths) if place[0] in rows]
+        write_greedy_tokens(job.output, [pick async for pick in client.map(work, wanted)])
     early = [row for row in rows[:EARLY] if row not in done and lengths[row]]
-    picks = {pick.row: pick for pick in read_picks(job.output)}
+    picks = {pick.row: pick for pick in read_greedy_tokens(job.output)}
     unasked = [(row, _cut(row, lengths[row]) - 1) for row in early if row not in picks]
     picks |= {pick.row: pick async for pick in client.map(work, unasked)}
     stored = getattr(torch, job.config.extract.dtype.name)  # a server may round to it already
-    return EarlyGate(gate_of(job, stored), [picks[row] for row in early], job.output)
+    return EarlyFidelityCheck(check_for(job, stored), [picks[row] for row in early], job.output)
 
 
 def check_server(job: Job) -> None:
@@ -270,14 +279,14 @@ def check_server(job: Job) -> None:
     if not job.config.target.min_greedy_agreement:
         return
     table, options = load_from_disk(str(job.inputs["tokens"])), job.config.extract
-    sample = places(table["seq_len"])[:EARLY]
+    sample = sample_positions(table["seq_len"])[:EARLY]
 
-    async def draw() -> list[tuple[Pick, tuple[Tensor, Tensor]]]:
+    async def draw() -> list[tuple[GreedyToken, tuple[Tensor, Tensor]]]:
         client = Client(
             job.services["target"], concurrency=options.concurrency, retries=options.retries, timeout=options.timeout
         )
 
-        async def work(place: tuple[int, int]) -> tuple[Pick, tuple[Tensor, Tensor]]:
+        async def work(place: tuple[int, int]) -> tuple[GreedyToken, tuple[Tensor, Tensor]]:
             row, position = place
             begun = list(table[row]["input_ids"])[: position + 1]
             item = f"row {row}"
@@ -291,7 +300,7 @@ def check_server(job: Job) -> None:
 
     drawn = sorted(asyncio.run(draw()), key=lambda pair: pair[0][:2])
     states = {pick.row: its for pick, its in drawn}
-    gate = gate_of(job, getattr(torch, options.dtype.name))  # a server may round to it already
+    gate = check_for(job, getattr(torch, options.dtype.name))  # a server may round to it already
     job.record["fidelity"] = gate.check([pick for pick, _ in drawn], states.__getitem__)
 
 
@@ -302,8 +311,8 @@ def check_features(job: Job, features: ShardReader) -> None:
         ContractError: they are not what the server computes with.
     """
     kept = set(features.rows)
-    picks = [p for p in read_picks(features.directory) if p.row in kept and p.position < features.length(p.row)]
-    gate = gate_of(job, getattr(torch, features.contract["dtype"]))
+    picks = [p for p in read_greedy_tokens(features.directory) if p.row in kept and p.position < features.length(p.row)]
+    gate = check_for(job, getattr(torch, features.contract["dtype"]))
 
     def states(row: int) -> tuple[Tensor, Tensor]:
         return features.token_ids(row), features.states(row)
@@ -313,5 +322,6 @@ def check_features(job: Job, features: ShardReader) -> None:
         return
     job.record["fidelity"] = gate.check_layers(map(states, features.rows))
     job.record.setdefault("notes", []).append(
-        f"these hidden states came without {PICKS}: whether norm and head give what the server picks was not checked"
+        f"these hidden states came without {GREEDY_TOKENS_FILE}: "
+        "whether norm and head reproduce the server's greedy tokens was not checked"
     )

@@ -23,7 +23,7 @@ VOCABULARY_CHUNK = 1 << 14
 """Rows of the head that exist in float32 at one time."""
 
 
-class Pick(NamedTuple):
+class GreedyToken(NamedTuple):
     """What the server says after a row's tokens up to and with the one at `position`."""
 
     row: int
@@ -80,7 +80,7 @@ class Agreement:
         return self.agree >= least * self.picks and self.excess <= 0
 
 
-def agreement(reading: Reading, states: Tensor, picks: Sequence[Pick], drift: float, unit: float) -> Agreement:
+def agreement(reading: Reading, states: Tensor, picks: Sequence[GreedyToken], drift: float, unit: float) -> Agreement:
     """Compare `states` [P, L, H] at the places of the picks with these.
 
     `drift` is the standard deviation of what rounding does to a state, relative to it; `unit` the rounding of a logit.
@@ -105,7 +105,7 @@ def agreement(reading: Reading, states: Tensor, picks: Sequence[Pick], drift: fl
     return Agreement(len(picks), agree, float(off.median()), float(excess.median()))
 
 
-def reading_of(target: TargetCheckpoint, head: Tensor | None = None) -> Reading:
+def checkpoint_reading(target: TargetCheckpoint, head: Tensor | None = None) -> Reading:
     """As training reads the checkpoint, or with another head."""
     return Reading(
         head=target.head() if head is None else head,
@@ -115,7 +115,7 @@ def reading_of(target: TargetCheckpoint, head: Tensor | None = None) -> Reading:
     )
 
 
-class Mistake(NamedTuple):
+class AlternativeReading(NamedTuple):
     """A known way of being wrong."""
 
     name: str
@@ -124,36 +124,36 @@ class Mistake(NamedTuple):
     """What agrees with the server if this is the mistake."""
 
 
-def others(target: TargetCheckpoint, layer_ids: Sequence[int]) -> Iterator[Mistake]:
+def alternative_readings(target: TargetCheckpoint, layer_ids: Sequence[int]) -> Iterator[AlternativeReading]:
     """What may have been meant instead, of the checkpoint or of the captured layers `layer_ids`."""
     other_head = target.other_head()
     if other_head is not None:
         says = f"config.json says that the head is {'' if target.tied else 'not '}tied to the embeddings, and it is"
         hint = f"set `tie_word_embeddings` to {'false' if target.tied else 'true'} in the target's config.json"
-        yield Mistake(f"{says}{' not' if target.tied else ''}", hint, reading_of(target, other_head))
+        yield AlternativeReading(f"{says}{' not' if target.tied else ''}", hint, checkpoint_reading(target, other_head))
     if not target.has_head:
         return
-    own, kind = reading_of(target), f"model_type `{target.config['model_type']}`"
+    own, kind = checkpoint_reading(target), f"model_type `{target.config['model_type']}`"
     norm = target.final_norm()
-    yield Mistake(
+    yield AlternativeReading(
         "the states are normed already",
         f"capture layer {layer_ids[-1]}: the last one's output before the final norm",
         replace(own, norm=None),
     )
     offset = "the final norm multiplies by 1 + weight, as Gemma's does, and is read as a plain one"
     plain = "the final norm is a plain one, and is read as one that multiplies by 1 + weight, as Gemma's does"
-    yield Mistake(
+    yield AlternativeReading(
         plain if norm.unit_offset else offset,
         f"{kind} has its place in UNIT_OFFSET_NORMS of speculators/targets/checkpoint.py, or not",
         replace(own, norm=replace(norm, weight=norm.weight + (-1.0 if norm.unit_offset else 1.0))),
     )
-    yield Mistake(
+    yield AlternativeReading(
         "the final norm subtracts the mean: it is a LayerNorm",
         f"train for a target whose final norm is an RMSNorm; {kind} has another",
         replace(own, centred=True),
     )
     for place, layer in enumerate(layer_ids[:-1]):
-        yield Mistake(
+        yield AlternativeReading(
             f"the last layer's output is captured at place {place}, where the input of layer {layer} belongs",
             f"the server has to capture the layers {list(layer_ids)}, in this order",
             replace(own, layer=place),
@@ -161,12 +161,14 @@ def others(target: TargetCheckpoint, layer_ids: Sequence[int]) -> Iterator[Mista
     yield from _other_logits(own, kind)
 
 
-def _other_logits(own: Reading, kind: str) -> Iterator[Mistake]:
+def _other_logits(own: Reading, kind: str) -> Iterator[AlternativeReading]:
     if own.softcap is not None:
         hint = "`final_logit_softcapping` of the target's config.json is not what the server serves with"
-        yield Mistake("the server does not bound its logits, the config does", hint, replace(own, softcap=None))
+        yield AlternativeReading(
+            "the server does not bound its logits, the config does", hint, replace(own, softcap=None)
+        )
     for scale in sorted({1.0, 1 / own.scale} - {own.scale}):
-        yield Mistake(
+        yield AlternativeReading(
             f"the server multiplies its logits by {scale:g}, and they are read with {own.scale:g}",
             f"`logit_scale` in speculators/targets/checkpoint.py reads {kind} otherwise than the server",
             replace(own, scale=scale),

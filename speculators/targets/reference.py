@@ -24,7 +24,7 @@ SLACK = 2e-3
 """... relative difference where nothing rounds."""
 
 
-class Seen(NamedTuple):
+class LayerComparison(NamedTuple):
     """What a comparison found."""
 
     verdict: str = ""
@@ -35,24 +35,24 @@ class Seen(NamedTuple):
     """Why not."""
 
 
-def compare(
+def compare_layers(
     target: TargetCheckpoint,
     samples: Sequence[tuple[Tensor, Tensor]],
     layer_ids: Sequence[int],
     drift: float,
     largest_gib: float,
-) -> Seen:
+) -> LayerComparison:
     """Compare samples of (token ids [T], states [T, L, H]) with the layers that they are said to be.
 
     `drift` is the standard deviation of what rounding does to a state, relative to it.
     """
     gib = target.bytes / 2**30
     if gib > largest_gib:
-        return Seen(note=f"the target has {gib:.3g} GiB, target.max_reference_gib is {largest_gib:g}")
+        return LayerComparison(note=f"the target has {gib:.3g} GiB, target.max_reference_gib is {largest_gib:g}")
     try:
         references = _run(target, [ids for ids, _ in samples])
     except (AttributeError, ImportError, KeyError, OSError, RuntimeError, TypeError, ValueError) as error:
-        return Seen(note=f"transformers does not run the target: {type(error).__name__}: {error}")
+        return LayerComparison(note=f"transformers does not run the target: {type(error).__name__}: {error}")
     # [rows, L, layers + 1] and then the median over everything but the layers: a first token is like no other
     off = torch.cat([_differences(states, truth) for (_, states), truth in zip(samples, references, strict=True)])
     off = off.nanmedian(0).values
@@ -68,15 +68,15 @@ def compare(
     limit = TOLERANCE * drift + SLACK
     at_best = float(off.min(-1).values.max())
     if at_best > limit:
-        return Seen(
+        return LayerComparison(
             f"they come from other weights: states differ from every layer of this target by {at_best:.2g} of their "
             f"size, rounding explains {limit:.2g}",
             at_best,
         )
     if wrong:
         pairs = ", ".join(f"{found} instead of {asked}" for asked, found in wrong)
-        return Seen(f"they are of other layers: {pairs}", at_best)
-    return Seen(off=round(float(max(off[place, asked] for place, asked in enumerate(layer_ids))), 4))
+        return LayerComparison(f"they are of other layers: {pairs}", at_best)
+    return LayerComparison(off=round(float(max(off[place, asked] for place, asked in enumerate(layer_ids))), 4))
 
 
 def _differences(states: Tensor, truth: Tensor) -> Tensor:

@@ -25,7 +25,7 @@ import torch
 from torch import Tensor
 
 from speculators.config.schema import Extract
-from speculators.data.token_table import TokenTable, asked_for
+from speculators.data.token_table import TokenTable, prediction_mask
 from speculators.engine.client import Client
 from speculators.engine.transfer import Transfer
 from speculators.errors import ContractError, ServiceError
@@ -56,7 +56,7 @@ class Shape:
 
 
 class Feed:
-    """A `dataloader.Source`. The thread starts with the first `expect` and ends with `close`.
+    """A `dataloader.HiddenStatesSource`. The thread starts with the first `expect` and ends with `close`.
 
     Args:
         endpoint: the server, in mode `extract`.
@@ -68,7 +68,7 @@ class Feed:
         cache: where rows are kept on disk, if they are.
     """
 
-    at_once = 1
+    concurrent_fills = 1
     """In their order: the window knows which is wanted next."""
 
     def __init__(
@@ -109,13 +109,13 @@ class Feed:
         return dict(enumerate(whole))
 
     def last_layer_mask(self, row: int, tokens: int) -> npt.NDArray[np.bool_]:
-        """See `dataloader.Source`."""
+        """See `dataloader.HiddenStatesSource`."""
         if self.shape.everywhere:
             return np.ones(tokens, np.bool_)
-        return asked_for(self._table.loss_mask(row))[:tokens]
+        return prediction_mask(self._table.loss_mask(row))[:tokens]
 
     def expect(self, batches: Sequence[Sequence[int]]) -> None:
-        """See `dataloader.Source`."""
+        """See `dataloader.HiddenStatesSource`."""
         with self._changed:
             self._window.expect(batches)
         if self._thread is None:
@@ -126,7 +126,7 @@ class Feed:
     def fill(
         self, parts: Sequence[tuple[int, int]], token_ids: npt.NDArray[np.int64], into: Mapping[str, Tensor]
     ) -> None:
-        """See `dataloader.Source`; that a row's states are of its tokens was checked when they came.
+        """See `dataloader.HiddenStatesSource`; that a row's states are of its tokens was checked when they came.
 
         Raises:
             RunError: whatever went wrong with any row since.

@@ -29,13 +29,13 @@ import torch
 
 from speculators.config.choices import Dtype
 from speculators.config.schema import Train
-from speculators.data.packing import Piece, divide, training_batches, validation_batches
+from speculators.data.packing import RowSlice, divide, training_batches, validation_batches
 from speculators.drafts.base import Draft, Predictions, Supervision
 from speculators.drafts.layers import MLP
 from speculators.errors import StageError
-from speculators.evaluation.acceptance import Walk
-from speculators.features.batch import Pack
-from speculators.features.dataloader import Corpus
+from speculators.evaluation.acceptance import AcceptanceCounts
+from speculators.features.batch import PackedBatch
+from speculators.features.dataloader import DataLoader
 from speculators.ops.distillation import Teacher
 from speculators.training import checkpoint
 from speculators.training.losses import Outcome, Tally, distill, run, sayable_next
@@ -58,15 +58,15 @@ SAMPLE_TOKENS = 32_768
 class Schedule:
     """Every step of the run, decided before the first."""
 
-    batches: list[list[Piece]]
+    batches: list[list[RowSlice]]
     """What each step trains on, all epochs one after the other."""
     epoch_ends: list[int]
     """Number of steps done when each epoch is over."""
-    validation: list[list[Piece]]
+    validation: list[list[RowSlice]]
     """Each validation pack, whole rows, always the same."""
 
 
-def schedule(corpus: Corpus, train: Train) -> Schedule:
+def schedule(corpus: DataLoader, train: Train) -> Schedule:
     """Split and pack.
 
     Raises:
@@ -79,9 +79,9 @@ def schedule(corpus: Corpus, train: Train) -> Schedule:
         )
     if train.train_on_prompts:
         corpus.supervise_all(rows)
-    batches: list[list[Piece]] = []
+    batches: list[list[RowSlice]] = []
     ends = []
-    pieces = corpus.pieces(rows, train.batch_tokens)
+    pieces = corpus.row_slices(rows, train.batch_tokens)
     for epoch in range(train.epochs):
         batches += training_batches(pieces, train.batch_tokens, train.seed, epoch, train.packing)
         if train.max_steps is not None:
@@ -89,7 +89,7 @@ def schedule(corpus: Corpus, train: Train) -> Schedule:
         ends.append(len(batches))
         if len(batches) == train.max_steps:
             break
-    whole = [Piece(row, 0, corpus.lengths[row]) for row in held]
+    whole = [RowSlice(row, 0, corpus.lengths[row]) for row in held]
     return Schedule(batches, ends, validation_batches(whole, train.batch_tokens))
 
 
@@ -119,9 +119,10 @@ class Loop:
     """One run. `scratch` outlives a killed attempt; `report(progress, note)` is called after every step."""
 
     def __init__(
-        self, draft: Draft, teacher: Teacher, corpus: Corpus, train: Train, step_decay: float, save_dtype: torch.dtype,
-        scratch: Path, device: torch.device, report: Callable[[int, int, dict[str, Any]], None],
-        ranks: Ranks | None = None, trackers: Trackers | None = None,
+        self, draft: Draft, teacher: Teacher, corpus: DataLoader, train: Train, step_decay: float,
+        save_dtype: torch.dtype, scratch: Path, device: torch.device,
+        report: Callable[[int, int, dict[str, Any]], None], ranks: Ranks | None = None,
+        trackers: Trackers | None = None,
     ) -> None:  # fmt: skip
         self.draft, self.corpus, self.train = draft, corpus, train
         self.step_decay, self.save_dtype = step_decay, save_dtype
@@ -173,7 +174,7 @@ class Loop:
         validated = [end for end in self.plan.epoch_ends if self.at.best_step < end <= self.at.step]
         return 0 < self.train.early_stopping_patience <= len(validated)
 
-    def _packs(self, index: int) -> list[list[Piece]]:
+    def _packs(self, index: int) -> list[list[RowSlice]]:
         """The packs that this rank makes of its share of a step, which may be none. Shares go round."""
         shares = divide(self.plan.batches[index], self.ranks.size)
         share = shares[(self.ranks.rank + index) % self.ranks.size]
@@ -183,7 +184,7 @@ class Loop:
         """The validation packs that this rank takes."""
         return list(range(self.ranks.rank, len(self.plan.validation), self.ranks.size))
 
-    def _to_come(self) -> list[list[Piece]]:
+    def _to_come(self) -> list[list[RowSlice]]:
         """Every pack from here to the end, in order."""
         packs = []
         for index in range(self.at.step, len(self.plan.batches)):
@@ -192,11 +193,11 @@ class Loop:
                 packs += [self.plan.validation[which] for which in self._own_validation()]
         return packs
 
-    def _sample(self) -> Iterator[Pack]:
+    def _sample(self) -> Iterator[PackedBatch]:
         """Some of the rows that are trained on."""
         wanted, tokens = [], 0
         for row in self.corpus.split(self.train.validation_ratio)[0]:
-            wanted.append([Piece(row, 0, self.corpus.lengths[row])])
+            wanted.append([RowSlice(row, 0, self.corpus.lengths[row])])
             tokens += self.corpus.lengths[row]
             if tokens > SAMPLE_TOKENS:
                 break
@@ -265,7 +266,7 @@ class Loop:
             pack = self.corpus.pack(pieces, self.device)
             self.waited += time.monotonic() - began
             if whole is not None:
-                pack = replace(pack, chosen=self._own(index, pieces, whole))
+                pack = replace(pack, anchor_mask=self._own(index, pieces, whole))
             predictions, outcome = self.weights.backward(partial(self._forward, pack, whole), pieces is packs[-1])
             tally.add(Tally.of(predictions.valid, outcome))
             own = outcome.loss.item()
@@ -285,31 +286,31 @@ class Loop:
         every = self.plan.batches[index]
         mask = torch.cat([self.corpus.mask(piece) for piece in every]).to(self.device)
         return self.draft.supervision(
-            Pack(
+            PackedBatch(
                 rows=[piece.row for piece in every],
                 lengths=[piece.end for piece in every],
                 token_ids=torch.zeros_like(mask, dtype=torch.int64),
                 loss_mask=mask,
-                states=torch.empty(len(mask), 0, 0, device=self.device),
-                last=torch.empty(0, 0, device=self.device),
-                last_at=torch.zeros_like(mask, dtype=torch.int64),
+                hidden_states=torch.empty(len(mask), 0, 0, device=self.device),
+                last_hidden_states=torch.empty(0, 0, device=self.device),
+                last_index=torch.zeros_like(mask, dtype=torch.int64),
             )
         )
 
-    def _own(self, index: int, pieces: list[Piece], whole: Supervision) -> torch.Tensor:
+    def _own(self, index: int, pieces: list[RowSlice], whole: Supervision) -> torch.Tensor:
         """Of the places that a step trains from, those of some of its pieces, bool [T]."""
         own = set(pieces)
         parts = whole.chosen.split([piece.end for piece in self.plan.batches[index]])
         return torch.cat([part for part, piece in zip(parts, self.plan.batches[index], strict=True) if piece in own])
 
-    def _forward(self, pack: Pack, whole: Supervision | None = None) -> tuple[Predictions, Outcome]:
+    def _forward(self, pack: PackedBatch, whole: Supervision | None = None) -> tuple[Predictions, Outcome]:
         """`whole`: of all packs of a step that is divided."""
         with self._autocast():
             predictions = self.draft(pack)
             head = self.draft.lm_head.weight if self.head is None else self.head
-            asked = replace(predictions, target=pack.last_at[predictions.target])
+            asked = replace(predictions, target=pack.last_index[predictions.target])
             outcome = distill(
-                asked, pack.last, head, self.teacher, self.draft.loss,
+                asked, pack.last_hidden_states, head, self.teacher, self.draft.loss,
                 counts=None if whole is None else whole.counts, regression=self.draft.regression,
             )  # fmt: skip
             return predictions, outcome
@@ -335,11 +336,11 @@ class Loop:
             walk.join(further)
         return tally.metrics(self.step_decay) | walk.metrics()
 
-    def _validated(self, which: int) -> tuple[int, Tally, Walk]:
+    def _validated(self, which: int) -> tuple[int, Tally, AcceptanceCounts]:
         """What one of the validation packs gives."""
         pack = self.corpus.pack(self.plan.validation[which], self.device)
         predictions, outcome = self._forward(pack)
-        walk = Walk.empty(len(predictions.valid))
+        walk = AcceptanceCounts.empty(len(predictions.valid))
         # A token that the draft cannot say is a miss there, whatever its own vocabulary says is most likely.
         sayable = sayable_next(pack, self.draft.vocabulary)[predictions.target]
         walk.add(predictions.target[0].tolist(), run(predictions.valid & outcome.correct & sayable))

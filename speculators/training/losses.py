@@ -25,7 +25,7 @@ from torch import Tensor
 
 from speculators.config.algorithms import Loss
 from speculators.drafts.base import Predictions, Vocabulary
-from speculators.features.batch import Pack
+from speculators.features.batch import PackedBatch
 from speculators.ops.distillation import CHUNK_ELEMENTS, Teacher, _Distill, _How, distance
 
 
@@ -91,7 +91,7 @@ def _reweigh(reweigh: Callable[[Tensor], Tensor], valid: Tensor, divergence_N: T
     return reweigh(divergence)[valid]
 
 
-def sayable_next(pack: Pack, vocabulary: Vocabulary) -> Tensor:
+def sayable_next(pack: PackedBatch, vocabulary: Vocabulary) -> Tensor:
     """bool [T]: the token after each place is in the draft's vocabulary; true where the document ends."""
     inside = vocabulary.t2d.to(pack.token_ids.device)[pack.token_ids].roll(-1)
     inside[[start + length - 1 for start, length in pack.documents()]] = True

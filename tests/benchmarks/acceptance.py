@@ -5,7 +5,7 @@
 EVALUATION is the data of an `evaluate` artifact, TARGET a checkpoint of its target, DRAFT the draft that was served or
 another one for the same target. The answers of the plain server are run through the target by transformers, in
 float32; the draft predicts from every place of them, and the proposals that a server would make are walked
-(`acceptance.Walk`). With the draft that was served both figures should agree.
+(`acceptance.AcceptanceCounts`). With the draft that was served both figures should agree.
 """
 
 from __future__ import annotations
@@ -21,8 +21,8 @@ from safetensors import safe_open
 
 from speculators.drafts import DRAFTS
 from speculators.drafts.base import Draft
-from speculators.evaluation.acceptance import Walk
-from speculators.features.batch import Pack
+from speculators.evaluation.acceptance import AcceptanceCounts
+from speculators.features.batch import PackedBatch
 from speculators.training.losses import run
 
 
@@ -39,27 +39,29 @@ def load(directory: Path, target: Any) -> Draft:
     return draft.eval()
 
 
-def pack(target: Any, prompt: list[int], answer: list[int], layer_ids: list[int]) -> Pack:
+def pack(target: Any, prompt: list[int], answer: list[int], layer_ids: list[int]) -> PackedBatch:
     """One answer with the target's states of it; without the last layer's, since nothing is trained."""
     ids = torch.tensor(prompt + answer)
     states = target.model(ids[None], output_hidden_states=True, use_cache=False).hidden_states
     picked = [states[layer][0] for layer in layer_ids]
     mask = torch.arange(len(ids)) >= len(prompt)
-    return Pack(
+    return PackedBatch(
         rows=[0],
         lengths=[len(ids)],
         token_ids=ids,
         loss_mask=mask,
-        states=torch.stack(picked, dim=1),
-        last=torch.empty(0, picked[0].shape[-1]),
-        last_at=torch.zeros_like(ids),
+        hidden_states=torch.stack(picked, dim=1),
+        last_hidden_states=torch.empty(0, picked[0].shape[-1]),
+        last_index=torch.zeros_like(ids),
     )
 
 
 @torch.no_grad()
-def foreseen(draft: Draft, target: Any, answers: list[dict[str, Any]], layer_ids: list[int], positions: int) -> Walk:
+def foreseen(
+    draft: Draft, target: Any, answers: list[dict[str, Any]], layer_ids: list[int], positions: int
+) -> AcceptanceCounts:
     """Walk through all answers."""
-    walk = Walk.empty(positions)
+    walk = AcceptanceCounts.empty(positions)
     tokens = draft.vocabulary.tokens
     for answer in answers:
         its = pack(target, answer["prompt_ids"], answer["plain"]["token_ids"], layer_ids)

@@ -15,7 +15,7 @@ The same rows in random batches of about 4096 tokens, in these ways:
                zeroed memory. Its own `ArrowDataset` and `CollateFn` took as long, or a little longer.
     files      the least that a reader of such files can do: ids and masks lie in memory, states are joined
     float8     the least with upstream's float8 files, a scale a token, decoded as it does
-    shards     ours: `Corpus.pack` out of an artifact's shards, which reads the next batch while this one is used
+    shards     ours: `DataLoader.pack` out of an artifact's shards, which reads the next batch while this one is used
     past       the same past the page cache, as training reads what is larger than memory; every epoch is a cold one
     shards 8   the same in float8, decoded on the CPU
     encoded 8  the same as far as the CPU has to go where there is a GPU, which decodes
@@ -54,14 +54,14 @@ from safetensors.torch import load_file, save_file
 
 sys.path.insert(0, str(Path(__file__).parents[2]))
 
-from speculators.data.packing import Piece, training_batches
-from speculators.data.token_table import TokenTable, asked_for, save_table, write_table
+from speculators.data.packing import RowSlice, training_batches
+from speculators.data.token_table import TokenTable, prediction_mask, save_table, write_table
 from speculators.features.contract import ANSWERS, feature_contract
-from speculators.features.dataloader import Corpus, Shards
+from speculators.features.dataloader import DataLoader, ShardSource
 from speculators.features.io import FileReader, pages
 from speculators.features.shards import ShardReader, ShardWriter
 
-Batches = list[list[Piece]]
+Batches = list[list[RowSlice]]
 Rows = list[tuple[torch.Tensor, torch.Tensor]]
 """Of each row its tokens int64 [T], and where it is trained on uint8 [T]."""
 Read = Callable[[Batches], None]
@@ -128,7 +128,7 @@ def write(root: Path, rows: Rows, layers: int, width: int) -> None:
             save_file({**own, **coded}, root / "float8" / place)
             sample += 1
         for writer in writers.values():
-            writer.add(row, its, states, torch.from_numpy(asked_for(mask)))
+            writer.add(row, its, states, torch.from_numpy(prediction_mask(mask)))
     for writer in writers.values():
         writer.close()
     os.sync()
@@ -159,7 +159,7 @@ def upstream(root: Path, name: str, dtype: torch.dtype) -> Read:
     """One file a row, and what upstream does with it."""
     table: Any = datasets.load_from_disk(str(root / "turns")).with_format("torch")
 
-    def row_of(piece: Piece) -> dict[str, torch.Tensor]:
+    def row_of(piece: RowSlice) -> dict[str, torch.Tensor]:
         found = load_file(root / name / f"hs_{piece.row}.safetensors")
         assert torch.equal(found["token_ids"], table[piece.row]["input_ids"])
         states, tokens = found["hidden_states"], len(found["token_ids"])
@@ -187,31 +187,31 @@ def upstream(root: Path, name: str, dtype: torch.dtype) -> Read:
 
 def shards(root: Path, name: str, dtype: torch.dtype) -> Read:
     """Ours."""
-    corpus = Corpus(root / "tokens", Shards(ShardReader(root / name)))
+    corpus = DataLoader(root / "tokens", ShardSource(ShardReader(root / name)))
 
     def read(batches: Batches) -> None:
         corpus.expect(batches)
         for batch in batches:
-            corpus.pack(batch, torch.device("cpu")).states.to(dtype)
+            corpus.pack(batch, torch.device("cpu")).hidden_states.to(dtype)
 
     return read
 
 
 def past(root: Path, name: str, dtype: torch.dtype) -> Read:
     """Ours, as it reads what no page cache would hold."""
-    corpus = Corpus(root / "tokens", Shards(ShardReader(root / name, direct_io=True)))
+    corpus = DataLoader(root / "tokens", ShardSource(ShardReader(root / name, direct_io=True)))
 
     def read(batches: Batches) -> None:
         corpus.expect(batches)
         for batch in batches:
-            corpus.pack(batch, torch.device("cpu")).states.to(dtype)
+            corpus.pack(batch, torch.device("cpu")).hidden_states.to(dtype)
 
     return read
 
 
 def encoded(root: Path, name: str, dtype: torch.dtype) -> Read:
     """Ours, not decoded."""
-    corpus = Corpus(root / "tokens", Shards(ShardReader(root / name)))
+    corpus = DataLoader(root / "tokens", ShardSource(ShardReader(root / name)))
 
     def read(batches: Batches) -> None:
         corpus.expect(batches)
@@ -303,7 +303,7 @@ def main() -> None:
         rows = [(torch.tensor(table.token_ids(r)), torch.tensor(table.loss_mask(r), dtype=torch.uint8)) for r in every]
     dtype, total = getattr(torch, options.dtype), sum(int(mask.sum()) for _, mask in rows)
     pieces = {
-        kind: [Piece(row, 0, len(ids)) for row, (ids, _) in enumerate(of)]
+        kind: [RowSlice(row, 0, len(ids)) for row, (ids, _) in enumerate(of)]
         for kind, of in (("turns", by_turn(rows)), ("tokens", rows))
     }
     with tempfile.TemporaryDirectory(dir=options.directory) as made:

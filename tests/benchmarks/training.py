@@ -43,7 +43,7 @@ from speculators.config.algorithms import DFlash, loss_weights
 from speculators.config.schema import Config
 from speculators.drafts import DRAFTS
 from speculators.drafts.base import Draft, Vocabulary
-from speculators.features.dataloader import Corpus, Shards
+from speculators.features.dataloader import DataLoader, ShardSource
 from speculators.features.shards import ShardReader
 from speculators.ops.distillation import Teacher
 from speculators.runner.planning.plan import Planner
@@ -101,7 +101,7 @@ class World:
         draft.loss = loss_weights(self.config.speculator.loss_fn)
         norm = self.target.final_norm()
         teacher = Teacher(norm_weight=norm.weight, norm_eps=norm.eps, head=draft.lm_head.weight)
-        corpus, train = Corpus(self.tokens, Shards(self.features)), self.config.train
+        corpus, train = DataLoader(self.tokens, ShardSource(self.features)), self.config.train
         device = torch.device("cpu")
         return Loop(draft, teacher, corpus, train, 1.0, self.dtype, scratch, device, lambda *_: None)
 
@@ -125,7 +125,7 @@ class World:
 
     def export(self, root: Path) -> float:
         """Write everything as upstream reads it; returns the share of the rows that is trained on."""
-        corpus = Corpus(self.tokens, Shards(self.features))
+        corpus = DataLoader(self.tokens, ShardSource(self.features))
         rows, held = corpus.split(self.config.train.validation_ratio)
         return upstream_trainer.export(corpus, self.features, rows, held, self.vocabulary, root)
 

@@ -34,7 +34,7 @@ from speculators.data.token_table import save_table, write_table
 from speculators.drafts import DRAFTS
 from speculators.drafts.base import Vocabulary
 from speculators.features.contract import feature_contract
-from speculators.features.dataloader import Corpus, Shards
+from speculators.features.dataloader import DataLoader, ShardSource
 from speculators.features.shards import ShardReader, ShardWriter
 from speculators.ops.distillation import Teacher
 from speculators.stages.train import same_bytes_every_time
@@ -155,7 +155,7 @@ def theirs(
 
 
 def build(
-    algorithm: str, size: Size, target: TargetCheckpoint, vocabulary: Vocabulary, corpus: Corpus, scratch: Path
+    algorithm: str, size: Size, target: TargetCheckpoint, vocabulary: Vocabulary, corpus: DataLoader, scratch: Path
 ) -> Loop:
     """Our training, as the stage builds it."""
     options = size.speculators[algorithm]
@@ -225,7 +225,7 @@ def main(python: str, algorithm: str = "eagle3", of: str = "qwen3_8b", driver: s
         root = Path(directory)
         target = write_target(size, root / "target")
         tokens, features = write_rows(size, size.layer_ids[algorithm], root)
-        corpus = Corpus(tokens, Shards(features))
+        corpus = DataLoader(tokens, ShardSource(features))
         rows = list(range(STEPS * size.rows))
         found: dict[str, tuple[float, int]] = {}
         if python != "-":

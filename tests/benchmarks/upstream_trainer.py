@@ -14,7 +14,7 @@ from safetensors.torch import save_file
 
 from speculators.data.token_table import save_table, write_table
 from speculators.drafts.base import Vocabulary
-from speculators.features.dataloader import Corpus
+from speculators.features.dataloader import DataLoader
 from speculators.features.shards import ShardReader
 from speculators.features.upstream import STATES, states_path
 
@@ -24,7 +24,12 @@ PEAK = "peak bytes "
 
 
 def export(
-    corpus: Corpus, features: ShardReader, rows: Sequence[int], held: Sequence[int], vocabulary: Vocabulary, root: Path
+    corpus: DataLoader,
+    features: ShardReader,
+    rows: Sequence[int],
+    held: Sequence[int],
+    vocabulary: Vocabulary,
+    root: Path,
 ) -> float:
     """Write everything as it reads it, held out rows last, where it splits; returns the share before them."""
     directory = root / "rows"

@@ -13,7 +13,14 @@ import pytest
 from speculators.config.choices import DataFormat, OnDamage
 from speculators.config.schema import Dataset
 from speculators.data import conversations
-from speculators.data.conversations import Conversation, Tally, data_file, held_out, read_conversations, usable
+from speculators.data.conversations import (
+    Conversation,
+    RowCounts,
+    data_file,
+    in_evaluation_holdout,
+    read_conversations,
+    usable,
+)
 from speculators.errors import SourceError
 
 SHAREGPT = Dataset(source="x", format=DataFormat.sharegpt)
@@ -29,8 +36,8 @@ def write(path: Path, content: Any) -> Path:
     return path
 
 
-def read(path: Path, spec: Dataset = SHAREGPT) -> tuple[list[Conversation], Tally]:
-    tally = Tally()
+def read(path: Path, spec: Dataset = SHAREGPT) -> tuple[list[Conversation], RowCounts]:
+    tally = RowCounts()
     return list(read_conversations(path, "set", spec, tally)), tally
 
 
@@ -174,7 +181,7 @@ def test_filters_look_at_the_first_message_and_copies_of_it_count_as_one(tmp_pat
         row("e", "\u00e9" * 9),
     ]
     spec = Dataset(source="x", format=DataFormat.sharegpt, min_chars=5, max_chars=20, ascii_only=True)
-    tally = Tally()
+    tally = RowCounts()
     found = list(usable(write(tmp_path / "a.json", rows), "set", spec, tally, set()))
     assert [c.id for c in found] == ["set/a"]
     assert tally.dropped == Counter(
@@ -189,11 +196,13 @@ def test_filters_look_at_the_first_message_and_copies_of_it_count_as_one(tmp_pat
 
 def test_hold_out_takes_its_share_and_does_not_move_when_copies_differ_in_case_or_space() -> None:
     texts = [f"question number {i}" for i in range(4000)]
-    share = sum(held_out(text, 0.05) for text in texts) / len(texts)
+    share = sum(in_evaluation_holdout(text, 0.05) for text in texts) / len(texts)
     assert 0.04 < share < 0.06  # 3 standard deviations: 0.05 +- 0.0103
-    assert not any(held_out(text, 0.0) for text in texts)
-    assert all(held_out(text, 0.05) == held_out(f"  {text.upper()}\n", 0.05) for text in texts)
-    assert all(held_out(text, 0.10) for text in texts if held_out(text, 0.05))
+    assert not any(in_evaluation_holdout(text, 0.0) for text in texts)
+    assert all(
+        in_evaluation_holdout(text, 0.05) == in_evaluation_holdout(f"  {text.upper()}\n", 0.05) for text in texts
+    )
+    assert all(in_evaluation_holdout(text, 0.10) for text in texts if in_evaluation_holdout(text, 0.05))
 
 
 def test_a_directory_must_hold_one_file(tmp_path: Path) -> None:

@@ -9,7 +9,14 @@ from pathlib import Path
 import pytest
 
 from speculators.config.choices import Packing
-from speculators.data.packing import Piece, divide, held_out, pieces, training_batches, validation_batches
+from speculators.data.packing import (
+    RowSlice,
+    divide,
+    in_validation_split,
+    slice_row,
+    training_batches,
+    validation_batches,
+)
 
 GOLDEN = Path(__file__).parent.parent / "goldens" / "packs.json"
 LENGTHS = [5 + 37 * row * row % 60 for row in range(40)]
@@ -17,15 +24,15 @@ LENGTHS = [5 + 37 * row * row % 60 for row in range(40)]
 BATCH_TOKENS = 48
 
 
-def cut() -> list[Piece]:
+def cut() -> list[RowSlice]:
     """The rows as pieces; the second half of each is supervised."""
     every = []
     for row, length in enumerate(LENGTHS):
-        every += pieces(row, length, range(length // 2, length), BATCH_TOKENS)
+        every += slice_row(row, length, range(length // 2, length), BATCH_TOKENS)
     return every
 
 
-def plain(batches: list[list[Piece]]) -> list[list[list[int]]]:
+def plain(batches: list[list[RowSlice]]) -> list[list[list[int]]]:
     return [[[piece.row, piece.begin, piece.end] for piece in batch] for batch in batches]
 
 
@@ -41,7 +48,7 @@ CASES: dict[str, Callable[[], object]] = {
     "validation": lambda: plain(validation_batches(cut(), BATCH_TOKENS)),
     "divided in three": lambda: plain(divide(cut()[:11], 3)),
     "divided in three without context": lambda: plain(divide(cut()[:11], 3, context=False)),
-    "held out of 200, a tenth": lambda: [i for i in range(200) if held_out(f"conversation-{i}", 0.1)],
+    "held out of 200, a tenth": lambda: [i for i in range(200) if in_validation_split(f"conversation-{i}", 0.1)],
 }
 
 

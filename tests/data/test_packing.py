@@ -8,19 +8,19 @@ import pytest
 
 from speculators.config.choices import Packing
 from speculators.data.packing import (
-    Piece,
+    RowSlice,
     balance,
     divide,
-    held_out,
+    in_validation_split,
     pack,
-    pieces,
+    slice_row,
     training_batches,
     validation_batches,
 )
 
 
-def whole(lengths: dict[int, int]) -> list[Piece]:
-    return [Piece(row, 0, length) for row, length in lengths.items()]
+def whole(lengths: dict[int, int]) -> list[RowSlice]:
+    return [RowSlice(row, 0, length) for row, length in lengths.items()]
 
 
 @pytest.mark.parametrize("seed", range(5))
@@ -43,7 +43,7 @@ def test_the_pieces_of_a_row_cover_it_once_and_share_its_supervision(seed: int) 
     draw = random.Random(seed)
     length = draw.randint(2, 900)
     supervised = sorted(draw.sample(range(length), draw.randint(1, length - 1)))
-    found = pieces(7, length, supervised, batch_tokens=64)
+    found = slice_row(7, length, supervised, batch_tokens=64)
     assert [found[0].begin, *(p.end for p in found)] == [*(p.begin for p in found), length]
     assert {piece.row for piece in found} == {7}
     shares = [sum(p.begin <= place < p.end for place in supervised) for p in found]
@@ -64,11 +64,11 @@ def test_packs_follow_from_seed_and_epoch_alone() -> None:
 
 def test_about_the_share_asked_for_is_held_out_whatever_else_is_held_out() -> None:
     names = [f"conversation-{i}" for i in range(4000)]
-    held = [name for name in names if held_out(name, 0.1)]
+    held = [name for name in names if in_validation_split(name, 0.1)]
     assert len(held) == pytest.approx(400, rel=0.15)
-    assert [name for name in names if held_out(name, 0.1)] == held
-    assert set(held) < {name for name in names if held_out(name, 0.2)}
-    assert not any(held_out(name, 0.0) for name in names)
+    assert [name for name in names if in_validation_split(name, 0.1)] == held
+    assert set(held) < {name for name in names if in_validation_split(name, 0.2)}
+    assert not any(in_validation_split(name, 0.0) for name in names)
 
 
 def test_a_batch_is_dealt_evenly_and_whole() -> None:
@@ -76,7 +76,7 @@ def test_a_batch_is_dealt_evenly_and_whole() -> None:
         whole({0: 7, 1: 3, 4: 5}),  # 7 | 6, then 5 to the 6, 5 to the 7, 4 to the 11, 3 to the 12
         whole({2: 6, 3: 5, 5: 4}),
     ]
-    batch = [Piece(0, 10, 40), *whole({1: 12, 2: 12})]
+    batch = [RowSlice(0, 10, 40), *whole({1: 12, 2: 12})]
     assert divide(batch, 2) == [[batch[0]], batch[1:]]  # what comes before a piece is run through too
     assert divide(batch, 5) == [[batch[0]], [batch[1]], [batch[2]], [], []]
     assert divide(batch, 1) == [batch]

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from speculators.data import token_table
-from speculators.data.token_table import TokenTable, asked_for, save_table, write_table
+from speculators.data.token_table import TokenTable, prediction_mask, save_table, write_table
 
 
 def rows(count: int) -> list[dict[str, object]]:
@@ -50,6 +50,6 @@ def test_a_table_in_several_files_and_a_narrower_type_is_read_too(tmp_path: Path
 
 
 def test_the_target_is_asked_at_supervised_tokens_and_before_them() -> None:
-    assert asked_for([0, 0, 1, 1, 0, 0, 1, 0]).tolist() == [False, True, True, True, False, True, True, False]
-    assert asked_for([1]).tolist() == [True]
-    assert asked_for([0, 0]).tolist() == [False, False]
+    assert prediction_mask([0, 0, 1, 1, 0, 0, 1, 0]).tolist() == [False, True, True, True, False, True, True, False]
+    assert prediction_mask([1]).tolist() == [True]
+    assert prediction_mask([0, 0]).tolist() == [False, False]

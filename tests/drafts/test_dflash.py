@@ -18,7 +18,7 @@ from speculators.config.schema import Train
 from speculators.drafts.base import Predictions
 from speculators.drafts.dflash import DFlashDraft, reach
 from speculators.errors import ContractError
-from speculators.evaluation.acceptance import Walk
+from speculators.evaluation.acceptance import AcceptanceCounts
 from speculators.ops import cpu, gpu
 from speculators.ops.attention import anchored_attention
 from speculators.ops.distillation import Teacher
@@ -104,7 +104,7 @@ def test_a_block_sees_states_strictly_before_its_anchor_in_its_own_document(tmp_
     before = draft(pack).hidden
     for place in (3, 12, 25, 40):
         changed = tiny.make_pack([20, 30])
-        changed.states[place] += 1.0
+        changed.hidden_states[place] += 1.0
         moved = (draft(changed).hidden != before).flatten(2).any(-1).any(0)
         end = 20 if place < 20 else 50
         assert [a for a, m in zip(anchors, moved, strict=True) if m] == [a for a in anchors if place < a < end]
@@ -135,7 +135,7 @@ def test_where_nothing_is_supervised_a_step_has_gradients_that_are_zero(tmp_path
     pack.loss_mask[:] = False
     pack.loss_mask[5] = True  # a token alone: no anchor, for no supervised one follows
     draft.advance(0, 10)
-    outcome = distill(draft(pack), pack.last, draft.lm_head.weight, teacher, draft.loss)
+    outcome = distill(draft(pack), pack.last_hidden_states, draft.lm_head.weight, teacher, draft.loss)
     outcome.loss.backward()
     assert all(p.grad is not None and not p.grad.any() for p in draft.parameters())
 
@@ -194,12 +194,17 @@ def test_weights_that_follow_from_the_losses_give_the_gradient_of_constants(
     found = draft(pack)
     hidden = found.hidden.detach().requires_grad_()
     outcome = distill(
-        replace(found, hidden=hidden), pack.last, draft.lm_head.weight, teacher, loss, chunk_elements=chunk
+        replace(found, hidden=hidden),
+        pack.last_hidden_states,
+        draft.lm_head.weight,
+        teacher,
+        loss,
+        chunk_elements=chunk,
     )
     outcome.loss.backward()
 
     plain = found.hidden.detach().requires_grad_()
-    log_p = teacher.logits(pack.last, torch.float32).log_softmax(-1)[found.target]
+    log_p = teacher.logits(pack.last_hidden_states, torch.float32).log_softmax(-1)[found.target]
     log_q = (plain @ draft.lm_head.weight.T).log_softmax(-1)
     if loss is Loss.ce:
         each = -log_q.gather(-1, log_p.argmax(-1, keepdim=True))[..., 0]
@@ -215,9 +220,9 @@ def test_weights_that_follow_from_the_losses_give_the_gradient_of_constants(
 def test_mixed_precision_on_the_cpu_stays_close(tmp_path: Path) -> None:
     draft, teacher = tiny.make_dflash(tiny.write_target(tmp_path))
     pack = tiny.make_pack([20, 33])
-    exact = distill(draft(pack), pack.last, draft.lm_head.weight, teacher, draft.loss).loss.item()
+    exact = distill(draft(pack), pack.last_hidden_states, draft.lm_head.weight, teacher, draft.loss).loss.item()
     with torch.autocast("cpu", torch.bfloat16):
-        outcome = distill(draft(pack), pack.last, draft.lm_head.weight, teacher, draft.loss)
+        outcome = distill(draft(pack), pack.last_hidden_states, draft.lm_head.weight, teacher, draft.loss)
     outcome.loss.backward()
     assert outcome.loss.item() != exact
     assert outcome.loss.item() == pytest.approx(exact, rel=0.02)
@@ -227,18 +232,18 @@ def test_mixed_precision_on_the_cpu_stays_close(tmp_path: Path) -> None:
 def test_overfitting_one_row_reaches_nearly_all_acceptance(tmp_path: Path) -> None:
     draft, teacher = tiny.make_dflash(tiny.write_target(tmp_path), tiny.V, max_anchors=16)
     pack = tiny.make_pack([40])
-    logits = teacher.logits(pack.last, torch.float32)
+    logits = teacher.logits(pack.last_hidden_states, torch.float32)
     pack.token_ids[1:] = logits.argmax(-1)[:-1]  # the row is what the target says
     optimizers = Optimizers(draft, Train(lr=2e-2))
     for step in range(60):
         draft.advance(step, 60)
-        distill(draft(pack), pack.last, draft.lm_head.weight, teacher, draft.loss).loss.backward()
+        distill(draft(pack), pack.last_hidden_states, draft.lm_head.weight, teacher, draft.loss).loss.backward()
         optimizers.step(1.0 - step / 60)
     draft.advance(60, 60)
     with torch.no_grad():
         predictions = draft(pack)
-        outcome = distill(predictions, pack.last, draft.lm_head.weight, teacher, draft.loss)
-    walk = Walk.empty(3)
+        outcome = distill(predictions, pack.last_hidden_states, draft.lm_head.weight, teacher, draft.loss)
+    walk = AcceptanceCounts.empty(3)
     sayable = sayable_next(pack, draft.vocabulary)[predictions.target]
     walk.add(predictions.target[0].tolist(), run(predictions.valid & outcome.correct & sayable))
     # 27 supervised tokens: an anchor and the 26 after it, in proposals of three and the target's own.

@@ -87,7 +87,7 @@ def test_attention_inside_documents_and_its_slopes_equal_a_dense_float64_referen
 def test_changing_one_document_leaves_the_others_bit_equal(tmp_path: Path) -> None:
     draft, _ = tiny.make_draft(tiny.write_target(tmp_path), num_layers=2)
     pack, other = tiny.make_pack([20, 33, 9]), tiny.make_pack([20, 33, 9], seed=99)
-    pack.states[20:53] = other.states[20:53]
+    pack.hidden_states[20:53] = other.hidden_states[20:53]
     changed = tiny.make_pack([20, 33, 9])
     changed.token_ids[20:53] = other.token_ids[20:53]
     before, after = draft(pack), draft(changed)
@@ -117,7 +117,9 @@ def test_the_pieces_of_a_row_together_predict_what_the_whole_row_does(tmp_path: 
     for begin, end in ((0, 17), (17, 26), (26, 40)):
         mask = pack.loss_mask[:end].clone()
         mask[:begin] = False
-        piece = replace(pack, lengths=[end], token_ids=pack.token_ids[:end], loss_mask=mask, states=pack.states[:end])
+        piece = replace(
+            pack, lengths=[end], token_ids=pack.token_ids[:end], loss_mask=mask, hidden_states=pack.hidden_states[:end]
+        )
         found = draft(piece)
         for k, r in found.valid.nonzero().tolist():
             place = (k, int(found.target[k, r]))
@@ -156,11 +158,11 @@ def test_chunks_change_neither_loss_nor_gradient(tmp_path: Path, chunk: int) -> 
     found = draft(pack)
     hidden = found.hidden.detach().requires_grad_()
     again = Predictions(hidden=hidden, target=found.target, valid=found.valid, weight=found.weight)
-    outcome = distill(again, pack.last, draft.lm_head.weight, teacher, chunk_elements=chunk)
+    outcome = distill(again, pack.last_hidden_states, draft.lm_head.weight, teacher, chunk_elements=chunk)
     outcome.loss.backward()
 
     plain = found.hidden.detach().requires_grad_()
-    log_p = teacher.logits(pack.last, torch.float32).log_softmax(-1)[found.target]
+    log_p = teacher.logits(pack.last_hidden_states, torch.float32).log_softmax(-1)[found.target]
     log_q = (plain @ draft.lm_head.weight.T).log_softmax(-1)
     divergence = (log_p.exp() * (log_p - log_q)).sum(-1)
     (divergence * found.weight).sum().backward()
@@ -246,9 +248,9 @@ def test_rotary_positions_equal_those_of_transformers(rope: dict[str, object]) -
 def test_mixed_precision_on_the_cpu_stays_close(tmp_path: Path) -> None:
     draft, teacher = tiny.make_draft(tiny.write_target(tmp_path))
     pack = tiny.make_pack([20, 33])
-    exact = distill(draft(pack), pack.last, draft.lm_head.weight, teacher).loss.item()
+    exact = distill(draft(pack), pack.last_hidden_states, draft.lm_head.weight, teacher).loss.item()
     with torch.autocast("cpu", torch.bfloat16):
-        outcome = distill(draft(pack), pack.last, draft.lm_head.weight, teacher)
+        outcome = distill(draft(pack), pack.last_hidden_states, draft.lm_head.weight, teacher)
     outcome.loss.backward()
     assert outcome.loss.item() != exact
     assert outcome.loss.item() == pytest.approx(exact, rel=0.02)
@@ -355,7 +357,7 @@ def test_head_and_embeddings_are_trained_where_it_is_asked(tmp_path: Path, make:
     assert not {"lm_head.weight", "embed_tokens.weight"} & set(optimizers.matrices)  # Muon is for inner matrices
     losses = []
     for _ in range(4):
-        outcome = distill(draft(pack), pack.last, draft.lm_head.weight, teacher, draft.loss)
+        outcome = distill(draft(pack), pack.last_hidden_states, draft.lm_head.weight, teacher, draft.loss)
         outcome.loss.backward()
         optimizers.step(1.0)
         losses.append(outcome.loss.item())
@@ -381,11 +383,11 @@ def test_the_gradients_of_head_and_embeddings_are_autograds(tmp_path: Path) -> N
     draft, teacher = tiny.make_draft(tiny.write_target(tmp_path), train_lm_head=True, embed_requires_grad=True)
     pack = tiny.make_pack([20, 33])
     found = draft(pack)
-    distill(found, pack.last, draft.lm_head.weight, teacher, chunk_elements=300).loss.backward()
+    distill(found, pack.last_hidden_states, draft.lm_head.weight, teacher, chunk_elements=300).loss.backward()
     mine = {name: p.grad.clone() for name, p in draft.named_parameters() if p.grad is not None}
     draft.zero_grad()
     found = draft(pack)
-    log_p = teacher.logits(pack.last, torch.float32).log_softmax(-1)[found.target]
+    log_p = teacher.logits(pack.last_hidden_states, torch.float32).log_softmax(-1)[found.target]
     log_q = (found.hidden @ draft.lm_head.weight.T).log_softmax(-1)
     ((log_p.exp() * (log_p - log_q)).sum(-1) * found.weight).sum().backward()
     assert set(mine) == set(dict(draft.named_parameters()))

@@ -11,7 +11,7 @@ import tiny
 import torch
 
 from speculators.drafts.base import Draft
-from speculators.features.batch import Pack
+from speculators.features.batch import PackedBatch
 
 pytestmark = [
     pytest.mark.gpu,
@@ -19,7 +19,7 @@ pytestmark = [
 ]
 
 
-def computed(draft: Draft, pack: Pack, device: str) -> list[torch.Tensor]:
+def computed(draft: Draft, pack: PackedBatch, device: str) -> list[torch.Tensor]:
     """What goes into the head, and the gradient of its mean square."""
     draft = draft.to(device)
     tensors = {name: getattr(pack, name).to(device) for name in ("token_ids", "loss_mask", "states")}

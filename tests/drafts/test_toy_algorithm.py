@@ -24,7 +24,7 @@ from speculators.config.schema import Config, Extract, Target, Train, Vocab, fro
 from speculators.drafts import DRAFTS
 from speculators.drafts.base import TARGETS, Draft, Predictions, Supervision, TargetParts, Vocabulary
 from speculators.drafts.layers import Linear, RMSNorm, initialise
-from speculators.features.batch import Pack
+from speculators.features.batch import PackedBatch
 from speculators.job import Job
 from speculators.runner.planning.derive import Facts, derive
 from speculators.runner.planning.graph import KINDS
@@ -70,17 +70,17 @@ class ToyDraft(Draft):
     def left_out(self) -> set[str]:
         return TARGETS - self.own
 
-    def forward(self, pack: Pack) -> Predictions:
+    def forward(self, pack: PackedBatch) -> Predictions:
         places = pack.loss_mask.nonzero()[:, 0]
         embedded = nn.functional.embedding(pack.token_ids[places], self.embed_tokens.weight).float()
-        hidden = self.norm(self.mix(torch.cat([embedded, self.scale * pack.states[places, -1].float()], -1)))
+        hidden = self.norm(self.mix(torch.cat([embedded, self.scale * pack.hidden_states[places, -1].float()], -1)))
         valid = torch.ones(1, len(places), dtype=torch.bool)
         count = valid.sum(1).float().clamp(min=1.0)
         return Predictions(
             hidden=hidden[None], target=places[None], valid=valid, weight=valid / count[:, None], count=count
         )
 
-    def supervision(self, whole: Pack) -> Supervision:
+    def supervision(self, whole: PackedBatch) -> Supervision:
         counts = whole.loss_mask.sum()[None].float().clamp(min=1.0)
         return Supervision(counts=counts, chosen=torch.ones_like(whole.loss_mask))
 

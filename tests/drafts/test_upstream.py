@@ -100,7 +100,7 @@ def test_upstream_loads_our_checkpoint_whole_and_computes_our_loss(
     predictions = draft(pack)
     weights, decay = asked.loss, asked.step_decay
     predictions = replace(predictions, weight=predictions.weight * decay ** torch.arange(3)[:, None])
-    outcome = distill(predictions, pack.last, draft.lm_head.weight, teacher, weights)
+    outcome = distill(predictions, pack.last_hidden_states, draft.lm_head.weight, teacher, weights)
     ours = Tally.of(predictions.valid, outcome).metrics()
 
     theirs = ask_upstream(
@@ -114,7 +114,7 @@ def test_upstream_loads_our_checkpoint_whole_and_computes_our_loss(
         told = theirs["metrics"][f"loss_{step}_sum"] / decay**step
         assert ours[f"loss_{step}"] == pytest.approx(told, abs=1e-4, rel=1e-4)
     for loss in weights if len(weights) > 1 else ():
-        alone = distill(predictions, pack.last, draft.lm_head.weight, teacher, loss)
+        alone = distill(predictions, pack.last_hidden_states, draft.lm_head.weight, teacher, loss)
         each = (alone.divergence * predictions.weight).sum(1).tolist()
         told = [theirs["metrics"][f"{THEIRS.get(loss.name, loss.name)}_loss_{step}_sum"] for step in range(3)]
         assert each == pytest.approx(told, abs=1e-4, rel=1e-4), loss
@@ -157,7 +157,7 @@ def test_upstream_and_we_load_each_others_dflash_and_compute_one_loss(
     anchors = anchors[anchors < 80]  # upstream has no anchors in the last block of a pack
     draft._drawn = lambda places: anchors  # type: ignore[method-assign]
     predictions = draft(pack)
-    outcome = distill(predictions, pack.last, draft.lm_head.weight, teacher, draft.loss)
+    outcome = distill(predictions, pack.last_hidden_states, draft.lm_head.weight, teacher, draft.loss)
 
     how = {
         "loss_fn": their_loss(draft.loss),

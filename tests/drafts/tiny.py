@@ -14,7 +14,7 @@ from speculators.config.algorithms import DFlash, Eagle3
 from speculators.drafts.base import Draft, TargetParts, Vocabulary
 from speculators.drafts.dflash import DFlashDraft
 from speculators.drafts.eagle3 import Eagle3Draft
-from speculators.features.batch import Pack
+from speculators.features.batch import PackedBatch
 from speculators.features.contract import feature_contract
 from speculators.features.shards import ShardWriter
 from speculators.ops.distillation import Teacher
@@ -88,7 +88,7 @@ def make_dflash(directory: Path, kept: int = 40, **options: object) -> tuple[DFl
     return draft, make_teacher(directory, draft)
 
 
-def make_pack(lengths: list[int], seed: int = 4) -> Pack:
+def make_pack(lengths: list[int], seed: int = 4) -> PackedBatch:
     """Random documents: the first third of each is a prompt, the rest is supervised."""
     draw = torch.Generator().manual_seed(seed)
     total = sum(lengths)
@@ -97,22 +97,22 @@ def make_pack(lengths: list[int], seed: int = 4) -> Pack:
     return pack_of(lengths, token_ids, mask, states)
 
 
-def pack_of(lengths: list[int], token_ids: torch.Tensor, loss_mask: torch.Tensor, states: torch.Tensor) -> Pack:
+def pack_of(lengths: list[int], token_ids: torch.Tensor, loss_mask: torch.Tensor, states: torch.Tensor) -> PackedBatch:
     """Documents with all states [T, L, H]."""
-    return Pack(
+    return PackedBatch(
         rows=list(range(len(lengths))),
         lengths=lengths,
         token_ids=token_ids,
         loss_mask=loss_mask,
-        states=states[:, :-1],
-        last=states[:, -1],
-        last_at=torch.arange(len(states)),
+        hidden_states=states[:, :-1],
+        last_hidden_states=states[:, -1],
+        last_index=torch.arange(len(states)),
     )
 
 
-def whole(pack: Pack) -> torch.Tensor:
+def whole(pack: PackedBatch) -> torch.Tensor:
     """All states of a pack that has them everywhere, [T, L, H]."""
-    return torch.cat([pack.states, pack.last[:, None]], 1)
+    return torch.cat([pack.hidden_states, pack.last_hidden_states[:, None]], 1)
 
 
 def write_corpus(directory: Path, rows: int = 24) -> tuple[Path, Path]:
@@ -166,7 +166,7 @@ def copying_target() -> tuple[TargetParts, Vocabulary]:
     return parts, Vocabulary(d2t=torch.zeros(V, dtype=torch.int64), t2d=torch.ones(V, dtype=torch.bool))
 
 
-def repeating_packs(embeddings: torch.Tensor, count: int) -> list[Pack]:
+def repeating_packs(embeddings: torch.Tensor, count: int) -> list[PackedBatch]:
     """Documents that say 30 random tokens twice; the first state tells the token, the second the one before it."""
     draw = torch.Generator().manual_seed(6)
     packs = []
@@ -180,7 +180,7 @@ def repeating_packs(embeddings: torch.Tensor, count: int) -> list[Pack]:
     return packs
 
 
-def copied(draft: Draft, packs: list[Pack]) -> float:
+def copied(draft: Draft, packs: list[PackedBatch]) -> float:
     """Of the first proposals in such documents, the share that says what comes next."""
     right = total = 0
     for pack in packs:

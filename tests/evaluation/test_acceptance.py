@@ -7,7 +7,7 @@ import random
 import pytest
 import torch
 
-from speculators.evaluation.acceptance import Walk
+from speculators.evaluation.acceptance import AcceptanceCounts
 
 
 def grid(*lengths: int, positions: int = 3) -> torch.Tensor:
@@ -16,26 +16,26 @@ def grid(*lengths: int, positions: int = 3) -> torch.Tensor:
 
 
 def test_a_draft_that_is_never_right_makes_a_proposal_a_token() -> None:
-    walk = Walk.empty(3)
+    walk = AcceptanceCounts.empty(3)
     walk.add([4, 5, 6, 7], grid(0, 0, 0, 0))
-    assert walk == Walk(4, [0, 0, 0])
+    assert walk == AcceptanceCounts(4, [0, 0, 0])
     assert walk.metrics()["acceptance_length"] == 1.0
 
 
 def test_places_inside_an_accepted_proposal_start_none() -> None:
-    walk = Walk.empty(3)
+    walk = AcceptanceCounts.empty(3)
     #         4: two, so on to 7;      7: one, so on to 9;  9: none
     walk.add([4, 5, 6, 7, 8, 9], grid(2, 3, 3, 1, 3, 0))
-    assert walk == Walk(3, [2, 1, 0])
+    assert walk == AcceptanceCounts(3, [2, 1, 0])
     assert walk.metrics() == pytest.approx(
         {"acceptance_length": 2.0, "accepted_0": 2 / 3, "accepted_1": 1 / 3, "accepted_2": 0.0}
     )
 
 
 def test_a_proposal_at_the_end_of_an_answer_does_not_reach_into_the_next() -> None:
-    walk = Walk.empty(3)
+    walk = AcceptanceCounts.empty(3)
     walk.add([3, 4, 9, 10], grid(0, 1, 0, 0))  # 4 + 1 + 1 is behind the first answer, 9 begins the second
-    assert walk == Walk(4, [1, 0, 0])
+    assert walk == AcceptanceCounts(4, [1, 0, 0])
 
 
 def test_what_is_walked_is_what_a_propose_and_verify_loop_counts() -> None:
@@ -57,7 +57,7 @@ def test_what_is_walked_is_what_a_propose_and_verify_loop_counts() -> None:
             for k in range(3)
         ]
     )
-    walk = Walk.empty(3)
+    walk = AcceptanceCounts.empty(3)
     walk.add(places, table)
-    assert walk == Walk(proposals, accepted)
+    assert walk == AcceptanceCounts(proposals, accepted)
     assert accepted[2] > 0

@@ -12,11 +12,11 @@ import pytest
 import tiny
 import torch
 
-from speculators.data.packing import Piece
-from speculators.data.token_table import asked_for
+from speculators.data.packing import RowSlice
+from speculators.data.token_table import prediction_mask
 from speculators.drafts.base import Draft
 from speculators.errors import ContractError
-from speculators.features.dataloader import Corpus, Shards
+from speculators.features.dataloader import DataLoader, ShardSource
 from speculators.features.shards import ShardReader, ShardWriter
 
 
@@ -33,48 +33,48 @@ def shortened(features: Path, directory: Path, missing: int) -> ShardReader:
 
 def test_a_row_without_its_last_state_is_taken_one_token_shorter(tmp_path: Path) -> None:
     tokens, features = tiny.write_corpus(tmp_path)
-    whole = Corpus(tokens, Shards(ShardReader(features)))
-    short = Corpus(tokens, Shards(shortened(features, tmp_path / "short", 1)))
+    whole = DataLoader(tokens, ShardSource(ShardReader(features)))
+    short = DataLoader(tokens, ShardSource(shortened(features, tmp_path / "short", 1)))
     assert short.lengths[3] == whole.lengths[3] - 1
     assert {row: n for row, n in short.lengths.items() if row != 3} == {
         row: n for row, n in whole.lengths.items() if row != 3
     }
-    pieces = short.pieces([3], batch_tokens=8)
+    pieces = short.row_slices([3], batch_tokens=8)
     assert pieces[-1].end == short.lengths[3]
-    pack = short.pack([Piece(3, 0, short.lengths[3])], torch.device("cpu"))
-    assert len(pack.token_ids) == len(pack.loss_mask) == len(pack.states) == short.lengths[3]
+    pack = short.pack([RowSlice(3, 0, short.lengths[3])], torch.device("cpu"))
+    assert len(pack.token_ids) == len(pack.loss_mask) == len(pack.hidden_states) == short.lengths[3]
 
 
 def test_a_row_that_lacks_more_states_is_refused(tmp_path: Path) -> None:
     tokens, features = tiny.write_corpus(tmp_path)
     with pytest.raises(ContractError, match="row 3 has"):
-        Corpus(tokens, Shards(shortened(features, tmp_path / "short", 2)))
+        DataLoader(tokens, ShardSource(shortened(features, tmp_path / "short", 2)))
 
 
 def test_a_piece_is_supervised_inside_itself_and_sees_all_before_it(tmp_path: Path) -> None:
     tokens, features = tiny.write_corpus(tmp_path)
-    corpus = Corpus(tokens, Shards(ShardReader(features)))
-    whole = corpus.pack([Piece(5, 0, corpus.lengths[5])], torch.device("cpu"))
+    corpus = DataLoader(tokens, ShardSource(ShardReader(features)))
+    whole = corpus.pack([RowSlice(5, 0, corpus.lengths[5])], torch.device("cpu"))
     masks = []
-    for piece in corpus.pieces([5], batch_tokens=5):
+    for piece in corpus.row_slices([5], batch_tokens=5):
         pack = corpus.pack([piece], torch.device("cpu"))
         assert torch.equal(pack.token_ids, whole.token_ids[: piece.end])
-        assert torch.equal(pack.states, whole.states[: piece.end])
+        assert torch.equal(pack.hidden_states, whole.hidden_states[: piece.end])
         masks.append(torch.nn.functional.pad(pack.loss_mask.int(), (0, len(whole.loss_mask) - piece.end)))
     assert torch.equal(sum(masks, torch.zeros_like(masks[0])), whole.loss_mask.int())
 
 
 def test_of_a_row_that_is_supervised_whole_every_token_is_in_one_piece(tmp_path: Path) -> None:
     tokens, features = tiny.write_corpus(tmp_path)
-    corpus = Corpus(tokens, Shards(ShardReader(features)))
-    answers = corpus.mask(Piece(6, 0, corpus.lengths[6]))
+    corpus = DataLoader(tokens, ShardSource(ShardReader(features)))
+    answers = corpus.mask(RowSlice(6, 0, corpus.lengths[6]))
     assert not answers.all()
     corpus.supervise_all([5])
-    pieces = corpus.pieces([5], batch_tokens=5)
+    pieces = corpus.row_slices([5], batch_tokens=5)
     masks = [corpus.pack([piece], torch.device("cpu")).loss_mask for piece in pieces]
     assert all(torch.equal(mask, corpus.mask(piece)) for mask, piece in zip(masks, pieces, strict=True))
     assert [int(mask.sum()) for mask in masks] == [piece.tokens for piece in pieces]
-    assert torch.equal(corpus.pack([Piece(6, 0, corpus.lengths[6])], torch.device("cpu")).loss_mask, answers)
+    assert torch.equal(corpus.pack([RowSlice(6, 0, corpus.lengths[6])], torch.device("cpu")).loss_mask, answers)
 
 
 def test_states_of_other_tokens_are_refused_by_row(tmp_path: Path) -> None:
@@ -86,8 +86,8 @@ def test_states_of_other_tokens_are_refused_by_row(tmp_path: Path) -> None:
         ids[-2] += row == 4
         writer.add(row, ids, reader.states(row))
     writer.close()
-    corpus = Corpus(tokens, Shards(ShardReader(tmp_path / "other")))
-    whole = {row: Piece(row, 0, length) for row, length in corpus.lengths.items()}
+    corpus = DataLoader(tokens, ShardSource(ShardReader(tmp_path / "other")))
+    whole = {row: RowSlice(row, 0, length) for row, length in corpus.lengths.items()}
     corpus.expect([[whole[2], whole[4], whole[5]]])
     with pytest.raises(ContractError, match="hidden states of row 4 are of other tokens"):
         corpus.pack([whole[2], whole[4], whole[5]], torch.device("cpu"))
@@ -103,8 +103,8 @@ def test_a_pack_is_what_its_rows_are_one_after_the_other(tmp_path: Path, dtype: 
         writer.add(row, reader.token_ids(row), reader.states(row))
     writer.close()
     stored = ShardReader(tmp_path / "stored")
-    corpus = Corpus(tokens, Shards(stored))
-    batches = [[Piece(row, 1, corpus.lengths[row] - 1) for row in rows] for rows in ([7, 3, 7, 11], [0], [3, 23])]
+    corpus = DataLoader(tokens, ShardSource(stored))
+    batches = [[RowSlice(row, 1, corpus.lengths[row] - 1) for row in rows] for rows in ([7, 3, 7, 11], [0], [3, 23])]
     corpus.expect(batches)
     table = datasets.load_from_disk(str(tokens))
     held = [corpus.pack(batch, torch.device("cpu")) for batch in batches]
@@ -127,7 +127,7 @@ def test_no_draft_asks_where_the_last_layer_is_not_kept(
         mask = torch.rand(63, generator=draw) < (0.2, 0.5, 0.8)[seed % 3]
         pack = replace(tiny.make_pack(lengths, seed), loss_mask=mask)
         found = draft(pack)
-        kept = np.concatenate([asked_for(part) for part in mask.split(lengths)])
+        kept = np.concatenate([prediction_mask(part) for part in mask.split(lengths)])
         asked += int(found.valid.sum())
         assert bool(torch.from_numpy(kept)[found.target[found.valid]].all())
     assert asked > 200

@@ -7,7 +7,7 @@ import threading
 import pytest
 import torch
 
-from speculators.features.prefetch import Ahead, Buffers
+from speculators.features.prefetch import BufferPool, Prefetcher
 
 
 class Maker:
@@ -32,7 +32,7 @@ class Maker:
 
 def test_one_more_is_made_than_was_taken_and_in_order() -> None:
     maker = Maker()
-    ahead = Ahead(maker)
+    ahead = Prefetcher(maker)
     assert ahead.expect([3, 1, 2, 5]) == 0
     assert maker.made == [], "nobody has wanted anything yet"
     for count, item in enumerate([3, 1, 2, 5], start=1):
@@ -48,7 +48,7 @@ def test_one_more_is_made_than_was_taken_and_in_order() -> None:
 
 def test_two_may_be_made_at_the_same_time_and_are_taken_in_order() -> None:
     maker, taken = Maker(), list[int]()
-    ahead = Ahead(maker, 2)
+    ahead = Prefetcher(maker, 2)
     ahead.expect([3, 1, 2, 5])
     maker.go_on.clear()
     taker = threading.Thread(target=lambda: taken.extend(map(ahead.take, (3, 1, 2, 5))))
@@ -64,7 +64,7 @@ def test_two_may_be_made_at_the_same_time_and_are_taken_in_order() -> None:
 
 
 def test_what_goes_wrong_is_raised_when_it_is_wanted_and_not_before() -> None:
-    ahead = Ahead(Maker())
+    ahead = Prefetcher(Maker())
     ahead.expect([1, -2, 3])
     assert ahead.take(1) == 10
     with pytest.raises(ValueError, match="-2 is negative"):
@@ -74,7 +74,7 @@ def test_what_goes_wrong_is_raised_when_it_is_wanted_and_not_before() -> None:
 
 def test_what_was_not_expected_is_made_too_and_what_was_begun_is_kept() -> None:
     maker = Maker()
-    ahead = Ahead(maker)
+    ahead = Prefetcher(maker)
     ahead.expect([1, 2])
     assert [ahead.take(item) for item in (1, 7, 2)] == [10, 70, 20]
     assert maker.made == [1, 2, 7]
@@ -82,7 +82,7 @@ def test_what_was_not_expected_is_made_too_and_what_was_begun_is_kept() -> None:
 
 def test_another_order_keeps_what_still_comes_first_and_drops_what_does_not() -> None:
     maker = Maker()
-    ahead = Ahead(maker)
+    ahead = Prefetcher(maker)
     ahead.expect([1, 2, 3])
     ahead.take(1)
     assert ahead.expect([2, 5]) == 1
@@ -96,7 +96,7 @@ def test_another_order_keeps_what_still_comes_first_and_drops_what_does_not() ->
 
 def test_it_ends_while_something_is_being_made() -> None:
     maker = Maker()
-    ahead = Ahead(maker)
+    ahead = Prefetcher(maker)
     ahead.expect([1, 2, 3])
     ahead.take(1)
     maker.go_on.clear()
@@ -108,12 +108,12 @@ def test_it_ends_while_something_is_being_made() -> None:
     assert not any(thread.is_alive() for thread in maker.threads)
 
 
-def one(buffers: Buffers, dtype: torch.dtype, *shape: int) -> torch.Tensor:
+def one(buffers: BufferPool, dtype: torch.dtype, *shape: int) -> torch.Tensor:
     return buffers.empty({"it": (dtype, shape)})["it"]
 
 
 def test_memory_is_used_again_when_no_part_of_a_tensor_is_held_any_more() -> None:
-    buffers = Buffers()
+    buffers = BufferPool()
     first = one(buffers, torch.bfloat16, 1000, 4, 300)
     assert (first.dtype, first.shape) == (torch.bfloat16, (1000, 4, 300))
     place, part = first.data_ptr(), first[7:9].flatten()
@@ -126,7 +126,7 @@ def test_memory_is_used_again_when_no_part_of_a_tensor_is_held_any_more() -> Non
 
 
 def test_what_belongs_together_takes_one_piece_of_memory_and_each_begins_with_a_page() -> None:
-    buffers = Buffers()
+    buffers = BufferPool()
     made = buffers.empty({"a": (torch.bfloat16, (1000, 601)), "b": (torch.float32, ()), "c": (torch.uint8, (5,))})
     assert {name: (its.dtype, its.shape) for name, its in made.items()} == {
         "a": (torch.bfloat16, (1000, 601)),
@@ -144,14 +144,14 @@ def test_what_belongs_together_takes_one_piece_of_memory_and_each_begins_with_a_
 
 
 def test_memory_that_is_too_small_is_given_back_for_larger() -> None:
-    buffers = Buffers()
+    buffers = BufferPool()
     for tokens in (1024, 2048, 4096, 3072):
         one(buffers, torch.bfloat16, tokens, 600)
     assert [len(block) for block in buffers._free] == [4096 * 600 * 2]
 
 
 def test_what_autograd_has_saved_is_not_written_over() -> None:
-    buffers = Buffers()
+    buffers = BufferPool()
     states = one(buffers, torch.float32, 1000, 600).fill_(2.0)
     weight = torch.ones(600, requires_grad=True)
     loss = (states * weight).sum()

@@ -22,7 +22,7 @@ from speculators.errors import ContractError, StageError
 from speculators.features.contract import ANSWERS, check_contract, feature_contract
 from speculators.features.encoding import decode, encode
 from speculators.features.io import FileReader, exceeds_page_cache
-from speculators.features.prefetch import Buffers
+from speculators.features.prefetch import BufferPool
 from speculators.features.shards import ShardReader, ShardWriter
 
 LAYERS, WIDTH = 3, 5
@@ -369,7 +369,7 @@ def wide_rows(tmp_path: Path) -> Path:
 def read_wide(reader: ShardReader) -> dict[str, torch.Tensor]:
     parts = [(3, 899), (0, 1), (2, 411), (1, 2)]
     places = sum(int(reader.last_layer_mask(row, tokens).sum()) for row, tokens in parts)
-    into = Buffers().empty(
+    into = BufferPool().empty(
         {"states": (torch.bfloat16, (1313, LAYERS - 1, 256)), "last": (torch.bfloat16, (places, 256))}
     )
     reader.fill(parts, into)

@@ -13,7 +13,7 @@ from safetensors.torch import load_file, save_file
 from speculators.errors import ContractError
 from speculators.features.contract import feature_contract
 from speculators.features.shards import ShardReader, ShardWriter
-from speculators.features.upstream import export, histories, main, read_states
+from speculators.features.upstream import export_for_upstream, histories, main, read_states
 
 LAYERS, WIDTH = 3, 5
 LENGTHS = [4, 7, 5]
@@ -63,7 +63,7 @@ def test_a_last_layer_that_was_not_kept_is_zero_where_upstream_does_not_look(tmp
     for row, its in enumerate(states):
         writer.add(row, torch.tensor(ids_of(row)), its, torch.arange(len(its)) > 1)
     writer.close()
-    export(tokens, tmp_path / "answers", tmp_path / "out")
+    export_for_upstream(tokens, tmp_path / "answers", tmp_path / "out")
     for row, its in enumerate(states):
         _, found = read_states(tmp_path / f"out/hidden_states/hs_{row}.safetensors")
         its[:2, -1] = 0.0
@@ -72,7 +72,7 @@ def test_a_last_layer_that_was_not_kept_is_zero_where_upstream_does_not_look(tmp
 
 def test_an_export_of_float8_is_bfloat16(tmp_path: Path) -> None:
     tokens, features, states = artifacts(tmp_path, dtype="float8_e4m3fn")
-    export(tokens, features, tmp_path / "out")
+    export_for_upstream(tokens, features, tmp_path / "out")
     token_ids, found = read_states(tmp_path / "out/hidden_states/hs_1.safetensors")
     assert token_ids.tolist() == ids_of(1)
     assert found.dtype is torch.bfloat16
@@ -88,7 +88,7 @@ def test_an_export_into_something_or_of_other_tokens_is_refused(
     other = [{"input_ids": [9] * n, "loss_mask": [1] * n, "seq_len": n, "id": "c", "source": "s"} for n in LENGTHS]
     Dataset.from_list(other).save_to_disk(tmp_path / "other")
     with pytest.raises(ContractError, match="states of row 0 are of other tokens"):
-        export(tmp_path / "other", features, tmp_path / "out")
+        export_for_upstream(tmp_path / "other", features, tmp_path / "out")
 
 
 def test_upstreams_float8_is_read_with_its_scale_a_token(tmp_path: Path) -> None:

@@ -12,15 +12,15 @@ import torch
 
 from speculators.config.choices import StatesDtype
 from speculators.config.schema import Config
-from speculators.data.template import Row
+from speculators.data.template import TokenSequence
 from speculators.errors import ContractError
 from speculators.features.contract import feature_contract
 from speculators.features.shards import ShardReader, ShardWriter
 from speculators.job import Job
 from speculators.runner.store.artifact import sha256
 from speculators.stages.collect import covering, main
-from speculators.targets.fidelity_check import read_picks
-from speculators.targets.readings import Pick
+from speculators.targets.fidelity_check import read_greedy_tokens
+from speculators.targets.readings import GreedyToken
 from tests.stages.jobs import make_job
 
 
@@ -65,10 +65,10 @@ def states_of(ids: list[int]) -> torch.Tensor:
 
 
 def write_tokens(directory: Path, rows: list[tuple[str, list[int]]]) -> None:
-    give(directory, [(name, Row(ids, [1] * len(ids))) for name, ids in rows])
+    give(directory, [(name, TokenSequence(ids, [1] * len(ids))) for name, ids in rows])
 
 
-def give(directory: Path, rows: list[tuple[str, Row]]) -> None:
+def give(directory: Path, rows: list[tuple[str, TokenSequence]]) -> None:
     from datasets import Dataset
 
     table = [
@@ -158,7 +158,7 @@ def test_what_the_server_found_likeliest_is_placed_in_its_row(tmp_path: Path, co
     write_tokens(tmp_path / "tokens", [("c1", [1, 2, 3, 4]), ("c2", [5, 6, 7, 8])])
     main(job_in(tmp_path, config))
     # After [5] it finds 6 the likeliest, and after [5, 6, 7] not the 8 that it drew.
-    assert read_picks(tmp_path / "work/data") == [Pick(1, 0, 6, -0.1), Pick(1, 2, 9, -0.2)]
+    assert read_greedy_tokens(tmp_path / "work/data") == [GreedyToken(1, 0, 6, -0.1), GreedyToken(1, 2, 9, -0.2)]
 
 
 def test_a_row_of_other_tokens_is_refused(tmp_path: Path, config: Config) -> None:

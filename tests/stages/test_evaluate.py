@@ -10,7 +10,7 @@ import pytest
 
 from speculators.config.choices import DataFormat, Dtype
 from speculators.config.schema import Config, Dataset
-from speculators.data.conversations import Tally, held_out
+from speculators.data.conversations import RowCounts, in_evaluation_holdout
 from speculators.engine.metrics import DraftCounters
 from speculators.job import Job, write_json
 from speculators.stages import evaluate
@@ -60,25 +60,25 @@ def test_speed_and_acceptance_are_what_one_gets_by_hand() -> None:
 
 def test_the_prompts_of_a_set_are_the_same_every_time_and_fewer_are_a_part_of_more(tmp_path: Path) -> None:
     job = job_of(tmp_path)
-    five = choose(job, "quiz", Tally())
-    assert choose(job, "quiz", Tally()) == five
+    five = choose(job, "quiz", RowCounts())
+    assert choose(job, "quiz", RowCounts()) == five
     job.config.evaluate.num_prompts = 8
-    assert choose(job, "quiz", Tally())[:5] == five
+    assert choose(job, "quiz", RowCounts())[:5] == five
     assert five[0].id.startswith("quiz/")
     assert five[0].messages[0]["content"].startswith("question ")
 
 
 def test_of_a_set_that_is_trained_on_only_held_out_rows_are_used_and_the_rest_is_counted(tmp_path: Path) -> None:
-    job, tally = job_of(tmp_path, trained=True, count=1000), Tally()
+    job, tally = job_of(tmp_path, trained=True, count=1000), RowCounts()
     texts = {prompt.messages[0]["content"] for prompt in choose(job, "quiz", tally)}
-    assert texts == {f"question {i}" for i in range(100) if held_out(f"question {i}", 0.2)}
+    assert texts == {f"question {i}" for i in range(100) if in_evaluation_holdout(f"question {i}", 0.2)}
     assert tally.dropped == {"trained on": 100 - len(texts)}
 
 
 def test_the_instruction_of_a_set_comes_before_its_prompts(tmp_path: Path) -> None:
     job = job_of(tmp_path)
     job.config.evaluate.datasets["quiz"].instruction = "Go on:"
-    assert choose(job, "quiz", Tally())[0].messages[0]["content"].startswith("Go on:\n\nquestion ")
+    assert choose(job, "quiz", RowCounts())[0].messages[0]["content"].startswith("Go on:\n\nquestion ")
 
 
 def test_answers_are_compared_in_float32_whatever_the_target_is_served_in(tmp_path: Path) -> None:

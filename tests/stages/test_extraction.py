@@ -14,17 +14,17 @@ import torch
 
 from speculators.config.choices import Dtype, OnBadRow
 from speculators.config.schema import Config
-from speculators.data.packing import Piece
+from speculators.data.packing import RowSlice
 from speculators.engine import client, pool
 from speculators.errors import ContractError, RunError, ServiceError, StageError
 from speculators.features import shards
 from speculators.features.contract import check_contract
-from speculators.features.dataloader import Corpus, Shards
+from speculators.features.dataloader import DataLoader, ShardSource
 from speculators.features.shards import ShardReader
 from speculators.features.writer import SKIPPED
 from speculators.job import Endpoint, Job
 from speculators.stages.extract import main
-from speculators.targets.fidelity_check import PICKS, read_picks
+from speculators.targets.fidelity_check import GREEDY_TOKENS_FILE, read_greedy_tokens
 from tests.stages.jobs import make_job
 from tests.stages.states_server import WIDTH, StatesServer, states_of
 
@@ -86,7 +86,7 @@ def test_every_row_is_kept_with_its_own_states_and_nothing_else_is_left(
     assert reader.rows == list(range(30))
     assert all(torch.equal(reader.states(row), states_of(ROWS[row])) for row in reader.rows)
     assert list(server.directory.iterdir()) == []
-    assert (job.output / PICKS).exists()
+    assert (job.output / GREEDY_TOKENS_FILE).exists()
     assert not (job.output / SKIPPED).exists()
     assert (job.record["rows"], job.record["tokens"], "skipped" in job.record) == (30, 330, False)
 
@@ -97,7 +97,7 @@ def test_the_last_layer_is_kept_where_an_answer_is_predicted_and_where_the_gate_
     server = serve()
     main(everywhere := job_in(tmp_path, config, server, name="everywhere"))
     main(job := job_in(tmp_path, config, server, last_state="answers"))
-    reader, picks = ShardReader(job.output), {pick.row: pick.position for pick in read_picks(job.output)}
+    reader, picks = ShardReader(job.output), {pick.row: pick.position for pick in read_greedy_tokens(job.output)}
     assert len(picks) == 30
     for row in reader.rows:
         wanted = states_of(ROWS[row])
@@ -110,14 +110,14 @@ def test_the_last_layer_is_kept_where_an_answer_is_predicted_and_where_the_gate_
     assert files(whole.output) == files(job.output)
     with pytest.raises(ContractError, match='last_state is "answers", expected "everywhere"'):
         check_contract(reader.contract, ShardReader(everywhere.output).contract)
-    corpus = Corpus(job.inputs["tokens"], Shards(reader))
-    pack = corpus.pack([Piece(3, 0, 11), Piece(20, 0, 9)], torch.device("cpu"))
+    corpus = DataLoader(job.inputs["tokens"], ShardSource(reader))
+    pack = corpus.pack([RowSlice(3, 0, 11), RowSlice(20, 0, 9)], torch.device("cpu"))
     places = pack.loss_mask.nonzero()[:, 0]
     states = torch.cat([states_of(ROWS[3]), states_of(ROWS[20][:9])])
-    assert torch.equal(pack.last[pack.last_at[places]], states[places, 1])
+    assert torch.equal(pack.last_hidden_states[pack.last_index[places]], states[places, 1])
     corpus.supervise_all([3])
     with pytest.raises(ContractError, match=r"last layer was not kept where rows 3 \(conversation c3\)"):
-        corpus.pack([Piece(3, 0, 11)], torch.device("cpu"))
+        corpus.pack([RowSlice(3, 0, 11)], torch.device("cpu"))
 
 
 @pytest.mark.parametrize("connector", ["example", "fp8"])
@@ -170,12 +170,12 @@ def test_rows_that_are_left_out_are_not_trained_on_and_others_may_not_be_missing
 ) -> None:
     job = job_in(tmp_path, config, serve({17: "nan"}), skip=True)
     main(job)
-    corpus = Corpus(job.inputs["tokens"], Shards(ShardReader(job.output)))
+    corpus = DataLoader(job.inputs["tokens"], ShardSource(ShardReader(job.output)))
     rows, held = corpus.split(0.3)
     assert sorted([*rows, *held]) == [row for row in range(30) if row != 7]
     (job.output / SKIPPED).unlink()
     with pytest.raises(ContractError, match="29 rows, and tokens of 30"):
-        Corpus(job.inputs["tokens"], Shards(ShardReader(job.output)))
+        DataLoader(job.inputs["tokens"], ShardSource(ShardReader(job.output)))
 
 
 def test_too_many_bad_rows_are_not_the_rows_fault(tmp_path: Path, config: Config, serve: Start) -> None:

@@ -7,7 +7,7 @@ import pytest
 
 from speculators.config.choices import DataFormat
 from speculators.config.schema import Config, Dataset
-from speculators.data.conversations import held_out
+from speculators.data.conversations import in_evaluation_holdout
 from speculators.errors import SourceError
 from speculators.stages import prompts
 from tests.stages.jobs import lines, make_job
@@ -76,7 +76,7 @@ def test_held_out_conversations_are_left_out_and_counted(tmp_path: Path) -> None
     job = make_job("prompts", tmp_path / "w", config, dataset__a=write_set(tmp_path / "a.json", texts))
     prompts.main(job)
     kept = {row["messages"][0]["content"] for row in lines(job.output / "conversations.jsonl")}
-    assert kept == {text for text in texts if not held_out(text, 0.3)}
+    assert kept == {text for text in texts if not in_evaluation_holdout(text, 0.3)}
     assert job.record["datasets"]["a"]["dropped"] == {"held out for evaluation": 200 - len(kept)}
     assert 30 < 200 - len(kept) < 90
 

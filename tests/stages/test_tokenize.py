@@ -11,7 +11,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 from speculators.config.schema import Config
-from speculators.data.template import TemplateError, Turn, merge, turns_of
+from speculators.data.template import ChatTurn, TemplateError, chat_turns, merge_turns
 from speculators.errors import SourceError
 from speculators.stages import tokenize
 from speculators.stages.tokenize import cut
@@ -66,15 +66,15 @@ def config_of(longest: int = 100, least: int = 1) -> Config:
 
 
 def test_turns_that_continue_each_other_make_one_row_with_every_answer_supervised() -> None:
-    turns = [Turn(prompt_ids=[1, 2], answer_ids=[3, 4]), Turn(prompt_ids=[1, 2, 3, 4, 5], answer_ids=[6])]
-    (row,) = merge(turns)
+    turns = [ChatTurn(prompt_ids=[1, 2], answer_ids=[3, 4]), ChatTurn(prompt_ids=[1, 2, 3, 4, 5], answer_ids=[6])]
+    (row,) = merge_turns(turns)
     assert row.input_ids == [1, 2, 3, 4, 5, 6]
     assert row.loss_mask == [0, 0, 1, 1, 0, 1]
 
 
 def test_a_turn_that_does_not_continue_the_one_before_starts_a_row_of_its_own() -> None:
-    turns = [Turn(prompt_ids=[1, 2], answer_ids=[3, 4]), Turn(prompt_ids=[1, 2, 9, 5], answer_ids=[6])]
-    first, second = merge(turns)
+    turns = [ChatTurn(prompt_ids=[1, 2], answer_ids=[3, 4]), ChatTurn(prompt_ids=[1, 2, 9, 5], answer_ids=[6])]
+    first, second = merge_turns(turns)
     assert (first.input_ids, first.loss_mask) == ([1, 2, 3, 4], [0, 0, 1, 1])
     assert (second.input_ids, second.loss_mask) == ([1, 2, 9, 5, 6], [0, 0, 0, 0, 1])
     assert cut(second, 3).input_ids == [1, 2, 9]
@@ -83,24 +83,24 @@ def test_a_turn_that_does_not_continue_the_one_before_starts_a_row_of_its_own() 
 def test_answers_of_the_data_are_found_by_rendering_with_and_without_them(tokenizer: PreTrainedTokenizerFast) -> None:
     user, assistant = tokenizer.convert_tokens_to_ids(["<|user|>", "<|assistant|>"])
     end = tokenizer.eos_token_id
-    first, second = turns_of(tokenizer, TALK)
+    first, second = chat_turns(tokenizer, TALK)
     assert first.prompt_ids == [user, 0, 1, end, 4, assistant]
     assert first.answer_ids == [2, 3, end]  # the template's line break after it is nobody's token
     assert second.prompt_ids == [*first.prompt_ids, *first.answer_ids, 4, user, 0, end, 4, assistant]
     assert second.answer_ids == [1, end]
-    (row,) = merge([first, second])
+    (row,) = merge_turns([first, second])
     assert sum(row.loss_mask) == 5
 
 
 def test_a_template_that_rewrites_the_past_gives_a_row_a_turn(tokenizer: PreTrainedTokenizerFast) -> None:
     tokenizer.chat_template = FORGETFUL
-    assert len(merge(turns_of(tokenizer, TALK))) == 2
+    assert len(merge_turns(chat_turns(tokenizer, TALK))) == 2
 
 
 def test_a_template_that_refuses_a_conversation_says_why(tokenizer: PreTrainedTokenizerFast) -> None:
     tokenizer.chat_template = "{{ raise_exception('no system role') }}"
     with pytest.raises(TemplateError, match="no system role"):
-        turns_of(tokenizer, TALK)
+        chat_turns(tokenizer, TALK)
 
 
 def test_rows_keep_the_ids_of_the_server_and_the_order_of_the_conversations(tmp_path: Path) -> None:
@@ -149,7 +149,7 @@ def test_conversations_with_their_own_answers_go_through_the_target_s_template(
     conversations = write_conversations(tmp_path / "in", [{"id": "a", "messages": TALK}])
     job = make_job("tokenize", tmp_path / "w", config_of(), conversations=conversations, target=tmp_path / "target")
     tokenize.main(job)
-    (row,) = merge(turns_of(tokenizer, TALK))
+    (row,) = merge_turns(chat_turns(tokenizer, TALK))
     assert load_from_disk(job.output)["input_ids"][:] == [row.input_ids]
 
 

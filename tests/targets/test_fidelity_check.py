@@ -26,8 +26,17 @@ from transformers import (
 from speculators.engine.client import Completion
 from speculators.errors import ContractError
 from speculators.targets import checkpoint, fidelity_check
-from speculators.targets.fidelity_check import EARLY, PICKS, EarlyGate, Gate, of_answer, places, read_picks, write_picks
-from speculators.targets.readings import Pick
+from speculators.targets.fidelity_check import (
+    EARLY,
+    GREEDY_TOKENS_FILE,
+    EarlyFidelityCheck,
+    FidelityCheck,
+    greedy_tokens_in_answer,
+    read_greedy_tokens,
+    sample_positions,
+    write_greedy_tokens,
+)
+from speculators.targets.readings import GreedyToken
 
 LAYERS, CAPTURED = 6, [1, 3, 4, 6]
 SHAPE: dict[str, Any] = {
@@ -69,7 +78,7 @@ class World:
                     p.copy_(p + 0.5 * torch.randn_like(p))
         model.save_pretrained(directory)
         self.rows: Rows = {}
-        self.picks: list[Pick] = []
+        self.picks: list[GreedyToken] = []
         for row in range(EARLY):
             ids = torch.randint(1, 96, (24,))
             logits, states = run(model, ids)
@@ -77,11 +86,11 @@ class World:
             for position in (5, 16, 23):
                 logprobs = logits[position].float().log_softmax(-1)
                 token = int(logprobs.argmax())
-                self.picks.append(Pick(row, position, token, float(logprobs[token])))
+                self.picks.append(GreedyToken(row, position, token, float(logprobs[token])))
 
-    def gate(self, **options: Any) -> Gate:
+    def gate(self, **options: Any) -> FidelityCheck:
         plain = {"checkpoint": self.directory, "layer_ids": CAPTURED, "compute": self.dtype, "stored": self.dtype}
-        return Gate(**{**plain, "least": 0.98, "reference_gib": 1.0, **options})
+        return FidelityCheck(**{**plain, "least": 0.98, "reference_gib": 1.0, **options})
 
     def captured(self, layer_ids: list[int] = CAPTURED) -> Callable[[int], tuple[torch.Tensor, torch.Tensor]]:
         return lambda row: (self.rows[row][0], self.rows[row][1][:, layer_ids])
@@ -296,8 +305,8 @@ def test_an_extraction_that_goes_wrong_ends_with_its_first_rows_and_leaves_nothi
     for layer_ids, passes in ((CAPTURED, True), ([1, 3, 4, 5], False)):
         output = tmp_path / f"output-{passes}"
         output.mkdir()
-        write_picks(output, [p for p in world.picks if p.position == 16])
-        gate = EarlyGate(world.gate(), read_picks(output), output)
+        write_greedy_tokens(output, [p for p in world.picks if p.position == 16])
+        gate = EarlyFidelityCheck(world.gate(), read_greedy_tokens(output), output)
         states = world.captured(layer_ids)
         gate.leave_out(2)
         for row in (r for r in range(EARLY - 1) if r != 2):
@@ -309,20 +318,20 @@ def test_an_extraction_that_goes_wrong_ends_with_its_first_rows_and_leaves_nothi
         else:
             with pytest.raises(ContractError, match="5 instead of 6"):
                 gate.see(EARLY - 1, *states(EARLY - 1))
-        assert (output / PICKS).exists() == passes
+        assert (output / GREEDY_TOKENS_FILE).exists() == passes
 
 
 def test_places_are_the_same_every_time_in_the_first_rows_and_over_the_whole_table() -> None:
-    found = places([200] * 1000)
-    assert found == places([200] * 1000)
+    found = sample_positions([200] * 1000)
+    assert found == sample_positions([200] * 1000)
     rows = [row for row, _ in found]
     assert rows[:EARLY] == list(range(EARLY))
     assert max(rows) > 900
     assert len(rows) <= fidelity_check.PLACES
     assert all(fidelity_check.SHORTEST <= position + 1 <= fidelity_check.LONGEST for _, position in found)
     assert len({position for _, position in found}) > 10
-    assert places([3, 0, 1]) == [(0, 2), (2, 0)]
-    assert places([]) == []
+    assert sample_positions([3, 0, 1]) == [(0, 2), (2, 0)]
+    assert sample_positions([]) == []
 
 
 def test_an_answers_picks_are_its_likeliest_tokens_not_those_it_drew(tmp_path: Path) -> None:
@@ -331,8 +340,8 @@ def test_an_answers_picks_are_its_likeliest_tokens_not_those_it_drew(tmp_path: P
         prompt_ids=[1], token_ids=list(range(8)), text="", finish_reason="stop", logprobs=logprobs,
         kv_transfer_params={}, seconds=0.0,
     )  # fmt: skip
-    assert of_answer(said) == [(0, 10, -0.5), (2, 12, -0.5), (4, 14, -0.5), (6, 16, -0.5)]
-    picks = [Pick(3, place, token, logprob) for place, token, logprob in of_answer(said)]
-    write_picks(tmp_path, picks[::-1])
-    assert read_picks(tmp_path) == picks
-    assert read_picks(tmp_path / "nowhere") == []
+    assert greedy_tokens_in_answer(said) == [(0, 10, -0.5), (2, 12, -0.5), (4, 14, -0.5), (6, 16, -0.5)]
+    picks = [GreedyToken(3, place, token, logprob) for place, token, logprob in greedy_tokens_in_answer(said)]
+    write_greedy_tokens(tmp_path, picks[::-1])
+    assert read_greedy_tokens(tmp_path) == picks
+    assert read_greedy_tokens(tmp_path / "nowhere") == []

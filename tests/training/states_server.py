@@ -16,7 +16,7 @@ import tiny
 import torch
 from safetensors.torch import save_file
 
-from speculators.data.token_table import TokenTable, asked_for
+from speculators.data.token_table import TokenTable, prediction_mask
 from speculators.features.contract import ANSWERS, feature_contract
 from speculators.features.shards import ShardWriter
 from speculators.job import Endpoint
@@ -38,7 +38,7 @@ def write_world(directory: Path, rows: int = 24) -> Known:
     writer = ShardWriter(directory / "features", contract, shard_tokens=200)
     table = TokenTable(directory / "tokens")
     for row, (ids, states) in enumerate(known.items()):
-        writer.add(row, torch.tensor(ids), states, torch.from_numpy(asked_for(table.loss_mask(row))))
+        writer.add(row, torch.tensor(ids), states, torch.from_numpy(prediction_mask(table.loss_mask(row))))
     writer.close()
     return known
 

@@ -24,20 +24,20 @@ from states_server import Known, StatesServer
 
 from speculators.config.choices import Dtype
 from speculators.config.schema import Extract
-from speculators.data.packing import Piece
-from speculators.data.token_table import asked_for
+from speculators.data.packing import RowSlice
+from speculators.data.token_table import prediction_mask
 from speculators.engine import client
 from speculators.errors import ContractError, RunError, ServiceError, StageError
 from speculators.features import disk_cache
 from speculators.features.contract import feature_contract
-from speculators.features.dataloader import Corpus
+from speculators.features.dataloader import DataLoader
 from speculators.features.disk_cache import HiddenStatesCache
 from speculators.features.encoding import LAST, decode, encode, last_layer_part
 from speculators.job import Job
 from speculators.stages import train
 from speculators.targets.checkpoint import TargetCheckpoint
 from speculators.targets.fidelity_check import check_server
-from speculators.targets.readings import reading_of
+from speculators.targets.readings import checkpoint_reading
 from speculators.training import checkpoint
 from speculators.training.live_features import Feed, Shape
 
@@ -356,13 +356,13 @@ def test_a_training_that_is_stopped_while_it_waits_leaves_no_thread(
 def test_rows_that_were_not_expected_come_too(world: World, serve: Callable[..., StatesServer]) -> None:
     server = serve()
     feed = feed_of(world, server, memory=0)
-    corpus = Corpus(world.path / "tokens", feed)
-    corpus.expect([[Piece(0, 0, 8)]])
+    corpus = DataLoader(world.path / "tokens", feed)
+    corpus.expect([[RowSlice(0, 0, 8)]])
     for row in (7, 0, 3):
-        pack = corpus.pack([Piece(row, 0, corpus.lengths[row])], torch.device("cpu"))
+        pack = corpus.pack([RowSlice(row, 0, corpus.lengths[row])], torch.device("cpu"))
         known = world.known[tuple(pack.token_ids.tolist())].bfloat16()
-        assert torch.equal(pack.states, known[:, :-1])
-        assert torch.equal(pack.last, known[torch.from_numpy(asked_for(pack.loss_mask)), -1])
+        assert torch.equal(pack.hidden_states, known[:, :-1])
+        assert torch.equal(pack.last_hidden_states, known[torch.from_numpy(prediction_mask(pack.loss_mask)), -1])
     feed.close()
 
 
@@ -387,7 +387,7 @@ def test_nothing_is_trained_on_what_a_server_does_not_compute_with(
     world: World, tmp_path: Path, serve: Callable[..., StatesServer], captured: str
 ) -> None:
     server = serve()
-    reading = reading_of(TargetCheckpoint(world.path / "target"))
+    reading = checkpoint_reading(TargetCheckpoint(world.path / "target"))
 
     def pick(states: torch.Tensor) -> int:
         return int(reading.logits(reading.normed(states[None])).argmax())

@@ -14,25 +14,25 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from speculators.config.algorithms import Loss, Weighting
 from speculators.drafts.base import Draft, Predictions
 from speculators.drafts.dflash import DFlashDraft
-from speculators.features.batch import Pack
+from speculators.features.batch import PackedBatch
 from speculators.ops.distillation import PART_ELEMENTS, Teacher
 from speculators.training.losses import distill
 
 LENGTHS = [20, 33, 9, 14]
 
 
-def gradients(draft: Draft, teacher: Teacher, packs: list[Pack], **how: Any) -> tuple[float, list[torch.Tensor]]:
+def gradients(draft: Draft, teacher: Teacher, packs: list[PackedBatch], **how: Any) -> tuple[float, list[torch.Tensor]]:
     """Sum of the packs' losses, and of their gradients."""
     total = 0.0
     draft.zero_grad()
     for pack in packs:
-        outcome = distill(draft(pack), pack.last, draft.lm_head.weight, teacher, draft.loss, **how)
+        outcome = distill(draft(pack), pack.last_hidden_states, draft.lm_head.weight, teacher, draft.loss, **how)
         outcome.loss.backward()
         total += outcome.loss.item()
     return total, [p.grad.clone() for p in draft.parameters() if p.grad is not None]
 
 
-def parts_of(pack: Pack, chosen: torch.Tensor) -> list[Pack]:
+def parts_of(pack: PackedBatch, chosen: torch.Tensor) -> list[PackedBatch]:
     """Every document by itself."""
     return [
         replace(
@@ -41,9 +41,9 @@ def parts_of(pack: Pack, chosen: torch.Tensor) -> list[Pack]:
             lengths=[n],
             token_ids=pack.token_ids[begin : begin + n],
             loss_mask=pack.loss_mask[begin : begin + n],
-            states=pack.states[begin : begin + n],
-            last=pack.last[begin : begin + n],
-            chosen=chosen[begin : begin + n],
+            hidden_states=pack.hidden_states[begin : begin + n],
+            last_hidden_states=pack.last_hidden_states[begin : begin + n],
+            anchor_mask=chosen[begin : begin + n],
         )
         for i, (begin, n) in enumerate(pack.documents())
     ]
@@ -63,7 +63,7 @@ def test_the_losses_of_the_parts_of_a_step_add_up_to_that_of_the_whole(tmp_path:
     draft.advance(3, 10)
     whole = tiny.make_pack(LENGTHS)
     loss, expected = gradients(draft, teacher, [whole], regression=0.3)
-    told = draft.supervision(replace(whole, states=torch.empty(len(whole.token_ids), 0, 0)))
+    told = draft.supervision(replace(whole, hidden_states=torch.empty(len(whole.token_ids), 0, 0)))
     found, summed = gradients(draft, teacher, parts_of(whole, told.chosen), counts=told.counts, regression=0.3)
     assert found == pytest.approx(loss, rel=1e-5)
     torch.testing.assert_close(summed, expected, atol=1e-6, rtol=1e-4)
@@ -74,7 +74,7 @@ def test_the_losses_of_the_parts_of_a_step_add_up_to_that_of_the_whole(tmp_path:
 def test_regression_asks_for_what_enters_the_targets_head(tmp_path: Path) -> None:
     draft, teacher = tiny.make_draft(tiny.write_target(tmp_path))
     pack = tiny.make_pack(LENGTHS)
-    last, found = pack.last, draft(pack)
+    last, found = pack.last_hidden_states, draft(pack)
     plain = distill(found, last, draft.lm_head.weight, teacher)
     wanted = teacher.normed(last)[found.target]
     apart = (found.hidden - wanted).square().sum(-1) / wanted.square().sum(-1)
@@ -106,11 +106,13 @@ def test_a_head_that_wants_its_gradient_gets_it(tmp_path: Path, weighting: Weigh
     found = draft(pack)
     hidden = found.hidden.detach().requires_grad_()
     head = draft.lm_head.weight.clone().requires_grad_()
-    outcome = distill(replace(found, hidden=hidden), pack.last, head, teacher, Loss.ce, chunk_elements=chunk)
+    outcome = distill(
+        replace(found, hidden=hidden), pack.last_hidden_states, head, teacher, Loss.ce, chunk_elements=chunk
+    )
     (2.0 * outcome.loss).backward()
 
     plain, plain_head = found.hidden.detach().requires_grad_(), draft.lm_head.weight.clone().requires_grad_()
-    label = teacher.logits(pack.last, torch.float32).argmax(-1)[found.target]
+    label = teacher.logits(pack.last_hidden_states, torch.float32).argmax(-1)[found.target]
     each = -(plain @ plain_head.T).log_softmax(-1).gather(-1, label[..., None])[..., 0]
     weight = found.weight if found.reweigh is None else found.reweigh(each.detach() * found.valid)
     (2.0 * (each * weight).sum()).backward()
@@ -127,7 +129,7 @@ def test_a_frozen_head_costs_no_gradient_and_mixed_precision_keeps_it_close(tmp_
     for mixed in (False, True):
         head = draft.lm_head.weight.clone().requires_grad_()
         with torch.autocast("cpu", torch.bfloat16, enabled=mixed):
-            distill(found, pack.last, head, teacher).loss.backward(retain_graph=True)
+            distill(found, pack.last_hidden_states, head, teacher).loss.backward(retain_graph=True)
         assert head.grad is not None
         assert head.grad.dtype is torch.float32
         grads.append(head.grad)

@@ -19,7 +19,7 @@ from safetensors.torch import load_file, save_file
 from trainings import losses, metrics, stop_at
 
 from speculators.config.choices import Device, Dtype, Optimizer, Schedule
-from speculators.data.token_table import TokenTable, asked_for
+from speculators.data.token_table import TokenTable, prediction_mask
 from speculators.drafts.dflash import DFlashDraft
 from speculators.drafts.eagle3 import Eagle3Draft
 from speculators.errors import ContractError, StageError
@@ -269,7 +269,7 @@ def test_a_last_layer_that_is_kept_where_answers_are_predicted_trains_the_same_d
     table, whole = TokenTable(world / "tokens"), ShardReader(world / "features")
     writer = ShardWriter(tmp_path / "features", {**whole.contract, "last_state": ANSWERS}, shard_tokens=200)
     for row in whole.rows:
-        last = torch.from_numpy(asked_for(table.loss_mask(row)))
+        last = torch.from_numpy(prediction_mask(table.loss_mask(row)))
         writer.add(row, whole.token_ids(row), whole.states(row), last)
     writer.close()
     trained = []
