@@ -15,7 +15,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from speculators.config.schema import Config, Mooncake, from_plain
+from speculators.config.schema import Config, Mooncake, from_builtins
 
 REQUEST_FORMAT = 2
 """Raised when a worker of an older release could not read the request."""
@@ -149,7 +149,7 @@ class Request:
             node=self.node,
             stage=self.stage,
             key=self.key,
-            config=from_plain(Config, self.config),
+            config=from_builtins(Config, self.config),
             derived=self.derived,
             inputs={name: Path(directory) for name, directory in self.inputs.items()},
             digests=self.digests,
@@ -168,7 +168,7 @@ def _endpoint(plain: Mapping[str, Any]) -> Endpoint:
         directory=Path(plain["directory"]),
         log=Path(plain["log"]),
         also=plain.get("also", []),
-        mooncake=from_plain(Mooncake, plain["mooncake"]) if plain.get("mooncake") else None,
+        mooncake=from_builtins(Mooncake, plain["mooncake"]) if plain.get("mooncake") else None,
     )
 
 

@@ -113,7 +113,7 @@ def test_no_file_of_a_run_or_of_the_store_holds_a_secret(
     ],
 )
 def test_a_secret_in_a_recipe_is_refused_without_repeating_it(word: str) -> None:
-    with pytest.raises(RecipeError, match="holds a secret") as raised:
+    with pytest.raises(RecipeError, match="contains a secret") as raised:
         compose([DEMO, word])
     assert "planted" not in raised.value.message + raised.value.hint
 

@@ -209,7 +209,7 @@ def test_a_mistake_is_found_before_the_first_job(
     monkeypatch.setattr(sys, "argv", ["speculators-run"])
     given = [] if words[0].startswith("recipe=") else [DEMO]
     with pytest.raises(RecipeError) as caught:
-        compose.sweep(["-m", *given, *words], tmp_path, lambda job: pytest.fail("a job ran"))
+        compose.multirun(["-m", *given, *words], tmp_path, lambda job: pytest.fail("a job ran"))
     assert message in caught.value.message
     assert hint in caught.value.hint
 
@@ -217,7 +217,7 @@ def test_a_mistake_is_found_before_the_first_job(
 def test_a_launcher_that_is_not_installed_is_named_with_its_extra(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(compose, "installed_version", lambda name: None)
     with pytest.raises(RecipeError, match="hydra/launcher=joblib needs `hydra-joblib-launcher`") as caught:
-        compose.sweep(["-m", DEMO, "hydra/launcher=joblib"], Path(), lambda job: None)
+        compose.multirun(["-m", DEMO, "hydra/launcher=joblib"], Path(), lambda job: None)
     assert caught.value.hint == "pip install 'speculators-run[joblib]'"
 
 
@@ -245,8 +245,10 @@ def test_a_recipe_by_path_stays_the_path_in_what_runs_one_job_alone(
     for name in ("mine", "yours"):
         (tmp_path / f"{name}.yaml").write_text((shipped.RECIPES / "smollm2_eagle3.yaml").read_text())
     found = []
-    compose.sweep(
-        ["recipe=mine.yaml,yours.yaml", "-m"], tmp_path / "sweep", lambda job: found.append((job.words, job.config()))
+    compose.multirun(
+        ["recipe=mine.yaml,yours.yaml", "-m"],
+        tmp_path / "sweep",
+        lambda job: found.append((job.overrides, job.config())),
     )
     assert [words for words, _ in found] == [["recipe=mine.yaml"], ["recipe=yours.yaml"]]
     assert [config.recipe for _, config in found] == ["mine", "yours"]

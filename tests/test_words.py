@@ -132,7 +132,6 @@ UNCONVERTED: tuple[str, ...] = (
     "docs/reference/",
     "speculators/cli",
     "conf/",
-    "speculators/config/",
     "speculators/data/",
     "speculators/drafts/",
     "speculators/errors",

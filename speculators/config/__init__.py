@@ -1,7 +1,6 @@
-"""What a recipe may say, and how words become one.
+"""The recipe's schema, and its composition from a command line.
 
-Both sides of the line import `schema`, `choices`, `algorithms` and `fields`, which need nothing that has to be
-installed. Only the runner imports `compose`, the one door to Hydra, `checks`, which refuses values that cannot work,
-`foreign_names`, the hints for other tools' options, `composed`, which does without Hydra where it can, and `shipped`,
-which knows where recipes lie.
+Runner and pipeline import `schema`, `choices`, `algorithms` and `fields`, which need the standard library only. Only
+the runner imports `compose`, the only module that imports Hydra, `composed`, its cache, `checks`, which refuses wrong
+values, `foreign_names`, hints for other tools' options, and `shipped`, the paths of recipes.
 """

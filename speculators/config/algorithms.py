@@ -1,4 +1,4 @@
-"""The part of the recipe's schema that describes a draft: its options, by algorithm. `config` has the rest."""
+"""The section `speculator` of the recipe's schema: the options of the draft model, by algorithm."""
 
 from __future__ import annotations
 
@@ -24,34 +24,34 @@ from speculators.errors import RecipeError, closest
 
 
 class Loss(enum.Enum):
-    """What is asked of a prediction. All over the draft's vocabulary."""
+    """Losses between the distributions of target and draft, both over the draft vocabulary."""
 
     kl = "kl"
-    """The target's distribution: KL(target || draft)."""
+    """Kullback-Leibler divergence KL(target || draft)."""
     ce = "ce"
-    """The target's most likely token: cross-entropy against it."""
+    """Cross-entropy against the target's most likely token."""
     rkl = "rkl"
-    """Nothing that the target would not say: KL(draft || target)."""
+    """Reverse Kullback-Leibler divergence KL(draft || target)."""
     js = "js"
-    """Jensen-Shannon divergence: half of each of the two, against their mean."""
+    """Jensen-Shannon divergence: the mean of both distributions' KL divergences from their average."""
     tv = "tv"
-    """Total variation: the share of its samples that is rejected, 1 - sum(min(target, draft))."""
+    """Total variation distance, the share of rejected samples: 1 - sum(min(target, draft))."""
     nla = "nla"
-    """Acceptance as a likelihood: -log(sum(min(target, draft))) (LK losses, arXiv:2602.23881). Its slope is that of
-    `tv` over the acceptance, so that it does not vanish where hardly anything is accepted yet."""
+    """Negative log of the acceptance rate: -log(sum(min(target, draft))) (LK losses, arXiv:2602.23881). Its gradient is
+    that of `tv` divided by the acceptance rate, so that it does not vanish while little is accepted."""
     lk_hybrid = "lk_hybrid"
-    """From `kl` to `tv` as the acceptance grows: s * kl + (1 - s) * tv, s = exp(-3 * acceptance) taken as a constant
-    (LK losses, arXiv:2602.23881)."""
+    """From `kl` to `tv` as the acceptance rate grows: s * kl + (1 - s) * tv with the constant
+    s = exp(-3 * acceptance rate) (LK losses, arXiv:2602.23881)."""
 
 
-def loss_weights(given: Any) -> dict[Loss, float]:
-    """The losses that `speculator.loss_fn` asks for, with their weights: a name, or several as {name: weight}.
+def loss_weights(loss_fn: Any) -> dict[Loss, float]:
+    """Parse `speculator.loss_fn`, a name or {name: weight}, into the weight of each loss.
 
     Raises:
         RecipeError: no such loss, or a weight that is not positive.
     """
     weights: dict[Loss, float] = {}
-    for name, weight in (given if isinstance(given, Mapping) else {given: 1.0}).items():
+    for name, weight in (loss_fn if isinstance(loss_fn, Mapping) else {loss_fn: 1.0}).items():
         known = name if isinstance(name, Loss) else Loss.__members__.get(str(name))
         if known is None:
             raise RecipeError(f"speculator.loss_fn: there is no loss `{name}`", closest(str(name), Loss.__members__))
@@ -67,71 +67,71 @@ def loss_weights(given: Any) -> dict[Loss, float]:
 
 
 class DraftArch(enum.Enum):
-    """What the draft's decoder layers are like."""
+    """Architectures of the draft's decoder layers."""
 
     llama = "llama"
     qwen3 = "qwen3"
-    """Queries and keys are normed head by head."""
+    """As `llama`, with RMSNorm over each query and key head."""
 
 
 class Weighting(enum.Enum):
-    """What the places of a block weigh in the loss."""
+    """Weights of a block's positions in the loss."""
 
     decay = "decay"
-    """exp(-k / `decay_gamma`) for the k-th token that is proposed."""
+    """exp(-(k - 1) / `decay_gamma`) for the k-th proposed token."""
     dpace = "dpace"
-    """D-PACE: how likely it is, by what the draft gives the tokens so far, that a place is reached at all."""
+    """D-PACE: the probability that the position is reached, from the draft's probabilities of the tokens before it."""
 
 
 @dataclass(kw_only=True, slots=True, repr=False)
 class Speculator(Options):
-    """The draft model, as far as every algorithm has it."""
+    """The draft model: options that every algorithm has."""
 
     algorithm: str = MISSING
-    """A name in `speculators.drafts.DRAFTS`."""
+    """Algorithm of the draft model, a name in `speculators.drafts.DRAFTS`."""
     num_layers: int = semantic(1, positive())
     """Decoder layers of the draft."""
     target_layer_ids: list[int] | None = semantic(None, not_empty(), each(non_negative()))
-    """Target layers whose input the draft reads; derived from the target's depth if null."""
+    """Target layers whose input the draft reads; null: derived from the target's depth."""
     num_attention_heads: int | None = if_set(None, positive())
-    """Query heads of the draft's layers, of the target's width each; as many as the target has if null."""
+    """Query heads of the draft's layers, each as wide as the target's; null: as many as the target has."""
     num_key_value_heads: int | None = if_set(None, positive())
-    """Heads that the draft's keys and values have; as many as the target has if null."""
+    """Key and value heads of the draft's layers; null: as many as the target has."""
     intermediate_size: int | None = if_set(None, positive())
-    """Width inside the draft's MLPs; the target's if null, three times the hidden size where that has experts."""
+    """Width inside the draft's MLPs; null: the target's, or 3 * hidden size if the target has experts."""
     num_speculative_tokens: int = semantic(3, positive())
-    """Tokens proposed in one step: what is written into the checkpoint, and what evaluation serves with."""
+    """Tokens proposed in one step. Written into the checkpoint, and used for evaluation."""
     loss_fn: Any = if_set("kl")
-    """What is asked of a prediction: a name of `Loss`, or several with their weights: `{kl: 0.7, tv: 0.3}`."""
+    """Loss: a name of `Loss`, or several with their weights: `{kl: 0.7, tv: 0.3}`."""
     hidden_loss_weight: float = if_set(0.0, non_negative())
-    """Weight, beside that loss, of how far what enters the draft's head is from what enters the target's (EAGLE, Li et
-    al. 2024, arXiv:2401.15077): it says more of each token than which token follows, where there are few."""
+    """Weight of an additional loss, the distance between the hidden states that enter the heads of draft and target
+    (EAGLE, Li et al. 2024, arXiv:2401.15077); helps when there is little data."""
     train_lm_head: bool = if_set(False)
-    """Train the draft's own copy of the target's head, from the target's values on."""
+    """Train the draft's copy of the target's head, starting from the target's values."""
     embed_requires_grad: bool = if_set(False)
-    """Train the draft's own copy of the target's embeddings, from the target's values on; of a target whose head is
-    its embeddings (tied), the draft's two copies are apart."""
+    """Train the draft's copy of the target's embeddings, starting from the target's values. If the target ties head and
+    embeddings, the draft has a separate copy for each."""
 
-    # What the package has to know of an algorithm without its model. An algorithm overrides what differs.
+    # Properties of an algorithm that the package needs without importing its model; algorithms override them.
 
     def default_target_layer_ids(self, depth: int) -> list[int]:
-        """Layers of a target of `depth` layers whose input the draft reads where the recipe names none, ascending."""
+        """Ascending ids of the layers, of a target with `depth` layers, whose input the draft reads by default."""
         return sorted({min(2, depth - 1), depth // 2, max(0, depth - 3)})
 
     def needs_mask_token(self) -> bool:
-        """Whether the draft needs a mask token that the recipe leaves to be found in the target's tokenizer."""
+        """Whether the draft needs a mask token that must be looked up in the target's tokenizer."""
         return False
 
     def step_decay(self) -> float:
-        """Factor from the weight of one proposed token's loss to the next one's."""
+        """Ratio of the loss weights of one proposed token and the one before."""
         return 1.0
 
     def vllm_method(self) -> str:
-        """The `method` under which vLLM serves the checkpoint."""
+        """The `method` of vLLM's speculative config for the checkpoint."""
         return self.algorithm
 
     def check(self) -> Iterator[tuple[bool, str, str]]:
-        """Options of the draft that have to fit each other: (they do, what is wrong, what to give instead)."""
+        """Check combinations of the draft's options; yields (whether they are valid, error, hint)."""
         return iter(())
 
 
@@ -141,26 +141,26 @@ class Eagle3(Speculator):
 
     algorithm: str = "eagle3"
     ttt_steps: int = semantic(3, positive())
-    """Steps of the train-time test: how often the draft is fed its own output in training."""
+    """Steps of the test-time training (TTT), in which the draft reads its own output of the step before."""
     ttt_warmup_ratio: float = semantic(0.0, ratio())
-    """Share of the training, from its beginning, in which one step only is unrolled: it costs less."""
+    """Share of the training, from its start, with a single TTT step, which is cheaper."""
     ttt_random_steps: bool = if_set(False)
-    """Each step of the training unrolls a number of steps that is drawn anew, from 1 to `ttt_steps`."""
+    """Draw the number of TTT steps anew for each optimizer step, from 1 to `ttt_steps`."""
     ttt_step_decay: float = semantic(1.0, positive())
-    """Weight of step k in the loss is this to the power k."""
+    """The loss of TTT step k, from 0, has the weight `ttt_step_decay` ** k."""
     norm_before_residual: bool = True
-    """The residual stream of the first layer starts from the normed features."""
+    """Start the residual stream of the first layer from the normalized input instead of the input."""
     norm_before_fc: bool = True
-    """RMSNorm over the concatenated target states before they are projected."""
+    """RMSNorm over the target's concatenated hidden states before the projection."""
     fc_norm: bool = if_set(False)
-    """RMSNorm over each of the target's states before they are concatenated (EAGLE-3.1); instead of
+    """RMSNorm over each of the target's hidden states before they are concatenated (EAGLE-3.1); excludes
     `norm_before_fc`."""
     norm_output: bool = True
-    """Feed the normed output back into the next step (EAGLE-3.1)."""
+    """Pass the normalized output to the next TTT step (EAGLE-3.1)."""
     induction: bool = True
-    """Begin with attention that finds where the last token stood before and copies what followed it there."""
+    """Initialize attention to find an earlier occurrence of the last token and copy the token after it."""
     draft_arch: DraftArch = if_set(DraftArch.llama)
-    """What the decoder layers are like."""
+    """Architecture of the decoder layers."""
 
     def default_target_layer_ids(self, depth: int) -> list[int]:
         """A low, a middle and a high layer, as in the paper."""
@@ -171,7 +171,7 @@ class Eagle3(Speculator):
         return self.ttt_step_decay
 
     def check(self) -> Iterator[tuple[bool, str, str]]:
-        """RMSNorm comes in one of two places."""
+        """Check that at most one RMSNorm comes before the projection."""
         yield (
             not (self.fc_norm and self.norm_before_fc),
             "speculator.fc_norm=true: excludes speculator.norm_before_fc=true",
@@ -181,38 +181,38 @@ class Eagle3(Speculator):
 
 @dataclass(kw_only=True, slots=True, repr=False)
 class DFlash(Speculator):
-    """DFlash (block diffusion): a block is the last token and one mask for each token that is proposed."""
+    """DFlash (block diffusion): a block is the last token and one mask token for each proposed token."""
 
     algorithm: str = "dflash"
     num_layers: int = semantic(5, positive())
     """Decoder layers of the draft."""
     num_speculative_tokens: int = semantic(15, positive())
-    """Tokens proposed in one step; the block is one longer."""
+    """Tokens proposed in one step; a block has one position more."""
     target_layers: int = semantic(5, positive())
-    """Layers of the target that are read, spread over its depth, where `target_layer_ids` is null."""
+    """Number of target layers that the draft reads, spread over its depth, if `target_layer_ids` is null."""
     mask_token_id: int | None = semantic(None, non_negative())
-    """Token whose embedding stands for a place to be filled in; if null, found for the target: the tokenizer's mask
-    token, the first row of the embeddings that the tokenizer does not use, or its token for padding."""
+    """Token whose embedding stands for a token to be predicted; null: the tokenizer's mask token, else the first
+    embedding that the tokenizer does not use, else its padding token."""
     causal: bool = False
-    """A place of a block sees only those before it; otherwise all of them see each other."""
+    """Positions of a block attend only to earlier ones of the block, instead of to all."""
     sliding_window: int | None = semantic(None, positive())
-    """Tokens before the block that are seen; null: all of its document."""
+    """Tokens before the block that it attends to; null: all of its document."""
     loss_fn: Any = "ce"
-    """What is asked of a prediction, as everywhere. `dpace` needs `ce` or `nla`, alone."""
+    """Loss, as for every algorithm; `weighting: dpace` needs `ce` or `nla`, alone."""
     weighting: Weighting = Weighting.dpace
-    """What the places of a block weigh in the loss."""
+    """Weights of a block's positions in the loss; see `Weighting`."""
     decay_gamma: float = semantic(4.0, positive())
-    """Of `weighting: decay`, in tokens."""
+    """Decay length of `weighting: decay`, in tokens."""
     dpace_alpha: float = semantic(0.5, ratio())
-    """Of `weighting: dpace`: share of its confidence that a place has whatever the draft says, 0 to 1."""
+    """Of `weighting: dpace`: share of a position's confidence that does not depend on the draft, 0 to 1."""
     induction: bool = if_set(False)
-    """Begin with attention that finds where the last token stood before and copies what followed it there; takes two
-    layers, and pays where there are few conversations to learn it from (docs/log.md)."""
+    """Initialize attention to find an earlier occurrence of the last token and copy the token after it. Needs two
+    layers; helps when there are few conversations to learn it from (docs/log.md)."""
     max_anchors: int = semantic(512, positive())
-    """Blocks that a step trains on, at most; which ones is drawn anew in every step."""
+    """Most blocks that an optimizer step trains on, drawn anew for every step."""
 
     def default_target_layer_ids(self, depth: int) -> list[int]:
-        """`target_layers` of them at equal distances, from the output of layer 1 to that of the third before the last.
+        """`target_layers` ids at equal distances, from the output of layer 1 to that of layer `depth` - 3.
 
         A shallow target has fewer.
         """
@@ -227,17 +227,17 @@ class DFlash(Speculator):
         return self.mask_token_id is None
 
     def check(self) -> Iterator[tuple[bool, str, str]]:
-        """D-PACE takes a confidence from the loss."""
+        """Check that the loss yields a probability, which D-PACE needs."""
         yield (
             self.weighting is not Weighting.dpace or loss_weights(self.loss_fn) in ({Loss.ce: 1.0}, {Loss.nla: 1.0}),
-            "speculator.weighting=dpace: takes the cross-entropy for the draft's confidence, or the likelihood of "
-            f"acceptance, not speculator.loss_fn={as_override(self.loss_fn)}",
+            "speculator.weighting=dpace: needs a loss that is a negative log-probability, not "
+            f"speculator.loss_fn={as_override(self.loss_fn)}",
             "speculator.loss_fn=ce, speculator.loss_fn=nla or speculator.weighting=decay",
         )
 
 
 def inputs_after(outputs: list[int]) -> list[int]:
-    """Layer ids by their input, from layer ids by their output: the output of layer i is the input of layer i + 1.
+    """Convert layer ids from outputs to inputs: the output of layer i is the input of layer i + 1.
 
     This package, vLLM and upstream's package count inputs; DFlash's authors count outputs.
     """
@@ -245,4 +245,4 @@ def inputs_after(outputs: list[int]) -> list[int]:
 
 
 SPECULATORS: dict[str, type[Speculator]] = {"eagle3": Eagle3, "dflash": DFlash}
-"""Schemas by algorithm; a test holds this list, `drafts.DRAFTS` and `conf/speculator/` together."""
+"""Schemas by algorithm. A test checks that `drafts.DRAFTS` and `conf/speculator/` have the same names."""

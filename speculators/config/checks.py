@@ -1,7 +1,7 @@
-"""What is wrong with a recipe, as far as its values tell: constraints of single options, and options that do not fit.
+"""Check the values of a recipe: constraints of single options, and combinations of options.
 
-The constraints stand beside the fields (`schema`, `algorithms`). What also depends on the graph, on the target's files
-or on this machine is in `runner.planning.checks`.
+Constraints are defined with the fields (`schema`, `algorithms`). Checks that also depend on the graph, on the target's
+files or on this machine are in `runner.planning.checks`.
 """
 
 from __future__ import annotations
@@ -14,11 +14,11 @@ from speculators.config.schema import Config
 from speculators.errors import RecipeError
 
 
-def check(config: Config) -> None:
+def check_config(config: Config) -> None:
     """Refuse a recipe that cannot run.
 
     Raises:
-        RecipeError: names the option, its value, and what to give instead.
+        RecipeError: an option has a wrong value; the hint has a right one.
     """
     if type(config.speculator) is Speculator:
         raise RecipeError(
@@ -29,14 +29,14 @@ def check(config: Config) -> None:
         hint = f"{name}={as_override(default)}"
         raise RecipeError(f"{name}={as_override(value)}: {text}", f"for example {hint}, which is the default")
     loss_weights(config.speculator.loss_fn)
-    for holds, wrong, hint in _combinations(config):
-        if not holds:
-            raise RecipeError(wrong, hint)
+    for valid, error, hint in _combinations(config):
+        if not valid:
+            raise RecipeError(error, hint)
     _refuse_secrets(config)
 
 
 def _combinations(config: Config) -> Iterator[tuple[bool, str, str]]:
-    """Options that have to fit each other: (they do, what is wrong, what to give instead)."""
+    """Check combinations of options; yields (whether they are valid, error, hint)."""
     answer, longest = config.regenerate.max_tokens, config.max_seq_len
     yield (
         answer < longest,
@@ -48,7 +48,7 @@ def _combinations(config: Config) -> Iterator[tuple[bool, str, str]]:
         yield (
             not both,
             f"prompts.eval_holdout_ratio=0: `{both[0] if both else ''}` is trained on and is in evaluate.datasets, and "
-            "nothing of it is held out",
+            "has no evaluation hold-out",
             "prompts.eval_holdout_ratio=0.05, or take it out of evaluate.datasets",
         )
     options = {f"data.{name}": dataset for name, dataset in config.data.items()}
@@ -63,13 +63,13 @@ def _combinations(config: Config) -> Iterator[tuple[bool, str, str]]:
 
 
 def _refuse_secrets(config: Config) -> None:
-    """A recipe is written into run directories, so it names the variables that hold secrets and never holds one."""
-    holds_one = {
+    """Refuse a secret in a recipe, which is written into run directories; a recipe names the variable that holds it."""
+    contains_secret = {
         "serve.url": "@" in config.serve.url,
         "serve.extra_urls": any("@" in url for url in config.serve.extra_urls),
-        "serve.extra_args": any(word.startswith(("--api-key", "--hf-token")) for word in config.serve.extra_args),
+        "serve.extra_args": any(a.startswith(("--api-key", "--hf-token")) for a in config.serve.extra_args),
     }
-    for name, holds in holds_one.items():
-        if holds:
-            hint = "export the key, and name the variable that holds it: serve.api_key_env=NAME; for a hub, HF_TOKEN"
-            raise RecipeError(f"{name} holds a secret, and recipes are written down", hint)
+    for name, contains in contains_secret.items():
+        if contains:
+            hint = "export the key, and name its variable: serve.api_key_env=NAME; for the Hugging Face hub, HF_TOKEN"
+            raise RecipeError(f"{name} contains a secret, and recipes are written into run directories", hint)

@@ -1,4 +1,4 @@
-"""What options choose from; the options themselves are in `config`, those of drafts in `algorithms`."""
+"""Enumerations: the values that options of `schema` choose from. Those of draft options are in `algorithms`."""
 
 from __future__ import annotations
 
@@ -13,57 +13,58 @@ class Dtype(enum.Enum):
     float32 = "float32"
 
 
-class StatesDtype(enum.Enum):
-    """What hidden states are stored in."""
+class HiddenStatesDtype(enum.Enum):
+    """Formats in which hidden states are stored."""
 
     bfloat16 = "bfloat16"
     float16 = "float16"
     float32 = "float32"
     float8_e4m3fn = "float8_e4m3fn"
-    """Half the bytes of bfloat16: e4m3 with a scale for every token and layer; see `features.encoding`."""
+    """Half the size of bfloat16: e4m3 with one scale per token and layer; see `features.encoding`."""
 
 
-class LastState(enum.Enum):
-    """Where the state that leaves the target's last layer is kept, by which a draft learns what the target says."""
+class LastLayerPositions(enum.Enum):
+    """Positions whose last-layer hidden state is stored. The target's logits, the training signal, follow from it."""
 
     auto = "auto"
     """`everywhere` with `train.train_on_prompts`, else `answers`."""
     answers = "answers"
-    """Where a token of an answer is predicted."""
+    """Positions that predict a token of an answer."""
     everywhere = "everywhere"
+    """All positions."""
 
 
 class DataFormat(enum.Enum):
-    """How one file of a data set is written."""
+    """Formats of a dataset's files."""
 
     sharegpt = "sharegpt"
-    """A JSON list of `{"id", "conversations": [{"from", "value"}]}`; may be cut off."""
+    """A JSON list of `{"id", "conversations": [{"from", "value"}]}`; may be truncated."""
     messages = "messages"
     """JSON lines of `{"id", "messages": [{"role", "content"}]}`."""
     prompts = "prompts"
-    """JSON lines, plain or gzip, with the prompt in `prompt_field` and an id in `id_field`."""
+    """JSON lines, optionally gzip, with the prompt in `prompt_field` and the id in `id_field`."""
     upstream = "upstream"
-    """A directory of the PyPI package speculators 0.9, with rows and hidden states; for `pipeline=upstream`."""
+    """A directory that the PyPI package speculators 0.9 wrote: rows and hidden states, for `pipeline=upstream`."""
 
 
 class Connector(enum.Enum):
-    """What hands hidden states out of vLLM."""
+    """KV connectors that export hidden states from vLLM."""
 
     native = "native"
-    """`engine.connector`: on CPUs and accelerators, for the requests that ask, whole or not at all."""
+    """`engine.connector`: on CPUs and accelerators, only for requests that ask for it, and written atomically."""
     example = "example"
-    """vLLM's ExampleHiddenStatesConnector, which is upstream's `file` backend. Needs an accelerator; it writes the
-    states of every request."""
+    """vLLM's ExampleHiddenStatesConnector, upstream's `file` backend. Needs an accelerator; exports the hidden states
+    of every request."""
     fp8 = "fp8"
-    """The package hs-connectors' FP8HiddenStatesConnector, as `example`; float8 with one scale a token over all
-    layers, read as bfloat16. Coarser than `extract.dtype=float8_e4m3fn`, which has a scale for every layer."""
+    """FP8HiddenStatesConnector of the package hs-connectors, like `example`, in float8 with one scale per token, read
+    as bfloat16. Coarser than `extract.dtype=float8_e4m3fn`, which has one scale per token and layer."""
     mooncake = "mooncake"
-    """hs-connectors' MooncakeHiddenStatesConnector: as `example`, but into the Mooncake store of `serve.mooncake`, by
-    way of a network instead of a shared directory. Wants the extra `mooncake`."""
+    """MooncakeHiddenStatesConnector of hs-connectors, like `example`, but over the network into the Mooncake store of
+    `serve.mooncake` instead of a shared directory. Needs the extra `mooncake`."""
 
 
 class Device(enum.Enum):
-    """Where tensors live."""
+    """Devices that tensors are on."""
 
     auto = "auto"
     cpu = "cpu"
@@ -71,12 +72,12 @@ class Device(enum.Enum):
 
 
 class ExecutorName(enum.Enum):
-    """What starts the workers."""
+    """Executors: what starts the workers of stages."""
 
     local = "local"
-    """Subprocesses of this machine."""
+    """Subprocesses on this machine."""
     submitit = "submitit"
-    """Jobs of submitit on this machine, through the same code as a cluster's."""
+    """submitit jobs on this machine, which use the same code as Slurm jobs."""
     slurm = "slurm"
     """Jobs of a Slurm cluster, through submitit."""
     ray = "ray"
@@ -84,33 +85,33 @@ class ExecutorName(enum.Enum):
 
 
 class Optimizer(enum.Enum):
-    """`muon` orthogonalises the updates of the matrices and leaves the rest to AdamW."""
+    """Optimizers. `muon` orthogonalizes the updates of matrices, and uses AdamW for all other parameters."""
 
     adamw = "adamw"
     muon = "muon"
 
 
-class Schedule(enum.Enum):
-    """What the learning rate does after the warm-up."""
+class LrSchedule(enum.Enum):
+    """Course of the learning rate after the warm-up."""
 
     linear = "linear"
     cosine = "cosine"
     constant = "constant"
     wsd = "wsd"
-    """Warm-up, stable, decay: constant, and falling to 0 over the last `decay_ratio` of the steps."""
+    """Warm-up, stable, decay: constant, then falling to 0 over the last `decay_ratio` of the steps."""
 
 
 class Packing(enum.Enum):
-    """How training rows become batches."""
+    """Algorithms that pack training rows into batches."""
 
     best_fit = "best_fit"
-    """Each row, as drawn, into the fullest batch that has room: few batches, some of them short."""
+    """Best fit: each row, in random order, goes into the fullest batch that has space. Few batches, some short."""
     lpt = "lpt"
-    """The longest row first, each where there is least: about as many batches, of about equal length."""
+    """Longest processing time first: each row, longest first, goes into the emptiest batch. Similar batch lengths."""
 
 
 class Tracker(enum.Enum):
-    """Programs that show metrics. Each wants the extra of its name: `pip install 'speculators-run[wandb]'`."""
+    """Experiment trackers. Each needs the extra of its name: `pip install 'speculators-run[wandb]'`."""
 
     tensorboard = "tensorboard"
     wandb = "wandb"
@@ -119,15 +120,15 @@ class Tracker(enum.Enum):
 
 
 class OnDamage(enum.Enum):
-    """What to do with a data file that ends in the middle of a row."""
+    """Handling of a data file that ends within a row."""
 
     report = "report"
     error = "error"
 
 
 class OnBadRow(enum.Enum):
-    """What to do with a row whose hidden states cannot be used: they are not finite, not whole, or of other tokens."""
+    """Handling of a row whose hidden states are not finite, incomplete, or of other tokens."""
 
     error = "error"
     skip = "skip"
-    """Leave it out, with its reason. Too many of them are an error still."""
+    """Leave the row out and record the reason. Too many of them are still an error."""

@@ -1,8 +1,8 @@
-"""Recipes: the only door to Hydra. From words on a command line to a checked `Config`.
+"""Compose a checked `Config` from the overrides of a command line. The only module that imports Hydra.
 
-Recipes are looked up by name in the shipped `recipes/` and in `./recipes`, or given as a path; each becomes an
-option of Hydra's group `recipe`. Composition is Hydra's; the types are `schema.Config`'s; whatever either of
-them says about a mistake is turned into one `error:` that names the whole key and one `hint:` that mends it.
+Recipes are looked up by name in the shipped `recipes/` and in `./recipes`, or given as a path; each becomes a choice of
+Hydra's config group `recipe`. Hydra merges it into the types of `schema.Config`. Errors of Hydra and OmegaConf are
+replaced by one `error:` with the full name of the option and one `hint:` with the fix.
 """
 
 from __future__ import annotations
@@ -29,69 +29,69 @@ from omegaconf import DictConfig, OmegaConf
 
 from speculators.config import foreign_names
 from speculators.config.algorithms import SPECULATORS
-from speculators.config.checks import check
-from speculators.config.fields import MISSING, leaves
-from speculators.config.schema import Config, Dataset, Evaluate, Executor, from_plain
+from speculators.config.checks import check_config
+from speculators.config.fields import MISSING, iter_options
+from speculators.config.schema import Config, Dataset, Evaluate, ExecutorOptions, from_builtins
 from speculators.config.shipped import CONF, available
 from speculators.errors import RecipeError, closest
 from speculators.packages import installed_version
 
 _VERSION_BASE = "1.3"
 _OPEN = ("data.", "pipeline.")
-"""Sections whose keys are names that the recipe gives."""
+"""Sections whose keys are defined by the recipe."""
 _GROUPS = ("target", "data", "speculator", "pipeline", "hardware", "executor")
-_HYDRA_S_OWN = ("output", "launcher", "sweeper", "help", "hydra_help", "hydra_logging", "job_logging", "env")
-"""Choices about Hydra itself. Where it only composes nothing asks for them, and reading them is a tenth of its time."""
+_HYDRA_GROUPS = ("output", "launcher", "sweeper", "help", "hydra_help", "hydra_logging", "job_logging", "env")
+"""Hydra's config groups for itself, which composing does not need; reading them takes a tenth of its time."""
 _LAUNCHERS = {
     "joblib": ("hydra-joblib-launcher", "joblib"),
     "submitit_local": ("hydra-submitit-launcher", "sweep-slurm"),
     "submitit_slurm": ("hydra-submitit-launcher", "sweep-slurm"),
     "ray": ("hydra-ray-launcher", "sweep-ray"),
 }
-"""Launchers of sweeps: the distribution that has one, and the extra that brings it."""
+"""Launchers of sweeps: the distribution that contains each, and the extra that installs it."""
 
-# Every composition copies where Hydra looks, this store and all schemas with it, and then copies what it takes again.
+# Hydra deep-copies this store with all schemas for each composition, but also copies each node that it uses.
 ConfigStore.__deepcopy__ = lambda store, _: store  # type: ignore[attr-defined]
 
 
 @dataclass(kw_only=True, slots=True)
 class _EvaluateAsWritten(Evaluate):
-    """A list and no mapping, since a list on the command line replaces the recipe's, and a mapping adds to it."""
+    """`datasets` as a list: on the command line a list replaces the recipe's, whereas a mapping would be merged."""
 
     datasets: list[Any] = field(default_factory=list)  # type: ignore[assignment]
 
 
 @dataclass(kw_only=True, slots=True)
 class _Written(Config):
-    """`Config` as recipes write it, for Hydra."""
+    """`Config` in the form that recipes have, for Hydra."""
 
     evaluate: Evaluate = field(default_factory=_EvaluateAsWritten)
 
 
-def compose(words: Sequence[str]) -> Config:
-    """The recipe that `words` (`recipe=NAME`, `train.lr=3e-4`) ask for, typed and complete.
+def compose(overrides: Sequence[str]) -> Config:
+    """Compose the recipe that `overrides` (`recipe=NAME`, `train.lr=3e-4`) describe, typed and complete.
 
     Raises:
         RecipeError: no such recipe, option or choice, a value of the wrong type, or one that is missing.
     """
-    words, known = _register(words)
-    _check_overrides(words, known)
+    overrides, known = _register(overrides)
+    _check_overrides(overrides, known)
     try:
         with _initialized():
-            overrides = [*words, *(f"~hydra/{group}" for group in _HYDRA_S_OWN)]
-            composed = hydra.compose(config_name="config", overrides=overrides)
+            without_hydra = [f"~hydra/{group}" for group in _HYDRA_GROUPS]
+            composed = hydra.compose(config_name="config", overrides=[*overrides, *without_hydra])
         return typed(composed)
     except (HydraException, omegaconf.errors.OmegaConfBaseException) as error:
-        raise _mended(error) from None
+        raise _translated(error) from None
 
 
-def run_as_hydra_app(words: Sequence[str], task: Callable[[Config], Any]) -> Any:
-    """Hand the command line to Hydra itself: `--cfg`, `--info`, `--help`, tab completion.
+def run_as_hydra_app(arguments: Sequence[str], task: Callable[[Config], Any]) -> Any:
+    """Let Hydra handle the command line: `--cfg`, `--info`, `--help`, tab completion.
 
-    `task` gets the typed recipe. Its exceptions come out as they are.
+    Hydra calls `task` with the typed recipe; its exceptions are raised unchanged.
     """
-    arguments, known = _register(words)
-    _check_overrides([w for w in arguments if "=" in w and not w.startswith("-")], known)
+    arguments, known = _register(arguments)
+    _check_overrides([a for a in arguments if "=" in a and not a.startswith("-")], known)
     sys.argv = [sys.argv[0], *arguments]
     failure: list[BaseException] = []
 
@@ -99,7 +99,7 @@ def run_as_hydra_app(words: Sequence[str], task: Callable[[Config], Any]) -> Any
         try:
             return task(typed(composed))
         except BaseException as error:
-            # Hydra would print it its own way and exit; the caller knows better what to say.
+            # Hydra would print the error in its own format and exit; the caller reports it.
             failure.append(error)
             return None
 
@@ -111,16 +111,16 @@ def run_as_hydra_app(words: Sequence[str], task: Callable[[Config], Any]) -> Any
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Job:
-    """One job of a sweep, in whatever process its launcher has put it."""
+class SweepJob:
+    """One job of a sweep, in the process in which its launcher runs it."""
 
     number: int
-    words: list[str]
-    """Its own overrides: what would run it alone."""
+    overrides: list[str]
+    """The overrides that run this job without the sweep."""
     composed: DictConfig
 
     def config(self) -> Config:
-        """Its recipe.
+        """The job's recipe.
 
         Raises:
             RecipeError: as `compose`.
@@ -128,81 +128,84 @@ class Job:
         return typed(self.composed)
 
 
-def sweep(words: Sequence[str], directory: Path, task: Callable[[Job], None]) -> None:
-    """`-m`: hand each job of a sweep to `task`, which the launcher may pickle and call in another process.
+def multirun(arguments: Sequence[str], directory: Path, task: Callable[[SweepJob], None]) -> None:
+    """Run a sweep (`-m`): call `task` with each job. The launcher may pickle `task` and call it in another process.
 
-    Hydra and its launchers keep their own files in `directory`.
+    Hydra and its launchers write their files into `directory`.
 
     Raises:
         RecipeError: before the first job, if one of them does not compose.
     """
-    rewritten, known = _register(words)
-    overrides = [word for word in rewritten if word not in ("-m", "--multirun")]
-    _check_overrides([word for word in overrides if not word.startswith("-")], known, sweep=True)
+    rewritten, known = _register(arguments)
+    overrides = [a for a in rewritten if a not in ("-m", "--multirun")]
+    _check_overrides([o for o in overrides if not o.startswith("-")], known, sweep=True)
     overrides += _launcher_settings(overrides)
-    given = {Path(v).stem: v for w in words if w.startswith("recipe=") for v in w.removeprefix("recipe=").split(",")}
+    recipes = [name for a in arguments if a.startswith("recipe=") for name in a.removeprefix("recipe=").split(",")]
+    path_by_name = {Path(recipe).stem: recipe for recipe in recipes}
 
     def job(composed: DictConfig) -> None:
-        plain = HydraConfig.get()
-        own = [f"recipe={given.get(w[7:], w[7:])}" if w.startswith("recipe=") else w for w in plain.overrides.task]
-        task(Job(number=int(plain.job.num), words=own, composed=composed))
+        hydra_config, own_overrides = HydraConfig.get(), []
+        for override in hydra_config.overrides.task:
+            name, _, value = override.partition("=")
+            own_overrides.append(f"recipe={path_by_name.get(value, value)}" if name == "recipe" else override)
+        task(SweepJob(number=int(hydra_config.job.num), overrides=own_overrides, composed=composed))
 
-    # Otherwise Hydra prints what goes wrong its own way, and exits.
+    # Otherwise Hydra prints errors in its own format, and exits.
     os.environ["HYDRA_FULL_ERROR"] = "1"
-    # Hydra 1.3 does not take a flag between overrides.
+    # Hydra 1.3 does not accept a flag between overrides.
     sys.argv = [sys.argv[0], "-m", f"hydra.sweep.dir='{directory}'", *overrides]
     try:
         hydra.main(version_base=_VERSION_BASE, config_path=str(CONF), config_name="config")(job)()
     except (HydraException, omegaconf.errors.OmegaConfBaseException) as error:
-        raise _mended(error) from None
+        raise _translated(error) from None
 
 
 def _launcher_settings(overrides: Sequence[str]) -> list[str]:
-    """What a launcher needs to be told unless the command line does: their own defaults are not for jobs like these."""
-    launcher = next((word.partition("=")[2] for word in overrides if word.startswith("hydra/launcher=")), "")
+    """Overrides of the launcher's defaults, which do not suit these jobs, unless the command line sets them."""
+    launcher = next((o.partition("=")[2] for o in overrides if o.startswith("hydra/launcher=")), "")
     settings = {}
-    if launcher == "joblib":  # by itself it starts ten processes
+    if launcher == "joblib":  # by default it starts ten processes
         settings["n_jobs"] = min(_count(overrides), os.cpu_count() or 1)
-    elif launcher.startswith("submitit"):  # by itself it ends a job after an hour
-        settings["timeout_min"] = Executor().time_limit
-    given = {word.partition("=")[0] for word in overrides}
-    return [f"hydra.launcher.{k}={v}" for k, v in settings.items() if f"hydra.launcher.{k}" not in given]
+    elif launcher.startswith("submitit"):  # by default it ends a job after an hour
+        settings["timeout_min"] = ExecutorOptions().time_limit
+    overridden = {override.partition("=")[0] for override in overrides}
+    return [f"hydra.launcher.{k}={v}" for k, v in settings.items() if f"hydra.launcher.{k}" not in overridden]
 
 
 def _count(overrides: Sequence[str]) -> int:
-    """The jobs that the values of a sweep make up."""
-    parsed = OverridesParser.create().parse_overrides(overrides=[w for w in overrides if not w.startswith("-")])
+    """The number of jobs of a sweep."""
+    parsed = OverridesParser.create().parse_overrides(overrides=[o for o in overrides if not o.startswith("-")])
     return math.prod(sum(1 for _ in o.sweep_string_iterator()) for o in parsed if o.is_discrete_sweep())
 
 
 def typed(composed: DictConfig) -> Config:
-    """The `Config` of what Hydra composed, with the data sets of `evaluate.datasets` filled in.
+    """Convert Hydra's result to a `Config`, with the datasets of `evaluate.datasets` filled in, and check it.
 
-    Hydra merged it into the schema, so names and types hold already.
+    Hydra has already checked names and types when it merged the recipe into the schema.
     """
-    plain: Any = OmegaConf.to_container(composed, resolve=True, enum_to_str=True)
-    plain["evaluate"]["datasets"] = _evaluation_datasets(plain["evaluate"]["datasets"], plain["data"])
-    for name in sorted(_missing(plain)):
-        raise RecipeError(f"`{name}` is not given", f"set it in the recipe, or say {name}=VALUE")
-    config = from_plain(Config, plain)
-    check(config)
+    values: Any = OmegaConf.to_container(composed, resolve=True, enum_to_str=True)
+    values["evaluate"]["datasets"] = _evaluation_datasets(values["evaluate"]["datasets"], values["data"])
+    for name in sorted(_missing(values)):
+        raise RecipeError(f"`{name}` has no value", f"set it in the recipe, or add {name}=VALUE")
+    config = from_builtins(Config, values)
+    check_config(config)
     return config
 
 
-def _missing(plain: dict[str, Any], prefix: str = "") -> Iterator[str]:
+def _missing(values: dict[str, Any], prefix: str = "") -> Iterator[str]:
     """Names of the options that have no value."""
-    for name, value in plain.items():
+    for name, value in values.items():
         if value == MISSING:
             yield f"{prefix}{name}"
         elif isinstance(value, dict):
             yield from _missing(value, f"{prefix}{name}.")
 
 
-def _register(words: Sequence[str]) -> tuple[list[str], dict[str, Path]]:
-    """Make the recipes and every schema known to Hydra; a recipe given by path becomes one by name.
+def _register(arguments: Sequence[str]) -> tuple[list[str], dict[str, Path]]:
+    """Register recipes and schemas with Hydra.
 
-    Of the recipes, those that are named, or all where Hydra may be asked what there is: reading YAML takes time.
-    Gives the words with such a path replaced, and all recipes by name.
+    Because reading YAML takes time, only the named recipes are registered, or all if Hydra may list them. Returns the
+    arguments, with paths of recipes replaced by names and our abbreviations by Hydra's syntax, and all recipes by name.
     """
     logging.getLogger("hydra").setLevel(logging.ERROR)
     store = ConfigStore.instance()
@@ -211,40 +214,40 @@ def _register(words: Sequence[str]) -> tuple[list[str], dict[str, Path]]:
         store.store(group="speculator", name=f"{algorithm}_schema", node=schema)
     known = available()
     rewritten = []
-    asked = set(known) if any(word.startswith("-") for word in words) else set()
-    for word in words:
-        key, _, value = word.partition("=")
+    named = set(known) if any(argument.startswith("-") for argument in arguments) else set()
+    for argument in arguments:
+        key, _, value = argument.partition("=")
         if key == "recipe":
             names = [_by_name(name, known) for name in value.split(",")]
-            asked |= set(names) & set(known)
-            word = f"recipe={','.join(names)}"
-        elif key == "force" and not value.startswith("["):
-            word = f"force=[{value}]"
-        elif key == "evaluate.datasets" and not value.startswith("["):
-            word = f"{key}=[{value}]"
+            named |= set(names) & set(known)
+            argument = f"recipe={','.join(names)}"
+        elif key in ("force", "evaluate.datasets") and not value.startswith("["):
+            argument = f"{key}=[{value}]"
         elif key == "from":
-            word = f"from_={value}"  # `from` cannot be the name of a field
-        rewritten.append(word)
-    for name in sorted(asked):
+            argument = f"from_={value}"  # `from` cannot be the name of a field
+        rewritten.append(argument)
+    for name in sorted(named):
         path = known[name]
         try:
             node = OmegaConf.load(path)
         except Exception as error:
-            raise RecipeError(f"{path.name} is not YAML: {_first_line(error)}", "mend the file at that line") from None
-        measured_on = OmegaConf.select(node, "evaluate.datasets")
-        if isinstance(measured_on, DictConfig):  # the form that `data` has
-            node.evaluate.datasets = [measured_on]
+            mark = getattr(error, "problem_mark", None)
+            hint = f"fix the YAML at line {mark.line + 1}" if mark else "fix the YAML"
+            raise RecipeError(f"{path.name} is not YAML: {_first_line(error)}", hint) from None
+        datasets = OmegaConf.select(node, "evaluate.datasets")
+        if isinstance(datasets, DictConfig):  # a mapping, as `data` is one
+            node.evaluate.datasets = [datasets]
         store.store(group="recipe", name=name, node={**node, "recipe": name}, package="_global_")
     return rewritten, known
 
 
-def _by_name(given: str, known: dict[str, Path]) -> str:
-    """The name of a recipe; one that is given by path becomes known."""
-    if not given.endswith((".yaml", ".yml")):
-        return given
-    path = Path(given).expanduser()
+def _by_name(recipe: str, known: dict[str, Path]) -> str:
+    """The name of a recipe given by name or by path; a path is added to `known`."""
+    if not recipe.endswith((".yaml", ".yml")):
+        return recipe
+    path = Path(recipe).expanduser()
     if not path.is_file():
-        raise RecipeError(f"no recipe at `{given}`", closest(path.stem, known))
+        raise RecipeError(f"no recipe at `{recipe}`", closest(path.stem, known))
     known[path.stem] = path
     return path.stem
 
@@ -255,10 +258,10 @@ def _initialized() -> Any:
 
 
 def _evaluation_datasets(items: list[Any], trained_on: dict[str, Any]) -> dict[str, Any]:
-    """`evaluate.datasets` by name, complete, from names and definitions.
+    """Resolve the names and definitions of `evaluate.datasets` to complete datasets, by name.
 
     Raises:
-        RecipeError: no such data set, or an option of it that does not exist or has the wrong type.
+        RecipeError: no such dataset, or an option of it that does not exist or has the wrong type.
     """
     datasets: dict[str, Any] = {}
     for item in items:
@@ -270,17 +273,19 @@ def _evaluation_datasets(items: list[Any], trained_on: dict[str, Any]) -> dict[s
 def _shipped_dataset(name: str) -> Any:
     path = CONF / "data" / f"{name}.yaml"
     if not path.is_file():
-        raise RecipeError(f"evaluate.datasets: there is no data set `{name}`", closest(name, _choices("data")))
+        raise RecipeError(f"evaluate.datasets: there is no dataset `{name}`", closest(name, _choices("data")))
     loaded: Any = OmegaConf.load(path)
     return _dataset(name, loaded[name])
 
 
 def _dataset(name: str, options: Any) -> Any:
-    """A data set with its defaults filled in."""
+    """Fill the defaults of a dataset in."""
     full = f"evaluate.datasets.{name}"
     if not isinstance(options, Mapping):
-        raise RecipeError(f"{full} is {options!r}", "define it by its options: {source: FILE, format: prompts}")
-    schema, known = OmegaConf.structured(Dataset), [name for name, *_ in leaves(Dataset())]
+        raise RecipeError(
+            f"{full} is {options!r}", "define the dataset by its options: {source: FILE, format: prompts}"
+        )
+    schema, known = OmegaConf.structured(Dataset), [name for name, *_ in iter_options(Dataset())]
     for option, value in options.items():
         if option not in known:
             raise RecipeError(f"there is no option `{full}.{option}`", closest(str(option), known))
@@ -296,29 +301,29 @@ def _choices(group: str) -> list[str]:
 
 
 def _options(near: str = "") -> set[str]:
-    """Every dotted name that may be overridden, sections included; with those of the data set that `near` is one of."""
+    """Dotted names that may be overridden, sections included; if `near` is a dataset's option, the dataset's."""
     if near.startswith("data.") and near.count(".") == 2:
-        return {f"{near.rpartition('.')[0]}.{name}" for name, *_ in leaves(Dataset())}
-    names = {name for name, *_ in leaves(Config())}
+        return {f"{near.rpartition('.')[0]}.{name}" for name, *_ in iter_options(Dataset())}
+    names = {name for name, *_ in iter_options(Config())}
     for schema in SPECULATORS.values():
-        names |= {f"speculator.{name}" for name, *_ in leaves(schema())}
+        names |= {f"speculator.{name}" for name, *_ in iter_options(schema())}
     return names | {name.rsplit(".", 1)[0] for name in names if "." in name} | {"data", "pipeline"}
 
 
 def _closest_option(name: str, options: set[str]) -> str:
-    """Ours for a name of another tool; else the closest match; else what there is beside it: all are a screen full."""
-    if ours := foreign_names.hint(name):
-        return ours
-    written = {option.rstrip("_") for option in options}  # `from`
+    """Hint for an unknown option: our name for another tool's option, the closest match, or the section's options."""
+    if hint := foreign_names.hint(name):
+        return hint
+    names = {option.rstrip("_") for option in options}  # `from`
     section = name.rpartition(".")[0]
-    beside = [option for option in written if option.rpartition(".")[0] == section]
-    return closest(name, written, beside or [option for option in written if "." not in option])
+    siblings = [option for option in names if option.rpartition(".")[0] == section]
+    return closest(name, names, siblings or [option for option in names if "." not in option])
 
 
-def _check_overrides(words: Sequence[str], known: Mapping[str, Path], sweep: bool = False) -> None:
-    """Say what is wrong with a word before Hydra does: it would advise `+key`, which smuggles unknown keys in."""
+def _check_overrides(arguments: Sequence[str], known: Mapping[str, Path], sweep: bool = False) -> None:
+    """Report wrong overrides before Hydra does, whose messages advise `+key`, which adds unknown keys."""
     try:
-        overrides = OverridesParser.create().parse_overrides(overrides=list(words))
+        overrides = OverridesParser.create().parse_overrides(overrides=list(arguments))
     except HydraException as error:
         raise RecipeError(
             f"cannot read an override: {_first_line(error)}",
@@ -326,7 +331,7 @@ def _check_overrides(words: Sequence[str], known: Mapping[str, Path], sweep: boo
         ) from None
     options = _options()
     if not any(o.key_or_group == "recipe" for o in overrides):
-        raise RecipeError("no recipe is named", f"say recipe=NAME; there is: {', '.join(sorted(known))}")
+        raise RecipeError("no recipe is named", f"add recipe=NAME; there is: {', '.join(sorted(known))}")
     for override in overrides:
         _check_override(override, options, known, sweep)
 
@@ -340,9 +345,9 @@ def _check_override(override: Override, options: set[str], known: Mapping[str, P
     if override.is_add() or override.is_force_add():
         raise RecipeError(f"`+{name}`: options cannot be added", _closest_option(name, options))
     if override.is_delete():
-        raise RecipeError(f"`~{name}`: options cannot be taken away", "set the option to null, or to its default")
+        raise RecipeError(f"`~{name}`: options cannot be removed", "set the option to null, or to its default")
     if override.is_sweep_override() and not sweep:
-        raise RecipeError(f"`{name}` has several values", "say -m to run one job for each value")
+        raise RecipeError(f"`{name}` has several values", "add -m to run one job for each value")
     if name in (*_GROUPS, "recipe"):
         _check_choice(name, override, known)
     elif name not in options and not name.startswith(_OPEN):
@@ -350,16 +355,16 @@ def _check_override(override: Override, options: set[str], known: Mapping[str, P
 
 
 def _check_choice(name: str, override: Override, known: Mapping[str, Path]) -> None:
-    """A group or the recipe: one choice, a list of them, or one for each job of a sweep."""
+    """Check the override of a config group or the recipe: a choice, a list, or a choice for each job of a sweep."""
     if override.is_discrete_sweep():
-        chosen: Any = [value for value in override.sweep_string_iterator() if not value.startswith("[")]
+        selected: Any = [value for value in override.sweep_string_iterator() if not value.startswith("[")]
     else:
-        chosen = override.value()
+        selected = override.value()
     choices = list(known) if name == "recipe" else _choices(name)
-    for choice in chosen if isinstance(chosen, list) else [chosen]:
+    for choice in selected if isinstance(selected, list) else [selected]:
         if isinstance(choice, str) and choice not in choices:
-            what = "recipe" if name == "recipe" else f"choice for {name}"
-            raise RecipeError(f"no {what} named `{choice}`", closest(choice, choices))
+            kind = "recipe" if name == "recipe" else f"choice for {name}"
+            raise RecipeError(f"no {kind} named `{choice}`", closest(choice, choices))
 
 
 def _check_launcher(name: str) -> None:
@@ -375,34 +380,36 @@ def _check_launcher(name: str) -> None:
         )
 
 
-def _mended(error: Exception) -> RecipeError:
-    """Hydra's and OmegaConf's own words, cut to what the person who typed the recipe needs."""
+def _translated(error: Exception) -> RecipeError:
+    """Translate an exception of Hydra or OmegaConf into a message with the option and a hint."""
     chain = list(_chain(error))
     text, cause = "\n".join(str(e) for e in chain), chain[-1]
-    name = next((found for e in chain if (found := getattr(e, "full_key", None))), None)
-    if found := re.search(r"Could not find '(?:(\w+)/)?([^']+)'", text):
-        group, choice = found[1] or "recipe", found[2]
+    name = next((key for e in chain if (key := getattr(e, "full_key", None))), None)
+    if match := re.search(r"Could not find '(?:(\w+)/)?([^']+)'", text):
+        group, choice = match[1] or "recipe", match[2]
         return RecipeError(f"no choice for {group} named `{choice}`", closest(choice, _choices(group)))
-    if found := re.search(r"You must specify '(\w+)'", text):
+    if match := re.search(r"You must specify '(\w+)'", text):
         return RecipeError(
-            f"the recipe makes no choice for `{found[1]}`",
-            f"add `override /{found[1]}: NAME`; " + closest("", _choices(found[1])),
+            f"the recipe makes no choice for `{match[1]}`",
+            f"add `override /{match[1]}: NAME`; " + closest("", _choices(match[1])),
         )
-    if found := re.search(r"Key '([^']+)' (?:not in|is not in)", text):
-        wrong = str(name or found[1])
-        return RecipeError(f"there is no option `{wrong}`", _closest_option(wrong, _options(wrong)))
+    if match := re.search(r"Key '([^']+)' (?:not in|is not in)", text):
+        unknown = str(name or match[1])
+        return RecipeError(f"there is no option `{unknown}`", _closest_option(unknown, _options(unknown)))
     invalid = next((e for e in chain if isinstance(e, omegaconf.errors.ValidationError)), None)
     if invalid is not None and name:
         return RecipeError(
             f"{name}: {_first_line(invalid)}", "give a value of the option's type; `--cfg job` shows them all"
         )
     if isinstance(cause, omegaconf.errors.MissingMandatoryValue) or MISSING in text:
-        return RecipeError(f"`{name}` is not given", f"set it in the recipe, or say {name}=VALUE")
-    return RecipeError(_first_line(cause), "`--cfg job` shows the composed recipe, `--info defaults` how it came about")
+        return RecipeError(f"`{name}` has no value", f"set it in the recipe, or add {name}=VALUE")
+    return RecipeError(
+        _first_line(cause), "`--cfg job` shows the composed recipe, `--info defaults` its defaults lists"
+    )
 
 
 def _chain(error: BaseException | None) -> Iterator[BaseException]:
-    """An exception and what it came from, the origin last."""
+    """An exception and its causes, the original one last."""
     while error is not None:
         yield error
         error = error.__cause__ or error.__context__

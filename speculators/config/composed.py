@@ -1,9 +1,8 @@
-"""Recipes that were composed before. Importing Hydra and composing take longer than all else of a run that finds
-everything, so what a run composed is kept, under the digest of all that it was composed from.
+"""Cache of composed recipes, since importing Hydra and composing take longer than the rest of a fully cached run.
 
-That is: the words, every recipe and every choice there is, our own schemas, and the versions of what composes. What
-may come out otherwise a second time is not kept: recipes that ask the environment or the clock (`${oc.env:NAME}`), or
-that set Hydra itself. `plan`, which writes nothing, only looks.
+The key is the digest of everything that determines the result: overrides, all recipes and choices, the modules of this
+package, and the versions of the composing libraries. Recipes that read the environment or the clock (`${oc.env:NAME}`)
+or configure Hydra are not cached. `plan`, which writes nothing, only reads the cache.
 """
 
 from __future__ import annotations
@@ -17,77 +16,77 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from speculators.config import shipped
-from speculators.config.fields import to_plain
-from speculators.config.schema import Config, from_plain
+from speculators.config.fields import to_builtins
+from speculators.config.schema import Config, from_builtins
 from speculators.packages import installed_version
 from speculators.runner.store.artifacts import store_root
 
-KEPT = 100
-"""Compositions that are kept, the latest ones."""
-_NOT_THE_SAME_TWICE = re.compile(rb"\$\{[\w.]+:|\bhydra[./:]")
+CACHE_SIZE = 100
+"""Compositions that are kept, the most recent ones."""
+_NOT_REPRODUCIBLE = re.compile(rb"\$\{[\w.]+:|\bhydra[./:]")
 _COMPOSERS = ("hydra-core", "omegaconf", "pyyaml", "antlr4-python3-runtime")
 
 
-def compose(words: Sequence[str], keep: bool = False) -> Config:
-    """See `compose.compose`; without Hydra if a run has composed the same. `keep`: it may be kept for the next time.
+def compose_cached(overrides: Sequence[str], write: bool = False) -> Config:
+    """Compose a recipe as `compose.compose` does, without Hydra if the result is cached. `write`: add it to the cache.
 
     Raises:
         RecipeError: as `compose.compose`.
     """
-    place = _place(words)
-    if place is not None:
+    path = _cache_path(overrides)
+    if path is not None:
         try:
-            return from_plain(Config, json.loads(place.read_text()))
+            return from_builtins(Config, json.loads(path.read_text()))
         except (OSError, ValueError):
-            pass  # not there, or not whole: it is composed again
-    from speculators.config import compose as recipe
+            pass  # absent or damaged: composed again
+    from speculators.config.compose import compose
 
-    config = recipe.compose(words)
-    if place is not None and keep:
-        _keep(place, config)
+    config = compose(overrides)
+    if path is not None and write:
+        _write(path, config)
     return config
 
 
-def _place(words: Sequence[str]) -> Path | None:
-    """Where the composition of these words is kept; None if it may not be."""
+def _cache_path(overrides: Sequence[str]) -> Path | None:
+    """Cache file of the composition of these overrides; None if it must not be cached."""
     try:
-        recipes = {name: path.read_bytes() for name, path in _recipes(words)}
-        ours = {str(path): path.read_bytes() for path in _ours()}
+        recipes = {name: path.read_bytes() for name, path in _recipes(overrides)}
+        sources = {str(path): path.read_bytes() for path in _sources()}
     except OSError:
-        return None  # whoever composes has the words for it
-    if any(_NOT_THE_SAME_TWICE.search(text) for text in (*map(os.fsencode, words), *recipes.values())):
+        return None  # composing reports the error
+    if any(_NOT_REPRODUCIBLE.search(text) for text in (*map(os.fsencode, overrides), *recipes.values())):
         return None
-    made_of = [list(words), [installed_version(name) for name in _COMPOSERS]]
-    digest = hashlib.sha256(json.dumps(made_of).encode())
-    for name, text in (*recipes.items(), *ours.items()):
+    inputs = [list(overrides), [installed_version(name) for name in _COMPOSERS]]
+    digest = hashlib.sha256(json.dumps(inputs).encode())
+    for name, text in (*recipes.items(), *sources.items()):
         digest.update(hashlib.sha256(os.fsencode(name)).digest() + hashlib.sha256(text).digest())
-    # Beside the store of whoever names none: which one is meant is what composing tells.
+    # Next to the default store: `run.store` is known only after composing.
     store = store_root("")
     return store.with_name(f"{store.name}-composed") / f"{digest.hexdigest()}.json"
 
 
-def _recipes(words: Sequence[str]) -> Iterator[tuple[str, Path]]:
-    """All recipes by name, and those that the words name by path."""
+def _recipes(overrides: Sequence[str]) -> Iterator[tuple[str, Path]]:
+    """All recipes by name, and the ones given by path."""
     yield from sorted(shipped.available().items())
-    for word in words:
-        if word.startswith("recipe=") and word.endswith((".yaml", ".yml")):
-            yield word, Path(word.removeprefix("recipe=")).expanduser()
+    for override in overrides:
+        if override.startswith("recipe=") and override.endswith((".yaml", ".yml")):
+            yield override, Path(override.removeprefix("recipe=")).expanduser()
 
 
-def _ours() -> list[Path]:
-    """The choices, and the modules that hold schemas and checks."""
+def _sources() -> list[Path]:
+    """The choices, and the modules with schemas and checks."""
     return [*sorted(shipped.CONF.rglob("*.yaml")), *sorted(Path(__file__).parent.glob("*.py"))]
 
 
-def _keep(place: Path, config: Config) -> None:
-    """Write it whole, and let go of the oldest; where that cannot be done, it is composed again next time."""
+def _write(path: Path, config: Config) -> None:
+    """Write a cache file atomically and delete the oldest ones; without write access, nothing is cached."""
     try:
-        place.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.NamedTemporaryFile("w", dir=place.parent, delete=False) as file:
-            json.dump(to_plain(config), file)
-        os.replace(file.name, place)
-        by_age = sorted(place.parent.iterdir(), key=lambda path: path.stat().st_mtime)
-        for path in by_age[:-KEPT]:
-            path.unlink(missing_ok=True)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.NamedTemporaryFile("w", dir=path.parent, delete=False) as file:
+            json.dump(to_builtins(config), file)
+        os.replace(file.name, path)
+        by_age = sorted(path.parent.iterdir(), key=lambda file_path: file_path.stat().st_mtime)
+        for old in by_age[:-CACHE_SIZE]:
+            old.unlink(missing_ok=True)
     except OSError:
         pass

@@ -1,17 +1,15 @@
-"""What a field of the recipe is: whether it is identity, which values it takes, and its value by dotted name.
+"""Fields of the recipe's schema: their policies, their constraints, and access to their values by dotted name.
 
-Each field has a policy, which says whether it enters the key of the stages that declare it:
+The policy of a field determines whether its value enters the cache keys of the stages that declare it:
 
     semantic      (the default) a different value means a different artifact
-    operational   how the work is done, not what comes out: workers, ports, devices, logging
-    secret        the *name* of an environment variable; its value is never stored or printed
+    operational   affects how the work is done, not its result: workers, ports, devices, logging
+    secret        holds the *name* of an environment variable, whose value is never stored or printed
     if_set        enters the key only when it differs from its neutral default, so that a release can add
-                  an option without invalidating what exists
+                  an option without invalidating existing artifacts
 
-and may have constraints (`positive()`), which are checked when a recipe was composed.
-
-Dotted names (`train.lr`) are the vocabulary: `select` takes them to cut out what a stage may read, and the
-same names appear in keys, explanations and errors.
+A field may have constraints (`positive()`), which are checked after a recipe is composed. `select`, keys, explanations
+and messages refer to a field by its dotted name (`train.lr`).
 """
 
 from __future__ import annotations
@@ -25,76 +23,76 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 MISSING: Any = "???"
-"""A value that the recipe must give. The same mark as OmegaConf's, which this module does not import."""
+"""Default of an option without which a recipe is incomplete; equal to OmegaConf's, which is not imported here."""
 
 
 @dataclass(frozen=True, slots=True)
 class Constraint:
-    """What the value of an option has to satisfy; null always may stand where the type has it."""
+    """A condition on the value of an option; it is not applied to null."""
 
     text: str
-    """As in `train.epochs=0: must be positive`."""
+    """The condition in a message: `train.epochs=0: must be positive`."""
     holds: Callable[[Any], bool]
 
 
 def positive() -> Constraint:
-    """Above 0."""
+    """Value > 0."""
     return Constraint("must be positive", lambda value: value > 0)
 
 
 def at_least(least: int) -> Constraint:
-    """`least` or more."""
+    """Value >= `least`."""
     text = "must not be negative" if least == 0 else f"must be at least {least}"
     return Constraint(text, lambda value: value >= least)
 
 
 def non_negative() -> Constraint:
-    """0 or more."""
+    """Value >= 0."""
     return at_least(0)
 
 
 def ratio() -> Constraint:
-    """From 0 to 1, both included."""
+    """0 <= value <= 1."""
     return Constraint("must be between 0 and 1", lambda value: 0 <= value <= 1)
 
 
 def ratio_below_one() -> Constraint:
-    """From 0, included, to 1, excluded."""
+    """0 <= value < 1."""
     return Constraint("must be at least 0 and below 1", lambda value: 0 <= value < 1)
 
 
 def ratio_above_zero() -> Constraint:
-    """From 0, excluded, to 1, included."""
+    """0 < value <= 1."""
     return Constraint("must be above 0 and at most 1", lambda value: 0 < value <= 1)
 
 
 def inside_ratio() -> Constraint:
-    """From 0 to 1, both excluded."""
+    """0 < value < 1."""
     return Constraint("must be above 0 and below 1", lambda value: 0 < value < 1)
 
 
 def between(low: int, high: int) -> Constraint:
-    """From `low` to `high`, both included."""
+    """`low` <= value <= `high`."""
     return Constraint(f"must be between {low} and {high}", lambda value: low <= value <= high)
 
 
 def zero_or_above(least: int) -> Constraint:
-    """0, which switches it off, or above `least`."""
+    """Value = 0, which switches the option off, or value > `least`."""
     return Constraint(f"must be 0 or above {least}", lambda value: value == 0 or value > least)
 
 
 def not_empty() -> Constraint:
-    """A text or list with something in it."""
+    """A string or list that is not empty."""
     return Constraint("must not be empty", lambda value: len(value) > 0)
 
 
 def each(constraint: Constraint) -> Constraint:
-    """A list of values that all satisfy `constraint`."""
+    """A list whose values all satisfy `constraint`."""
     return Constraint(f"every value {constraint.text}", lambda values: all(map(constraint.holds, values)))
 
 
 def of_length(length: int) -> Constraint:
-    """A list of so many values."""
+    """A list of `length` values."""
     return Constraint(f"must have {length} values", lambda values: len(values) == length)
 
 
@@ -102,12 +100,12 @@ _FINITE = Constraint("must be a finite number", lambda value: math.isfinite(valu
 
 
 def semantic(default: Any, *constraints: Constraint) -> Any:
-    """A field that enters the key of every stage that declares it; a plain default is the same without constraints."""
+    """A field that enters keys. A field with a bare default is semantic too, without constraints."""
     return _with_policy(default, "semantic", constraints)
 
 
 def operational(default: Any, *constraints: Constraint) -> Any:
-    """A field that never enters a key."""
+    """A field that never enters keys."""
     return _with_policy(default, "operational", constraints)
 
 
@@ -117,7 +115,7 @@ def secret(default: str) -> Any:
 
 
 def if_set(neutral: Any, *constraints: Constraint) -> Any:
-    """A field that enters a key only when it is not `neutral`."""
+    """A field that enters keys only when it differs from `neutral`, its default."""
     return _with_policy(neutral, "if_set", constraints)
 
 
@@ -129,7 +127,7 @@ def _with_policy(default: Any, policy: str, constraints: tuple[Constraint, ...] 
 
 
 class Options:
-    """What every section of the recipe is. A stage gets the options that it declares, and the others are not set."""
+    """Base class of the recipe's sections. In a stage only the options that it declares are set."""
 
     __slots__ = ()
 
@@ -149,8 +147,9 @@ class Options:
 
 
 def _section(cls: type) -> str:
-    """The name of a section with its dot, by its class: `speculator.` of every algorithm's; empty of the recipe."""
-    name = [c.__name__ for c in cls.__mro__ if c.__name__ not in ("Options", "Stage", "object")][-1].lower()
+    """The dotted prefix of a section, by its class: `speculator.` for every algorithm, empty for the recipe."""
+    base_classes = ("Options", "StageOptions", "object")
+    name = [c.__name__ for c in cls.__mro__ if c.__name__ not in base_classes][-1].removesuffix("Options").lower()
     return "" if name == "config" else f"{name}."
 
 
@@ -158,51 +157,53 @@ def _fields(value: Any) -> tuple[dataclasses.Field[Any], ...]:
     return dataclasses.fields(value)
 
 
-def to_plain(value: Any) -> Any:
-    """A dataclass, or a container of them, as JSON types; enums become their names, tuples lists."""
+def to_builtins(value: Any) -> Any:
+    """Convert dataclasses, and containers of them, to JSON types; enums become their names, tuples lists."""
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
-        return {f.name: to_plain(getattr(value, f.name)) for f in dataclasses.fields(value) if hasattr(value, f.name)}
+        return {
+            f.name: to_builtins(getattr(value, f.name)) for f in dataclasses.fields(value) if hasattr(value, f.name)
+        }
     if isinstance(value, enum.Enum):
         return value.name
     if isinstance(value, Mapping):
-        return {str(k): to_plain(v) for k, v in value.items()}
+        return {str(k): to_builtins(v) for k, v in value.items()}
     if isinstance(value, (list, tuple)):
-        return [to_plain(v) for v in value]
+        return [to_builtins(v) for v in value]
     return value
 
 
 def select(config: Any, names: tuple[str, ...]) -> dict[str, Any]:
-    """The parts of a recipe that `names` ("train", "speculator.target_layer_ids") name, as nested plain values."""
-    plain = to_plain(config)
+    """The options and sections `names` ("train", "speculator.target_layer_ids") of a recipe, as nested JSON types."""
+    values = to_builtins(config)
     selected: dict[str, Any] = {}
     for name in names:
-        source, into = plain, selected
-        *parents, leaf = name.split(".")
+        source, into = values, selected
+        *parents, option = name.split(".")
         for parent in parents:
             source, into = source[parent], into.setdefault(parent, {})
-        into[leaf] = source[leaf]
+        into[option] = source[option]
     return selected
 
 
 def identity(config: Any, names: tuple[str, ...]) -> dict[str, Any]:
-    """What of `names` enters a key: {dotted name: value}, by each field's policy."""
-    wanted = tuple(f"{name}." for name in names)
+    """The options below `names` that enter a key by their policies, as {dotted name: value in JSON types}."""
+    prefixes = tuple(f"{name}." for name in names)
     return {
-        name: to_plain(value)
-        for name, value, policy, default in leaves(config)
-        if f"{name}.".startswith(wanted)
-        and (policy == "semantic" or (policy == "if_set" and to_plain(value) != to_plain(default)))
+        name: to_builtins(value)
+        for name, value, policy, default in iter_options(config)
+        if f"{name}.".startswith(prefixes)
+        and (policy == "semantic" or (policy == "if_set" and to_builtins(value) != to_builtins(default)))
     }
 
 
-def leaves(value: Any, prefix: str = "") -> Iterator[tuple[str, Any, str, Any]]:
-    """Every option of a recipe as (dotted name, value, policy, default)."""
+def iter_options(value: Any, prefix: str = "") -> Iterator[tuple[str, Any, str, Any]]:
+    """Iterate over a recipe's options as (dotted name, value, policy, default)."""
     for name, child, f in _options(value, prefix):
         yield name, child, f.metadata.get("policy", "semantic"), _default(f)
 
 
 def violations(value: Any, prefix: str = "") -> Iterator[tuple[str, Any, str, Any]]:
-    """Every option whose value breaks a constraint, as (dotted name, value, the constraint in words, default)."""
+    """Iterate over broken constraints as (dotted name, value, text of the constraint, default)."""
     for name, child, f in _options(value, prefix):
         if child is None:
             continue
@@ -217,8 +218,8 @@ def violations(value: Any, prefix: str = "") -> Iterator[tuple[str, Any, str, An
 
 
 def as_override(value: Any) -> str:
-    """A value as it is typed on the command line."""
-    return "null" if value is None else value if isinstance(value, str) else json.dumps(to_plain(value))
+    """Format a value for the command line."""
+    return "null" if value is None else value if isinstance(value, str) else json.dumps(to_builtins(value))
 
 
 def _options(value: Any, prefix: str) -> Iterator[tuple[str, Any, dataclasses.Field[Any]]]:

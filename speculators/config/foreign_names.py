@@ -1,4 +1,4 @@
-"""What other tools call our options, so that whoever types their name is given ours. They are hints and no aliases."""
+"""Names of other tools for our options. An error about such a name has the right name as its hint; none is an alias."""
 
 from __future__ import annotations
 
@@ -74,7 +74,7 @@ RENAMED: dict[str, str] = {
     "also": "serve.extra_urls",
     "states": "serve.hidden_states_dir",
     "hidden_states_path": "serve.hidden_states_dir",
-    # the package speculators of upstream
+    # upstream speculators
     "verifier_name_or_path": "target.source",
     "model_name_or_path": "target.source",
     "model": "target.source",
@@ -111,7 +111,7 @@ RENAMED: dict[str, str] = {
     "cluster": "executor.name",
     "output_dir": "run.dir",
 }
-"""Last part of a name that we do not have -> the whole name of the option that is meant."""
+"""Last part of an unknown name -> full name of the option that has its meaning."""
 
 CHANGED_MEANING: dict[str, str] = {
     "train.precision": "bfloat16, float16 or float32",
@@ -120,16 +120,16 @@ CHANGED_MEANING: dict[str, str] = {
     "train.save_every_epochs": "epochs between checkpoints",
     "train.trackers": "a list, as [wandb]",
 }
-"""What the right option takes, where it is not what the other name takes."""
+"""Values of the options above whose values differ from those of the other tool."""
 
 
 def hint(name: str) -> str | None:
-    """What to write instead of the option `name`, which does not exist; None where nothing is known of it.
+    """Hint for the unknown option `name`; None if no other tool's name matches.
 
-    Dashes count as underscores, and the section that somebody has put before the name does not matter.
+    Dashes count as underscores, and the section before the last dot is ignored.
     """
-    right = RENAMED.get(name.rpartition(".")[2].replace("-", "_"))
-    if right is None or right == name:
+    option = RENAMED.get(name.rpartition(".")[2].replace("-", "_"))
+    if option is None or option == name:
         return None
-    takes = f" ({CHANGED_MEANING[right]})" if right in CHANGED_MEANING else ""
-    return f"the option is `{right}`{takes}"
+    values = f" ({CHANGED_MEANING[option]})" if option in CHANGED_MEANING else ""
+    return f"the option is `{option}`{values}"

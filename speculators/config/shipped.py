@@ -1,4 +1,4 @@
-"""Where recipes and the choices that they are made of lie. Looking there needs no Hydra."""
+"""Paths of the recipes and of their config groups; finding them needs no Hydra."""
 
 from __future__ import annotations
 
@@ -8,9 +8,9 @@ _PACKAGE = Path(__file__).parent.parent
 
 
 def _shipped(name: str) -> Path:
-    """`conf` or `recipes`: inside the package when it was installed from a wheel, beside it in a checkout."""
-    inside = _PACKAGE / name
-    return inside if inside.is_dir() else _PACKAGE.parent / name
+    """`conf` or `recipes`: inside the package if it was installed from a wheel, next to it in a checkout."""
+    in_wheel = _PACKAGE / name
+    return in_wheel if in_wheel.is_dir() else _PACKAGE.parent / name
 
 
 CONF = _shipped("conf")
@@ -18,6 +18,6 @@ RECIPES = _shipped("recipes")
 
 
 def available() -> dict[str, Path]:
-    """Every recipe by name; one in `./recipes` goes before a shipped one of that name."""
+    """All recipes by name; one in `./recipes` takes precedence over a shipped one."""
     folders = (RECIPES, Path.cwd() / "recipes")
     return {path.stem: path for folder in folders for path in sorted(folder.glob("*.yaml"))}

@@ -22,7 +22,7 @@ import torch
 from safetensors.torch import load_file
 
 from speculators.config.choices import Device
-from speculators.config.fields import leaves, to_plain
+from speculators.config.fields import iter_options, to_builtins
 from speculators.drafts import DRAFTS
 from speculators.drafts.base import Vocabulary
 from speculators.errors import ContractError, RecipeError, closest
@@ -60,7 +60,7 @@ def track(job: Job) -> Trackers:
     about = About(
         project=train.tracker_project,
         name=f"{job.node}-{job.key[:8]}",
-        options={name: to_plain(value) for name, value, *_ in leaves(job.config)},
+        options={name: to_builtins(value) for name, value, *_ in iter_options(job.config)},
         directory=Path(train.tracker_dir).absolute(),
         scratch=job.scratch,
     )

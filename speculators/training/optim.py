@@ -17,7 +17,7 @@ from collections.abc import Iterator, Mapping, Sequence
 import torch
 from torch import Tensor, nn
 
-from speculators.config.choices import Optimizer, Schedule
+from speculators.config.choices import LrSchedule, Optimizer
 from speculators.config.schema import Train
 from speculators.drafts.base import TARGETS
 from speculators.ops import cpu
@@ -238,7 +238,7 @@ class Average:
             self.averages[name].copy_(kept)
 
 
-def rate(step: int, total: int, warmup_ratio: float, schedule: Schedule, decay_ratio: float = 0.2) -> float:
+def rate(step: int, total: int, warmup_ratio: float, schedule: LrSchedule, decay_ratio: float = 0.2) -> float:
     """Share of the peak learning rate in step `step` of `total`, counted from 0: up over the warm-up, then down to 0.
 
     `warmup_ratio` is a share of all steps; it always takes at least one, which is trained at full rate if it is the
@@ -248,10 +248,10 @@ def rate(step: int, total: int, warmup_ratio: float, schedule: Schedule, decay_r
     if step < rising:
         return (step + 1) / rising
     left = (total - step) / max(1, total - rising)
-    if schedule is Schedule.linear:
+    if schedule is LrSchedule.linear:
         return left
-    if schedule is Schedule.cosine:
+    if schedule is LrSchedule.cosine:
         return 0.5 * (1.0 - math.cos(math.pi * left))
-    if schedule is Schedule.wsd:
+    if schedule is LrSchedule.wsd:
         return min(1.0, (total - step) / max(1, round(decay_ratio * total)))
     return 1.0

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from speculators import ui
-from speculators.config.schema import Run as Options
+from speculators.config.schema import RunOptions
 from speculators.errors import RecipeError
 from speculators.runner import history
 from speculators.runner.history import Run, Stage
@@ -115,7 +115,7 @@ def _blocks(numbers: Sequence[str], cells: Mapping[str, Sequence[str]], width: i
 
 def _words(words: list[str]) -> tuple[Path, list[str], bool]:
     """Where runs are, the names that were given, and whether data is wanted."""
-    directory, names = Options().dir, []
+    directory, names = RunOptions().dir, []
     for word in words:
         if word.startswith("run.dir="):
             directory = word.partition("=")[2]

@@ -16,7 +16,7 @@ from speculators.runner.store.artifacts import open_store
 
 def lock(words: list[str]) -> int:
     """Write `<recipe>.lock.json` in the working directory; starts nothing."""
-    config = composed.compose([word for word in words if word != "--json"])
+    config = composed.compose_cached([word for word in words if word != "--json"])
     # A lock is of the whole recipe, whatever part of it would be run.
     config = dataclasses.replace(config, force=[], from_="", until="", only="")
     plain = locks.resolved(Planner(config, open_store(config.run)))

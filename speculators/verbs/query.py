@@ -20,7 +20,7 @@ from speculators.runner.store.artifacts import open_store
 def plan(words: list[str]) -> int:
     """What would run, and why; starts nothing, writes nothing."""
     as_data = "--json" in words
-    config = composed.compose([w for w in words if w != "--json"])
+    config = composed.compose_cached([w for w in words if w != "--json"])
     planner = Planner(config, open_store(config.run))
     checks.check_machine(config, planner.graph)
     if config.run.locked:
@@ -86,7 +86,7 @@ def explain(words: list[str]) -> int:
     words = [word for word in words if word != "--json"]
     if not words or "=" in words[0]:
         raise RecipeError("explain wants a stage", "speculators-run explain train recipe=NAME")
-    config = composed.compose(words[1:])
+    config = composed.compose_cached(words[1:])
     found = explanation(Planner(config, open_store(config.run)), words[0])
     print(json.dumps(dataclasses.asdict(found), indent=1) if as_data else ui.explanation(found))
     return 0

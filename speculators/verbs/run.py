@@ -47,7 +47,7 @@ def main(words: list[str]) -> int:
 
         compose.run_as_hydra_app(words, lambda config: run_recipe(config, words))
     else:
-        run_recipe(composed.compose(words, keep=True), words)
+        run_recipe(composed.compose_cached(words, write=True), words)
     return 0
 
 

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from speculators import ui
 from speculators.config import composed
-from speculators.config.schema import Run
+from speculators.config.schema import RunOptions
 from speculators.errors import RecipeError, StoreError, closest
 from speculators.runner.planning.graph import KINDS
 from speculators.runner.planning.plan import Planner
@@ -157,7 +157,7 @@ def _kept(runs: list[str] | None) -> set[str]:
 
 def _of_recipe(words: Sequence[str]) -> list[Artifact]:
     """What a recipe finds, in data-flow order."""
-    config = composed.compose(words)
+    config = composed.compose_cached(words)
     steps = Planner(config, open_store(config.run)).plan()
     for step in steps:
         if step.artifact is None and not step.path:
@@ -196,7 +196,7 @@ def _fits(wanted: Sequence[str], stage: str, key: str) -> bool:
 
 def _store_words(words: Sequence[str], *others: str) -> tuple[Store, list[str], bool]:
     """The store, the words that name stages, and whether data is wanted; `others` are the verb's own words."""
-    run, stages = Run(), []
+    run, stages = RunOptions(), []
     for word in words:
         name, _, value = word.partition("=")
         if name == "run.store":

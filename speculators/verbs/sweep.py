@@ -20,7 +20,7 @@ from typing import Any
 
 from speculators import ui
 from speculators.config import compose
-from speculators.config.schema import Run as RunOptions
+from speculators.config.schema import RunOptions
 from speculators.errors import RunError, StageError
 from speculators.job import write_json
 from speculators.runner.execution.lease import Holder, Lease
@@ -42,7 +42,7 @@ def main(words: Sequence[str], run: Callable[..., None], directory: Callable[[Pa
     place = directory(Path(below).expanduser().resolve(), "sweep")
     lease = Lease(place / _HELD)
     try:
-        compose.sweep(words, place, functools.partial(_job, place, run, os.getpid(), seen_devices({})))
+        compose.multirun(words, place, functools.partial(_job, place, run, os.getpid(), seen_devices({})))
     except RunError:
         raise
     except Exception as error:
@@ -56,11 +56,11 @@ def main(words: Sequence[str], run: Callable[..., None], directory: Callable[[Pa
     return _tell(place)
 
 
-def _job(place: Path, run: Callable[..., None], sweeper: int, devices: dict[str, str], job: compose.Job) -> None:
+def _job(place: Path, run: Callable[..., None], sweeper: int, devices: dict[str, str], job: compose.SweepJob) -> None:
     """One job, in whatever process. An error is told at once, and the other jobs go on."""
     apart = os.getpid() != sweeper
-    said: dict[str, Any] = {"job": job.number, "words": job.words, "status": "interrupted", "code": 130}
-    ui.narrate("job", str(job.number), " ".join(job.words))
+    said: dict[str, Any] = {"job": job.number, "words": job.overrides, "status": "interrupted", "code": 130}
+    ui.narrate("job", str(job.number), " ".join(job.overrides))
 
     def announce(directory: Path) -> None:
         said["run"] = directory.name
@@ -73,7 +73,7 @@ def _job(place: Path, run: Callable[..., None], sweeper: int, devices: dict[str,
         _end_with_the_sweep(place)
     _BUSY.set()
     try:
-        run(job.config(), job.words, announce=announce, plain=apart)
+        run(job.config(), job.overrides, announce=announce, plain=apart)
         said |= {"status": "done", "code": 0}
     except RunError as failure:
         ui.error(failure)

@@ -42,7 +42,7 @@ def test_an_algorithms_own_option_can_be_set() -> None:
 @pytest.mark.parametrize(
     ("word", "message"),
     [
-        ("speculator.loss_fn=kl", "speculator.weighting=dpace: takes the cross-entropy"),
+        ("speculator.loss_fn=kl", "speculator.weighting=dpace: needs a loss"),
         ("speculator.max_anchors=0", "speculator.max_anchors=0: must be positive"),
         ("speculator.decay_gamma=0", "speculator.decay_gamma=0.0: must be positive"),
         ("speculator.dpace_alpha=1.5", "speculator.dpace_alpha=1.5: must be between 0 and 1"),
@@ -111,11 +111,11 @@ def test_a_recipe_brings_data_sets_of_its_own_to_be_evaluated_with(tmp_path: Pat
 @pytest.mark.parametrize(
     ("words", "message", "hint"),
     [
-        ("[human]", "evaluate.datasets: there is no data set `human`", "human_eval"),
+        ("[human]", "evaluate.datasets: there is no dataset `human`", "human_eval"),
         ("{mine: {sourc: x}}", "there is no option `evaluate.datasets.mine.sourc`", "did you mean `source`?"),
         ("{mine: {source: x, format: nope}}", "evaluate.datasets.mine.format: Invalid value 'nope'", "type"),
         ("[{mine: file.jsonl}]", "evaluate.datasets.mine is 'file.jsonl'", "{source: FILE, format: prompts}"),
-        ("{mine: {source: x}}", "`evaluate.datasets.mine.format` is not given", "=VALUE"),
+        ("{mine: {source: x}}", "`evaluate.datasets.mine.format` has no value", "=VALUE"),
     ],
 )
 def test_a_data_set_that_is_measured_on_is_checked_like_one_that_is_trained_on(
@@ -148,7 +148,7 @@ def test_schemas_choices_and_algorithms_are_one_list() -> None:
         ([DEMO, "train.lr=abc"], "train.lr: Value 'abc' of type 'str' could not be converted to Float", "type"),
         ([DEMO, "train.precision=fp4"], "train.precision: Invalid value 'fp4'", "type"),
         ([DEMO, "+train.x=1"], "`+train.x`: options cannot be added", "train"),
-        ([DEMO, "~train.lr"], "`~train.lr`: options cannot be taken away", "default"),
+        ([DEMO, "~train.lr"], "`~train.lr`: options cannot be removed", "default"),
         ([DEMO, "target=smollm2"], "no choice for target named `smollm2`", "smollm2_135m"),
         ([DEMO, "train.lr=1,2"], "`train.lr` has several values", "-m"),
         ([DEMO, "train.epochs=0"], "train.epochs=0: must be positive", "train.epochs=6"),

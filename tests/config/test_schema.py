@@ -9,22 +9,22 @@ import pytest
 from speculators.config import algorithms, schema
 from speculators.config.algorithms import SPECULATORS, Eagle3
 from speculators.config.choices import Dtype
-from speculators.config.fields import identity, leaves, select, to_plain
+from speculators.config.fields import identity, iter_options, select, to_builtins
 from speculators.config.foreign_names import CHANGED_MEANING, RENAMED, hint
-from speculators.config.schema import Config, Train, from_plain
+from speculators.config.schema import Config, Train, from_builtins
 from speculators.runner.planning.graph import KINDS
 
 
 def test_a_recipe_survives_json(config: Config) -> None:
-    assert from_plain(Config, json.loads(json.dumps(to_plain(config)))) == config
+    assert from_builtins(Config, json.loads(json.dumps(to_builtins(config)))) == config
 
 
 def test_the_speculator_keeps_its_algorithms_type_through_json(config: Config) -> None:
-    assert isinstance(from_plain(Config, to_plain(config)).speculator, Eagle3)
+    assert isinstance(from_builtins(Config, to_builtins(config)).speculator, Eagle3)
 
 
 def test_select_cuts_out_what_is_named_and_reading_more_fails(config: Config) -> None:
-    part = from_plain(Config, select(config, ("vocab", "max_seq_len")))
+    part = from_builtins(Config, select(config, ("vocab", "max_seq_len")))
     assert part.max_seq_len == config.max_seq_len
     assert part.vocab == config.vocab
     with pytest.raises(AttributeError):
@@ -53,17 +53,17 @@ def test_an_if_set_field_enters_only_when_set(monkeypatch: pytest.MonkeyPatch) -
 
 def test_no_path_and_no_secret_is_semantic() -> None:
     suspicious = ("source", "python", "url", "dir", "store", "port", "api_key_env")
-    semantic = [name for name, _, policy, _ in leaves(Config()) if policy == "semantic"]
+    semantic = [name for name, _, policy, _ in iter_options(Config()) if policy == "semantic"]
     assert [n for n in semantic if n.rsplit(".", 1)[-1] in suspicious] == []
 
 
 def test_enums_are_written_by_name() -> None:
-    assert to_plain(Train(precision=Dtype.float32))["precision"] == "float32"
+    assert to_builtins(Train(precision=Dtype.float32))["precision"] == "float32"
 
 
 @pytest.mark.parametrize("stage", sorted(KINDS))
 def test_every_option_that_a_stage_declares_exists(stage: str, config: Config) -> None:
-    names = {name for name, *_ in leaves(config)}
+    names = {name for name, *_ in iter_options(config)}
     for declared in KINDS[stage].reads:
         assert any(f"{name}.".startswith(f"{declared}.") for name in names), declared
 
@@ -84,7 +84,7 @@ def test_every_field_is_documented() -> None:
 
 
 def test_a_config_can_be_printed_and_says_which_option_a_stage_did_not_declare() -> None:
-    part = from_plain(Config, select(Config(train=Train(lr=0.5)), ("train.lr", "vocab")))
+    part = from_builtins(Config, select(Config(train=Train(lr=0.5)), ("train.lr", "vocab")))
     assert repr(part) == "Config(vocab=Vocab(executor=None, size=32000), train=Train(lr=0.5))"
     with pytest.raises(AttributeError, match=r"`train\.epochs` is not among the options that this stage declares"):
         _ = part.train.epochs
@@ -95,8 +95,8 @@ def test_a_config_can_be_printed_and_says_which_option_a_stage_did_not_declare()
 
 
 def test_names_of_other_tools_lead_to_options_that_exist() -> None:
-    known = {name for name, *_ in leaves(Config())}
-    known |= {f"speculator.{name}" for schema in SPECULATORS.values() for name, *_ in leaves(schema())}
+    known = {name for name, *_ in iter_options(Config())}
+    known |= {f"speculator.{name}" for schema in SPECULATORS.values() for name, *_ in iter_options(schema())}
     assert set(RENAMED.values()) <= known
     assert set(CHANGED_MEANING) <= set(RENAMED.values())
     assert hint("train.clip") == hint("max-grad-norm") == "the option is `train.max_grad_norm`"

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from speculators.config.algorithms import SPECULATORS, Speculator
 from speculators.config.choices import Device, Dtype
 from speculators.config.fields import positive, select, semantic
-from speculators.config.schema import Config, Extract, Target, Train, Vocab, from_plain
+from speculators.config.schema import Config, Extract, Target, Train, Vocab, from_builtins
 from speculators.drafts import DRAFTS
 from speculators.drafts.base import TARGETS, Draft, Predictions, Supervision, TargetParts, Vocabulary
 from speculators.drafts.layers import Linear, RMSNorm, initialise
@@ -108,7 +108,7 @@ def job(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Job:
         node="train",
         stage="train",
         key="0" * 64,
-        config=from_plain(Config, select(config, KINDS["train"].reads)),
+        config=from_builtins(Config, select(config, KINDS["train"].reads)),
         derived=derived,
         inputs={name: tmp_path / name for name in names},
         digests={name: name[0] * 64 for name in ("target", "features", "vocab")} | {"tokens": "k" * 64},

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from speculators.config.fields import select
-from speculators.config.schema import Config, from_plain
+from speculators.config.schema import Config, from_builtins
 from speculators.job import Job
 from speculators.runner.planning.graph import KINDS
 
@@ -18,7 +18,7 @@ def make_job(stage: str, work: Path, config: Config, **inputs: Path) -> Job:
         node=stage,
         stage=stage,
         key="0" * 64,
-        config=from_plain(Config, select(config, KINDS[stage].reads)),
+        config=from_builtins(Config, select(config, KINDS[stage].reads)),
         derived={},
         inputs={name.replace("__", "."): path for name, path in inputs.items()},
         digests={},

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from speculators.config.choices import StatesDtype
+from speculators.config.choices import HiddenStatesDtype
 from speculators.config.schema import Config
 from speculators.data.template import TokenSequence
 from speculators.errors import ContractError
@@ -125,7 +125,7 @@ def test_on_another_file_system_the_shards_are_copied(
     assert torch.equal(ShardReader(tmp_path / "work/data").states(0), states_of([1, 2, 3]).bfloat16())
 
 
-@pytest.mark.parametrize("change", [{"dtype": StatesDtype.float8_e4m3fn}, {"layers": [3, 4]}])
+@pytest.mark.parametrize("change", [{"dtype": HiddenStatesDtype.float8_e4m3fn}, {"layers": [3, 4]}])
 def test_answers_with_other_states_than_are_asked_for_are_refused(
     tmp_path: Path, config: Config, change: dict[str, object]
 ) -> None:

@@ -11,9 +11,9 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from speculators.config.choices import Dtype, OnBadRow, StatesDtype
+from speculators.config.choices import Dtype, HiddenStatesDtype, OnBadRow
 from speculators.config.fields import select
-from speculators.config.schema import Config, Regenerate, from_plain
+from speculators.config.schema import Config, Regenerate, from_builtins
 from speculators.engine.client import Completion
 from speculators.engine.transfer import FileTransfer
 from speculators.errors import ContractError, StageError
@@ -140,9 +140,9 @@ def keeping(
     tmp_path: Path, config: Config, stored: str, last_state: str = EVERYWHERE, layers: int = 1, width: int = 8
 ) -> Job:
     """A job that keeps states, served by nobody."""
-    config.extract.dtype = StatesDtype[stored]
+    config.extract.dtype = HiddenStatesDtype[stored]
     job = make_job("regenerate", tmp_path / "work", config)
-    job.config = from_plain(Config, select(config, (*KINDS["regenerate"].reads, *KEEPING)))
+    job.config = from_builtins(Config, select(config, (*KINDS["regenerate"].reads, *KEEPING)))
     job.derived |= {"capture_layer_ids": list(range(1, layers + 1)), "last_state": last_state}
     job.digests |= {"target": "t", "prompts": "p"}
     job.inputs |= {"target": tmp_path / "target", "prompts": tmp_path / "prompts"}

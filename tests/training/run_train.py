@@ -16,7 +16,7 @@ import tiny
 from speculators.config.algorithms import DFlash, Eagle3, Speculator
 from speculators.config.choices import Device, Dtype
 from speculators.config.fields import select
-from speculators.config.schema import Config, Extract, Target, Train, Vocab, from_plain
+from speculators.config.schema import Config, Extract, Target, Train, Vocab, from_builtins
 from speculators.features import disk_cache
 from speculators.job import Endpoint, Job
 from speculators.runner.planning.graph import DRAWING, KINDS
@@ -52,7 +52,7 @@ def make_job(
         node="train",
         stage="train",
         key="0" * 64,
-        config=from_plain(Config, select(config, reads)),
+        config=from_builtins(Config, select(config, reads)),
         derived={"layer_ids": [1, 3, 4], "capture_layer_ids": [1, 3, 4, 6]},
         inputs={name: world / name for name in ("tokens", "vocab", "target", *(() if endpoint else ("features",)))},
         digests={"target": "t" * 64, "tokens": "k" * 64, "features": "f" * 64, "vocab": "v" * 64},

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import nn
 
-from speculators.config.choices import Dtype, Optimizer, Schedule
+from speculators.config.choices import Dtype, LrSchedule, Optimizer
 from speculators.config.schema import Train
 from speculators.drafts.layers import Linear
 from speculators.ops.muon import FLOOR, orthogonalise, stacked, together, turned
@@ -19,18 +19,18 @@ from speculators.training.optim import Average, Optimizers, rate
 @pytest.mark.parametrize(
     ("schedule", "expected"),
     [
-        (Schedule.linear, [0.5, 1.0, 1.0, 0.75, 0.5, 0.25]),
-        (Schedule.constant, [0.5, 1.0, 1.0, 1.0, 1.0, 1.0]),
-        (Schedule.cosine, [0.5, 1.0, 1.0, 0.853553, 0.5, 0.146447]),
-        (Schedule.wsd, [0.5, 1.0, 1.0, 1.0, 1.0, 0.5]),
+        (LrSchedule.linear, [0.5, 1.0, 1.0, 0.75, 0.5, 0.25]),
+        (LrSchedule.constant, [0.5, 1.0, 1.0, 1.0, 1.0, 1.0]),
+        (LrSchedule.cosine, [0.5, 1.0, 1.0, 0.853553, 0.5, 0.146447]),
+        (LrSchedule.wsd, [0.5, 1.0, 1.0, 1.0, 1.0, 0.5]),
     ],
 )
-def test_the_rate_rises_over_the_warm_up_and_falls_as_asked(schedule: Schedule, expected: list[float]) -> None:
+def test_the_rate_rises_over_the_warm_up_and_falls_as_asked(schedule: LrSchedule, expected: list[float]) -> None:
     assert [rate(step, 6, 1 / 3, schedule, 1 / 3) for step in range(6)] == pytest.approx(expected, abs=1e-6)
 
 
 def test_without_a_warm_up_the_first_step_is_at_full_rate() -> None:
-    assert rate(0, 100, 0.0, Schedule.linear) == 1.0
+    assert rate(0, 100, 0.0, LrSchedule.linear) == 1.0
 
 
 def spread(rows: int, columns: int, least: float) -> torch.Tensor:

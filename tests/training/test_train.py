@@ -18,7 +18,7 @@ from run_train import make_job, write_world
 from safetensors.torch import load_file, save_file
 from trainings import losses, metrics, stop_at
 
-from speculators.config.choices import Device, Dtype, Optimizer, Schedule
+from speculators.config.choices import Device, Dtype, LrSchedule, Optimizer
 from speculators.data.token_table import TokenTable, prediction_mask
 from speculators.drafts.dflash import DFlashDraft
 from speculators.drafts.eagle3 import Eagle3Draft
@@ -122,7 +122,7 @@ def test_without_loops_in_c_the_same_is_learnt_and_that_is_said(
 
 
 def test_a_run_of_so_many_steps_ends_there_and_its_schedule_too(world: Path, tmp_path: Path) -> None:
-    job = make_job(world, tmp_path, max_steps=10, log_every_steps=1, schedule=Schedule.linear, warmup_ratio=0.0)
+    job = make_job(world, tmp_path, max_steps=10, log_every_steps=1, schedule=LrSchedule.linear, warmup_ratio=0.0)
     train.main(job)
     steps = [line for line in metrics(job) if "lr" in line]
     assert [line["step"] for line in steps] == list(range(1, 11))

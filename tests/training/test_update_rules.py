@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 from trainings import job_of, metrics
 
-from speculators.config.choices import Dtype, Optimizer, Schedule
+from speculators.config.choices import Dtype, LrSchedule, Optimizer
 from speculators.config.schema import Train
 from speculators.stages import train
 from speculators.training.optim import Optimizers, rate
@@ -189,17 +189,19 @@ def rising(step: int, total: int, warmup: float) -> tuple[int, float]:
     return steps, (step + 1) / steps
 
 
-FORMULAS: dict[Schedule, Callable[[int, int, int, float], float]] = {
-    Schedule.constant: lambda step, total, rise, decay: 1.0,
-    Schedule.linear: lambda step, total, rise, decay: 1.0 - (step - rise) / (total - rise),
-    Schedule.cosine: lambda step, total, rise, decay: (1.0 + math.cos(math.pi * (step - rise) / (total - rise))) / 2.0,
-    Schedule.wsd: lambda step, total, rise, decay: min(1.0, (total - step) / round(decay * total)),
+FORMULAS: dict[LrSchedule, Callable[[int, int, int, float], float]] = {
+    LrSchedule.constant: lambda step, total, rise, decay: 1.0,
+    LrSchedule.linear: lambda step, total, rise, decay: 1.0 - (step - rise) / (total - rise),
+    LrSchedule.cosine: lambda step, total, rise, decay: (
+        (1.0 + math.cos(math.pi * (step - rise) / (total - rise))) / 2.0
+    ),
+    LrSchedule.wsd: lambda step, total, rise, decay: min(1.0, (total - step) / round(decay * total)),
 }
 
 
-@pytest.mark.parametrize("schedule", Schedule)
+@pytest.mark.parametrize("schedule", LrSchedule)
 @pytest.mark.parametrize(("total", "warmup", "decay"), [(100, 0.1, 0.2), (40, 0.5, 0.5), (30, 0.0, 0.1), (7, 0.3, 1.0)])
-def test_a_schedule_is_its_formula(schedule: Schedule, total: int, warmup: float, decay: float) -> None:
+def test_a_schedule_is_its_formula(schedule: LrSchedule, total: int, warmup: float, decay: float) -> None:
     for step in range(total):
         rise, expected = rising(step, total, warmup)
         if step >= rise:
@@ -207,8 +209,8 @@ def test_a_schedule_is_its_formula(schedule: Schedule, total: int, warmup: float
         assert rate(step, total, warmup, schedule, decay) == pytest.approx(expected, abs=1e-12), step
 
 
-@pytest.mark.parametrize("schedule", Schedule)
-def test_a_training_follows_the_schedule_that_it_is_given(world: Path, tmp_path: Path, schedule: Schedule) -> None:
+@pytest.mark.parametrize("schedule", LrSchedule)
+def test_a_training_follows_the_schedule_that_it_is_given(world: Path, tmp_path: Path, schedule: LrSchedule) -> None:
     chosen = {"schedule": schedule, "warmup_ratio": 0.3, "decay_ratio": 0.5, "lr": 0.01, "max_steps": 10, "epochs": 10}
     job = job_of(world, tmp_path, **chosen)
     train.main(job)

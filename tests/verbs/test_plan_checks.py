@@ -189,7 +189,7 @@ def test_plan_checks_that_code_of_the_target_is_trusted(world: Path, capsys: pyt
 def test_plan_checks_a_data_set_without_a_format(world: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (world / "bare.yaml").write_text((world / "eagle3.yaml").read_text().replace(", format: messages", ""))
     code, error, hint = planned(capsys, recipe="bare")
-    assert (code, error) == (1, "`data.mine.format` is not given")
+    assert (code, error) == (1, "`data.mine.format` has no value")
     assert planned(capsys, "data.mine.format=messages", recipe="bare")[0] == 0
     assert "data.mine.format=VALUE" in hint
 

@@ -22,7 +22,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from speculators.config.fields import select, to_plain
+from speculators.config.fields import select, to_builtins
 from speculators.config.schema import Config
 from speculators.errors import ContractError, RecipeError, RunError, ServiceError, SourceError, StageError, StoreError
 from speculators.job import Request
@@ -382,7 +382,7 @@ class Execution:
             inputs={slot: str(self.steps[upstream].path) for slot, upstream in self._slots(node).items()},
             digests={slot: self.steps[upstream].digest for slot, upstream in node.inputs.items()},
             services={name: server.plain() for name, server in servers.items()},
-            orders=to_plain(self.services.orders(node)),
+            orders=to_builtins(self.services.orders(node)),
             work=str(self.planner.store.work(node.kind, step.key)),
             store=str(self.planner.store.root),
             preimage=step.preimage,
@@ -480,5 +480,5 @@ def as_json(steps: Mapping[str, Step]) -> dict[str, Any]:
 
 def resolved(config: Config) -> dict[str, Any]:
     """The whole recipe as plain values, for `config.json`."""
-    plain: dict[str, Any] = to_plain(config)
+    plain: dict[str, Any] = to_builtins(config)
     return plain

@@ -12,8 +12,7 @@ from pathlib import Path
 from typing import Protocol
 
 from speculators.config.choices import ExecutorName
-from speculators.config.schema import Config
-from speculators.config.schema import Executor as Options
+from speculators.config.schema import Config, ExecutorOptions
 from speculators.errors import RecipeError
 from speculators.runner.planning.graph import Node
 
@@ -46,9 +45,9 @@ EXTRAS = {"submitit": ("submitit", "slurm"), "slurm": ("submitit", "slurm"), "ra
 """Executors that need a package, that package, and the extra that brings it."""
 
 
-def executor(name: str, options: Options | None = None) -> Executor:
+def executor(name: str, options: ExecutorOptions | None = None) -> Executor:
     """The executor of that name, imported only now: it may need what is not installed."""
-    options = options or Options()
+    options = options or ExecutorOptions()
     if name in ("submitit", "slurm"):
         from speculators.runner.executors.submitit import SubmititExecutor
 

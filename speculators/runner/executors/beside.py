@@ -10,7 +10,7 @@ import time
 from collections.abc import Mapping
 from pathlib import Path
 
-from speculators.config.schema import from_plain
+from speculators.config.schema import from_builtins
 from speculators.job import Request, write_json
 from speculators.runner.servers import server as service
 from speculators.runner.servers import vllm
@@ -24,7 +24,7 @@ class Beside:
 
     def __init__(self, request: Path, env: Mapping[str, str]) -> None:
         self._path, self._request = request, Request.read(request)
-        orders = {name: from_plain(vllm.Order, plain) for name, plain in self._request.orders.items()}
+        orders = {name: from_builtins(vllm.Order, plain) for name, plain in self._request.orders.items()}
         self._servers = {name: vllm.server(order, env) for name, order in orders.items()}
 
     def start(self) -> None:

@@ -7,7 +7,7 @@ import threading
 from pathlib import Path
 from typing import Any
 
-from speculators.config.schema import Executor as Options
+from speculators.config.schema import ExecutorOptions
 from speculators.errors import StageError
 from speculators.runner.executors.local import environment
 from speculators.runner.executors.remote import DEVICES, RemoteHandle, place_beside, serve
@@ -18,7 +18,7 @@ _CONNECTING = threading.Lock()
 class RayExecutor:
     """See `executors.Executor`."""
 
-    def __init__(self, options: Options) -> None:
+    def __init__(self, options: ExecutorOptions) -> None:
         self._options = options
 
     def submit(self, request: Path, log: Path, env: dict[str, str]) -> RemoteHandle:
@@ -73,7 +73,7 @@ class _Job:
         return ""
 
 
-def is_here(options: Options) -> bool:
+def is_here(options: ExecutorOptions) -> bool:
     """Whether the cluster is this machine."""
     return not (options.address or os.environ.get("RAY_ADDRESS"))
 

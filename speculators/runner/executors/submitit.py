@@ -16,7 +16,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from speculators.config.schema import Executor as Options
+from speculators.config.schema import ExecutorOptions
 from speculators.errors import StageError
 from speculators.runner.executors.local import python_path
 from speculators.runner.executors.remote import DEVICES, RemoteHandle, Served, place_beside, seen_devices
@@ -28,7 +28,7 @@ _SUBMITTING = threading.Lock()
 class SubmititExecutor:
     """See `executors.Executor`. `here`: jobs are processes of this machine; otherwise jobs of a Slurm cluster."""
 
-    def __init__(self, options: Options, here: bool) -> None:
+    def __init__(self, options: ExecutorOptions, here: bool) -> None:
         self._options, self._here = options, here
 
     def submit(self, request: Path, log: Path, env: dict[str, str]) -> RemoteHandle:
@@ -103,7 +103,7 @@ class _Job:
         return self._job.stderr() or ""
 
 
-def _asked(options: Options) -> dict[str, Any]:
+def _asked(options: ExecutorOptions) -> dict[str, Any]:
     """What a job asks its cluster for."""
     # What is None is not asked for.
     partition, gpus = options.partition or None, options.gpus or None

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from speculators.config.choices import LastState
+from speculators.config.choices import LastLayerPositions
 from speculators.config.schema import Config
 from speculators.errors import ContractError, RecipeError
 
@@ -107,9 +107,9 @@ def derive(config: Config, known: Facts) -> dict[str, Any]:
             f"{known.heads} and {known.key_value_heads}",
         )
     captured, last = [*layer_ids, depth], config.extract.last_state
-    if last is LastState.auto:
-        last = LastState.everywhere if config.train.train_on_prompts else LastState.answers
-    elif last is LastState.answers and config.train.train_on_prompts:
+    if last is LastLayerPositions.auto:
+        last = LastLayerPositions.everywhere if config.train.train_on_prompts else LastLayerPositions.answers
+    elif last is LastLayerPositions.answers and config.train.train_on_prompts:
         raise RecipeError(
             "extract.last_state=answers keeps nothing by which train.train_on_prompts could train on prompts",
             "leave extract.last_state out, or set train.train_on_prompts=false",

@@ -28,7 +28,7 @@ from typing import Any
 
 import speculators
 from speculators.config.choices import Connector
-from speculators.config.fields import to_plain
+from speculators.config.fields import to_builtins
 from speculators.config.schema import Config, Mooncake
 from speculators.errors import ServiceError
 from speculators.runner.execution import endings
@@ -139,7 +139,7 @@ class Service:
             "mode": self.mode,
             "directory": str(self.spec.states or self.directory / "states"),
             "log": str(self.spec.log),
-            "mooncake": to_plain(self.spec.mooncake),
+            "mooncake": to_builtins(self.spec.mooncake),
         }
 
     def worker_env(self) -> dict[str, str]:

@@ -30,7 +30,7 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
-from speculators.config.schema import Run
+from speculators.config.schema import RunOptions
 from speculators.errors import StoreError
 from speculators.job import write_json
 from speculators.runner.planning import key as keys
@@ -47,7 +47,7 @@ def store_root(named: str) -> Path:
     return Path(named or os.environ.get("SPECULATORS_STORE") or "~/.cache/speculators-run").expanduser().resolve()
 
 
-def open_store(run: Run) -> Store:
+def open_store(run: RunOptions) -> Store:
     """The store of a recipe over those that it only reads.
 
     Raises:

@@ -15,8 +15,8 @@ import pytest
 
 from speculators.config.algorithms import Eagle3
 from speculators.config.choices import Device
-from speculators.config.fields import to_plain
-from speculators.config.schema import Config, Executor
+from speculators.config.fields import to_builtins
+from speculators.config.schema import Config, ExecutorOptions
 from speculators.errors import ServiceError
 from speculators.runner import executors
 from speculators.runner.execution import execute
@@ -53,7 +53,7 @@ def served(world: Path, *options: str, **told: Any) -> Path:
         config=config, mode="generate", dtype="float32", target=str(world / "model"), max_model_len=64,
         homes=str(world / "store/services"), logs=str(world / "logs"),
     )  # fmt: skip
-    path.write_text(json.dumps({**json.loads(path.read_text()), "orders": {"target": to_plain(order)}}))
+    path.write_text(json.dumps({**json.loads(path.read_text()), "orders": {"target": to_builtins(order)}}))
     return path
 
 
@@ -162,7 +162,7 @@ def test_when_the_far_end_is_killed_nothing_of_the_server_is_left(world: Path) -
 @SUBMITIT
 def test_a_server_in_a_job_of_slurm_sees_the_gpus_that_the_job_was_given(slurm: Path) -> None:
     path = served(slurm, hold=2)
-    handle = executors.executor("slurm", Executor()).submit(path, slurm / "log", {})
+    handle = executors.executor("slurm", ExecutorOptions()).submit(path, slurm / "log", {})
     until_holding(path)
     pids = until_served(slurm)
     assert {variable(pid, "CUDA_VISIBLE_DEVICES") for pid in pids} == {"7"}

@@ -16,7 +16,7 @@ import pytest
 
 from speculators.config import compose
 from speculators.config.choices import ExecutorName
-from speculators.config.schema import Executor
+from speculators.config.schema import ExecutorOptions
 from speculators.errors import RecipeError, StageError
 from speculators.runner import executors
 from speculators.runner.execution import lease
@@ -47,7 +47,7 @@ def _ray_ends_here() -> Iterator[None]:
 
 def submit(name: str, world: Path, path: Path, **env: str) -> Handle:
     # sitecustomize of the world is found in every worker, as the package of a user would be.
-    return executors.executor(name, Executor()).submit(path, world / "log", env)
+    return executors.executor(name, ExecutorOptions()).submit(path, world / "log", env)
 
 
 def far_end(handle: Handle) -> int:
@@ -223,7 +223,7 @@ def slurm(world: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 @SUBMITIT
 def test_a_job_of_slurm_asks_for_what_the_recipe_says_and_sees_the_gpus_it_was_given(slurm: Path) -> None:
-    options = Executor(partition="long", time_limit=90, gpus=2, cpus=3)
+    options = ExecutorOptions(partition="long", time_limit=90, gpus=2, cpus=3)
     path = request(slurm, tells=["CUDA_VISIBLE_DEVICES"])
     handle = executors.executor("submitit", options).submit(path, slurm / "log", {})
     assert ended(handle, 60) == 0
@@ -237,7 +237,7 @@ def test_a_job_of_slurm_asks_for_what_the_recipe_says_and_sees_the_gpus_it_was_g
 def test_without_slurm_the_error_says_so(world: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PATH", str(world))
     with pytest.raises(StageError, match="srun") as caught:
-        executors.executor("slurm", Executor()).submit(request(world), world / "log", {})
+        executors.executor("slurm", ExecutorOptions()).submit(request(world), world / "log", {})
     assert "executor=submitit" in caught.value.hint
 
 

@@ -9,7 +9,7 @@ import pytest
 
 from speculators import cli
 from speculators.config import compose
-from speculators.config.choices import StatesDtype
+from speculators.config.choices import HiddenStatesDtype
 from speculators.config.schema import Config
 from speculators.errors import StoreError
 from speculators.features.encoding import bytes_per_token
@@ -70,7 +70,7 @@ def test_states_that_answers_were_kept_with_are_only_copied_from_another_file_sy
 
 def test_float8_halves_the_bytes_and_keeps_the_scales_in_them(config: Config) -> None:
     known = derive.Facts(num_hidden_layers=30, hidden_size=576, vocab_size=49152)
-    for dtype in StatesDtype:
+    for dtype in HiddenStatesDtype:
         config.extract.dtype = dtype
         stored = derive.feature_bytes_per_token(config, known)
         assert stored == sum(bytes_per_token(5, 576, dtype.name))

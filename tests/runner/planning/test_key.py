@@ -14,7 +14,7 @@ import pytest
 import yaml
 
 from speculators.config import compose, shipped
-from speculators.config.fields import leaves
+from speculators.config.fields import iter_options
 from speculators.runner.planning import key
 from speculators.runner.planning.graph import KINDS
 from speculators.runner.planning.plan import Planner
@@ -164,7 +164,7 @@ def test_every_operational_field_moves_no_key_and_every_semantic_one_moves_some(
     planner = Planner(config, store)
     before = keys(planner)
     read = tuple(f"{name}." for kind in KINDS.values() for name in kind.reads)
-    for name, value, policy, _ in list(leaves(config)):
+    for name, value, policy, _ in list(iter_options(config)):
         if (
             name.endswith(".source")
             or name.startswith("pipeline")
@@ -186,7 +186,7 @@ def test_every_operational_field_moves_no_key_and_every_semantic_one_moves_some(
 def test_no_semantic_field_is_read_by_nobody() -> None:
     config = compose.compose(["recipe=smollm2_eagle3"])
     read = tuple(f"{name}." for kind in KINDS.values() for name in kind.reads)
-    unread = [n for n, _, policy, _ in leaves(config) if policy == "semantic" and not f"{n}.".startswith(read)]
+    unread = [n for n, _, policy, _ in iter_options(config) if policy == "semantic" and not f"{n}.".startswith(read)]
     # Wiring enters keys by the digests of what is wired, layer ids by what is derived from them, and
     # trust_remote_code changes who may run, not what comes out.
     assert [n for n in unread if not n.startswith("pipeline")] == ["target.trust_remote_code"]

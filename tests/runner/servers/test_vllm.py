@@ -13,9 +13,9 @@ import pytest
 
 from speculators import packages as packages_module
 from speculators.config.algorithms import DFlash, Eagle3
-from speculators.config.choices import Connector, Device, Dtype, StatesDtype
-from speculators.config.fields import to_plain
-from speculators.config.schema import Config, from_plain
+from speculators.config.choices import Connector, Device, Dtype, HiddenStatesDtype
+from speculators.config.fields import to_builtins
+from speculators.config.schema import Config, from_builtins
 from speculators.errors import RecipeError
 from speculators.runner.servers import threads, vllm
 from tests.runner.fake_server import distribution
@@ -92,7 +92,7 @@ def test_an_extracting_server_gets_the_layers_and_our_connector() -> None:
 
 def test_states_that_are_stored_in_float8_leave_the_engine_so() -> None:
     config = recipe()
-    config.extract.dtype = StatesDtype.float8_e4m3fn
+    config.extract.dtype = HiddenStatesDtype.float8_e4m3fn
     for dtype, sent in (("bfloat16", "float8_e4m3fn"), ("float32", "float8_e4m3fn"), ("float16", None)):
         argv = words(config, "extract", dtype=dtype, capture_layer_ids=[2, 30])
         connector = json.loads(value(argv, "--kv_transfer_config"))
@@ -124,9 +124,9 @@ def order(config: Config, tmp_path: Path) -> vllm.Order:
 
 def test_an_order_goes_through_a_file_with_all_that_the_server_is_told(tmp_path: Path) -> None:
     config = recipe()
-    config.serve.extra_args, config.extract.dtype = ["--seed", "3"], StatesDtype.float8_e4m3fn
+    config.serve.extra_args, config.extract.dtype = ["--seed", "3"], HiddenStatesDtype.float8_e4m3fn
     made = dataclasses.replace(order(config, tmp_path), mode="extract", capture_layer_ids=[2, 5])
-    read = from_plain(vllm.Order, json.loads(json.dumps(to_plain(made))))
+    read = from_builtins(vllm.Order, json.loads(json.dumps(to_builtins(made))))
     assert read == made
     assert vllm.server(read, {"OF_THE_RUNNER": "1"}).spec.env["OF_THE_RUNNER"] == "1"
 
@@ -259,7 +259,7 @@ def test_a_server_of_several_devices_is_told_how_it_is_spread_over_them() -> Non
 )
 def test_a_stock_connector_is_loaded_as_its_authors_say(connector: Connector, told: dict[str, str]) -> None:
     config = extraction(connector)
-    config.extract.dtype = StatesDtype.float8_e4m3fn
+    config.extract.dtype = HiddenStatesDtype.float8_e4m3fn
     argv = words(config, "extract", capture_layer_ids=[2, 30])
     extra = {"shared_storage_path": "/store/services/n1/states"}
     given = json.loads(value(argv, "--kv_transfer_config"))

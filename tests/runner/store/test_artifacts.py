@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 
 from speculators import cli
-from speculators.config.schema import Config, Run
+from speculators.config.schema import Config, RunOptions
 from speculators.errors import StageError, StoreError
 from speculators.runner.planning import key as keys
 from speculators.runner.planning.plan import Planner
@@ -300,8 +300,8 @@ def test_layers_are_named_by_the_recipe_or_else_by_the_environment(
         put(Store(tmp_path / name))
     a, b, c = (str(tmp_path / name) for name in "abc")
     monkeypatch.setenv("SPECULATORS_STORE_READ", f"{b}:{c}")
-    assert [str(layer.root) for layer in open_store(Run(store=a)).layers] == [b, c]
-    assert [str(layer.root) for layer in open_store(Run(store=a, stores_read=[c, a])).layers] == [c]
+    assert [str(layer.root) for layer in open_store(RunOptions(store=a)).layers] == [b, c]
+    assert [str(layer.root) for layer in open_store(RunOptions(store=a, stores_read=[c, a])).layers] == [c]
 
 
 def test_a_layer_that_is_not_there_is_an_error_and_not_a_rerun(tmp_path: Path) -> None:

@@ -1,0 +1,54 @@
+"""One name is one thing: no class and no public top-level function of the package shares its name with another."""
+
+from __future__ import annotations
+
+import ast
+from collections import defaultdict
+from pathlib import Path
+
+PACKAGE = Path(__file__).parent.parent / "speculators"
+PENDING = {
+    "Job",
+    "Layer",
+    "Layout",
+    "RMSNorm",
+    "Rotary",
+    "_Job",
+    "anchored_attention",
+    "causal_attention",
+    "check",
+    "check_checkpoint",
+    "chosen",
+    "differences",
+    "env",
+    "environment",
+    "explain",
+    "memory",
+    "read",
+    "resolved",
+    "runs",
+    "size",
+}
+"""Names that are still defined more than once. The tests also fail when one of them no longer is."""
+
+
+def definitions() -> dict[str, list[str]]:
+    """Modules by the class, at any depth, or public top-level function that they define; `main` is an entry point."""
+    modules: dict[str, list[str]] = defaultdict(list)
+    for path in sorted(PACKAGE.rglob("*.py")):
+        module, tree = str(path.relative_to(PACKAGE.parent)), ast.parse(path.read_text())
+        names = [node.name for node in ast.walk(tree) if isinstance(node, ast.ClassDef)]
+        names += [node.name for node in tree.body if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef))]
+        for name in names:
+            if name != "main" and (name[0] != "_" or name[1:2].isupper()):
+                modules[name].append(module)
+    return modules
+
+
+def test_no_name_is_defined_twice() -> None:
+    repeated = {name: modules for name, modules in definitions().items() if len(modules) > 1}
+    assert {name: modules for name, modules in repeated.items() if name not in PENDING} == {}
+
+
+def test_pending_names_are_still_defined_twice() -> None:
+    assert {name for name in PENDING if len(definitions()[name]) < 2} == set()
