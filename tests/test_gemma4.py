@@ -20,7 +20,7 @@ from speculators.drafts.base import Vocabulary
 from speculators.drafts.dflash import DFlashDraft
 from speculators.errors import ContractError
 from speculators.features.batch import PackedBatch
-from speculators.ops.distillation import Teacher
+from speculators.ops.distillation import TargetHead
 from speculators.runner.planning.plan import Planner, State
 from speculators.runner.store.artifacts import Store
 from speculators.targets.checkpoint import TargetCheckpoint
@@ -91,7 +91,7 @@ def test_a_draft_of_the_recipe_learns_from_its_states(gemma: tuple[Path, Any], t
     draft = DFlashDraft.build(parts, options, full, ids, seed=1)
     assert draft.mask_token_id == MASK
     norm = target.final_norm()
-    teacher = Teacher(
+    teacher = TargetHead(
         norm_weight=norm.weight, norm_eps=norm.eps, head=draft.lm_head.weight, softcap=target.logit_softcap
     )
     tokens = torch.randint(V, (40,), generator=torch.Generator().manual_seed(2))

@@ -262,7 +262,7 @@ class Eagle3Draft(Draft):
             keys, values = apply_rotary(attention.keys(read), *turn), attention.values(read)
             mask, asked_turn = at.asking_mask, turn
             if step > 0:
-                caches[index].own.append((keys, values))
+                caches[index].later_steps.append((keys, values))
             else:
                 caches.append(KeyValues(keys, values, []))
                 if index < len(self.layers) - 1:

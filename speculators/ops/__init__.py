@@ -1,7 +1,11 @@
-"""Operations of training, one public function each, whose implementation is chosen by the device of its tensors.
+"""Operations of training, one public function each, whose implementation follows from the device of its tensors.
 
-`functional` has RMSNorm, rotary embedding, SiLU-gated product and linear layer; `attention` and `masks` have attention
-over packed batches; `weights` changes weights and keeps rounded copies of them. Behind them are `cpu` (C++), `gpu`
-(flex attention) and `blockwise` (plain torch). Drafts, training and stages import the functions; this package imports
-nothing of ours but `config.algorithms`.
+- `functional`: RMSNorm, rotary embedding, SiLU-gated product, linear layer.
+- `attention`, `masks`: attention over packed batches, causal and at anchors.
+- `divergences`, `distillation`: losses with their gradients, and the loss fused with the draft's head.
+- `muon`, `weights`: Muon's update, and what changes weights.
+
+`reference` computes each from its formula in plain torch; `tests/ops/test_ops.py` holds every implementation against
+it. The implementations are `cpu` (C++), `gpu` (flex attention), `blockwise` and torch's own operations. Drafts,
+training and stages import the functions; this package imports nothing of ours but itself.
 """

@@ -1,4 +1,4 @@
-"""The kernels of `cpu` as differentiable functions: each class pairs a forward kernel with its backward kernel."""
+"""Autograd functions of the kernels in `cpu`: each pairs a forward kernel with its backward kernel."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from torch import Tensor
 from speculators.ops.cpu import Kernels, KeyRanges
 
 
-class RMSNorm(torch.autograd.Function):
+class RMSNormFunction(torch.autograd.Function):
     """See `functional.rms_norm`."""
 
     @staticmethod
@@ -26,7 +26,7 @@ class RMSNorm(torch.autograd.Function):
         return None, grad_x, grad_weight, None, None
 
 
-class Rotary(torch.autograd.Function):
+class RotaryFunction(torch.autograd.Function):
     """See `functional.apply_rotary`."""
 
     @staticmethod
@@ -37,11 +37,11 @@ class Rotary(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        cos, sin = ctx.saved_tensors  # the transpose of a rotation is the rotation back
+        cos, sin = ctx.saved_tensors  # the transpose of a rotation is the inverse rotation
         return None, ctx.kernels.apply_rotary(grads[0].contiguous(), cos, -sin, ctx.dtype), None, None
 
 
-class SiluMul(torch.autograd.Function):
+class SiluMulFunction(torch.autograd.Function):
     """See `functional.silu_mul`."""
 
     @staticmethod
@@ -55,32 +55,24 @@ class SiluMul(torch.autograd.Function):
         return None, *ctx.kernels.silu_mul_backward(grads[0].contiguous(), *ctx.saved_tensors)
 
 
-class RoundedLinear(torch.autograd.Function):
-    """Rows [n, W] @ weight.T, computed with a copy of the weight that has their format already."""
+class RoundedLinearFunction(torch.autograd.Function):
+    """Computes x @ weight.T for x [n, W] with a copy of the weight in x's format; the gradients have that format."""
 
     @staticmethod
-    def forward(ctx: Any, rows: Tensor, weight: Tensor, rounded: Tensor) -> Tensor:
-        ctx.save_for_backward(rows, rounded)
-        return rows @ rounded.T
+    def forward(ctx: Any, x: Tensor, weight: Tensor, rounded_weight: Tensor) -> Tensor:
+        ctx.save_for_backward(x, rounded_weight)
+        return x @ rounded_weight.T
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        (grad,), (rows, rounded) = grads, ctx.saved_tensors
-        needs_rows, needs_weight, _ = ctx.needs_input_grad
-        return grad @ rounded if needs_rows else None, grad.T @ rows if needs_weight else None, None
+        (grad,), (x, rounded_weight) = grads, ctx.saved_tensors
+        needs_x, needs_weight, _ = ctx.needs_input_grad
+        return grad @ rounded_weight if needs_x else None, grad.T @ x if needs_weight else None, None
 
 
-def ranged_attention(
-    kernels: Kernels, ranges: KeyRanges, query_states: Tensor,
-    context: tuple[Tensor, Tensor], own: tuple[Tensor, Tensor],
-) -> Tensor:  # fmt: skip
-    """As `Kernels.attention`, differentiable; the arguments may have any format and layout."""
-    tensors = (x.float().contiguous() for x in (query_states, *context, *own))
-    out: Tensor = _Attention.apply(kernels, ranges, *tensors)
-    return out
+class AttentionFunction(torch.autograd.Function):
+    """See `ranged_attention`."""
 
-
-class _Attention(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, kernels: Kernels, ranges: KeyRanges, *tensors: Tensor) -> Tensor:
         out, logsumexp = kernels.attention(ranges, *tensors)
@@ -93,3 +85,13 @@ class _Attention(torch.autograd.Function):
         out, logsumexp, *tensors = ctx.saved_tensors
         grad = grads[0].contiguous()
         return None, None, *ctx.kernels.attention_backward(grad, out, logsumexp, ctx.ranges, *tensors)
+
+
+def ranged_attention(
+    kernels: Kernels, ranges: KeyRanges, query_states: Tensor,
+    context: tuple[Tensor, Tensor], block: tuple[Tensor, Tensor],
+) -> Tensor:  # fmt: skip
+    """Compute `Kernels.attention` differentiably, for keys and values of any format and layout; float32 output."""
+    tensors = (x.float().contiguous() for x in (query_states, *context, *block))
+    out: Tensor = AttentionFunction.apply(kernels, ranges, *tensors)
+    return out

@@ -1,7 +1,7 @@
-"""Attention in plain torch operations, one group of queries after the other.
+"""Attention by torch operations, one group of queries at a time.
 
-Used on a CPU without a compiler, and on devices that have no kernel of their own. Scores exist for a few hundred
-queries at a time, and keys that none of them sees are not computed.
+It serves CPUs without a compiler and devices without a kernel of their own. Scores exist for a few hundred queries at
+a time, and only over keys that one of them sees.
 
 Shapes: R queries or blocks; G key-value heads; Q query heads; D head width; L queries of a group or of a block;
 S keys that a group sees; C context positions; B slots of a block; A blocks of a group.
@@ -18,17 +18,17 @@ from torch import Tensor
 from speculators.ops.masks import AnchorMask, CausalMask
 
 QUERIES = 256
-"""Queries whose scores exist at one time, about."""
+"""Approximate number of queries whose scores exist at a time."""
 
 KeyValue = tuple[Tensor, Tensor]
 Group = tuple[slice, slice, Tensor]
-"""Rows that are computed together, the keys that any of them sees, and which of these a row does not see, bool."""
+"""Rows computed together; the keys that any of them sees; which of these keys each row does not see, bool."""
 
 
-def causal(
-    query_states: Tensor, key_states: Tensor, value_states: Tensor, own: Sequence[KeyValue], mask: CausalMask
+def blockwise_causal(
+    query_states: Tensor, key_states: Tensor, value_states: Tensor, later_steps: Sequence[KeyValue], mask: CausalMask
 ) -> Tensor:
-    """As `attention.causal_attention`."""
+    """Compute `attention.causal_attention`; arguments as the fields of `KeyValues`."""
     _, heads, width = query_states.shape
     groups = key_states.shape[1]
     scaled = query_states * (1.0 / math.sqrt(width))
@@ -40,27 +40,29 @@ def causal(
         queries = scaled[rows].view(length, groups, heads // groups, width).permute(1, 2, 0, 3)
         scores = queries.reshape(groups, -1, width) @ keys[:, context].transpose(1, 2)
         scores = scores.view(groups, -1, length, seen).masked_fill(hidden, float("-inf"))
-        own_keys = [k[rows].transpose(0, 1)[:, None] for k, _ in own]  # [G, 1, L, D]
-        own_scores = [(queries * k).sum(-1, keepdim=True) for k in own_keys]
-        weights, *own_weights = (
-            torch.cat([scores, *own_scores], dim=-1).softmax(-1).split([seen, *(1 for _ in own_keys)], -1)
+        step_keys = [k[rows].transpose(0, 1)[:, None] for k, _ in later_steps]  # [G, 1, L, D]
+        step_scores = [(queries * k).sum(-1, keepdim=True) for k in step_keys]
+        weights, *step_weights = (
+            torch.cat([scores, *step_scores], dim=-1).softmax(-1).split([seen, *(1 for _ in step_keys)], -1)
         )
         mixed = weights.reshape(groups, -1, seen) @ values[:, context]
         mixed = mixed.view(groups, -1, length, width)
-        for weight, (_, v) in zip(own_weights, own, strict=True):
+        for weight, (_, v) in zip(step_weights, later_steps, strict=True):
             mixed = mixed + weight * v[rows].transpose(0, 1)[:, None]
         out.append(mixed.permute(2, 0, 1, 3).reshape(length, heads * width))
     return torch.cat(out) if out else query_states.new_zeros(0, heads * width)
 
 
-def anchored(query_states: Tensor, context: KeyValue, own: KeyValue, mask: AnchorMask, is_causal: bool) -> Tensor:
-    """As `attention.anchored_attention`."""
+def blockwise_anchored(
+    query_states: Tensor, context: KeyValue, block: KeyValue, mask: AnchorMask, is_causal: bool
+) -> Tensor:
+    """Compute `attention.anchored_attention`."""
     count, length, heads, width = query_states.shape
-    slots, groups = own[0].shape[1:3]
+    slots, groups = block[0].shape[1:3]
     shared = heads // groups
     scaled = query_states * (1.0 / math.sqrt(width))
     keys, values = (x.float().transpose(0, 1) for x in context)  # [G, C, D]
-    own_keys, own_values = (x.float().permute(2, 0, 1, 3) for x in own)  # [G, R, B, D]
+    block_keys, block_values = (x.float().permute(2, 0, 1, 3) for x in block)  # [G, R, B, D]
     order = torch.arange(slots, device=query_states.device)
     later = (order[None, :] > order[slots - length :, None]) if is_causal else None  # [L, B]
     out = []
@@ -72,19 +74,21 @@ def anchored(query_states: Tensor, context: KeyValue, own: KeyValue, mask: Ancho
         scores = queries.view(groups, -1, width) @ keys[:, seen_range].transpose(1, 2)
         scores = scores.view(groups, blocks, shared * length, seen)
         scores = scores.masked_fill(hidden[:, None], float("-inf"))
-        inside = queries @ own_keys[:, rows].transpose(2, 3)
+        block_scores = queries @ block_keys[:, rows].transpose(2, 3)
         if later is not None:
-            inside = inside.view(groups, blocks, shared, length, slots).masked_fill(later, float("-inf")).flatten(2, 3)
-        weights, own_weights = torch.cat([scores, inside], dim=-1).softmax(-1).split([seen, slots], -1)
+            block_scores = (
+                block_scores.view(groups, blocks, shared, length, slots).masked_fill(later, float("-inf")).flatten(2, 3)
+            )
+        weights, block_weights = torch.cat([scores, block_scores], dim=-1).softmax(-1).split([seen, slots], -1)
         mixed = weights.reshape(groups, blocks * shared * length, seen) @ values[:, seen_range]
-        mixed = mixed.view(groups, blocks, shared * length, width) + own_weights @ own_values[:, rows]
+        mixed = mixed.view(groups, blocks, shared * length, width) + block_weights @ block_values[:, rows]
         mixed = mixed.view(groups, blocks, shared, length, width).permute(1, 3, 0, 2, 4)
         out.append(mixed.reshape(blocks, length, heads * width))
     return torch.cat(out) if out else query_states.new_zeros(count, length, heads * width)
 
 
 def _causal_groups(mask: CausalMask) -> list[Group]:
-    """Groups of queries of one document each."""
+    """Return groups of queries, each of one document."""
     if "groups" not in mask.cache:
         mask.cache["groups"] = []
         for rows in _runs(mask.first, QUERIES):
@@ -97,21 +101,21 @@ def _causal_groups(mask: CausalMask) -> list[Group]:
 
 
 def _anchor_groups(mask: AnchorMask, slots: int) -> list[Group]:
-    """Groups of blocks of one document each."""
+    """Return groups of blocks, each of one document."""
     if ("groups", slots) not in mask.cache:
-        found: list[Group] = []
+        built: list[Group] = []
         for rows in _runs(mask.document, max(1, QUERIES // slots)):
             first, end = mask.first[rows], mask.end[rows]
             keys = slice(int(first[0]), int(end[-1]))
             positions = torch.arange(keys.start, keys.stop, device=end.device)[None, :]
-            found.append((rows, keys, (positions >= end[:, None]) | (positions < first[:, None])))
-        mask.cache["groups", slots] = found
+            built.append((rows, keys, (positions >= end[:, None]) | (positions < first[:, None])))
+        mask.cache["groups", slots] = built
     groups: list[Group] = mask.cache["groups", slots]
     return groups
 
 
 def _runs(document: Tensor, limit: int) -> Iterator[slice]:
-    """Rows of equal values, at most `limit` at a time."""
+    """Yield slices of equal consecutive values, at most `limit` long."""
     first = 0
     for count in document.unique_consecutive(return_counts=True)[1].tolist():
         for begin in range(first, first + count, limit):

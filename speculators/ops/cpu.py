@@ -1,9 +1,9 @@
-"""Kernels in C++ for training on a CPU, compiled for the machine when they are first needed.
+"""C++ kernels for training on a CPU, compiled for the machine when they are first needed.
 
-After a matrix product comes small work on many numbers, for which torch goes through memory once per operation. Here a
-row of logits becomes a loss and its gradient while it is in a core's cache, which takes a tenth of the time
-(docs/log.md). `functional`, `attention`, `training.losses` and `training.optim` compute the same in torch where there
-are no kernels; results differ by rounding.
+Between matrix products, training does little work on many numbers, for which torch reads and writes memory once per
+operation. These kernels do it once per function: a row of logits becomes a loss and its gradient in a core's cache, in
+a tenth of the time (docs/log.md). The other modules of `ops` call them where `kernels` returns them, and compute the
+same with torch's operations elsewhere; results differ by rounding.
 
 The compiler is `$CXX` or `c++`; the library is kept in the user's cache. `SPECULATORS_NATIVE=0` turns the kernels off.
 """
@@ -26,8 +26,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from speculators.config.algorithms import Loss
-
 SOURCES = sorted(Path(__file__).parent.glob("*.cpp"))
 HEADER = Path(__file__).with_name("numbers.h")
 SWITCH = "SPECULATORS_NATIVE"
@@ -41,64 +39,66 @@ FLAGS = [
     "-fPIC",
     "-fopenmp",
 ]
-WIDE = ["-mprefer-vector-width=512"]
-"""On x86, whose compilers use half of the vector width unless told."""
+X86_FLAGS = ["-mprefer-vector-width=512"]
+"""Without it, compilers use half of an x86 processor's vector width."""
 SHORT = torch.bfloat16
 FORMATS = (torch.float32, SHORT)
-LOSSES = ({Loss.kl: 1.0}, {Loss.ce: 1.0})
+LOSSES = ({"kl": 1.0}, {"ce": 1.0})
+"""Mixtures of losses that `Kernels.losses` computes."""
 
 
 @dataclass(frozen=True, slots=True)
 class KeyRanges:
-    """Context that each block of queries sees, as one range of keys."""
+    """Range of context keys that each block of queries sees."""
 
     first: Tensor
     """First key, int64 [M]."""
     end: Tensor
     """First key after the range, int64 [M]."""
     is_causal: bool = False
-    """Whether the queries are those of a block's last slots, and see none of its own keys after their own."""
+    """Whether a query sees none of its block's keys after its own; the queries are a block's last slots."""
 
 
 class Kernels:
-    """The compiled kernels. All tensors are contiguous and in CPU memory."""
+    """The compiled kernels. Tensors are contiguous and in CPU memory."""
 
     def __init__(self, library: ctypes.CDLL) -> None:
         self.library = library
         library.speculators_sum_of_squares.restype = ctypes.c_double
 
     def losses(
-        self, kind: Loss, z: Tensor, target: Tensor, local: Tensor, weight: Tensor | None, with_grad: bool
-    ) -> tuple[Tensor, Tensor]:
-        """Compute the loss of each prediction, and whether the draft's argmax is the target's.
+        self, name: str, logits: Tensor, target_logits: Tensor, target_rows: Tensor, weight: Tensor | None,
+        with_grad: bool,
+    ) -> tuple[Tensor, Tensor]:  # fmt: skip
+        """Compute the loss of each prediction; see `divergences.loss_and_grad`.
 
         Args:
-            kind: one of `LOSSES`.
-            z: the draft's logits [n, V], `FORMATS`; with `with_grad` overwritten by weight * d loss / d z.
-            target: the target's logits [u, V], `FORMATS`.
-            local: row of `target` of each prediction, int64 [n]; fastest where equal ones are neighbours.
+            name: "kl" or "ce".
+            logits: `FORMATS` [n, V]; with `with_grad` overwritten by weight * d loss / d logits.
+            target_logits: `FORMATS` [u, V].
+            target_rows: int64 [n]; fastest where equal ones are neighbours.
             weight: float32 [n]; 1 if None.
             with_grad: whether to compute gradients.
 
-        Returns: float32 [n]; bool [n], where of equal logits the first one counts.
+        Returns: float32 losses [n]; whether the argmaxes agree, bool [n], where of equal logits the first counts.
         """
-        loss, correct = torch.empty(len(z)), torch.empty(len(z), dtype=torch.bool)
+        loss, correct = torch.empty(len(logits)), torch.empty(len(logits), dtype=torch.bool)
         self._call(
-            "losses", kind is Loss.ce, z, z.dtype is SHORT, target, target.dtype is SHORT, local, weight, *z.shape,
-            with_grad, loss, correct,
+            "losses", name == "ce", logits, logits.dtype is SHORT, target_logits, target_logits.dtype is SHORT,
+            target_rows, weight, *logits.shape, with_grad, loss, correct,
         )  # fmt: skip
         return loss, correct
 
     def rms_norm(self, x: Tensor, weight: Tensor, eps: float, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-        """As `functional.rms_norm`.
+        """Compute `functional.rms_norm`.
 
         Args:
             x: `FORMATS` [..., W].
             weight: float32 [W].
-            eps: added to the mean of the squares.
-            dtype: of the result, of `FORMATS`.
+            eps: added to the mean square.
+            dtype: of the result, one of `FORMATS`.
 
-        Returns: of x's shape; and each row's 1 / sqrt(mean square + eps), float32 [...].
+        Returns: the normed rows, of x's shape; and 1 / sqrt(mean square + eps) of each row, float32 [...].
         """
         out, inverse = torch.empty_like(x, dtype=dtype), x.new_empty(x.shape[:-1], dtype=torch.float32)
         self._call(
@@ -116,7 +116,7 @@ class Kernels:
         return grad_x, grad_weight
 
     def silu_mul(self, gate: Tensor, up: Tensor) -> Tensor:
-        """gate * sigmoid(gate) * up, all of one format of `FORMATS` and one shape."""
+        """Compute `functional.silu_mul`; all tensors have one shape and one of `FORMATS`."""
         out = torch.empty_like(up)
         self._call("silu_mul", gate, up, out, out.dtype is SHORT, out.numel())
         return out
@@ -128,116 +128,117 @@ class Kernels:
         return grad_gate, grad_up
 
     def apply_rotary(self, x: Tensor, cos: Tensor, sin: Tensor, dtype: torch.dtype) -> Tensor:
-        """As `functional.apply_rotary`, from and to any of `FORMATS`; with -sin it is the backward pass."""
+        """Compute `functional.apply_rotary` from and to any of `FORMATS`; with -sin it is the backward pass."""
         out = torch.empty_like(x, dtype=dtype)
         rows = cos.numel() // x.shape[-1]
         self._call("apply_rotary", x, x.dtype is SHORT, cos, sin, out, dtype is SHORT, rows, *x.shape[-2:])
         return out
 
-    def attention(self, ranges: KeyRanges, q: Tensor, *keys_values: Tensor) -> tuple[Tensor, Tensor]:
-        """Attention of blocks of queries to ranges of a context, and to a few keys of each block's own.
+    def attention(self, ranges: KeyRanges, q: Tensor, *key_values: Tensor) -> tuple[Tensor, Tensor]:
+        """Attend from blocks of queries to ranges of a context, and to the block's own few keys; all float32.
 
         Args:
-            ranges: what each block sees of the context.
-            q: [M, L, Q, D], as all of them float32.
-            keys_values: keys and values of the context, [C, G, D] each, and of the blocks, [M, S, G, D] each.
+            ranges: context keys that each block sees.
+            q: queries [M, L, Q, D].
+            key_values: keys and values of the context, [C, G, D] each, and of the blocks, [M, S, G, D] each.
 
-        Returns: [M, L, Q, D]; and the logsumexp of each query's scores [M, L, Q].
+        Returns: the output [M, L, Q, D], and the logsumexp of each query's scores [M, L, Q].
         """
         out, logsumexp = torch.empty_like(q), q.new_empty(q.shape[:-1])
         self._call(
-            "attention", q, *keys_values, ranges.first, ranges.end, out, logsumexp, *_sizes(ranges, q, keys_values)
+            "attention", q, *key_values, ranges.first, ranges.end, out, logsumexp, *_sizes(ranges, q, key_values)
         )
         return out, logsumexp
 
     def attention_backward(
-        self, grad: Tensor, out: Tensor, logsumexp: Tensor, ranges: KeyRanges, q: Tensor, *keys_values: Tensor
+        self, grad: Tensor, out: Tensor, logsumexp: Tensor, ranges: KeyRanges, q: Tensor, *key_values: Tensor
     ) -> list[Tensor]:
         """Gradients of queries and of all keys and values, from that of the output [M, L, Q, D]."""
-        grads = [torch.empty_like(each) for each in (q, *keys_values)]
+        grads = [torch.empty_like(tensor) for tensor in (q, *key_values)]
         self._call(
-            "attention_backward", grad, out, logsumexp, q, *keys_values, ranges.first, ranges.end, *grads,
-            *_sizes(ranges, q, keys_values),
+            "attention_backward", grad, out, logsumexp, q, *key_values, ranges.first, ranges.end, *grads,
+            *_sizes(ranges, q, key_values),
         )  # fmt: skip
         return grads
 
     def nesterov_momentum(
-        self, momentum: Tensor, grad: Tensor, direction: Tensor | None, keep: float, fresh: float, ahead: float
-    ) -> None:
-        """Momentum update in place: m = keep * m + fresh * grad; float32 [k, n], gradient of `FORMATS`.
+        self, momentum: Tensor, grad: Tensor, direction: Tensor | None, beta: float, grad_factor: float,
+        lookahead_factor: float,
+    ) -> None:  # fmt: skip
+        """Update in place: m = beta * m + grad_factor * grad, direction = m + lookahead_factor * grad.
 
-        `direction`, `FORMATS` [k, n] or the transpose of such a tensor, becomes m + ahead * grad (Nesterov).
+        Args:
+            momentum: float32 [k, n].
+            grad: `FORMATS` [k, n].
+            direction: `FORMATS` [k, n], or the transpose of such a tensor [n, k]; not computed if None.
+            beta: factor of the old momentum.
+            grad_factor: factor of the gradient in the momentum.
+            lookahead_factor: factor of the gradient in the direction.
         """
-        short, transposed = grad.dtype is SHORT, False
-        to_short = direction is not None and direction.dtype is SHORT
+        transposed, short = False, direction is not None and direction.dtype is SHORT
         if direction is not None and not direction.is_contiguous():
             direction, transposed = direction.mT, True
         self._call(
-            "nesterov_momentum",
-            momentum,
-            grad,
-            short,
-            direction,
-            to_short,
-            *momentum.shape,
-            transposed,
-            keep,
-            fresh,
-            ahead,
-        )
+            "nesterov_momentum", momentum, grad, grad.dtype is SHORT, direction, short, *momentum.shape, transposed,
+            beta, grad_factor, lookahead_factor,
+        )  # fmt: skip
 
     def polynomial(self, x: Tensor, square: Tensor, factors: Tensor) -> None:
-        """Set symmetric matrices, bfloat16 [B, k, k], to a I + b x + c x^2; `factors` float32 [B, 3]."""
+        """Set symmetric matrices, bfloat16 [B, k, k], to a I + b x + c x^2; `factors` a, b, c: float32 [B, 3]."""
         self._call("polynomial", x, square, factors, *x.shape[:2])
 
     def apply_update(self, weight: Tensor, rounded: Tensor | None, update: Tensor, keep: float, size: float) -> None:
-        """Set a float32 weight to keep * weight - size * update, and its bfloat16 copy, if there is one, to the same.
+        """Set a float32 weight, and its bfloat16 copy if there is one, to keep * weight - size * update.
 
-        `update` is of `FORMATS`. Torch does not see the change: version counters are the caller's.
+        `update` has one of `FORMATS`. The weight's version counter stays as it is.
         """
         self._call("apply_update", weight, rounded, update, update.dtype is SHORT, weight.numel(), keep, size)
 
     def sum_of_squares(self, x: Tensor) -> float:
-        """Sum of the squares of a tensor, `FORMATS`."""
-        found: float = self._call("sum_of_squares", x, x.dtype is SHORT, x.numel())
-        return found
+        """Sum the squares of a tensor of one of `FORMATS`."""
+        total: float = self._call("sum_of_squares", x, x.dtype is SHORT, x.numel())
+        return total
 
-    def _call(self, name: str, *words: Tensor | float | None) -> Any:
-        return getattr(self.library, f"speculators_{name}")(*map(_word, words), ctypes.c_int(torch.get_num_threads()))
-
-
-def _sizes(ranges: KeyRanges, q: Tensor, keys_values: Sequence[Tensor]) -> tuple[int, ...]:
-    return (*q.shape, *keys_values[0].shape[:2], keys_values[2].shape[1], ranges.is_causal)
+    def _call(self, name: str, *arguments: Tensor | float | None) -> Any:
+        function = getattr(self.library, f"speculators_{name}")
+        return function(*map(_c_argument, arguments), ctypes.c_int(torch.get_num_threads()))
 
 
-def _word(word: Tensor | float | None) -> Any:
-    if isinstance(word, Tensor):
-        assert word.is_contiguous()
-        return ctypes.c_void_p(word.data_ptr())
-    if isinstance(word, bool):
-        return ctypes.c_int(word)
-    return ctypes.c_float(word) if isinstance(word, float) else ctypes.c_int64(word) if word is not None else None
+def _sizes(ranges: KeyRanges, q: Tensor, key_values: Sequence[Tensor]) -> tuple[int, ...]:
+    return (*q.shape, *key_values[0].shape[:2], key_values[2].shape[1], ranges.is_causal)
+
+
+def _c_argument(argument: Tensor | float | None) -> Any:
+    if isinstance(argument, Tensor):
+        assert argument.is_contiguous()
+        return ctypes.c_void_p(argument.data_ptr())
+    if isinstance(argument, bool):
+        return ctypes.c_int(argument)
+    if argument is None:
+        return None
+    return ctypes.c_float(argument) if isinstance(argument, float) else ctypes.c_int64(argument)
 
 
 def kernels(*tensors: Tensor) -> Kernels | None:
-    """The kernels, if all these tensors are of `FORMATS` on a CPU and the kernels compile; else None."""
-    fit = all(tensor.device.type == "cpu" and tensor.dtype in FORMATS for tensor in tensors)
-    found = _found() if fit else ""
-    return found if isinstance(found, Kernels) else None
+    """Return the kernels if all tensors have one of `FORMATS` and are on a CPU, and the kernels compile; else None."""
+    supported = all(tensor.device.type == "cpu" and tensor.dtype in FORMATS for tensor in tensors)
+    loaded = _load() if supported else ""
+    return loaded if isinstance(loaded, Kernels) else None
 
 
 def missing() -> str:
-    """Why there are no kernels; empty if there are."""
-    found = _found()
-    return "" if isinstance(found, Kernels) else found
+    """Return the reason why there are no kernels; empty if there are."""
+    loaded = _load()
+    return "" if isinstance(loaded, Kernels) else loaded
 
 
 @functools.cache
-def _found() -> Kernels | str:
+def _load() -> Kernels | str:
+    """Compile and load the kernels, or return the reason why that fails."""
     if os.environ.get(SWITCH) == "0":
         return f"{SWITCH} is 0"
     try:
-        _share_threads()
+        _share_openmp()
         return Kernels(ctypes.CDLL(str(_library())))
     except subprocess.CalledProcessError as error:
         return f"{error.cmd[0]} ended with {error.returncode}: {(error.stderr or '').strip()[-500:]}"
@@ -246,35 +247,35 @@ def _found() -> Kernels | str:
 
 
 def _library() -> Path:
-    """Path of the compiled kernels: of this source, by this compiler, for this machine."""
+    """Return the path of the library compiled from these sources, by this compiler, for this machine."""
     compiler = os.environ.get("CXX", "c++")
-    flags = FLAGS + (WIDE if platform.machine() in ("x86_64", "AMD64") else [])
+    flags = FLAGS + (X86_FLAGS if platform.machine() in ("x86_64", "AMD64") else [])
     version = subprocess.run([compiler, "--version"], capture_output=True, text=True, check=True).stdout
     machine = re.findall(r"^(?:model name|flags|Features)\s*:.*$", _read("/proc/cpuinfo"), re.MULTILINE)
     texts = [path.read_text() for path in (HEADER, *SOURCES)]
-    made_of = "\0".join([*texts, *flags, version, platform.machine(), *sorted(set(machine))])
+    identity = "\0".join([*texts, *flags, version, platform.machine(), *sorted(set(machine))])
     cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "speculators-native"
-    library = cache / f"{hashlib.sha256(made_of.encode()).hexdigest()[:20]}.so"
+    library = cache / f"{hashlib.sha256(identity.encode()).hexdigest()[:20]}.so"
     if not library.exists():
         cache.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=cache) as scratch:
             compiled, units = Path(scratch) / "compiled.so", [str(Path(scratch) / f"{path.stem}.o") for path in SOURCES]
             steps = [[*flags, "-c", str(path), "-o", unit] for path, unit in zip(SOURCES, units, strict=True)]
-            # Linked without OpenMP: its functions are those of the library that torch has loaded (`_share_threads`).
+            # Linked without OpenMP, whose functions torch's own library provides (`_share_openmp`).
             for step in [*steps, ["-shared", *units, "-o", str(compiled)]]:
                 subprocess.run([compiler, *step], capture_output=True, text=True, check=True)
-            compiled.replace(library)  # whole or not at all: another process may be at it too
+            compiled.replace(library)  # atomic: another process may compile at the same time
     return library
 
 
-def _share_threads() -> None:
-    """Let the kernels find the OpenMP library that torch has loaded: two would wait for each other to sleep."""
+def _share_openmp() -> None:
+    """Let the kernels use the OpenMP library that torch has loaded: two would wait for each other's idle threads."""
     for path in sorted(set(re.findall(r"\S*/lib(?:gomp|iomp5|omp)\b\S*", _read("/proc/self/maps")))):
         ctypes.CDLL(path, ctypes.RTLD_GLOBAL)
 
 
 def _read(path: str) -> str:
-    """A file of the kernel's, which others than Linux do not have."""
+    """Read a file of Linux's /proc; empty on other systems."""
     try:
         return Path(path).read_text()
     except OSError:

@@ -1,8 +1,15 @@
-"""The loss between a draft's predictions and the target's own distributions, fused with the head."""
+"""Distillation loss fused with the draft's head: loss and gradients in one pass, without logits for all tokens.
+
+The gradients of the hidden states that enter the head, and of the head if it is trained, are computed along with the
+loss, for one chunk of target positions at a time, whose logits are freed before the next chunk: no tensor of [tokens,
+vocabulary] exists (compare Wijmans et al. 2024, arXiv:2411.09009). The target's distribution at a position is computed
+once for all predictions of it, and not at all where nothing predicts it.
+
+Shapes: N predictions; T target positions; U of them that are predicted; H hidden size; V draft vocabulary.
+"""
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -10,200 +17,208 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from speculators.config.algorithms import Loss
-from speculators.ops import cpu
-from speculators.ops.divergences import cost
+from speculators.ops.divergences import loss_and_grad
 from speculators.ops.functional import padded_rows
 
 CHUNK_ELEMENTS = {"cpu": 1 << 23, "cuda": 1 << 27}
-"""Logits that exist at one time. Fewer make flat products, which are slow."""
-PART_ELEMENTS = {"cpu": 1 << 19, "cuda": 1 << 27}
-"""Of those, how many are turned into losses and slopes at one time: on a CPU, what its caches hold beside copies."""
-
-
-BACK_ROWS = 256
-"""See `_back`."""
+"""Logits that exist at a time, by device. Smaller chunks make flat products, which are slow."""
+GRAD_ROWS = 256
+"""Rows of a product that `_hidden_grad` computes at a time."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Teacher:
-    """The target from its last layer's output on: final norm, head, and what it does to logits."""
+class TargetHead:
+    """The target's final norm and head, with the scale and soft cap of its logits."""
 
     norm_weight: Tensor
-    """[H] float32: what is multiplied by, offsets included."""
+    """Weight of the final RMSNorm, offsets included, float32 [H]."""
     norm_eps: float
     head: Tensor
-    """[V, H]: rows of the draft's vocabulary."""
+    """Rows of the draft's vocabulary [V, H]."""
     scale: float = 1.0
     softcap: float | None = None
 
-    def logits(self, last: Tensor, dtype: torch.dtype) -> Tensor:
-        """States before the final norm [U, H] -> float32 logits [U, V]; the product is computed in `dtype`."""
-        return self.finish(self.through(self.head.to(dtype), last))
+    def logits(self, hidden_states: Tensor, dtype: torch.dtype) -> Tensor:
+        """Compute float32 logits [T, V] from hidden states before the final norm [T, H]; multiplies in `dtype`."""
+        return self.postprocess(self.project(self.head.to(dtype), hidden_states))
 
-    def normed(self, last: Tensor) -> Tensor:
-        """States before the final norm [U, H] -> what enters the head, float32."""
-        return torch.nn.functional.rms_norm(last.float(), (last.shape[-1],), self.norm_weight, self.norm_eps)
+    def norm(self, hidden_states: Tensor) -> Tensor:
+        """Apply the final norm: [T, H] of any format -> float32 [T, H]."""
+        width = (hidden_states.shape[-1],)
+        return torch.nn.functional.rms_norm(hidden_states.float(), width, self.norm_weight, self.norm_eps)
 
-    def through(self, head: Tensor, last: Tensor) -> Tensor:
-        """States -> what a head that is in the format of the product already makes of them, in that format [U, V]."""
-        return (padded_rows(self.normed(last), head.dtype) @ head.T)[: len(last)]
+    def project(self, head: Tensor, hidden_states: Tensor) -> Tensor:
+        """Multiply normed hidden states [T, H] by a head of any format: [T, V] in that format."""
+        return (padded_rows(self.norm(hidden_states), head.dtype) @ head.T)[: len(hidden_states)]
 
     @property
-    def plain(self) -> bool:
-        """Whether logits are what the head makes, and nothing else."""
+    def is_linear(self) -> bool:
+        """Whether the logits are the projection alone."""
         return self.scale == 1.0 and self.softcap is None
 
-    def finish(self, product: Tensor) -> Tensor:
-        """What the head made [U, V] -> float32 logits."""
-        logits = product.float()
+    def postprocess(self, projection: Tensor) -> Tensor:
+        """Scale and cap a projection [T, V]: float32 logits."""
+        logits = projection.float()
         if self.scale != 1.0:
             logits = logits * self.scale
         return logits if self.softcap is None else self.softcap * torch.tanh(logits / self.softcap)
 
 
-def distance(found: Tensor, wanted: Tensor) -> Tensor:
-    """Squared distance of rows [N, H] from those that are wanted, against the latter's squared length [N]."""
-    return (found - wanted).square().sum(-1) / wanted.square().sum(-1).clamp(min=1e-12)
+def distillation_loss(
+    hidden_states: Tensor, target_index: Tensor, weight: Tensor | Callable[[Tensor], Tensor],
+    target_hidden_states: Tensor, head: Tensor, target_head: TargetHead, losses: Mapping[str, float],
+    chunk_elements: int | None = None,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    """Compute the weighted sum of the losses of all predictions; differentiable in `hidden_states` and `head`.
+
+    Products are computed in autocast's format where autocast is enabled, else in float32.
+
+    Args:
+        hidden_states: what enters the draft's head [N, H].
+        target_index: row of `target_hidden_states` that each prediction has to match, int64 [N].
+        weight: of each prediction, float32 [N], or a function that computes it from their losses, both float32 [N];
+            its result is a constant to the gradient.
+        target_hidden_states: the target's, before its final norm [T, H].
+        head: the draft's [V, H]: float32 if it needs a gradient, else of any format.
+        target_head: the rest of the target.
+        losses: names of `divergences.TERMS` with their weights.
+        chunk_elements: logits that may exist at a time; by default `CHUNK_ELEMENTS` of the device.
+
+    Returns: scalar loss; float32 loss of each prediction [N]; whether the draft's argmax is the target's, bool [N].
+    """
+    device = hidden_states.device.type
+    dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else torch.float32
+    options = _Options(target_head, losses, chunk_elements or CHUNK_ELEMENTS[device], dtype, weight)
+    loss, each, correct = _DistillationFunction.apply(hidden_states, target_index, target_hidden_states, head, options)
+    return loss, each, correct
+
+
+def hidden_state_loss(hidden_states: Tensor, target_hidden_states: Tensor) -> Tensor:
+    """Squared distance of rows from the target's, relative to the target's squared length: [N, H] twice -> [N].
+
+    EAGLE trains on a loss of the hidden states besides that of the tokens (Li et al. 2024, arXiv:2401.15077).
+    """
+    error = (hidden_states - target_hidden_states).square().sum(-1)
+    return error / target_hidden_states.square().sum(-1).clamp(min=1e-12)
 
 
 @dataclass(frozen=True, slots=True)
-class _How:
-    """What `_Distill` needs beside tensors."""
+class _Options:
+    """Arguments of `_DistillationFunction` that are no tensors with gradients."""
 
-    teacher: Teacher
-    losses: Mapping[Loss, float]
-    limit: int
+    target_head: TargetHead
+    losses: Mapping[str, float]
+    chunk_elements: int
     dtype: torch.dtype
-    reweigh: Callable[[Tensor], Tensor] | None
-    """Losses [N] -> weights [N]; the weights are given where it is None."""
+    """Of the products."""
+    weight: Tensor | Callable[[Tensor], Tensor]
 
 
-class _Distill(torch.autograd.Function):
-    """Loss and its gradient in one pass over chunks of places."""
+class _DistillationFunction(torch.autograd.Function):
+    """Computes the loss and its gradients in the forward pass; the backward pass only scales them."""
 
     @staticmethod
     def forward(
-        ctx: Any, hidden_NH: Tensor, target_N: Tensor, weight_N: Tensor, last: Tensor, head: Tensor, how: _How
+        ctx: Any, hidden_NH: Tensor, target_N: Tensor, target_hidden_TH: Tensor, head: Tensor, options: _Options
     ) -> tuple[Tensor, Tensor, Tensor]:
-        walk = _Walk(hidden_NH, target_N, last, head, how)
-        wants_hidden, wants_head = ctx.needs_input_grad[0], ctx.needs_input_grad[4]
-        slopes = torch.empty_like(hidden_NH) if wants_hidden else None
-        # A sum over all chunks, whatever format the head was handed over in.
-        of_head = torch.zeros_like(head, dtype=torch.float32) if wants_head else None
-        if of_head is None:  # what a prediction weighs can be multiplied in afterwards
-            divergence, correct = walk.costs(None, slopes, None)
-            weight_N = how.reweigh(divergence) if how.reweigh else weight_N
-            if slopes is not None:
-                slopes.mul_(weight_N[:, None])
+        chunks, weight = _Chunks(hidden_NH, target_N, target_hidden_TH, head, options), options.weight
+        grad_hidden = torch.empty_like(hidden_NH) if ctx.needs_input_grad[0] else None
+        # Summed over chunks in float32, whatever the head's format.
+        grad_head = torch.zeros_like(head, dtype=torch.float32) if ctx.needs_input_grad[3] else None
+        if grad_head is None:  # a prediction's weight can be multiplied in afterwards
+            loss_N, correct_N = chunks.compute(None, grad_hidden, None)
+            weight_N = weight if isinstance(weight, Tensor) else weight(loss_N)
+            if grad_hidden is not None:
+                grad_hidden.mul_(weight_N[:, None])
         else:
-            weight_N = how.reweigh(walk.costs(None, None, None)[0]) if how.reweigh else weight_N
-            divergence, correct = walk.costs(weight_N, slopes, of_head)
-        ctx.save_for_backward(slopes, of_head)
-        ctx.mark_non_differentiable(divergence, correct)
-        return (divergence * weight_N).sum(), divergence, correct
+            weight_N = weight if isinstance(weight, Tensor) else weight(chunks.compute(None, None, None)[0])
+            loss_N, correct_N = chunks.compute(weight_N, grad_hidden, grad_head)
+        ctx.save_for_backward(grad_hidden, grad_head)
+        ctx.mark_non_differentiable(loss_N, correct_N)
+        return (loss_N * weight_N).sum(), loss_N, correct_N
 
     @staticmethod
-    def backward(ctx: Any, *upstream: Tensor) -> tuple[Tensor | None, ...]:
-        slopes, of_head = (None if g is None else g * upstream[0] for g in ctx.saved_tensors)
-        return (slopes, None, None, None, of_head, None)
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        grad_hidden, grad_head = (None if saved is None else saved * grads[0] for saved in ctx.saved_tensors)
+        return grad_hidden, None, None, grad_head, None
 
 
-class _Walk:
-    """All predictions, chunk by chunk of the places that they predict."""
+class _Chunks:
+    """All predictions, ordered by target position and cut into chunks of positions."""
 
-    def __init__(self, hidden_NH: Tensor, target_N: Tensor, last: Tensor, head: Tensor, how: _How) -> None:
-        self.hidden_NH, self.last, self.how = hidden_NH, last, how
-        self.head = head.detach().to(how.dtype)
-        own = how.teacher.head.data_ptr() == head.data_ptr()
-        self.teacher_head = self.head if own else how.teacher.head.to(how.dtype)
-        self.places_U, self.which_N = torch.unique(target_N, return_inverse=True)
-        self.order_N = torch.argsort(self.which_N, stable=True)
-        starts = torch.arange(len(self.places_U) + 1, device=last.device)
-        self.bounds = torch.searchsorted(self.which_N[self.order_N], starts).tolist()
+    def __init__(
+        self, hidden_NH: Tensor, target_N: Tensor, target_hidden_TH: Tensor, head: Tensor, options: _Options
+    ) -> None:
+        self.hidden_NH, self.target_hidden_TH, self.options = hidden_NH, target_hidden_TH, options
+        self.head = head.detach().to(options.dtype)
+        shared = options.target_head.head.data_ptr() == head.data_ptr()
+        self.target_head = self.head if shared else options.target_head.head.to(options.dtype)
+        self.positions_U, self.row_N = torch.unique(target_N, return_inverse=True)
+        self.order_N = torch.argsort(self.row_N, stable=True)
+        starts = torch.arange(len(self.positions_U) + 1, device=target_N.device)
+        self.bounds = torch.searchsorted(self.row_N[self.order_N], starts).tolist()
 
-    def costs(self, weight_N: Tensor | None, slopes: Tensor | None, of_head: Tensor | None) -> tuple[Tensor, Tensor]:
-        """Loss [N] and correctness [N] of each prediction.
-
-        Args:
-            weight_N: what slopes are multiplied by; 1 if None.
-            slopes: becomes the gradient of what enters the head [N, H].
-            of_head: the gradient of the head is added to it [V, H].
-        """
-        how, bounds = self.how, self.bounds
-        divergence = self.hidden_NH.new_empty(len(self.which_N), dtype=torch.float32)
-        correct = torch.empty_like(divergence, dtype=torch.bool)
-        rows = max(1, how.limit // len(self.head))
-        for begin, end in _chunks(bounds, rows):
-            product = how.teacher.through(self.teacher_head, self.last[self.places_U[begin:end]])
-            # More predictions of one place than fit are computed in turns.
-            for picked in self.order_N[bounds[begin] : bounds[end]].split(rows):
-                hidden = padded_rows(self.hidden_NH[picked], how.dtype)
-                z = hidden @ self.head.T
-                weight = None if weight_N is None else weight_N[picked]
-                local, sloped = self.which_N[picked] - begin, slopes is not None or of_head is not None
-                divergence[picked], correct[picked] = self._turn(z[: len(picked)], product, local, weight, sloped)
-                if not sloped:
-                    continue
-                slope = z
-                slope[len(picked) :] = 0.0
-                if slopes is not None:
-                    slopes[picked] = _back(slope, self.head)[: len(picked)].to(slopes.dtype)
-                if of_head is not None:
-                    _add_product(of_head, slope.T, hidden)
-        return divergence, correct
-
-    def _turn(
-        self, z: Tensor, product: Tensor, local: Tensor, weight: Tensor | None, sloped: bool
+    def compute(
+        self, weight_N: Tensor | None, grad_hidden: Tensor | None, grad_head: Tensor | None
     ) -> tuple[Tensor, Tensor]:
-        """Losses [n] and correctness [n] of logits [n, V], which become their slopes if those are wanted.
+        """Return loss and correctness of each prediction [N].
 
         Args:
-            z: in the format of products.
-            product: what the target's head made [u, V].
-            local: of each prediction its row there, ascending int64 [n].
-            weight: what slopes are multiplied by [n]; 1 if None.
-            sloped: whether they are wanted.
+            weight_N: factor of each prediction's gradient; 1 if None.
+            grad_hidden: overwritten with the gradient of the hidden states [N, H].
+            grad_head: the gradient of the head is added to it [V, H].
         """
-        how = self.how
-        if how.losses in cpu.LOSSES and (loops := cpu.kernels(z)):
-            wanted = product if how.teacher.plain else how.teacher.finish(product)
-            (kind,) = how.losses
-            return loops.losses(kind, z, wanted, local, weight, sloped)
-        divergence, correct = z.new_empty(len(z), dtype=torch.float32), torch.empty_like(local, dtype=torch.bool)
-        for part, places in self._parts(local, len(product)):
-            wanted, exact = how.teacher.finish(product[places]), how.dtype is torch.float32
-            at = local[part] - places.start
-            divergence[part], correct[part], each = cost(z[part].float(), wanted, at, how.losses, exact)
-            if sloped:
-                z[part] = each if weight is None else each.mul_(weight[part, None])
-        return divergence, correct
+        target_head, bounds = self.options.target_head, self.bounds
+        loss_N = self.hidden_NH.new_empty(len(self.row_N), dtype=torch.float32)
+        correct_N = torch.empty_like(loss_N, dtype=torch.bool)
+        with_grad = grad_hidden is not None or grad_head is not None
+        postprocess = None if target_head.is_linear else target_head.postprocess
+        rows = max(1, self.options.chunk_elements // len(self.head))
+        for begin, end in _position_ranges(bounds, rows):
+            hidden_states = self.target_hidden_TH[self.positions_U[begin:end]]
+            target_logits = target_head.project(self.target_head, hidden_states)
+            # A position with more predictions than fit in a chunk takes several.
+            for index in self.order_N[bounds[begin] : bounds[end]].split(rows):
+                hidden = padded_rows(self.hidden_NH[index], self.options.dtype)
+                logits, count = hidden @ self.head.T, len(index)
+                loss_N[index], correct_N[index] = loss_and_grad(
+                    logits[:count], target_logits, self.row_N[index] - begin, self.options.losses,
+                    None if weight_N is None else weight_N[index], with_grad, postprocess,
+                )  # fmt: skip
+                if not with_grad:
+                    continue
+                grad_logits = logits
+                grad_logits[count:] = 0.0
+                if grad_hidden is not None:
+                    grad_hidden[index] = _hidden_grad(grad_logits, self.head)[:count].to(grad_hidden.dtype)
+                if grad_head is not None:
+                    _add_product(grad_head, grad_logits.T, hidden)
+        return loss_N, correct_N
 
-    def _parts(self, local: Tensor, places: int) -> list[tuple[slice, slice]]:
-        """Predictions, and the places that those are of, a few at a time; `local` [n]: of each its place, ascending."""
-        few = max(1, PART_ELEMENTS[local.device.type] // len(self.head))
-        if len(local) <= few:
-            return [(slice(0, len(local)), slice(0, places))]
-        of, ends = local.tolist(), [*range(few, len(local), few), len(local)]
-        return [(slice(begin, end), slice(of[begin], of[end - 1] + 1)) for begin, end in itertools.pairwise([0, *ends])]
 
-
-def _back(slope: Tensor, head: Tensor) -> Tensor:
-    """slope @ head. On a CPU, oneDNN takes twice as long for a row of it where there are more than `BACK_ROWS`."""
-    short = slope.device.type == "cpu" and slope.dtype is not torch.float32 and len(slope) > BACK_ROWS
-    return torch.cat([part @ head for part in slope.split(BACK_ROWS)]) if short else slope @ head
+def _hidden_grad(grad_logits: Tensor, head: Tensor) -> Tensor:
+    """grad_logits @ head. On a CPU, oneDNN takes twice as long for a row where there are more than `GRAD_ROWS`."""
+    short = grad_logits.device.type == "cpu" and grad_logits.dtype is not torch.float32
+    if short and len(grad_logits) > GRAD_ROWS:
+        return torch.cat([rows @ head for rows in grad_logits.split(GRAD_ROWS)])
+    return grad_logits @ head
 
 
 def _add_product(total: Tensor, a: Tensor, b: Tensor) -> None:
-    """Add a @ b to a float32 sum."""
+    """Add a @ b to a float32 matrix."""
     if a.dtype is total.dtype:
         total.addmm_(a, b)
     else:
         total.add_(a @ b)
 
 
-def _chunks(bounds: list[int], rows: int) -> list[tuple[int, int]]:
-    """Cut places into ranges whose predictions and places together number at most `rows`, at least one place each."""
+def _position_ranges(bounds: list[int], rows: int) -> list[tuple[int, int]]:
+    """Cut positions into ranges whose positions and predictions number at most `rows`, or that have one position.
+
+    Args:
+        bounds: index of each position's first prediction, then the number of predictions.
+        rows: at least 1.
+    """
     ranges, begin = [], 0
     for end in range(1, len(bounds)):
         if end > begin + 1 and bounds[end] - bounds[begin] + end - begin > rows:

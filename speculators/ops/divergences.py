@@ -1,178 +1,218 @@
-"""What a prediction costs: divergences between the target's distribution p and the draft's q, with their slopes.
+"""Losses between a draft's logits and the target's, over the draft's vocabulary, with their gradients.
 
-One chunk of logits at a time, over the draft's vocabulary, in the precision of the logits, so that a loss needs a
-handful of chunks, however many predictions there are.
+With p the target's distribution, q = softmax(z) the draft's, and h = q * dL/dq, every loss here has the gradient
+dL/dz = h - q * sum(h). A mixture adds up the h of its terms and converts the sum to a gradient once. The
+Kullback-Leibler divergence and the cross-entropy have a shorter way to the same numbers when they are alone, and C++
+kernels on a CPU. `reference` has the formulas.
 
-Every loss L here has a slope of one form: with the pull h = q * dL/dq, dL/dz = h - q * sum(h). So a mixture adds up the
-pulls of its parts and is turned into a slope once. The Kullback-Leibler divergence and the cross-entropy, which most
-drafts are trained by, have shorter ways to the same numbers when they are alone.
-
-Shapes: n predictions; u places that they predict, u <= n; V draft vocabulary.
+Shapes: n predictions; u rows of target logits, u <= n; V draft vocabulary.
 """
 
 from __future__ import annotations
 
+import itertools
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from speculators.config.algorithms import Loss
+from speculators.ops import cpu
 
 ETA = 3.0
-"""Of `lk_hybrid`: how fast the total variation takes over as the distributions come to overlap; the paper's value."""
+"""Decay rate of the Kullback-Leibler term of `lk_hybrid` (arXiv:2602.23881): its weight is exp(-ETA * acceptance)."""
+CACHED_ELEMENTS = {"cpu": 1 << 19, "cuda": 1 << 27}
+"""Logits that torch's operations process at a time; on a CPU a few copies of them fit in the cache."""
+
+LossAndGrad = tuple[Tensor, Tensor, Tensor]
+"""Loss [n], whether the draft's argmax is the target's, bool [n], and gradient of the logits [n, V]."""
 
 
-Cost = tuple[Tensor, Tensor, Tensor]
-
-
-def cost(z: Tensor, wanted: Tensor, local: Tensor, losses: Mapping[Loss, float], exact: bool) -> Cost:
-    """The weighted losses of some predictions.
+def loss_and_grad(
+    logits: Tensor, target_logits: Tensor, target_rows: Tensor, losses: Mapping[str, float],
+    weight: Tensor | None = None, with_grad: bool = True, postprocess: Callable[[Tensor], Tensor] | None = None,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """Compute the loss of each prediction, and overwrite the logits with the gradient of the weighted losses.
 
     Args:
-        z: the draft's logits [n, V], which are gone then.
-        wanted: the target's logits [u, V].
-        local: which of the target's rows each prediction is against, int64 [n].
-        losses: at least one, with weights.
-        exact: the logits have not been rounded to a shorter format.
+        logits: the draft's, float32 or shorter [n, V]; hold weight * d loss / d logits afterwards if `with_grad`,
+            else nothing of use.
+        target_logits: the target's, of any format [u, V].
+        target_rows: row of `target_logits` for each prediction, ascending, int64 [n].
+        losses: at least one of `TERMS`, with the weight of each in the sum.
+        weight: of each prediction, float32 [n]; 1 if None.
+        with_grad: whether to compute gradients.
+        postprocess: maps rows of `target_logits` to float32 logits before they are used.
 
-    Returns: the loss of each prediction [n]; whether the draft's most likely token is the target's, bool [n]; and the
-        slope of each prediction's loss [n, V].
+    Returns: float32 loss of each prediction, without its weight [n]; whether the draft's argmax is the target's, bool
+        [n]. Of equal logits the first counts; float32 logits, which hardly ever tie, may count any of them.
     """
-    if losses == {Loss.kl: 1.0}:
-        return _kl(z, wanted, local, exact)
-    if losses == {Loss.ce: 1.0}:
-        return _ce(z, wanted, local, exact)
-    return _mixture(z, wanted, local, losses, exact)
+    if losses in cpu.LOSSES and (kernels := cpu.kernels(logits)):
+        (name,) = losses
+        target_logits = target_logits if postprocess is None else postprocess(target_logits)
+        return kernels.losses(name, logits, target_logits, target_rows, weight, with_grad)
+    exact = logits.dtype is torch.float32
+    loss, correct = logits.new_empty(len(logits), dtype=torch.float32), torch.empty_like(target_rows, dtype=torch.bool)
+    for rows, targets in _row_slices(target_rows, len(target_logits), logits.shape[1]):
+        part = target_logits[targets]
+        part = part.float() if postprocess is None else postprocess(part)
+        local = target_rows[rows] - targets.start
+        loss[rows], correct[rows], grad = _by_torch(logits[rows].float(), part, local, losses, exact)
+        if with_grad:
+            logits[rows] = grad if weight is None else grad.mul_(weight[rows, None])
+    return loss, correct
 
 
-def _kl(z: Tensor, wanted: Tensor, local: Tensor, exact: bool) -> Cost:
-    log_p = wanted.log_softmax(-1)
+def _row_slices(target_rows: Tensor, targets: int, vocab: int) -> Iterator[tuple[slice, slice]]:
+    """Yield slices of at most `CACHED_ELEMENTS` logits, with the slice of target rows that they refer to."""
+    count, rows = len(target_rows), max(1, CACHED_ELEMENTS[target_rows.device.type] // vocab)
+    if count <= rows:
+        yield slice(0, count), slice(0, targets)
+        return
+    indices = target_rows.tolist()
+    for begin, end in itertools.pairwise([*range(0, count, rows), count]):
+        yield slice(begin, end), slice(indices[begin], indices[end - 1] + 1)
+
+
+def _by_torch(
+    z: Tensor, target_logits: Tensor, target_rows: Tensor, losses: Mapping[str, float], exact: bool
+) -> LossAndGrad:
+    """Compute loss and gradient with torch's operations; overwrites `z`. `exact`: the logits have not been rounded."""
+    if losses == {"kl": 1.0}:
+        return _kl(z, target_logits, target_rows, exact)
+    if losses == {"ce": 1.0}:
+        return _ce(z, target_logits, target_rows, exact)
+    return _mixture(z, target_logits, target_rows, losses, exact)
+
+
+def _kl(z: Tensor, target_logits: Tensor, target_rows: Tensor, exact: bool) -> LossAndGrad:
+    log_p = target_logits.log_softmax(-1)
     p = log_p.exp()
     negative_entropy = torch.linalg.vecdot(p, log_p)
-    correct, top = _wins(z, wanted.max(-1).indices[local], exact)
-    p_rows = p.index_select(0, local)
-    q, normaliser = _softmax(z, top)
-    divergence = negative_entropy[local] - torch.linalg.vecdot(p_rows, z) + normaliser
+    correct, largest = _matches(z, target_logits.max(-1).indices[target_rows], exact)
+    p_rows = p.index_select(0, target_rows)
+    q, log_normalizer = _softmax(z, largest)
+    divergence = negative_entropy[target_rows] - torch.linalg.vecdot(p_rows, z) + log_normalizer
     return divergence, correct, q.sub_(p_rows)
 
 
-def _ce(z: Tensor, wanted: Tensor, local: Tensor, exact: bool) -> Cost:
-    label = wanted.max(-1).indices[local]
-    correct, top = _wins(z, label, exact)
-    q, normaliser = _softmax(z, top)
-    said = z.gather(1, label[:, None])[:, 0]
-    return normaliser - said, correct, q.scatter_add_(1, label[:, None], torch.full_like(z[:, :1], -1.0))
+def _ce(z: Tensor, target_logits: Tensor, target_rows: Tensor, exact: bool) -> LossAndGrad:
+    label = target_logits.max(-1).indices[target_rows]
+    correct, largest = _matches(z, label, exact)
+    q, log_normalizer = _softmax(z, largest)
+    label_logit = z.gather(1, label[:, None])[:, 0]
+    return log_normalizer - label_logit, correct, q.scatter_add_(1, label[:, None], torch.full_like(z[:, :1], -1.0))
 
 
 @dataclass(frozen=True, slots=True)
-class _Rows:
-    """Both distributions of some predictions, [n, V] each, and the target's most likely tokens [n, 1]."""
+class _Distributions:
+    """Both distributions for each prediction [n, V], and the target's argmax [n, 1]."""
 
     log_p: Tensor
     log_q: Tensor
     q: Tensor
     label: Tensor
 
-    def overlap(self) -> Tensor:
-        """log(sum(min(p, q))): the logarithm of the share of samples of the draft that the target accepts [n]."""
+    def log_overlap(self) -> Tensor:
+        """Compute log(sum(min(p, q))) [n], the logarithm of the probability that a sample of q is accepted."""
         return torch.minimum(self.log_p, self.log_q).logsumexp(-1)
 
-    def lacking(self) -> Tensor:
-        """q where the draft gives a token less than the target does, else 0 [n, V]."""
+    def undershooting_q(self) -> Tensor:
+        """Return q where it is below p, else 0 [n, V]."""
         return self.q * (self.log_q < self.log_p)
 
 
-def _mixture(z: Tensor, wanted: Tensor, local: Tensor, losses: Mapping[Loss, float], exact: bool) -> Cost:
-    log_p = wanted.log_softmax(-1)
-    label = wanted.max(-1).indices[local][:, None]
-    correct, _ = _wins(z, label[:, 0], exact)
+def _mixture(
+    z: Tensor, target_logits: Tensor, target_rows: Tensor, losses: Mapping[str, float], exact: bool
+) -> LossAndGrad:
+    log_p = target_logits.log_softmax(-1)
+    label = target_logits.max(-1).indices[target_rows][:, None]
+    correct, _ = _matches(z, label[:, 0], exact)
     z.sub_(z.logsumexp(-1, keepdim=True))
-    rows = _Rows(log_p.index_select(0, local), z, z.exp(), label)
-    pull, total = torch.zeros_like(z), torch.zeros_like(z[:, 0])
-    for loss, weight in losses.items():
-        total += weight * PARTS[loss](rows, pull, weight)
-    return total, correct, torch.addcmul(pull, rows.q, pull.sum(-1, keepdim=True), value=-1.0, out=z)
+    both = _Distributions(log_p.index_select(0, target_rows), z, z.exp(), label)
+    h, loss = torch.zeros_like(z), torch.zeros_like(z[:, 0])
+    for name, weight in losses.items():
+        loss += weight * TERMS[name](both, h, weight)
+    return loss, correct, torch.addcmul(h, both.q, h.sum(-1, keepdim=True), value=-1.0, out=z)
 
 
-def _add_kl(rows: _Rows, pull: Tensor, weight: float) -> Tensor:
-    p = rows.log_p.exp()
-    pull.sub_(p, alpha=weight)
-    return (p * (rows.log_p - rows.log_q)).sum(-1)
+def _add_kl(both: _Distributions, h: Tensor, weight: float) -> Tensor:
+    p = both.log_p.exp()
+    h.sub_(p, alpha=weight)
+    return (p * (both.log_p - both.log_q)).sum(-1)
 
 
-def _add_ce(rows: _Rows, pull: Tensor, weight: float) -> Tensor:
-    pull.scatter_add_(1, rows.label, torch.full_like(pull[:, :1], -weight))
-    return -rows.log_q.gather(1, rows.label)[:, 0]
+def _add_ce(both: _Distributions, h: Tensor, weight: float) -> Tensor:
+    h.scatter_add_(1, both.label, torch.full_like(h[:, :1], -weight))
+    return -both.log_q.gather(1, both.label)[:, 0]
 
 
-def _add_rkl(rows: _Rows, pull: Tensor, weight: float) -> Tensor:
-    each = (rows.log_q - rows.log_p).mul_(rows.q)
-    pull.add_(each, alpha=weight)
-    return each.sum(-1)
+def _add_rkl(both: _Distributions, h: Tensor, weight: float) -> Tensor:
+    terms = (both.log_q - both.log_p).mul_(both.q)
+    h.add_(terms, alpha=weight)
+    return terms.sum(-1)
 
 
-def _add_js(rows: _Rows, pull: Tensor, weight: float) -> Tensor:
-    log_m = torch.logaddexp(rows.log_p, rows.log_q).sub_(math.log(2.0))
-    of_q = (rows.log_q - log_m).mul_(rows.q)
-    pull.add_(of_q, alpha=0.5 * weight)
-    of_p = torch.sub(rows.log_p, log_m, out=log_m).mul_(rows.log_p.exp())
-    return 0.5 * (of_p.sum(-1) + of_q.sum(-1))
+def _add_js(both: _Distributions, h: Tensor, weight: float) -> Tensor:
+    log_m = torch.logaddexp(both.log_p, both.log_q).sub_(math.log(2.0))
+    q_terms = (both.log_q - log_m).mul_(both.q)
+    h.add_(q_terms, alpha=0.5 * weight)
+    p_terms = torch.sub(both.log_p, log_m, out=log_m).mul_(both.log_p.exp())
+    return 0.5 * (p_terms.sum(-1) + q_terms.sum(-1))
 
 
-def _add_tv(rows: _Rows, pull: Tensor, weight: float) -> Tensor:
-    pull.sub_(rows.lacking(), alpha=weight)
-    return -torch.expm1(rows.overlap())
+def _add_tv(both: _Distributions, h: Tensor, weight: float) -> Tensor:
+    h.sub_(both.undershooting_q(), alpha=weight)
+    return -torch.expm1(both.log_overlap())
 
 
-def _add_nla(rows: _Rows, pull: Tensor, weight: float) -> Tensor:
-    overlap = rows.overlap()
-    # As a difference of logarithms: where nothing overlaps yet, both q and the overlap may be too small for a float.
-    share = (rows.log_q - overlap[:, None]).clamp_(max=0.0).exp_().mul_(rows.log_q < rows.log_p)
-    pull.sub_(share, alpha=weight)
-    return -overlap
+def _add_nla(both: _Distributions, h: Tensor, weight: float) -> Tensor:
+    log_overlap = both.log_overlap()
+    # As a difference of logarithms: where p and q hardly overlap, q and the overlap may both underflow.
+    share = (both.log_q - log_overlap[:, None]).clamp_(max=0.0).exp_().mul_(both.log_q < both.log_p)
+    h.sub_(share, alpha=weight)
+    return -log_overlap
 
 
-def _add_lk_hybrid(rows: _Rows, pull: Tensor, weight: float) -> Tensor:
-    overlap = rows.overlap()
-    share = torch.exp(-ETA * overlap.exp())[:, None]
-    p = rows.log_p.exp()
-    pull.addcmul_(p, share, value=-weight).addcmul_(rows.lacking(), 1.0 - share, value=-weight)
-    divergence = p.mul_(rows.log_p - rows.log_q).sum(-1)
-    return share[:, 0] * divergence - (1.0 - share[:, 0]) * torch.expm1(overlap)
+def _add_lk_hybrid(both: _Distributions, h: Tensor, weight: float) -> Tensor:
+    log_overlap = both.log_overlap()
+    kl_weight = torch.exp(-ETA * log_overlap.exp())[:, None]
+    p = both.log_p.exp()
+    h.addcmul_(p, kl_weight, value=-weight).addcmul_(both.undershooting_q(), 1.0 - kl_weight, value=-weight)
+    kl = p.mul_(both.log_p - both.log_q).sum(-1)
+    return kl_weight[:, 0] * kl - (1.0 - kl_weight[:, 0]) * torch.expm1(log_overlap)
 
 
-PARTS: dict[Loss, Callable[[_Rows, Tensor, float], Tensor]] = {
-    Loss.kl: _add_kl,
-    Loss.ce: _add_ce,
-    Loss.rkl: _add_rkl,
-    Loss.js: _add_js,
-    Loss.tv: _add_tv,
-    Loss.nla: _add_nla,
-    Loss.lk_hybrid: _add_lk_hybrid,
+TERMS: dict[str, Callable[[_Distributions, Tensor, float], Tensor]] = {
+    "kl": _add_kl,
+    "ce": _add_ce,
+    "rkl": _add_rkl,
+    "js": _add_js,
+    "tv": _add_tv,
+    "nla": _add_nla,
+    "lk_hybrid": _add_lk_hybrid,
 }
-"""What adds a loss's pull, times its weight, and gives the loss of each prediction [n], not weighted."""
+"""Losses by name: adds weight * h to its second argument, and returns each prediction's loss without weight [n]."""
 
 
-def _wins(z: Tensor, label: Tensor, exact: bool) -> tuple[Tensor, Tensor]:
-    """Whether each row's largest logit is its label's, bool [n], and that logit [n].
+def _matches(z: Tensor, label: Tensor, exact: bool) -> tuple[Tensor, Tensor]:
+    """Return whether each row's largest logit is its label's, bool [n], and that largest logit [n].
 
-    Rounded logits tie, and then the first one counts, as in a server. Exact ones do not, and finding the largest value
-    is several times faster than finding its place.
+    Rounded logits tie, and then the first counts, as in a server. Exact logits hardly ever do, and the largest value
+    is found several times faster than its index.
     """
     if exact:
-        top = z.amax(-1)
-        return z.gather(1, label[:, None])[:, 0] == top, top
-    top, place = z.max(-1)
-    return place == label, top
+        largest = z.amax(-1)
+        return z.gather(1, label[:, None])[:, 0] == largest, largest
+    largest, index = z.max(-1)
+    return index == label, largest
 
 
-def _softmax(z: Tensor, top: Tensor) -> tuple[Tensor, Tensor]:
-    """Probabilities [n, V], and the logarithm of what they are divided by [n]; `top` is each row's largest logit.
+def _softmax(z: Tensor, largest: Tensor) -> tuple[Tensor, Tensor]:
+    """Return probabilities [n, V] and logsumexp [n]; `largest` is each row's largest logit.
 
-    The most likely token's probability is 1 over the sum that a softmax divides by, once `top` is taken off.
+    The largest probability is exp(largest - logsumexp), which gives the logsumexp without another pass over z.
     """
     q = z.softmax(-1)
-    return q, top - q.amax(-1).log()
+    return q, largest - q.amax(-1).log()

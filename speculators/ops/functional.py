@@ -1,7 +1,7 @@
-"""RMSNorm, rotary embedding, SiLU-gated product and linear layer, each as one function for every device.
+"""RMSNorm, rotary embedding, SiLU-gated product and linear layer: one function each, for every device.
 
-On a CPU, `autograd` and `cpu` compute in one pass over memory what torch computes in several; elsewhere torch's own
-operations do. Tensors are packed rows [..., width], without a batch dimension.
+On a CPU, C++ kernels compute in one pass over memory what torch computes in several; elsewhere torch's operations do.
+Tensors are packed rows [..., width], without a batch dimension. `reference` has the formulas.
 """
 
 from __future__ import annotations
@@ -17,7 +17,9 @@ ROW_MULTIPLE = 64
 
 
 def rms_norm(hidden_states: Tensor, weight: Tensor, eps: float, feeds_matmul: bool = False) -> Tensor:
-    """Normalise rows to a root mean square of 1 and multiply by a weight; computed in float32.
+    """Normalise rows to a root mean square of 1 and multiply by a weight (Zhang and Sennrich 2019, arXiv:1910.07467).
+
+    Computed in float32.
 
     Args:
         hidden_states: [..., H], any floating-point format.
@@ -30,7 +32,7 @@ def rms_norm(hidden_states: Tensor, weight: Tensor, eps: float, feeds_matmul: bo
     if kernels := cpu.kernels(hidden_states, weight):
         short = feeds_matmul and torch.is_autocast_enabled("cpu")
         dtype = torch.get_autocast_dtype("cpu") if short else torch.float32
-        out: Tensor = autograd.RMSNorm.apply(kernels, hidden_states.contiguous(), weight, eps, dtype)
+        out: Tensor = autograd.RMSNormFunction.apply(kernels, hidden_states.contiguous(), weight, eps, dtype)
         return out
     return nn.functional.rms_norm(hidden_states.float(), (hidden_states.shape[-1],), weight, eps)
 
@@ -41,49 +43,49 @@ def rotate_half(x: Tensor) -> Tensor:
     return torch.cat([-second, first], dim=-1)
 
 
-def apply_rotary(states: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Rotate query or key states [..., heads, D] by their position (Su et al. 2021, arXiv:2104.09864).
+def apply_rotary(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Rotate queries or keys by their position (Su et al. 2021, arXiv:2104.09864).
 
     Args:
-        states: any floating-point format.
+        x: [..., heads, D], any floating-point format.
         cos: float32 [..., 1, D], both halves equal.
         sin: as `cos`.
 
-    Returns: float32, of the states' shape.
+    Returns: float32, of x's shape.
     """
-    if kernels := cpu.kernels(states, cos):
-        out: Tensor = autograd.Rotary.apply(kernels, states.contiguous(), cos.contiguous(), sin.contiguous())
+    if kernels := cpu.kernels(x, cos):
+        out: Tensor = autograd.RotaryFunction.apply(kernels, x.contiguous(), cos.contiguous(), sin.contiguous())
         return out
-    return states * cos + rotate_half(states) * sin
+    return x * cos + rotate_half(x) * sin
 
 
 def silu_mul(gate: Tensor, up: Tensor) -> Tensor:
-    """silu(gate) * up, for two tensors of one shape and format."""
+    """Compute silu(gate) * up for two tensors of one shape and format (SwiGLU, Shazeer 2020, arXiv:2002.05202)."""
     if kernels := cpu.kernels(gate, up):
-        out: Tensor = autograd.SiluMul.apply(kernels, gate, up)
+        out: Tensor = autograd.SiluMulFunction.apply(kernels, gate, up)
         return out
     return nn.functional.silu(gate) * up
 
 
 def linear(x: Tensor, weight: Tensor) -> Tensor:
-    """x @ weight.T, in the autocast format where autocast is enabled: [..., W] and [V, W] -> [..., V].
+    """Compute x @ weight.T, in autocast's format where autocast is enabled: [..., W] and [V, W] -> [..., V].
 
-    Under CPU autocast the weight is rounded once for every value that it takes (`weights`), and its gradient is
-    computed in that format, and stays in it where `weight.grad_dtype` says so.
+    Under CPU autocast the weight is rounded once for each of its values (`weights.rounded`). Its gradient is computed
+    in that format, and keeps it after `weights.keep_grad_dtype`.
     """
     if x.device.type != "cpu" or not torch.is_autocast_enabled("cpu"):
         return nn.functional.linear(x, weight)
     rows = x.reshape(-1, x.shape[-1])
     dtype = torch.get_autocast_dtype("cpu")
-    out: Tensor = autograd.RoundedLinear.apply(padded_rows(rows, dtype), weight, rounded(weight, dtype))
+    out: Tensor = autograd.RoundedLinearFunction.apply(padded_rows(rows, dtype), weight, rounded(weight, dtype))
     return (out if len(out) == len(rows) else out[: len(rows)]).unflatten(0, x.shape[:-1])
 
 
 def padded_rows(x: Tensor, dtype: torch.dtype) -> Tensor:
-    """Convert rows [n, W] to `dtype`, followed by rows of zeros up to `ROW_MULTIPLE` where that is faster.
+    """Convert rows [n, W] to `dtype` and append rows of zeros up to `ROW_MULTIPLE` where that is faster.
 
-    On a CPU, oneDNN compiles its bfloat16 and float16 products for every number of rows that it has not met before,
-    which takes longer than most of them, and hardly two steps have the same number.
+    On a CPU, oneDNN compiles its bfloat16 and float16 products once per number of rows, which takes longer than most of
+    them run, and hardly two steps have the same number.
     """
     count, padding = len(x), -len(x) % ROW_MULTIPLE
     if not padding or x.device.type != "cpu" or dtype not in (torch.bfloat16, torch.float16):

@@ -1,10 +1,21 @@
-"""Muon's update of matrices (Jordan et al. 2024): the nearest orthogonal matrix to a matrix's momentum."""
+"""Muon's update of matrices (Jordan et al. 2024, https://kellerjordan.github.io/posts/muon): momentum, orthogonalised.
+
+With USV' the singular value decomposition of the momentum, the update is near UV', so that all directions are learnt at
+the same rate. Two methods compute U f(S) V' with f near 1, as matrix products of the Gram matrix, which has the length
+of the shorter side: in bfloat16 and float16 a chain of quintics, whose products these formats are fast at; in float32 a
+rational function, one product and two inverses.
+
+For the demo's drafts on a CPU, the rational function takes the chain's time in float32 divided by 2.9 to 3.0, which
+saves 52 to 59 % of a step, and in blocks of 96 rows by 1.9 to 2.2, which saves 19 to 34 % (tests/benchmarks/muon.py).
+
+Shapes: B matrices; k shorter side; n longer side.
+"""
 
 from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -12,7 +23,7 @@ from torch import Tensor, nn
 from speculators.ops import cpu
 
 FLOOR = 5e-3
-"""Singular values from this share of the largest upwards end near one, smaller ones in between; in float32."""
+"""Singular values from this share of the largest up end near one, smaller ones in between; in float32."""
 ROUGH_FLOOR = 2e-3
 """The same in shorter formats, where they end less near: small ones count for more (docs/log.md)."""
 SCALE = 0.8490016030350571
@@ -20,131 +31,186 @@ WEIGHTS = (0.02035097971791578, 0.28000543285858204)
 POLES = (7.853246321038987e-05, 0.01920639484477456)
 """Coefficients of f(x) = SCALE * x * (1 + sum(weight / (x^2 + pole))), nearest to 1 on [FLOOR, 1] of all odd rational
 functions with two pairs of poles (Zolotarev 1877; Nakatsukasa and Freund, SIAM Review 2016, doi:10.1137/140990334).
-tests/training/test_muon_coefficients.py derives them."""
+tests/ops/test_muon_coefficients.py derives them."""
 QUINTICS = (
     (8.26322276051256, -23.504199369861908, 16.754055389848872),
     (4.03699987276044, -2.8876570662791146, 0.5215665376942002),
     (3.6701282810834766, -2.6409937093278533, 0.49533509848619456),
     (2.793181226775115, -2.014977622886023, 0.42978968487580005),
 )
-"""Coefficients (a, b, c) of polynomials a x + b x^3 + c x^5 that, one after the other, bring [ROUGH_FLOOR, 1] nearest
-to 1 (Amsel et al. 2025, arXiv:2505.16932). The same test file derives them."""
-TOGETHER = 1 << 22
-"""Numbers in matrices that are made orthogonal together, unless one alone has more: what a CPU's cache holds."""
+"""Coefficients (a, b, c) of polynomials a x + b x^3 + c x^5 whose composition on [ROUGH_FLOOR, 1] is nearest to 1
+(Polar Express, Amsel et al. 2025, arXiv:2505.16932). The same test derives them."""
+BATCH_ELEMENTS = 1 << 22
+"""Elements of matrices that are orthogonalised together, unless one has more: about a CPU's cache."""
 
 
-def stacked(shapes: Sequence[Sequence[int]], dtype: torch.dtype, device: torch.device | None = None) -> Tensor:
-    """Room for matrices of one shape or its transpose, [B, k, n], k <= n: those that are tall lie there transposed."""
+def muon_updates(
+    momenta: Sequence[Tensor], grads: Sequence[Tensor], beta: float, grad_factor: float = 1.0,
+    dtype: torch.dtype = torch.float32, block: int = 0,
+) -> Iterator[tuple[int, Tensor]]:  # fmt: skip
+    """Update momenta in place and yield the orthogonalised Nesterov direction of each matrix, a batch at a time.
+
+    Args:
+        momenta: float32 matrices, of any shapes; m = beta * m + (1 - beta) * grad_factor * grad.
+        grads: of the same shapes, float32 or shorter.
+        beta: momentum.
+        grad_factor: of the gradients, as gradient clipping computes it.
+        dtype: format of the products, and of the updates.
+        block: see `orthogonalize`.
+
+    Yields: index into `momenta`, and the update, of that momentum's shape. Matrices of one shape follow each other.
+    """
+    for indices in _batches([momentum.shape for momentum in momenta]):
+        shapes = [momenta[index].shape for index in indices]
+        x = _wide_buffer(shapes, dtype, momenta[indices[0]].device)
+        for index, direction in zip(indices, _in_own_shapes(x, shapes), strict=True):
+            update_momentum(momenta[index], grads[index], beta, grad_factor, direction)
+        yield from zip(indices, _orthogonalize(x, shapes, block), strict=True)
+
+
+def update_momentum(
+    momentum: Tensor, grad: Tensor, beta: float, grad_factor: float = 1.0, direction: Tensor | None = None
+) -> None:
+    """Update a float32 momentum in place: m = beta * m + (1 - beta) * grad_factor * grad.
+
+    `direction`, if given, is overwritten with Nesterov's direction beta * m + (1 - beta) * grad_factor * grad, over
+    beta: the orthogonalisation is indifferent to length.
+    """
+    factor = (1.0 - beta) * grad_factor
+    if kernels := cpu.kernels(momentum, *([] if direction is None else [direction])):
+        kernels.nesterov_momentum(momentum, grad, direction, beta, factor, factor / beta)
+        return
+    momentum.mul_(beta).add_(grad, alpha=factor)
+    if direction is not None:
+        direction.copy_(torch.add(momentum, grad, alpha=factor / beta))
+
+
+def orthogonalize(matrices: Sequence[Tensor], dtype: torch.dtype, block: int = 0) -> list[Tensor]:
+    """Replace the singular values of matrices, of any shapes, by values near one.
+
+    In float32 they end between 0.9 and 1.1 from `FLOOR` of the largest up; in shorter formats between 0.65 and 1.35
+    from `ROUGH_FLOOR` up. The usual chain (Jordan et al. 2024) takes a step more, to 0.68 and 1.19.
+
+    Args:
+        matrices: on one device.
+        dtype: format of the products.
+        block: rows of the shorter side that are orthogonalised by themselves, for k / block times less work, while
+            two blocks may move along the same direction; 0 for all.
+
+    Returns: a contiguous matrix for each, of its shape and format.
+    """
+    updates = list(matrices)
+    for indices in _batches([matrix.shape for matrix in matrices]):
+        shapes = [matrices[index].shape for index in indices]
+        x = _wide_buffer(shapes, dtype, matrices[indices[0]].device)
+        for index, view in zip(indices, _in_own_shapes(x, shapes), strict=True):
+            view.copy_(matrices[index])
+        for index, update in zip(indices, _orthogonalize(x, shapes, block), strict=True):
+            updates[index] = update.to(matrices[index].dtype).contiguous()
+    return updates
+
+
+def update_scale(shape: Sequence[int]) -> float:
+    """Factor that gives an orthogonal update the RMS of AdamW's updates (Liu et al. 2025, arXiv:2502.16982)."""
+    return 0.2 * math.sqrt(max(shape))
+
+
+def _batches(shapes: Sequence[Sequence[int]]) -> list[list[int]]:
+    """Group the indices of matrices of one shape or its transpose, with at most `BATCH_ELEMENTS` in a group."""
+    batches: list[list[int]] = []
+    open_batches: dict[tuple[int, ...], list[int]] = {}
+    for index, shape in enumerate(shapes):
+        key = tuple(sorted(shape))
+        if key not in open_batches or (len(open_batches[key]) + 1) * math.prod(key) > BATCH_ELEMENTS:
+            open_batches[key] = []
+            batches.append(open_batches[key])
+        open_batches[key].append(index)
+    return batches
+
+
+def _wide_buffer(shapes: Sequence[Sequence[int]], dtype: torch.dtype, device: torch.device) -> Tensor:
+    """Allocate a batch [B, k, n] for matrices of one shape or its transpose; tall ones are kept transposed."""
     return torch.empty(len(shapes), *sorted(shapes[0]), dtype=dtype, device=device)
 
 
-def turned(x: Tensor, shapes: Sequence[Sequence[int]]) -> list[Tensor]:
-    """Each of [B, k, n] in its own shape; nothing is copied."""
+def _in_own_shapes(x: Tensor, shapes: Sequence[Sequence[int]]) -> list[Tensor]:
+    """Return views of a batch [B, k, n], each in its matrix's own shape."""
     return [matrix.mT if rows > columns else matrix for matrix, (rows, columns) in zip(x, shapes, strict=True)]
 
 
-def orthogonalise(x: Tensor, shapes: Sequence[Sequence[int]], block: int = 0) -> list[Tensor]:
-    """The orthogonal matrix nearest to each, about: singular values from the floor up end around one.
-
-    With X = USV', f(S) is wanted for S, f being Zolotarev's function, which ends between 0.9 and 1.1, or the chain of
-    `QUINTICS` in formats shorter than float32, between 0.65 and 1.35; either is X times a function of its Gram matrix
-    [k, k]. The usual chain (Jordan et al. 2024) takes one step more, to 0.68 and 1.19.
-
-    With `block`, the shorter side is cut into groups of so many rows, each made orthogonal by itself: k / block
-    times less work, and what is lost is that two groups may still move along the same direction.
-
-    Args:
-        x: as `stacked` lays them [B, k, n], used up. Their format is that of the products.
-        shapes: of the matrices, as they are and as they are given back.
-        block: rows of a group; 0 for all.
-    """
+def _orthogonalize(x: Tensor, shapes: Sequence[Sequence[int]], block: int) -> list[Tensor]:
+    """Orthogonalise a batch [B, k, n], which is overwritten; the results have the matrices' own shapes."""
     count, rows, columns = x.shape
     size = min(block, rows) if block else rows
     groups = -(-rows // size)
-    if rows % size:  # rows of zeros stay what they are
+    if rows % size:  # rows of zeros stay zero
         x = nn.functional.pad(x, (0, 0, 0, groups * size - rows))
     x = x.reshape(count * groups, size, columns)
-    if x.dtype is torch.float16:  # others have the exponents for products of what is small (`_shorten`)
+    if x.dtype is torch.float16:  # others have the exponents for products of small numbers (`_rescale`)
         x.mul_(1.0 / (torch.linalg.vector_norm(x, dim=(1, 2), keepdim=True, dtype=torch.float32) + 1e-30).to(x.dtype))
-    x, applied = _by_inverses(x) if x.dtype is torch.float32 else _by_products(x)
+    x, factor = _rational(x) if x.dtype is torch.float32 else _quintics(x)
     if groups > 1:
-        return turned((applied @ x).reshape(count, groups * size, columns)[:, :rows], shapes)
-    found: list[Tensor] = []
+        return _in_own_shapes((factor @ x).reshape(count, groups * size, columns)[:, :rows], shapes)
+    updates: list[Tensor] = []
     for tall, run in itertools.groupby(shapes, lambda shape: shape[0] > shape[1]):
-        some = slice(len(found), len(found) + len(list(run)))
-        # What is applied is symmetric: a tall matrix is computed as it is to be, and need not be turned.
-        found += (x[some].mT @ applied[some] if tall else applied[some] @ x[some]).unbind()
-    return found
+        part = slice(len(updates), len(updates) + len(list(run)))
+        # The factor is symmetric: for a tall matrix the transposed product needs no copy.
+        updates += (x[part].mT @ factor[part] if tall else factor[part] @ x[part]).unbind()
+    return updates
 
 
-def together(shapes: Sequence[Sequence[int]]) -> list[list[int]]:
-    """Which matrices are made orthogonal at once: of one shape or its transpose, and `TOGETHER` at most."""
-    groups: list[list[int]] = []
-    last: dict[tuple[int, ...], list[int]] = {}
-    for place, shape in enumerate(shapes):
-        kind = tuple(sorted(shape))
-        if kind not in last or (len(last[kind]) + 1) * math.prod(kind) > TOGETHER:
-            last[kind] = []
-            groups.append(last[kind])
-        last[kind].append(place)
-    return groups
-
-
-def _by_inverses(x: Tensor) -> tuple[Tensor, Tensor]:
-    """By Zolotarev's function, which float32 will do for: one product and two inverses, and a last product to come.
-
-    Takes [B, k, n] and gives the same, and what has to be applied to it from the left, [B, k, k].
-    """
+def _rational(x: Tensor) -> tuple[Tensor, Tensor]:
+    """Return float32 [B, k, n] and the factors [B, k, k] to multiply from the left, by Zolotarev's function."""
     gram = x @ x.mT
-    length = _shorten(gram)
-    # By the fourth root of the sum of the singular values' fourth powers, which is hardly above the largest.
+    length = _rescale(gram)
+    # The Schatten 4-norm is hardly above the largest singular value.
     norm = (gram.flatten(1).norm(dim=1).sqrt() + 1e-7)[:, None, None]
     gram.div_(norm.square())
-    applied: Tensor | None = None
+    factor: Tensor | None = None
     for weight, pole in zip(WEIGHTS, POLES, strict=True):
         shifted = gram.clone()
         shifted.diagonal(dim1=-2, dim2=-1).add_(pole)
         inverse = torch.cholesky_inverse(torch.linalg.cholesky_ex(shifted).L)
-        applied = inverse.mul_(weight) if applied is None else applied.add_(inverse, alpha=weight)
-    assert applied is not None
-    applied.diagonal(dim1=-2, dim2=-1).add_(1.0)
-    return x, applied.mul_(SCALE / norm / length[:, None, None])
+        factor = inverse.mul_(weight) if factor is None else factor.add_(inverse, alpha=weight)
+    assert factor is not None
+    factor.diagonal(dim1=-2, dim2=-1).add_(1.0)
+    return x, factor.mul_(SCALE / norm / length[:, None, None])
 
 
-def _by_products(x: Tensor) -> tuple[Tensor, Tensor]:
-    """By `QUINTICS`; as `_by_inverses`, but for what is given, to which all but the last has been applied."""
+def _quintics(x: Tensor) -> tuple[Tensor, Tensor]:
+    """Return [B, k, n] after all quintics but the last, and the factors [B, k, k] of the last."""
     gram = _gram(x)
-    length = _shorten(gram)
-    for place, quintic in enumerate(QUINTICS):
-        if place:
+    length = _rescale(gram)
+    for step, coefficients in enumerate(QUINTICS):
+        if step:
             x = gram @ x
             gram = _gram(x)
         square = gram @ gram
-        factors = torch.tensor(quintic, device=x.device).expand(len(x), 3)
-        if not place:
-            # As above, by the eighth powers, which are there already.
+        factors = torch.tensor(coefficients, device=x.device).expand(len(x), 3)
+        if not step:
+            # The Schatten 8-norm, from the square that is needed anyway.
             norm = torch.linalg.vector_norm(square, dim=(1, 2), dtype=torch.float32).sqrt().add_(1e-7)[:, None]
             factors = factors * norm ** torch.tensor([-0.5, -1.5, -2.5], device=x.device) / length[:, None]
         _polynomial(gram, square, factors.contiguous())
     return x, gram
 
 
-def _shorten(gram: Tensor) -> Tensor:
-    """Divide Gram matrices [B, k, k] so that all powers of them stay within the format.
+def _rescale(gram: Tensor) -> Tensor:
+    """Divide Gram matrices [B, k, k] in place, so that their powers stay within the range of the format.
 
-    Returns: the lengths [B] that what they are made of would be divided by; powers of two, so that nothing is rounded.
+    Returns: float32 [B], what the matrices themselves would be divided by. Powers of two, so that nothing is rounded.
     """
     squares = gram.diagonal(dim1=-2, dim2=-1).sum(-1, dtype=torch.float32)
     squares = torch.exp2(torch.frexp(squares.add_(1e-30)).exponent)
-    for one, square in zip(gram, squares, strict=True):
-        one.div_(square)
+    for matrix, square in zip(gram, squares, strict=True):
+        matrix.div_(square)
     return squares.sqrt_()
 
 
 def _polynomial(x: Tensor, square: Tensor, factors: Tensor) -> None:
-    """Let [B, k, k] become a + b x + c x^2, `factors` [B, 3] float32; the first ones are large and are not rounded."""
-    if loops := cpu.kernels(x):
-        return loops.polynomial(x, square, factors)
+    """Set [B, k, k] to a I + b x + c x^2, `factors` float32 [B, 3]; the first are large, so they are not rounded."""
+    if kernels := cpu.kernels(x):
+        return kernels.polynomial(x, square, factors)
     a, b, c = factors[:, :, None].unbind(1)
     exact = (b[:, None] * x).addcmul_(c[:, None], square.float())
     exact.diagonal(dim1=-2, dim2=-1).add_(a)
@@ -153,10 +219,10 @@ def _polynomial(x: Tensor, square: Tensor, factors: Tensor) -> None:
 
 
 def _gram(x: Tensor) -> Tensor:
-    """Products of the rows [B, k, n]; those of a single wide matrix in parts, which are computed side by side."""
+    """Compute x @ x.mT of [B, k, n]; for a single wide matrix as a batch of column chunks, which run in parallel."""
     _, rows, columns = x.shape
     count = next(count for count in range(max(1, columns // rows), 0, -1) if columns % count == 0)
     if len(x) > 1 or count == 1:
         return x @ x.mT
-    parts = x[0].unflatten(1, (count, -1)).transpose(0, 1)
-    return (parts @ parts.mT).sum(0, keepdim=True)
+    chunks = x[0].unflatten(1, (count, -1)).transpose(0, 1)
+    return (chunks @ chunks.mT).sum(0, keepdim=True)

@@ -1,17 +1,18 @@
-"""Copies of float32 weights in the format that matrix products are computed in, kept up to date by their values.
+"""Updates of float32 weights, with a copy of each in the format of matrix products that follows its values.
 
-A copy is made once for every value of its weight, in memory that is used again: `rounded` gives it, and
-`apply_update` changes a weight together with its copy. Nothing else needs to know that copies exist, except code that
-changes weights where torch does not count it: that calls `mark_changed`.
+A copy is made once per value of its weight, into the same buffer: `rounded` returns it, and `apply_update` changes a
+weight together with its copy. Other code need not know of copies, except code that changes weights without raising
+their version counters: it calls `mark_changed`.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from speculators.ops import cpu
 
@@ -30,7 +31,7 @@ class RoundedCopy:
 
 @torch.no_grad()
 def rounded(weight: Tensor, dtype: torch.dtype) -> Tensor:
-    """Give a weight in `dtype`, of its shape and without gradient; the weight itself if it has that format."""
+    """Return a weight in `dtype`, without gradient; the weight itself if it has that format."""
     if weight.dtype is dtype:
         return weight.detach()
     copy: RoundedCopy | None = getattr(weight, ATTRIBUTE, None)
@@ -50,13 +51,27 @@ def apply_update(weight: Tensor, update: Tensor, keep: float, size: float) -> No
         weight.mul_(keep).add_(update, alpha=-size)
         return
     copy: RoundedCopy | None = getattr(weight, ATTRIBUTE, None)
-    follows = copy is not None and copy.tensor.dtype is cpu.SHORT and copy.version == weight._version
-    kernels.apply_update(weight, copy.tensor if copy is not None and follows else None, update.contiguous(), keep, size)
+    current = copy is not None and copy.tensor.dtype is cpu.SHORT and copy.version == weight._version
+    short = copy.tensor if copy is not None and current else None
+    kernels.apply_update(weight, short, update.contiguous(), keep, size)
     torch.autograd.graph.increment_version(weight)
-    if copy is not None and follows:
+    if copy is not None and current:
         copy.version = weight._version
 
 
 def mark_changed(weights: Iterable[Tensor]) -> None:
-    """Say that weights were changed by something that does not raise their version counters."""
+    """Raise the version counters of weights that were changed by code that does not."""
     torch.autograd.graph.increment_version(list(weights))
+
+
+def keep_grad_dtype(weight: Tensor, dtype: torch.dtype) -> None:
+    """Let a weight's gradient keep the format in which a product computes it, instead of the weight's own."""
+    weight.grad_dtype = dtype
+
+
+def grad_norm(grads: Iterable[Tensor]) -> Tensor:
+    """Compute the Euclidean norm of all gradients together: float32 scalar."""
+    tensors = list(grads)
+    if kernels := cpu.kernels(*tensors):
+        return torch.tensor(math.sqrt(sum(kernels.sum_of_squares(grad) for grad in tensors)))
+    return nn.utils.get_total_norm(tensors)

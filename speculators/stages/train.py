@@ -33,7 +33,7 @@ from speculators.features.io import exceeds_page_cache
 from speculators.features.shards import ShardReader
 from speculators.job import Job, write_json
 from speculators.ops import cpu
-from speculators.ops.distillation import Teacher
+from speculators.ops.distillation import TargetHead
 from speculators.targets.checkpoint import TargetCheckpoint
 from speculators.targets.fidelity_check import check_features, check_server
 from speculators.training.live_features import Feed, Shape
@@ -86,7 +86,7 @@ def fit(ranks: Ranks, job: Job) -> Loop:
     parts = target.parts(vocabulary.tokens)
     draft = DRAFTS[options.algorithm].build(parts, options, vocabulary, job.derived["layer_ids"], train.seed).to(device)
     norm = target.final_norm()
-    teacher = Teacher(
+    teacher = TargetHead(
         norm_weight=norm.weight.to(device),
         norm_eps=norm.eps,
         head=parts.head.float().to(device) if options.train_lm_head else draft.lm_head.weight,

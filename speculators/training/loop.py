@@ -36,9 +36,9 @@ from speculators.errors import StageError
 from speculators.evaluation.acceptance import AcceptanceCounts
 from speculators.features.batch import PackedBatch
 from speculators.features.dataloader import DataLoader
-from speculators.ops.distillation import Teacher
+from speculators.ops.distillation import TargetHead
 from speculators.training import checkpoint
-from speculators.training.losses import Outcome, Tally, distill, run, sayable_next
+from speculators.training.losses import MetricSums, Outcome, correct_so_far, distill, next_token_in_vocabulary
 from speculators.training.optim import Average, Optimizers, rate
 from speculators.training.ranks import Ranks
 from speculators.training.sharding import Weights, weights
@@ -99,7 +99,7 @@ class Progress:
 
     step: int
     """Steps done."""
-    sums: Tally
+    sums: MetricSums
     """Over the steps since the last line of metrics."""
     gradient_norm: float
     """Sum over the same steps, before clipping."""
@@ -119,7 +119,7 @@ class Loop:
     """One run. `scratch` outlives a killed attempt; `report(progress, note)` is called after every step."""
 
     def __init__(
-        self, draft: Draft, teacher: Teacher, corpus: DataLoader, train: Train, step_decay: float,
+        self, draft: Draft, teacher: TargetHead, corpus: DataLoader, train: Train, step_decay: float,
         save_dtype: torch.dtype, scratch: Path, device: torch.device,
         report: Callable[[int, int, dict[str, Any]], None], ranks: Ranks | None = None,
         trackers: Trackers | None = None,
@@ -141,7 +141,7 @@ class Loop:
         self.head = None if own.requires_grad else own.to(wanted)
         shared = self.head if teacher.head is own else None
         self.teacher = replace(teacher, head=teacher.head.to(wanted) if shared is None else shared)
-        self.at = Progress(0, Tally.empty(0), 0.0, 0, 0, 0, {})
+        self.at = Progress(0, MetricSums.empty(0), 0.0, 0, 0, 0, {})
         self.seconds = 0.0
         """Spent in steps by this attempt."""
         self.waited = 0.0
@@ -167,7 +167,7 @@ class Loop:
         self._keep(self.scratch / LAST)
 
     def _averaged(self) -> AbstractContextManager[None]:
-        return nullcontext() if self.average is None else self.average.in_place()
+        return nullcontext() if self.average is None else self.average.applied()
 
     def _gains_nothing(self) -> bool:
         """Whether as many validations as `patience` says have come since the best one."""
@@ -243,7 +243,7 @@ class Loop:
             self._log(factor)
         self.report(self.at.step, total, note)
 
-    def _stop_if_exploded(self, index: int, tally: Tally) -> None:
+    def _stop_if_exploded(self, index: int, tally: MetricSums) -> None:
         watch, times, predictions = self.at.watch, self.train.loss_spike_factor, sum(tally.count)
         if not times or not watch.exploded(sum(tally.loss) / predictions if predictions else None, times):
             return
@@ -256,9 +256,9 @@ class Loop:
             "lower train.lr; if such rows are to be trained on, raise train.loss_spike_factor, or set it to 0",
         )
 
-    def _backward(self, index: int) -> tuple[float, Tally, list[int]]:
+    def _backward(self, index: int) -> tuple[float, MetricSums, list[int]]:
         """Make the gradients of this rank's packs; of all packs the loss, what was counted, and rows without a loss."""
-        loss, tally, wrong = 0.0, Tally.empty(0), []
+        loss, tally, wrong = 0.0, MetricSums.empty(0), []
         packs = self._packs(index)
         whole = None if packs == [self.plan.batches[index]] else self._whole(index)
         for pieces in packs:
@@ -268,7 +268,7 @@ class Loop:
             if whole is not None:
                 pack = replace(pack, anchor_mask=self._own(index, pieces, whole))
             predictions, outcome = self.weights.backward(partial(self._forward, pack, whole), pieces is packs[-1])
-            tally.add(Tally.of(predictions.valid, outcome))
+            tally.add(MetricSums.of(predictions.valid, outcome))
             own = outcome.loss.item()
             loss += own
             if not math.isfinite(own):
@@ -276,7 +276,7 @@ class Loop:
         if not packs:
             self.weights.sit_out()
         losses, tallies, wrongs = zip(*self.ranks.gather((loss, tally, wrong)), strict=True)
-        every = Tally.empty(0)
+        every = MetricSums.empty(0)
         for part in tallies:
             every.add(part)
         return sum(losses), every, list(itertools.chain(*wrongs))
@@ -336,15 +336,15 @@ class Loop:
             walk.join(further)
         return tally.metrics(self.step_decay) | walk.metrics()
 
-    def _validated(self, which: int) -> tuple[int, Tally, AcceptanceCounts]:
+    def _validated(self, which: int) -> tuple[int, MetricSums, AcceptanceCounts]:
         """What one of the validation packs gives."""
         pack = self.corpus.pack(self.plan.validation[which], self.device)
         predictions, outcome = self._forward(pack)
         walk = AcceptanceCounts.empty(len(predictions.valid))
         # A token that the draft cannot say is a miss there, whatever its own vocabulary says is most likely.
-        sayable = sayable_next(pack, self.draft.vocabulary)[predictions.target]
-        walk.add(predictions.target[0].tolist(), run(predictions.valid & outcome.correct & sayable))
-        return which, Tally.of(predictions.valid, outcome), walk
+        sayable = next_token_in_vocabulary(pack, self.draft.vocabulary)[predictions.target]
+        walk.add(predictions.target[0].tolist(), correct_so_far(predictions.valid & outcome.correct & sayable))
+        return which, MetricSums.of(predictions.valid, outcome), walk
 
     def _validate(self) -> None:
         with self._averaged():
@@ -376,7 +376,7 @@ class Loop:
         lines = (self.at.step - 1) % self.train.log_every_steps + 1
         facts = {"step": self.at.step, "tokens": self.at.tokens, "lr": self.train.lr * factor}
         self._write(facts | {"gradient_norm": self.at.gradient_norm / lines} | self.at.sums.metrics(self.step_decay))
-        self.at.sums, self.at.gradient_norm = Tally.empty(0), 0.0
+        self.at.sums, self.at.gradient_norm = MetricSums.empty(0), 0.0
 
     def _write(self, line: dict[str, Any]) -> None:
         if not self.ranks.first:
@@ -419,7 +419,7 @@ class Loop:
         self._hold()
         tensors, facts = checkpoint.read(found, *self.weights.part)
         watch = Watch(**facts.get("watch", {}))  # states that were sealed before there was one may be gone on from
-        self.at = Progress(**{**facts, "sums": Tally(**facts["sums"]), "watch": watch})
+        self.at = Progress(**{**facts, "sums": MetricSums(**facts["sums"]), "watch": watch})
         if self.ranks.first:
             os.truncate(self.scratch / METRICS, self.at.metrics_bytes)
         with torch.no_grad():

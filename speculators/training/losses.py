@@ -1,24 +1,17 @@
-"""The loss between a draft's predictions and the target's own distributions, fused with the head.
+"""What training adds to the loss of `ops.distillation`: weights of steps and positions, and metrics.
 
-The gradient of the loss with respect to what enters the head, and to the head where that is trained, is computed along
-with the loss: logits live for one chunk of places and are gone before the next one. Nothing of the size
-[tokens, vocabulary] exists. The target's distribution at a place is computed once and used by every step that
-predicts it; at places that nobody predicts, it is not computed.
+A batch's loss is a sum over predictions, weighted by shares of what is supervised. Where several packed batches make
+one optimizer step (gradient accumulation, several ranks), `Draft.supervision` of all of them gives the counts that the
+shares refer to. Then their losses and gradients add up to those of one large batch, however it is cut.
 
-A loss is a sum of weighted predictions, and the weights are shares of what is supervised. Where one step of the
-optimiser is made of several packs, on one device after the other or on several, `Draft.supervision` of all of them
-together gives the counts to take the shares of: then the packs' losses, and their gradients, add up to those of one
-large pack, however it is cut.
-
-Shapes: N predictions; U places that they predict; K steps; H width; V draft vocabulary.
+Shapes: K steps; R rows, that is, positions that propose; T tokens; H hidden size; V draft vocabulary.
 """
 
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
-from functools import partial
 
 import torch
 from torch import Tensor
@@ -26,126 +19,125 @@ from torch import Tensor
 from speculators.config.algorithms import Loss
 from speculators.drafts.base import Predictions, Vocabulary
 from speculators.features.batch import PackedBatch
-from speculators.ops.distillation import CHUNK_ELEMENTS, Teacher, _Distill, _How, distance
+from speculators.ops.distillation import TargetHead, distillation_loss, hidden_state_loss
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Outcome:
-    """What a pack gave. All [K, R], undefined where not valid, but for the loss."""
+    """Loss of a packed batch. Except for `loss`, tensors are [K, R] and undefined where the prediction is not valid."""
 
     loss: Tensor
-    """Scalar; carries the gradient. Those of the packs of one optimiser step add up where they have the same counts."""
+    """Weighted sum, a scalar that carries the gradient; adds up over the batches of a step that share counts."""
     divergence: Tensor
-    """float32: loss of each prediction, not weighted; 0 where not valid."""
+    """float32: loss of each prediction, without its weight; 0 where not valid."""
     correct: Tensor
-    """bool: the draft's most likely token is the target's."""
+    """bool: the draft's argmax is the target's."""
 
 
 def distill(
-    predictions: Predictions, last: Tensor, head: Tensor, teacher: Teacher,
+    predictions: Predictions, target_hidden_states: Tensor, head: Tensor, target_head: TargetHead,
     loss: Loss | Mapping[Loss, float] = Loss.kl, chunk_elements: int | None = None, counts: Tensor | None = None,
     regression: float = 0.0,
 ) -> Outcome:  # fmt: skip
-    """The loss of every prediction over the draft's vocabulary, weighted and summed.
+    """Compute the weighted loss of a packed batch's predictions over the draft's vocabulary.
 
     Args:
-        predictions: of one pack; their `target` says which of `last`.
-        last: the target's states before the final norm [U, H].
-        head: the draft's head [V, H]: float32 if it wants a gradient, else in the format of products or any other.
-        teacher: gives the distributions to match.
-        loss: what is asked of a prediction; several with their weights.
-        chunk_elements: logits that may exist at one time.
-        counts: supervised predictions of each step, over everything that one step of the optimiser is made of, which
-            the weights become shares of, float32 [K]; those of this pack alone if None.
-        regression: weight, in the loss alone, of how far what enters the draft's head is from what enters the target's
-            (EAGLE, Li et al. 2024, arXiv:2401.15077).
+        predictions: of one packed batch; their `target` indexes `target_hidden_states`.
+        target_hidden_states: the target's, before its final norm [T, H].
+        head: the draft's head [V, H]: float32 if it is trained, else of any format.
+        target_head: the target's final norm and head.
+        loss: the loss, or several with their weights.
+        chunk_elements: logits that may exist at a time; by default `ops.distillation.CHUNK_ELEMENTS`.
+        counts: supervised predictions of each step over the whole optimizer step, float32 [K]; by default over this
+            batch.
+        regression: weight of `ops.distillation.hidden_state_loss` in the loss.
     """
     valid, weight, reweigh = predictions.valid, predictions.weight, predictions.reweigh
+    share = None
     if counts is not None:
         assert predictions.count is not None
         share = (predictions.count / counts)[:, None]
-        weight, reweigh = weight * share, None if reweigh is None else partial(_times, reweigh, share)
-    rows = predictions.hidden[valid]
-    divergence, correct = torch.zeros_like(weight), torch.zeros_like(valid)
-    limit = chunk_elements or CHUNK_ELEMENTS[rows.device.type]
-    dtype = torch.get_autocast_dtype(rows.device.type) if torch.is_autocast_enabled(rows.device.type) else torch.float32
-    losses = {loss: 1.0} if isinstance(loss, Loss) else loss
-    how = _How(teacher, losses, limit, dtype, None if reweigh is None else partial(_reweigh, reweigh, valid))
-    total, row_divergence, row_correct = _Distill.apply(rows, predictions.target[valid], weight[valid], last, head, how)
+        weight = weight * share
+
+    def weight_from_losses(losses: Tensor) -> Tensor:
+        """Weights of the valid predictions [N] from their losses [N]."""
+        assert reweigh is not None
+        divergence = torch.zeros_like(weight)
+        divergence[valid] = losses
+        weights = reweigh(divergence)
+        return (weights if share is None else weights * share)[valid]
+
+    hidden_states, target_index = predictions.hidden[valid], predictions.target[valid]
+    losses = {loss.value: 1.0} if isinstance(loss, Loss) else {each.value: factor for each, factor in loss.items()}
+    total, valid_divergence, valid_correct = distillation_loss(
+        hidden_states, target_index, weight[valid] if reweigh is None else weight_from_losses, target_hidden_states,
+        head, target_head, losses, chunk_elements,
+    )  # fmt: skip
     if regression:
-        total = (
-            total + regression * (weight[valid] * distance(rows, teacher.normed(last[predictions.target[valid]]))).sum()
-        )
-    divergence[valid], correct[valid] = row_divergence, row_correct
+        error = hidden_state_loss(hidden_states, target_head.norm(target_hidden_states[target_index]))
+        total = total + regression * (weight[valid] * error).sum()
+    divergence, correct = torch.zeros_like(weight), torch.zeros_like(valid)
+    divergence[valid], correct[valid] = valid_divergence, valid_correct
     return Outcome(loss=total, divergence=divergence, correct=correct)
 
 
-def _times(reweigh: Callable[[Tensor], Tensor], share: Tensor, divergence: Tensor) -> Tensor:
-    return reweigh(divergence) * share
+def next_token_in_vocabulary(pack: PackedBatch, vocabulary: Vocabulary) -> Tensor:
+    """Return for each position whether the next token is in the draft's vocabulary, bool [T]; true at document ends."""
+    contained = vocabulary.t2d.to(pack.token_ids.device)[pack.token_ids].roll(-1)
+    contained[[start + length - 1 for start, length in pack.documents()]] = True
+    return contained
 
 
-def _reweigh(reweigh: Callable[[Tensor], Tensor], valid: Tensor, divergence_N: Tensor) -> Tensor:
-    """The weights of the valid predictions [N], from their losses."""
-    divergence = torch.zeros(valid.shape, dtype=divergence_N.dtype, device=valid.device)
-    divergence[valid] = divergence_N
-    return reweigh(divergence)[valid]
-
-
-def sayable_next(pack: PackedBatch, vocabulary: Vocabulary) -> Tensor:
-    """bool [T]: the token after each place is in the draft's vocabulary; true where the document ends."""
-    inside = vocabulary.t2d.to(pack.token_ids.device)[pack.token_ids].roll(-1)
-    inside[[start + length - 1 for start, length in pack.documents()]] = True
-    return inside
-
-
-def run(correct: Tensor) -> Tensor:
-    """bool [K, R]: correct at this step and at all before it."""
+def correct_so_far(correct: Tensor) -> Tensor:
+    """Return for each prediction whether it and all earlier steps from its position are correct, bool [K, R]."""
     return torch.cumprod(correct.int(), dim=0).bool()
 
 
 @dataclass(slots=True)
-class Tally:
-    """Sums over predictions, from which losses and accuracies are made. Adding tallies adds what they counted."""
+class MetricSums:
+    """Sums over predictions, from which losses and accuracies are computed; sums of several batches add up."""
 
     loss: list[float]
-    """Per step, summed over supervised predictions."""
+    """Per step, over supervised predictions."""
     count: list[float]
     """Supervised predictions of each step."""
     right: list[float]
-    """Of those, the ones that are right and all earlier steps from the same place too."""
+    """Of those, the ones that are correct like all earlier steps from the same position."""
     reached: list[float]
-    """Of those, the ones whose earlier steps are all right."""
+    """Of those, the ones whose earlier steps are all correct."""
 
     @classmethod
-    def empty(cls, steps: int) -> Tally:
-        """A tally of nothing."""
+    def empty(cls, steps: int) -> MetricSums:
+        """Create sums of zeros."""
         return cls(*([0.0] * steps for _ in cls.__slots__))
 
     @classmethod
-    def of(cls, valid: Tensor, outcome: Outcome) -> Tally:
-        """Count one pack; `valid` [K, R]."""
-        right = run(valid & outcome.correct)
+    def of(cls, valid: Tensor, outcome: Outcome) -> MetricSums:
+        """Sum over one packed batch; `valid` [K, R]."""
+        right = correct_so_far(valid & outcome.correct)
         reached = torch.cat([valid[:1], valid[1:] & right[:-1]])
-        sums = (outcome.divergence.double() * valid, valid, right, reached)
-        return cls(*(s.sum(1, dtype=torch.float64).tolist() for s in sums))
+        terms = (outcome.divergence.double() * valid, valid, right, reached)
+        return cls(*(term.sum(1, dtype=torch.float64).tolist() for term in terms))
 
-    def add(self, other: Tally) -> None:
-        """Count `other` too, which may have counted more steps or fewer."""
+    def add(self, other: MetricSums) -> None:
+        """Add other sums, which may have more steps or fewer."""
         for name in self.__slots__:
-            mine = getattr(self, name)
-            mine[:] = [a + b for a, b in itertools.zip_longest(mine, getattr(other, name), fillvalue=0.0)]
+            values = getattr(self, name)
+            values[:] = [a + b for a, b in itertools.zip_longest(values, getattr(other, name), fillvalue=0.0)]
 
     def metrics(self, step_decay: float = 1.0) -> dict[str, float]:
-        """Means, by name.
+        """Compute means by name: `loss` over all steps, weighted by step_decay^k, and for each step k from 0
 
-        `loss`: steps weighted and summed. For step k, `loss_k`; `full_k`: right up to k, of all; `cond_k`: right at
-        k, of those right before: both by the target's distribution over the draft's vocabulary.
+        - `loss_k`: loss of a prediction,
+        - `full_k`: share of predictions that are correct up to k,
+        - `cond_k`: share that is correct at k, of those correct before k.
+
+        Correct means equal to the target's argmax over the draft's vocabulary.
         """
-        found: dict[str, float] = {}
-        for k, n in enumerate(self.count):
-            found[f"loss_{k}"] = self.loss[k] / max(n, 1.0)
-            found[f"full_{k}"] = self.right[k] / max(n, 1.0)
-            found[f"cond_{k}"] = self.right[k] / max(self.reached[k], 1.0)
-        steps = range(len(self.count))
-        found["loss"] = sum(step_decay**k * found[f"loss_{k}"] for k in steps)
-        return found
+        means: dict[str, float] = {}
+        for k, count in enumerate(self.count):
+            means[f"loss_{k}"] = self.loss[k] / max(count, 1.0)
+            means[f"full_{k}"] = self.right[k] / max(count, 1.0)
+            means[f"cond_{k}"] = self.right[k] / max(self.reached[k], 1.0)
+        means["loss"] = sum(step_decay**k * means[f"loss_{k}"] for k in range(len(self.count)))
+        return means

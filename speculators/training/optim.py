@@ -1,10 +1,6 @@
-"""Optimisers and schedules. Parameters, momenta and moments are float32, whatever the products are computed in.
+"""Optimizers, average of the weights, and learning-rate schedules.
 
-Muon (Jordan et al. 2024; scaled as in Liu et al. 2025, arXiv:2502.16982) replaces the update of a matrix by the nearest
-orthogonal matrix, so that every direction is learnt at the same rate. It is written out here because torch's takes
-fifteen products in bfloat16, which many processors emulate slowly, one matrix after the other. In float32 this one
-takes two products and two inverses of the small Gram matrix; in bfloat16, where that is what the machine is fast at,
-twelve products of all matrices of a shape at once. Both come closer, and go in blocks if asked.
+Parameters, momenta and moments are float32, whatever the format of the matrix products.
 """
 
 from __future__ import annotations
@@ -20,34 +16,34 @@ from torch import Tensor, nn
 from speculators.config.choices import LrSchedule, Optimizer
 from speculators.config.schema import Train
 from speculators.drafts.base import TARGETS
-from speculators.ops import cpu
-from speculators.ops.muon import orthogonalise, stacked, together, turned
+from speculators.ops.muon import muon_updates, orthogonalize, update_momentum, update_scale
 from speculators.ops.weights import apply_update, mark_changed
 from speculators.training.ranks import Ranks, rows
 
 
 class Optimizers:
-    """What trains a draft: Muon for its matrices if asked, AdamW for the rest, one schedule for both.
+    """Muon for the draft's matrices if the recipe selects it, AdamW for the rest, and one schedule for both.
 
-    All ranks hold all of its state and give it the same gradients, or each holds its own rows and gives theirs. Each
-    makes only its share of the matrices orthogonal, which is most of the work, and hands them to the others.
+    Every rank holds all momenta and moments and passes the same gradients, or holds the rows of its shard and passes
+    theirs. Each rank orthogonalises its share of the matrices, which is most of the work, and broadcasts the updates.
 
     Args:
-        model: what is trained.
-        train: how.
-        ranks: who trains it.
-        held: this rank's rows of all parameters, where they are divided (`sharding`).
+        model: the draft.
+        train: options.
+        ranks: processes that train together; this one alone if None.
+        shards: this rank's rows of every parameter, where parameters are sharded (`sharding`).
     """
 
     def __init__(
-        self, model: nn.Module, train: Train, ranks: Ranks | None = None, held: Mapping[str, nn.Parameter] | None = None
-    ) -> None:
-        whole = {name: p for name, p in model.named_parameters() if p.requires_grad}
-        named = whole if held is None else held
-        self.divided = held is not None
-        self.shapes = {name: p.shape for name, p in whole.items()}
+        self, model: nn.Module, train: Train, ranks: Ranks | None = None,
+        shards: Mapping[str, nn.Parameter] | None = None,
+    ) -> None:  # fmt: skip
+        full = {name: p for name, p in model.named_parameters() if p.requires_grad}
+        named = full if shards is None else shards
+        self.sharded = shards is not None
+        self.shapes = {name: p.shape for name, p in full.items()}
         muon = train.optimizer is Optimizer.muon
-        # Rows of the vocabulary's matrices are learnt one by one, and most have no gradient in a step.
+        # Rows of the vocabulary's matrices are independent of each other, and most have no gradient in a step.
         self.matrices = {name: p for name, p in named.items() if muon and p.ndim == 2 and name not in TARGETS}
         self.others = {name: p for name, p in named.items() if name not in self.matrices}
         self.lr = train.lr
@@ -58,9 +54,9 @@ class Optimizers:
         self.momenta = {name: torch.zeros_like(p) for name, p in self.matrices.items()}
         self.ranks = ranks or Ranks()
         self.owners = owners({name: self.shapes[name] for name in self.matrices}, self.ranks.size)
-        decay = [p for p in self.others.values() if p.ndim == 2]
-        plain = [p for p in self.others.values() if p.ndim != 2]
-        groups = [{"params": decay, "weight_decay": train.weight_decay}, {"params": plain, "weight_decay": 0.0}]
+        decayed = [p for p in self.others.values() if p.ndim == 2]
+        vectors = [p for p in self.others.values() if p.ndim != 2]
+        groups = [{"params": decayed, "weight_decay": train.weight_decay}, {"params": vectors, "weight_decay": 0.0}]
         self.adamw = torch.optim.AdamW(
             [g for g in groups if g["params"]],
             lr=self.lr,
@@ -70,116 +66,93 @@ class Optimizers:
         )
 
     def parameters(self) -> Iterator[nn.Parameter]:
-        """Everything that is trained."""
+        """Yield all parameters that are trained, or this rank's shards of them."""
         yield from self.matrices.values()
         yield from self.others.values()
 
     @torch.no_grad()
-    def step(self, factor: float, shrink: float = 1.0) -> None:
-        """Apply the gradients times `shrink`, at `factor` of the peak learning rate, and clear them."""
-        for names in self._groups():
-            for name, update in zip(names, self._updates(names, shrink), strict=True):
-                # The same size of update as AdamW's, so that one learning rate serves both.
-                size = self.muon_lr * factor * 0.2 * math.sqrt(max(self.shapes[name]))
-                apply_update(self.matrices[name], update, 1.0 - self.muon_lr * factor * self.muon_weight_decay, size)
+    def step(self, lr_factor: float, grad_factor: float = 1.0) -> None:
+        """Apply the gradients times `grad_factor`, at `lr_factor` of the peak learning rate, and clear them."""
+        lr = self.muon_lr * lr_factor
+        for name, update in self._muon_updates(grad_factor):
+            keep = 1.0 - lr * self.muon_weight_decay
+            apply_update(self.matrices[name], update, keep, lr * update_scale(self.shapes[name]))
         for p in self.others.values():
-            if shrink != 1.0 and p.grad is not None:
-                p.grad.mul_(shrink)
+            if grad_factor != 1.0 and p.grad is not None:
+                p.grad.mul_(grad_factor)
         for group in self.adamw.param_groups:
-            group["lr"] = self.lr * factor
+            group["lr"] = self.lr * lr_factor
         self.adamw.step()
         mark_changed(self.others.values())  # fused AdamW does not raise the weights' version counters
         for p in self.parameters():
             p.grad = None
 
-    def _groups(self) -> list[list[str]]:
-        """Matrices whose updates exist at the same time: those of a shape, or all, so that ranks need not wait."""
+    def _muon_updates(self, grad_factor: float) -> Iterator[tuple[str, Tensor]]:
+        """Yield the name and the update of each of Muon's matrices, or of this rank's rows of it."""
         names = list(self.matrices)
-        if self.ranks.size > 1:
-            return [names]
-        return [[names[place] for place in alike] for alike in together([self.shapes[name] for name in names])]
+        if self.sharded:
+            yield from self._sharded_updates(names, grad_factor)
+        elif self.ranks.size == 1:
+            yield from self._updates_of(names, grad_factor)
+        else:
+            yield from self._shared_updates(names, grad_factor)
 
-    def _updates(self, names: list[str], shrink: float) -> Sequence[Tensor]:
-        """Muon's updates of what is held of these matrices."""
-        if self.divided:
-            return self._updates_of_rows(names, shrink) if names else []
-        if self.ranks.size == 1:
-            return self._made(names, shrink)
-        own = [name for name in names if self.owners[name] == self.ranks.rank]
-        for name in names:
-            if name not in own:
-                self._move(name, shrink)
-        # What is handed on is contiguous and float32; for the others' there is room to take it.
+    def _updates_of(self, names: list[str], grad_factor: float) -> Iterator[tuple[str, Tensor]]:
+        """Yield this rank's own updates of full matrices."""
+        momenta, grads = [self.momenta[name] for name in names], [self._grad(name) for name in names]
+        for index, update in muon_updates(momenta, grads, self.muon_momentum, grad_factor, self.dtype, self.block):
+            yield names[index], update
+
+    def _shared_updates(self, names: list[str], grad_factor: float) -> Iterator[tuple[str, Tensor]]:
+        """Compute the updates of the matrices that this rank owns, and broadcast those of all ranks."""
         updates = {name: torch.empty_like(self.momenta[name]) for name in names}
-        for alike in together([self.shapes[name] for name in own]):
-            its = [own[place] for place in alike]
-            for name, update in zip(its, self._made(its, shrink), strict=True):
-                updates[name].copy_(update)
-        self.ranks.spread(list(updates.values()), [self.owners[name] for name in names])
-        return list(updates.values())
-
-    def _updates_of_rows(self, names: list[str], shrink: float) -> list[Tensor]:
-        """The rows of all ranks go to the matrix's owner, who hands back those of the update."""
-        rank, everyone = self.ranks.rank, range(self.ranks.size)
-        owned = [[name for name in names if self.owners[name] == owner] for owner in everyone]
-        asked = {name: torch.empty_like(self.momenta[name]) for name in names}
+        owned = [name for name in names if self.owners[name] == self.ranks.rank]
         for name in names:
-            self._move(name, shrink, asked[name])
-        cut = {name: [rows(self.shapes[name][0], of, len(everyone)) for of in everyone] for name in names}
-        shapes = [[(cut[n][of].stop - cut[n][of].start, self.shapes[n][1]) for n in owned[rank]] for of in everyone]
-        got = self.ranks.exchange([[asked[name] for name in owned[owner]] for owner in everyone], shapes)
-        whole = [torch.cat(parts) for parts in zip(*got, strict=True)]
-        made = list(whole)
-        for alike in together([matrix.shape for matrix in whole]):
-            alike_shapes = [whole[place].shape for place in alike]
-            x = stacked(alike_shapes, self.dtype, whole[alike[0]].device)
-            for room, place in zip(turned(x, alike_shapes), alike, strict=True):
-                room.copy_(whole[place])
-            for place, update in zip(alike, orthogonalise(x, alike_shapes, self.block), strict=True):
-                made[place] = update.float().contiguous()
-        back = self.ranks.exchange(
-            [[update[cut[name][of]] for name, update in zip(owned[rank], made, strict=True)] for of in everyone],
-            [[asked[name].shape for name in owned[owner]] for owner in everyone],
+            if name not in owned:
+                update_momentum(self.momenta[name], self._grad(name), self.muon_momentum, grad_factor)
+        for name, update in self._updates_of(owned, grad_factor):
+            updates[name].copy_(update)  # contiguous and float32, as broadcasts need them
+        self.ranks.spread(list(updates.values()), [self.owners[name] for name in names])
+        yield from updates.items()
+
+    def _sharded_updates(self, names: list[str], grad_factor: float) -> Iterator[tuple[str, Tensor]]:
+        """Send the rows of each matrix's direction to its owner, which sends back the rows of the update."""
+        if not names:
+            return
+        everyone = range(self.ranks.size)
+        owned = [[name for name in names if self.owners[name] == owner] for owner in everyone]
+        ours = owned[self.ranks.rank]
+        directions = {name: torch.empty_like(self.momenta[name]) for name in names}
+        for name, direction in directions.items():
+            update_momentum(self.momenta[name], self._grad(name), self.muon_momentum, grad_factor, direction)
+        parts = {name: [rows(self.shapes[name][0], rank, len(everyone)) for rank in everyone] for name in names}
+        shapes = [
+            [(parts[name][rank].stop - parts[name][rank].start, self.shapes[name][1]) for name in ours]
+            for rank in everyone
+        ]
+        received = self.ranks.exchange([[directions[name] for name in group] for group in owned], shapes)
+        full = [torch.cat(row_slices) for row_slices in zip(*received, strict=True)]
+        updates = dict(zip(ours, orthogonalize(full, self.dtype, self.block), strict=True))
+        returned = self.ranks.exchange(
+            [[updates[name][parts[name][rank]] for name in ours] for rank in everyone],
+            [[directions[name].shape for name in group] for group in owned],
         )
-        found = dict(zip(itertools.chain(*owned), itertools.chain(*back), strict=True))
-        return [found[name] for name in names]
+        yield from zip(itertools.chain(*owned), itertools.chain(*returned), strict=True)
 
-    def _made(self, names: list[str], shrink: float) -> list[Tensor]:
-        """Move the momenta of matrices of one shape or its transpose, and make of where they are to go the updates."""
-        shapes = [self.shapes[name] for name in names]
-        x = stacked(shapes, self.dtype, self.momenta[names[0]].device)
-        for name, asked in zip(names, turned(x, shapes), strict=True):
-            self._move(name, shrink, asked)
-        return orthogonalise(x, shapes, self.block)
-
-    def _move(self, name: str, shrink: float, asked: Tensor | None = None) -> None:
-        """Let what is held of a matrix's momentum take the gradient in.
-
-        `asked` gets where it is to go, whose size does not matter: the momentum, and once more the gradient (Nesterov).
-        """
-        momentum, gradient, beta = self.momenta[name], self._gradient(name), self.muon_momentum
-        new = (1.0 - beta) * shrink
-        if loops := cpu.kernels(momentum, *([] if asked is None else [asked])):
-            return loops.nesterov_momentum(momentum, gradient, asked, beta, new, new / beta)
-        momentum.mul_(beta).add_(gradient, alpha=new)
-        if asked is not None:
-            asked.copy_(torch.add(momentum, gradient, alpha=new / beta))
-        return None
-
-    def _gradient(self, name: str) -> Tensor:
-        gradient = self.matrices[name].grad
-        assert gradient is not None
-        return gradient
+    def _grad(self, name: str) -> Tensor:
+        grad = self.matrices[name].grad
+        assert grad is not None
+        return grad
 
     def state(self) -> dict[str, Tensor]:
-        """Everything that the next step depends on, by name."""
-        found = {f"muon.{name}": m for name, m in self.momenta.items()}
+        """Return everything that the next step depends on, by name."""
+        tensors = {f"muon.{name}": m for name, m in self.momenta.items()}
         for name, p in self.others.items():
-            found |= {f"adamw.{key}.{name}": value for key, value in self.adamw.state[p].items()}
-        return found
+            tensors |= {f"adamw.{key}.{name}": value for key, value in self.adamw.state[p].items()}
+        return tensors
 
     def load(self, state: dict[str, Tensor]) -> None:
-        """Go on from what `state` gave."""
+        """Restore what `state` returned."""
         for name, momentum in self.momenta.items():
             momentum.copy_(state[f"muon.{name}"])
         for name, p in self.others.items():
@@ -188,19 +161,19 @@ class Optimizers:
 
 
 def owners(shapes: Mapping[str, Sequence[int]], ranks: int) -> dict[str, int]:
-    """Which rank makes which matrix orthogonal: the dearest first, each to whoever has least to do."""
+    """Assign each matrix to the rank that orthogonalises it: the most expensive first, each to the least loaded."""
     cost = {name: math.prod(shape) * min(shape) for name, shape in shapes.items()}
-    load, found = [0] * ranks, {}
+    load, owner = [0] * ranks, {}
     for name in sorted(cost, key=lambda name: (-cost[name], name)):
-        found[name] = load.index(min(load))
-        load[found[name]] += cost[name]
-    return found
+        owner[name] = load.index(min(load))
+        load[owner[name]] += cost[name]
+    return owner
 
 
 class Average:
-    """An exponential average of weights, float32 as they are; `decay` of it stays in every step.
+    """Exponential moving average (EMA) of the weights, in float32: average = decay * average + (1 - decay) * weight.
 
-    The first steps count for more, or it would long be what the weights began as.
+    In the first steps the decay is smaller, or the initial weights would dominate for long.
     """
 
     def __init__(self, weights: Mapping[str, nn.Parameter], decay: float) -> None:
@@ -210,14 +183,14 @@ class Average:
 
     @torch.no_grad()
     def update(self, step: int) -> None:
-        """Take in the weights after `step` steps."""
+        """Add the weights after `step` steps."""
         share = 1.0 - min(self.decay, (1 + step) / (10 + step))
         for name, average in self.averages.items():
             average.lerp_(self.weights[name], share)
 
     @contextlib.contextmanager
-    def in_place(self) -> Iterator[None]:
-        """The model has the averages for weights."""
+    def applied(self) -> Iterator[None]:
+        """Let the model have the averages as its weights inside the context."""
         self._swap()
         try:
             yield
@@ -225,29 +198,33 @@ class Average:
             self._swap()
 
     def load(self, state: Mapping[str, Tensor]) -> None:
-        """Go on from `averages` as they were."""
+        """Restore saved `averages`."""
         for name, average in self.averages.items():
             average.copy_(state[name])
 
     @torch.no_grad()
     def _swap(self) -> None:
-        # By value: weights that are divided among ranks are gathered from where they were when they were divided.
+        # By value: FSDP gathers sharded weights from the memory that they had when they were sharded.
         for name, p in self.weights.items():
-            kept = p.clone()
+            weight = p.clone()
             p.copy_(self.averages[name])
-            self.averages[name].copy_(kept)
+            self.averages[name].copy_(weight)
 
 
 def rate(step: int, total: int, warmup_ratio: float, schedule: LrSchedule, decay_ratio: float = 0.2) -> float:
-    """Share of the peak learning rate in step `step` of `total`, counted from 0: up over the warm-up, then down to 0.
+    """Return the share of the peak learning rate in a step: linear warm-up, then the schedule's decay towards 0.
 
-    `warmup_ratio` is a share of all steps; it always takes at least one, which is trained at full rate if it is the
-    only one. So is `decay_ratio`, which only `wsd` looks at.
+    Args:
+        step: from 0.
+        total: number of steps.
+        warmup_ratio: share of all steps; at least one step, at full rate if it is the only one.
+        schedule: shape of the decay.
+        decay_ratio: share of all steps in which `wsd` decays, at least one.
     """
-    rising = max(1, round(warmup_ratio * total))
-    if step < rising:
-        return (step + 1) / rising
-    left = (total - step) / max(1, total - rising)
+    warmup_steps = max(1, round(warmup_ratio * total))
+    if step < warmup_steps:
+        return (step + 1) / warmup_steps
+    left = (total - step) / max(1, total - warmup_steps)
     if schedule is LrSchedule.linear:
         return left
     if schedule is LrSchedule.cosine:

@@ -17,7 +17,6 @@ under AdamW, 12 P become 12 P / n under Muon. What comes and goes within a step 
 from __future__ import annotations
 
 import contextlib
-import math
 from collections.abc import Callable, Iterable, Iterator
 
 import torch
@@ -26,11 +25,11 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 
-from speculators.config.choices import Dtype
+from speculators.config.choices import Dtype, Optimizer
 from speculators.config.schema import Train
 from speculators.drafts.base import Draft, Predictions
 from speculators.drafts.layers import Linear
-from speculators.ops import cpu
+from speculators.ops.weights import grad_norm, keep_grad_dtype
 from speculators.training.losses import Outcome
 from speculators.training.optim import Optimizers
 from speculators.training.ranks import Ranks
@@ -49,7 +48,7 @@ class Weights:
         self.draft, self.ranks = draft, ranks
         for part in draft.modules():
             if short is not None and isinstance(part, Linear):
-                part.weight.grad_dtype = short
+                keep_grad_dtype(part.weight, short)
         self.held = {name: p for name, p in draft.named_parameters() if p.requires_grad}
         """What this rank has of each weight, float32; whoever writes there changes the draft."""
 
@@ -187,7 +186,9 @@ def weights(draft: Draft, train: Train, ranks: Ranks, device: torch.device) -> W
         return Shards(draft, ranks, device, train.precision)
     # Nothing is added to the gradient of a step's only pack.
     alone = ranks.size == 1 and train.gradient_accumulation_steps == 1 and device.type == "cpu"
-    return Weights(draft, ranks, getattr(torch, train.precision.name) if alone else None)
+    # AdamW needs gradients of the weights' own format.
+    short = alone and train.optimizer is Optimizer.muon
+    return Weights(draft, ranks, getattr(torch, train.precision.name) if short else None)
 
 
 def _gradients(parameters: Iterable[nn.Parameter]) -> list[Tensor]:
@@ -203,6 +204,4 @@ def _gradients(parameters: Iterable[nn.Parameter]) -> list[Tensor]:
 def _norm(parameters: Iterable[nn.Parameter]) -> Tensor:
     """Of all gradients together, float32."""
     gradients = [p.grad for p in parameters if p.grad is not None]
-    if loops := cpu.kernels(*gradients):
-        return torch.tensor(math.sqrt(sum(loops.sum_of_squares(gradient) for gradient in gradients)))
-    return nn.utils.get_total_norm(gradients)
+    return grad_norm(gradients)

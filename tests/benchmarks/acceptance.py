@@ -23,7 +23,7 @@ from speculators.drafts import DRAFTS
 from speculators.drafts.base import Draft
 from speculators.evaluation.acceptance import AcceptanceCounts
 from speculators.features.batch import PackedBatch
-from speculators.training.losses import run
+from speculators.training.losses import correct_so_far
 
 
 def load(directory: Path, target: Any) -> Draft:
@@ -70,7 +70,7 @@ def foreseen(
         right = predictions.valid & (said == its.token_ids.roll(-1)[predictions.target])
         # The first token of an answer comes out of the prompt: nothing is proposed before it.
         asked = predictions.target[0] >= len(answer["prompt_ids"])
-        walk.add(predictions.target[0, asked].tolist(), run(right)[:positions, asked])
+        walk.add(predictions.target[0, asked].tolist(), correct_so_far(right)[:positions, asked])
     return walk
 
 

@@ -22,7 +22,7 @@ import torch
 
 from speculators.config.algorithms import Loss
 from speculators.drafts.base import Predictions
-from speculators.ops.distillation import CHUNK_ELEMENTS, Teacher
+from speculators.ops.distillation import CHUNK_ELEMENTS, TargetHead
 from speculators.training.losses import distill
 
 SIZES = (32_000, 151_936, 262_144)
@@ -53,7 +53,7 @@ def measure(case: str, size: int) -> tuple[int, int]:
     last = torch.randn(TOKENS, WIDTH, generator=draw).bfloat16()
     hidden = torch.randn(STEPS, TOKENS, WIDTH, generator=draw).requires_grad_()
     place = torch.arange(TOKENS).expand(STEPS, TOKENS)
-    teacher = Teacher(norm_weight=torch.ones(WIDTH), norm_eps=1e-6, head=head)
+    teacher = TargetHead(norm_weight=torch.ones(WIDTH), norm_eps=1e-6, head=head)
     given = head.clone().requires_grad_() if trained else head
     weight = torch.full((STEPS, TOKENS), 1.0 / TOKENS)
     found = Predictions(hidden=hidden, target=place, valid=place >= 0, weight=weight)

@@ -45,7 +45,7 @@ from speculators.drafts import DRAFTS
 from speculators.drafts.base import Draft, Vocabulary
 from speculators.features.dataloader import DataLoader, ShardSource
 from speculators.features.shards import ShardReader
-from speculators.ops.distillation import Teacher
+from speculators.ops.distillation import TargetHead
 from speculators.runner.planning.plan import Planner
 from speculators.runner.store.artifacts import Store
 from speculators.targets.checkpoint import TargetCheckpoint
@@ -100,7 +100,7 @@ class World:
         draft.configure(self.config.speculator)
         draft.loss = loss_weights(self.config.speculator.loss_fn)
         norm = self.target.final_norm()
-        teacher = Teacher(norm_weight=norm.weight, norm_eps=norm.eps, head=draft.lm_head.weight)
+        teacher = TargetHead(norm_weight=norm.weight, norm_eps=norm.eps, head=draft.lm_head.weight)
         corpus, train = DataLoader(self.tokens, ShardSource(self.features)), self.config.train
         device = torch.device("cpu")
         return Loop(draft, teacher, corpus, train, 1.0, self.dtype, scratch, device, lambda *_: None)

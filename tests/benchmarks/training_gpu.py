@@ -36,7 +36,7 @@ from speculators.drafts.base import Vocabulary
 from speculators.features.contract import feature_contract
 from speculators.features.dataloader import DataLoader, ShardSource
 from speculators.features.shards import ShardReader, ShardWriter
-from speculators.ops.distillation import Teacher
+from speculators.ops.distillation import TargetHead
 from speculators.stages.train import same_bytes_every_time
 from speculators.targets.checkpoint import TargetCheckpoint
 from speculators.training.loop import Loop
@@ -163,7 +163,7 @@ def build(
     parts = target.parts(vocabulary.tokens)
     draft = DRAFTS[algorithm].build(parts, options, vocabulary, size.layer_ids[algorithm], seed=0).to(device)
     norm = target.final_norm()
-    teacher = Teacher(norm_weight=norm.weight.to(device), norm_eps=norm.eps, head=draft.lm_head.weight)
+    teacher = TargetHead(norm_weight=norm.weight.to(device), norm_eps=norm.eps, head=draft.lm_head.weight)
     train = Train(
         batch_tokens=size.batch_tokens,
         epochs=1,

@@ -21,9 +21,9 @@ from speculators.errors import ContractError
 from speculators.evaluation.acceptance import AcceptanceCounts
 from speculators.ops import cpu, gpu
 from speculators.ops.attention import anchored_attention
-from speculators.ops.distillation import Teacher
+from speculators.ops.distillation import TargetHead
 from speculators.ops.masks import anchor_mask, context_positions
-from speculators.training.losses import distill, run, sayable_next
+from speculators.training.losses import correct_so_far, distill, next_token_in_vocabulary
 from speculators.training.optim import Optimizers
 
 
@@ -83,7 +83,7 @@ def test_attention_of_blocks_and_its_slopes_equal_a_dense_float64_reference(
     q, keys, values, *own = leaves
     places = context_positions(blocks, anchors)
     mask = anchor_mask(blocks, anchors, window)
-    attend = gpu.anchored_attention if way == "flex" else anchored_attention
+    attend = gpu.flex_anchored if way == "flex" else anchored_attention
     slope = torch.randn(len(anchors), length, 4 * 8, generator=draw)
 
     for leaf in leaves:
@@ -161,7 +161,7 @@ def test_each_step_draws_its_own_anchors_and_always_the_same(tmp_path: Path) -> 
 def test_cross_entropy_is_against_the_most_likely_token_by_hand() -> None:
     # Target logits (0, ln 3): label 1. Draft logits (0, 0): q = 1/2, 1/2. CE = ln 2; slope = q - (0, 1) = (1/2, -1/2).
     hidden = torch.zeros(1, 1, 2, requires_grad=True)
-    teacher = Teacher(norm_weight=torch.full((2,), math.log(3) / math.sqrt(2)), norm_eps=0.0, head=torch.eye(2))
+    teacher = TargetHead(norm_weight=torch.full((2,), math.log(3) / math.sqrt(2)), norm_eps=0.0, head=torch.eye(2))
     place = torch.zeros(1, 1, dtype=torch.int64)
     found = Predictions(hidden=hidden, target=place, valid=place == 0, weight=torch.full((1, 1), 0.5))
     outcome = distill(found, torch.tensor([[0.0, 1.0]]), torch.eye(2), teacher, Loss.ce)
@@ -244,8 +244,8 @@ def test_overfitting_one_row_reaches_nearly_all_acceptance(tmp_path: Path) -> No
         predictions = draft(pack)
         outcome = distill(predictions, pack.last_hidden_states, draft.lm_head.weight, teacher, draft.loss)
     walk = AcceptanceCounts.empty(3)
-    sayable = sayable_next(pack, draft.vocabulary)[predictions.target]
-    walk.add(predictions.target[0].tolist(), run(predictions.valid & outcome.correct & sayable))
+    sayable = next_token_in_vocabulary(pack, draft.vocabulary)[predictions.target]
+    walk.add(predictions.target[0].tolist(), correct_so_far(predictions.valid & outcome.correct & sayable))
     # 27 supervised tokens: an anchor and the 26 after it, in proposals of three and the target's own.
     assert walk.proposals == 7
     assert walk.metrics()["acceptance_length"] > 3.7

@@ -22,10 +22,10 @@ from speculators.drafts.layers import LayerConfig, Rotary
 from speculators.errors import ContractError
 from speculators.ops import cpu, gpu
 from speculators.ops.attention import KeyValues, causal_attention
-from speculators.ops.distillation import Teacher
+from speculators.ops.distillation import TargetHead
 from speculators.ops.masks import causal_mask
 from speculators.targets.checkpoint import TargetCheckpoint
-from speculators.training.losses import Tally, distill, sayable_next
+from speculators.training.losses import MetricSums, distill, next_token_in_vocabulary
 from speculators.training.optim import Optimizers
 
 
@@ -36,7 +36,7 @@ def dense_attention(q: torch.Tensor, cache: KeyValues, documents: list[int], ask
     total = len(owner)
     seen = (owner[:, None] == owner[None, :]) & torch.ones(total, total, dtype=torch.bool).tril()
     keys, values, masks = [cache.keys], [cache.values], [seen[asking]]
-    for k, v in cache.own:
+    for k, v in cache.later_steps:
         keys.append(k)
         values.append(v)
         masks.append(torch.eye(len(asking), dtype=torch.bool))
@@ -72,8 +72,8 @@ def test_attention_inside_documents_and_its_slopes_equal_a_dense_float64_referen
         leaf.requires_grad_(way != "flex")  # which torch computes on a CPU without slopes
     mask = causal_mask(list(zip(starts, documents, strict=True)), asking)
     if way == "flex":
-        steps = [(keys, values), *cache.own]
-        found = gpu.causal_attention(q, [k for k, _ in steps], [v for _, v in steps], mask)
+        steps = [(keys, values), *cache.later_steps]
+        found = gpu.flex_causal(q, [k for k, _ in steps], [v for _, v in steps], mask)
     else:
         found = causal_attention(q, cache, mask)
     expected = dense_attention(q, cache, documents, asking)
@@ -139,7 +139,7 @@ def test_the_loss_is_the_divergence_computed_by_hand() -> None:
     hidden = torch.zeros(1, 1, 2, requires_grad=True)
     head = torch.eye(2)
     last = torch.tensor([[0.0, 1.0]])  # its norm is (0, sqrt 2)
-    teacher = Teacher(norm_weight=torch.full((2,), math.log(3) / math.sqrt(2)), norm_eps=0.0, head=head)
+    teacher = TargetHead(norm_weight=torch.full((2,), math.log(3) / math.sqrt(2)), norm_eps=0.0, head=head)
     place = torch.zeros(1, 1, dtype=torch.int64)
     found = Predictions(hidden=hidden, target=place, valid=place == 0, weight=torch.full((1, 1), 0.5))
     outcome = distill(found, last, head, teacher)
@@ -173,7 +173,7 @@ def test_chunks_change_neither_loss_nor_gradient(tmp_path: Path, chunk: int) -> 
 
 def test_a_target_that_bounds_its_logits_teaches_bounded_ones() -> None:
     head, last = torch.eye(2) * 100.0, torch.tensor([[3.0, -3.0]])
-    teacher = Teacher(norm_weight=torch.ones(2), norm_eps=0.0, head=head, scale=0.5, softcap=30.0)
+    teacher = TargetHead(norm_weight=torch.ones(2), norm_eps=0.0, head=head, scale=0.5, softcap=30.0)
     expected = 30.0 * math.tanh(50.0 / 30.0)
     assert teacher.logits(last, torch.float32)[0].tolist() == pytest.approx([expected, -expected], rel=1e-5)
 
@@ -182,8 +182,8 @@ def test_tallies_count_whole_runs_and_add_up() -> None:
     valid = torch.tensor([[1, 1, 1, 1], [1, 1, 1, 0], [1, 1, 0, 0]]).bool()
     right = torch.tensor([[1, 1, 0, 1], [1, 0, 1, 0], [1, 1, 0, 0]]).bool()
     outcome_like = type("Outcome", (), {"divergence": torch.ones(3, 4), "correct": right})
-    tally = Tally.of(valid, outcome_like)  # type: ignore[arg-type]
-    tally.add(Tally.of(valid, outcome_like))  # type: ignore[arg-type]
+    tally = MetricSums.of(valid, outcome_like)  # type: ignore[arg-type]
+    tally.add(MetricSums.of(valid, outcome_like))  # type: ignore[arg-type]
     found = tally.metrics(step_decay=0.5)
     assert [found[f"full_{k}"] for k in range(3)] == pytest.approx([3 / 4, 1 / 3, 1 / 2])
     assert [found[f"cond_{k}"] for k in range(3)] == pytest.approx([3 / 4, 1 / 2, 1.0])
@@ -196,7 +196,7 @@ def test_a_token_outside_of_the_vocabulary_cannot_be_said() -> None:
     t2d = torch.zeros(tiny.V, dtype=torch.bool)
     t2d[6] = True
     vocabulary = Vocabulary(d2t=torch.tensor([6]), t2d=t2d)
-    assert sayable_next(pack, vocabulary).tolist() == [True, False, True, True, True]
+    assert next_token_in_vocabulary(pack, vocabulary).tolist() == [True, False, True, True, True]
 
 
 @pytest.mark.parametrize("kept", [40, tiny.V], ids=["reduced", "full"])

@@ -23,7 +23,7 @@ from speculators.config.algorithms import DraftArch, Loss, Weighting
 from speculators.drafts.base import TARGETS, Draft
 from speculators.drafts.dflash import DFlashDraft
 from speculators.drafts.eagle3 import Eagle3Draft
-from speculators.training.losses import Tally, distill, run
+from speculators.training.losses import MetricSums, correct_so_far, distill
 
 PYTHON = os.environ.get("SPECULATORS_UPSTREAM_PYTHON", "")
 pytestmark = [
@@ -101,7 +101,7 @@ def test_upstream_loads_our_checkpoint_whole_and_computes_our_loss(
     weights, decay = asked.loss, asked.step_decay
     predictions = replace(predictions, weight=predictions.weight * decay ** torch.arange(3)[:, None])
     outcome = distill(predictions, pack.last_hidden_states, draft.lm_head.weight, teacher, weights)
-    ours = Tally.of(predictions.valid, outcome).metrics()
+    ours = MetricSums.of(predictions.valid, outcome).metrics()
 
     theirs = ask_upstream(
         tmp_path / "draft", pack, tmp_path, "upstream_loss.py", their_loss(weights), str(asked.step_decay)
@@ -178,7 +178,7 @@ def test_upstream_and_we_load_each_others_dflash_and_compute_one_loss(
         assert predictions.valid[k].sum() == told[f"position_{k + 1}_acc_total"]
     assert right.sum() == told["full_acc_sum"]
     assert predictions.valid.sum() == told["full_acc_total"]
-    assert run(right).sum() + predictions.valid.any(0).sum() == told["eal_sum"]
+    assert correct_so_far(right).sum() + predictions.valid.any(0).sum() == told["eal_sum"]
 
     again = DFlashDraft.load(tmp_path / "theirs", parts.embeddings, parts.head)
     again._drawn = draft._drawn  # type: ignore[method-assign]

@@ -17,7 +17,7 @@ from speculators.drafts.eagle3 import Eagle3Draft
 from speculators.features.batch import PackedBatch
 from speculators.features.contract import feature_contract
 from speculators.features.shards import ShardWriter
-from speculators.ops.distillation import Teacher
+from speculators.ops.distillation import TargetHead
 from speculators.targets.checkpoint import TargetCheckpoint
 
 H, V, LAYERS = 32, 96, 6
@@ -66,21 +66,21 @@ def make_parts(directory: Path, kept: int = 40) -> tuple[TargetParts, Vocabulary
     return replace(TargetCheckpoint(directory).parts(vocab.tokens), name=str(directory)), vocab
 
 
-def make_teacher(directory: Path, draft: Draft) -> Teacher:
+def make_teacher(directory: Path, draft: Draft) -> TargetHead:
     """The target in `directory`, for the draft's vocabulary."""
     target = TargetCheckpoint(directory)
     norm, head = target.final_norm(), target.head(draft.vocabulary.tokens).float()
-    return Teacher(norm_weight=norm.weight, norm_eps=norm.eps, head=head)
+    return TargetHead(norm_weight=norm.weight, norm_eps=norm.eps, head=head)
 
 
-def make_draft(directory: Path, kept: int = 40, **options: object) -> tuple[Eagle3Draft, Teacher]:
+def make_draft(directory: Path, kept: int = 40, **options: object) -> tuple[Eagle3Draft, TargetHead]:
     """A fresh EAGLE-3 draft for the target in `directory`, and its teacher."""
     parts, vocab = make_parts(directory, kept)
     draft = Eagle3Draft.build(parts, Eagle3(**options), vocab, [1, 3, 4], seed=3)
     return draft, make_teacher(directory, draft)
 
 
-def make_dflash(directory: Path, kept: int = 40, **options: object) -> tuple[DFlashDraft, Teacher]:
+def make_dflash(directory: Path, kept: int = 40, **options: object) -> tuple[DFlashDraft, TargetHead]:
     """A fresh DFlash draft of two layers and blocks of four for the target in `directory`, and its teacher."""
     parts, vocab = make_parts(directory, kept)
     chosen = DFlash(**{"num_layers": 2, "num_speculative_tokens": 3, "mask_token_id": 7, **options})  # type: ignore[arg-type]

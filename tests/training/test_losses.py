@@ -15,13 +15,16 @@ from speculators.config.algorithms import Loss, Weighting
 from speculators.drafts.base import Draft, Predictions
 from speculators.drafts.dflash import DFlashDraft
 from speculators.features.batch import PackedBatch
-from speculators.ops.distillation import PART_ELEMENTS, Teacher
+from speculators.ops.distillation import TargetHead
+from speculators.ops.divergences import CACHED_ELEMENTS
 from speculators.training.losses import distill
 
 LENGTHS = [20, 33, 9, 14]
 
 
-def gradients(draft: Draft, teacher: Teacher, packs: list[PackedBatch], **how: Any) -> tuple[float, list[torch.Tensor]]:
+def gradients(
+    draft: Draft, teacher: TargetHead, packs: list[PackedBatch], **how: Any
+) -> tuple[float, list[torch.Tensor]]:
     """Sum of the packs' losses, and of their gradients."""
     total = 0.0
     draft.zero_grad()
@@ -76,7 +79,7 @@ def test_regression_asks_for_what_enters_the_targets_head(tmp_path: Path) -> Non
     pack = tiny.make_pack(LENGTHS)
     last, found = pack.last_hidden_states, draft(pack)
     plain = distill(found, last, draft.lm_head.weight, teacher)
-    wanted = teacher.normed(last)[found.target]
+    wanted = teacher.norm(last)[found.target]
     apart = (found.hidden - wanted).square().sum(-1) / wanted.square().sum(-1)
     both = distill(found, last, draft.lm_head.weight, teacher, regression=0.5)
     assert both.loss.item() == pytest.approx((plain.loss + 0.5 * (found.weight * apart).sum()).item(), rel=1e-5)
@@ -158,7 +161,7 @@ def test_no_tensor_is_larger_than_a_chunk_whatever_the_vocabulary(size: int, los
     hidden = torch.randn(20, 8, 4, generator=draw).requires_grad_()  # more predictions of a place than a chunk has
     place = torch.arange(8).expand(20, 8)
     found = Predictions(hidden=hidden, target=place, valid=place >= 0, weight=torch.ones(20, 8))
-    teacher = Teacher(norm_weight=torch.ones(4), norm_eps=1e-6, head=head)
+    teacher = TargetHead(norm_weight=torch.ones(4), norm_eps=1e-6, head=head)
     with Largest() as seen:
         distill(found, last, head, teacher, losses, chunk_elements=chunk).loss.backward()
     assert size <= seen.elements <= chunk
@@ -171,10 +174,10 @@ def test_how_many_logits_a_cache_holds_changes_no_loss_and_no_gradient(
     draw = torch.Generator().manual_seed(2)
     head, last = torch.randn(50, 6, generator=draw), torch.randn(30, 6, generator=draw)
     hidden, target = torch.randn(3, 40, 6, generator=draw), torch.randint(0, 30, (3, 40), generator=draw)
-    teacher = Teacher(norm_weight=torch.ones(6), norm_eps=1e-6, head=head)
+    teacher = TargetHead(norm_weight=torch.ones(6), norm_eps=1e-6, head=head)
     found = []
-    for few in (PART_ELEMENTS["cpu"], 7 * len(head), 1):
-        monkeypatch.setitem(PART_ELEMENTS, "cpu", few)
+    for few in (CACHED_ELEMENTS["cpu"], 7 * len(head), 1):
+        monkeypatch.setitem(CACHED_ELEMENTS, "cpu", few)
         x, own = hidden.clone().requires_grad_(), head.clone().requires_grad_()
         every = torch.ones(3, 40, dtype=torch.bool)
         predictions = Predictions(

@@ -11,7 +11,7 @@ from torch import nn
 from speculators.config.choices import Dtype, LrSchedule, Optimizer
 from speculators.config.schema import Train
 from speculators.drafts.layers import Linear
-from speculators.ops.muon import FLOOR, orthogonalise, stacked, together, turned
+from speculators.ops.muon import FLOOR, _batches, orthogonalize
 from speculators.ops.weights import rounded
 from speculators.training.optim import Average, Optimizers, rate
 
@@ -41,12 +41,8 @@ def spread(rows: int, columns: int, least: float) -> torch.Tensor:
 
 
 def orthogonal(*matrices: torch.Tensor, block: int = 0, dtype: torch.dtype = torch.float32) -> list[torch.Tensor]:
-    """What is made of matrices of one shape or its transpose."""
-    shapes = [matrix.shape for matrix in matrices]
-    x = stacked(shapes, dtype)
-    for place, matrix in zip(turned(x, shapes), matrices, strict=True):
-        place.copy_(matrix)
-    return orthogonalise(x, shapes, block)
+    """`orthogonalize` with the matrices as arguments."""
+    return orthogonalize(matrices, dtype, block)
 
 
 OFF = {torch.float32: 0.1, torch.bfloat16: 0.36}
@@ -62,7 +58,6 @@ def test_a_matrix_becomes_orthogonal_whatever_its_size_and_shape(
     matrix = spread(*shape, least=4 * FLOOR) * size
     u, _, v = torch.linalg.svd(matrix.double(), full_matrices=False)
     found = orthogonal(matrix, dtype=dtype)[0]
-    assert found.dtype is dtype
     assert torch.linalg.matrix_norm(found.double() - u @ v, 2) < OFF[dtype]
 
 
@@ -71,7 +66,7 @@ def test_directions_that_hardly_move_are_not_blown_up_and_none_is_not_a_number(d
     for matrix in (spread(32, 48, least=1e-9), torch.zeros(32, 48), torch.ones(32, 48), torch.eye(32)):
         found = torch.linalg.matrix_norm(orthogonal(matrix, dtype=dtype)[0].float(), 2)
         assert found <= 1.0 + OFF[dtype]
-    assert torch.equal(orthogonal(torch.zeros(8, 9), dtype=dtype)[0], torch.zeros(8, 9, dtype=dtype))
+    assert torch.equal(orthogonal(torch.zeros(8, 9), dtype=dtype)[0], torch.zeros(8, 9))
 
 
 @pytest.mark.parametrize("tall", [False, True])
@@ -113,7 +108,7 @@ def test_the_size_of_a_matrix_does_not_matter_in_any_format(dtype: torch.dtype, 
 
 def test_no_more_are_taken_together_than_a_cache_holds() -> None:
     large = (2048, 1536)
-    assert together([(8, 16), large, (16, 8), large, (4, 4)]) == [[0, 2], [1], [3], [4]]
+    assert _batches([(8, 16), large, (16, 8), large, (4, 4)]) == [[0, 2], [1], [3], [4]]
 
 
 def model() -> nn.Sequential:
@@ -158,7 +153,7 @@ def test_an_average_follows_the_weights_and_is_there_only_while_it_is_asked_for(
         p.data.fill_(value)
         average.update(step)
     # decays 2/11, 3/12, 0.5: 0 -> 9 -> 0.25 * 9 + 0.75 * 8 = 8.25 -> 0.5 * 8.25 + 0.5 * 3 = 5.625
-    with average.in_place():
+    with average.applied():
         assert p.item() == pytest.approx(5.625)
     assert p.item() == 3.0
     other = Average({"p": nn.Parameter(torch.tensor([7.0]))}, 0.5)
