@@ -137,6 +137,11 @@ def test_a_stage_imports_no_other_stage(name: str) -> None:
     assert [i for i in OURS[name] if i.startswith("speculators.stages.") and i != name] == []
 
 
+@pytest.mark.parametrize("name", [n for n in sorted(MODULES) if n.startswith("speculators.ops")])
+def test_operations_import_nothing_else_of_ours(name: str) -> None:
+    assert [i for i in OURS[name] if not i.startswith("speculators.ops")] == []
+
+
 @pytest.mark.parametrize("name", [n for n in sorted(MODULES) if n.startswith("speculators.drafts.")])
 def test_a_draft_imports_no_other_draft(name: str) -> None:
     shared = ("attention", "base", "induction", "layers")

@@ -138,7 +138,6 @@ UNCONVERTED: tuple[str, ...] = (
     "speculators/evaluation/",
     "speculators/features/",
     "speculators/job",
-    "speculators/ops/",
     "speculators/packages",
     "speculators/provenance",
     "recipes/",
