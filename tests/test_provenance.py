@@ -120,10 +120,16 @@ def test_a_secret_in_a_recipe_is_refused_without_repeating_it(word: str) -> None
 
 def test_a_servers_key_is_in_no_argument_that_every_user_can_see(tmp_path: Path) -> None:
     place = str(tmp_path)
-    order = vllm.Order(
-        config=compose([DEMO]), mode="plain", dtype="float32", target=place, max_model_len=8, homes=place, logs=place
+    order = vllm.ServerOrder(
+        config=compose([DEMO]),
+        mode="plain",
+        dtype="float32",
+        target=place,
+        max_model_len=8,
+        directories=place,
+        logs=place,
     )
-    spec = vllm.server(order, {}).spec
+    spec = vllm.make_server(order, {}).spec
     assert spec.api_key
     assert spec.api_key not in " ".join(spec.argv) + repr(spec)
 

@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from speculators import ui
 from speculators.config import composed
 from speculators.errors import RecipeError
-from speculators.runner.execution.execute import as_json
+from speculators.runner.execution.execute import steps_as_json
 from speculators.runner.planning import checks, estimate, lockfile
 from speculators.runner.planning.explain import beside
 from speculators.runner.planning.explain import explain as explanation
@@ -30,7 +30,7 @@ def plan(words: list[str]) -> int:
     steps = {step.node.name: step for step in planner.plan()}
     needs = estimate.estimate(planner, steps)
     if as_data:
-        plain = {"steps": as_json(steps), "derived": planner.derived, **dataclasses.asdict(needs)}
+        plain = {"steps": steps_as_json(steps), "derived": planner.derived, **dataclasses.asdict(needs)}
         outside = {name: [dataclasses.asdict(c) for c in beside(s.artifact)] for name, s in steps.items() if s.artifact}
         told = {
             "outside_the_key": {name: changes for name, changes in outside.items() if changes},

@@ -11,11 +11,12 @@ from pathlib import Path
 
 from speculators import ui
 from speculators.config import composed
+from speculators.config.fields import to_builtins
 from speculators.config.schema import Config
 from speculators.errors import StoreError
 from speculators.job import write_json
 from speculators.runner.execution.events import Events
-from speculators.runner.execution.execute import Execution, as_json, resolved
+from speculators.runner.execution.execute import Execution, steps_as_json
 from speculators.runner.execution.signals import Interrupted
 from speculators.runner.planning import checks, lockfile
 from speculators.runner.planning.plan import Planner
@@ -67,14 +68,14 @@ def run_recipe(
     (directory / "logs").mkdir()
     if announce is not None:
         announce(directory)
-    write_json(directory / "config.json", resolved(config))
+    write_json(directory / "config.json", to_builtins(config))
     status = "failed"
     shown = [name for name, node in planner.graph.items() if not node.lazy]
     with ui.watcher(shown, plain) as watch:
         events = Events(directory / "events.jsonl", [watch])
         process = {"pid": os.getpid(), "start": guard.start_time(os.getpid()), "machine": guard.machine()}
         events.emit("run.started", recipe=config.recipe, run=directory.name, words=list(words), process=process)
-        execution = Execution(planner=planner, directory=directory, events=events, words=list(words))
+        execution = Execution(planner=planner, directory=directory, events=events, argv=list(words))
         try:
             execution.run()
             status = "done"
@@ -84,7 +85,12 @@ def run_recipe(
         finally:
             seconds = time.monotonic() - began
             overrides = [word for word in words if "=" in word and not word.startswith("-")]
-            ended = {"status": status, "seconds": seconds, "overrides": overrides, "steps": as_json(execution.steps)}
+            ended = {
+                "status": status,
+                "seconds": seconds,
+                "overrides": overrides,
+                "steps": steps_as_json(execution.steps),
+            }
             write_json(directory / "run.json", ended)
             events.emit("run.finished", status=status, seconds=seconds)
             events.close()

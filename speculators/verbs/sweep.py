@@ -23,7 +23,7 @@ from speculators.config import compose
 from speculators.config.schema import RunOptions
 from speculators.errors import RunError, StageError
 from speculators.job import write_json
-from speculators.runner.execution.lease import Holder, Lease
+from speculators.runner.execution.lease import Lease, LeaseReader
 from speculators.runner.executors.remote import DEVICES, seen_devices
 
 LOOK = 0.5
@@ -103,10 +103,10 @@ def _end_with_the_sweep(place: Path) -> None:
 
     Also when it has no job any more: a launcher's pool would wait for work from nobody.
     """
-    holder = Holder(place / _HELD)
+    lease = LeaseReader(place / _HELD)
 
     def watch() -> None:
-        while holder.lives is not False:
+        while lease.holder_lives is not False:
             time.sleep(LOOK)
         os.kill(os.getpid(), signal.SIGTERM)
         while _BUSY.is_set():

@@ -69,7 +69,7 @@ def executed(stages: int = 20) -> list[float]:
 
         with mock.patch.dict(os.environ, PYTHONPATH=path):
             planner = Planner(config, Store(root / "store"))
-            Execution(planner=planner, directory=root, events=Events(root / "events", [ended]), words=[]).run()
+            Execution(planner=planner, directory=root, events=Events(root / "events", [ended]), argv=[]).run()
         assert len(ends) == stages
         return [after - before for before, after in itertools.pairwise(ends)]
 

@@ -37,17 +37,17 @@ class Measured:
     """One server and the seconds that it took for each kind of work."""
 
     def __init__(self, planner: Planner, target: Path, mode: str, root: Path) -> None:
-        order = vllm.Order(
+        order = vllm.ServerOrder(
             config=planner.config,
             mode=mode,
             dtype=planner.config.target.dtype.name,
             target=str(target),
             capture_layer_ids=planner.derived["capture_layer_ids"] if mode == "extract" else None,
             max_model_len=derive.max_model_len(planner.config, planner.facts),
-            homes=str(root),
+            directories=str(root),
             logs=str(root),
         )
-        self.service = vllm.server(order, {})
+        self.service = vllm.make_server(order, {})
         spec, states = self.service.spec, self.service.directory / "states"
         self.compute = getattr(torch, planner.config.target.dtype.name)
         self.endpoint = Endpoint(

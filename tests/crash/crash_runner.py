@@ -54,7 +54,7 @@ def main(world: Path, pipeline: dict[str, dict[str, str]]) -> int:
     (directory / "logs").mkdir(parents=True)
     events = Events(directory / "events.jsonl")
     try:
-        Execution(planner=planner, directory=directory, events=events, words=["recipe=crash"]).run()
+        Execution(planner=planner, directory=directory, events=events, argv=["recipe=crash"]).run()
     except RunError as error:
         print(f"error: {error.message}\n\nhint: {error.hint}", file=sys.stderr)
         return 1

@@ -170,7 +170,7 @@ IN_RUNNER = {
     "after a stage has ended": (*EVENT, {"said": "stage.finished"}),
 }
 SERVICE, IN_USE = (
-    "speculators.runner.servers.server:Service.",
+    "speculators.runner.servers.server:Server.",
     ("worker asked", "speculators.job:Job.progress", "before"),
 )
 WITH_SERVER = {

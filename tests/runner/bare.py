@@ -1,4 +1,4 @@
-"""A cluster without a program of its own: the far end is a process of this machine, which nobody has to install."""
+"""A cluster without a program of its own: a job is a process of this machine, which nobody has to install."""
 
 from __future__ import annotations
 
@@ -7,11 +7,11 @@ import subprocess
 import sys
 from pathlib import Path
 
-from speculators.runner.executors.remote import RemoteHandle, place_beside
+from speculators.runner.executors.remote import RemoteHandle, job_directory
 
-FAR_END = (
-    "import sys; from pathlib import Path; from speculators.runner.executors.remote import serve\n"
-    "serve(*map(Path, sys.argv[1:]), {}, False)"
+JOB = (
+    "import sys; from pathlib import Path; from speculators.runner.executors.remote import run_job\n"
+    "run_job(*map(Path, sys.argv[1:]), {}, False)"
 )
 
 
@@ -19,17 +19,17 @@ class BareExecutor:
     """See `executors.Executor`."""
 
     def submit(self, request: Path, log: Path, env: dict[str, str]) -> RemoteHandle:
-        place = place_beside(request)
-        return RemoteHandle(place, log, lambda: _Job([place, request, log], env))
+        directory = job_directory(request)
+        return RemoteHandle(directory, log, lambda: BareJob([directory, request, log], env))
 
 
-class _Job:
-    """See `remote.Job`."""
+class BareJob:
+    """See `remote.ClusterJob`."""
 
     here = True
 
     def __init__(self, paths: list[Path], env: dict[str, str]) -> None:
-        argv = [sys.executable, "-c", FAR_END, *map(str, paths)]
+        argv = [sys.executable, "-c", JOB, *map(str, paths)]
         self._process = subprocess.Popen(argv, env={**os.environ, **env}, start_new_session=True)
 
     def ended(self) -> str | None:

@@ -1,7 +1,8 @@
-"""Devices among the runs of one store on one machine: a kernel lock for each, which ends with whoever holds it.
+"""Device locks between the runs of one store on one machine, so that two runs never use the same GPU at once.
 
-The stages of one run divide devices by `schedule.Room`. Between runs, those of a sweep for one, nobody divides: without
-these locks two of them would train on the same GPU, and one would measure speed beside the other's training.
+`schedule.ResourcePool` divides devices among the stages of one run; these locks divide them among runs. Without them,
+two runs of a sweep could train on one GPU, or one could measure speed while another trains. Each lock is a `flock`,
+which the kernel releases when the process that acquired it ends, however it ends.
 """
 
 from __future__ import annotations
@@ -12,61 +13,61 @@ from collections.abc import Collection, Sequence
 from pathlib import Path
 
 MACHINE = "machine"
-"""Held by everybody who has a device, together; by who measures, alone."""
+"""The lock of the whole machine: shared by all runs that use a device, exclusive for one that measures speed."""
 
 
-class Tokens:
-    """What one run has locked. `names` are the devices', as they are called outside of this run."""
+class DeviceLocks:
+    """The devices that this run has locked. `names` are the devices' names outside of this run, by number."""
 
     def __init__(self, directory: Path, names: Sequence[str]) -> None:
         self._directory = directory
         self._names = names
-        self._held: dict[str, int] = {}
-        self._alone = False
+        self._descriptors: dict[str, int] = {}
+        self._exclusive = False
 
-    def take(self, devices: Sequence[int], count: int, *, alone: bool = False) -> list[int]:
-        """Lock `count` of these devices, the first that no other run has; none if there are not so many.
+    def acquire(self, devices: Sequence[int], count: int, *, exclusive: bool = False) -> list[int]:
+        """Lock the first `count` of these devices that no other run has; return them, or [] if there are too few.
 
-        What this run has already is taken again. `alone`: no other run may have any.
+        Devices that this run has locked already count as free. With `exclusive`, no other run may have any device.
         """
-        before = set(self._held)
-        taken: list[int] = []
-        if self._lock(MACHINE, alone):
+        before = set(self._descriptors)
+        acquired: list[int] = []
+        if self._lock(MACHINE, exclusive):
             for device in devices:
-                if len(taken) < count and self._lock(self._names[device], True):
-                    taken.append(device)
-        if len(taken) < count:
-            for name in set(self._held) - before:
+                if len(acquired) < count and self._lock(self._names[device], True):
+                    acquired.append(device)
+        if len(acquired) < count:
+            for name in set(self._descriptors) - before:
                 self._unlock(name)
             return []
-        return taken
+        return acquired
 
-    def keep(self, devices: Collection[int]) -> None:
-        """Give back all but these; all of it if there are none."""
+    def release_except(self, devices: Collection[int]) -> None:
+        """Release the locks of all devices but these; without devices, the machine's lock too."""
         kept = {self._names[device] for device in devices} | ({MACHINE} if devices else set())
-        for name in set(self._held) - kept:
+        for name in set(self._descriptors) - kept:
             self._unlock(name)
 
-    def _lock(self, name: str, alone: bool) -> bool:
-        if name in self._held and (name != MACHINE or alone == self._alone):
+    def _lock(self, name: str, exclusive: bool) -> bool:
+        if name in self._descriptors and (name != MACHINE or exclusive == self._exclusive):
             return True
-        if name not in self._held:
+        if name not in self._descriptors:
             path = self._directory / f"device-{os.uname().nodename}-{name.replace(os.sep, '_')}.lock"
             try:
                 self._directory.mkdir(parents=True, exist_ok=True)
-                self._held[name] = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
+                self._descriptors[name] = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
             except OSError:
-                return True  # the store cannot be written: its claim says that in better words
+                return True  # the store is not writable, which claiming an artifact reports with a better message
         try:
-            fcntl.flock(self._held[name], (fcntl.LOCK_EX if alone else fcntl.LOCK_SH) | fcntl.LOCK_NB)
+            fcntl.flock(self._descriptors[name], (fcntl.LOCK_EX if exclusive else fcntl.LOCK_SH) | fcntl.LOCK_NB)
         except BlockingIOError:
             self._unlock(name)
             return False
         except OSError:
-            pass  # nothing can be locked here: the claim says that too
+            pass  # the file system has no locks, which claiming an artifact reports
         if name == MACHINE:
-            self._alone = alone
+            self._exclusive = exclusive
         return True
 
     def _unlock(self, name: str) -> None:
-        os.close(self._held.pop(name))
+        os.close(self._descriptors.pop(name))

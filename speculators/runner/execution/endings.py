@@ -1,4 +1,4 @@
-"""How a process ended, in words, and what somebody needs who wants to know more: its log, and how to try again."""
+"""Describes how a process ended, and adds to a failure the end of its log and the command that tries again."""
 
 from __future__ import annotations
 
@@ -11,14 +11,14 @@ from pathlib import Path
 from speculators.errors import RunError
 
 TAIL_LINES = 40
-"""How much of the log of a stage that failed is shown."""
+"""Lines of a failed stage's log that an error message shows."""
 ATTEMPT = "--- "
-"""What the line begins with that opens an attempt in a log."""
+"""Prefix of the log line that opens an attempt."""
 _LIKELY = {
     signal.SIGKILL: "probably out of memory",
     signal.SIGSEGV: "a native library crashed",
     signal.SIGABRT: "a native library gave up",
-    signal.SIGBUS: "probably no room in /dev/shm or on the disk",
+    signal.SIGBUS: "probably no space in /dev/shm or on the disk",
     signal.SIGILL: "a native library was built for another CPU",
     signal.SIGTERM: "something outside asked it to stop",
     signal.SIGINT: "something outside asked it to stop",
@@ -26,11 +26,11 @@ _LIKELY = {
     signal.SIGXCPU: "it used up its share of CPU time",
 }
 _CHOICES = ("only", "until", "from", "force")
-"""Words of the command line that choose stages."""
+"""Options of the command line that select stages."""
 
 
 class PassingError(Exception):
-    """A failure that the next attempt may not meet: a death by signal, a lost server, a time limit."""
+    """A failure that another attempt may not repeat: death by a signal, a lost server, a time limit."""
 
     def __init__(self, failure: RunError) -> None:
         super().__init__(failure)
@@ -38,7 +38,7 @@ class PassingError(Exception):
 
 
 def signal_of(code: int) -> signal.Signals | None:
-    """The signal that ended a process of this exit code, written -N or 128 + N; None if none did."""
+    """The signal that ended a process, from its exit code (-N or 128 + N); None if it ended by itself."""
     number = -code if code < 0 else code - 128
     try:
         return signal.Signals(number) if number > 0 else None
@@ -46,8 +46,8 @@ def signal_of(code: int) -> signal.Signals | None:
         return None
 
 
-def in_words(code: int) -> str:
-    """`was killed by SIGKILL: probably out of memory`, `ended with exit code 3`."""
+def describe_exit(code: int) -> str:
+    """An exit code as text: `was killed by SIGKILL: probably out of memory`, `ended with exit code 3`."""
     number = signal_of(code)
     if number is None:
         return f"ended with exit code {code}"
@@ -56,7 +56,7 @@ def in_words(code: int) -> str:
 
 
 def tail(log: Path, lines: int = TAIL_LINES) -> list[str]:
-    """The last lines of a log; none if there is no log."""
+    """The last lines of a log; [] if the log does not exist."""
     try:
         with log.open(errors="replace") as file:
             return [line.rstrip("\n") for line in deque(file, maxlen=lines)]
@@ -64,25 +64,25 @@ def tail(log: Path, lines: int = TAIL_LINES) -> list[str]:
         return []
 
 
-def tail_before(log: Path, said: str) -> list[str]:
-    """The same up to where the worker itself has written the failure that `said` tells, if anything stands there."""
+def tail_before(log: Path, message: str) -> list[str]:
+    """The last lines of a log up to the worker's own `error: MESSAGE`, which need not be printed twice; [] if empty."""
     lines = tail(log)
-    own = f"error: {said}".partition("\n")[0]
-    if own in lines:
-        del lines[len(lines) - 1 - lines[::-1].index(own) :]
+    error_line = f"error: {message}".partition("\n")[0]
+    if error_line in lines:
+        del lines[len(lines) - 1 - lines[::-1].index(error_line) :]
     return lines if any(line and not line.startswith(ATTEMPT) for line in lines) else []
 
 
-def again(words: Sequence[str], stage: str) -> str:
-    """The command that runs only this stage; empty for a sweep, whose words are those of several runs."""
-    if any(word.startswith("-") for word in words):
+def retry_command(argv: Sequence[str], stage: str) -> str:
+    """The command that runs only this stage again; empty for a sweep, whose overrides describe several runs."""
+    if any(argument.startswith("-") for argument in argv):
         return ""
-    kept = [word for word in words if word.partition("=")[0] not in _CHOICES]
-    return shlex.join(["speculators-run", *kept, f"only={stage}"])
+    overrides = [argument for argument in argv if argument.partition("=")[0] not in _CHOICES]
+    return shlex.join(["speculators-run", *overrides, f"only={stage}"])
 
 
-def where_to_look(hint: str, log: Path, command: str) -> str:
-    """A hint, the log's path, and the command to try again."""
+def hint_with_log(hint: str, log: Path, command: str) -> str:
+    """A hint followed by the log's path, if it exists, and the command that tries again, if there is one."""
     lines = [f"log:    {log}"] if log.exists() else []
     lines += [f"again:  {command}"] if command else []
     return "\n".join([hint, "", *lines] if lines else [hint])

@@ -1,10 +1,10 @@
-"""Who holds a job: how a process on any machine learns that the one it works for is no more.
+"""Leases: how a process on any machine learns that the process it works for has died.
 
-The holder rewrites one small file every `BEAT` seconds, with who it is, a count that moves while it lives, and what
-it wishes. The far end reads it. Where both are on one machine, the holder's pid and start time decide, at once;
-elsewhere it is taken for dead after `LEASE` seconds without news. No two clocks are compared. The file is made
-before the job is and then only written in place: a network file system may hide a new name for a minute, but shows
-new content to whoever opens the file.
+The holder of a lease rewrites one small file every `HEARTBEAT_SECONDS`: who it is, a counter, and what it requests
+of the reader (nothing, `terminate` or `kill`). A reader on the same machine checks the holder's pid and start time, so
+it learns of the death at once; on another machine the holder counts as dead after `LEASE_SECONDS` without a
+change. Clocks of two machines are never compared. The file exists before the job starts and is only written in place:
+a network file system may hide a new name for a minute, but shows new content to whoever opens the file.
 """
 
 from __future__ import annotations
@@ -19,25 +19,25 @@ from typing import Any
 
 from speculators.runner.servers import guard
 
-BEAT = 2.0
-"""Seconds between two signs of life."""
-LEASE = 60.0
-"""Seconds without news after which a holder on another machine is taken for dead."""
-SIZE = 512
-"""Bytes of a note, padded with blanks, so that it is written at once and needs no new room on a full disk."""
+HEARTBEAT_SECONDS = 2.0
+"""Between two heartbeats."""
+LEASE_SECONDS = 60.0
+"""Without a heartbeat after which a holder on another machine counts as dead."""
+NOTE_BYTES = 512
+"""Size of a note, padded with blanks: one write replaces it, and a full disk cannot refuse it."""
 
 
 def write_note(path: Path, note: dict[str, Any]) -> None:
     """Write a small JSON object in place."""
     descriptor = os.open(path, os.O_WRONLY | os.O_CREAT, 0o600)
     try:
-        os.pwrite(descriptor, json.dumps(note).ljust(SIZE - 1).encode() + b"\n", 0)
+        os.pwrite(descriptor, json.dumps(note).ljust(NOTE_BYTES - 1).encode() + b"\n", 0)
     finally:
         os.close(descriptor)
 
 
 def read_note(path: Path) -> dict[str, Any]:
-    """What was written last; nothing if there is nothing, or only half of it is seen."""
+    """The JSON object that was written last; {} if there is none, or a write is only half visible."""
     try:
         note = json.loads(path.read_bytes())
     except (OSError, ValueError):
@@ -46,69 +46,71 @@ def read_note(path: Path) -> dict[str, Any]:
 
 
 class Lease:
-    """The holder's side: signs of life from its creation until `release`."""
+    """The holder's side of a lease: a thread writes heartbeats from the creation until `release`."""
 
     def __init__(self, path: Path) -> None:
         self._path = path
-        self._lock = threading.RLock()  # a signal may come in the middle of a beat, and its handler may wish to kill
+        self._lock = threading.RLock()  # a signal may interrupt a heartbeat, and its handler may call `request`
         machine = guard.machine() if guard.HAS_PROC else ""
-        self._note = {"machine": machine, "pid": os.getpid(), "start": guard.start_time(os.getpid()), "wish": ""}
+        self._note = {"machine": machine, "pid": os.getpid(), "start": guard.start_time(os.getpid()), "request": ""}
         self._count = 0
-        self._over = threading.Event()
+        self._released = threading.Event()
         self._write()
-        threading.Thread(target=self._beat, name="lease", daemon=True).start()
+        threading.Thread(target=self._write_heartbeats, name="lease", daemon=True).start()
 
-    def wish(self, what: str) -> None:
-        """Tell the far end at once: `terminate` or `kill`."""
+    def request(self, action: str) -> None:
+        """Request `terminate` or `kill` of the reader, at once. A `kill` is never taken back."""
         with self._lock:
-            if self._note["wish"] != "kill":
-                self._note["wish"] = what
+            if self._note["request"] != "kill":
+                self._note["request"] = action
             self._write()
 
     def release(self) -> None:
-        """No more signs of life: there is nobody left to read them."""
-        self._over.set()
+        """Stop the heartbeats: the reader has ended."""
+        self._released.set()
 
-    def _beat(self) -> None:
-        while not self._over.wait(BEAT):
-            with contextlib.suppress(OSError):  # what passes is made good by the next one
+    def _write_heartbeats(self) -> None:
+        while not self._released.wait(HEARTBEAT_SECONDS):
+            with contextlib.suppress(OSError):  # the next heartbeat replaces one that could not be written
                 self._write()
 
     def _write(self) -> None:
         with self._lock:
-            beat = -1
-            while beat != self._count:  # once more, if a signal's handler has written in the middle of this
+            heartbeat = -1
+            while heartbeat != self._count:  # write again if a signal handler has written in between
                 self._count += 1
-                beat = self._count
-                write_note(self._path, {**self._note, "beat": beat})
+                heartbeat = self._count
+                write_note(self._path, {**self._note, "heartbeat": heartbeat})
 
 
-class Holder:
-    """The far end's side: whether the holder lives, and what it wishes."""
+class LeaseReader:
+    """The reader's side of a lease: whether the holder lives, and what it requests."""
 
     def __init__(self, path: Path) -> None:
         self._path = path
         self._note: dict[str, Any] = {}
-        self._news = 0
-        self._since = time.monotonic()
+        self._changes = 0
+        self._changed_at = time.monotonic()
 
     @property
-    def lives(self) -> bool | None:
-        """None while that cannot be told yet: a file alone may be what a dead holder left."""
-        self._look()
+    def holder_lives(self) -> bool | None:
+        """None while only one note has been read: a dead holder may have left it."""
+        self._read()
         if self._note and self._note["machine"] == guard.machine():
             return guard.start_time(self._note["pid"]) == self._note["start"]
-        if time.monotonic() - self._since > LEASE:
+        if time.monotonic() - self._changed_at > LEASE_SECONDS:
             return False
-        return True if self._news > 1 else None
+        return True if self._changes > 1 else None
 
     @property
-    def wish(self) -> str:
-        """What the holder said last; `terminate` if it is no more."""
-        return "terminate" if self.lives is False and not self._note.get("wish") else self._note.get("wish", "")
+    def request(self) -> str:
+        """The holder's last request: empty, `terminate` or `kill`; `terminate` if the holder is dead."""
+        if self.holder_lives is False and not self._note.get("request"):
+            return "terminate"
+        return self._note.get("request", "")
 
-    def _look(self) -> None:
+    def _read(self) -> None:
         note = read_note(self._path)
         if note and note != self._note:
-            self._note, self._since = note, time.monotonic()
-            self._news += 1
+            self._note, self._changed_at = note, time.monotonic()
+            self._changes += 1

@@ -1,4 +1,4 @@
-"""Signals of a run: the first asks it to stop in order, the second ends it, and a child that has ended wakes it."""
+"""Signal handling of a run: the first SIGINT or SIGTERM stops it in order, the second kills it, SIGCHLD wakes it."""
 
 from __future__ import annotations
 
@@ -18,45 +18,45 @@ class Interrupted(BaseException):
 
 
 class Signals:
-    """The first SIGINT or SIGTERM is noted, for `check` to raise; a second one kills what runs, a third one us."""
+    """Handlers of SIGINT and SIGTERM: the first makes `check` raise, the second calls `kill`, the third exits at once."""
 
     def __init__(self, kill: Callable[[], None]) -> None:
         self._kill = kill
-        self._asked: int | None = None
+        self._received: int | None = None
 
     def __enter__(self) -> Signals:
-        self._stops = {number: signal.signal(number, self._heard) for number in (signal.SIGINT, signal.SIGTERM)}
-        self._child = signal.signal(signal.SIGCHLD, lambda *_: None)
-        self._news, writing = os.pipe()
-        os.set_blocking(self._news, False)
+        self._handlers = {number: signal.signal(number, self._handle) for number in (signal.SIGINT, signal.SIGTERM)}
+        self._child_handler = signal.signal(signal.SIGCHLD, lambda *_: None)
+        self._wakeup, writing = os.pipe()
+        os.set_blocking(self._wakeup, False)
         os.set_blocking(writing, False)
-        self._ends = (self._news, writing)
-        self._wakes = signal.set_wakeup_fd(writing, warn_on_full_buffer=False)
+        self._pipe = (self._wakeup, writing)
+        self._previous_wakeup = signal.set_wakeup_fd(writing, warn_on_full_buffer=False)
         return self
 
     def __exit__(self, *_: object) -> None:
-        signal.set_wakeup_fd(self._wakes)
-        for number, handler in (*self._stops.items(), (signal.SIGCHLD, self._child)):
+        signal.set_wakeup_fd(self._previous_wakeup)
+        for number, handler in (*self._handlers.items(), (signal.SIGCHLD, self._child_handler)):
             signal.signal(number, handler)
-        for end in self._ends:
-            os.close(end)
+        for descriptor in self._pipe:
+            os.close(descriptor)
 
     def wait(self, seconds: float) -> None:
-        """So long, or until a signal comes: that of a child's end too."""
-        if select.select([self._news], [], [], seconds)[0]:
-            os.read(self._news, 4096)
+        """Sleep for `seconds`, or until a signal arrives, SIGCHLD included."""
+        if select.select([self._wakeup], [], [], seconds)[0]:
+            os.read(self._wakeup, 4096)
 
     def check(self) -> None:
-        """Raises Interrupted after the first signal, between two steps and not in the middle of one."""
-        if self._asked is not None:
-            raise Interrupted(self._asked)
+        """Raise Interrupted if a signal has arrived: called between two steps, so that none is cut off in the middle."""
+        if self._received is not None:
+            raise Interrupted(self._received)
 
-    def _heard(self, number: int, frame: FrameType | None) -> None:
-        if self._asked is None:
-            self._asked = number
+    def _handle(self, number: int, frame: FrameType | None) -> None:
+        if self._received is None:
+            self._received = number
             return
-        for other in self._stops:
+        for other in self._handlers:
             signal.signal(other, lambda number, _: os._exit(128 + number))
         self._kill()
-        # Nothing is left to wait for; unwinding leaves the terminal as it was.
+        # Everything is killed; unwinding restores the terminal.
         raise Interrupted(number)

@@ -1,7 +1,8 @@
-"""What starts a worker. The worker itself locks, resumes and publishes, so correctness does not depend on any of these.
+"""Executors start workers: as local processes, as Slurm jobs, or as Ray tasks.
 
-To add one: a module with a class that has `submit`, and a line in `executor`, in `EXTRAS` and in
-`choices.ExecutorName`. What runs on machines of its own takes the far end from `remote`.
+The worker itself locks, resumes and publishes, so correctness does not depend on the executor. To add one: a module
+with a class that has `submit`, and a line in `executor`, in `EXTRAS` and in `choices.ExecutorName`. One that submits
+jobs to a cluster uses `remote`.
 """
 
 from __future__ import annotations
@@ -18,35 +19,35 @@ from speculators.runner.planning.graph import Node
 
 
 class Handle(Protocol):
-    """One worker that was started."""
+    """A worker that was started."""
 
     @property
     def pid(self) -> int:
-        """Process id, where that means something."""
+        """Process id of the worker on its machine; 0 while it is queued."""
 
     def poll(self) -> int | None:
-        """None while it runs; then its exit code, -N for death by signal N. Nothing of it is left then."""
+        """None while it runs; once all its processes have ended, its exit code, -N for death by signal N."""
 
     def terminate(self) -> None:
-        """Ask it to stop: it keeps its work and exits 143."""
+        """Ask it to stop: it writes a checkpoint and exits with code 143."""
 
     def kill(self) -> None:
-        """End it and all its processes at once."""
+        """Kill it and all its processes at once."""
 
 
 class Executor(Protocol):
-    """A way to start workers."""
+    """Starts workers."""
 
     def submit(self, request: Path, log: Path, env: dict[str, str]) -> Handle:
-        """Start `python -m speculators.worker request` with `env` added; its output is appended to `log`."""
+        """Start `python -m speculators.worker REQUEST` with `env` added to its environment and output appended to `log`."""
 
 
 EXTRAS = {"submitit": ("submitit", "slurm"), "slurm": ("submitit", "slurm"), "ray": ("ray", "ray")}
-"""Executors that need a package, that package, and the extra that brings it."""
+"""Executor -> the package that it needs and the extra that installs it."""
 
 
 def executor(name: str, options: ExecutorOptions | None = None) -> Executor:
-    """The executor of that name, imported only now: it may need what is not installed."""
+    """The executor of a name. Its module is imported here, since its package may not be installed."""
     options = options or ExecutorOptions()
     if name in ("submitit", "slurm"):
         from speculators.runner.executors.submitit import SubmititExecutor
@@ -63,52 +64,53 @@ def executor(name: str, options: ExecutorOptions | None = None) -> Executor:
 
 def executor_of(config: Config, kind: str) -> Executor:
     """The executor of one kind of stage."""
-    return executor(chosen(config, kind), config.executor)
+    return executor(executor_name(config, kind), config.executor)
 
 
-def chosen(config: Config, kind: str) -> str:
-    """The name of its executor: what its own section says, or the recipe's."""
-    own: ExecutorName | None = getattr(getattr(config, kind, None), "executor", None)
-    return (own or config.executor.name).name
+def executor_name(config: Config, kind: str) -> str:
+    """The name of a stage's executor: the option `executor` of its section, if set, else the recipe's."""
+    override: ExecutorName | None = getattr(getattr(config, kind, None), "executor", None)
+    return (override or config.executor.name).name
 
 
-def check(config: Config, nodes: Mapping[str, Node]) -> None:
-    """Refuse before anything is started what an executor could not do hours later.
+def check_executors(config: Config, nodes: Mapping[str, Node]) -> None:
+    """Check before the run starts that the executors, and trackers, can run these stages.
 
     Raises:
         RecipeError: a package is missing, or a job would have to divide its devices.
     """
     for node in nodes.values():
-        name = chosen(config, node.kind)
-        own = getattr(getattr(config, node.kind, None), "executor", None) is not None
-        option = f"{node.kind}.executor={name}" if own else f"executor={name}"
+        name = executor_name(config, node.kind)
+        overridden = getattr(getattr(config, node.kind, None), "executor", None) is not None
+        option = f"{node.kind}.executor={name}" if overridden else f"executor={name}"
         needs = [(option, *EXTRAS[name])] if name in EXTRAS else []
-        if node.kind == "train" and not elsewhere(config, node.kind):
+        if node.kind == "train" and not is_remote(config, node.kind):
             needs += [(f"train.trackers=[{t.name}]", t.name, t.name) for t in config.train.trackers]
-        for wanted, package, extra in needs:
+        for requirement, package, extra in needs:
             if importlib.util.find_spec(package) is None:
                 raise RecipeError(
-                    f"{wanted}: needs `{package}`, which is not installed", f"pip install 'speculators-run[{extra}]'"
+                    f"{requirement}: needs `{package}`, which is not installed",
+                    f"pip install 'speculators-run[{extra}]'",
                 )
-        if node.draws and served_there(config, node.kind):
+        if node.draws and has_remote_servers(config, node.kind):
             raise RecipeError(
-                f"{option}: `{node.name}` draws from a server while it trains, and a job of {name} on another machine "
-                "does not divide its devices between the two",
-                f"{node.kind}.executor=local; or serve.url=URL of a server that all can reach; or extract before: "
-                "pipeline=offline",
+                f"{option}: `{node.name}` streams hidden states from a server while it trains, and a {name} job cannot divide "
+                "its devices between the two",
+                f"{node.kind}.executor=local; or serve.url=URL of a server that every machine can reach; or "
+                "pipeline=offline, which extracts before it trains",
             )
 
 
-def elsewhere(config: Config, kind: str) -> bool:
+def is_remote(config: Config, kind: str) -> bool:
     """Whether the workers of this kind of stage run on other machines than the runner."""
-    name = chosen(config, kind)
+    name = executor_name(config, kind)
     if name == "ray":
-        from speculators.runner.executors.ray import is_here
+        from speculators.runner.executors.ray import is_local
 
-        return not is_here(config.executor)
+        return not is_local(config.executor)
     return name == "slurm"
 
 
-def served_there(config: Config, kind: str) -> bool:
-    """Whether this kind of stage has its servers started beside its workers, on other machines than the runner's."""
-    return elsewhere(config, kind) and not config.serve.url
+def has_remote_servers(config: Config, kind: str) -> bool:
+    """Whether the servers of this kind of stage start in its workers' jobs, on other machines than the runner's."""
+    return is_remote(config, kind) and not config.serve.url

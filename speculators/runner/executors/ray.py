@@ -1,4 +1,4 @@
-"""Workers as tasks of a Ray cluster: the one at `executor.address`, or a local one that ends with the run."""
+"""The Ray executor: workers are tasks of the cluster at `executor.address`, or of a local one that ends with the run."""
 
 from __future__ import annotations
 
@@ -9,8 +9,8 @@ from typing import Any
 
 from speculators.config.schema import ExecutorOptions
 from speculators.errors import StageError
-from speculators.runner.executors.local import environment
-from speculators.runner.executors.remote import DEVICES, RemoteHandle, place_beside, serve
+from speculators.runner.executors.local import worker_environment
+from speculators.runner.executors.remote import DEVICES, RemoteHandle, job_directory, run_job
 
 _CONNECTING = threading.Lock()
 
@@ -22,47 +22,47 @@ class RayExecutor:
         self._options = options
 
     def submit(self, request: Path, log: Path, env: dict[str, str]) -> RemoteHandle:
-        """Hand the task to the cluster and return at once.
+        """Submit the task and return at once.
 
         Raises:
-            StageError: there is no such cluster.
+            StageError: the cluster does not answer.
         """
         import ray
 
-        options, here = self._options, is_here(self._options)
+        options, here = self._options, is_local(self._options)
         _connect(options.address)
-        # The whole environment: a cluster that runs already knows nothing of this run's.
-        whole = environment(env)
+        # The whole environment, because a running cluster does not have this run's.
+        variables = worker_environment(env)
         if not here or options.gpus:
-            whole.pop(DEVICES, None)
-        asked: dict[str, Any] = {"num_cpus": options.cpus, "num_gpus": options.gpus, "max_retries": 0}
-        task = ray.remote(serve).options(name=request.stem, **asked)
-        place = place_beside(request)
+            variables.pop(DEVICES, None)
+        resources: dict[str, Any] = {"num_cpus": options.cpus, "num_gpus": options.gpus, "max_retries": 0}
+        task = ray.remote(run_job).options(name=request.stem, **resources)
+        directory = job_directory(request)
 
-        def submitted() -> _Job:
-            return _Job(task.remote(place, request, log, whole, here and not options.gpus), here)
+        def submitted() -> RayJob:
+            return RayJob(task.remote(directory, request, log, variables, here and not options.gpus), here)
 
-        return RemoteHandle(place, log, submitted)
+        return RemoteHandle(directory, log, submitted)
 
 
-class _Job:
-    """See `remote.Job`."""
+class RayJob:
+    """A Ray task; see `remote.ClusterJob`."""
 
     def __init__(self, reference: Any, here: bool) -> None:
         self._reference = reference
         self.here = here
-        self._how: str | None = None
+        self._ending: str | None = None
 
     def ended(self) -> str | None:
         import ray
 
-        if self._how is None and ray.wait([self._reference], timeout=0)[0]:
+        if self._ending is None and ray.wait([self._reference], timeout=0)[0]:
             try:
                 ray.get(self._reference)
-                self._how = "ray: the task ended"
+                self._ending = "ray: the task ended"
             except ray.exceptions.RayError as error:
-                self._how = f"ray: {error}"
-        return self._how
+                self._ending = f"ray: {error}"
+        return self._ending
 
     def cancel(self) -> None:
         import ray
@@ -73,16 +73,16 @@ class _Job:
         return ""
 
 
-def is_here(options: ExecutorOptions) -> bool:
-    """Whether the cluster is this machine."""
+def is_local(options: ExecutorOptions) -> bool:
+    """Whether the cluster is a local one on this machine."""
     return not (options.address or os.environ.get("RAY_ADDRESS"))
 
 
 def _connect(address: str) -> None:
-    """Start or join the cluster once, in a thread that stays.
+    """Start or join the cluster once, in a thread that never ends.
 
-    Not in this one: Ray takes SIGTERM for itself where it is started from the main thread, and the kernel ends a
-    local cluster together with the thread that has started it.
+    From the main thread, Ray would replace the handler of SIGTERM; and the kernel ends a local cluster together with
+    the thread that started it.
     """
     import ray
 
@@ -106,5 +106,5 @@ def _connect(address: str) -> None:
         threading.Thread(target=stay, name="ray", daemon=True).start()
         done.wait()
         if failure:
-            hint = "executor.address=HOST:PORT of a cluster that runs; empty for a local one"
-            raise StageError(f"executor.address: no Ray cluster: {failure[0]}", hint)
+            hint = "executor.address=HOST:PORT of a running cluster; empty for a local one"
+            raise StageError(f"executor.address={address}: cannot connect to Ray: {failure[0]}", hint)

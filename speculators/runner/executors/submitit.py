@@ -1,9 +1,9 @@
-"""Workers as jobs of submitit: on this machine, or of a Slurm cluster.
+"""The submitit executors: workers are submitit jobs on this machine, or jobs of a Slurm cluster.
 
-What submitit does by itself and what is done about it here: it hides every GPU from a job on this machine; its time
-limits are minutes unless one is given; it asks Slurm for a job's state up to ten minutes late, so the job's own note
-is what counts; its local jobs hear the terminal's Ctrl-C and would die before their worker has a checkpoint; and it
-pickles a job into a file, so what may be secret goes through the environment only.
+Defaults of submitit that this module works around: it hides every GPU from a job on this machine; its time limit is a
+few minutes unless one is set; its state of a Slurm job is up to ten minutes old, so the job's own note decides; its
+local jobs receive the terminal's Ctrl-C and would die before their worker writes a checkpoint; and it pickles a job
+into a file, so secrets go through the environment only.
 """
 
 from __future__ import annotations
@@ -19,10 +19,10 @@ from typing import Any
 from speculators.config.schema import ExecutorOptions
 from speculators.errors import StageError
 from speculators.runner.executors.local import python_path
-from speculators.runner.executors.remote import DEVICES, RemoteHandle, Served, place_beside, seen_devices
+from speculators.runner.executors.remote import DEVICES, RemoteHandle, WorkerJob, job_directory, seen_devices
 
 _SUBMITTING = threading.Lock()
-"""Held while the environment of this process is that of a job."""
+"""Held while this process has the environment of a job."""
 
 
 class SubmititExecutor:
@@ -35,58 +35,58 @@ class SubmititExecutor:
         """Submit a job and return at once.
 
         Raises:
-            StageError: the cluster did not take it.
+            StageError: the cluster refused it.
         """
         import submitit
 
         options, here = self._options, self._here
-        place = place_beside(request)
-        task = Task(place, request, log, seen_devices(env) if here else {}, here)
+        directory = job_directory(request)
+        task = Task(directory, request, log, seen_devices(env) if here else {}, here)
 
-        def submitted() -> _Job:
-            executor = submitit.AutoExecutor(folder=place, cluster="local" if here else "slurm")
+        def submitted() -> SubmititJob:
+            executor = submitit.AutoExecutor(folder=directory, cluster="local" if here else "slurm")
             executor.update_parameters(
-                name=request.stem, timeout_min=options.time_limit, **({} if here else _asked(options))
+                name=request.stem, timeout_min=options.time_limit, **({} if here else _slurm_parameters(options))
             )
-            with _environment({**env, "PYTHONPATH": python_path(), "PYTHONSAFEPATH": "1"}), _deaf_to_the_terminal():
-                return _Job(executor.submit(task), here)
+            with _environment({**env, "PYTHONPATH": python_path(), "PYTHONSAFEPATH": "1"}), _sigint_blocked():
+                return SubmititJob(executor.submit(task), here)
 
         try:
-            return RemoteHandle(place, log, submitted)
+            return RemoteHandle(directory, log, submitted)
         except (RuntimeError, OSError, submitit.core.utils.FailedJobError) as error:
             hint = "executor=local needs no submitit" if here else "executor=submitit needs no cluster"
-            raise StageError(f"submitit did not take `{request.stem}`: {error}", hint) from None
+            raise StageError(f"submitit refused `{request.stem}`: {error}", hint) from None
 
 
 class Task:
-    """What a job does. submitit pickles it, and calls `checkpoint` when the job's time is up or others go first."""
+    """The callable of a job. submitit pickles it, and calls `checkpoint` at the time limit or on preemption."""
 
-    def __init__(self, place: Path, request: Path, log: Path, env: dict[str, str], here: bool) -> None:
-        self._arguments = (place, request, log, env, here)
-        self._served: Served | None = None
+    def __init__(self, directory: Path, request: Path, log: Path, env: dict[str, str], here: bool) -> None:
+        self._arguments = (directory, request, log, env, here)
+        self._worker_job: WorkerJob | None = None
 
     def __call__(self) -> None:
-        """Be the far end of one worker."""
-        place, request, log, env, here = self._arguments
+        """Run the worker; called in the job."""
+        directory, request, log, env, here = self._arguments
         if here:
             with contextlib.suppress(PermissionError):
                 os.setsid()
             signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
             os.environ.pop(DEVICES, None)
-        self._served = Served(place)
-        self._served.run(request, log, env)
+        self._worker_job = WorkerJob(directory)
+        self._worker_job.run(request, log, env)
 
     def checkpoint(self) -> Any:
-        """Stop the worker, which keeps its work, and be queued again."""
+        """Stop the worker, which writes a checkpoint, and queue the job again."""
         import submitit
 
-        if self._served is not None:
-            self._served.stop()
+        if self._worker_job is not None:
+            self._worker_job.stop()
         return submitit.helpers.DelayedSubmission(Task(*self._arguments))
 
 
-class _Job:
-    """See `remote.Job`."""
+class SubmititJob:
+    """A job of submitit; see `remote.ClusterJob`."""
 
     def __init__(self, job: Any, here: bool) -> None:
         self._job = job
@@ -96,23 +96,22 @@ class _Job:
         return f"submitit: job {self._job.job_id} ended: {self._job.state}" if self._job.done() else None
 
     def cancel(self) -> None:
-        if not self.here:  # here nothing waits: the far end starts at once, and sees what is wished
+        if not self.here:  # a local job starts at once and reads the request itself
             self._job.cancel(check=False)
 
     def output(self) -> str:
         return self._job.stderr() or ""
 
 
-def _asked(options: ExecutorOptions) -> dict[str, Any]:
-    """What a job asks its cluster for."""
-    # What is None is not asked for.
+def _slurm_parameters(options: ExecutorOptions) -> dict[str, Any]:
+    """Resources that a job requests of Slurm; None: not requested."""
     partition, gpus = options.partition or None, options.gpus or None
     return {"slurm_partition": partition, "gpus_per_node": gpus, "cpus_per_task": options.cpus}
 
 
 @contextlib.contextmanager
 def _environment(env: Mapping[str, str]) -> Iterator[None]:
-    """A job inherits the environment of this process, here and through sbatch; no file holds it."""
+    """Set environment variables that a job inherits, locally and through sbatch; no file contains them."""
     with _SUBMITTING:
         before = {name: os.environ.get(name) for name in env}
         os.environ.update(env)
@@ -127,8 +126,8 @@ def _environment(env: Mapping[str, str]) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def _deaf_to_the_terminal() -> Iterator[None]:
-    """What is started here never hears Ctrl-C, which the terminal sends to the whole group; the runner passes it on."""
+def _sigint_blocked() -> Iterator[None]:
+    """Block SIGINT in the processes started here: the terminal sends Ctrl-C to them too, but the runner handles it."""
     before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
     try:
         yield

@@ -42,13 +42,13 @@ def check_machine(config: Config, nodes: Mapping[str, Node]) -> None:
     Raises:
         RecipeError: an executor that cannot run a stage, or a device or port that this machine does not have.
     """
-    executors.check(config, nodes)
+    executors.check_executors(config, nodes)
     _check_device(config, nodes)
     _check_port(config, nodes)
 
 
 def _check_device(config: Config, nodes: Mapping[str, Node]) -> None:
-    here = [node for node in nodes.values() if not executors.elsewhere(config, node.kind)]
+    here = [node for node in nodes.values() if not executors.is_remote(config, node.kind)]
     served = any(graph.phases(node, config) != [[]] for node in here) and not config.serve.url
     wanted = {
         "train.device": any(node.spec.trains for node in here) and config.train.device is Device.cuda,
@@ -69,7 +69,7 @@ def has_gpu() -> bool:
 def _check_port(config: Config, nodes: Mapping[str, Node]) -> None:
     """The port that servers started here are to listen on; another one that a server takes beside it is the next."""
     port = config.serve.port
-    local = [n for n in nodes.values() if graph.phases(n, config) != [[]] and not executors.elsewhere(config, n.kind)]
+    local = [n for n in nodes.values() if graph.phases(n, config) != [[]] and not executors.is_remote(config, n.kind)]
     if not port or config.serve.url or not local:
         return
     with socket.socket(socket.AF_INET, socket.SOCK_STREAM) as probe:

@@ -234,5 +234,5 @@ def _argv(planner: Planner, serving: graph.Serving, steps: Mapping[str, Step]) -
         max_model_len=derive.max_model_len(planner.config, planner.facts),
         model="target-NONCE",
         port=planner.config.serve.port,
-        states=Path("STATES"),
+        hidden_states_dir=Path("STATES"),
     )

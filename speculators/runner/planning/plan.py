@@ -71,7 +71,7 @@ class Planner:
         self.config = config
         self.store = store
         self.graph = graph.chosen(graph.build(config), config)
-        schedule.check(config)
+        schedule.check_limits(config)
         checks.check_graph(config, self.graph)
         if any(node.mode == "extract" for node in self.graph.values()):
             vllm.check_extraction(config)

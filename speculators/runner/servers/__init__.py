@@ -1,5 +1,5 @@
-"""Servers of a target from the runner's side: command lines, processes and whoever ends them.
+"""Starts and stops vLLM servers from the runner's side: command lines, environments, processes.
 
-Import `vllm` for what is asked of an engine, `server` for one process, `pool` for those of a run. `guard` stands by
-itself, since it is also run as a program; `threads` are the variables that keep processes to their cores.
+Import `vllm` for what a server is started with, `server` for one process, `pool` for the servers of a run. `guard` is
+also run as a program, so it imports nothing of this package; `threads` limits processes to their cores.
 """

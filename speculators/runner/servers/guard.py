@@ -1,17 +1,16 @@
-"""Own a process tree: `guard.py --log FILE --pids FILE [--grace SECONDS] -- ARGV...` runs ARGV and outlives all of it.
+"""Runs a program and ends its whole process tree: `guard.py --log FILE --pids FILE [--grace SECONDS] -- ARGV...`.
 
-vLLM starts an engine in processes of its own and leaves them behind when it is killed hard, with the memory of the
-device in their hands. So every server is started through this program, which
+vLLM starts its engine in further processes, which survive when it is killed with SIGKILL and keep the memory of the
+GPU. So every server is started through this program, which
 
-- starts ARGV in a session of its own, its output appended to the log;
-- is the child subreaper, so that whatever is orphaned below it becomes its child, detached sessions included;
-- writes down pid and start time of all it owns, for the next run to reap should this process itself be killed;
-- ends the tree when ARGV ends, when it reads a word on its standard input or that is at its end (whoever holds it wants
-  this to stop, or died), or when it gets SIGTERM or SIGINT: SIGTERM to the group, a while of grace, SIGKILL to whatever
-  is left.
+- starts ARGV in a new session, with its output appended to the log;
+- is the child subreaper: orphaned descendants become its children, in detached sessions too;
+- records pid and start time of all descendants, so that the next run can reap them if this process is killed;
+- ends the tree when ARGV exits, when the holder writes to its standard input or closes it (the holder requests a stop,
+  or died), or on SIGTERM or SIGINT: SIGTERM to the process group, a grace period, SIGKILL to the rest.
 
-Its exit code is ARGV's, 128 + N for death by signal N. Standard library only and nothing of ours, so that it starts
-in a few ms as a script of an isolated interpreter. Without /proc (macOS) it knows the group and no more.
+Its exit code is ARGV's, 128 + N for death by signal N. It runs as a script of an isolated interpreter, which starts in
+a few ms, so it imports the standard library only. Without /proc (macOS) it only knows the process group.
 """
 
 from __future__ import annotations
@@ -32,21 +31,21 @@ from typing import Any
 
 PR_SET_PDEATHSIG, PR_SET_CHILD_SUBREAPER = 1, 36
 SCAN_SECONDS, LONGEST_SCAN_SECONDS = 0.25, 2.0
-"""How old the list of owned processes may be: the first after a change, up to the second while nothing changes."""
+"""Seconds between two scans for descendants: the first after a change, up to the second while nothing changes."""
 ORPHAN_GRACE = 1.0
-"""What is left when ARGV itself has ended has nobody to finish for."""
+"""Seconds of grace for descendants once ARGV has exited."""
 DEAD_HOLDER_GRACE = 3.0
-"""Seconds of grace at most where the holder died: nobody waits for an orderly end, the next run needs the memory."""
+"""Most seconds of grace if the holder died: nobody waits for an orderly end, and the next run needs the memory."""
 STOP = b"stop"
-"""What a holder writes that lives."""
+"""Bytes with which a live holder requests a stop."""
 KILL_SECONDS = 30.0
-"""A process that SIGKILL does not end in this time hangs in the kernel; waiting longer helps nobody."""
+"""Seconds to wait for SIGKILL to end a process: one that still exists then hangs in the kernel."""
 PROC = Path("/proc")
 HAS_PROC = (PROC / "self/stat").exists()
 
 
 def main(arguments: list[str]) -> int:
-    """Run ARGV to its end; see the module."""
+    """Run ARGV until it exits or has to stop; return the exit code."""
     options = _parse(arguments)
     wake_read, wake_write = os.pipe()
     os.set_blocking(wake_write, False)
@@ -60,15 +59,15 @@ def main(arguments: list[str]) -> int:
         except OSError as error:
             log.write(f"cannot start {options.argv[0]}: {error.strerror}\n".encode())
             return 127
-    tree, told = Tree(child, Path(options.pids)), ""
+    tree, request = Tree(child, Path(options.pids)), ""
     try:
         pause = SCAN_SECONDS
         tree.record()
-        while tree.status is None and not (told := _told(wake_read, pause)):
+        while tree.status is None and not (request := _read_request(wake_read, pause)):
             pause = SCAN_SECONDS if tree.record() else min(2 * pause, LONGEST_SCAN_SECONDS)
     except FileNotFoundError:
-        told = "dead"  # before this one could say what it owns, and the next run has removed what was left
-    tree.end(options.grace, wake_read, dead=told == "dead")
+        request = "dead"  # the holder died before this file was written, and the next run removed the directory
+    tree.end(options.grace, wake_read, dead=request == "dead")
     with contextlib.suppress(FileNotFoundError):
         tree.record()
     if tree.status is None:
@@ -78,17 +77,17 @@ def main(arguments: list[str]) -> int:
 
 
 class Tree:
-    """ARGV and everything below it."""
+    """ARGV and its descendants."""
 
     def __init__(self, leader: int, pids: Path) -> None:
         self.leader = leader
         self.pids = pids
         self.status: int | None = None
-        """What waitpid gave for ARGV, once it has ended."""
+        """Status of ARGV from waitpid; None while it runs."""
         self._recorded: list[dict[str, int]] = []
 
     def alive(self) -> list[int]:
-        """Collect what has ended; the pids below this process that have not."""
+        """Wait for the processes that have ended; return the pids of the live descendants."""
         with contextlib.suppress(ChildProcessError):
             while (ended := os.waitpid(-1, os.WNOHANG))[0]:
                 if ended[0] == self.leader:
@@ -98,7 +97,7 @@ class Tree:
         return [] if self.status is not None else [self.leader]
 
     def record(self) -> bool:
-        """Write down what is owned, if that has changed; whether it has."""
+        """Write the list of live descendants if it has changed; return whether it has."""
         owned = [{"pid": pid, "start": start} for pid in self.alive() if (start := start_time(pid)) is not None]
         if owned == self._recorded:
             return False
@@ -107,7 +106,7 @@ class Tree:
         return True
 
     def end(self, grace: float, wake: int, *, dead: bool) -> None:
-        """Leave nothing: ask the group, then kill what is left until nothing is. The holder is `dead`, or may be."""
+        """End the tree: SIGTERM and a grace period, shorter if the holder is or turns out `dead`, then SIGKILL."""
         self._signal(signal.SIGTERM)
         deadline, shorter = time.monotonic() + grace, time.monotonic() + DEAD_HOLDER_GRACE
         while self.alive():
@@ -116,15 +115,15 @@ class Tree:
             if time.monotonic() >= (min(deadline, shorter) if dead else deadline):
                 break
             if dead:
-                _wait(wake, 0.1)  # its end of the pipe has nothing more to say
+                _wait(wake, 0.1)  # the pipe is at its end
             else:
-                dead = _told(wake, 0.1) == "dead"
+                dead = _read_request(wake, 0.1) == "dead"
         give_up = time.monotonic() + KILL_SECONDS
         while self._signal(signal.SIGKILL) and time.monotonic() < give_up:
             _wait(wake, 0.02)
 
     def _signal(self, number: int) -> bool:
-        """Signal the group while its leader lives; with SIGKILL, or without a leader, everything. False: none left."""
+        """Signal the group while ARGV lives; with SIGKILL, or without ARGV, all descendants. False: none are left."""
         left = self.alive()
         if self.status is None or not HAS_PROC:
             with contextlib.suppress(ProcessLookupError, PermissionError):
@@ -135,26 +134,25 @@ class Tree:
 
 
 def claim(pids: Path, owned: Iterable[dict[str, int]] = ()) -> None:
-    """Write down that this process answers for these. A runner does so for none until its guard has started."""
+    """Record this process as the owner of these. The runner claims none, until its guard has started."""
     guard = {"pid": os.getpid(), "start": start_time(os.getpid())}
-    beside = pids.with_name(f".{pids.name}")
-    beside.write_text(json.dumps({"machine": machine(), "guard": guard, "processes": [*owned]}))
-    os.replace(beside, pids)
+    temporary = pids.with_name(f".{pids.name}")
+    temporary.write_text(json.dumps({"machine": machine(), "guard": guard, "processes": [*owned]}))
+    os.replace(temporary, pids)
 
 
 def reap(pids: Path) -> list[int]:
-    """Kill what a killed guard has left behind; returns the pids.
+    """Kill the processes that a killed guard has left behind; return their pids.
 
-    A process is ours only if its pid *and* its start time are those recorded, on the same boot of the same machine.
-    Its descendants and the other members of its session are ours too. A guard that lives does its own work: nothing
-    is done then.
+    A process is killed only if its pid *and* start time are recorded, on the same boot of the same machine, or if it
+    is a descendant or in the session of such a one. If the guard lives, nothing is done.
     """
     if not abandoned(pids):
         return []
-    ours = _ours(pids)
+    recorded = _live_recorded(pids)
     killed: set[int] = set()
     give_up = time.monotonic() + KILL_SECONDS
-    while left := set(descendants(ours, with_sessions=True)) - {os.getpid()}:
+    while left := set(descendants(recorded, with_sessions=True)) - {os.getpid()}:
         _kill(left, signal.SIGKILL)
         killed |= left
         if time.monotonic() > give_up:
@@ -164,12 +162,12 @@ def reap(pids: Path) -> list[int]:
 
 
 def survivors(pids: Path) -> list[int]:
-    """What `reap` would kill: the processes that are recorded, all below them and in their sessions."""
-    return sorted(set(descendants(_ours(pids), with_sessions=True)) - {os.getpid()}) if HAS_PROC else []
+    """The pids that `reap` would kill: recorded processes, their descendants and the members of their sessions."""
+    return sorted(set(descendants(_live_recorded(pids), with_sessions=True)) - {os.getpid()}) if HAS_PROC else []
 
 
 def abandoned(pids: Path) -> bool:
-    """Whether this file was written on this machine by a guard that is no more."""
+    """Whether this file was written on this machine by a guard that has died."""
     record = _load(pids)
     if record is None or record["machine"] != machine():
         return False
@@ -178,7 +176,7 @@ def abandoned(pids: Path) -> bool:
 
 
 def machine() -> str:
-    """This boot of this machine, in this pid namespace: where a pid means what it meant."""
+    """Identifies this boot of this machine and its pid namespace, within which recorded pids are valid."""
     try:
         boot = (PROC / "sys/kernel/random/boot_id").read_text().strip()
         return f"{boot} {(PROC / 'self/ns/pid').readlink()}"
@@ -187,30 +185,30 @@ def machine() -> str:
 
 
 def start_time(pid: int) -> int | None:
-    """When a process started, in clock ticks since boot; None if there is none, or only its corpse."""
+    """When a process started, in clock ticks since boot; None if it does not exist or is a zombie."""
     fields = _stat(pid)
     return None if fields is None or fields[0] in ("Z", "X") else int(fields[19])
 
 
 def descendants(roots: set[int], *, with_sessions: bool = False) -> list[int]:
-    """Living processes below `roots`; with_sessions: the roots too, and whoever shares a session with one of them."""
+    """Live descendants of `roots`; `with_sessions`: also the roots, and all processes in their sessions."""
     parent: dict[int, int] = {}
     session: dict[int, int] = {}
     for name in os.listdir(PROC):
         fields = _stat(int(name)) if name.isdigit() else None
         if fields is not None and fields[0] not in ("Z", "X"):
             parent[int(name)], session[int(name)] = int(fields[1]), int(fields[3])
-    found = set(roots) & set(parent)
-    sessions = {session[pid] for pid in found} if with_sessions else set()
+    selected = set(roots) & set(parent)
+    sessions = {session[pid] for pid in selected} if with_sessions else set()
     while True:
-        more = {pid for pid in parent if (parent[pid] in found or session[pid] in sessions) and pid not in found}
+        more = {pid for pid in parent if (parent[pid] in selected or session[pid] in sessions) and pid not in selected}
         if not more:
-            return sorted(found if with_sessions else found - roots)
-        found |= more
+            return sorted(selected if with_sessions else selected - roots)
+        selected |= more
 
 
 def _stat(pid: int) -> list[str] | None:
-    """Fields of /proc/PID/stat from the state on; the name before it may hold blanks and brackets."""
+    """Fields of /proc/PID/stat after the name, which may contain blanks and brackets."""
     try:
         return (PROC / str(pid) / "stat").read_text().rpartition(")")[2].split()
     except OSError:
@@ -223,8 +221,8 @@ def _kill(pids: Iterable[int], number: int) -> None:
             os.kill(pid, number)
 
 
-def _ours(pids: Path) -> set[int]:
-    """Recorded processes that live: pid and start time are those of the record."""
+def _live_recorded(pids: Path) -> set[int]:
+    """Recorded processes that still live: pid and start time match."""
     record = _load(pids)
     return {p["pid"] for p in record["processes"] if start_time(p["pid"]) == p["start"]} if record else set()
 
@@ -238,9 +236,9 @@ def _load(pids: Path) -> dict[str, Any] | None:
 
 
 def _parse(arguments: list[str]) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(prog="guard", description="Run a program and leave nothing of it behind.")
-    parser.add_argument("--log", required=True, help="where the program's output is appended")
-    parser.add_argument("--pids", required=True, help="where the owned processes are written down")
+    parser = argparse.ArgumentParser(prog="guard", description="Run a program and end its whole process tree.")
+    parser.add_argument("--log", required=True, help="file to which the program's output is appended")
+    parser.add_argument("--pids", required=True, help="file in which its processes are recorded")
     parser.add_argument("--grace", type=float, default=10.0, help="seconds between SIGTERM and SIGKILL")
     parser.add_argument("argv", nargs="+", help="the program, after `--`")
     return parser.parse_args(arguments)
@@ -263,7 +261,7 @@ def _start(argv: list[str], log: Any) -> int:
         start_new_session=True,
         preexec_fn=die_with_the_guard,
     )
-    process.returncode = 0  # `Tree.alive` collects it; Popen must not try, nor warn
+    process.returncode = 0  # `Tree.alive` waits for it; Popen must neither wait nor warn
     return process.pid
 
 
@@ -272,8 +270,8 @@ def _prctl(option: int, value: int) -> None:
         ctypes.CDLL(None, use_errno=True).prctl(option, value, 0, 0, 0)
 
 
-def _told(wake: int, seconds: float) -> str:
-    """Wait a moment for news: `stop`, which the holder or a signal asks for, `dead`, if the holder is, or nothing."""
+def _read_request(wake: int, seconds: float) -> str:
+    """Wait up to `seconds` for a request: `stop` from the holder or a signal, `dead` if the holder died; else empty."""
     readable, _, _ = select.select([0, wake], [], [], seconds)
     signals = os.read(wake, 512) if wake in readable else b""
     if any(number != signal.SIGCHLD for number in signals):
@@ -282,7 +280,7 @@ def _told(wake: int, seconds: float) -> str:
 
 
 def _wait(wake: int, seconds: float) -> None:
-    """Sleep until a child ends or the time is over."""
+    """Sleep for `seconds`, or until a signal arrives."""
     if select.select([wake], [], [], seconds)[0]:
         os.read(wake, 512)
 

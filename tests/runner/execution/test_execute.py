@@ -22,7 +22,7 @@ from speculators.config.schema import Config
 from speculators.errors import ContractError, RecipeError, RunError, ServiceError, StageError, StoreError
 from speculators.runner import executors
 from speculators.runner.execution import execute
-from speculators.runner.execution.device_locks import Tokens
+from speculators.runner.execution.device_locks import DeviceLocks
 from speculators.runner.execution.events import Events
 from speculators.runner.execution.execute import Execution
 from speculators.runner.execution.signals import Interrupted
@@ -30,7 +30,7 @@ from speculators.runner.planning import estimate, graph
 from speculators.runner.planning.graph import Kind
 from speculators.runner.planning.plan import Planner
 from speculators.runner.servers import vllm
-from speculators.runner.servers.server import ServiceSpec
+from speculators.runner.servers.server import ServerSpec
 from speculators.runner.store import upkeep
 from speculators.runner.store.artifacts import Store
 
@@ -79,7 +79,7 @@ class World:
         (self.directory / "logs").mkdir(parents=True, exist_ok=True)
         planner = Planner(self.config, self.store)
         events = Events(self.directory / "events.jsonl", [self.seen.append])
-        execution = Execution(planner=planner, directory=self.directory, events=events, words=["recipe=mill", *words])
+        execution = Execution(planner=planner, directory=self.directory, events=events, argv=["recipe=mill", *words])
         self.seen.clear()
         try:
             execution.run()
@@ -161,11 +161,11 @@ class PlayedWorker:
 
 
 class PlayedServer:
-    """See `server.Service`: ready at the second look."""
+    """See `server.Server`: ready at the second look."""
 
     passing = True
 
-    def __init__(self, spec: ServiceSpec, directory: Path) -> None:
+    def __init__(self, spec: ServerSpec, directory: Path) -> None:
         self.spec, self.name, self.mode = spec, spec.name, spec.mode
         self.state, self.looks = "starting", 0
 
@@ -180,7 +180,7 @@ class PlayedServer:
     def failure(self) -> ServiceError:
         return ServiceError("the server was killed by SIGKILL", "its log")
 
-    def plain(self) -> dict[str, Any]:
+    def request_entry(self) -> dict[str, Any]:
         return {"mode": self.mode}
 
     def worker_env(self) -> dict[str, str]:
@@ -211,13 +211,13 @@ def mill(tmp_path: Path, checkpoint: Path, monkeypatch: pytest.MonkeyPatch) -> C
             made[0].env[worker.node] = env
             return worker
 
-    def served(spec: ServiceSpec, home: Path) -> PlayedServer:
+    def served(spec: ServerSpec, home: Path) -> PlayedServer:
         made[0].servers.append(PlayedServer(spec, home))
         return made[0].servers[-1]
 
     monkeypatch.setattr(execute, "executor_of", lambda *_: PlayedExecutor())
     monkeypatch.setattr(execute, "POLL", 0.002)
-    monkeypatch.setattr(vllm, "Service", served)
+    monkeypatch.setattr(vllm, "Server", served)
     monkeypatch.setattr("speculators.runner.servers.vllm.engine_version", lambda python: "1.2.3")
     return make
 
@@ -259,15 +259,15 @@ def test_one_stage_a_device_and_light_ones_beside_it(mill: Callable[..., World])
 
 def test_a_stage_waits_while_another_run_has_its_device(mill: Callable[..., World]) -> None:
     world = mill({"seed": {}, "left": {"uses": "grind", "grain": "seed"}, "press": {"grain": "seed"}})
-    others = Tokens(world.store.root / "locks", ["cpu"])
-    assert others.take([0], 1) == [0]
+    others = DeviceLocks(world.store.root / "locks", ["cpu"])
+    assert others.acquire([0], 1) == [0]
     world.lasts["left"] = 20
-    world.when["left", 4] = lambda: others.keep(())
+    world.when["left", 4] = lambda: others.release_except(())
     world.run()
     assert world.of("stage.waiting", "stage.finished") == [
         "finished seed", "waiting press", "finished press", "finished left",
     ]  # fmt: skip
-    assert others.take([0], 1, alone=True) == [0]
+    assert others.acquire([0], 1, exclusive=True) == [0]
 
 
 def test_speed_is_measured_alone_where_all_share_the_cores(mill: Callable[..., World]) -> None:
@@ -334,7 +334,7 @@ def test_workers_that_share_a_device_share_its_server_one_after_the_other(shared
 def test_workers_elsewhere_order_their_servers_there_and_take_nothing_here(
     shared_out: World, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(executors, "elsewhere", lambda config, kind: kind == "extract")
+    monkeypatch.setattr(executors, "is_remote", lambda config, kind: kind == "extract")
     shared_out.config.hardware.gpus, shared_out.config.serve.port = 1, 8000
     shared_out.run()
     assert shared_out.together() == 2
@@ -355,7 +355,7 @@ def test_a_server_here_is_not_made_for_those_elsewhere(
     monkeypatch.setitem(graph.KINDS, "extract", served)
     pipeline = {"serve": {}, "ask": {"target": "serve"}, "extract": {"tokens": "ask", "target": "serve"}}
     world = mill(pipeline)
-    monkeypatch.setattr(executors, "elsewhere", lambda config, kind: kind == "extract")
+    monkeypatch.setattr(executors, "is_remote", lambda config, kind: kind == "extract")
     world.run()
     happened = world.of("service.starting", "service.stopped", "stage.started")
     assert happened == ["starting generate", "started ask", "stopped generate", "started extract"]
@@ -366,7 +366,7 @@ def test_each_phase_elsewhere_has_servers_of_its_own(
 ) -> None:
     kind = Kind(version=1, gives=("evaluation",), takes={"speculator": "grain"}, measures=True)
     monkeypatch.setitem(graph.KINDS, "evaluate", kind)
-    monkeypatch.setattr(executors, "elsewhere", lambda config, kind: kind == "evaluate")
+    monkeypatch.setattr(executors, "is_remote", lambda config, kind: kind == "evaluate")
     world = mill({"seed": {}, "evaluate": {"speculator": "seed"}})
     world.config.target.dtype = Dtype.bfloat16
     world.run()

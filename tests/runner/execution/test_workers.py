@@ -86,7 +86,7 @@ def run(config: Config, store: Store, directory: Path) -> tuple[Path, list[str]]
     (directory / "logs").mkdir(parents=True)
     events = Events(directory / "events.jsonl", [lambda e: seen.append(f"{e['event']} {e.get('node', '')}")])
     try:
-        steps = Execution(planner=Planner(config, store), directory=directory, events=events, words=["test"]).run()
+        steps = Execution(planner=Planner(config, store), directory=directory, events=events, argv=["test"]).run()
     finally:
         events.close()
     path = steps[config.until].path
@@ -137,7 +137,7 @@ def test_workers_may_be_runs_of_their_own_each_on_its_machine(tmp_path: Path, se
 def test_workers_on_other_machines_have_a_server_each_and_make_the_same(
     tmp_path: Path, server: StatesServer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(executors, "elsewhere", lambda config, kind: kind == "extract")
+    monkeypatch.setattr(executors, "is_remote", lambda config, kind: kind == "extract")
     monkeypatch.setattr(execute, "executor_of", lambda config, kind: BareExecutor())
     played = f"serve.python={engine(tmp_path, program=states_server.__file__)}"
     config, store = extracting(tmp_path, [played]), Store(tmp_path / "store")

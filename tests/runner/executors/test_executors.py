@@ -21,7 +21,7 @@ from speculators.errors import RecipeError, StageError
 from speculators.runner import executors
 from speculators.runner.execution import lease
 from speculators.runner.executors import Handle
-from speculators.runner.executors.local import environment
+from speculators.runner.executors.local import worker_environment
 from speculators.runner.planning.graph import build
 from speculators.runner.servers import guard
 from speculators.runner.store.artifacts import Store
@@ -243,9 +243,9 @@ def test_without_slurm_the_error_says_so(world: Path, monkeypatch: pytest.Monkey
 
 def test_a_stage_may_have_an_executor_of_its_own() -> None:
     config = compose.compose([DEMO, "executor=slurm", "evaluate.executor=local", "executor.partition=long"])
-    assert executors.chosen(config, "train") == "slurm"
-    assert executors.chosen(config, "evaluate") == "local"
-    assert executors.chosen(config, "fetch") == "slurm"
+    assert executors.executor_name(config, "train") == "slurm"
+    assert executors.executor_name(config, "evaluate") == "local"
+    assert executors.executor_name(config, "fetch") == "slurm"
     assert config.executor.name is ExecutorName.slurm
 
 
@@ -255,7 +255,7 @@ def test_an_executor_that_is_not_installed_is_refused_with_the_extra_that_brings
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     config = compose.compose([DEMO, "train.executor=ray"])
     with pytest.raises(RecipeError, match=r"train\.executor=ray: needs `ray`, which is not installed") as caught:
-        executors.check(config, build(config))
+        executors.check_executors(config, build(config))
     assert caught.value.hint == "pip install 'speculators-run[ray]'"
 
 
@@ -265,7 +265,7 @@ def test_a_tracker_that_is_not_installed_is_refused_before_anything_starts(monke
     with pytest.raises(
         RecipeError, match=r"train\.trackers=\[wandb\]: needs `wandb`, which is not installed"
     ) as caught:
-        executors.check(config, build(config))
+        executors.check_executors(config, build(config))
     assert caught.value.hint == "pip install 'speculators-run[wandb]'"
 
 
@@ -275,32 +275,38 @@ def test_only_a_stage_that_would_share_its_job_with_its_server_is_refused(monkey
                   ["pipeline=online", "executor=slurm", "train.executor=local"],
                   ["pipeline=online", "executor=slurm", "serve.url=http://gpu-7:8000"]):  # fmt: skip
         config = compose.compose([DEMO, *words])
-        executors.check(config, build(config))
+        executors.check_executors(config, build(config))
     config = compose.compose([DEMO, "pipeline=online", "executor=slurm"])
-    with pytest.raises(RecipeError, match=r"executor=slurm: `train` draws from a server") as no:
-        executors.check(config, build(config))
+    with pytest.raises(RecipeError, match=r"executor=slurm: `train` streams hidden states") as no:
+        executors.check_executors(config, build(config))
     assert "train.executor=local; or serve.url=URL" in no.value.hint
 
 
 def test_what_runs_elsewhere_is_served_there_unless_a_server_is_named() -> None:
     config = compose.compose([DEMO, "executor=slurm", "evaluate.executor=local"])
-    assert executors.served_there(config, "regenerate")
-    assert not executors.served_there(config, "evaluate")
+    assert executors.has_remote_servers(config, "regenerate")
+    assert not executors.has_remote_servers(config, "evaluate")
     config.serve.url = "http://gpu-7:8000"
-    assert not executors.served_there(config, "regenerate")
+    assert not executors.has_remote_servers(config, "regenerate")
 
 
 def test_a_holder_on_this_machine_lives_as_long_as_its_process(tmp_path: Path) -> None:
     child = subprocess.Popen(["sleep", "60"])
-    note = {"machine": guard.machine(), "pid": child.pid, "start": guard.start_time(child.pid), "wish": "", "beat": 1}
+    note = {
+        "machine": guard.machine(),
+        "pid": child.pid,
+        "start": guard.start_time(child.pid),
+        "request": "",
+        "heartbeat": 1,
+    }
     lease.write_note(tmp_path / "held", note)
-    holder = lease.Holder(tmp_path / "held")
-    assert holder.lives
-    assert holder.wish == ""
+    holder = lease.LeaseReader(tmp_path / "held")
+    assert holder.holder_lives
+    assert holder.request == ""
     child.kill()
     child.wait()
-    assert holder.lives is False
-    assert holder.wish == "terminate"
+    assert holder.holder_lives is False
+    assert holder.request == "terminate"
 
 
 def test_a_holder_elsewhere_is_believed_at_its_second_beat_and_dead_when_they_stop(
@@ -308,27 +314,27 @@ def test_a_holder_elsewhere_is_believed_at_its_second_beat_and_dead_when_they_st
 ) -> None:
     clock = [0.0]
     monkeypatch.setattr(lease.time, "monotonic", lambda: clock[0])
-    note = {"machine": "another", "pid": 1, "start": 1, "wish": ""}
-    lease.write_note(tmp_path / "held", {**note, "beat": 7})
-    holder = lease.Holder(tmp_path / "held")
-    assert holder.lives is None
-    lease.write_note(tmp_path / "held", {**note, "beat": 8})
-    assert holder.lives
-    clock[0] = lease.LEASE - 1
-    assert holder.lives
-    clock[0] = lease.LEASE + 1
-    assert holder.lives is False
+    note = {"machine": "another", "pid": 1, "start": 1, "request": ""}
+    lease.write_note(tmp_path / "held", {**note, "heartbeat": 7})
+    holder = lease.LeaseReader(tmp_path / "held")
+    assert holder.holder_lives is None
+    lease.write_note(tmp_path / "held", {**note, "heartbeat": 8})
+    assert holder.holder_lives
+    clock[0] = lease.LEASE_SECONDS - 1
+    assert holder.holder_lives
+    clock[0] = lease.LEASE_SECONDS + 1
+    assert holder.holder_lives is False
 
 
 def test_the_far_end_hears_a_wish_at_once_and_signs_of_life_in_between(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(lease, "BEAT", 0.01)
+    monkeypatch.setattr(lease, "HEARTBEAT_SECONDS", 0.01)
     held = lease.Lease(tmp_path / "held")
-    beat = lease.read_note(tmp_path / "held")["beat"]
-    until(lambda: lease.read_note(tmp_path / "held").get("beat", 0) > beat, "it beats")
-    held.wish("kill")
-    assert lease.Holder(tmp_path / "held").wish == "kill"
+    beat = lease.read_note(tmp_path / "held")["heartbeat"]
+    until(lambda: lease.read_note(tmp_path / "held").get("heartbeat", 0) > beat, "it beats")
+    held.request("kill")
+    assert lease.LeaseReader(tmp_path / "held").request == "kill"
     held.release()
 
 
@@ -340,20 +346,20 @@ def test_a_signal_in_the_middle_of_a_beat_may_wish_to_kill(tmp_path: Path, monke
     def interrupted(path: Path, note: dict[str, object]) -> None:
         if not nested:
             nested.append(note)
-            held.wish("kill")  # as the handler does, in the same thread
+            held.request("kill")  # as the handler does, in the same thread
         write(path, note)
 
     monkeypatch.setattr(lease, "write_note", interrupted)
-    held.wish("terminate")
-    assert lease.Holder(tmp_path / "held").wish == "kill"
+    held.request("terminate")
+    assert lease.LeaseReader(tmp_path / "held").request == "kill"
 
 
 def test_half_a_note_is_no_news(tmp_path: Path) -> None:
     (tmp_path / "held").write_text('{"machine": "an')
     assert lease.read_note(tmp_path / "held") == {}
     assert lease.read_note(tmp_path / "none") == {}
-    lease.write_note(tmp_path / "held", {"beat": 1})
-    assert json.loads((tmp_path / "held").read_text()) == {"beat": 1}
+    lease.write_note(tmp_path / "held", {"heartbeat": 1})
+    assert json.loads((tmp_path / "held").read_text()) == {"heartbeat": 1}
 
 
 @pytest.mark.parametrize("name", REMOTE)
@@ -375,6 +381,6 @@ def test_a_worker_keeps_the_memory_that_it_frees_unless_the_user_says_otherwise(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.delenv("GLIBC_TUNABLES", raising=False)
-    assert "trim_threshold" in environment({})["GLIBC_TUNABLES"]
+    assert "trim_threshold" in worker_environment({})["GLIBC_TUNABLES"]
     monkeypatch.setenv("GLIBC_TUNABLES", "glibc.malloc.check=3")
-    assert environment({})["GLIBC_TUNABLES"] == "glibc.malloc.check=3"
+    assert worker_environment({})["GLIBC_TUNABLES"] == "glibc.malloc.check=3"

@@ -18,15 +18,15 @@ from speculators.config.schema import Config, Mooncake
 from speculators.errors import ServiceError
 from speculators.job import Request
 from speculators.runner.servers import guard
-from speculators.runner.servers.server import Service, ServiceSpec, cause, external, free_port, reap_left_overs
+from speculators.runner.servers.server import Server, ServerSpec, cause, external, free_port, reap_left_overs
 from tests.requests import make_request
 
 FAKE = Path(__file__).parents[1] / "fake_server.py"
 
 
-def service(tmp_path: Path, *options: str, port: int = 0, serves: str = "target-n1") -> Service:
+def service(tmp_path: Path, *options: str, port: int = 0, serves: str = "target-n1") -> Server:
     port = port or free_port()
-    spec = ServiceSpec(
+    spec = ServerSpec(
         name="n1",
         mode="plain",
         argv=[sys.executable, str(FAKE), str(port), serves, *options],
@@ -36,7 +36,7 @@ def service(tmp_path: Path, *options: str, port: int = 0, serves: str = "target-
         api_key="secret-of-n1",
         log=tmp_path / "run" / "server.log",
     )
-    return Service(spec, tmp_path / "store" / "services" / "n1")
+    return Server(spec, tmp_path / "store" / "services" / "n1")
 
 
 def orphan(tmp_path: Path) -> int:
@@ -47,7 +47,7 @@ def orphan(tmp_path: Path) -> int:
     return int(file.read_text())
 
 
-def settle(made: Service, seconds: float = 30.0) -> str:
+def settle(made: Server, seconds: float = 30.0) -> str:
     deadline = time.monotonic() + seconds
     while made.poll() == "starting" and time.monotonic() < deadline:
         time.sleep(0.02)
@@ -59,7 +59,7 @@ def test_a_server_that_starts_late_becomes_ready_and_is_gone_after_stop(tmp_path
     made.start()
     assert made.poll() == "starting"
     assert settle(made) == "ready"
-    assert Path(made.plain()["directory"]).is_dir()
+    assert Path(made.request_entry()["directory"]).is_dir()
     made.stop()
     assert guard.start_time(orphan(tmp_path)) is None
     assert not made.directory.exists()
@@ -68,7 +68,7 @@ def test_a_server_that_starts_late_becomes_ready_and_is_gone_after_stop(tmp_path
 
 def test_the_request_names_the_variable_that_holds_the_key_and_never_the_key(tmp_path: Path) -> None:
     made = service(tmp_path)
-    plain = made.plain()
+    plain = made.request_entry()
     assert made.worker_env() == {plain["api_key_env"]: "secret-of-n1"}
     assert "secret" not in repr(plain) + repr(made.spec)
     assert (plain["model"], plain["mode"], plain["log"]) == ("target-n1", "plain", str(made.spec.log))
@@ -111,7 +111,7 @@ def test_a_server_that_dies_in_use_is_dead_and_says_so(tmp_path: Path) -> None:
         ("OSError: [Errno 98] Address already in use", "serve.port=0"),
         ("torch.OutOfMemoryError: CUDA out of memory. Tried to allocate 2 GiB", "gpu_memory_utilization"),
         ("ValueError: Couldn't instantiate the backend tokenizer from one of: ", "tokenizer.json"),
-        ("  Value error, Model architectures ['X'] are not supported for now", "does not know the model"),
+        ("  Value error, Model architectures ['X'] are not supported for now", "does not support the model"),
     ],
 )
 def test_the_usual_reasons_have_hints(tmp_path: Path, said: str, hint: str) -> None:
@@ -131,7 +131,7 @@ def test_the_cause_is_the_last_exception_that_is_not_second_hand(tmp_path: Path)
     assert cause(of_a_schema).startswith(of_a_schema[0] + " Value error, no such model")
     assert len(cause(of_a_schema)) == 400
     assert cause(["just words", ""]) == "just words"
-    assert cause([]) == "it said nothing"
+    assert cause([]) == "its log is empty"
 
 
 def test_a_server_with_another_models_name_is_not_used(tmp_path: Path) -> None:
@@ -147,7 +147,7 @@ def test_a_taken_port_is_an_error_before_anything_starts(tmp_path: Path) -> None
         other.bind(("127.0.0.1", 0))
         other.listen()
         port = other.getsockname()[1]
-        with pytest.raises(ServiceError, match=f"port {port} of 127.0.0.1 is taken"):
+        with pytest.raises(ServiceError, match=f"port {port} of 127.0.0.1 is in use"):
             service(tmp_path, port=port).start()
     assert not (tmp_path / "store").exists()
 
@@ -166,9 +166,9 @@ def test_a_stubborn_server_that_never_gets_ready_can_be_stopped(
 def test_the_directory_of_an_external_servers_states_is_the_one_that_the_recipe_names(tmp_path: Path) -> None:
     config = Config()
     config.serve.url, config.serve.hidden_states_dir = "http://gpu-7:8000", "/mnt/states"
-    assert external(config, "extract", tmp_path / "n2", tmp_path / "log").plain()["directory"] == "/mnt/states"
+    assert external(config, "extract", tmp_path / "n2", tmp_path / "log").request_entry()["directory"] == "/mnt/states"
     config.serve.hidden_states_dir, config.extract.connector = "", Connector.example
-    assert external(config, "extract", tmp_path / "n2", tmp_path / "log").spec.states is None
+    assert external(config, "extract", tmp_path / "n2", tmp_path / "log").spec.hidden_states_dir is None
 
 
 def test_a_stage_hears_of_the_mooncake_store_where_the_recipe_puts_states_into_one(tmp_path: Path) -> None:
@@ -176,7 +176,7 @@ def test_a_stage_hears_of_the_mooncake_store_where_the_recipe_puts_states_into_o
     config.serve.url, config.serve.mooncake.master = "http://gpu-7:8000", "10.0.0.1:50052"
     heard = []
     for config.extract.connector in (Connector.example, Connector.mooncake):
-        plain = external(config, "extract", tmp_path / "n2", tmp_path / "log").plain()
+        plain = external(config, "extract", tmp_path / "n2", tmp_path / "log").request_entry()
         make_request("extract", tmp_path, services={"target": plain}).write(tmp_path / "request.json")
         heard.append(Request.read(tmp_path / "request.json").job().services["target"].mooncake)
     assert heard == [None, Mooncake(master="10.0.0.1:50052")]
@@ -196,20 +196,20 @@ def test_an_external_server_is_used_under_its_own_name_and_never_stopped(
     refused = external(config, "plain", tmp_path / "n2", tmp_path / "log")
     refused.start()
     assert settle(refused) == "dead"
-    assert "refuses our key" in refused.failure().message
+    assert "refuses the API key" in refused.failure().message
     monkeypatch.setenv("THEIR_KEY", "secret-of-n1")
     used = external(config, "plain", tmp_path / "n2", tmp_path / "log")
     used.start()
     assert settle(used) == "ready"
-    assert used.plain()["model"] == "target-n1"
+    assert used.request_entry()["model"] == "target-n1"
     used.stop()
     assert ours.poll() == "ready"
     config.serve.extra_urls = [ours.spec.url + "/"]
-    assert external(config, "plain", tmp_path / "n2", tmp_path / "log").plain()["also"] == []
+    assert external(config, "plain", tmp_path / "n2", tmp_path / "log").request_entry()["also"] == []
     several = external(config, "generate", tmp_path / "n2", tmp_path / "log")
     several.start()
     assert settle(several) == "ready"
-    assert several.plain()["also"] == [ours.spec.url]
+    assert several.request_entry()["also"] == [ours.spec.url]
     config.serve.extra_urls = [f"http://127.0.0.1:{free_port()}"]
     missing = external(config, "generate", tmp_path / "n2", tmp_path / "log")
     missing.start()
@@ -294,6 +294,6 @@ def test_the_directory_of_a_runner_that_died_before_its_guard_wrote_anything_is_
 
 
 def test_spec_fields_that_hold_the_key_are_not_shown() -> None:
-    hidden = {f.name for f in dataclasses.fields(ServiceSpec) if not f.repr}
+    hidden = {f.name for f in dataclasses.fields(ServerSpec) if not f.repr}
     assert hidden == {"env", "api_key"}
     assert os.environ.get("VLLM_API_KEY") is None

@@ -38,7 +38,7 @@ def words(config: Config, mode: str = "plain", **changes: Any) -> list[str]:
         max_model_len=640,
         model="target-n1",
         port=8123,
-        states=Path("/store/services/n1/states"),
+        hidden_states_dir=Path("/store/services/n1/states"),
         **options,
     )
 
@@ -111,14 +111,14 @@ def test_a_gpu_is_shared_by_its_memory_and_over_ranks() -> None:
     assert "--enforce-eager" not in argv
     assert "--kv-cache-memory-bytes" not in argv
     assert argv[-2:] == ["--kv-cache-dtype", "fp8"]
-    assert "VLLM_CPU_OMP_THREADS_BIND" not in vllm.env(config, api_key="k")
+    assert "VLLM_CPU_OMP_THREADS_BIND" not in vllm.server_environment(config, api_key="k")
 
 
-def order(config: Config, tmp_path: Path) -> vllm.Order:
+def order(config: Config, tmp_path: Path) -> vllm.ServerOrder:
     """One of a plain server."""
-    return vllm.Order(
-        config=config, mode="plain", dtype="float32", target="/models/smol", max_model_len=640, homes=str(tmp_path),
-        logs=str(tmp_path),
+    return vllm.ServerOrder(
+        config=config, mode="plain", dtype="float32", target="/models/smol", max_model_len=640,
+        directories=str(tmp_path), logs=str(tmp_path),
     )  # fmt: skip
 
 
@@ -126,13 +126,13 @@ def test_an_order_goes_through_a_file_with_all_that_the_server_is_told(tmp_path:
     config = recipe()
     config.serve.extra_args, config.extract.dtype = ["--seed", "3"], HiddenStatesDtype.float8_e4m3fn
     made = dataclasses.replace(order(config, tmp_path), mode="extract", capture_layer_ids=[2, 5])
-    read = from_builtins(vllm.Order, json.loads(json.dumps(to_builtins(made))))
+    read = from_builtins(vllm.ServerOrder, json.loads(json.dumps(to_builtins(made))))
     assert read == made
-    assert vllm.server(read, {"OF_THE_RUNNER": "1"}).spec.env["OF_THE_RUNNER"] == "1"
+    assert vllm.make_server(read, {"OF_THE_RUNNER": "1"}).spec.env["OF_THE_RUNNER"] == "1"
 
 
 def test_the_key_is_in_the_environment_and_not_in_the_arguments(tmp_path: Path) -> None:
-    spec = vllm.server(order(recipe(), tmp_path), {}).spec
+    spec = vllm.make_server(order(recipe(), tmp_path), {}).spec
     assert spec.env["VLLM_API_KEY"] == spec.api_key
     assert len(spec.api_key) >= 32
     assert spec.api_key not in " ".join(spec.argv)
@@ -145,7 +145,7 @@ def test_a_given_port_serves_the_plain_and_the_speculative_server_side_by_side(t
     config.serve.port = 8100
     plain = order(config, tmp_path)
     both = (plain, dataclasses.replace(plain, mode="speculative", draft="/draft"))
-    urls = [vllm.server(one, {}).spec.url for one in both]
+    urls = [vllm.make_server(one, {}).spec.url for one in both]
     assert urls == ["http://127.0.0.1:8100", "http://127.0.0.1:8101"]
 
 
@@ -163,18 +163,18 @@ def test_the_engine_gets_every_core_that_this_process_may_use(
     monkeypatch.setattr("os.sched_getaffinity", lambda _: cores, raising=False)
     config = recipe()
     config.serve.cpu_threads, config.serve.tensor_parallel = wanted, ranks
-    assert vllm.env(config, api_key="k")["VLLM_CPU_OMP_THREADS_BIND"] == bound
+    assert vllm.server_environment(config, api_key="k")["VLLM_CPU_OMP_THREADS_BIND"] == bound
 
 
 def test_on_few_cores_the_model_and_its_front_end_are_one_process(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("os.sched_getaffinity", lambda _: {0, 3}, raising=False)
     config = recipe()
     assert value(words(config), "--distributed-executor-backend").endswith("UniProcExecutor")
-    assert vllm.env(config, api_key="k")["OMP_NUM_THREADS"] == "2"
-    assert "VLLM_CPU_OMP_THREADS_BIND" not in vllm.env(config, api_key="k")
+    assert vllm.server_environment(config, api_key="k")["OMP_NUM_THREADS"] == "2"
+    assert "VLLM_CPU_OMP_THREADS_BIND" not in vllm.server_environment(config, api_key="k")
     monkeypatch.setattr("os.sched_getaffinity", lambda _: set(range(16)), raising=False)
     assert "--distributed-executor-backend" not in words(config)
-    assert "OMP_NUM_THREADS" not in vllm.env(config, api_key="k")
+    assert "OMP_NUM_THREADS" not in vllm.server_environment(config, api_key="k")
 
 
 @pytest.mark.parametrize("preloaded", ["", "/lib/libfirst.so"])
@@ -182,21 +182,23 @@ def test_intels_openmp_is_preloaded_where_its_wheel_lies(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, preloaded: str
 ) -> None:
     monkeypatch.setenv("LD_PRELOAD", preloaded)
-    assert "LD_PRELOAD" not in threads.env(tmp_path / "bin" / "python")
+    assert "LD_PRELOAD" not in threads.openmp_environment(tmp_path / "bin" / "python")
     library = tmp_path / "lib" / "libiomp5.so"
     library.parent.mkdir()
     library.touch()
-    assert threads.env(tmp_path / "bin" / "python")["LD_PRELOAD"] == ":".join(filter(None, [preloaded, str(library)]))
-    assert threads.env(tmp_path / "bin" / "python")["KMP_BLOCKTIME"] == threads.BLOCK_MS
+    assert threads.openmp_environment(tmp_path / "bin" / "python")["LD_PRELOAD"] == ":".join(
+        filter(None, [preloaded, str(library)])
+    )
+    assert threads.openmp_environment(tmp_path / "bin" / "python")["KMP_BLOCKTIME"] == threads.BLOCK_MS
     monkeypatch.setenv("LD_PRELOAD", "/opt/libgomp.so")
-    assert "LD_PRELOAD" not in threads.env(tmp_path / "bin" / "python")
+    assert "LD_PRELOAD" not in threads.openmp_environment(tmp_path / "bin" / "python")
 
 
 def test_intels_threads_sleep_as_soon_where_somebody_else_preloads_it(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("LD_PRELOAD", "/opt/libiomp5.so")
-    found = threads.env(tmp_path / "bin" / "python")
+    found = threads.openmp_environment(tmp_path / "bin" / "python")
     assert "LD_PRELOAD" not in found
     assert found["KMP_BLOCKTIME"] == threads.BLOCK_MS
 
@@ -270,13 +272,13 @@ def test_a_stock_connector_is_loaded_as_its_authors_say(connector: Connector, to
 @pytest.mark.parametrize(
     ("connector", "change", "message"),
     [
-        (Connector.mooncake, {"device": "cpu", "mooncake": True}, "extract.connector=mooncake needs an accelerator"),
+        (Connector.mooncake, {"device": "cpu", "mooncake": True}, "extract.connector=mooncake needs a GPU"),
         (Connector.mooncake, {"stages": 2, "mooncake": True}, "mooncake does not work with serve.pipeline_parallel"),
         (Connector.mooncake, {"mooncake": True}, "mooncake needs hs-connectors, which this environment does not"),
-        (Connector.example, {"device": "cpu"}, "extract.connector=example needs an accelerator"),
+        (Connector.example, {"device": "cpu"}, "extract.connector=example needs a GPU"),
         (Connector.example, {"stages": 2}, "extract.connector=example does not work with serve.pipeline_parallel"),
-        (Connector.native, {"stages": 2, "device": "cpu"}, "serve.pipeline_parallel=2: vLLM on a CPU does not hand"),
-        (Connector.fp8, {"dtype": "float16"}, "gives states in bfloat16, and target.dtype is float16"),
+        (Connector.native, {"stages": 2, "device": "cpu"}, "serve.pipeline_parallel=2: vLLM on a CPU does not pass"),
+        (Connector.fp8, {"dtype": "float16"}, "exports hidden states in bfloat16, and target.dtype is float16"),
         (Connector.fp8, {}, "needs hs-connectors, which this environment does not have"),
     ],
 )
@@ -300,7 +302,7 @@ def test_what_a_connector_cannot_do_is_refused_before_anything_starts(
 def test_an_external_server_keeps_states_only_where_the_recipe_says_they_are_seen() -> None:
     config = extraction(Connector.native)
     config.serve.url = "http://gpu-7:8000"
-    with pytest.raises(RecipeError, match="gpu-7:8000 writes hidden states into a directory of its own") as raised:
+    with pytest.raises(RecipeError, match="gpu-7:8000 writes hidden states into a directory that the recipe") as raised:
         vllm.check_extraction(config)
     assert raised.value.hint.startswith("serve.hidden_states_dir=DIRECTORY")
     config.serve.hidden_states_dir = "/mnt/states"

@@ -49,9 +49,9 @@ def served(world: Path, *options: str, **told: Any) -> Path:
     config = Config()
     config.hardware.device = Device.cpu
     config.serve.python = engine(world, "--detach", f"{world}/orphan", *options)
-    order = vllm.Order(
+    order = vllm.ServerOrder(
         config=config, mode="generate", dtype="float32", target=str(world / "model"), max_model_len=64,
-        homes=str(world / "store/services"), logs=str(world / "logs"),
+        directories=str(world / "store/services"), logs=str(world / "logs"),
     )  # fmt: skip
     path.write_text(json.dumps({**json.loads(path.read_text()), "orders": {"target": to_builtins(order)}}))
     return path
@@ -130,7 +130,7 @@ def test_asked_to_stop_while_its_server_starts_the_worker_does_not_begin(world: 
 
 
 RUNNER = (
-    "import sys, time\nfrom pathlib import Path\nfrom tests.runner.executors.test_beside import start\n"
+    "import sys, time\nfrom pathlib import Path\nfrom tests.runner.executors.test_job_servers import start\n"
     "handle = start(sys.argv[1], *map(Path, sys.argv[2:]))\ntime.sleep(600)"
 )
 
@@ -222,7 +222,7 @@ def test_where_no_directory_can_be_made_for_a_server_the_error_says_so(world: Pa
     (world / "store").mkdir()
     (world / "store/services").touch()
     assert ended(start("bare", world, path), 60) == 1
-    assert said(path)["message"].startswith(f"nothing can be written in {world}/store/services/")
+    assert said(path)["message"].startswith(f"cannot write into {world}/store/services/")
 
 
 class Run:
@@ -232,7 +232,7 @@ class Run:
         self.world, self.events = world, list[dict[str, Any]]()
         kind = Kind(version=1, gives=("lines",), serve="generate")
         monkeypatch.setitem(graph.KINDS, "query", kind)
-        monkeypatch.setattr(executors, "elsewhere", lambda config, kind: kind == "query")
+        monkeypatch.setattr(executors, "is_remote", lambda config, kind: kind == "query")
         monkeypatch.setattr(execute, "executor_of", lambda config, kind: BareExecutor())
         path = os.pathsep.join([str(CRASH / "site"), str(CRASH.parents[1])])
         for name, value in {"PYTHONPATH": path, "CRASH_WORLD": str(world), "CRASH_PACE": "0.3"}.items():
@@ -257,7 +257,7 @@ class Run:
         events = Events(directory / "events.jsonl", [self.heard])
         planner = Planner(self.config, Store(self.world / "store"))
         try:
-            steps = Execution(planner=planner, directory=directory, events=events, words=["test"]).run()
+            steps = Execution(planner=planner, directory=directory, events=events, argv=["test"]).run()
         finally:
             events.close()
         path = steps["query"].path
