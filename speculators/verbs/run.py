@@ -85,13 +85,8 @@ def run_recipe(
         finally:
             seconds = time.monotonic() - began
             overrides = [word for word in words if "=" in word and not word.startswith("-")]
-            ended = {
-                "status": status,
-                "seconds": seconds,
-                "overrides": overrides,
-                "steps": steps_as_json(execution.steps),
-            }
-            write_json(directory / "run.json", ended)
+            ended = {"status": status, "seconds": seconds, "overrides": overrides}
+            write_json(directory / "run.json", {**ended, "steps": steps_as_json(execution.steps)})
             events.emit("run.finished", status=status, seconds=seconds)
             events.close()
     for name, step in execution.steps.items():

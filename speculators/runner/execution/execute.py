@@ -436,7 +436,7 @@ class Execution:
         return StageError(f"{node.name} was stopped after {limit:g} s, its run.time_limit", hint)
 
     def _with_log(self, node: Node, failure: RunError) -> RunError:
-        """The failure with the end of the stage's log, the log's path and the command that runs only this stage again."""
+        """The failure with the end of the stage's log, the log's path and the command that runs only this stage."""
         log, command = self._log(node), endings.retry_command(self.argv, node.name)
         lines = endings.tail_before(log, failure.message.removeprefix(f"{node.name}: "))
         message = "\n\n".join([failure.message, "\n".join(lines)] if lines else [failure.message])

@@ -18,7 +18,7 @@ class Interrupted(BaseException):
 
 
 class Signals:
-    """Handlers of SIGINT and SIGTERM: the first makes `check` raise, the second calls `kill`, the third exits at once."""
+    """Handles SIGINT and SIGTERM: the first makes `check` raise, the second calls `kill`, the third exits at once."""
 
     def __init__(self, kill: Callable[[], None]) -> None:
         self._kill = kill
@@ -47,7 +47,7 @@ class Signals:
             os.read(self._wakeup, 4096)
 
     def check(self) -> None:
-        """Raise Interrupted if a signal has arrived: called between two steps, so that none is cut off in the middle."""
+        """Raise Interrupted if a signal has arrived; called between two steps, so that none is cut off halfway."""
         if self._received is not None:
             raise Interrupted(self._received)
 

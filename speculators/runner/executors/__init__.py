@@ -39,7 +39,7 @@ class Executor(Protocol):
     """Starts workers."""
 
     def submit(self, request: Path, log: Path, env: dict[str, str]) -> Handle:
-        """Start `python -m speculators.worker REQUEST` with `env` added to its environment and output appended to `log`."""
+        """Start `python -m speculators.worker REQUEST` with `env` in its environment and output appended to `log`."""
 
 
 EXTRAS = {"submitit": ("submitit", "slurm"), "slurm": ("submitit", "slurm"), "ray": ("ray", "ray")}
@@ -94,8 +94,8 @@ def check_executors(config: Config, nodes: Mapping[str, Node]) -> None:
                 )
         if node.draws and has_remote_servers(config, node.kind):
             raise RecipeError(
-                f"{option}: `{node.name}` streams hidden states from a server while it trains, and a {name} job cannot divide "
-                "its devices between the two",
+                f"{option}: `{node.name}` streams hidden states from a server while it trains, and a {name} job cannot "
+                "divide its devices between the two",
                 f"{node.kind}.executor=local; or serve.url=URL of a server that every machine can reach; or "
                 "pipeline=offline, which extracts before it trains",
             )

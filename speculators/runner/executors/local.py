@@ -72,7 +72,7 @@ class LocalHandle:
                 os.killpg(self.pid, signal.SIGKILL)
 
     def _has_ended(self) -> bool:
-        """Whether the worker has exited and was not waited for. Always false on macOS, where its group is not killed."""
+        """Whether the worker has exited and was not waited for; false on macOS, where its group is not killed."""
         return hasattr(os, "waitid") and os.waitid(os.P_PID, self.pid, os.WEXITED | os.WNOHANG | os.WNOWAIT) is not None
 
 
@@ -80,13 +80,8 @@ def worker_environment(env: Mapping[str, str]) -> dict[str, str]:
     """The whole environment of a worker: this process's, the variables of every worker, and `env`."""
     common = {"PYTHONPATH": python_path(), "PYTHONUNBUFFERED": "1"}
     inherited = {name: value for name, value in os.environ.items() if name not in TORCHRUN}
-    return {
-        **inherited,
-        **threads.openmp_environment(Path(sys.executable)),
-        **threads.allocator_environment(),
-        **common,
-        **env,
-    }
+    libraries = {**threads.openmp_environment(Path(sys.executable)), **threads.allocator_environment()}
+    return {**inherited, **libraries, **common, **env}
 
 
 def python_path() -> str:

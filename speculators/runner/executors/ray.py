@@ -1,4 +1,4 @@
-"""The Ray executor: workers are tasks of the cluster at `executor.address`, or of a local one that ends with the run."""
+"""The Ray executor: workers are tasks of the cluster at `executor.address`, or of a local one for the run."""
 
 from __future__ import annotations
 
