@@ -13,8 +13,7 @@ Stages run concurrently without threads. The work on one stage is a generator th
     _attempts  lease servers and run one worker for each phase, with retries
     _work      start one worker and watch it until it exits
 
-When a stage fails, no further stage starts, but those that are running finish and keep their artifacts. A signal
-stops all of them.
+When a stage fails, no further stage starts; those that run finish and keep their artifacts. A signal stops all.
 """
 
 from __future__ import annotations
@@ -294,10 +293,9 @@ class Execution:
             self.servers.keep(needed)
 
     def _check_disk(self, node: Node) -> None:
-        """Refuse to start if the disk, or the quota, cannot hold what the run will write.
+        """Refuse to start if disk or quota cannot hold what the run will write.
 
-        Checked before the first stage; again before one that stores hidden states, whose size is known better by then;
-        with a quota, before every stage.
+        Checked before the first stage and before one that stores hidden states; with a quota, before every stage.
         """
         quota = self.config.run.quota_gib
         if quota or not self._disk_estimated or "features" in node.spec.gives or node.keeps_states:

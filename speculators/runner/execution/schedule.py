@@ -75,9 +75,7 @@ class ResourcePool:
     `on_wait` is called once with the name of each stage that waits for another run's devices.
     """
 
-    def __init__(
-        self, *, devices: int, memory: int, slots: int, locks: DeviceLocks, on_wait: Callable[[str], None]
-    ) -> None:
+    def __init__(self, *, devices: int, memory: int, slots: int, locks: DeviceLocks, on_wait: Callable[[str], None]):
         self.devices = devices
         self.memory = memory
         self.slots = slots
@@ -229,11 +227,7 @@ def limits(config: Config, name: str) -> Limits:
 
 
 def check_limits(config: Config) -> None:
-    """Check `run.stages`.
-
-    Raises:
-        RecipeError: it names an unknown stage or option, or a negative value.
-    """
+    """Raise RecipeError if `run.stages` names an unknown stage or option, or has a negative value."""
     options = [f.name for f in fields(Limits)]
     for name, limits in config.run.stages.items():
         if name not in config.pipeline:
