@@ -15,7 +15,6 @@ PENDING = {
     "explain",
     "read",
     "runs",
-    "size",
 }
 """Names that are still defined more than once. The tests also fail when one of them no longer is."""
 

@@ -142,7 +142,6 @@ UNCONVERTED: tuple[str, ...] = (
     "speculators/provenance",
     "recipes/",
     "speculators/runner/planning/",
-    "speculators/runner/store/",
     "speculators/runner/doctor",
     "speculators/runner/environment",
     "speculators/runner/history",

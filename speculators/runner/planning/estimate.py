@@ -86,7 +86,7 @@ def estimate(planner: Planner, steps: Mapping[str, Step]) -> Needs:
         store=str(root),
         free_bytes=free_bytes(root),
         writable=_writable(root),
-        held_bytes=upkeep.held(planner.store) if quota else 0,
+        held_bytes=upkeep.store_bytes(planner.store) if quota else 0,
         quota_bytes=quota,
     )
     splits = {s.node.name: split for s in open_steps if (split := schedule.split(s.node, config)) is not None}
@@ -107,7 +107,7 @@ def estimate(planner: Planner, steps: Mapping[str, Step]) -> Needs:
         prefilled += (config.train.epochs - 1) * max(0, tokens - stored - in_memory)
     keeping = [s for s in open_steps if s.node.keeps_states]
     storing = [*(packing if first.node.part is not None else [first]), *keeping]
-    written = sum(upkeep.size(planner.store.work(s.node.kind, s.key)) for s in storing if s.key)
+    written = sum(upkeep.total_bytes(planner.store.work(s.node.kind, s.key)) for s in storing if s.key)
     measured = _speed(planner, steps, PREFILLING)
     speed = measured or _speed(planner, steps, ANSWERING)
     return replace(
@@ -162,7 +162,7 @@ class DiskWatch:
         hint = "make room (`speculators-run gc` tells what nobody uses), then run the same command again"
         if self._had_more and (free := free_bytes(self._store.root)) < self.RESERVE:
             raise StoreError(f"the disk of the store runs full: {free / 2**20:.0f} MiB are free", hint)
-        if self._quota and (held := upkeep.held(self._store)) > self._quota:
+        if self._quota and (held := upkeep.store_bytes(self._store)) > self._quota:
             allowed = f"run.quota_gib allows {_gib(self._quota)}"
             raise StoreError(f"the store holds {_gib(held)} by now, {allowed}", f"{hint}; or raise run.quota_gib")
         now = time.monotonic()
