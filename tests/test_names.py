@@ -10,9 +10,6 @@ PACKAGE = Path(__file__).parent.parent / "speculators"
 PENDING = {
     "Layer",
     "Layout",
-    "check_checkpoint",
-    "differences",
-    "explain",
     "read",
     "runs",
 }

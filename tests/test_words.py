@@ -141,7 +141,6 @@ UNCONVERTED: tuple[str, ...] = (
     "speculators/packages",
     "speculators/provenance",
     "recipes/",
-    "speculators/runner/planning/",
     "speculators/runner/doctor",
     "speculators/runner/environment",
     "speculators/runner/history",

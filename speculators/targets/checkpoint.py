@@ -16,6 +16,7 @@ from typing import Any
 from safetensors import safe_open
 from torch import Tensor
 
+from speculators.checkpoint_files import text_config
 from speculators.drafts.base import TargetParts
 from speculators.errors import ContractError, SourceError
 
@@ -65,7 +66,7 @@ class TargetCheckpoint:
         self.directory = directory
         self.raw: dict[str, Any] = _read_json(directory / "config.json")
         self.config: Mapping[str, Any] = _text_config(directory)
-        self._parts = [part for part in (self.raw.get("text_config"), self.raw) if isinstance(part, dict)]
+        self._parts = (text_config(self.raw), self.raw)
         self._files = _index(directory)
 
     @property

@@ -69,7 +69,7 @@ def read_artifact(path: Path) -> Artifact:
             bytes=description["bytes"],
             manifest=description["manifest"],
         )
-        keys.leaves(artifact.preimage)
+        keys.flatten_preimage(artifact.preimage)
     except (LookupError, TypeError, AttributeError) as error:
         raise ValueError(f"field {error} is missing or wrong") from None
     if description.get("format") != FORMAT:

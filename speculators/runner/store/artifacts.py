@@ -130,7 +130,7 @@ class Store:
         """The artifact whose preimage differs from this one in the fewest values; the newest of several."""
 
         def closeness(artifact: Artifact) -> tuple[int, str]:
-            different = keys.differences(artifact.preimage, preimage)
+            different = keys.preimage_differences(artifact.preimage, preimage)
             return -len(different), str(artifact.provenance.get("finished", ""))
 
         return max(self.artifacts(stage), key=closeness, default=None)

@@ -223,7 +223,7 @@ def test_a_read_only_store_is_read_and_refused_before_anything_starts(
     assert cli._guarded([DEMO, runs]) == 0, "everything is there"
     capsys.readouterr()
     assert cli._guarded([DEMO, runs, "train.lr=3e-4"]) == 1
-    assert f"something is to be made, and the store {store.root} cannot be written" in capsys.readouterr().err
+    assert f"stages have to run, and the store {store.root} is not writable" in capsys.readouterr().err
     assert cli._guarded(["gc", "days=0", "--delete"]) == 1
     assert "Read-only file system" in capsys.readouterr().err
     with pytest.raises(StoreError, match="cannot be written"), store.claim("train", "e" * 64, waiting=print):
