@@ -145,7 +145,6 @@ UNCONVERTED: tuple[str, ...] = (
     "speculators/runner/environment",
     "speculators/runner/history",
     "speculators/stages/",
-    "speculators/targets/",
     "speculators/training/",
     "speculators/ui",
     "speculators/verbs/",
