@@ -136,7 +136,6 @@ UNCONVERTED: tuple[str, ...] = (
     "speculators/drafts/",
     "speculators/errors",
     "speculators/evaluation/",
-    "speculators/features/",
     "speculators/job",
     "speculators/packages",
     "speculators/provenance",

@@ -110,7 +110,7 @@ async def _run(job: Job, tokens: Dataset, rows: range, writer: ShardWriter) -> i
                 check_states(f"row {row}", sent, token_ids, states, compute)
                 writer.add(row, token_ids, states, last_layer_mask(job, tokens[row]["loss_mask"], asked.get(row, ())))
             except RunError as error:
-                bad.leave_out(row, error, seen)
+                bad.skip(row, error, seen)
                 check.skip(row)
             else:
                 check.add(row, token_ids, states)
