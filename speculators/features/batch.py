@@ -11,10 +11,7 @@ from torch import Tensor
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class PackedBatch:
-    """T tokens of several documents, one document after the other; the input of a draft.
-
-    A document is a row of the token table up to the end of a row slice.
-    """
+    """The input of a draft: T tokens of documents, each a row of the token table up to the end of a row slice."""
 
     rows: list[int]
     """Row of the token table of each document, for messages."""

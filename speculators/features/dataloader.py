@@ -157,15 +157,11 @@ class ShardSource:
             self._advised.append(sum(tokens for _, tokens in rows))
 
     def close(self) -> None:
-        """See `HiddenStatesSource`; nobody waits for a file."""
+        """See `HiddenStatesSource`."""
 
 
 class DataLoader:
-    """Makes packed batches of the rows of a token table and their hidden states.
-
-    Args:
-        tokens: directory of the token table.
-        source: of the hidden states.
+    """Makes packed batches of the rows of a token table (directory `tokens`) and their hidden states.
 
     Raises:
         ContractError: a row has no hidden states, or those of other tokens.
@@ -247,9 +243,8 @@ class DataLoader:
         return ", ".join(f"{row} (conversation {self.table.conversations[row]})" for row in rows)
 
     def _supervised(self, row: int, begin: int, end: int) -> npt.NDArray[np.bool_]:
-        if row in self._fully_supervised:
-            return np.ones(end - begin, np.bool_)
-        return self.table.loss_mask(row)[begin:end] != 0
+        mask = self.table.loss_mask(row)[begin:end] != 0
+        return np.ones_like(mask) if row in self._fully_supervised else mask
 
     def _decode(self, encoded: Mapping[str, Tensor]) -> dict[str, Tensor]:
         out: dict[str, Tensor] = {}
@@ -282,13 +277,9 @@ class DataLoader:
                 f"the last layer was not kept where rows {self.name([row for row, _ in prefixes])} are supervised",
                 "extract the hidden states again, with extract.last_state=everywhere",
             )
-        entries = int(last.sum())
-        encoded = self._buffers.empty(
-            {
-                name: (dtype, (entries if name in LAST.values() else total, *shape))
-                for name, (dtype, shape) in self.source.layout.items()
-            }
-        )
+        counts = {name: int(last.sum()) if name in LAST.values() else total for name in self.source.layout}
+        layout = {name: (dtype, (counts[name], *shape)) for name, (dtype, shape) in self.source.layout.items()}
+        encoded = self._buffers.empty(layout)
         self.source.fill(prefixes, token_ids, encoded)
         last_index = torch.from_numpy(np.maximum(last.cumsum() - 1, 0))
         batch = EncodedBatch(torch.from_numpy(token_ids), torch.from_numpy(loss_mask), last_index, encoded)

@@ -27,11 +27,8 @@ Result = TypeVar("Result")
 class Prefetcher(Generic[Item, Result]):
     """Calls a function on expected items in threads, before their results are taken.
 
-    The first thread starts when the first item is taken. An error in a thread is raised when its item is taken.
-
-    Args:
-        function: called in a thread.
-        depth: items that are started before they are taken, and the number of threads.
+    The first thread starts when the first item is taken. An error in a thread is raised when its item is taken. `depth`
+    is the number of threads, and of items that are started before they are taken.
     """
 
     def __init__(self, function: Callable[[Item], Result], depth: int = 1) -> None:
@@ -80,10 +77,8 @@ class Prefetcher(Generic[Item, Result]):
 class BufferPool:
     """Memory for tensors that is reused when neither the tensors nor views of them exist any more.
 
-    New memory costs as much as writing it: the kernel zeroes every page when it is first touched.
-
-    Args:
-        pinned: page-locked memory, for copies to an accelerator.
+    New memory costs as much as writing it: the kernel zeroes every page when it is first touched. `pinned` allocates
+    page-locked memory, for copies to an accelerator.
     """
 
     MIN_BYTES = 1 << 20

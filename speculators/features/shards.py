@@ -195,10 +195,8 @@ class ShardWriter:
 class ShardReader:
     """Reads rows by number from a directory of shards into tensors of the caller.
 
-    Args:
-        directory: of the shards and their index.
-        files: a file reader to share with its open files; None makes one.
-        direct_io: read the hidden states without the page cache, where the file system supports it.
+    `files` is a file reader whose open files are shared; `direct_io` reads the hidden states without the page cache,
+    where the file system supports that.
 
     Raises:
         ContractError: there is no index, or it is damaged or of another format.
@@ -291,13 +289,8 @@ class ShardReader:
     def link_rows(self, slices: Mapping[int, RowSlice], contract: Mapping[str, Any], directory: Path) -> dict[str, str]:
         """Make a second directory of hidden states from slices of these rows, over the same shards (`link`).
 
-        Args:
-            slices: row number in the new directory -> its slice of a row here.
-            contract: of the new directory; equal to this one's except `tokens`.
-            directory: the new directory.
-
-        Returns:
-            File name -> sha256 of every shard.
+        `slices` maps each row number there to its slice of a row here. `contract`, the new directory's, may differ in
+        `tokens` alone. Returns file name -> sha256 of every shard.
         """
         check_contract(self.contract, {**contract, "tokens": self.contract["tokens"]})
         spans = {number: self._span(part.row).slice(part.begin, part.end) for number, part in slices.items()}
@@ -401,11 +394,7 @@ def write_index(
 ) -> None:
     """Write the index of a directory of shards.
 
-    Args:
-        directory: of the shards.
-        contract: of the directory.
-        shards: `file`, `sha256`, and `tokens` where the shard's own contract names another digest.
-        spans: row number -> its location.
+    Each of `shards` has `file`, `sha256`, and `tokens` where the shard's own contract names another digest.
     """
     rows = {str(row): [span.shard, *_fields(span)] for row, span in sorted(spans.items())}
     write_json(directory / INDEX, {"contract": dict(contract), "shards": list(shards), "rows": rows})

@@ -11,8 +11,7 @@ drops the rows that others begin with: these need neither a row of their own nor
 
     python -m speculators.features.upstream TOKENS FEATURES DIR
 
-writes such a directory for upstream's trainer from the data of two artifacts: one of `tokenize`, and one of `extract`
-or `collect`.
+writes such a directory for upstream's trainer from the data of an artifact of `tokenize` and one with hidden states.
 """
 
 from __future__ import annotations
@@ -29,7 +28,7 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
 
-from speculators.data.token_table import save_table, write_table
+from speculators.data.token_table import TokenRow, save_table, write_table
 from speculators.errors import ContractError, RunError
 from speculators.features.shards import ShardReader
 
@@ -68,10 +67,8 @@ def read_states(path: Path) -> tuple[torch.Tensor, torch.Tensor]:
 def histories(rows: Sequence[Sequence[int]], masks: Sequence[Sequence[int]]) -> dict[int, list[int]]:
     """Find the rows that are no prefix of another row.
 
-    A row takes over the loss mask of its prefixes; where a row is a prefix of several, one of them takes it over, so
-    that every answer is supervised once. Of equal rows the first is used.
-
-    Returns: row -> its loss mask, in ascending order.
+    Returns row -> its loss mask joined with those of its prefixes, in ascending order. Where a row is a prefix of
+    several, one of them gets its mask, so that every answer is supervised once. Of equal rows the first is used.
     """
     # Big-endian, so that bytes sort as token ids do: a row comes right before the rows that begin with it.
     keys = [np.asarray(row, dtype=">u4").tobytes() for row in rows]
@@ -110,21 +107,19 @@ def export_for_upstream(tokens: Path, features: Path, directory: Path) -> int:
     return len(table)
 
 
-def _exported(table: Any, reader: ShardReader, directory: Path) -> Iterator[dict[str, Any]]:
+def _exported(table: Any, reader: ShardReader, directory: Path) -> Iterator[TokenRow]:
     for number in reader.rows:
         row, token_ids = table[number], reader.token_ids(number)
         length = len(token_ids)
         if row["input_ids"][:length] != token_ids.tolist():
-            raise ContractError(
-                f"the hidden states of row {number} are of other tokens", "name two artifacts of one run"
-            )
+            raise ContractError(f"hidden states of row {number} are of other tokens", "name two artifacts of one run")
         path = states_path(directory, number)
         temporary = path.with_name(f".{path.name}")
         hidden_states = reader.states(number).to(torch.bfloat16).nan_to_num(nan=0.0)
         save_file({STATES: hidden_states, "token_ids": token_ids.contiguous()}, temporary)
         os.replace(temporary, path)
-        cut = {name: row[name][:length] for name in ("input_ids", "loss_mask")}
-        yield {**row, **cut, "seq_len": length}
+        input_ids, loss_mask = row["input_ids"][:length], row["loss_mask"][:length]
+        yield TokenRow(input_ids=input_ids, loss_mask=loss_mask, seq_len=length, id=row["id"], source=row["source"])
 
 
 def main(arguments: list[str]) -> int:

@@ -68,27 +68,17 @@ class TargetCheckpoint:
         self.config: Mapping[str, Any] = _text_config(directory)
         self._parts = (text_config(self.raw), self.raw)
         self._files = _index(directory)
+        self.architectures: list[str] = list(self.raw.get("architectures") or [])
+        self.hidden_size = int(self.config["hidden_size"])
+        """Width H of the residual stream."""
+        self.vocab_size = int(self.config["vocab_size"])
+        """Number V of rows of the embeddings and of the head."""
 
     @property
     def name(self) -> str:
         """The name in config.json; the architecture if there is none."""
         name = self.raw.get("_name_or_path") or self.raw.get("_model_name_or_path")
         return str(name or next(iter(self.architectures), self.config["model_type"]))
-
-    @property
-    def architectures(self) -> list[str]:
-        """`architectures` of config.json."""
-        return list(self.raw.get("architectures") or [])
-
-    @property
-    def hidden_size(self) -> int:
-        """Width H of the residual stream."""
-        return int(self.config["hidden_size"])
-
-    @property
-    def vocab_size(self) -> int:
-        """Number V of rows of the embeddings and of the head."""
-        return int(self.config["vocab_size"])
 
     @property
     def logit_scale(self) -> float:
@@ -154,11 +144,7 @@ class TargetCheckpoint:
         )
 
     def final_norm(self) -> FinalNorm:
-        """The norm between the last layer and the head.
-
-        Raises:
-            ContractError: it is a LayerNorm, or of another size.
-        """
+        """The norm between the last layer and the head; a ContractError if it is not an RMSNorm."""
         name = self._find(FINAL_NORM, "final norm")
         subtracts_mean = str(self.config["model_type"]).startswith(LAYER_NORMS)
         if subtracts_mean or name.removesuffix("weight") + "bias" in self._files:

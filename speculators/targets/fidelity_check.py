@@ -6,9 +6,9 @@ is accepted too seldom. So the server is asked for its greedy token (the one wit
 log-probability at a few positions, and both have to follow from the hidden states. `picks.json`, next to the shards,
 holds the server's tokens.
 
-Rounding can decide a tie, so a token also counts as equal where its logit is below the largest one by no more than
-rounding explains. Where too many differ, alternative readings of the checkpoint are tried (`readings`), and the error
-names the one that agrees. Which other layers were captured, a run of the target in transformers shows (`reference`).
+Rounding decides ties, so a token also counts as equal where its logit is below the largest by no more than rounding
+explains. Where too many differ, alternative readings of the checkpoint are tried (`readings`), and the error names the
+one that agrees. Which other layers were captured, a run of the target in transformers shows (`reference`).
 """
 
 from __future__ import annotations
@@ -46,10 +46,7 @@ MIN_TOKENS, MAX_TOKENS = 8, 96
 TOKENS_PER_ANSWER = 4
 """Greedy tokens that are kept of an answer, where the server reports them while it answers."""
 EXTRACT_AGAIN = "serve the weights and capture the layers of this recipe, and extract again: force=[extract]"
-NO_READING = (
-    "either the last captured layer is not the last layer's output, or the hidden states are of another revision of "
-    "the weights: serve this recipe's target and extract again; target.max_reference_gib=N lets transformers find out"
-)
+NO_READING = f"{EXTRACT_AGAIN}; target.max_reference_gib=N lets transformers find out which of them is wrong"
 
 Sample = tuple[Tensor, Tensor]
 """Token ids [T] and hidden states [T, L, H] of a row, or of its beginning."""
