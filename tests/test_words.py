@@ -127,9 +127,6 @@ def all_uses(within: str = "") -> list[Use]:
 
 
 UNCONVERTED: tuple[str, ...] = (
-    "README.md",
-    "docs/concepts/decisions.md",
-    "docs/reference/",
     "speculators/cli",
     "conf/",
     "speculators/drafts/",
