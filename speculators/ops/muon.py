@@ -5,8 +5,8 @@ the same rate. Two methods compute U f(S) V' with f near 1, as matrix products o
 of the shorter side: in bfloat16 and float16 a chain of quintics, whose products these formats are fast at; in float32 a
 rational function, one product and two inverses.
 
-For the demo's drafts on a CPU, the rational function takes the chain's time in float32 divided by 2.9 to 3.0, which
-saves 52 to 59 % of a step, and in blocks of 96 rows by 1.9 to 2.2, which saves 19 to 34 % (tests/benchmarks/muon.py).
+In float32, for the demo's drafts on a CPU, the chain takes 2.9 times the rational function's time, 1.9 to 2.2 times in
+blocks of 96 rows: half or more, and a fifth or more, of all products of a training step (tests/benchmarks/muon.py).
 
 Shapes: B matrices; k shorter side; n longer side.
 """

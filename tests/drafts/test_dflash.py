@@ -19,82 +19,9 @@ from speculators.drafts.base import Predictions
 from speculators.drafts.dflash import DFlashDraft, reach
 from speculators.errors import ContractError
 from speculators.evaluation.acceptance import AcceptanceCounts
-from speculators.ops import cpu, gpu
-from speculators.ops.attention import anchored_attention
 from speculators.ops.distillation import TargetHead
-from speculators.ops.masks import anchor_mask, context_positions
 from speculators.training.losses import correct_so_far, distill, next_token_in_vocabulary
 from speculators.training.optim import Optimizers
-
-
-def dense_attention(
-    q: torch.Tensor,
-    context: Any,
-    own: Any,
-    documents: list[int],
-    anchors: torch.Tensor,
-    causal: bool,
-    window: int | None,
-) -> torch.Tensor:
-    """The same over every place of the pack, in float64, with one mask over everything."""
-    blocks, length, heads, width = q.shape
-    slots, groups = own[0].shape[1:3]
-    owner = torch.repeat_interleave(torch.arange(len(documents)), torch.tensor(documents))
-    place, anchor = torch.arange(len(owner)), anchors.repeat_interleave(length)[:, None]
-    seen = (owner[None, :] == owner[anchor]) & (place[None, :] < anchor)
-    if window is not None:
-        seen &= place[None, :] >= anchor - window
-    block = torch.arange(blocks * slots)
-    asking = block.view(blocks, slots)[:, slots - length :].flatten()[:, None]
-    inside = (block[None, :] // slots == asking // slots) & ((block[None, :] <= asking) | (not causal))
-    k, v = (
-        torch.cat([c, o.flatten(0, 1)]).double().repeat_interleave(heads // groups, 1)
-        for c, o in zip(context, own, strict=True)
-    )
-    scores = torch.einsum("rhd,shd->hrs", q.flatten(0, 1).double(), k) / math.sqrt(width)
-    shares = scores.masked_fill(~torch.cat([seen, inside], 1), float("-inf")).softmax(-1)
-    return torch.einsum("hrs,shd->rhd", shares, v).reshape(blocks, length, heads * width)
-
-
-@pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile")
-@pytest.mark.parametrize("way", ["native", "flex", "spans"])
-@pytest.mark.parametrize("documents", [[9], [7, 30, 12], [300, 4, 270]], ids=["one", "three", "several spans"])
-@pytest.mark.parametrize(("causal", "window"), [(False, None), (True, None), (False, 5), (True, 40)])
-@pytest.mark.parametrize("length", [4, 3], ids=["all slots", "without the anchor"])
-def test_attention_of_blocks_and_its_slopes_equal_a_dense_float64_reference(
-    monkeypatch: pytest.MonkeyPatch,
-    documents: list[int],
-    causal: bool,
-    window: int | None,
-    length: int,
-    way: str,
-) -> None:
-    if way != "native":
-        monkeypatch.setattr(cpu, "kernels", lambda *_: None)
-    elif cpu.missing():
-        pytest.skip(cpu.missing())
-    draw = torch.Generator().manual_seed(0)
-    total = sum(documents)
-    anchors = (torch.rand(total, generator=draw) < 0.6).nonzero()[:, 0]
-    anchors = torch.cat([anchors.new_zeros(1), anchors]).unique()  # one that sees nothing but its block
-    blocks = list(zip([sum(documents[:i]) for i in range(len(documents))], documents, strict=True))
-    shapes = [(len(anchors), length, 4), (total, 2), (total, 2), (len(anchors), 4, 2), (len(anchors), 4, 2)]
-    leaves = [torch.randn(*shape, 8, generator=draw).requires_grad_() for shape in shapes]
-    q, keys, values, *own = leaves
-    places = context_positions(blocks, anchors)
-    mask = anchor_mask(blocks, anchors, window)
-    attend = gpu.flex_anchored if way == "flex" else anchored_attention
-    slope = torch.randn(len(anchors), length, 4 * 8, generator=draw)
-
-    for leaf in leaves:
-        leaf.requires_grad_(way != "flex")  # which torch computes on a CPU without slopes
-    found = attend(q, (keys[places], values[places]), (own[0], own[1]), mask, causal).flatten(2)
-    expected = dense_attention(q, (keys, values), (own[0], own[1]), documents, anchors, causal, window)
-    torch.testing.assert_close(found.double(), expected, atol=2e-6, rtol=1e-5)
-    if way != "flex":
-        slopes = (torch.autograd.grad(out, leaves, slope.to(out.dtype)) for out in (found, expected))
-        for one, other in zip(*slopes, strict=True):
-            torch.testing.assert_close(one, other, atol=2e-5, rtol=1e-4)
 
 
 def test_a_block_sees_states_strictly_before_its_anchor_in_its_own_document(tmp_path: Path) -> None:

@@ -1,4 +1,4 @@
-"""EAGLE-3: attention against a dense reference, documents apart from each other, the loss by hand, checkpoints."""
+"""EAGLE-3: documents apart from each other, the loss by hand, checkpoints."""
 
 from __future__ import annotations
 
@@ -20,68 +20,10 @@ from speculators.drafts.base import Predictions, Vocabulary
 from speculators.drafts.eagle3 import Eagle3Draft
 from speculators.drafts.layers import LayerConfig, Rotary
 from speculators.errors import ContractError
-from speculators.ops import cpu, gpu
-from speculators.ops.attention import KeyValues, causal_attention
 from speculators.ops.distillation import TargetHead
-from speculators.ops.masks import causal_mask
 from speculators.targets.checkpoint import TargetCheckpoint
 from speculators.training.losses import MetricSums, distill, next_token_in_vocabulary
 from speculators.training.optim import Optimizers
-
-
-def dense_attention(q: torch.Tensor, cache: KeyValues, documents: list[int], asking: torch.Tensor) -> torch.Tensor:
-    """The same in float64 with one mask over everything."""
-    heads, groups, width = q.shape[1], cache.keys.shape[1], q.shape[2]
-    owner = torch.repeat_interleave(torch.arange(len(documents)), torch.tensor(documents))
-    total = len(owner)
-    seen = (owner[:, None] == owner[None, :]) & torch.ones(total, total, dtype=torch.bool).tril()
-    keys, values, masks = [cache.keys], [cache.values], [seen[asking]]
-    for k, v in cache.later_steps:
-        keys.append(k)
-        values.append(v)
-        masks.append(torch.eye(len(asking), dtype=torch.bool))
-    k, v = (torch.cat(x).double().repeat_interleave(heads // groups, 1) for x in (keys, values))
-    scores = torch.einsum("rhd,shd->hrs", q.double(), k) / math.sqrt(width)
-    shares = scores.masked_fill(~torch.cat(masks, 1), float("-inf")).softmax(-1)
-    return torch.einsum("hrs,shd->rhd", shares, v).flatten(1)
-
-
-@pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile")
-@pytest.mark.parametrize("way", ["native", "flex", "blocks"])
-@pytest.mark.parametrize("documents", [[5], [7, 1, 12], [300, 4, 270]], ids=["one", "three", "longer than a block"])
-@pytest.mark.parametrize("width", [8, 40, 64])
-@pytest.mark.parametrize("steps", [0, 2])
-def test_attention_inside_documents_and_its_slopes_equal_a_dense_float64_reference(
-    monkeypatch: pytest.MonkeyPatch, documents: list[int], way: str, width: int, steps: int
-) -> None:
-    if way != "native":
-        monkeypatch.setattr(cpu, "kernels", lambda *_: None)
-    elif cpu.missing():
-        pytest.skip(cpu.missing())
-    draw = torch.Generator().manual_seed(0)
-    total = sum(documents)
-    asking = (torch.rand(total, generator=draw) < 0.7).nonzero()[:, 0]
-    rows = [(len(asking), 4)] + [(total, 2)] * 2 + [(len(asking), 2)] * 2 * steps
-    leaves = [torch.randn(n, heads, width, generator=draw).requires_grad_() for n, heads in rows]
-    q, keys, values, *own = leaves
-    starts = [sum(documents[:i]) for i in range(len(documents))]
-    cache = KeyValues(keys, values, list(zip(own[::2], own[1::2], strict=True)))
-    slope = torch.randn(len(asking), 4 * width, generator=draw)
-
-    for leaf in leaves:
-        leaf.requires_grad_(way != "flex")  # which torch computes on a CPU without slopes
-    mask = causal_mask(list(zip(starts, documents, strict=True)), asking)
-    if way == "flex":
-        steps = [(keys, values), *cache.later_steps]
-        found = gpu.flex_causal(q, [k for k, _ in steps], [v for _, v in steps], mask)
-    else:
-        found = causal_attention(q, cache, mask)
-    expected = dense_attention(q, cache, documents, asking)
-    torch.testing.assert_close(found.double(), expected, atol=2e-6, rtol=1e-5)
-    if way != "flex":
-        slopes = (torch.autograd.grad(out, leaves, slope.to(out.dtype)) for out in (found, expected))
-        for one, other in zip(*slopes, strict=True):
-            torch.testing.assert_close(one, other, atol=2e-5, rtol=1e-4)
 
 
 def test_changing_one_document_leaves_the_others_bit_equal(tmp_path: Path) -> None:
