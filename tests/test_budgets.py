@@ -13,8 +13,8 @@ FUNCTION_LINES = 60
 # 200 more: planning/checks.py, which refuses in `plan` what failed after an hour.
 RUNNER_LINES = 7_100
 # 600 more: constraints beside the fields, and the names that other tools have for options.
-# 300 more: the reference of each operation in ops/, and shapes, formats and papers in the docstrings there.
-PACKAGE_LINES = 22_700
+# 400 more: the reference of each operation in ops/, and shapes, formats and papers in the docstrings there.
+PACKAGE_LINES = 22_800
 
 
 def lines(path: Path) -> int:

@@ -7,6 +7,8 @@ from collections import defaultdict
 from pathlib import Path
 
 PACKAGE = Path(__file__).parent.parent / "speculators"
+REFERENCE = PACKAGE / "ops/reference.py"
+"""Gives the formulas of the functions of `ops` under their names."""
 PENDING = {
     "Layer",
     "Layout",
@@ -19,7 +21,7 @@ PENDING = {
 def definitions() -> dict[str, list[str]]:
     """Modules by the class, at any depth, or public top-level function that they define; `main` is an entry point."""
     modules: dict[str, list[str]] = defaultdict(list)
-    for path in sorted(PACKAGE.rglob("*.py")):
+    for path in sorted(set(PACKAGE.rglob("*.py")) - {REFERENCE}):
         module, tree = str(path.relative_to(PACKAGE.parent)), ast.parse(path.read_text())
         names = [node.name for node in ast.walk(tree) if isinstance(node, ast.ClassDef)]
         names += [node.name for node in tree.body if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef))]

@@ -71,9 +71,10 @@ def main(rounds: int) -> None:
         )
         times = [[milliseconds(call) for call in calls] for _ in range(rounds + 1)][1:]  # the first round warms up
         quintics, rational, step = (statistics.median(column) for column in zip(*times, strict=True))
+        ratio, share = quintics / rational, (quintics - rational) / (quintics + step)
         print(
-            f"{draft}, block {block}: quintics {quintics:.0f} ms, rational {rational:.0f} ms "
-            f"({quintics / rational:.2f} times); saves {(quintics - rational) / (quintics + step):.0%} of the products of a step"
+            f"{draft}, block {block}: quintics {quintics:.0f} ms, rational {rational:.0f} ms ({ratio:.2f} times); "
+            f"saves {share:.0%} of a step's products"
         )
 
 
