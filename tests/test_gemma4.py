@@ -14,9 +14,9 @@ sys.path.insert(0, str(Path(__file__).parent / "drafts"))
 import tiny
 
 from speculators.config import compose
-from speculators.config.algorithms import DFlash
+from speculators.config.algorithms import DFlash, Loss
 from speculators.config.schema import Train
-from speculators.drafts.base import Vocabulary
+from speculators.drafts.base import TrainState, Vocabulary
 from speculators.drafts.dflash import DFlashDraft
 from speculators.errors import ContractError
 from speculators.features.batch import PackedBatch
@@ -88,7 +88,7 @@ def test_a_draft_of_the_recipe_learns_from_its_states(gemma: tuple[Path, Any], t
     full = Vocabulary(d2t=torch.zeros(V, dtype=torch.int64), t2d=torch.ones(V, dtype=torch.bool))
     parts = target.parts()
     options = DFlash(num_layers=2, num_speculative_tokens=3, mask_token_id=target.mask_token_id())
-    draft = DFlashDraft.build(parts, options, full, ids, seed=1)
+    draft = DFlashDraft.from_target(parts, options, full, ids, seed=1)
     assert draft.mask_token_id == MASK
     norm = target.final_norm()
     teacher = TargetHead(
@@ -110,14 +110,19 @@ def test_a_draft_of_the_recipe_learns_from_its_states(gemma: tuple[Path, Any], t
     optimizers = Optimizers(draft, Train(lr=1e-2))
     losses = []
     for step in range(30):
-        draft.advance(step, 30)
-        outcome = distill(draft(pack), pack.last_hidden_states, draft.lm_head.weight, teacher, draft.loss)
+        outcome = distill(
+            draft(pack, TrainState(step=step, total_steps=30, seed=1)),
+            pack.last_hidden_states,
+            draft.lm_head.weight,
+            teacher,
+            {Loss.ce: 1.0},
+        )
         outcome.loss.backward()
         optimizers.step(1.0)
         losses.append(outcome.loss.item())
     assert losses[-1] < 0.5 * losses[0]
     draft.save(tmp_path, torch.bfloat16)
-    assert DFlashDraft.load(tmp_path, parts.embeddings, parts.head).mask_token_id == MASK
+    assert DFlashDraft.from_checkpoint(tmp_path, parts.embeddings, parts.head).mask_token_id == MASK
 
 
 @pytest.mark.parametrize(

@@ -66,6 +66,16 @@ def loss_weights(loss_fn: Any) -> dict[Loss, float]:
     return weights
 
 
+class Init(enum.Enum):
+    """How a draft's weights are initialized."""
+
+    random = "random"
+    """From a normal distribution, as the papers do."""
+    induction = "induction"
+    """Then attention is set to find an earlier occurrence of the last tokens and copy what followed it, by a linear fit
+    to training data. Helps when there are few conversations to learn that from (docs/log.md). `eagle3` and `dflash`."""
+
+
 class DraftArch(enum.Enum):
     """Architectures of the draft's decoder layers."""
 
@@ -99,6 +109,8 @@ class Speculator(Options):
     """Key and value heads of the draft's layers; null: as many as the target has."""
     intermediate_size: int | None = if_set(None, positive())
     """Width inside the draft's MLPs; null: the target's, or 3 * hidden size if the target has experts."""
+    init: Init = if_set(Init.random)
+    """How the draft's weights are initialized."""
     num_speculative_tokens: int = semantic(3, positive())
     """Tokens proposed in one step. Written into the checkpoint, and used for evaluation."""
     loss_fn: Any = if_set("kl")
@@ -130,9 +142,17 @@ class Speculator(Options):
         """The `method` of vLLM's speculative config for the checkpoint."""
         return self.algorithm
 
+    def initializers(self) -> tuple[Init, ...]:
+        """The values of `init` that the algorithm has."""
+        return (Init.random,)
+
     def check(self) -> Iterator[tuple[bool, str, str]]:
-        """Check combinations of the draft's options; yields (whether they are valid, error, hint)."""
-        return iter(())
+        """Check options against each other: (whether they fit, the error, the options to set instead)."""
+        yield (
+            self.init in self.initializers(),
+            f"speculator.init={self.init.name}: not available for speculator={self.algorithm}",
+            f"speculator.init={self.initializers()[0].name}",
+        )
 
 
 @dataclass(kw_only=True, slots=True, repr=False)
@@ -157,8 +177,6 @@ class Eagle3(Speculator):
     `norm_before_fc`."""
     norm_output: bool = True
     """Pass the normalized output to the next TTT step (EAGLE-3.1)."""
-    induction: bool = True
-    """Initialize attention to find an earlier occurrence of the last token and copy the token after it."""
     draft_arch: DraftArch = if_set(DraftArch.llama)
     """Architecture of the decoder layers."""
 
@@ -170,8 +188,12 @@ class Eagle3(Speculator):
         """See `ttt_step_decay`."""
         return self.ttt_step_decay
 
+    def initializers(self) -> tuple[Init, ...]:
+        return tuple(Init)
+
     def check(self) -> Iterator[tuple[bool, str, str]]:
         """Check that at most one RMSNorm comes before the projection."""
+        yield from Speculator.check(self)
         yield (
             not (self.fc_norm and self.norm_before_fc),
             "speculator.fc_norm=true: excludes speculator.norm_before_fc=true",
@@ -205,9 +227,6 @@ class DFlash(Speculator):
     """Decay length of `weighting: decay`, in tokens."""
     dpace_alpha: float = semantic(0.5, ratio())
     """Of `weighting: dpace`: share of a position's confidence that does not depend on the draft, 0 to 1."""
-    induction: bool = if_set(False)
-    """Initialize attention to find an earlier occurrence of the last token and copy the token after it. Needs two
-    layers; helps when there are few conversations to learn it from (docs/log.md)."""
     max_anchors: int = semantic(512, positive())
     """Most blocks that an optimizer step trains on, drawn anew for every step."""
 
@@ -226,8 +245,17 @@ class DFlash(Speculator):
         """See `mask_token_id`."""
         return self.mask_token_id is None
 
+    def initializers(self) -> tuple[Init, ...]:
+        return tuple(Init)
+
     def check(self) -> Iterator[tuple[bool, str, str]]:
         """Check that the loss yields a probability, which D-PACE needs."""
+        yield from Speculator.check(self)
+        yield (
+            self.init is not Init.induction or self.num_layers > 1,
+            f"speculator.init=induction: needs two layers, not speculator.num_layers={self.num_layers}",
+            "speculator.num_layers=2",
+        )
         yield (
             self.weighting is not Weighting.dpace or loss_weights(self.loss_fn) in ({Loss.ce: 1.0}, {Loss.nla: 1.0}),
             "speculator.weighting=dpace: needs a loss that is a negative log-probability, not "

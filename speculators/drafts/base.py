@@ -1,11 +1,13 @@
-"""What every draft is: built from a target, called on packs, written and read as a speculators checkpoint.
+"""The interface of every draft model: construction, forward pass on a packed batch, and checkpoint.
 
-A draft turns a `PackedBatch` into `Predictions`: rows that go through the head, and for each the place in the pack
-whose target distribution it should match. It knows nothing of losses: those need the head and the target's last states,
-take most of the time, and are the same for all algorithms (`training.losses`).
+A draft turns a `PackedBatch` into `Predictions`: hidden states for the LM head, and for each the index in the batch
+of the position whose target distribution it should match. It does not compute losses: those need the LM head and the
+target's last hidden states, take most of the time, and are the same for all algorithms (`training.losses`).
+
+A draft is made by `from_target` or `from_checkpoint`. What varies during training reaches it as a `TrainState`.
 
 The checkpoint is a directory with `config.json` and `model.safetensors` in the speculators format, which vLLM and
-upstream's `speculators` package load as it is.
+upstream's `speculators` package load unchanged.
 """
 
 from __future__ import annotations
@@ -13,7 +15,7 @@ from __future__ import annotations
 import hashlib
 import json
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar, Self
@@ -23,12 +25,13 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from speculators.config.algorithms import Loss, Speculator, loss_weights
-from speculators.drafts.layers import Frozen, Trained
+from speculators.config.algorithms import SPECULATORS, Speculator
+from speculators.drafts.layers import MLP, Frozen, Trained, init_linear_weights
 from speculators.errors import ContractError
 from speculators.features.batch import PackedBatch
 
-TARGETS = {"embed_tokens.weight", "lm_head.weight"}
+EMBEDDINGS, LM_HEAD = "embed_tokens.weight", "lm_head.weight"
+TARGET_MATRICES = {EMBEDDINGS, LM_HEAD}
 """Tensors that a draft takes over from its target."""
 FORMAT_VERSION = "0.9.0"
 """Release of upstream's package whose format is written."""
@@ -39,30 +42,30 @@ class TargetParts:
     """What a draft takes over from its target."""
 
     name: str
-    """What the target calls itself; a label, nothing is loaded from it here."""
+    """The target's name for the checkpoint's config; nothing is loaded by it."""
     architectures: list[str]
     config: Mapping[str, Any]
-    """The target's text config, defaults filled in."""
+    """The target's text config, with its defaults."""
     rope_parameters: Mapping[str, Any]
-    """Rotary positions for whole heads."""
+    """Parameters of rotary embeddings over whole heads."""
     embeddings: Tensor
     """[V, H], stored dtype."""
     head: Tensor
-    """[Vd, H]: the head's rows of the draft's vocabulary, stored dtype."""
+    """[Vd, H], stored dtype: the LM head's rows of the draft vocabulary."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Vocabulary:
-    """Which of the target's V tokens a draft can propose."""
+    """The draft vocabulary: which of the target's V tokens a draft can propose."""
 
     d2t: Tensor
-    """int64 [Vd]: token of the target = index + d2t[index]."""
+    """int64 [Vd]: target token id = index + d2t[index]."""
     t2d: Tensor
-    """bool [V]: the target's token is in the draft's vocabulary."""
+    """bool [V]: the target's token is in the draft vocabulary."""
 
     @property
     def tokens(self) -> Tensor:
-        """The target's tokens, ascending, int64 [Vd]."""
+        """The target's token ids, ascending, int64 [Vd]."""
         return torch.arange(len(self.d2t), device=self.d2t.device) + self.d2t
 
     @property
@@ -72,111 +75,132 @@ class Vocabulary:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Predictions:
-    """Proposals of K tokens from each of R places."""
+class TrainState:
+    """How far training is. What an algorithm varies or draws per step follows from this alone, so that a run that was
+    killed continues with the same values."""
 
-    hidden: Tensor
-    """float [K, R, H]: what goes into the head."""
-    target: Tensor
-    """int64 [K, R]: place in the pack whose target distribution the prediction should match."""
+    step: int
+    """Optimizer steps done."""
+    total_steps: int
+    seed: int
+    """`train.seed`."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Predictions:
+    """Proposals of K tokens from each of R source positions."""
+
+    hidden_states: Tensor
+    """float [K, R, H]: the LM head's input."""
+    target_index: Tensor
+    """int64 [K, R]: index in the batch of the position whose target distribution the prediction should match."""
     valid: Tensor
-    """bool [K, R]: there is such a place, and it is supervised."""
+    """bool [K, R]: there is such a position, and it is supervised."""
     weight: Tensor
-    """float32 [K, R]: share of each prediction in the loss; 0 where it is not valid."""
+    """float32 [K, R]: share of each prediction in the loss; 0 where not valid."""
     count: Tensor | None = None
-    """float32 [K]: supervised predictions of which the weights are shares, at least 1; None: they are no shares."""
-    reweigh: Callable[[Tensor], Tensor] | None = None
-    """Where the weights follow from the losses themselves, taken as constants: loss of each prediction [K, R], 0 where
-    it is not valid, -> weights [K, R]. `weight` is not looked at then."""
+    """float32 [K]: number of supervised predictions that the weights are shares of, at least 1; None if the weights are
+    no shares."""
+    reweight: Callable[[Tensor], Tensor] | None = None
+    """Computes the weights [K, R] from the losses of the predictions [K, R] (0 where not valid), which it takes as
+    constants; `weight` is ignored then."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Supervision:
-    """What the packs that one step of the optimiser is split into have in common."""
+    """What the packed batches of one optimizer step have in common."""
 
     counts: Tensor
-    """float32 [K]: supervised predictions of each step over all of them, at least 1."""
-    chosen: Tensor
-    """bool [T]: places that are trained from."""
+    """float32 [K]: supervised predictions of each draft step in all of them, at least 1."""
+    source_mask: Tensor
+    """bool [T]: positions that predictions may start from."""
 
 
 class Draft(nn.Module, ABC):
-    """A draft model: `embed_tokens`, `lm_head` and the vocabulary are the target's, the rest is trained.
+    """A draft model. `embed_tokens`, `lm_head` and the vocabulary are the target's; everything else is trained.
 
-    Of the two matrices the draft may have copies of its own, which are trained too; they are in the checkpoint then.
+    Either matrix can be the draft's own copy, which is then trained and stored in the checkpoint.
+
+    Args:
+        config: the checkpoint's config.json.
+        options: the recipe's `speculator` section.
+        embeddings: [V, H], any dtype.
+        head: [Vd, H], any dtype.
+        vocabulary: which tokens the rows of `head` are.
+        stored: names of `TARGET_MATRICES` that the checkpoint holds although they are not trained.
     """
 
     embed_tokens: Frozen | Trained
     """[V, H]: the target's, stored dtype, or the draft's own, float32."""
     lm_head: Frozen | Trained
-    """[Vd, H] float32: the target's rows of the draft's vocabulary, or the draft's own."""
+    """[Vd, H] float32: the target's rows of the draft vocabulary, or the draft's own."""
+    layers: nn.ModuleList
+    """Decoder layers."""
 
     algorithm: ClassVar[str]
-    """Name in `DRAFTS` and `speculators_model_type` in the checkpoint."""
+    """Name in `DRAFTS`, and `speculators_model_type` in the checkpoint."""
     architecture: ClassVar[str]
-    """Class name that upstream gives the same model."""
+    """Upstream's class name of the same model."""
 
-    def __init__(self, config: Mapping[str, Any], embeddings: Tensor, head: Tensor, vocabulary: Vocabulary) -> None:
+    def __init__(
+        self, config: Mapping[str, Any], options: Speculator, embeddings: Tensor, head: Tensor,
+        vocabulary: Vocabulary, stored: frozenset[str] = frozenset(),
+    ) -> None:  # fmt: skip
         super().__init__()
-        self.config = dict(config)
-        self.embed_tokens = Frozen(embeddings)
-        self.lm_head = Frozen(head.float())
-        self.own: set[str] = set()
-        """Of `embed_tokens.weight` and `lm_head.weight`, those that are not the target's."""
-        self.vocabulary = vocabulary
-        self.measured: dict[str, Tensor] = {}
-        """What `prepare` has found, which no step changes and `folded` takes into the weights of the checkpoint."""
-        self.regression = 0.0
-        """Weight of the distance between what enters this head and the target's; no part of the checkpoint either."""
-        self.loss = {Loss.kl: 1.0}
-        """What is asked of a prediction, with weights; part of the training, not of the checkpoint."""
+        self.config, self.options, self.vocabulary = dict(config), options, vocabulary
+        self.embed_tokens = Trained(embeddings) if options.embed_requires_grad else Frozen(embeddings)
+        self.lm_head = Trained(head) if options.train_lm_head else Frozen(head.float())
+        trained = {EMBEDDINGS: options.embed_requires_grad, LM_HEAD: options.train_lm_head}
+        self.own_matrices = stored | {name for name, is_trained in trained.items() if is_trained}
 
     @classmethod
     @abstractmethod
     def describe(cls, parts: TargetParts, options: Speculator, layer_ids: list[int]) -> dict[str, Any]:
         """The algorithm's own fields of config.json, `transformer_layer_config` among them."""
 
+    @classmethod
+    def options_of(cls, config: Mapping[str, Any]) -> Speculator:
+        """The options of a checkpoint that is loaded without a recipe: those that its config holds, else defaults."""
+        steps = config["speculators_config"]["proposal_methods"][0]["speculative_tokens"]
+        return SPECULATORS[cls.algorithm](num_speculative_tokens=steps)
+
     @abstractmethod
-    def initialise(self, seed: int) -> None:
-        """Draw the trained weights."""
+    def forward(self, batch: PackedBatch, state: TrainState | None = None) -> Predictions:
+        """Predict from the batch's supervised positions.
 
-    def prepare(self, packs: Iterable[PackedBatch], seed: int) -> None:
-        """Fit what was drawn to the target's states, before the first step. Most algorithms have nothing to fit."""
-        return
-
-    def folded(self, weights: dict[str, Tensor]) -> dict[str, Tensor]:
-        """The weights of a draft that computes the same, and knows nothing of `measured`."""
-        return weights
-
-    def advance(self, step: int, total: int) -> None:
-        """Say which step comes next, from 0; `total` where the training is over, and for every validation.
-
-        What an algorithm changes on the way or draws anew in each step, it takes from here: never from what it has
-        seen, so that a run that was killed goes on as it would have.
+        Args:
+            batch: rows, one after the other.
+            state: None in validation and inference, where every draft step and every source position is computed.
         """
-        return
 
     @abstractmethod
-    def configure(self, options: Speculator) -> None:
-        """Take over the options of training that are no part of the checkpoint."""
+    def supervision(self, batch: PackedBatch, state: TrainState | None = None) -> Supervision:
+        """The supervision of one optimizer step, from all its rows in one batch, whose hidden states are not read."""
 
-    @abstractmethod
-    def forward(self, pack: PackedBatch) -> Predictions:
-        """Predict from every place of the pack that supervision asks for."""
-
-    @abstractmethod
-    def supervision(self, whole: PackedBatch) -> Supervision:
-        """What is supervised in all packs of one step together. Their states are not read, and may be empty."""
-
-    def left_out(self) -> set[str]:
-        """Tensors that the checkpoint does not hold: whoever loads it takes them from the target."""
+    def omitted_tensors(self) -> set[str]:
+        """Tensors that the checkpoint does not hold, because its readers take them from the target."""
         return set()
 
+    def fitted_tensors(self) -> dict[str, Tensor]:
+        """Buffers by name that an initialiser has set from data and that no step changes. The checkpoint does not hold
+        them; `folded` merges them into its weights."""
+        return {}
+
+    def folded(self, weights: dict[str, Tensor]) -> dict[str, Tensor]:
+        """Weights with which a draft without `fitted_tensors` computes the same."""
+        return weights
+
+    def enable_activation_checkpointing(self) -> None:
+        """Recompute the MLPs' activations in the backward pass instead of keeping them."""
+        for module in self.modules():
+            if isinstance(module, MLP):
+                module.activation_checkpointing = True
+
     @classmethod
-    def build(
+    def from_target(
         cls, parts: TargetParts, options: Speculator, vocabulary: Vocabulary, layer_ids: list[int], seed: int
     ) -> Self:
-        """A fresh draft for a target."""
+        """A draft for a target, its weights drawn at random."""
         proposal = {
             "proposal_type": "greedy",
             "speculative_tokens": options.num_speculative_tokens,
@@ -198,27 +222,24 @@ class Draft(nn.Module, ABC):
             "tie_word_embeddings": False,
             **cls.describe(parts, options, layer_ids),
         }
-        draft = cls(config, parts.embeddings, parts.head, vocabulary)
-        if options.embed_requires_grad:
-            draft.embed_tokens = Trained(parts.embeddings)
-            draft.own.add("embed_tokens.weight")
-        if options.train_lm_head:
-            draft.lm_head = Trained(parts.head)
-            draft.own.add("lm_head.weight")
-        draft.loss, draft.regression = loss_weights(options.loss_fn), options.hidden_loss_weight
-        draft.initialise(seed)
-        draft.configure(options)
+        draft = cls(config, options, parts.embeddings, parts.head, vocabulary)
+        std = config.get("transformer_layer_config", {}).get("initializer_range", 0.02)
+        init_linear_weights(draft, std, torch.Generator().manual_seed(seed))
         return draft
 
     def save(self, directory: Path, dtype: torch.dtype, weights: Mapping[str, Tensor] | None = None) -> None:
-        """Write the checkpoint; floating-point tensors as `dtype`. The same draft gives the same bytes.
+        """Write the checkpoint, floating-point tensors as `dtype`. The same draft gives the same bytes.
 
-        `weights`, by name, take the place of the draft's own, which may be there in part only.
+        `weights`, by name, replace the draft's own, of which a rank may hold a shard only.
         """
         directory.mkdir(parents=True, exist_ok=True)
-        own = self.folded(self.state_dict() | dict(weights or {}))
-        kept = {name: value for name, value in own.items() if name not in self.left_out()}
-        tensors = {name: value.detach().to("cpu", dtype).contiguous() for name, value in kept.items()}
+        state_dict = self.folded(self.state_dict() | dict(weights or {}))
+        omitted = self.omitted_tensors()
+        tensors = {
+            name: value.detach().to("cpu", dtype).contiguous()
+            for name, value in state_dict.items()
+            if name not in omitted
+        }
         if self.vocabulary.reduced:
             tensors |= {"d2t": self.vocabulary.d2t.cpu(), "t2d": self.vocabulary.t2d.cpu()}
         save_file(tensors, directory / "model.safetensors", metadata={"format": "pt"})
@@ -226,67 +247,70 @@ class Draft(nn.Module, ABC):
         (directory / "config.json").write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
 
     @classmethod
-    def load(cls, directory: Path, embeddings: Tensor | None = None, head: Tensor | None = None) -> Self:
-        """Read a checkpoint, ours or upstream's, for training on or for computing with it.
+    def from_checkpoint(
+        cls, directory: Path, embeddings: Tensor | None = None, head: Tensor | None = None,
+        options: Speculator | None = None,
+    ) -> Self:  # fmt: skip
+        """Read a checkpoint, ours or upstream's.
 
         Args:
             directory: with `config.json` and `model.safetensors`.
-            embeddings: the target's [V, H], for a checkpoint without.
-            head: the target's rows of the draft's vocabulary [Vd, H], for a checkpoint without.
+            embeddings: the target's [V, H], for a checkpoint without them.
+            head: the target's rows of the draft vocabulary [Vd, H], for a checkpoint without them.
+            options: to continue training with; `options_of` the checkpoint if None.
 
         Raises:
-            ContractError: it is of another algorithm, or its tensors are not those that its config asks for.
+            ContractError: the checkpoint is of another algorithm, or its tensors do not fit its config.
         """
         config = json.loads((directory / "config.json").read_text())
-        kind = config.get("speculators_model_type")
-        if kind != cls.algorithm:
+        algorithm = config.get("speculators_model_type")
+        if algorithm != cls.algorithm:
             raise ContractError(
-                f"{directory} holds a draft of the kind `{kind}`, not `{cls.algorithm}`",
+                f"{directory} holds a draft of algorithm `{algorithm}`, not `{cls.algorithm}`",
                 "name the checkpoint's own algorithm",
             )
         with safe_open(directory / "model.safetensors", "pt") as file:
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (it is no mapping)
-        own = TARGETS & set(tensors)
-        for name, given in (("embed_tokens.weight", embeddings), ("lm_head.weight", head)):
-            if name not in tensors and given is not None:
-                tensors[name] = given
+        stored = frozenset(TARGET_MATRICES & set(tensors))
+        for name, matrix in ((EMBEDDINGS, embeddings), (LM_HEAD, head)):
+            if name not in tensors and matrix is not None:
+                tensors[name] = matrix
             if name not in tensors:
-                hint = "give it from the target that the draft was trained for"
-                raise ContractError(f"{directory} does not hold {name}", hint)
-        embeddings, head = tensors["embed_tokens.weight"], tensors["lm_head.weight"]
-        size = len(embeddings)
+                raise ContractError(f"{directory} does not hold {name}", "pass it from the draft's target")
+        vocab_size = len(tensors[EMBEDDINGS])
         vocabulary = Vocabulary(
-            d2t=tensors.pop("d2t", torch.zeros(size, dtype=torch.int64)),
-            t2d=tensors.pop("t2d", torch.ones(size, dtype=torch.bool)),
+            d2t=tensors.pop("d2t", torch.zeros(vocab_size, dtype=torch.int64)),
+            t2d=tensors.pop("t2d", torch.ones(vocab_size, dtype=torch.bool)),
         )
-        draft = cls(config, embeddings, head, vocabulary)
-        draft.own = own
-        trouble = draft.load_state_dict(tensors, strict=False)
-        if trouble.missing_keys or trouble.unexpected_keys:
+        options = options or cls.options_of(config)
+        draft = cls(config, options, tensors[EMBEDDINGS], tensors[LM_HEAD], vocabulary, stored)
+        keys = draft.load_state_dict(tensors, strict=False)
+        if keys.missing_keys or keys.unexpected_keys:
             raise ContractError(
-                f"{directory} lacks {trouble.missing_keys} and has {trouble.unexpected_keys} too many",
+                f"{directory} lacks the tensors {keys.missing_keys} and has the unknown {keys.unexpected_keys}",
                 "config.json and model.safetensors have to be of one draft",
             )
         return draft
 
 
-def draw(what: str) -> int:
-    """A number of 56 bits that depends on these words alone, and looks random."""
-    return int.from_bytes(hashlib.sha256(what.encode()).digest()[:7], "big")
+def hash_to_int(label: str) -> int:
+    """A pseudo-random integer of 56 bits that depends on the label alone."""
+    return int.from_bytes(hashlib.sha256(label.encode()).digest()[:7], "big")
 
 
 def layer_config(parts: TargetParts, options: Speculator, model_type: str = "llama") -> dict[str, Any]:
-    """`transformer_layer_config` of Llama or Qwen3 layers with full attention: the target's shape, or what is asked."""
+    """`transformer_layer_config` of Llama or Qwen3 layers with full attention, in the target's shape where the options
+    name no other."""
     target = parts.config
     heads = int(target["num_attention_heads"])
     groups = options.num_key_value_heads or target.get("num_key_value_heads") or heads
     # A target with experts has no single MLP width.
-    dense = not any(target.get(name) for name in ("num_experts", "num_local_experts", "n_routed_experts"))
-    inside = target["intermediate_size"] if dense else 3 * target["hidden_size"]
+    is_dense = not any(target.get(name) for name in ("num_experts", "num_local_experts", "n_routed_experts"))
+    mlp_width = target["intermediate_size"] if is_dense else 3 * target["hidden_size"]
     return {
         "model_type": model_type,
         "hidden_size": target["hidden_size"],
-        "intermediate_size": options.intermediate_size or inside,
+        "intermediate_size": options.intermediate_size or mlp_width,
         "num_hidden_layers": options.num_layers,
         "num_attention_heads": options.num_attention_heads or heads,
         "num_key_value_heads": groups,

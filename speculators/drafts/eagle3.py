@@ -1,28 +1,25 @@
-"""EAGLE-3 (Li et al. 2025, arXiv:2503.01840): one decoder layer that goes on from the target's own states.
+"""EAGLE-3 (Li et al. 2025, arXiv:2503.01840): one decoder layer that continues from the target's hidden states.
 
-Idea: the target has already computed what the next tokens depend on, so a single layer, given a low, a middle and a
-high state of the target and the token that was sampled, can guess on; training unrolls the draft over its own
-outputs (train-time test), because that is what it will be fed when it guesses the second and the third token.
+Idea: the target's hidden states already hold what the next tokens depend on. So a single decoder layer can propose
+tokens when it reads the hidden states of a low, a middle and a high target layer and the embedding of the sampled
+token. In training, the draft is unrolled over its own outputs (training-time test, TTT), because those are its input
+when it proposes the second and the third token.
 
-Reads from the target: the states entering `layer_ids`; embeddings and head, frozen unless they are asked to be
-trained. Assumes RoPE over whole heads.
+Reads from the target: the hidden states that enter `target_layer_ids`; embeddings and LM head, frozen unless the
+options train them. Assumes rotary embeddings over whole heads.
 
-Step 0 at place t sees the states of t and token t+1, and predicts the target's distribution at t+1 (token t+2). Step k
-sees step k-1's output at t instead of the states, and token t+1+k; it predicts the distribution at t+1+k. Tokens are
-the true ones at every step. Step k attends to step 0 of all places up to t, and to its own steps 1 to k.
+TTT step 0 at position t reads the hidden states of t and the embedding of token t+1, and predicts the target's
+distribution at t+1, that is, token t+2. Step k reads step k-1's output at t instead, and token t+1+k; it predicts the
+distribution at t+1+k. The tokens are those of the row at every step. Step k attends to the keys of step 0 at all
+positions up to t, and to its own of steps 1 to k at t.
 
-Attention begins as induction heads (`induction`): the query is the token that was sampled, the key is what a linear
-fit reads of a place's own token (and of the one before) in the target's states, the value is the token that came next.
-Everything is trained on from there.
-
-Shape suffixes: T tokens of the pack; S sources, places with a successor in their document; R sources that
-supervision asks for; A target layers read; H width; K steps.
+Shape suffixes: T tokens of the batch; S sources, positions with a successor in their document; R sources with a
+supervised prediction; A target layers read; H hidden size; K TTT steps.
 """
 
 from __future__ import annotations
 
-import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, ClassVar
@@ -31,113 +28,113 @@ import torch
 from torch import Tensor, nn
 
 from speculators.config.algorithms import DraftArch, Eagle3, Speculator
-from speculators.drafts.base import Draft, Predictions, Supervision, TargetParts, Vocabulary, draw, layer_config
-from speculators.drafts.induction import MATCH, Fit, principal, slow_places, widened
-from speculators.drafts.layers import (
-    MLP,
-    Attention,
-    LayerConfig,
-    Linear,
-    RMSNorm,
-    Rotary,
-    initialise,
+from speculators.drafts.base import (
+    Draft,
+    Predictions,
+    Supervision,
+    TargetParts,
+    TrainState,
+    Vocabulary,
+    hash_to_int,
+    layer_config,
 )
+from speculators.drafts.layers import MLP, Attention, LayerConfig, Linear, RMSNorm, Rotary
 from speculators.features.batch import PackedBatch
 from speculators.ops.attention import KeyValues, causal_attention
 from speculators.ops.functional import apply_rotary
 from speculators.ops.masks import CausalMask, causal_mask
 
-SERVED_LAYERS = 3
-"""Target layers that vLLM takes for granted where a draft of Llama layers does not say `num_aux_hidden_states`."""
+VLLM_DEFAULT_LAYERS = 3
+"""Number of target layers that vLLM assumes for a draft of Llama layers without `num_aux_hidden_states`."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Layout:
-    """Where things are in one pack; all places int64."""
+class TTTLayout:
+    """Indices of one batch's sources, tokens and predictions; int64 unless a field says otherwise."""
 
     sources: Tensor
-    """Places in the pack [S]."""
-    positions: Tensor
-    """Place of each source's own token in its document, from 0 [S]."""
-    asking: Tensor
-    """Indices into the sources [R]."""
+    """Indices into the batch [S]."""
+    position_ids: Tensor
+    """Position of each source's token in its document [S]."""
+    query_index: Tensor
+    """Indices into the sources: those with a supervised prediction [R]."""
     tokens: Tensor
-    """Token that step k sees [K, R]."""
-    target: Tensor
-    """Place whose distribution step k predicts [K, R]; anything where it is not valid."""
+    """Token ids that step k reads [K, R]."""
+    target_index: Tensor
+    """Index in the batch of the position whose distribution step k predicts [K, R]; arbitrary where not valid."""
     valid: Tensor
-    """bool [K, R]: that place is in the same document and supervised."""
+    """bool [K, R]: that position is in the same document and supervised."""
     source_mask: CausalMask | None
-    """For attention of every source; needed only by layers below the last."""
-    asking_mask: CausalMask
-    """For attention of the asking ones."""
+    """Causal mask of all sources; None for a single layer, which does not need it."""
+    query_mask: CausalMask
+    """Causal mask of the sources in `query_index`."""
 
 
-class Layer(nn.Module):
-    """A decoder layer; the first one also takes the token's embedding and is twice as wide where it attends."""
+class Eagle3Layer(nn.Module):
+    """A decoder layer. The first one also reads the token's embedding, so its attention input is 2 H wide."""
 
-    def __init__(self, config: LayerConfig, first: bool, norm_before_residual: bool, head_norm: bool) -> None:
+    def __init__(self, config: LayerConfig, is_first: bool, norm_before_residual: bool, head_norm: bool) -> None:
         super().__init__()
         width = config.hidden_size
-        self.self_attn = Attention(config, 2 * width if first else width, head_norm)
+        self.self_attn = Attention(config, 2 * width if is_first else width, head_norm)
         self.mlp = MLP(config)
-        # What becomes the stream stays in float32, and what lies beside it there too.
-        short = not (first and norm_before_residual)
-        self.input_layernorm = RMSNorm(width, config.rms_norm_eps, feeds_matmul=short)
+        # A norm whose output becomes the residual stream stays in float32, and so does the one that is concatenated.
+        feeds_matmul = not (is_first and norm_before_residual)
+        self.input_layernorm = RMSNorm(width, config.rms_norm_eps, feeds_matmul=feeds_matmul)
         self.post_attention_layernorm = RMSNorm(width, config.rms_norm_eps, feeds_matmul=True)
-        self.hidden_norm = RMSNorm(width, config.rms_norm_eps, feeds_matmul=short) if first else None
+        self.hidden_norm = RMSNorm(width, config.rms_norm_eps, feeds_matmul=feeds_matmul) if is_first else None
         self.norm_before_residual = norm_before_residual
 
-    def attend_to(self, embedded: Tensor, state: Tensor) -> tuple[Tensor, Tensor]:
-        """What attention reads, and the stream that its output is added to."""
+    def attention_input(self, embeddings: Tensor, hidden_states: Tensor) -> tuple[Tensor, Tensor]:
+        """The input of the attention's projections [R, H or 2 H], and the residual [R, H]."""
         if self.hidden_norm is None:
-            return self.input_layernorm(state), state
-        normed = self.hidden_norm(state)
-        read = torch.cat([self.input_layernorm(embedded), normed], dim=-1)
-        return read, normed if self.norm_before_residual else state
+            return self.input_layernorm(hidden_states), hidden_states
+        normed = self.hidden_norm(hidden_states)
+        attention_input = torch.cat([self.input_layernorm(embeddings), normed], dim=-1)
+        return attention_input, normed if self.norm_before_residual else hidden_states
 
-    def finish(self, attended: Tensor, stream: Tensor) -> Tensor:
-        """Everything after attention, [R, H]."""
-        stream = stream + self.self_attn.o_proj(attended)
-        out: Tensor = stream + self.mlp(self.post_attention_layernorm(stream))
+    def finish(self, attention_output: Tensor, residual: Tensor) -> Tensor:
+        """Everything after attention: output projection, residual, MLP, residual [R, H]."""
+        hidden_states = residual + self.self_attn.o_proj(attention_output)
+        out: Tensor = hidden_states + self.mlp(self.post_attention_layernorm(hidden_states))
         return out
 
 
 class Eagle3Draft(Draft):
-    """See the module."""
+    """The EAGLE-3 draft; the module's docstring describes it. Arguments as in `Draft`."""
 
     algorithm: ClassVar[str] = "eagle3"
     architecture: ClassVar[str] = "Eagle3DraftModel"
+    options: Eagle3
 
-    def __init__(self, config: Mapping[str, Any], embeddings: Tensor, head: Tensor, vocabulary: Vocabulary) -> None:
-        super().__init__(config, embeddings, head, vocabulary)
-        plain = config["transformer_layer_config"]
-        shape = LayerConfig.from_plain(plain)
-        self.shape = shape
-        self.steps: int = config["speculators_config"]["proposal_methods"][0]["speculative_tokens"]
-        self.unrolled: int = self.steps
-        self.step_decay, self.one_step_share, self.induction = 1.0, 0.0, False
-        self.drawn, self.seed = False, 0
-        self.norm_output = bool(config["norm_output"])
-        width, read = shape.hidden_size, len(config["eagle_aux_hidden_state_layer_ids"])
-        norm = partial(RMSNorm, eps=shape.rms_norm_eps, feeds_matmul=True)
-        self.input_norm = norm(read * width) if config["norm_before_fc"] else None
-        every = (norm(width) for _ in range(read))
-        self.fc_norm = nn.ModuleList(every) if config.get("fc_norm") else None
-        self.fc = Linear(read * width, width)
+    def __init__(
+        self, config: Mapping[str, Any], options: Speculator, embeddings: Tensor, head: Tensor,
+        vocabulary: Vocabulary, stored: frozenset[str] = frozenset(),
+    ) -> None:  # fmt: skip
+        super().__init__(config, options, embeddings, head, vocabulary, stored)
+        layer_dict = config["transformer_layer_config"]
+        self.shape = LayerConfig.from_dict(layer_dict)
+        width, eps = self.shape.hidden_size, self.shape.rms_norm_eps
+        num_target_layers = len(config["eagle_aux_hidden_state_layer_ids"])
+        norm = partial(RMSNorm, eps=eps, feeds_matmul=True)
+        self.input_norm = norm(num_target_layers * width) if config["norm_before_fc"] else None
+        layer_norms = (norm(width) for _ in range(num_target_layers))
+        self.fc_norm = nn.ModuleList(layer_norms) if config.get("fc_norm") else None
+        self.fc = Linear(num_target_layers * width, width)
+        head_norm = layer_dict["model_type"] == DraftArch.qwen3.name
         self.layers = nn.ModuleList(
-            Layer(shape, i == 0, config["norm_before_residual"], plain["model_type"] == DraftArch.qwen3.name)
-            for i in range(plain["num_hidden_layers"])
+            Eagle3Layer(self.shape, index == 0, config["norm_before_residual"], head_norm)
+            for index in range(layer_dict["num_hidden_layers"])
         )
-        self.norm = RMSNorm(width, shape.rms_norm_eps)
-        self.rotary = Rotary(shape)
+        self.norm = RMSNorm(width, eps)
+        self.rotary = Rotary(self.shape)
 
     @classmethod
     def describe(cls, parts: TargetParts, options: Speculator, layer_ids: list[int]) -> dict[str, Any]:
         assert isinstance(options, Eagle3)
-        shape = layer_config(parts, options, options.draft_arch.name)
-        if len(layer_ids) != SERVED_LAYERS:
-            shape["num_aux_hidden_states"] = len(layer_ids)
+        layer_dict = layer_config(parts, options, options.draft_arch.name)
+        if len(layer_ids) != VLLM_DEFAULT_LAYERS:
+            layer_dict["num_aux_hidden_states"] = len(layer_ids)
         return {
             "eagle_aux_hidden_state_layer_ids": layer_ids,
             "norm_before_residual": options.norm_before_residual,
@@ -145,160 +142,116 @@ class Eagle3Draft(Draft):
             "norm_output": options.norm_output,
             "fc_norm": options.fc_norm,
             "embed_requires_grad": options.embed_requires_grad,
-            "transformer_layer_config": shape,
+            "transformer_layer_config": layer_dict,
         }
 
-    def initialise(self, seed: int) -> None:
-        self.seed = seed
-        initialise(self, self.shape.initializer_range, torch.Generator().manual_seed(seed))
+    @classmethod
+    def options_of(cls, config: Mapping[str, Any]) -> Speculator:
+        num_tokens = config["speculators_config"]["proposal_methods"][0]["speculative_tokens"]
+        return Eagle3(num_speculative_tokens=num_tokens, ttt_steps=num_tokens)
 
-    def configure(self, options: Speculator) -> None:
-        assert isinstance(options, Eagle3)
-        self.steps = self.unrolled = options.ttt_steps
-        self.step_decay = options.ttt_step_decay
-        self.one_step_share, self.induction = options.ttt_warmup_ratio, options.induction
-        self.drawn = options.ttt_random_steps
-
-    def advance(self, step: int, total: int) -> None:
-        self.unrolled = self.steps
-        if step / total < self.one_step_share:
-            self.unrolled = 1
-        elif self.drawn and step < total:
-            self.unrolled = 1 + draw(f"steps {self.seed} {step}") % self.steps
-
-    @torch.no_grad()
-    def prepare(self, packs: Iterable[PackedBatch], seed: int) -> None:
-        """Set half of the first layer's query heads, the keys and values that they see, and some rows of `fc`."""
-        layer, width = self.layers[0], self.shape.hidden_size
-        assert isinstance(layer, Layer)
-        groups, head = self.shape.num_key_value_heads, self.shape.head_dim
-        per_group = self.shape.num_attention_heads // groups
-        if per_group == 1:
-            groups = (groups + 1) // 2
-        # The fit is given at most half of what `fc` puts out.
-        places = slow_places(self.rotary.frequencies, head, width // (3 * groups))
-        if not self.induction or not places:
-            return
-        size, half = len(places), len(places) // 2
-        fit = Fit.of(packs, self._read, self._token)
-        drawn = fit.random(groups * size - half, torch.Generator().manual_seed(seed))
-        look = torch.cat([fit.directions(half), drawn])
-        own, before = fit.readers(look).float(), fit.readers(look[:half], before=True).float()
-        look = look.float()
-        self.fc.weight.mul_(1.0 / fit.spread(self.fc.weight.cpu().double()).pow(2).mean().sqrt())
-        self.fc.weight[: len(own)].copy_(own)
-        self.fc.weight[len(own) : len(own) + half].copy_(before)
-        values = widened(principal(self.embed_tokens.weight[self.vocabulary.tokens].cpu().float()), groups * head)
-        sharp = MATCH * math.sqrt(head) / size
-        attention = layer.self_attn
-        if attention.q_norm is not None:  # the norm takes the size of a query away, and gives back what it is told
-            attention.q_norm.weight.fill_(MATCH / math.sqrt(head))
-        seen = attention.v_proj.weight[: groups * head].zero_()
-        seen[:, :width].copy_(values.view(head, groups, width).transpose(0, 1).flatten(0, 1))
-        for group in range(groups):
-            keys = attention.k_proj.weight[group * head : (group + 1) * head]
-            written = attention.v_proj.weight[group * head : (group + 1) * head, :width].T
-            # The first group looks for the token alone, the others for the token and the one before it.
-            single = size if group == 0 else size - half
-            rows = [width + group * size + j for j in range(single)] + [width + len(own) + j for j in range(half)]
-            keys[places] = 0.0
-            keys[places, rows[:size]] = 1.0
-            for query in range(group * per_group, group * per_group + (per_group + 1) // 2):
-                asks = attention.q_proj.weight[query * head : (query + 1) * head]
-                asks[places] = 0.0
-                scale = sharp * math.sqrt(size / single)
-                asks[places[:single], :width] = scale * look[group * size : group * size + single].to(asks)
-                asks[places[single:], [width + j for j in range(size - single)]] = scale
-                attention.o_proj.weight[:, query * head : (query + 1) * head] = written
-
-    def _read(self, pack: PackedBatch) -> Tensor:
-        """What `fc` reads at every place [T, A * H]."""
-        return self._normed(pack.hidden_states.float())
-
-    def _normed(self, states: Tensor) -> Tensor:
-        """States of the target's layers [..., A, H] as `fc` reads them [..., A * H]."""
-        if self.fc_norm is not None:
-            return torch.cat([norm(x) for norm, x in zip(self.fc_norm, states.unbind(-2), strict=True)], dim=-1)
-        return states.flatten(-2) if self.input_norm is None else self.input_norm(states.flatten(-2))
-
-    def _token(self, token_ids: Tensor) -> Tensor:
-        """What the first layer reads of tokens at the beginning [T, H]."""
-        embedded = nn.functional.embedding(token_ids, self.embed_tokens.weight).float()
-        return nn.functional.rms_norm(embedded, (self.shape.hidden_size,), eps=self.shape.rms_norm_eps)
-
-    def forward(self, pack: PackedBatch) -> Predictions:
-        at = self.layout(pack)
-        state = self.fc(self._normed(pack.hidden_states[at.sources].to(self.fc.weight.dtype)))
-        tokens = pack.token_ids[at.sources + 1]
+    def forward(self, batch: PackedBatch, state: TrainState | None = None) -> Predictions:
+        steps = self.unrolled_steps(state)
+        layout = self.layout(batch, steps)
+        target_hidden_states = batch.hidden_states[layout.sources].to(self.fc.weight.dtype)
+        hidden_states = self.fc(self.fc_input(target_hidden_states))
+        tokens = batch.token_ids[layout.sources + 1]
         caches: list[KeyValues] = []
-        hidden = []
-        for step in range(self.unrolled):
-            state = self._step(step, state, tokens, at, caches)
-            normed = self.norm(state)
-            hidden.append(normed)
-            state = normed if self.norm_output else state
-            tokens = at.tokens[min(step + 1, self.unrolled - 1)]
-        valid = at.valid.float()
-        decay = self.step_decay ** torch.arange(self.unrolled, device=valid.device)[:, None]
+        outputs = []
+        for step in range(steps):
+            hidden_states = self._step(step, hidden_states, tokens, layout, caches)
+            normed = self.norm(hidden_states)
+            outputs.append(normed)
+            if self.config["norm_output"]:
+                hidden_states = normed
+            tokens = layout.tokens[min(step + 1, steps - 1)]
+        valid = layout.valid.float()
+        step_weights = self.options.ttt_step_decay ** torch.arange(steps, device=valid.device)[:, None]
         count = valid.sum(1).clamp(min=1.0)
-        weight = decay * valid / count[:, None]
-        return Predictions(hidden=torch.stack(hidden), target=at.target, valid=at.valid, weight=weight, count=count)
+        return Predictions(
+            hidden_states=torch.stack(outputs),
+            target_index=layout.target_index,
+            valid=layout.valid,
+            weight=step_weights * valid / count[:, None],
+            count=count,
+        )
 
-    def supervision(self, whole: PackedBatch) -> Supervision:
-        counts = self.layout(whole).valid.sum(1).float().clamp(min=1.0)
-        return Supervision(counts=counts, chosen=torch.ones_like(whole.loss_mask))
+    def supervision(self, batch: PackedBatch, state: TrainState | None = None) -> Supervision:
+        counts = self.layout(batch, self.unrolled_steps(state)).valid.sum(1).float().clamp(min=1.0)
+        return Supervision(counts=counts, source_mask=torch.ones_like(batch.loss_mask))
 
-    def _step(self, step: int, state: Tensor, tokens: Tensor, at: Layout, caches: list[KeyValues]) -> Tensor:
-        """Run the layers once. Step 0 takes every source and gives the asking ones, later steps have only those."""
-        embedded = nn.functional.embedding(tokens, self.embed_tokens.weight)
-        positions = at.positions + 1
+    def unrolled_steps(self, state: TrainState | None) -> int:
+        """How many TTT steps this optimizer step unrolls, 1 to `ttt_steps`."""
+        if state is None:
+            return self.options.ttt_steps
+        if state.step / state.total_steps < self.options.ttt_warmup_ratio:
+            return 1
+        if self.options.ttt_random_steps:
+            return 1 + hash_to_int(f"steps {state.seed} {state.step}") % self.options.ttt_steps
+        return self.options.ttt_steps
+
+    def fc_input(self, hidden_states: Tensor) -> Tensor:
+        """The target's hidden states [..., A, H], normed as the options say and concatenated [..., A * H]."""
+        if self.fc_norm is not None:
+            layers = zip(self.fc_norm, hidden_states.unbind(-2), strict=True)
+            return torch.cat([norm(layer) for norm, layer in layers], dim=-1)
+        concatenated = hidden_states.flatten(-2)
+        return concatenated if self.input_norm is None else self.input_norm(concatenated)
+
+    def _step(
+        self, step: int, hidden_states: Tensor, tokens: Tensor, layout: TTTLayout, caches: list[KeyValues]
+    ) -> Tensor:
+        """Run the layers once, for TTT step `step`: [S, H] for step 0, else [R, H] -> [R, H]."""
+        embeddings = nn.functional.embedding(tokens, self.embed_tokens.weight)
+        position_ids = layout.position_ids + 1
         if step > 0:
-            positions = positions[at.asking] + step
-        turn = self.rotary(positions)
+            position_ids = position_ids[layout.query_index] + step
+        cos, sin = self.rotary(position_ids)
         for index, layer in enumerate(self.layers):
-            assert isinstance(layer, Layer)
+            assert isinstance(layer, Eagle3Layer)
             attention = layer.self_attn
-            read, stream = layer.attend_to(embedded, state)
-            keys, values = apply_rotary(attention.keys(read), *turn), attention.values(read)
-            mask, asked_turn = at.asking_mask, turn
+            attention_input, residual = layer.attention_input(embeddings, hidden_states)
+            key_states = apply_rotary(attention.keys(attention_input), cos, sin)
+            value_states = attention.values(attention_input)
+            mask, query_cos, query_sin = layout.query_mask, cos, sin
             if step > 0:
-                caches[index].later_steps.append((keys, values))
+                caches[index].later_steps.append((key_states, value_states))
             else:
-                caches.append(KeyValues(keys, values, []))
+                caches.append(KeyValues(key_states, value_states, []))
                 if index < len(self.layers) - 1:
-                    assert at.source_mask is not None
-                    mask = at.source_mask
-                else:  # nobody attends to this layer's output: only the rows that supervision asks for go on
-                    read, stream = read.index_select(0, at.asking), stream.index_select(0, at.asking)
-                    asked_turn = (turn[0][at.asking], turn[1][at.asking])
-            queries = apply_rotary(attention.queries(read), *asked_turn)
-            state = layer.finish(causal_attention(queries, caches[index], mask), stream)
-        return state
+                    assert layout.source_mask is not None
+                    mask = layout.source_mask
+                else:  # nothing attends to the last layer's output: only rows with a supervised prediction go on
+                    rows = layout.query_index
+                    attention_input, residual = attention_input.index_select(0, rows), residual.index_select(0, rows)
+                    query_cos, query_sin = cos[rows], sin[rows]
+            query_states = apply_rotary(attention.queries(attention_input), query_cos, query_sin)
+            hidden_states = layer.finish(causal_attention(query_states, caches[index], mask), residual)
+        return hidden_states
 
-    def layout(self, pack: PackedBatch) -> Layout:
-        """Work out sources, asking rows, and what each step sees and predicts."""
-        device = pack.token_ids.device
-        total = len(pack.token_ids)
-        starts_T, ends_T = pack.bounds()
-        places_T = torch.arange(total, device=device)
-        sources = (places_T + 1 < ends_T).nonzero()[:, 0]
-        target_KS = sources[None, :] + 1 + torch.arange(self.unrolled, device=device)[:, None]
+    def layout(self, batch: PackedBatch, steps: int) -> TTTLayout:
+        """Compute which positions are sources, and what each of `steps` TTT steps reads and predicts."""
+        device, total = batch.token_ids.device, len(batch.token_ids)
+        starts_T, ends_T = batch.bounds()
+        index_T = torch.arange(total, device=device)
+        sources = (index_T + 1 < ends_T).nonzero()[:, 0]
+        target_KS = sources[None, :] + 1 + torch.arange(steps, device=device)[:, None]
         inside_KS = target_KS < ends_T[sources]
         target_KS = target_KS.clamp(max=total - 1)
-        valid_KS = inside_KS & pack.loss_mask[target_KS]
-        asking = valid_KS.any(0).nonzero()[:, 0]
-        everyone = torch.arange(len(sources), device=device)
+        valid_KS = inside_KS & batch.loss_mask[target_KS]
+        query_index = valid_KS.any(0).nonzero()[:, 0]
         documents, first = [], 0
-        for length in pack.lengths:
+        for length in batch.lengths:
             documents.append((first, length - 1))
             first += length - 1
-        return Layout(
+        every_source = torch.arange(len(sources), device=device)
+        return TTTLayout(
             sources=sources,
-            positions=(places_T - starts_T)[sources],
-            asking=asking,
-            tokens=pack.token_ids[target_KS[:, asking]],
-            target=target_KS[:, asking],
-            valid=valid_KS[:, asking],
-            source_mask=causal_mask(documents, everyone) if len(self.layers) > 1 else None,
-            asking_mask=causal_mask(documents, asking),
+            position_ids=(index_T - starts_T)[sources],
+            query_index=query_index,
+            tokens=batch.token_ids[target_KS[:, query_index]],
+            target_index=target_KS[:, query_index],
+            valid=valid_KS[:, query_index],
+            source_mask=causal_mask(documents, every_source) if len(self.layers) > 1 else None,
+            query_mask=causal_mask(documents, query_index),
         )

@@ -34,9 +34,9 @@ class LayerConfig:
     max_position_embeddings: int
 
     @classmethod
-    def from_plain(cls, plain: Mapping[str, Any]) -> LayerConfig:
+    def from_dict(cls, layer_config: Mapping[str, Any]) -> LayerConfig:
         """Take what a layer needs out of `transformer_layer_config`, whatever else stands there."""
-        return cls(**{name: plain[name] for name in cls.__slots__})
+        return cls(**{name: layer_config[name] for name in cls.__slots__})
 
 
 class RMSNorm(nn.Module):
@@ -111,14 +111,14 @@ def _frequencies(config: LayerConfig) -> tuple[Tensor, float]:
         raise ContractError(
             f"rope_type `{kind}` is not known", f"there is: default, {', '.join(sorted(ROPE_INIT_FUNCTIONS))}"
         )
-    plain = LlamaConfig(
+    llama_config = LlamaConfig(
         hidden_size=config.hidden_size,
         num_attention_heads=config.num_attention_heads,
         head_dim=width,
         max_position_embeddings=config.max_position_embeddings,
         rope_parameters=rope,
     )
-    frequencies, scale = ROPE_INIT_FUNCTIONS[kind](plain, torch.device("cpu"))
+    frequencies, scale = ROPE_INIT_FUNCTIONS[kind](llama_config, torch.device("cpu"))
     return frequencies.float(), float(scale)
 
 
@@ -160,10 +160,10 @@ class Attention(nn.Module):
 class MLP(nn.Module):
     """SiLU-gated MLP: down_proj(silu(gate_proj(x)) * up_proj(x)).
 
-    With `recompute`, its intermediate activations are computed again in the backward pass instead of being kept.
+    With `activation_checkpointing`, its activations are computed again in the backward pass instead of being kept.
     """
 
-    recompute = False
+    activation_checkpointing = False
 
     def __init__(self, config: LayerConfig) -> None:
         super().__init__()
@@ -173,7 +173,7 @@ class MLP(nn.Module):
 
     def forward(self, hidden_states: Tensor) -> Tensor:
         """[R, H] -> [R, H]."""
-        if not self.recompute:
+        if not self.activation_checkpointing:
             return self._compute(hidden_states)
         out: Tensor = checkpoint(self._compute, hidden_states, use_reentrant=False)
         return out
@@ -184,8 +184,8 @@ class MLP(nn.Module):
         return out
 
 
-def initialise(module: nn.Module, std: float, generator: torch.Generator) -> None:
-    """Draw every linear layer's weight from a normal distribution, in the order in which the modules were made."""
-    for part in module.modules():
-        if isinstance(part, nn.Linear):
-            nn.init.normal_(part.weight, std=std, generator=generator)
+def init_linear_weights(module: nn.Module, std: float, generator: torch.Generator) -> None:
+    """Draw every linear layer's weight from a normal distribution, in the order in which the layers were registered."""
+    for submodule in module.modules():
+        if isinstance(submodule, nn.Linear):
+            nn.init.normal_(submodule.weight, std=std, generator=generator)

@@ -29,7 +29,6 @@ from torch import Tensor
 
 from speculators.config.choices import OnBadRow
 from speculators.config.schema import Regenerate
-from speculators.data.conversations import ConversationRow, Message
 from speculators.data.template import ChatTurn, TokenSequence, merge_turns
 from speculators.engine.client import Client, Completion
 from speculators.engine.transfer import Transfer
@@ -52,9 +51,7 @@ SYNC_SECONDS = 1.0
 
 def main(job: Job) -> None:
     """Answer every conversation, in any order; publish them in the order they came in."""
-    conversations: list[ConversationRow] = [
-        json.loads(line) for line in _lines(job.inputs["prompts"] / "conversations.jsonl")
-    ]
+    conversations = [json.loads(line) for line in _lines(job.inputs["prompts"] / "conversations.jsonl")]
     log = job.scratch / "answers.jsonl"
     states = states_writer(job, "prompts", ANSWER_STATES) if _keeps_states(job) else None
     sealed = states.done if states else set()
@@ -107,7 +104,7 @@ def read_answers(log: Path) -> dict[int, dict[str, Any]]:
 
 
 async def _answer_all(
-    job: Job, conversations: list[ConversationRow], finished: dict[int, dict[str, Any]], log: Path
+    job: Job, conversations: list[dict[str, Any]], finished: dict[int, dict[str, Any]], log: Path
 ) -> None:
     config = job.config.regenerate
     waiting = in_order(conversations, (i for i in range(len(conversations)) if i not in finished))
@@ -221,14 +218,14 @@ def _joined(job: Job, files: list[Path], wholes: list[TokenSequence]) -> tuple[T
 
 
 async def answer(
-    client: Client, conversation: ConversationRow, config: Regenerate, longest: int, keeper: Keeper | None = None
+    client: Client, conversation: dict[str, Any], config: Regenerate, longest: int, keeper: Keeper | None = None
 ) -> dict[str, Any]:
     """The conversation with the target's answers; `dropped` says why turns are missing, null if none is.
 
     A prompt and its answer together have at most `longest` tokens: the answer is cut to that, and a prompt that leaves
     no room ends the conversation, as an empty answer does. What was answered before is kept.
     """
-    messages: list[Message] = []
+    messages: list[dict[str, str]] = []
     turns: list[dict[str, Any]] = []
     dropped, why = None, ""
     kept = 0
@@ -275,7 +272,7 @@ async def answer(
     return {**conversation, "messages": messages[:kept], "turns": turns, "dropped": dropped, **told}
 
 
-def in_order(conversations: list[ConversationRow], waiting: Iterable[int]) -> list[int]:
+def in_order(conversations: list[dict[str, Any]], waiting: Iterable[int]) -> list[int]:
     """The waiting conversations, those with the same system prompt one after the other.
 
     So a server computes a prompt that they share once, and still remembers it when the next one comes.

@@ -37,8 +37,8 @@ from speculators.ops.distillation import TargetHead
 from speculators.targets.checkpoint import TargetCheckpoint
 from speculators.targets.fidelity_check import check_features, check_server
 from speculators.training.live_features import Feed, Shape
-from speculators.training.loop import BEST, EPOCHS, LAST, METRICS, Loop
-from speculators.training.ranks import Ranks, check_devices, joined
+from speculators.training.loop import BEST, EPOCHS, LAST, METRICS, Loop, TrainingSpec
+from speculators.training.ranks import Ranks, check_devices, process_group
 from speculators.training.tracking import About, Trackers
 from speculators.training.tracking import check as check_trackers
 
@@ -48,7 +48,7 @@ GIB = 2**30
 def main(job: Job) -> None:
     """Run the stage, in as many processes as it is to have."""
     check_trackers(job.config.train.trackers)
-    with joined(job.config.train.num_processes, fit, job) as ranks:
+    with process_group(job.config.train.num_processes, fit, job) as ranks:
         loop = fit(ranks, job)
     if ranks.first:
         publish(job, loop)
@@ -75,7 +75,7 @@ def fit(ranks: Ranks, job: Job) -> Loop:
     target = TargetCheckpoint(job.inputs["target"])
     source = drawn(job, target, ranks) if "features" not in job.inputs else read(job, target, ranks)
     vocabulary = read_vocabulary(job, target)
-    corpus = DataLoader(job.inputs["tokens"], source)
+    data_loader = DataLoader(job.inputs["tokens"], source)
     device = pick_device(train.device)
     check_devices(train.num_processes, device)
     if device.type == "cpu" and (why := cpu.missing()):
@@ -84,38 +84,38 @@ def fit(ranks: Ranks, job: Job) -> Loop:
     if options.needs_mask_token():
         options = replace(cast(Any, options), mask_token_id=target.mask_token_id())
     parts = target.parts(vocabulary.tokens)
-    draft = DRAFTS[options.algorithm].build(parts, options, vocabulary, job.derived["layer_ids"], train.seed).to(device)
+    draft_class, layer_ids = DRAFTS[options.algorithm], job.derived["layer_ids"]
+    draft = draft_class.from_target(parts, options, vocabulary, layer_ids, train.seed).to(device)
     norm = target.final_norm()
-    teacher = TargetHead(
+    target_head = TargetHead(
         norm_weight=norm.weight.to(device),
         norm_eps=norm.eps,
         head=parts.head.float().to(device) if options.train_lm_head else draft.lm_head.weight,
         scale=target.logit_scale,
         softcap=target.logit_softcap,
     )
-    save_dtype = getattr(torch, job.config.target.dtype.name)
 
     def report(done: int, total: int, note: dict[str, Any]) -> None:
         if ranks.first:
             job.progress(done, total, "steps", **note)
 
     with contextlib.ExitStack() as at_the_end, same_bytes_every_time():
-        at_the_end.callback(corpus.close)
+        at_the_end.callback(data_loader.close)
         trackers = track(job) if ranks.first else Trackers()
         at_the_end.callback(trackers.close)
-        loop = Loop(
-            draft,
-            teacher,
-            corpus,
-            train,
-            options.step_decay(),
-            save_dtype,
-            job.scratch,
-            device,
-            report,
-            ranks,
-            trackers,
+        spec = TrainingSpec(
+            draft=draft,
+            target_head=target_head,
+            data_loader=data_loader,
+            train=train,
+            save_dtype=getattr(torch, job.config.target.dtype.name),
+            scratch=job.scratch,
+            device=device,
+            report=report,
+            ranks=ranks,
+            trackers=trackers,
         )
+        loop = Loop(spec)
         loop.run()
     if isinstance(source, Feed):
         job.record |= source.record()
@@ -233,20 +233,20 @@ def publish(job: Job, loop: Loop) -> None:
     if (job.scratch / EPOCHS).exists():
         shutil.copytree(job.scratch / EPOCHS, job.output / EPOCHS)
     shutil.copyfile(job.scratch / METRICS, job.output / METRICS)
-    rows, held = loop.corpus.split(loop.train.validation_ratio)
+    rows, validation_rows = loop.spec.data_loader.split(loop.train.validation_ratio)
     summary = {
-        "steps": loop.at.step,
-        "tokens": loop.at.tokens,
+        "steps": loop.progress.step,
+        "tokens": loop.progress.tokens,
         "rows": len(rows),
-        "validation_rows": len(held),
-        "best_step": loop.at.best_step,
-        "validation": loop.at.best,
+        "validation_rows": len(validation_rows),
+        "best_step": loop.progress.best_step,
+        "validation": loop.progress.best,
         "parameters": sum(shape.numel() for shape in loop.optimizers.shapes.values()),
     }
     write_json(job.output / "summary.json", summary)
     speed = loop.attempt_tokens / loop.seconds if loop.seconds else 0.0
     job.record |= summary | {
         "seconds_in_steps": round(loop.seconds, 1),
-        "seconds_waited": round(loop.waited, 2),
+        "seconds_waited": round(loop.wait_seconds, 2),
         "tokens_per_second": round(speed, 1),
     }

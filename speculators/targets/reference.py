@@ -1,7 +1,7 @@
-"""Reference: a few tokens through the target as transformers runs it, to see which layers were captured.
+"""A few tokens through the target as transformers runs it: which layers the captured states really are.
 
-Norm and head judge the last-layer hidden state alone. The other layers are the draft's input; off by one layer, or
-from other weights, they look like any hidden states. Checking them takes the whole model, so it is for small targets.
+Norm and head can only judge the last state. The others go into the draft, and a capture that is off by a layer, or of
+other weights, gives states that look like any. The whole model has to be built to tell, so it is done for small ones.
 """
 
 from __future__ import annotations
@@ -15,24 +15,24 @@ from torch import Tensor
 from speculators.targets.checkpoint import TargetCheckpoint
 
 ROWS = 2
-"""Rows whose first tokens are run."""
-NEARER_FACTOR = 0.5
-"""Another layer was captured if its distance is smaller by this factor: in a deep model, neighbours are similar."""
+"""Rows whose beginnings are run."""
+CLEARLY = 0.5
+"""Another layer is the captured one if it is nearer by this factor: neighbours look alike in a deep model."""
 TOLERANCE = 8.0
-"""Standard deviations of the rounding error by which a hidden state may differ from its reference, plus `SLACK`."""
+"""Standard deviations of rounding by which a state may differ from its reference, and..."""
 SLACK = 2e-3
-"""Relative difference that is tolerated without any rounding."""
+"""... relative difference where nothing rounds."""
 
 
 class LayerComparison(NamedTuple):
-    """The result of comparing captured layers with the reference."""
+    """What a comparison found."""
 
-    problem: str = ""
-    """What is wrong; empty if nothing is, or if the reference could not be run."""
-    difference: float | None = None
-    """Largest relative difference of a captured layer from its reference; None if the reference could not be run."""
+    verdict: str = ""
+    """What is wrong; empty if nothing is, or if it could not be found out."""
+    off: float | None = None
+    """Largest relative difference of a captured layer from its reference; None if it could not be found out."""
     note: str = ""
-    """Why the reference could not be run."""
+    """Why not."""
 
 
 def compare_layers(
@@ -40,91 +40,86 @@ def compare_layers(
     samples: Sequence[tuple[Tensor, Tensor]],
     layer_ids: Sequence[int],
     drift: float,
-    max_gib: float,
+    largest_gib: float,
 ) -> LayerComparison:
-    """Compare captured hidden states with the layers of the target as transformers computes them.
+    """Compare samples of (token ids [T], states [T, L, H]) with the layers that they are said to be.
 
-    Args:
-        target: the checkpoint to run.
-        samples: (token ids [T], hidden states [T, L, H]) of the beginnings of some rows.
-        layer_ids: the L layers that were requested.
-        drift: standard deviation of the rounding error of a hidden state, relative to its norm.
-        max_gib: largest checkpoint that is run.
+    `drift` is the standard deviation of what rounding does to a state, relative to it.
     """
     gib = target.bytes / 2**30
-    if gib > max_gib:
-        return LayerComparison(note=f"the target has {gib:.3g} GiB, target.max_reference_gib is {max_gib:g}")
+    if gib > largest_gib:
+        return LayerComparison(note=f"the target has {gib:.3g} GiB, target.max_reference_gib is {largest_gib:g}")
     try:
-        references = _run_target(target, [token_ids for token_ids, _ in samples])
+        references = _run(target, [ids for ids, _ in samples])
     except (AttributeError, ImportError, KeyError, OSError, RuntimeError, TypeError, ValueError) as error:
         return LayerComparison(note=f"transformers does not run the target: {type(error).__name__}: {error}")
-    # [tokens, L, layers + 1], then the median over tokens: the first token of a sequence is like no other.
-    distances = [_distances(captured, layers) for (_, captured), layers in zip(samples, references, strict=True)]
-    distance = torch.cat(distances).nanmedian(0).values
-    # The last layer may have been kept at none of these tokens.
-    known = [i for i in range(len(layer_ids)) if not distance[i].isnan().any()]
-    distance, layer_ids = distance[known], [layer_ids[i] for i in known]
-    nearest = distance.argmin(-1).tolist()
+    # [rows, L, layers + 1] and then the median over everything but the layers: a first token is like no other
+    off = torch.cat([_differences(states, truth) for (_, states), truth in zip(samples, references, strict=True)])
+    off = off.nanmedian(0).values
+    # The last layer's output may have been kept at none of these tokens.
+    known = [place for place in range(len(layer_ids)) if not off[place].isnan().any()]
+    off, layer_ids = off[known], [layer_ids[place] for place in known]
+    nearest = off.argmin(-1)
     wrong = [
-        f"{near} instead of {layer}"
-        for row, layer, near in zip(distance, layer_ids, nearest, strict=True)
-        if row[near] < NEARER_FACTOR * row[layer]
+        (asked, int(found))
+        for place, (asked, found) in enumerate(zip(layer_ids, nearest, strict=True))
+        if off[place, found] < CLEARLY * off[place, asked]
     ]
     limit = TOLERANCE * drift + SLACK
-    smallest = float(distance.min(-1).values.max())
-    if smallest > limit:
+    at_best = float(off.min(-1).values.max())
+    if at_best > limit:
         return LayerComparison(
-            f"they come from other weights: they differ from every layer of this target by {smallest:.2g} of their "
-            f"norm, rounding explains {limit:.2g}",
-            smallest,
+            f"they come from other weights: states differ from every layer of this target by {at_best:.2g} of their "
+            f"size, rounding explains {limit:.2g}",
+            at_best,
         )
     if wrong:
-        return LayerComparison(f"they are of other layers: {', '.join(wrong)}", smallest)
-    largest = float(max(row[layer] for row, layer in zip(distance, layer_ids, strict=True)))
-    return LayerComparison(difference=round(largest, 4))
+        pairs = ", ".join(f"{found} instead of {asked}" for asked, found in wrong)
+        return LayerComparison(f"they are of other layers: {pairs}", at_best)
+    return LayerComparison(off=round(float(max(off[place, asked] for place, asked in enumerate(layer_ids))), 4))
 
 
-def _distances(captured: Tensor, layers: Tensor) -> Tensor:
-    """Relative distance of every captured layer [T, L, H] from every layer [T, layers + 1, H]."""
-    captured, layers = captured.float()[:, :, None], layers.float()[:, None]
-    return (captured - layers).norm(dim=-1) / layers.norm(dim=-1).clamp_min(torch.finfo(torch.float32).tiny)
+def _differences(states: Tensor, truth: Tensor) -> Tensor:
+    """Relative distance of every captured layer of a token from every layer, [T, L, layers + 1]."""
+    captured, truth = states.float()[:, :, None], truth.float()[:, None]
+    return (captured - truth).norm(dim=-1) / truth.norm(dim=-1).clamp_min(torch.finfo(torch.float32).tiny)
 
 
 @torch.no_grad()
-def _run_target(target: TargetCheckpoint, rows: Sequence[Tensor]) -> list[Tensor]:
-    """For each row of token ids [T], the input of every layer and the last one's output, [T, layers + 1, H]."""
+def _run(target: TargetCheckpoint, rows: Sequence[Tensor]) -> list[Tensor]:
+    """For each row [T] the input of every layer and the last one's output, [T, layers + 1, H]."""
     import transformers
 
     transformers.utils.logging.disable_progress_bar()
-    loaded: Any = transformers.AutoModelForCausalLM.from_pretrained(
+    found: Any = transformers.AutoModelForCausalLM.from_pretrained(
         str(target.directory), local_files_only=True, dtype=torch.float32, output_loading_info=True
     )
-    model, loading_info = loaded
-    if loading_info["missing_keys"]:
-        raise ValueError(f"weights are missing, {sorted(loading_info['missing_keys'])[0]} for one")
+    model, loaded = found
+    if loaded["missing_keys"]:
+        raise ValueError(f"weights are missing, {sorted(loaded['missing_keys'])[0]} for one")
     model.eval()
-    layers = _decoder_layers(model, int(target.config["num_hidden_layers"]))
-    captured: list[Tensor] = []
+    layers = _layers(model, int(target.config["num_hidden_layers"]))
+    kept: list[Tensor] = []
 
-    def before(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        captured.append((args[0] if args else kwargs["hidden_states"])[0])
+    def before(module: Any, args: tuple[Any, ...], named: dict[str, Any]) -> None:
+        kept.append((args[0] if args else named["hidden_states"])[0])
 
     def after(module: Any, args: tuple[Any, ...], output: Any) -> None:
-        captured.append((output[0] if isinstance(output, tuple) else output)[0])
+        kept.append((output[0] if isinstance(output, tuple) else output)[0])
 
     for layer in layers:
         layer.register_forward_pre_hook(before, with_kwargs=True)
     layers[-1].register_forward_hook(after)
-    hidden_states = []
-    for token_ids in rows:
-        captured.clear()
-        model(token_ids[None].long(), use_cache=False)
-        hidden_states.append(torch.stack(captured, 1))
-    return hidden_states
+    states = []
+    for ids in rows:
+        kept.clear()
+        model(ids[None].long(), use_cache=False)
+        states.append(torch.stack(kept, 1))
+    return states
 
 
-def _decoder_layers(model: Any, count: int) -> Any:
-    """Find the decoder layers: the module list of the length that the config names."""
+def _layers(model: Any, count: int) -> Any:
+    """The decoder layers: the list of as many modules as the config says there are."""
     lists = [m for m in model.get_decoder().modules() if isinstance(m, torch.nn.ModuleList) and len(m) == count]
     if not lists:
         raise ValueError(f"it has no list of {count} layers")

@@ -1,12 +1,12 @@
-"""The state that a killed run goes on from, written so that there is always a whole one.
+"""Training checkpoints: the state from which a killed run continues, written so that a complete one always exists.
 
     scratch/step-00000120/state.safetensors     tensors: parameters, momenta, moments, random generators
-                          state-1.safetensors   rank 1's rows of the matrices, if each rank has its own
+                          state-1.safetensors   rank 1's rows of the matrices, if they are sharded
                           state.json            counters and sums
                           sealed.json           sha256 of all of them; written last
 
-A directory without a fitting seal is rubbish and is removed. The newest sealed one is kept. What was written by some
-number of ranks can be read by any other.
+A directory whose seal is missing or does not match is incomplete and is deleted. Only the newest complete one is kept.
+A checkpoint that some number of ranks wrote can be read by any other number.
 """
 
 from __future__ import annotations
@@ -25,80 +25,80 @@ from torch import Tensor
 from speculators.job import write_json
 from speculators.training.ranks import Ranks, rows
 
-TENSORS, FACTS, SEAL = "state.safetensors", "state.json", "sealed.json"
+TENSORS, STATE, SEAL = "state.safetensors", "state.json", "sealed.json"
 
 
 def seal(
-    directory: Path, step: int, tensors: dict[str, Tensor], facts: dict[str, Any], ranks: Ranks | None = None
+    scratch: Path, step: int, tensors: dict[str, Tensor], state: dict[str, Any], ranks: Ranks | None = None
 ) -> None:
-    """Write the state after `step` steps and remove the ones before it.
+    """Write the checkpoint after `step` steps and delete earlier ones.
 
-    All ranks call it, each with the tensors that it has to write, if any; the first one's facts count, and it seals.
+    All ranks call it, each with the tensors that it has to write, if any. Rank 0 writes its `state` and the seal.
     """
     ranks = ranks or Ranks()
-    place = directory / f"step-{step:08d}"
+    directory = scratch / f"step-{step:08d}"
     if ranks.first:
-        shutil.rmtree(place, ignore_errors=True)
-        place.mkdir(parents=True)
-    ranks.agree(None)  # nobody writes before it is there
-    written = {}
+        shutil.rmtree(directory, ignore_errors=True)
+        directory.mkdir(parents=True)
+    ranks.broadcast_object(None)  # the directory exists before any rank writes
+    digests = {}
     if tensors:
-        file = _file(place, ranks.rank)
+        file = _file(directory, ranks.rank)
         save_file({name: t.detach().cpu().contiguous() for name, t in tensors.items()}, file)
         _sync(file)
-        written[file.name] = _digest(file)
-    parts = ranks.gather(written)
+        digests[file.name] = _digest(file)
+    digests_by_rank = ranks.all_gather_object(digests)
     if not ranks.first:
         return
-    write_json(place / FACTS, facts)
-    _sync(place / FACTS)
-    written[FACTS] = _digest(place / FACTS)
-    for part in parts:
-        written |= part
-    write_json(place / SEAL, written)
-    _sync(place / SEAL)
-    _sync(place)
-    for other in directory.glob("step-*"):
-        if other != place:
+    write_json(directory / STATE, state)
+    _sync(directory / STATE)
+    digests[STATE] = _digest(directory / STATE)
+    for of_rank in digests_by_rank:
+        digests |= of_rank
+    write_json(directory / SEAL, digests)
+    _sync(directory / SEAL)
+    _sync(directory)
+    for other in scratch.glob("step-*"):
+        if other != directory:
             shutil.rmtree(other)
 
 
-def newest(directory: Path) -> Path | None:
-    """The newest whole state, for `read`, or None; what is not whole is removed."""
-    for place in sorted(directory.glob("step-*"), reverse=True):
+def newest(scratch: Path) -> Path | None:
+    """Return the newest complete checkpoint's directory, or None; incomplete ones are deleted."""
+    for directory in sorted(scratch.glob("step-*"), reverse=True):
         try:
-            there = [place / FACTS, *_files(place)]
-            whole = json.loads((place / SEAL).read_text()) == {file.name: _digest(file) for file in there}
+            files = [directory / STATE, *_files(directory)]
+            complete = json.loads((directory / SEAL).read_text()) == {file.name: _digest(file) for file in files}
         except (OSError, ValueError):
-            whole = False
-        if whole:
-            return place
-        shutil.rmtree(place)
+            complete = False
+        if complete:
+            return directory
+        shutil.rmtree(directory)
     return None
 
 
-def read(place: Path, part: int = 0, parts: int = 1) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """The tensors and the facts of a whole state; of matrices, the rows of one of `parts`."""
-    facts = json.loads((place / FACTS).read_text())
-    files = _files(place)
-    if len(files) == parts:
-        return load_file(files[0]) | (load_file(files[part]) if part else {}), facts
-    every = [load_file(file) for file in files]
-    tensors = every[0]
+def read_checkpoint(directory: Path, index: int = 0, count: int = 1) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """Return tensors and state of a complete checkpoint; of matrices, row shard `index` of `count`."""
+    state = json.loads((directory / STATE).read_text())
+    files = _files(directory)
+    if len(files) == count:
+        return load_file(files[0]) | (load_file(files[index]) if index else {}), state
+    shards = [load_file(file) for file in files]
+    tensors = shards[0]
     for name, first in tensors.items():
         if first.ndim > 1:
-            whole = torch.cat([each[name] for each in every])
-            tensors[name] = whole[rows(len(whole), part, parts)].clone()
-    return tensors, facts
+            matrix = torch.cat([shard[name] for shard in shards])
+            tensors[name] = matrix[rows(len(matrix), index, count)].clone()
+    return tensors, state
 
 
-def _file(place: Path, rank: int) -> Path:
-    return place / TENSORS if rank == 0 else place / f"state-{rank}.safetensors"
+def _file(directory: Path, rank: int) -> Path:
+    return directory / TENSORS if rank == 0 else directory / f"state-{rank}.safetensors"
 
 
-def _files(place: Path) -> list[Path]:
-    """The files of all ranks that wrote one, in their order."""
-    return [_file(place, rank) for rank in range(1 + len(list(place.glob("state-*.safetensors"))))]
+def _files(directory: Path) -> list[Path]:
+    """The tensor files, in rank order."""
+    return [_file(directory, rank) for rank in range(1 + len(list(directory.glob("state-*.safetensors"))))]
 
 
 def _digest(path: Path) -> str:

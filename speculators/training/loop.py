@@ -1,13 +1,14 @@
-"""The loop: packs -> steps -> a trained draft, and everything that makes a killed run end in the same bytes.
+"""The training loop: packed batches -> optimizer steps -> a trained draft.
 
-What the next step depends on is sealed every so often (`checkpoint`): parameters, their averages, momenta, moments,
-the generators' state, the number of steps done, and the sums that the next line of metrics is made of. Which rows come
-next follows from that number, since the packs of every epoch follow from the seed. Nothing that is kept holds a time
-of day.
+A run that is killed continues and ends in the same bytes. Everything that the next step depends on is written to a
+checkpoint at intervals (`checkpoint`): parameters, their averages, optimizer state, random generators' state, the
+number of steps done and the sums of the next metrics line. The rows of all steps follow from the recipe and the seed.
+Nothing in the outputs depends on the time.
 
-The rows of a step follow from the recipe. They may be divided among ranks, and into several packs, whose gradients add
-up to what one pack's would be: every prediction weighs what it would weigh there (`Draft.supervision`). Apart from
-rounding, the weights do not depend on the number of ranks, and a run may go on with another one.
+The rows of a step can be divided among ranks, and into several packed batches (gradient accumulation). Their gradients
+add up to those of one large batch, because every prediction has the weight that it would have there
+(`Draft.supervision`). Apart from rounding, the weights do not depend on the number of ranks, and a run can continue
+with another number.
 """
 
 from __future__ import annotations
@@ -27,11 +28,12 @@ from typing import Any
 
 import torch
 
+from speculators.config.algorithms import Init, loss_weights
 from speculators.config.choices import Dtype
 from speculators.config.schema import Train
 from speculators.data.packing import RowSlice, divide, training_batches, validation_batches
-from speculators.drafts.base import Draft, Predictions, Supervision
-from speculators.drafts.layers import MLP
+from speculators.drafts import induction
+from speculators.drafts.base import Draft, Predictions, Supervision, TrainState
 from speculators.errors import StageError
 from speculators.evaluation.acceptance import AcceptanceCounts
 from speculators.features.batch import PackedBatch
@@ -41,411 +43,443 @@ from speculators.training import checkpoint
 from speculators.training.losses import MetricSums, Outcome, correct_so_far, distill, next_token_in_vocabulary
 from speculators.training.optim import Average, Optimizers, rate
 from speculators.training.ranks import Ranks
-from speculators.training.sharding import Weights, weights
+from speculators.training.sharding import ReplicatedWeights, trained_weights
 from speculators.training.tracking import Trackers
-from speculators.training.watch import Watch
+from speculators.training.watch import LossWatch
 
 METRICS = "metrics.jsonl"
 BEST, LAST = "best", "last"
-"""Directories of the checkpoints of the best validation, and of the end."""
+"""Directories of the checkpoints with the best validation, and after the last step."""
 EPOCHS = "epochs"
 """Directory of the checkpoints that `train.save_every_epochs` keeps."""
-SAMPLE_TOKENS = 32_768
-"""Tokens that a draft may look at before it is trained."""
+INIT_SAMPLE_TOKENS = 32_768
+"""Training tokens that an initialiser is fitted to."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class TrainingSpec:
+    """Everything that a training needs."""
+
+    draft: Draft
+    """On `device`; its weights are trained in place."""
+    target_head: TargetHead
+    """Computes the target's logits, in the draft vocabulary."""
+    data_loader: DataLoader
+    train: Train
+    """The recipe's section."""
+    save_dtype: torch.dtype
+    """Format of the weights in the saved checkpoints."""
+    scratch: Path
+    """Directory that survives when the run is killed."""
+    device: torch.device
+    report: Callable[[int, int, dict[str, Any]], None] = lambda step, total_steps, note: None
+    """Called after every step with the number of steps done and figures to show."""
+    ranks: Ranks = field(default_factory=Ranks)
+    trackers: Trackers = field(default_factory=Trackers)
 
 
 @dataclass(frozen=True, slots=True)
-class Schedule:
-    """Every step of the run, decided before the first."""
+class TrainingPlan:
+    """The rows of every step, decided before the first."""
 
-    batches: list[list[RowSlice]]
-    """What each step trains on, all epochs one after the other."""
+    steps: list[list[RowSlice]]
+    """What each optimizer step trains on, over all epochs."""
     epoch_ends: list[int]
-    """Number of steps done when each epoch is over."""
+    """Number of steps done at the end of each epoch."""
     validation: list[list[RowSlice]]
-    """Each validation pack, whole rows, always the same."""
+    """The validation batches, of whole rows, the same every time."""
 
 
-def schedule(corpus: DataLoader, train: Train) -> Schedule:
-    """Split and pack.
+def plan_training(data_loader: DataLoader, train: Train) -> TrainingPlan:
+    """Split off the validation rows, and pack the others into steps.
 
     Raises:
-        StageError: nothing is left to train on.
+        StageError: no row is left to train on.
     """
-    rows, held = corpus.split(train.validation_ratio)
+    rows, validation_rows = data_loader.split(train.validation_ratio)
     if not rows:
         raise StageError(
             "no conversation is left to train on", "lower train.validation_ratio, or take more conversations"
         )
     if train.train_on_prompts:
-        corpus.supervise_all(rows)
-    batches: list[list[RowSlice]] = []
-    ends = []
-    pieces = corpus.row_slices(rows, train.batch_tokens)
+        data_loader.supervise_all(rows)
+    steps: list[list[RowSlice]] = []
+    epoch_ends = []
+    row_slices = data_loader.row_slices(rows, train.batch_tokens)
     for epoch in range(train.epochs):
-        batches += training_batches(pieces, train.batch_tokens, train.seed, epoch, train.packing)
+        steps += training_batches(row_slices, train.batch_tokens, train.seed, epoch, train.packing)
         if train.max_steps is not None:
-            batches = batches[: train.max_steps]
-        ends.append(len(batches))
-        if len(batches) == train.max_steps:
+            steps = steps[: train.max_steps]
+        epoch_ends.append(len(steps))
+        if len(steps) == train.max_steps:
             break
-    whole = [RowSlice(row, 0, corpus.lengths[row]) for row in held]
-    return Schedule(batches, ends, validation_batches(whole, train.batch_tokens))
+    whole_rows = [RowSlice(row, 0, data_loader.lengths[row]) for row in validation_rows]
+    return TrainingPlan(steps, epoch_ends, validation_batches(whole_rows, train.batch_tokens))
 
 
 @dataclass(slots=True)
 class Progress:
-    """Where the run is; with the tensors, all that it depends on."""
+    """The counters and sums of a run, which are part of its checkpoint."""
 
-    step: int
-    """Steps done."""
-    sums: MetricSums
-    """Over the steps since the last line of metrics."""
-    gradient_norm: float
-    """Sum over the same steps, before clipping."""
-    tokens: int
-    """Trained on since the beginning."""
-    metrics_bytes: int
+    step: int = 0
+    """Optimizer steps done."""
+    metric_sums: MetricSums = field(default_factory=lambda: MetricSums.empty(0))
+    """Over the steps since the last metrics line."""
+    grad_norm_sum: float = 0.0
+    """Over the same steps, before clipping."""
+    tokens: int = 0
+    """Tokens trained on."""
+    metrics_bytes: int = 0
     """Length of the metrics file."""
-    best_step: int
-    """0 before the first validation."""
-    best: dict[str, float]
-    """Validation metrics of the best checkpoint."""
-    watch: Watch = field(default_factory=Watch)
-    """Over the losses."""
+    best_step: int = 0
+    """Step of the best validation; 0 before the first."""
+    best: dict[str, float] = field(default_factory=dict)
+    """Metrics of the best validation."""
+    watch: LossWatch = field(default_factory=LossWatch)
 
 
 class Loop:
-    """One run. `scratch` outlives a killed attempt; `report(progress, note)` is called after every step."""
+    """One training run, from its beginning or from the newest checkpoint in `spec.scratch`."""
 
-    def __init__(
-        self, draft: Draft, teacher: TargetHead, corpus: DataLoader, train: Train, step_decay: float,
-        save_dtype: torch.dtype, scratch: Path, device: torch.device,
-        report: Callable[[int, int, dict[str, Any]], None], ranks: Ranks | None = None,
-        trackers: Trackers | None = None,
-    ) -> None:  # fmt: skip
-        self.draft, self.corpus, self.train = draft, corpus, train
-        self.step_decay, self.save_dtype = step_decay, save_dtype
-        self.scratch, self.device, self.report = scratch, device, report
-        self.plan = schedule(corpus, train)
-        self.ranks, self.trackers = ranks or Ranks(), trackers or Trackers()
-        # What a rank holds of the weights, and of what goes with them, is decided once they are all there (`run`).
-        self.weights: Weights
+    def __init__(self, spec: TrainingSpec) -> None:
+        self.spec, self.draft, self.train, self.ranks = spec, spec.draft, spec.train, spec.ranks
+        self.plan = plan_training(spec.data_loader, spec.train)
+        options = spec.draft.options
+        self.losses, self.hidden_loss_weight = loss_weights(options.loss_fn), options.hidden_loss_weight
+        self.step_decay = options.step_decay()
+        # What this rank stores of the weights is decided once all are initialised or loaded (`run`).
+        self.weights: ReplicatedWeights
         self.optimizers: Optimizers
         self.average: Average | None = None
-        for part in draft.modules():
-            if isinstance(part, MLP):
-                part.recompute = train.activation_checkpointing
-        # Heads that are not trained are brought into the format of their products once.
-        own, wanted = draft.lm_head.weight, getattr(torch, train.precision.name)
-        self.head = None if own.requires_grad else own.to(wanted)
-        shared = self.head if teacher.head is own else None
-        self.teacher = replace(teacher, head=teacher.head.to(wanted) if shared is None else shared)
-        self.at = Progress(0, MetricSums.empty(0), 0.0, 0, 0, 0, {})
+        if spec.train.activation_checkpointing:
+            spec.draft.enable_activation_checkpointing()
+        # Heads that are not trained are cast to the format of their products once.
+        head, dtype = spec.draft.lm_head.weight, getattr(torch, spec.train.precision.name)
+        self.head = None if head.requires_grad else head.to(dtype)
+        shared = self.head if spec.target_head.head is head else None
+        target_head = spec.target_head.head.to(dtype) if shared is None else shared
+        self.target_head = replace(spec.target_head, head=target_head)
+        self.progress = Progress()
         self.seconds = 0.0
-        """Spent in steps by this attempt."""
-        self.waited = 0.0
-        """Of them, until a step's tokens and hidden states were there."""
+        """Time that this attempt has spent in steps."""
+        self.wait_seconds = 0.0
+        """Part of it spent waiting for tokens and hidden states."""
         self.attempt_tokens = 0
-        """Trained on by this attempt."""
+        """Tokens that this attempt has trained on."""
 
     def run(self) -> None:
-        """Train to the end, from wherever an earlier attempt left off."""
-        self._resume()
-        self.corpus.expect(self._to_come())
-        sealed = time.monotonic()
-        for index in range(self.at.step, len(self.plan.batches)):
-            if self._gains_nothing():
+        """Train to the end, from the newest checkpoint if there is one."""
+        self._initialise_or_resume()
+        self.spec.data_loader.expect(self._remaining_batches())
+        checkpoint_time = time.monotonic()
+        for step in range(self.progress.step, len(self.plan.steps)):
+            if self._stops_early():
                 break
-            self._step(index)
-            if self.at.step in self.plan.epoch_ends:
+            self._step(step)
+            epoch_ended = self.progress.step in self.plan.epoch_ends
+            if epoch_ended:
                 self._validate()
-            late = self.ranks.agree(time.monotonic() - sealed > self.train.checkpoint_seconds)
-            if late or self.at.step in self.plan.epoch_ends:
-                self._seal()
-                sealed = time.monotonic()
-        self._keep(self.scratch / LAST)
+            is_due = time.monotonic() - checkpoint_time > self.train.checkpoint_seconds
+            if self.ranks.broadcast_object(is_due) or epoch_ended:
+                self._write_checkpoint()
+                checkpoint_time = time.monotonic()
+        self._save_draft(self.spec.scratch / LAST)
 
-    def _averaged(self) -> AbstractContextManager[None]:
+    @torch.no_grad()
+    def validate(self) -> dict[str, float]:
+        """Metrics over all validation batches; none if there is no validation row."""
+        with self.weights.unsharded():
+            own_results = [self._validate_batch(index) for index in self._own_validation()]
+        # Summed in the order of the batches, so that the last bit does not depend on which rank computed them.
+        results = sorted(itertools.chain(*self.ranks.all_gather_object(own_results)), key=lambda result: result[0])
+        if not results:
+            return {}
+        _, metric_sums, acceptance = results[0]
+        for _, other_sums, other_acceptance in results[1:]:
+            metric_sums.add(other_sums)
+            acceptance.join(other_acceptance)
+        return metric_sums.metrics(self.step_decay) | acceptance.metrics()
+
+    def _averaged_weights(self) -> AbstractContextManager[None]:
         return nullcontext() if self.average is None else self.average.applied()
 
-    def _gains_nothing(self) -> bool:
-        """Whether as many validations as `patience` says have come since the best one."""
-        validated = [end for end in self.plan.epoch_ends if self.at.best_step < end <= self.at.step]
-        return 0 < self.train.early_stopping_patience <= len(validated)
+    def _stops_early(self) -> bool:
+        """Whether the last `train.early_stopping_patience` validations have not improved on the best."""
+        since_best = [end for end in self.plan.epoch_ends if self.progress.best_step < end <= self.progress.step]
+        return 0 < self.train.early_stopping_patience <= len(since_best)
 
-    def _packs(self, index: int) -> list[list[RowSlice]]:
-        """The packs that this rank makes of its share of a step, which may be none. Shares go round."""
-        shares = divide(self.plan.batches[index], self.ranks.size)
-        share = shares[(self.ranks.rank + index) % self.ranks.size]
-        return [part for part in divide(share, self.train.gradient_accumulation_steps) if part]
+    def _own_batches(self, step: int) -> list[list[RowSlice]]:
+        """The batches of a step that this rank computes, which can be none. The shares rotate among the ranks."""
+        shares = divide(self.plan.steps[step], self.ranks.size)
+        share = shares[(self.ranks.rank + step) % self.ranks.size]
+        return [batch for batch in divide(share, self.train.gradient_accumulation_steps) if batch]
 
     def _own_validation(self) -> list[int]:
-        """The validation packs that this rank takes."""
+        """Indices of the validation batches that this rank computes."""
         return list(range(self.ranks.rank, len(self.plan.validation), self.ranks.size))
 
-    def _to_come(self) -> list[list[RowSlice]]:
-        """Every pack from here to the end, in order."""
-        packs = []
-        for index in range(self.at.step, len(self.plan.batches)):
-            packs += self._packs(index)
-            if index + 1 in self.plan.epoch_ends:
-                packs += [self.plan.validation[which] for which in self._own_validation()]
-        return packs
+    def _remaining_batches(self) -> list[list[RowSlice]]:
+        """Every batch that this rank will load, in order."""
+        batches = []
+        for step in range(self.progress.step, len(self.plan.steps)):
+            batches += self._own_batches(step)
+            if step + 1 in self.plan.epoch_ends:
+                batches += [self.plan.validation[index] for index in self._own_validation()]
+        return batches
 
-    def _sample(self) -> Iterator[PackedBatch]:
-        """Some of the rows that are trained on."""
-        wanted, tokens = [], 0
-        for row in self.corpus.split(self.train.validation_ratio)[0]:
-            wanted.append([RowSlice(row, 0, self.corpus.lengths[row])])
-            tokens += self.corpus.lengths[row]
-            if tokens > SAMPLE_TOKENS:
+    def _init_sample(self) -> Iterator[PackedBatch]:
+        """Training rows for an initialiser, one a batch."""
+        loader = self.spec.data_loader
+        sample, tokens = [], 0
+        for row in loader.split(self.train.validation_ratio)[0]:
+            sample.append([RowSlice(row, 0, loader.lengths[row])])
+            tokens += loader.lengths[row]
+            if tokens > INIT_SAMPLE_TOKENS:
                 break
-        self.corpus.expect([*wanted, *self._to_come()])
-        for pieces in wanted:
-            yield self.corpus.pack(pieces, self.device)
+        loader.expect([*sample, *self._remaining_batches()])
+        for row_slices in sample:
+            yield loader.pack(row_slices, self.spec.device)
 
-    def _step(self, index: int) -> None:
-        began = time.monotonic()
-        total = len(self.plan.batches)
-        factor = rate(index, total, self.train.warmup_ratio, self.train.schedule, self.train.decay_ratio)
-        self.draft.advance(index, total)
-        loss, tally, wrong = self._backward(index)
-        self.weights.add_up()
-        norm = self.weights.norm()
-        if wrong or not math.isfinite(norm):
-            rows = wrong or [piece.row for piece in self.plan.batches[index]]
+    def _step(self, step: int) -> None:
+        """Train one optimizer step, from its batches to the updated weights and the metrics."""
+        start_time = time.monotonic()
+        train, progress, total_steps = self.train, self.progress, len(self.plan.steps)
+        lr_factor = rate(step, total_steps, train.warmup_ratio, train.schedule, train.decay_ratio)
+        loss, metric_sums, non_finite_rows = self._backward(
+            TrainState(step=step, total_steps=total_steps, seed=train.seed)
+        )
+        self.weights.all_reduce_gradients()
+        grad_norm = self.weights.grad_norm()
+        if non_finite_rows or not math.isfinite(grad_norm):
+            rows = non_finite_rows or [row_slice.row for row_slice in self.plan.steps[step]]
             raise StageError(
-                f"step {index}: loss {loss}, norm of the gradient {norm}, on rows {self.corpus.name(rows)}",
+                f"step {step}: loss {loss}, gradient norm {grad_norm}, on rows {self.spec.data_loader.name(rows)}",
                 "look at these rows' hidden states; if they are finite, lower train.lr or train.max_grad_norm",
             )
-        self._stop_if_exploded(index, tally)
-        largest = self.train.max_grad_norm
-        self.optimizers.step(factor, 1.0 if largest is None else min(1.0, largest / (norm + 1e-6)))
-        self.at.step += 1
+        self._stop_if_diverged(step, metric_sums)
+        max_norm = train.max_grad_norm
+        self.optimizers.step(lr_factor, 1.0 if max_norm is None else min(1.0, max_norm / (grad_norm + 1e-6)))
+        progress.step += 1
         if self.average is not None:
-            self.average.update(self.at.step)
-        tokens = sum(piece.tokens for piece in self.plan.batches[index])
-        self.at.tokens += tokens
-        self.at.gradient_norm += norm
-        self.at.sums.add(tally)
-        self.seconds += time.monotonic() - began
+            self.average.update(progress.step)
+        tokens = sum(row_slice.tokens for row_slice in self.plan.steps[step])
+        progress.tokens += tokens
+        progress.grad_norm_sum += grad_norm
+        progress.metric_sums.add(metric_sums)
+        self.seconds += time.monotonic() - start_time
         self.attempt_tokens += tokens
         note: dict[str, Any] = {
-            # Of the steps since the last line of metrics: a single one may have trained on a few dozen tokens.
-            "loss": round(self.at.sums.metrics(self.step_decay)["loss"], 2),
+            # Over the steps since the last metrics line: a single one may have trained on a few dozen tokens.
+            "loss": round(progress.metric_sums.metrics(self.step_decay)["loss"], 2),
             "tokens_per_second": round(self.attempt_tokens / self.seconds),
-            "waiting": f"{self.waited / self.seconds:.1%}",
+            "waiting": f"{self.wait_seconds / self.seconds:.1%}",
         }
-        if self.at.best:
-            note["held_out"] = round(self.at.best["acceptance_length"], 3)
-        if self.at.step % self.train.log_every_steps == 0 or self.at.step == total:
-            self._log(factor)
-        self.report(self.at.step, total, note)
+        if progress.best:
+            note["acceptance_length"] = round(progress.best["acceptance_length"], 3)
+        if progress.step % train.log_every_steps == 0 or progress.step == total_steps:
+            self._log(lr_factor)
+        self.spec.report(progress.step, total_steps, note)
 
-    def _stop_if_exploded(self, index: int, tally: MetricSums) -> None:
-        watch, times, predictions = self.at.watch, self.train.loss_spike_factor, sum(tally.count)
-        if not times or not watch.exploded(sum(tally.loss) / predictions if predictions else None, times):
+    def _stop_if_diverged(self, step: int, metric_sums: MetricSums) -> None:
+        watch, factor, predictions = self.progress.watch, self.train.loss_spike_factor, sum(metric_sums.count)
+        if not factor or not watch.has_diverged(sum(metric_sums.loss) / predictions if predictions else None, factor):
             return
-        began = index - watch.ago(times)
-        # What made that step high is its own rows, or what the step before has learnt from its rows.
-        rows = [piece.row for step in range(max(0, began - 1), began + 1) for piece in self.plan.batches[step]]
+        rise = step - watch.steps_since_rise(factor)
+        # The cause is in that step's rows, or in what the step before learnt from its rows.
+        rows = [row_slice.row for each in range(max(0, rise - 1), rise + 1) for row_slice in self.plan.steps[each]]
         raise StageError(
-            f"step {index}: loss {watch.now:.4g} a prediction, {watch.lowest:.4g} at its lowest; "
-            f"it rose in step {began}, on rows {self.corpus.name(rows)}",
+            f"step {step}: median loss {watch.median:.4g} per prediction, {watch.lowest:.4g} at its lowest; "
+            f"it rose in step {rise}, on rows {self.spec.data_loader.name(rows)}",
             "lower train.lr; if such rows are to be trained on, raise train.loss_spike_factor, or set it to 0",
         )
 
-    def _backward(self, index: int) -> tuple[float, MetricSums, list[int]]:
-        """Make the gradients of this rank's packs; of all packs the loss, what was counted, and rows without a loss."""
-        loss, tally, wrong = 0.0, MetricSums.empty(0), []
-        packs = self._packs(index)
-        whole = None if packs == [self.plan.batches[index]] else self._whole(index)
-        for pieces in packs:
-            began = time.monotonic()
-            pack = self.corpus.pack(pieces, self.device)
-            self.waited += time.monotonic() - began
-            if whole is not None:
-                pack = replace(pack, anchor_mask=self._own(index, pieces, whole))
-            predictions, outcome = self.weights.backward(partial(self._forward, pack, whole), pieces is packs[-1])
-            tally.add(MetricSums.of(predictions.valid, outcome))
-            own = outcome.loss.item()
-            loss += own
-            if not math.isfinite(own):
-                wrong += pack.rows
-        if not packs:
-            self.weights.sit_out()
-        losses, tallies, wrongs = zip(*self.ranks.gather((loss, tally, wrong)), strict=True)
-        every = MetricSums.empty(0)
-        for part in tallies:
-            every.add(part)
-        return sum(losses), every, list(itertools.chain(*wrongs))
+    def _backward(self, state: TrainState) -> tuple[float, MetricSums, list[int]]:
+        """Compute the gradients of this rank's batches.
 
-    def _whole(self, index: int) -> Supervision:
-        """What the packs of a step have in common; it follows from where its tokens are supervised."""
-        every = self.plan.batches[index]
-        mask = torch.cat([self.corpus.mask(piece) for piece in every]).to(self.device)
-        return self.draft.supervision(
-            PackedBatch(
-                rows=[piece.row for piece in every],
-                lengths=[piece.end for piece in every],
-                token_ids=torch.zeros_like(mask, dtype=torch.int64),
-                loss_mask=mask,
-                hidden_states=torch.empty(len(mask), 0, 0, device=self.device),
-                last_hidden_states=torch.empty(0, 0, device=self.device),
-                last_index=torch.zeros_like(mask, dtype=torch.int64),
-            )
+        Returns: of all ranks' batches together, the loss, the metric sums, and the rows of batches whose loss is not
+        finite.
+        """
+        loss, metric_sums, non_finite_rows = 0.0, MetricSums.empty(0), []
+        batches = self._own_batches(state.step)
+        supervision = None if batches == [self.plan.steps[state.step]] else self._supervision(state)
+        for row_slices in batches:
+            start_time = time.monotonic()
+            batch = self.spec.data_loader.pack(row_slices, self.spec.device)
+            self.wait_seconds += time.monotonic() - start_time
+            if supervision is not None:
+                batch = replace(batch, anchor_mask=self._source_mask(state.step, row_slices, supervision))
+            forward = partial(self._forward, batch, state, supervision)
+            predictions, outcome = self.weights.backward(forward, last=row_slices is batches[-1])
+            metric_sums.add(MetricSums.of(predictions.valid, outcome))
+            batch_loss = outcome.loss.item()
+            loss += batch_loss
+            if not math.isfinite(batch_loss):
+                non_finite_rows += batch.rows
+        if not batches:
+            self.weights.backward_without_batch()
+        results = self.ranks.all_gather_object((loss, metric_sums, non_finite_rows))
+        losses, sums_by_rank, rows_by_rank = zip(*results, strict=True)
+        total_sums = MetricSums.empty(0)
+        for rank_sums in sums_by_rank:
+            total_sums.add(rank_sums)
+        return sum(losses), total_sums, list(itertools.chain(*rows_by_rank))
+
+    def _supervision(self, state: TrainState) -> Supervision:
+        """The supervision of a whole step, which follows from its loss masks; no hidden states are loaded."""
+        row_slices, device = self.plan.steps[state.step], self.spec.device
+        loss_mask = torch.cat([self.spec.data_loader.mask(row_slice) for row_slice in row_slices]).to(device)
+        batch = PackedBatch(
+            rows=[row_slice.row for row_slice in row_slices],
+            lengths=[row_slice.end for row_slice in row_slices],
+            token_ids=torch.zeros_like(loss_mask, dtype=torch.int64),
+            loss_mask=loss_mask,
+            hidden_states=torch.empty(len(loss_mask), 0, 0, device=device),
+            last_hidden_states=torch.empty(0, 0, device=device),
+            last_index=torch.zeros_like(loss_mask, dtype=torch.int64),
         )
+        return self.draft.supervision(batch, state)
 
-    def _own(self, index: int, pieces: list[RowSlice], whole: Supervision) -> torch.Tensor:
-        """Of the places that a step trains from, those of some of its pieces, bool [T]."""
-        own = set(pieces)
-        parts = whole.chosen.split([piece.end for piece in self.plan.batches[index]])
-        return torch.cat([part for part, piece in zip(parts, self.plan.batches[index], strict=True) if piece in own])
+    def _source_mask(self, step: int, row_slices: list[RowSlice], supervision: Supervision) -> torch.Tensor:
+        """The step's source mask at the positions of some of its row slices, bool [T]."""
+        own_slices, all_slices = set(row_slices), self.plan.steps[step]
+        masks = supervision.source_mask.split([row_slice.end for row_slice in all_slices])
+        return torch.cat([mask for mask, row_slice in zip(masks, all_slices, strict=True) if row_slice in own_slices])
 
-    def _forward(self, pack: PackedBatch, whole: Supervision | None = None) -> tuple[Predictions, Outcome]:
-        """`whole`: of all packs of a step that is divided."""
+    def _forward(
+        self, batch: PackedBatch, state: TrainState | None = None, supervision: Supervision | None = None
+    ) -> tuple[Predictions, Outcome]:
+        """Predictions and loss of a batch; `supervision` of the whole step, if the batch is a part of it."""
         with self._autocast():
-            predictions = self.draft(pack)
+            predictions = self.draft(batch, state)
             head = self.draft.lm_head.weight if self.head is None else self.head
-            asked = replace(predictions, target=pack.last_index[predictions.target])
             outcome = distill(
-                asked, pack.last_hidden_states, head, self.teacher, self.draft.loss,
-                counts=None if whole is None else whole.counts, regression=self.draft.regression,
+                replace(predictions, target_index=batch.last_index[predictions.target_index]),
+                batch.last_hidden_states, head, self.target_head, self.losses,
+                counts=None if supervision is None else supervision.counts, hidden_loss_weight=self.hidden_loss_weight,
             )  # fmt: skip
             return predictions, outcome
 
     def _autocast(self) -> AbstractContextManager[Any]:
         if self.train.precision is Dtype.float32:
             return nullcontext()
-        return torch.autocast(self.device.type, getattr(torch, self.train.precision.name))
+        return torch.autocast(self.spec.device.type, getattr(torch, self.train.precision.name))
 
-    @torch.no_grad()
-    def validate(self) -> dict[str, float]:
-        """Metrics over all validation packs: losses, and what a server would accept. Empty if nothing is held out."""
-        self.draft.advance(len(self.plan.batches), len(self.plan.batches))
-        with self.weights.gathered():
-            found = [self._validated(which) for which in self._own_validation()]
-        # In the order of the packs, whoever took them: sums are the same to the last bit.
-        counted = sorted(itertools.chain(*self.ranks.gather(found)), key=lambda one: one[0])
-        if not counted:
-            return {}
-        _, tally, walk = counted[0]
-        for _, more, further in counted[1:]:
-            tally.add(more)
-            walk.join(further)
-        return tally.metrics(self.step_decay) | walk.metrics()
-
-    def _validated(self, which: int) -> tuple[int, MetricSums, AcceptanceCounts]:
-        """What one of the validation packs gives."""
-        pack = self.corpus.pack(self.plan.validation[which], self.device)
-        predictions, outcome = self._forward(pack)
-        walk = AcceptanceCounts.empty(len(predictions.valid))
-        # A token that the draft cannot say is a miss there, whatever its own vocabulary says is most likely.
-        sayable = next_token_in_vocabulary(pack, self.draft.vocabulary)[predictions.target]
-        walk.add(predictions.target[0].tolist(), correct_so_far(predictions.valid & outcome.correct & sayable))
-        return which, MetricSums.of(predictions.valid, outcome), walk
+    def _validate_batch(self, index: int) -> tuple[int, MetricSums, AcceptanceCounts]:
+        """Metric sums and acceptance counts of a validation batch, after its index."""
+        batch = self.spec.data_loader.pack(self.plan.validation[index], self.spec.device)
+        predictions, outcome = self._forward(batch)
+        acceptance = AcceptanceCounts.empty(len(predictions.valid))
+        # A token outside the draft vocabulary is rejected, whatever is most likely within it.
+        in_vocabulary = next_token_in_vocabulary(batch, self.draft.vocabulary)[predictions.target_index]
+        accepted = correct_so_far(predictions.valid & outcome.correct & in_vocabulary)
+        acceptance.add(predictions.target_index[0].tolist(), accepted)
+        return index, MetricSums.of(predictions.valid, outcome), acceptance
 
     def _validate(self) -> None:
-        with self._averaged():
+        """Validate at the end of an epoch, log the metrics, and save the drafts that are to be kept."""
+        progress, save_every = self.progress, self.train.save_every_epochs
+        with self._averaged_weights():
             metrics = self.validate()
-        epoch = self.plan.epoch_ends.index(self.at.step) + 1
+        epoch = self.plan.epoch_ends.index(progress.step) + 1
         if metrics:
-            self._write({"step": self.at.step, "epoch": epoch, "validation": metrics})
-        if not metrics or not self.at.best or metrics["acceptance_length"] > self.at.best["acceptance_length"]:
-            self.at.best, self.at.best_step = metrics, self.at.step
-            if metrics or self.at.step == len(self.plan.batches):  # where nothing is held out, only the last can be it
-                self._keep(self.scratch / BEST)
-        if self.train.save_every_epochs and epoch % self.train.save_every_epochs == 0:
-            self._keep(self.scratch / EPOCHS / str(epoch))
+            self._write_metrics({"step": progress.step, "epoch": epoch, "validation": metrics})
+        if not metrics or not progress.best or metrics["acceptance_length"] > progress.best["acceptance_length"]:
+            progress.best, progress.best_step = metrics, progress.step
+            if metrics or progress.step == len(self.plan.steps):  # without validation, the last draft is the best
+                self._save_draft(self.spec.scratch / BEST)
+        if save_every and epoch % save_every == 0:
+            self._save_draft(self.spec.scratch / EPOCHS / str(epoch))
 
-    def _keep(self, place: Path) -> None:
-        """Write the checkpoint to `place`, of the averaged weights if there are any, whole or not at all."""
-        with self._averaged():
-            whole = self.weights.whole()
+    def _save_draft(self, directory: Path) -> None:
+        """Write the draft's checkpoint, of averaged weights if there are any, completely or not at all."""
+        with self._averaged_weights():
+            state_dict = self.weights.full_state_dict()
             if not self.ranks.first:
                 return
-            beside = self.scratch / "kept.new"
-            shutil.rmtree(beside, ignore_errors=True)
-            self.draft.save(beside, self.save_dtype, whole)
-        shutil.rmtree(place, ignore_errors=True)
-        place.parent.mkdir(exist_ok=True)
-        beside.rename(place)
+            temporary = self.spec.scratch / "draft.new"
+            shutil.rmtree(temporary, ignore_errors=True)
+            self.draft.save(temporary, self.spec.save_dtype, state_dict)
+        shutil.rmtree(directory, ignore_errors=True)
+        directory.parent.mkdir(exist_ok=True)
+        temporary.rename(directory)
 
-    def _log(self, factor: float) -> None:
-        lines = (self.at.step - 1) % self.train.log_every_steps + 1
-        facts = {"step": self.at.step, "tokens": self.at.tokens, "lr": self.train.lr * factor}
-        self._write(facts | {"gradient_norm": self.at.gradient_norm / lines} | self.at.sums.metrics(self.step_decay))
-        self.at.sums, self.at.gradient_norm = MetricSums.empty(0), 0.0
+    def _log(self, lr_factor: float) -> None:
+        """Write a metrics line of the steps since the last one."""
+        progress = self.progress
+        steps = (progress.step - 1) % self.train.log_every_steps + 1
+        line = {"step": progress.step, "tokens": progress.tokens, "lr": self.train.lr * lr_factor}
+        line |= {"grad_norm": progress.grad_norm_sum / steps} | progress.metric_sums.metrics(self.step_decay)
+        self._write_metrics(line)
+        progress.metric_sums, progress.grad_norm_sum = MetricSums.empty(0), 0.0
 
-    def _write(self, line: dict[str, Any]) -> None:
+    def _write_metrics(self, line: dict[str, Any]) -> None:
         if not self.ranks.first:
             return
-        with (self.scratch / METRICS).open("ab") as file:
+        with (self.spec.scratch / METRICS).open("ab") as file:
             file.write(json.dumps(line).encode() + b"\n")
-            self.at.metrics_bytes = file.tell()
-        self.trackers.log(line)
+            self.progress.metrics_bytes = file.tell()
+        self.spec.trackers.log(line)
 
-    def _seal(self) -> None:
-        generators = self.ranks.gather(self._generators())
-        tensors: dict[str, torch.Tensor] = {f"draft.{name}": p for name, p in self.weights.held.items()}
-        tensors |= {f"measured.{name}": t for name, t in self.draft.measured.items()}
+    def _write_checkpoint(self) -> None:
+        generators = self.ranks.all_gather_object(self._generator_states())
+        tensors: dict[str, torch.Tensor] = {f"draft.{name}": p for name, p in self.weights.local.items()}
+        tensors |= {f"fitted.{name}": t for name, t in self.draft.fitted_tensors().items()}
         tensors |= {f"optimizer.{name}": t for name, t in self.optimizers.state().items()}
         if self.average is not None:
             tensors |= {f"average.{name}": t for name, t in self.average.averages.items()}
-        for rank, states in enumerate(generators):
-            tensors |= {f"random.{rank}.{name}": state for name, state in states.items()}
-        checkpoint.seal(self.scratch, self.at.step, self.weights.sealed(tensors), asdict(self.at), self.ranks)
+        for rank, generator_states in enumerate(generators):
+            tensors |= {f"random.{rank}.{name}": state for name, state in generator_states.items()}
+        tensors = self.weights.checkpoint_tensors(tensors)
+        checkpoint.seal(self.spec.scratch, self.progress.step, tensors, asdict(self.progress), self.ranks)
 
-    def _generators(self) -> dict[str, torch.Tensor]:
-        states = {"cpu": torch.get_rng_state()}
-        if self.device.type == "cuda":
-            states["cuda"] = torch.cuda.get_rng_state(self.device)
-        return states
+    def _generator_states(self) -> dict[str, torch.Tensor]:
+        generator_states = {"cpu": torch.get_rng_state()}
+        if self.spec.device.type == "cuda":
+            generator_states["cuda"] = torch.cuda.get_rng_state(self.spec.device)
+        return generator_states
 
-    def _resume(self) -> None:
-        """Go on from the newest sealed state, or begin. What all ranks read, rank 0 has looked through."""
-        found = self.ranks.agree(checkpoint.newest(self.scratch) if self.ranks.first else None)
+    def _initialise_or_resume(self) -> None:
+        """Continue from the newest checkpoint, or initialise. Rank 0 alone verifies checkpoints, for all ranks."""
+        scratch = self.spec.scratch
+        directory = self.ranks.broadcast_object(checkpoint.newest(scratch) if self.ranks.first else None)
         torch.manual_seed(self.train.seed)
-        if found is None:
+        if directory is None:
             if self.ranks.first:
-                (self.scratch / METRICS).write_bytes(b"")
-                self.draft.prepare(self._sample(), self.train.seed)
-            drawn = [p.data for p in self.draft.parameters()]
-            self.ranks.spread(drawn, [0] * len(drawn))
-            self._measured(self.ranks.agree({name: t.cpu() for name, t in self.draft.measured.items()}))
-            self._hold()
+                (scratch / METRICS).write_bytes(b"")
+                if self.draft.options.init is Init.induction:
+                    induction.initialise(self.draft, self._init_sample(), self.train.seed)
+            tensors = [p.data for p in self.draft.parameters()] + list(self.draft.fitted_tensors().values())
+            self.ranks.broadcast(tensors, [0] * len(tensors))
+            self._distribute_weights()
             return
-        self._hold()
-        tensors, facts = checkpoint.read(found, *self.weights.part)
-        watch = Watch(**facts.get("watch", {}))  # states that were sealed before there was one may be gone on from
-        self.at = Progress(**{**facts, "sums": MetricSums(**facts["sums"]), "watch": watch})
+        self._distribute_weights()
+        tensors_by_name, state = checkpoint.read_checkpoint(directory, *self.weights.shard)
+        state |= {"metric_sums": MetricSums(**state["metric_sums"]), "watch": LossWatch(**state["watch"])}
+        self.progress = Progress(**state)
         if self.ranks.first:
-            os.truncate(self.scratch / METRICS, self.at.metrics_bytes)
+            os.truncate(scratch / METRICS, self.progress.metrics_bytes)
         with torch.no_grad():
-            for name, p in self.weights.held.items():
-                p.copy_(tensors[f"draft.{name}"])
-        self._measured(_under("measured.", tensors))
-        self.optimizers.load(_under("optimizer.", tensors))
+            for name, p in self.weights.local.items():
+                p.copy_(tensors_by_name[f"draft.{name}"])
+            for name, t in self.draft.fitted_tensors().items():
+                t.copy_(tensors_by_name[f"fitted.{name}"])
+        self.optimizers.load(_with_prefix("optimizer.", tensors_by_name))
         if self.average is not None:
-            self.average.load(_under("average.", tensors))
-        states = _under(f"random.{self.ranks.rank}.", tensors)  # none on a rank that was not there before
-        if "cpu" in states:
-            torch.set_rng_state(states["cpu"])
-        if "cuda" in states and self.device.type == "cuda":
-            torch.cuda.set_rng_state(states["cuda"], self.device)
+            self.average.load(_with_prefix("average.", tensors_by_name))
+        generators = _with_prefix(f"random.{self.ranks.rank}.", tensors_by_name)  # none on a rank that is new
+        if "cpu" in generators:
+            torch.set_rng_state(generators["cpu"])
+        if "cuda" in generators and self.spec.device.type == "cuda":
+            torch.cuda.set_rng_state(generators["cuda"], self.spec.device)
 
-    def _measured(self, found: dict[str, torch.Tensor]) -> None:
-        self.draft.measured = {name: t.to(self.device) for name, t in found.items()}
-
-    def _hold(self) -> None:
-        """Give each rank what it holds of the weights, and the optimisers' state and the average with it."""
-        self.weights = weights(self.draft, self.train, self.ranks, self.device)
+    def _distribute_weights(self) -> None:
+        """Shard or replicate the weights, with the optimizers' state and the average."""
+        self.weights = trained_weights(self.draft, self.train, self.ranks, self.spec.device)
         self.optimizers = self.weights.optimizers(self.train)
         if self.train.ema > 0:
-            self.average = Average(self.weights.held, self.train.ema)
+            self.average = Average(self.weights.local, self.train.ema)
 
 
-def _under(prefix: str, tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """Those whose names begin with `prefix`, without it."""
+def _with_prefix(prefix: str, tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """The tensors whose names begin with `prefix`, by the rest of their names."""
     return {name.removeprefix(prefix): t for name, t in tensors.items() if name.startswith(prefix)}

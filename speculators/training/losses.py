@@ -37,12 +37,12 @@ class Outcome:
 def distill(
     predictions: Predictions, target_hidden_states: Tensor, head: Tensor, target_head: TargetHead,
     loss: Loss | Mapping[Loss, float] = Loss.kl, chunk_elements: int | None = None, counts: Tensor | None = None,
-    regression: float = 0.0,
+    hidden_loss_weight: float = 0.0,
 ) -> Outcome:  # fmt: skip
     """Compute the weighted loss of a packed batch's predictions over the draft's vocabulary.
 
     Args:
-        predictions: of one packed batch; their `target` indexes `target_hidden_states`.
+        predictions: of one packed batch; their `target_index` indexes `target_hidden_states`.
         target_hidden_states: the target's, before its final norm [T, H].
         head: the draft's head [V, H]: float32 if it is trained, else of any format.
         target_head: the target's final norm and head.
@@ -50,9 +50,9 @@ def distill(
         chunk_elements: logits that may exist at a time; by default `ops.distillation.CHUNK_ELEMENTS`.
         counts: supervised predictions of each step over the whole optimizer step, float32 [K]; by default over this
             batch.
-        regression: weight of `ops.distillation.hidden_state_loss` in the loss.
+        hidden_loss_weight: weight of `ops.distillation.hidden_state_loss` in the loss.
     """
-    valid, weight, reweigh = predictions.valid, predictions.weight, predictions.reweigh
+    valid, weight, reweight = predictions.valid, predictions.weight, predictions.reweight
     share = None
     if counts is not None:
         assert predictions.count is not None
@@ -61,21 +61,21 @@ def distill(
 
     def weight_from_losses(losses: Tensor) -> Tensor:
         """Weights of the valid predictions [N] from their losses [N]."""
-        assert reweigh is not None
+        assert reweight is not None
         divergence = torch.zeros_like(weight)
         divergence[valid] = losses
-        weights = reweigh(divergence)
+        weights = reweight(divergence)
         return (weights if share is None else weights * share)[valid]
 
-    hidden_states, target_index = predictions.hidden[valid], predictions.target[valid]
+    hidden_states, target_index = predictions.hidden_states[valid], predictions.target_index[valid]
     losses = {loss.value: 1.0} if isinstance(loss, Loss) else {each.value: factor for each, factor in loss.items()}
     total, valid_divergence, valid_correct = distillation_loss(
-        hidden_states, target_index, weight[valid] if reweigh is None else weight_from_losses, target_hidden_states,
+        hidden_states, target_index, weight[valid] if reweight is None else weight_from_losses, target_hidden_states,
         head, target_head, losses, chunk_elements,
     )  # fmt: skip
-    if regression:
+    if hidden_loss_weight:
         error = hidden_state_loss(hidden_states, target_head.norm(target_hidden_states[target_index]))
-        total = total + regression * (weight[valid] * error).sum()
+        total = total + hidden_loss_weight * (weight[valid] * error).sum()
     divergence, correct = torch.zeros_like(weight), torch.zeros_like(valid)
     divergence[valid], correct[valid] = valid_divergence, valid_correct
     return Outcome(loss=total, divergence=divergence, correct=correct)
@@ -129,15 +129,15 @@ class MetricSums:
         """Compute means by name: `loss` over all steps, weighted by step_decay^k, and for each step k from 0
 
         - `loss_k`: loss of a prediction,
-        - `full_k`: share of predictions that are correct up to k,
-        - `cond_k`: share that is correct at k, of those correct before k.
+        - `full_acc_k`: share of predictions that are correct up to k,
+        - `cond_acc_k`: share that is correct at k, of those correct before k.
 
         Correct means equal to the target's argmax over the draft's vocabulary.
         """
         means: dict[str, float] = {}
         for k, count in enumerate(self.count):
             means[f"loss_{k}"] = self.loss[k] / max(count, 1.0)
-            means[f"full_{k}"] = self.right[k] / max(count, 1.0)
-            means[f"cond_{k}"] = self.right[k] / max(self.reached[k], 1.0)
+            means[f"full_acc_{k}"] = self.right[k] / max(count, 1.0)
+            means[f"cond_acc_{k}"] = self.right[k] / max(self.reached[k], 1.0)
         means["loss"] = sum(step_decay**k * means[f"loss_{k}"] for k in range(len(self.count)))
         return means

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from speculators.config.choices import LrSchedule, Optimizer
 from speculators.config.schema import Train
-from speculators.drafts.base import TARGETS
+from speculators.drafts.base import TARGET_MATRICES
 from speculators.ops.muon import muon_updates, orthogonalize, update_momentum, update_scale
 from speculators.ops.weights import apply_update, mark_changed
 from speculators.training.ranks import Ranks, rows
@@ -44,7 +44,7 @@ class Optimizers:
         self.shapes = {name: p.shape for name, p in full.items()}
         muon = train.optimizer is Optimizer.muon
         # Rows of the vocabulary's matrices are independent of each other, and most have no gradient in a step.
-        self.matrices = {name: p for name, p in named.items() if muon and p.ndim == 2 and name not in TARGETS}
+        self.matrices = {name: p for name, p in named.items() if muon and p.ndim == 2 and name not in TARGET_MATRICES}
         self.others = {name: p for name, p in named.items() if name not in self.matrices}
         self.lr = train.lr
         self.muon_lr = train.lr if train.muon_lr is None else train.muon_lr
@@ -112,7 +112,7 @@ class Optimizers:
                 update_momentum(self.momenta[name], self._grad(name), self.muon_momentum, grad_factor)
         for name, update in self._updates_of(owned, grad_factor):
             updates[name].copy_(update)  # contiguous and float32, as broadcasts need them
-        self.ranks.spread(list(updates.values()), [self.owners[name] for name in names])
+        self.ranks.broadcast(list(updates.values()), [self.owners[name] for name in names])
         yield from updates.items()
 
     def _sharded_updates(self, names: list[str], grad_factor: float) -> Iterator[tuple[str, Tensor]]:
@@ -130,10 +130,10 @@ class Optimizers:
             [(parts[name][rank].stop - parts[name][rank].start, self.shapes[name][1]) for name in ours]
             for rank in everyone
         ]
-        received = self.ranks.exchange([[directions[name] for name in group] for group in owned], shapes)
+        received = self.ranks.all_to_all([[directions[name] for name in group] for group in owned], shapes)
         full = [torch.cat(row_slices) for row_slices in zip(*received, strict=True)]
         updates = dict(zip(ours, orthogonalize(full, self.dtype, self.block), strict=True))
-        returned = self.ranks.exchange(
+        returned = self.ranks.all_to_all(
             [[updates[name][parts[name][rank]] for name in ours] for rank in everyone],
             [[directions[name].shape for name in group] for group in owned],
         )

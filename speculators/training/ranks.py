@@ -1,12 +1,12 @@
-"""Ranks: the processes that share one training, and what they say to each other.
+"""Ranks: the processes of one distributed training, and the collectives between them.
 
-Rank 0 is the stage's own process. It starts the others of its machine as its children, in its own process group, so
-that whoever owns it owns them; they end with it, however it ends. Under `torchrun` (RANK, WORLD_SIZE, MASTER_ADDR and
-MASTER_PORT are set), on one machine or on several, each process is a rank and starts none.
+Rank 0 is the stage's process. It starts the other ranks of its machine as children in its own process group, which end
+with it, however it ends. Under `torchrun` (RANK, WORLD_SIZE, MASTER_ADDR and MASTER_PORT are set), on one machine or
+several, each process is a rank and starts none.
 
-Every rank trains on its share of each step's rows and adds up the gradients with the others. It holds the whole draft
-and all the state of its optimisers, or rows of them (`sharding`); only rank 0 writes what is kept. gloo carries tensors
-of a CPU, NCCL those of GPUs.
+Every rank trains on its share of each step's rows, and all_reduce sums the gradients. A rank stores the whole draft and
+its optimizer state, or shards of them (`sharding`); only rank 0 writes the outputs. Collectives of CPU tensors go
+through gloo, those of GPU tensors through NCCL.
 """
 
 from __future__ import annotations
@@ -31,80 +31,80 @@ from speculators.errors import RecipeError, RunError, StageError
 
 T = TypeVar("T")
 TCPStore: Any = dist.TCPStore  # type: ignore[attr-defined]
-"""torch has no types for it."""
+"""torch has no type annotations for it."""
 PATIENCE = datetime.timedelta(minutes=30)
-"""How long a rank waits for the others: one of them may write a checkpoint, or wait for hidden states."""
+"""How long a collective waits for other ranks, which may write a checkpoint or wait for hidden states."""
 GRACE = 5.0
-"""Seconds that the children have to end by themselves once rank 0 is through, or to say why they failed."""
+"""Seconds that child ranks have to end by themselves after rank 0, or to report why they failed."""
 
 
 class Ranks:
-    """One process among `size`. With one there is nobody to talk to, and nothing happens."""
+    """This process as rank `rank` of `size`, with its collectives. With one rank they return their input."""
 
     def __init__(self, rank: int = 0, size: int = 1) -> None:
         self.rank, self.size = rank, size
 
     @property
     def first(self) -> bool:
-        """Whether this process is the one that writes."""
+        """Whether this is rank 0, which writes the outputs."""
         return self.rank == 0
 
-    def agree(self, value: T) -> T:
-        """What rank 0 says."""
+    def broadcast_object(self, value: T) -> T:
+        """Return rank 0's value, which is pickled, on every rank."""
         if self.size == 1:
             return value
-        said: list[Any] = [value]
-        dist.broadcast_object_list(said, src=0)
-        agreed: T = said[0]
-        return agreed
+        values: list[Any] = [value]
+        dist.broadcast_object_list(values, src=0)
+        first: T = values[0]
+        return first
 
-    def gather(self, value: T) -> list[T]:
-        """What each rank says, in their order, for all of them."""
+    def all_gather_object(self, value: T) -> list[T]:
+        """Return the values of all ranks, which are pickled, in rank order on every rank."""
         if self.size == 1:
             return [value]
-        said: list[Any] = [None] * self.size
-        dist.all_gather_object(said, value)
-        return said
+        values: list[Any] = [None] * self.size
+        dist.all_gather_object(values, value)
+        return values
 
-    def add(self, tensors: Sequence[Tensor]) -> None:
-        """Replace each tensor by its sum over the ranks: the same bits on all of them, and the same every time."""
+    def all_reduce(self, tensors: Sequence[Tensor]) -> None:
+        """Replace each tensor by its sum over the ranks, bit-identical on all of them and in every run."""
         if self.size > 1:
             for work in [dist.all_reduce(tensor, async_op=True) for tensor in tensors]:
                 work.wait()
 
-    def spread(self, tensors: Sequence[Tensor], sources: Sequence[int]) -> None:
-        """Replace each tensor, contiguous, by that of its source."""
+    def broadcast(self, tensors: Sequence[Tensor], sources: Sequence[int]) -> None:
+        """Replace each contiguous tensor by the one of its source rank."""
         if self.size > 1:
             pairs = zip(tensors, sources, strict=True)
             for work in [dist.broadcast(tensor, src=source, async_op=True) for tensor, source in pairs]:
                 work.wait()
 
-    def exchange(
+    def all_to_all(
         self, sent: Sequence[Sequence[Tensor]], shapes: Sequence[Sequence[Sequence[int]]]
     ) -> list[list[Tensor]]:
-        """Give each rank its own tensors and get those that each rank has for this one, of these shapes."""
+        """Send `sent[r]` to each rank r, and return what each rank sent to this one, of `shapes[r]`."""
         flat = torch.cat([tensor.flatten() for tensors in sent for tensor in tensors])
         sizes = [[math.prod(shape) for shape in each] for each in shapes]
-        got = flat.new_empty(sum(map(sum, sizes)))
+        received = flat.new_empty(sum(map(sum, sizes)))
         counts = [sum(tensor.numel() for tensor in tensors) for tensors in sent]
-        dist.all_to_all_single(got, flat, [sum(each) for each in sizes], counts)
-        parts = iter(got.split([size for each in sizes for size in each]))
-        return [[next(parts).view(*shape) for shape in each] for each in shapes]
+        dist.all_to_all_single(received, flat, [sum(each) for each in sizes], counts)
+        tensors = iter(received.split([size for each in sizes for size in each]))
+        return [[next(tensors).view(*shape) for shape in each] for each in shapes]
 
 
 def rows(count: int, rank: int, size: int) -> slice:
-    """The rows that one of `size` ranks has of a divided matrix with `count`; FSDP cuts at the same places."""
-    most = -(-count // size)
-    return slice(min(rank * most, count), min((rank + 1) * most, count))
+    """The rows of a matrix of `count` rows that rank `rank` of `size` stores; FSDP shards it the same way."""
+    shard = -(-count // size)
+    return slice(min(rank * shard, count), min((rank + 1) * shard, count))
 
 
 @contextlib.contextmanager
-def joined(processes: int, follow: Callable[..., object], *args: object) -> Iterator[Ranks]:
-    """The ranks of a training, of which this process is one.
+def process_group(processes: int, child_main: Callable[..., object], *args: object) -> Iterator[Ranks]:
+    """Start the other ranks of a training, and join them as rank 0.
 
     Args:
-        processes: how many this machine is to have; not looked at under torchrun, and by a child.
-        follow: what a child does: `follow(ranks, *args)`. All of it is pickled, so it has a name in a module.
+        processes: number of ranks on this machine; ignored under torchrun.
+        child_main: called in a child as `child_main(ranks, *args)`; pickled, so it has to be a module's function.
 
     Raises:
         RunError: what a child raised, if this process failed only because of that.
@@ -117,22 +117,26 @@ def joined(processes: int, follow: Callable[..., object], *args: object) -> Iter
         yield Ranks()
     else:
         store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
-        with _children(processes, store.port, follow, args), _group(0, processes, 0, store) as ranks:
+        with _children(processes, store.port, child_main, args), _group(0, processes, 0, store) as ranks:
             yield ranks
 
 
 def check_devices(processes: int, device: torch.device) -> None:
-    """Raises RecipeError where there are fewer GPUs than processes."""
+    """Check that each process has a GPU of its own.
+
+    Raises:
+        RecipeError: there are fewer GPUs than processes.
+    """
     if device.type == "cuda" and processes > torch.cuda.device_count():
         raise RecipeError(
             f"train.num_processes is {processes}, and there are {torch.cuda.device_count()} GPUs",
-            "a process needs a GPU of its own: lower train.num_processes, or raise hardware.gpus",
+            "lower train.num_processes, or raise hardware.gpus: each process needs a GPU of its own",
         )
 
 
 @contextlib.contextmanager
 def _group(rank: int, size: int, local: int, store: Any = None) -> Iterator[Ranks]:
-    """Join the others, as `rank` of `size`; `local` numbers those of this machine."""
+    """Join the process group as `rank` of `size`; `local` is the rank within this machine."""
     on_gpu = torch.cuda.is_available()
     if on_gpu:
         torch.cuda.set_device(local % torch.cuda.device_count())
@@ -148,20 +152,20 @@ def _group(rank: int, size: int, local: int, store: Any = None) -> Iterator[Rank
 
 
 @contextlib.contextmanager
-def _children(processes: int, port: int, follow: Callable[..., object], args: tuple[object, ...]) -> Iterator[None]:
-    """Ranks 1 and up as children of this process; none is left at the end."""
+def _children(processes: int, port: int, child_main: Callable[..., object], args: tuple[object, ...]) -> Iterator[None]:
+    """Run ranks 1 and up as children of this process, and leave none behind."""
     started: list[tuple[int, SpawnProcess, Connection]] = []
     try:
         for rank in range(1, processes):
             here, there = multiprocessing.get_context("spawn").Pipe(duplex=False)
             child = multiprocessing.get_context("spawn").Process(
-                target=_child, args=(rank, processes, port, there, follow, args), name=f"rank {rank}", daemon=True
+                target=_child, args=(rank, processes, port, there, child_main, args), name=f"rank {rank}", daemon=True
             )
             child.start()
             there.close()
             started.append((rank, child, here))
         for _, _, here in started:
-            here.recv()  # it is about to join; EOFError if it has ended before
+            here.recv()  # it is about to join; EOFError if it has already ended
         yield
         for _, child, _ in started:
             child.join(GRACE)
@@ -179,35 +183,35 @@ def _children(processes: int, port: int, follow: Callable[..., object], args: tu
 
 
 def _cause(started: list[tuple[int, SpawnProcess, Connection]]) -> RunError | None:
-    """Why a child failed or died, if one did."""
+    """The error of the first child that failed or died, if one did."""
     for rank, child, pipe in started:
         with contextlib.suppress(EOFError, OSError):
             if pipe.poll(GRACE):
-                said: RunError = pipe.recv()
-                return said
+                error: RunError = pipe.recv()
+                return error
         child.join(GRACE)
         if child.exitcode:
             return StageError(
                 f"process {rank} of the training ended with exit code {child.exitcode}",
-                "its last words are above; a negative code is the signal that ended it (-9: often too little memory)",
+                "see its output above; a negative code is the signal that ended it (-9: often out of memory)",
             )
     return None
 
 
 def _child(
-    rank: int, size: int, port: int, pipe: Connection, follow: Callable[..., object], args: tuple[object, ...]
+    rank: int, size: int, port: int, pipe: Connection, child_main: Callable[..., object], args: tuple[object, ...]
 ) -> None:
-    threading.Thread(target=_end_with_the_parent, name="parent-watch", daemon=True).start()
+    threading.Thread(target=_exit_with_parent, name="parent-watch", daemon=True).start()
     try:
         pipe.send(None)
         with _group(rank, size, rank, TCPStore("127.0.0.1", port, is_master=False)) as ranks:
-            follow(ranks, *args)
+            child_main(ranks, *args)
     except RunError as error:
         pipe.send(error)
         sys.exit(1)
 
 
-def _end_with_the_parent() -> None:
+def _exit_with_parent() -> None:
     parent = multiprocessing.parent_process()
     assert parent is not None
     parent.join()

@@ -1,17 +1,17 @@
-"""Who holds what of the weights that are trained: every rank all of them, or each rank its own rows.
+"""The trained weights of a draft: replicated on every rank, or sharded by rows.
 
-Whole weights (`Weights`) are the simplest: each rank makes gradients of its share of a step, and all add them up.
+`ReplicatedWeights`: each rank computes gradients of its share of a step, and all_reduce sums them.
 
-Divided weights (`Shards`) are torch's FSDP2 (`fully_shard`; Zhao et al. 2023, arXiv:2304.11277): of every matrix, a
-rank has the rows that `ranks.rows` gives it, as float32 masters, with their gradient, their momentum or moments and
-their average. For a step, the ranks hand each other their rows, cast to `train.precision`; each computes with whole
-matrices; and of the gradients, summed in float32, each gets back those of its own rows. Vectors, which are weights of
-norms, are small, and norms are computed in float32: they stay whole everywhere, as does what is frozen.
+`ShardedWeights` are torch's FSDP2 (`fully_shard`; Zhao et al. 2023, arXiv:2304.11277): of every matrix, a rank stores
+the rows that `ranks.rows` assigns to it as float32 master weights, with their gradient, optimizer state and average.
+For a step, the ranks gather whole matrices, cast to `train.precision`; the gradients are summed in float32 and
+scattered, so that each rank gets those of its rows. Vectors (weights of norms, computed in float32) and frozen tensors
+are replicated.
 
-The draft is wrapped as one unit, because its parts are called piece by piece, and its head where the loss is made. So
-what is divided by the number of ranks n is what lasts from step to step: of P weights, 16 P bytes become 16 P / n
-under AdamW, 12 P become 12 P / n under Muon. What comes and goes within a step is not: P weights in
-`train.precision`, and P gradients in float32.
+The draft is one FSDP unit, because its submodules are called one by one, and its LM head in the loss. So what is
+divided by the number of ranks n is what persists between steps: of P weights, 16 P bytes become 16 P / n with AdamW,
+12 P become 12 P / n with Muon. What exists within a step is not divided: P weights in `train.precision` and P gradients
+in float32.
 """
 
 from __future__ import annotations
@@ -37,61 +37,66 @@ from speculators.training.ranks import Ranks
 Forward = Callable[[], tuple[Predictions, Outcome]]
 
 
-class Weights:
-    """What is trained of a draft, whole on every rank."""
+class ReplicatedWeights:
+    """The trained weights of a draft, all of them on every rank.
 
-    part = (0, 1)
-    """Of the matrices, which of so many parts this rank has."""
+    Args:
+        draft: on its device; the same on all ranks.
+        ranks: this process among the others.
+        grad_dtype: of the matrices' gradients if not float32; the products that compute them have it already.
+    """
 
-    def __init__(self, draft: Draft, ranks: Ranks, short: torch.dtype | None = None) -> None:
-        """Hold the weights; with `short`, gradients of matrices stay in that format, in which products make them."""
+    shard = (0, 1)
+    """(index, count): which of how many row shards of the matrices this rank stores."""
+
+    def __init__(self, draft: Draft, ranks: Ranks, grad_dtype: torch.dtype | None = None) -> None:
         self.draft, self.ranks = draft, ranks
-        for part in draft.modules():
-            if short is not None and isinstance(part, Linear):
-                keep_grad_dtype(part.weight, short)
-        self.held = {name: p for name, p in draft.named_parameters() if p.requires_grad}
-        """What this rank has of each weight, float32; whoever writes there changes the draft."""
+        for module in draft.modules():
+            if grad_dtype is not None and isinstance(module, Linear):
+                keep_grad_dtype(module.weight, grad_dtype)
+        self.local = {name: p for name, p in draft.named_parameters() if p.requires_grad}
+        """What this rank stores of each weight, by name, float32; writing to it changes the draft."""
 
     def optimizers(self, train: Train) -> Optimizers:
-        """What changes the weights by their gradients."""
+        """The optimizers of the local weights."""
         return Optimizers(self.draft, train, self.ranks)
 
     def backward(self, forward: Forward, last: bool) -> tuple[Predictions, Outcome]:
-        """Compute forward and backward; `last`: nothing else adds to the gradients of this rank's step."""
+        """Run forward and backward; `last`: no other batch adds to the gradients of this rank's step."""
         predictions, outcome = forward()
         outcome.loss.backward()
         return predictions, outcome
 
-    def sit_out(self) -> None:
-        """Do what the others wait for where a rank has no share of a step."""
+    def backward_without_batch(self) -> None:
+        """Take part in the step's collectives on a rank that has no batch of the step."""
 
-    def add_up(self) -> None:
-        """Make the gradients of what is held those of the whole step; zeros where nobody has any."""
-        self.ranks.add(_gradients(self.held.values()))
+    def all_reduce_gradients(self) -> None:
+        """Replace the local gradients by those of the whole step; zeros where no rank has any."""
+        self.ranks.all_reduce(_gradients(self.local.values()))
 
-    def norm(self) -> float:
-        """Of the gradients, over all weights."""
-        return float(_norm(self.held.values()))
+    def grad_norm(self) -> float:
+        """Euclidean norm of all weights' gradients."""
+        return float(_norm(self.local.values()))
 
     @contextlib.contextmanager
-    def gathered(self) -> Iterator[None]:
-        """The draft can be called, on any number of packs, without a gradient."""
+    def unsharded(self) -> Iterator[None]:
+        """Let the draft be called without gradients, any number of times on each rank."""
         yield
 
-    def whole(self) -> dict[str, Tensor]:
-        """On the first rank, float32 weights to write in the place of those that the draft itself shows."""
+    def full_state_dict(self) -> dict[str, Tensor]:
+        """On rank 0, the float32 weights that the draft's own `state_dict` holds a shard of only, by name."""
         return {}
 
-    def sealed(self, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-        """Of this rank's state, by name, what it has to write so that all ranks together write all of it once."""
+    def checkpoint_tensors(self, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+        """Of this rank's state, the tensors that it has to write so that all ranks together write everything once."""
         return tensors if self.ranks.first else {}
 
 
-class Shards(Weights):
-    """What is trained of a draft, each matrix divided by rows among at least two ranks."""
+class ShardedWeights(ReplicatedWeights):
+    """The trained weights of a draft, each matrix sharded by rows among at least two ranks."""
 
     def __init__(self, draft: Draft, ranks: Ranks, device: torch.device, precision: Dtype) -> None:
-        self.draft, self.ranks, self.part = draft, ranks, (ranks.rank, ranks.size)
+        self.draft, self.ranks, self.shard = draft, ranks, (ranks.rank, ranks.size)
         self.root = _Root(draft)
         self.unit = fully_shard(
             self.root,
@@ -102,54 +107,54 @@ class Shards(Weights):
             ),
             ignored_params={p for p in draft.parameters() if p.ndim < 2},
         )
-        # The losses of the parts add up, and so do their gradients; gloo cannot take a mean.
+        # The batches' losses add up, and so do their gradients; gloo has no mean.
         self.unit.set_gradient_divide_factor(1.0)
         self.unit.set_force_sum_reduction_for_comms(True)
-        self.divided: dict[str, DTensor] = {}
-        self.held = {}
+        self.sharded: dict[str, DTensor] = {}
+        self.local = {}
         for name, p in draft.named_parameters():
-            self.held[name] = p
+            self.local[name] = p
             if isinstance(p, DTensor):
-                self.divided[name] = p
-                self.held[name] = nn.Parameter(p.to_local().detach())
+                self.sharded[name] = p
+                self.local[name] = nn.Parameter(p.to_local().detach())
 
     def optimizers(self, train: Train) -> Optimizers:
-        return Optimizers(self.draft, train, self.ranks, self.held)
+        return Optimizers(self.draft, train, self.ranks, self.local)
 
     def backward(self, forward: Forward, last: bool) -> tuple[Predictions, Outcome]:
-        found: list[tuple[Predictions, Outcome]] = []
+        results: list[tuple[Predictions, Outcome]] = []
 
         def loss() -> Tensor:
-            found.append(forward())
-            return found[0][1].loss
+            results.append(forward())
+            return results[0][1].loss
 
         self._backward(loss, last)
-        return found[0]
+        return results[0]
 
-    def sit_out(self) -> None:
+    def backward_without_batch(self) -> None:
         self._backward(lambda: torch.stack([p.flatten()[0].float() * 0.0 for p in self.draft.parameters()]).sum(), True)
 
     def _backward(self, loss: Callable[[], Tensor], last: bool) -> None:
-        """The first of a step gathers the matrices; the last one sums the gradients, and leaves only rows behind."""
+        """The first backward of a step gathers the matrices; the last one reduces the gradients and reshards."""
         self.unit.set_requires_gradient_sync(last)
         self.unit.set_reshard_after_backward(last)
         self.unit.set_is_last_backward(last)
         self.root(loss).backward()
 
-    def add_up(self) -> None:
-        for name, p in self.divided.items():
+    def all_reduce_gradients(self) -> None:
+        for name, p in self.sharded.items():
             assert isinstance(p.grad, DTensor)
-            self.held[name].grad, p.grad = p.grad.to_local(), None
-        self.ranks.add(_gradients(p for name, p in self.held.items() if name not in self.divided))
+            self.local[name].grad, p.grad = p.grad.to_local(), None
+        self.ranks.all_reduce(_gradients(p for name, p in self.local.items() if name not in self.sharded))
 
-    def norm(self) -> float:
-        squares = _norm(self.held[name] for name in self.divided).square()
-        self.ranks.add([squares])
-        vectors = _norm(p for name, p in self.held.items() if name not in self.divided)
+    def grad_norm(self) -> float:
+        squares = _norm(self.local[name] for name in self.sharded).square()
+        self.ranks.all_reduce([squares])
+        vectors = _norm(p for name, p in self.local.items() if name not in self.sharded)
         return float((squares + vectors.square()).sqrt())
 
     @contextlib.contextmanager
-    def gathered(self) -> Iterator[None]:
+    def unsharded(self) -> Iterator[None]:
         self.unit.unshard()
         try:
             yield
@@ -157,20 +162,20 @@ class Shards(Weights):
             self.unit.reshard()
 
     @torch.no_grad()
-    def whole(self) -> dict[str, Tensor]:
-        found = {}
-        for name, p in self.divided.items():
+    def full_state_dict(self) -> dict[str, Tensor]:
+        weights = {}
+        for name, p in self.sharded.items():
             tensor = p.full_tensor()
             if self.ranks.first:
-                found[name] = tensor.cpu()
-        return found
+                weights[name] = tensor.cpu()
+        return weights
 
-    def sealed(self, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    def checkpoint_tensors(self, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
         return tensors if self.ranks.first else {name: t for name, t in tensors.items() if t.ndim > 1}
 
 
 class _Root(nn.Module):
-    """The unit that is gathered: whatever is called inside of it finds whole weights."""
+    """The FSDP unit: whatever runs inside its forward pass sees whole weights."""
 
     def __init__(self, draft: Draft) -> None:
         super().__init__()
@@ -180,28 +185,27 @@ class _Root(nn.Module):
         return loss()
 
 
-def weights(draft: Draft, train: Train, ranks: Ranks, device: torch.device) -> Weights:
-    """The weights of a draft, which are the same on all ranks, held as the recipe says."""
+def trained_weights(draft: Draft, train: Train, ranks: Ranks, device: torch.device) -> ReplicatedWeights:
+    """The weights of a draft, which is the same on all ranks, replicated or sharded as `train.fsdp` says."""
     if train.fsdp and ranks.size > 1:
-        return Shards(draft, ranks, device, train.precision)
-    # Nothing is added to the gradient of a step's only pack.
-    alone = ranks.size == 1 and train.gradient_accumulation_steps == 1 and device.type == "cpu"
-    # AdamW needs gradients of the weights' own format.
-    short = alone and train.optimizer is Optimizer.muon
-    return Weights(draft, ranks, getattr(torch, train.precision.name) if short else None)
+        return ShardedWeights(draft, ranks, device, train.precision)
+    # Where a step has one batch only, nothing is added to its gradients, which can keep the format of their products.
+    # AdamW needs gradients in the weights' format.
+    one_batch = ranks.size == 1 and train.gradient_accumulation_steps == 1 and device.type == "cpu"
+    keeps_dtype = one_batch and train.optimizer is Optimizer.muon
+    return ReplicatedWeights(draft, ranks, getattr(torch, train.precision.name) if keeps_dtype else None)
 
 
 def _gradients(parameters: Iterable[nn.Parameter]) -> list[Tensor]:
-    """Those of all of them, zeros where a rank had no share of the step."""
-    found = []
+    """The parameters' gradients, zeros where a rank had no batch of the step."""
+    gradients = []
     for p in parameters:
         if p.grad is None:
             p.grad = torch.zeros_like(p, dtype=p.grad_dtype)
-        found.append(p.grad)
-    return found
+        gradients.append(p.grad)
+    return gradients
 
 
 def _norm(parameters: Iterable[nn.Parameter]) -> Tensor:
-    """Of all gradients together, float32."""
-    gradients = [p.grad for p in parameters if p.grad is not None]
-    return grad_norm(gradients)
+    """Euclidean norm of all gradients together, float32."""
+    return grad_norm([p.grad for p in parameters if p.grad is not None])

@@ -1,9 +1,9 @@
-"""Whether a training has lost what it had learnt: its loss is a number, but far above what it was, and stays there.
+"""Detect a training that has diverged: its loss is finite, but stays far above what it was.
 
-Single steps do not tell. Where a step trains on a few dozen tokens, one has several times the loss of the next. So what
-is compared is the median of the last steps with the lowest that it has been, the first step's own loss included. Losses
-are those of one prediction: they depend neither on how many a step has, nor on how many steps are unrolled. In 18
-trainings, the mean of ten steps never was above 2.2 times its lowest median.
+Single losses vary too much to tell: where a step trains on a few dozen tokens, one can have several times the loss of
+the next. So the median of the last steps is compared with its lowest value so far, the first step's loss included.
+Losses are per prediction, so that they depend neither on the number of predictions nor on the number of unrolled steps.
+In 18 trainings, the mean of ten steps was never above 2.2 times the lowest median before it.
 """
 
 from __future__ import annotations
@@ -11,43 +11,44 @@ from __future__ import annotations
 import statistics
 from dataclasses import dataclass, field
 
-LAST = 32
-"""Steps that the median is taken of; half of them have to be too high."""
-NOISE = 1.0
-"""Nothing below counts as low, in nats a prediction: what is known by heart may jump by any factor."""
+WINDOW_STEPS = 32
+"""Steps that the median is taken over; half of them have to be too high."""
+MIN_LOSS = 1.0
+"""Smallest loss that a rise is measured from, in nats per prediction: a memorized loss may rise by any factor."""
 
 
 @dataclass(slots=True)
-class Watch:
-    """What the next verdict depends on; a part of the state that a killed run goes on from."""
+class LossWatch:
+    """The losses that the next verdict depends on; part of the training checkpoint."""
 
-    last: list[float] = field(default_factory=list)
-    """Losses of the last steps."""
+    losses: list[float] = field(default_factory=list)
+    """Losses of the last steps, in nats per prediction."""
     lowest: float | None = None
-    """What their median was at its lowest; None before there was one."""
+    """Lowest median so far; None before the first step."""
 
-    def exploded(self, loss: float | None, times: float) -> bool:
-        """Count a step; whether the loss is now more than `times` what it was.
+    def has_diverged(self, loss: float | None, factor: float) -> bool:
+        """Add a step's loss, and return whether the median is now more than `factor` times its lowest value.
 
         Args:
-            loss: of a prediction, in nats; None of a step that made none, which then counts as the one before it.
-            times: above 1.
+            loss: in nats per prediction; None for a step without predictions, which counts as the one before it.
+            factor: above 1.
         """
-        if loss is None and not self.last:
+        if loss is None and not self.losses:
             return False
-        self.last = [*self.last[1 - LAST :], self.last[-1] if loss is None else loss]
-        self.lowest = self.now if self.lowest is None else min(self.lowest, self.now)
-        return len(self.last) == LAST and self.now > self.limit(times)
+        self.losses = [*self.losses[1 - WINDOW_STEPS :], self.losses[-1] if loss is None else loss]
+        self.lowest = self.median if self.lowest is None else min(self.lowest, self.median)
+        return len(self.losses) == WINDOW_STEPS and self.median > self.limit(factor)
 
     @property
-    def now(self) -> float:
-        """The median of the last steps."""
-        return statistics.median(self.last)
+    def median(self) -> float:
+        """Median of the last steps' losses."""
+        return statistics.median(self.losses)
 
-    def limit(self, times: float) -> float:
-        """The loss from which on it is too high."""
-        return times * max(self.lowest or 0.0, NOISE)
+    def limit(self, factor: float) -> float:
+        """The loss above which a step is too high."""
+        return factor * max(self.lowest or 0.0, MIN_LOSS)
 
-    def ago(self, times: float) -> int:
+    def steps_since_rise(self, factor: float) -> int:
         """How many steps before the last one the loss first was too high."""
-        return len(self.last) - 1 - next(i for i, loss in enumerate(self.last) if loss > self.limit(times))
+        rise = next(i for i, loss in enumerate(self.losses) if loss > self.limit(factor))
+        return len(self.losses) - 1 - rise

@@ -34,8 +34,7 @@ def load(directory: Path, target: Any) -> Draft:
         if "d2t" in file.keys():  # noqa: SIM118 (it is no mapping)
             d2t = file.get_tensor("d2t")
             head = head[torch.arange(len(d2t)) + d2t]
-    draft = DRAFTS[algorithm].load(directory, target.get_input_embeddings().weight, head)
-    draft.advance(1, 1)
+    draft = DRAFTS[algorithm].from_checkpoint(directory, target.get_input_embeddings().weight, head)
     return draft.eval()
 
 
@@ -66,11 +65,11 @@ def foreseen(
     for answer in answers:
         its = pack(target, answer["prompt_ids"], answer["plain"]["token_ids"], layer_ids)
         predictions = draft(its)
-        said = tokens[(predictions.hidden @ draft.lm_head.weight.T).argmax(-1)]
-        right = predictions.valid & (said == its.token_ids.roll(-1)[predictions.target])
+        said = tokens[(predictions.hidden_states @ draft.lm_head.weight.T).argmax(-1)]
+        right = predictions.valid & (said == its.token_ids.roll(-1)[predictions.target_index])
         # The first token of an answer comes out of the prompt: nothing is proposed before it.
-        asked = predictions.target[0] >= len(answer["prompt_ids"])
-        walk.add(predictions.target[0, asked].tolist(), correct_so_far(right)[:positions, asked])
+        asked = predictions.target_index[0] >= len(answer["prompt_ids"])
+        walk.add(predictions.target_index[0, asked].tolist(), correct_so_far(right)[:positions, asked])
     return walk
 
 

@@ -56,7 +56,7 @@ def measure(case: str, size: int) -> tuple[int, int]:
     teacher = TargetHead(norm_weight=torch.ones(WIDTH), norm_eps=1e-6, head=head)
     given = head.clone().requires_grad_() if trained else head
     weight = torch.full((STEPS, TOKENS), 1.0 / TOKENS)
-    found = Predictions(hidden=hidden, target=place, valid=place >= 0, weight=weight)
+    found = Predictions(hidden_states=hidden, target_index=place, valid=place >= 0, weight=weight)
     before = resident("VmRSS")
     Path("/proc/self/clear_refs").write_text("5")
     distill(found, last, given, teacher, losses).loss.backward()

@@ -39,7 +39,7 @@ from safetensors.torch import load_file
 from torch.utils.flop_counter import FlopCounterMode
 
 from speculators.config import compose
-from speculators.config.algorithms import DFlash, loss_weights
+from speculators.config.algorithms import DFlash
 from speculators.config.schema import Config
 from speculators.drafts import DRAFTS
 from speculators.drafts.base import Draft, Vocabulary
@@ -49,7 +49,7 @@ from speculators.ops.distillation import TargetHead
 from speculators.runner.planning.plan import Planner
 from speculators.runner.store.artifacts import Store
 from speculators.targets.checkpoint import TargetCheckpoint
-from speculators.training.loop import Loop
+from speculators.training.loop import Loop, TrainingSpec
 
 BATCH_TOKENS = 512
 RATE = 1e-3
@@ -60,10 +60,10 @@ SAME = [
     "speculator.hidden_loss_weight=0", "speculator.target_layer_ids=[2,15,27]",
 ]  # fmt: skip
 OURS = {
-    "eagle3": ["speculator.induction=false", "speculator.ttt_warmup_ratio=0.0"],
+    "eagle3": ["speculator.init=random", "speculator.ttt_warmup_ratio=0.0"],
     "dflash": [
         "speculator.num_layers=2", "speculator.num_speculative_tokens=7", "speculator.max_anchors=64",
-        "speculator.induction=false", "prompts.max_turns=1", "regenerate.max_tokens=160",
+        "speculator.init=random", "prompts.max_turns=1", "regenerate.max_tokens=160",
     ],
 }  # fmt: skip
 THEIRS = {
@@ -97,13 +97,17 @@ class World:
 
     def loop(self, draft: Draft, scratch: Path) -> Loop:
         """Our training of a draft."""
-        draft.configure(self.config.speculator)
-        draft.loss = loss_weights(self.config.speculator.loss_fn)
         norm = self.target.final_norm()
-        teacher = TargetHead(norm_weight=norm.weight, norm_eps=norm.eps, head=draft.lm_head.weight)
-        corpus, train = DataLoader(self.tokens, ShardSource(self.features)), self.config.train
-        device = torch.device("cpu")
-        return Loop(draft, teacher, corpus, train, 1.0, self.dtype, scratch, device, lambda *_: None)
+        spec = TrainingSpec(
+            draft=draft,
+            target_head=TargetHead(norm_weight=norm.weight, norm_eps=norm.eps, head=draft.lm_head.weight),
+            data_loader=DataLoader(self.tokens, ShardSource(self.features)),
+            train=self.config.train,
+            save_dtype=self.dtype,
+            scratch=scratch,
+            device=torch.device("cpu"),
+        )
+        return Loop(spec)
 
     def fresh(self) -> Draft:
         """A draft from noise."""
@@ -112,15 +116,16 @@ class World:
             options.mask_token_id = self.target.mask_token_id()
         parts = self.target.parts(self.vocabulary.tokens)
         draft_type = DRAFTS[options.algorithm]
-        return draft_type.build(parts, options, self.vocabulary, self.layer_ids, self.config.train.seed)
+        return draft_type.from_target(parts, options, self.vocabulary, self.layer_ids, self.config.train.seed)
 
     def validate(self, checkpoint: Path) -> dict[str, float]:
         """What a checkpoint, of either, gives on the rows that were held out."""
         head = self.target.head(self.vocabulary.tokens)
-        draft = DRAFTS[self.config.speculator.algorithm].load(checkpoint, self.target.embeddings(), head)
+        options, embeddings = self.config.speculator, self.target.embeddings()
+        draft = DRAFTS[options.algorithm].from_checkpoint(checkpoint, embeddings, head, options)
         with tempfile.TemporaryDirectory() as scratch:
             loop = self.loop(draft, Path(scratch))
-            loop._hold()
+            loop._distribute_weights()
             return loop.validate()
 
     def export(self, root: Path) -> float:
@@ -162,11 +167,11 @@ def flops_per_token(world: World) -> float:
     """Operations in products, of a step of ours, counted while it is made."""
     with tempfile.TemporaryDirectory() as scratch:
         loop = world.loop(world.fresh(), Path(scratch))
-        loop._resume()
+        loop._initialise_or_resume()
         with FlopCounterMode(display=False) as counter:
             for index in range(upstream_trainer.WARM):
                 loop._step(index)
-        return counter.get_total_flops() / loop.at.tokens
+        return counter.get_total_flops() / loop.progress.tokens
 
 
 def gemm_rate(dtype: torch.dtype) -> float:

@@ -39,7 +39,7 @@ from speculators.features.shards import ShardReader, ShardWriter
 from speculators.ops.distillation import TargetHead
 from speculators.stages.train import same_bytes_every_time
 from speculators.targets.checkpoint import TargetCheckpoint
-from speculators.training.loop import Loop
+from speculators.training.loop import Loop, TrainingSpec
 
 STEPS = 13
 RATE = 1e-4
@@ -76,7 +76,7 @@ SIZES = {
         vocabulary=151936, kept=32000, row=2048, rows=4,
         layer_ids={"eagle3": [2, 18, 33], "dflash": [1, 9, 17, 25, 33]},
         speculators={
-            "eagle3": Eagle3(induction=False),
+            "eagle3": Eagle3(),
             "dflash": DFlash(num_layers=5, num_speculative_tokens=15, max_anchors=512, mask_token_id=151_000),
         },
     ),
@@ -85,7 +85,7 @@ SIZES = {
         vocabulary=512, kept=256, row=64, rows=4,
         layer_ids={"eagle3": [1, 3, 4], "dflash": [1, 2, 3, 4, 5]},
         speculators={
-            "eagle3": Eagle3(induction=False),
+            "eagle3": Eagle3(),
             "dflash": DFlash(num_layers=5, num_speculative_tokens=15, max_anchors=16, mask_token_id=500),
         },
     ),
@@ -161,9 +161,9 @@ def build(
     options = size.speculators[algorithm]
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     parts = target.parts(vocabulary.tokens)
-    draft = DRAFTS[algorithm].build(parts, options, vocabulary, size.layer_ids[algorithm], seed=0).to(device)
+    draft = DRAFTS[algorithm].from_target(parts, options, vocabulary, size.layer_ids[algorithm], seed=0).to(device)
     norm = target.final_norm()
-    teacher = TargetHead(norm_weight=norm.weight.to(device), norm_eps=norm.eps, head=draft.lm_head.weight)
+    target_head = TargetHead(norm_weight=norm.weight.to(device), norm_eps=norm.eps, head=draft.lm_head.weight)
     train = Train(
         batch_tokens=size.batch_tokens,
         epochs=1,
@@ -172,32 +172,41 @@ def build(
         lr=RATE,
         precision=Dtype.bfloat16,
     )
-    return Loop(draft, teacher, corpus, train, 1.0, torch.bfloat16, scratch, device, lambda *_: None)
+    spec = TrainingSpec(
+        draft=draft,
+        target_head=target_head,
+        data_loader=corpus,
+        train=train,
+        save_dtype=torch.bfloat16,
+        scratch=scratch,
+        device=device,
+    )
+    return Loop(spec)
 
 
 def ours(loop: Loop) -> tuple[float, int, int]:
     """Tokens/s, most memory, and operations a token."""
-    loop._resume()
-    loop.corpus.expect(loop._to_come())
+    loop._initialise_or_resume()
+    loop.spec.data_loader.expect(loop._remaining_batches())
     for index in range(upstream_trainer.WARM):
         loop._step(index)
     with FlopCounterMode(display=False) as counter:
         loop._step(upstream_trainer.WARM)
     flops = counter.get_total_flops() // size_of(loop, upstream_trainer.WARM)
     began, tokens = time.perf_counter(), 0
-    for index in range(upstream_trainer.WARM + 1, len(loop.plan.batches)):
+    for index in range(upstream_trainer.WARM + 1, len(loop.plan.steps)):
         loop._step(index)
         tokens += size_of(loop, index)
-    if loop.device.type == "cuda":
+    if loop.spec.device.type == "cuda":
         torch.cuda.synchronize()
     rate = tokens / (time.perf_counter() - began)
-    loop.corpus.close()
-    return rate, torch.cuda.max_memory_allocated() if loop.device.type == "cuda" else 0, flops
+    loop.spec.data_loader.close()
+    return rate, torch.cuda.max_memory_allocated() if loop.spec.device.type == "cuda" else 0, flops
 
 
 def size_of(loop: Loop, index: int) -> int:
     """Tokens of a step."""
-    return sum(piece.tokens for piece in loop.plan.batches[index])
+    return sum(piece.tokens for piece in loop.plan.steps[index])
 
 
 def gemm_rate(size: Size, device: torch.device) -> float:
@@ -236,11 +245,11 @@ def main(python: str, algorithm: str = "eagle3", of: str = "qwen3_8b", driver: s
         with same_bytes_every_time():
             rate, peak, flops = ours(loop)
         found["ours"] = rate, peak
-        name = torch.cuda.get_device_name() if loop.device.type == "cuda" else "no GPU"
+        name = torch.cuda.get_device_name() if loop.spec.device.type == "cuda" else "no GPU"
         print(f"{algorithm}, {of}, {size.batch_tokens} tokens a step, torch {torch.__version__}, {name}")
         for who, (speed, most) in found.items():
             print(f"{who}: {speed:.0f} tokens/s, at most {most / 2**30:.2f} GiB")
-        bound = gemm_rate(size, loop.device)
+        bound = gemm_rate(size, loop.spec.device)
         print(f"{flops / 1e6:.0f} MFLOP a token, {flops * rate / bound:.0%} of {bound / 1e12:.2f} TFLOP/s")
         if "upstream" in found:
             print(f"ratio {rate / found['upstream'][0]:.2f}, memory {peak / max(1, found['upstream'][1]):.2f}")

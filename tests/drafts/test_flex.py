@@ -25,7 +25,7 @@ def computed(draft: Draft, pack: PackedBatch, device: str) -> list[torch.Tensor]
     tensors = {name: getattr(pack, name).to(device) for name in ("token_ids", "loss_mask", "states")}
     draft.zero_grad()
     found = draft(replace(pack, **tensors))
-    kept = found.hidden[found.valid]
+    kept = found.hidden_states[found.valid]
     (kept.square().mean() + kept[:, 0].mean()).backward()
     return [x.detach().cpu() for x in (kept, *(p.grad for p in draft.parameters() if p.grad is not None))]
 

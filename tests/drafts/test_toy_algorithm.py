@@ -22,8 +22,15 @@ from speculators.config.choices import Device, Dtype
 from speculators.config.fields import positive, select, semantic
 from speculators.config.schema import Config, Extract, Target, Train, Vocab, from_builtins
 from speculators.drafts import DRAFTS
-from speculators.drafts.base import TARGETS, Draft, Predictions, Supervision, TargetParts, Vocabulary
-from speculators.drafts.layers import Linear, RMSNorm, initialise
+from speculators.drafts.base import (
+    TARGET_MATRICES,
+    Draft,
+    Predictions,
+    Supervision,
+    TargetParts,
+    TrainState,
+)
+from speculators.drafts.layers import Linear, RMSNorm
 from speculators.features.batch import PackedBatch
 from speculators.job import Job
 from speculators.runner.planning.derive import Facts, derive
@@ -49,40 +56,42 @@ class ToyDraft(Draft):
     algorithm: ClassVar[str] = "toy"
     architecture: ClassVar[str] = "ToyDraftModel"
 
-    def __init__(self, config: Mapping[str, Any], embeddings: Tensor, head: Tensor, vocabulary: Vocabulary) -> None:
-        super().__init__(config, embeddings, head, vocabulary)
+    def __init__(self, config: Mapping[str, Any], options: Speculator, embeddings: Tensor, *parts: Any) -> None:
+        super().__init__(config, options, embeddings, *parts)
         self.scale = float(config["scale"])
         width = embeddings.shape[1]
         self.mix = Linear(2 * width, width)
         self.norm = RMSNorm(width, 1e-5)
 
     @classmethod
+    def options_of(cls, config: Mapping[str, Any]) -> Speculator:
+        return Toy(scale=config["scale"])
+
+    @classmethod
     def describe(cls, parts: TargetParts, options: Speculator, layer_ids: list[int]) -> dict[str, Any]:
         assert isinstance(options, Toy)
         return {"scale": options.scale, "layer_ids": layer_ids}
 
-    def initialise(self, seed: int) -> None:
-        initialise(self, 0.02, torch.Generator().manual_seed(seed))
+    def omitted_tensors(self) -> set[str]:
+        return TARGET_MATRICES - self.own_matrices
 
-    def configure(self, options: Speculator) -> None:
-        return
-
-    def left_out(self) -> set[str]:
-        return TARGETS - self.own
-
-    def forward(self, pack: PackedBatch) -> Predictions:
-        places = pack.loss_mask.nonzero()[:, 0]
-        embedded = nn.functional.embedding(pack.token_ids[places], self.embed_tokens.weight).float()
-        hidden = self.norm(self.mix(torch.cat([embedded, self.scale * pack.hidden_states[places, -1].float()], -1)))
+    def forward(self, batch: PackedBatch, state: TrainState | None = None) -> Predictions:
+        places = batch.loss_mask.nonzero()[:, 0]
+        embedded = nn.functional.embedding(batch.token_ids[places], self.embed_tokens.weight).float()
+        hidden = self.norm(self.mix(torch.cat([embedded, self.scale * batch.hidden_states[places, -1].float()], -1)))
         valid = torch.ones(1, len(places), dtype=torch.bool)
         count = valid.sum(1).float().clamp(min=1.0)
         return Predictions(
-            hidden=hidden[None], target=places[None], valid=valid, weight=valid / count[:, None], count=count
+            hidden_states=hidden[None],
+            target_index=places[None],
+            valid=valid,
+            weight=valid / count[:, None],
+            count=count,
         )
 
-    def supervision(self, whole: PackedBatch) -> Supervision:
-        counts = whole.loss_mask.sum()[None].float().clamp(min=1.0)
-        return Supervision(counts=counts, chosen=torch.ones_like(whole.loss_mask))
+    def supervision(self, batch: PackedBatch, state: TrainState | None = None) -> Supervision:
+        counts = batch.loss_mask.sum()[None].float().clamp(min=1.0)
+        return Supervision(counts=counts, source_mask=torch.ones_like(batch.loss_mask))
 
 
 @pytest.fixture
@@ -127,7 +136,7 @@ def test_it_is_trained_saved_and_read_again(job: Job) -> None:
     assert losses[-1] < losses[0]
     target = tiny.TargetCheckpoint(job.inputs["target"])
     head = target.head(tiny.vocabulary().tokens)
-    draft = ToyDraft.load(job.output / "last", target.embeddings(), head)
+    draft = ToyDraft.from_checkpoint(job.output / "last", target.embeddings(), head)
     assert draft.scale == 0.5
     draft.save(job.work / "again", torch.bfloat16)
     for name in ("model.safetensors", "config.json"):

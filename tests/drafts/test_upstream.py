@@ -20,7 +20,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 
 from speculators.config.algorithms import DraftArch, Loss, Weighting
-from speculators.drafts.base import TARGETS, Draft
+from speculators.drafts.base import TARGET_MATRICES, Draft
 from speculators.drafts.dflash import DFlashDraft
 from speculators.drafts.eagle3 import Eagle3Draft
 from speculators.training.losses import MetricSums, correct_so_far, distill
@@ -64,7 +64,7 @@ def ask_upstream(
 def larger(draft: Draft) -> None:
     """Larger weights than fresh ones, so that every part of the model matters; and head and embeddings of its own."""
     for name, parameter in draft.named_parameters():
-        parameter.mul_(1.2 if name in TARGETS else 4.0)
+        parameter.mul_(1.2 if name in TARGET_MATRICES else 4.0)
 
 
 @pytest.mark.parametrize(
@@ -73,7 +73,7 @@ def larger(draft: Draft) -> None:
         (40, {}),
         (tiny.V, {"norm_output": False, "norm_before_residual": False, "norm_before_fc": False}),
         (40, {"num_layers": 2}),
-        (40, {"loss": {loss.name: 0.2 + 0.1 * i for i, loss in enumerate(Loss)}, "ttt_step_decay": 0.7}),
+        (40, {"loss_fn": {loss.name: 0.2 + 0.1 * i for i, loss in enumerate(Loss)}, "ttt_step_decay": 0.7}),
         (
             40,
             {"draft_arch": DraftArch.qwen3, "num_layers": 3, "fc_norm": True, "norm_before_fc": False}
@@ -95,17 +95,15 @@ def test_upstream_loads_our_checkpoint_whole_and_computes_our_loss(
     draft, teacher = tiny.make_draft(tiny.write_target(tmp_path / "target", head=0.3), kept, **options)
     larger(draft)
     draft.save(tmp_path / "draft", torch.bfloat16)
-    asked, draft = draft, Eagle3Draft.load(tmp_path / "draft")
+    asked, draft = draft, Eagle3Draft.from_checkpoint(tmp_path / "draft")
     pack = tiny.make_pack([20, 33, 9, 14])
     predictions = draft(pack)
-    weights, decay = asked.loss, asked.step_decay
+    weights, decay = tiny.losses_of(asked), asked.options.ttt_step_decay
     predictions = replace(predictions, weight=predictions.weight * decay ** torch.arange(3)[:, None])
     outcome = distill(predictions, pack.last_hidden_states, draft.lm_head.weight, teacher, weights)
     ours = MetricSums.of(predictions.valid, outcome).metrics()
 
-    theirs = ask_upstream(
-        tmp_path / "draft", pack, tmp_path, "upstream_loss.py", their_loss(weights), str(asked.step_decay)
-    )
+    theirs = ask_upstream(tmp_path / "draft", pack, tmp_path, "upstream_loss.py", their_loss(weights), str(decay))
 
     assert theirs["missing"] == []
     assert theirs["unexpected"] == []
@@ -118,7 +116,7 @@ def test_upstream_loads_our_checkpoint_whole_and_computes_our_loss(
         each = (alone.divergence * predictions.weight).sum(1).tolist()
         told = [theirs["metrics"][f"{THEIRS.get(loss.name, loss.name)}_loss_{step}_sum"] for step in range(3)]
         assert each == pytest.approx(told, abs=1e-4, rel=1e-4), loss
-    assert ours["full_0"] == pytest.approx(
+    assert ours["full_acc_0"] == pytest.approx(
         theirs["metrics"]["full_acc_0_sum"] / theirs["metrics"]["full_acc_0_total"], abs=1e-4
     )
 
@@ -127,11 +125,11 @@ def test_upstream_loads_our_checkpoint_whole_and_computes_our_loss(
     ("kept", "options"),
     [
         (40, {}),
-        (tiny.V, {"loss": Loss.kl, "weighting": Weighting.decay, "decay_gamma": 2.5}),
+        (tiny.V, {"loss_fn": "kl", "weighting": Weighting.decay, "decay_gamma": 2.5}),
         (40, {"sliding_window": 6, "dpace_alpha": 0.25}),
         (40, {"sliding_window": 6, "causal": True}),
         (40, {"causal": True, "num_layers": 1}),
-        (40, {"loss": {"ce": 0.1, "tv": 0.9}, "weighting": Weighting.decay}),
+        (40, {"loss_fn": {"ce": 0.1, "tv": 0.9}, "weighting": Weighting.decay}),
     ],
     ids=[
         "reduced vocabulary",
@@ -151,16 +149,15 @@ def test_upstream_and_we_load_each_others_dflash_and_compute_one_loss(
     larger(draft)
     draft.save(tmp_path / "draft", torch.float32)
     pack = tiny.make_pack([20, 33, 17, 14])
-    draft.anchors = 25
-    draft.advance(2, 10)
-    anchors = draft.layout(pack).anchors
+    asked.max_anchors = 25
+    anchors = draft.layout(pack, tiny.state_at(2)).anchors
     anchors = anchors[anchors < 80]  # upstream has no anchors in the last block of a pack
-    draft._drawn = lambda places: anchors  # type: ignore[method-assign]
+    draft._draw_anchors = lambda *_: anchors  # type: ignore[method-assign]
     predictions = draft(pack)
-    outcome = distill(predictions, pack.last_hidden_states, draft.lm_head.weight, teacher, draft.loss)
+    outcome = distill(predictions, pack.last_hidden_states, draft.lm_head.weight, teacher, tiny.losses_of(draft))
 
     how = {
-        "loss_fn": their_loss(draft.loss),
+        "loss_fn": their_loss(tiny.losses_of(draft)),
         "per_position_loss_weight": {Weighting.dpace: "dpace", Weighting.decay: "fixed-exp-decay"}[asked.weighting],
         "gamma": asked.decay_gamma,
         "dpace_alpha": asked.dpace_alpha,
@@ -180,9 +177,9 @@ def test_upstream_and_we_load_each_others_dflash_and_compute_one_loss(
     assert predictions.valid.sum() == told["full_acc_total"]
     assert correct_so_far(right).sum() + predictions.valid.any(0).sum() == told["eal_sum"]
 
-    again = DFlashDraft.load(tmp_path / "theirs", parts.embeddings, parts.head)
-    again._drawn = draft._drawn  # type: ignore[method-assign]
-    assert torch.equal(again(pack).hidden, predictions.hidden)
+    again = DFlashDraft.from_checkpoint(tmp_path / "theirs", parts.embeddings, parts.head)
+    again._draw_anchors = draft._draw_anchors  # type: ignore[method-assign]
+    assert torch.equal(again(pack).hidden_states, predictions.hidden_states)
     with safe_open(tmp_path / "theirs" / "model.safetensors", "pt") as their_file:
         names = set(their_file.keys())
     with safe_open(tmp_path / "draft" / "model.safetensors", "pt") as our_file:

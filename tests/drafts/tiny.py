@@ -10,8 +10,8 @@ import datasets
 import torch
 from safetensors.torch import save_file
 
-from speculators.config.algorithms import DFlash, Eagle3
-from speculators.drafts.base import Draft, TargetParts, Vocabulary
+from speculators.config.algorithms import DFlash, Eagle3, Loss, loss_weights
+from speculators.drafts.base import Draft, TargetParts, TrainState, Vocabulary
 from speculators.drafts.dflash import DFlashDraft
 from speculators.drafts.eagle3 import Eagle3Draft
 from speculators.features.batch import PackedBatch
@@ -76,7 +76,7 @@ def make_teacher(directory: Path, draft: Draft) -> TargetHead:
 def make_draft(directory: Path, kept: int = 40, **options: object) -> tuple[Eagle3Draft, TargetHead]:
     """A fresh EAGLE-3 draft for the target in `directory`, and its teacher."""
     parts, vocab = make_parts(directory, kept)
-    draft = Eagle3Draft.build(parts, Eagle3(**options), vocab, [1, 3, 4], seed=3)
+    draft = Eagle3Draft.from_target(parts, Eagle3(**options), vocab, [1, 3, 4], seed=3)
     return draft, make_teacher(directory, draft)
 
 
@@ -84,8 +84,18 @@ def make_dflash(directory: Path, kept: int = 40, **options: object) -> tuple[DFl
     """A fresh DFlash draft of two layers and blocks of four for the target in `directory`, and its teacher."""
     parts, vocab = make_parts(directory, kept)
     chosen = DFlash(**{"num_layers": 2, "num_speculative_tokens": 3, "mask_token_id": 7, **options})  # type: ignore[arg-type]
-    draft = DFlashDraft.build(parts, chosen, vocab, [1, 3, 4], seed=3)
+    draft = DFlashDraft.from_target(parts, chosen, vocab, [1, 3, 4], seed=3)
     return draft, make_teacher(directory, draft)
+
+
+def losses_of(draft: Draft) -> dict[Loss, float]:
+    """The losses that the draft's options name."""
+    return loss_weights(draft.options.loss_fn)
+
+
+def state_at(step: int, total_steps: int = 100) -> TrainState:
+    """Training after `step` steps."""
+    return TrainState(step=step, total_steps=total_steps, seed=3)
 
 
 def make_pack(lengths: list[int], seed: int = 4) -> PackedBatch:
@@ -185,8 +195,8 @@ def copied(draft: Draft, packs: list[PackedBatch]) -> float:
     right = total = 0
     for pack in packs:
         predictions = draft(pack)
-        target = predictions.target[0]
-        said = (predictions.hidden[0] @ draft.lm_head.weight.T).argmax(-1)
+        target = predictions.target_index[0]
+        said = (predictions.hidden_states[0] @ draft.lm_head.weight.T).argmax(-1)
         asked = predictions.valid[0] & (target + 1 < len(pack.token_ids))
         right += int((said == pack.token_ids.roll(-1)[target])[asked].sum())
         total += int(asked.sum())

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import tiny
 
-from speculators.config.algorithms import DFlash, Eagle3, Speculator
+from speculators.config.algorithms import DFlash, Eagle3, Init, Speculator
 from speculators.config.choices import Device, Dtype
 from speculators.config.fields import select
 from speculators.config.schema import Config, Extract, Target, Train, Vocab, from_builtins
@@ -23,8 +23,8 @@ from speculators.runner.planning.graph import DRAWING, KINDS
 from speculators.stages.train import main
 
 SPECULATORS: dict[str, Speculator] = {
-    "eagle3": Eagle3(),
-    "dflash": DFlash(num_layers=2, num_speculative_tokens=3, mask_token_id=7, max_anchors=12, induction=True),
+    "eagle3": Eagle3(init=Init.induction),
+    "dflash": DFlash(num_layers=2, num_speculative_tokens=3, mask_token_id=7, max_anchors=12, init=Init.induction),
 }
 
 

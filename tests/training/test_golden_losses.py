@@ -19,6 +19,7 @@ import torch
 from safetensors.torch import save_file
 from trainings import job_of, metrics
 
+from speculators.config.algorithms import Init
 from speculators.config.choices import Optimizer
 from speculators.features.contract import feature_contract
 from speculators.features.shards import ShardWriter
@@ -80,7 +81,7 @@ def write_world(directory: Path) -> Path:
 def losses(world: Path, work: Path, algorithm: str, optimizer: Optimizer) -> list[float]:
     """The loss of each of `STEPS` steps, and of every validation among them."""
     job = job_of(world, work, algorithm=algorithm, optimizer=optimizer, max_steps=STEPS, epochs=STEPS)
-    job.config.speculator.induction = False  # type: ignore[attr-defined]  # of both algorithms
+    job.config.speculator.init = Init.random
     train.main(job)
     return [line.get("validation", line)["loss"] for line in metrics(job)]
 

@@ -22,6 +22,7 @@ import torch
 from run_train import make_job
 from states_server import Known, StatesServer
 
+from speculators.config.algorithms import Init
 from speculators.config.choices import Dtype
 from speculators.config.schema import Extract
 from speculators.data.packing import RowSlice
@@ -183,7 +184,7 @@ def test_memory_is_bounded_by_what_the_recipe_allows(
     server, room = serve(), 300 * TOKEN
     bounds = {"states_memory_gib": room / 2**30, "prefetch_batches": 2}
     job = make_job(world.path, tmp_path / "work", server.endpoint, **bounds, epochs=EPOCHS)
-    job.config.speculator.induction = False  # which looks at rows before the first epoch
+    job.config.speculator.init = Init.random  # which looks at rows before the first epoch
     train.main(job)
     assert job.record["peak_states_bytes"] <= room, "a batch has 64 tokens, so two always fit"
     asked = times_asked(server, world)
@@ -212,7 +213,7 @@ def test_a_hybrid_training_prefills_again_only_what_its_budget_did_not_hold(
     server, budget = serve(), world.tokens * TOKEN // 2
     options = {"states_disk_gib": budget / 2**30, "states_memory_gib": NO_MEMORY}
     job = make_job(world.path, tmp_path / "work", server.endpoint, epochs=EPOCHS, **options)
-    job.config.speculator.induction = False
+    job.config.speculator.init = Init.random
     train.main(job)
     on_disk = sum(path.stat().st_size for path in (job.scratch / "states").rglob("*") if path.is_file())
     assert on_disk == job.record["kept_bytes"] <= budget
@@ -245,7 +246,7 @@ def test_a_training_killed_in_mid_feed_goes_on_from_its_seal_and_asks_for_no_kep
         assert process.wait(120) == -signal.SIGKILL, (tmp_path / "log").read_text()
     found = checkpoint.newest(work / "scratch")
     assert found is not None
-    assert checkpoint.read(found)[1]["step"] > 0
+    assert checkpoint.read_checkpoint(found)[1]["step"] > 0
     kept = {p.name for p in (work / "scratch" / "states").iterdir()}
     before = Counter(server.asked)
     job = make_job(world.path, work, server.endpoint, states_disk_gib=9e4 / 2**30)
@@ -298,7 +299,7 @@ def other_type(tensors: dict[str, torch.Tensor]) -> None:
     ("spoil", "kind", "message"),
     [
         (nan, StageError, r"row \d+: the target's hidden states are not finite \(captured layers number \[2\]\)"),
-        (other_tokens, ContractError, r"row \d+: the server exported the hidden states of other tokens"),
+        (other_tokens, ContractError, r"row \d+: the server gave the states of other tokens"),
         (other_layers, ContractError, r"the states of row \d+ are \[\d+, 3, 32\], \[\d+, 4, 32\] was expected"),
         (other_type, ContractError, r"row \d+: the server computes in torch.float16"),
     ],

@@ -20,6 +20,7 @@ from speculators.ops.divergences import CACHED_ELEMENTS
 from speculators.training.losses import distill
 
 LENGTHS = [20, 33, 9, 14]
+STATE = tiny.state_at(3)
 
 
 def gradients(
@@ -29,7 +30,9 @@ def gradients(
     total = 0.0
     draft.zero_grad()
     for pack in packs:
-        outcome = distill(draft(pack), pack.last_hidden_states, draft.lm_head.weight, teacher, draft.loss, **how)
+        outcome = distill(
+            draft(pack, STATE), pack.last_hidden_states, draft.lm_head.weight, teacher, tiny.losses_of(draft), **how
+        )
         outcome.loss.backward()
         total += outcome.loss.item()
     return total, [p.grad.clone() for p in draft.parameters() if p.grad is not None]
@@ -63,14 +66,15 @@ def parts_of(pack: PackedBatch, chosen: torch.Tensor) -> list[PackedBatch]:
 )
 def test_the_losses_of_the_parts_of_a_step_add_up_to_that_of_the_whole(tmp_path: Path, make: Any) -> None:
     draft, teacher = make(tiny.write_target(tmp_path))
-    draft.advance(3, 10)
     whole = tiny.make_pack(LENGTHS)
-    loss, expected = gradients(draft, teacher, [whole], regression=0.3)
-    told = draft.supervision(replace(whole, hidden_states=torch.empty(len(whole.token_ids), 0, 0)))
-    found, summed = gradients(draft, teacher, parts_of(whole, told.chosen), counts=told.counts, regression=0.3)
+    loss, expected = gradients(draft, teacher, [whole], hidden_loss_weight=0.3)
+    step = draft.supervision(replace(whole, hidden_states=torch.empty(len(whole.token_ids), 0, 0)), STATE)
+    found, summed = gradients(
+        draft, teacher, parts_of(whole, step.source_mask), counts=step.counts, hidden_loss_weight=0.3
+    )
     assert found == pytest.approx(loss, rel=1e-5)
     torch.testing.assert_close(summed, expected, atol=1e-6, rtol=1e-4)
-    apart, _ = gradients(draft, teacher, parts_of(whole, told.chosen), regression=0.3)
+    apart, _ = gradients(draft, teacher, parts_of(whole, step.source_mask), hidden_loss_weight=0.3)
     assert apart != pytest.approx(loss, rel=0.1)  # shares of each part alone
 
 
@@ -79,12 +83,12 @@ def test_regression_asks_for_what_enters_the_targets_head(tmp_path: Path) -> Non
     pack = tiny.make_pack(LENGTHS)
     last, found = pack.last_hidden_states, draft(pack)
     plain = distill(found, last, draft.lm_head.weight, teacher)
-    wanted = teacher.norm(last)[found.target]
-    apart = (found.hidden - wanted).square().sum(-1) / wanted.square().sum(-1)
-    both = distill(found, last, draft.lm_head.weight, teacher, regression=0.5)
+    wanted = teacher.norm(last)[found.target_index]
+    apart = (found.hidden_states - wanted).square().sum(-1) / wanted.square().sum(-1)
+    both = distill(found, last, draft.lm_head.weight, teacher, hidden_loss_weight=0.5)
     assert both.loss.item() == pytest.approx((plain.loss + 0.5 * (found.weight * apart).sum()).item(), rel=1e-5)
     assert torch.equal(both.divergence, plain.divergence)
-    there = distill(replace(found, hidden=wanted), last, draft.lm_head.weight, teacher, regression=9.0)
+    there = distill(replace(found, hidden_states=wanted), last, draft.lm_head.weight, teacher, hidden_loss_weight=9.0)
     assert there.loss.item() == pytest.approx(0.0, abs=1e-5)
 
 
@@ -93,8 +97,7 @@ def test_a_part_without_supervision_adds_nothing(tmp_path: Path) -> None:
         draft, teacher = make(tiny.write_target(tmp_path))
         silent = tiny.make_pack([12])
         silent.loss_mask[:] = False
-        draft.advance(0, 10)
-        counts = draft.supervision(tiny.make_pack([30])).counts
+        counts = draft.supervision(tiny.make_pack([30]), STATE).counts
         loss, found = gradients(draft, teacher, [silent], counts=counts)
         assert loss == 0.0
         assert not any(g.any() for g in found)
@@ -107,17 +110,17 @@ def test_a_head_that_wants_its_gradient_gets_it(tmp_path: Path, weighting: Weigh
     assert isinstance(draft, DFlashDraft)
     pack = tiny.make_pack(LENGTHS)
     found = draft(pack)
-    hidden = found.hidden.detach().requires_grad_()
+    hidden = found.hidden_states.detach().requires_grad_()
     head = draft.lm_head.weight.clone().requires_grad_()
     outcome = distill(
-        replace(found, hidden=hidden), pack.last_hidden_states, head, teacher, Loss.ce, chunk_elements=chunk
+        replace(found, hidden_states=hidden), pack.last_hidden_states, head, teacher, Loss.ce, chunk_elements=chunk
     )
     (2.0 * outcome.loss).backward()
 
-    plain, plain_head = found.hidden.detach().requires_grad_(), draft.lm_head.weight.clone().requires_grad_()
-    label = teacher.logits(pack.last_hidden_states, torch.float32).argmax(-1)[found.target]
+    plain, plain_head = found.hidden_states.detach().requires_grad_(), draft.lm_head.weight.clone().requires_grad_()
+    label = teacher.logits(pack.last_hidden_states, torch.float32).argmax(-1)[found.target_index]
     each = -(plain @ plain_head.T).log_softmax(-1).gather(-1, label[..., None])[..., 0]
-    weight = found.weight if found.reweigh is None else found.reweigh(each.detach() * found.valid)
+    weight = found.weight if found.reweight is None else found.reweight(each.detach() * found.valid)
     (2.0 * (each * weight).sum()).backward()
     assert outcome.loss.item() == pytest.approx((each * weight).sum().item(), rel=1e-5)
     torch.testing.assert_close(hidden.grad, plain.grad, atol=1e-6, rtol=1e-4)
@@ -160,7 +163,7 @@ def test_no_tensor_is_larger_than_a_chunk_whatever_the_vocabulary(size: int, los
     head, last, chunk = torch.randn(size, 4, generator=draw), torch.randn(8, 4, generator=draw), 40_000
     hidden = torch.randn(20, 8, 4, generator=draw).requires_grad_()  # more predictions of a place than a chunk has
     place = torch.arange(8).expand(20, 8)
-    found = Predictions(hidden=hidden, target=place, valid=place >= 0, weight=torch.ones(20, 8))
+    found = Predictions(hidden_states=hidden, target_index=place, valid=place >= 0, weight=torch.ones(20, 8))
     teacher = TargetHead(norm_weight=torch.ones(4), norm_eps=1e-6, head=head)
     with Largest() as seen:
         distill(found, last, head, teacher, losses, chunk_elements=chunk).loss.backward()
@@ -181,7 +184,7 @@ def test_how_many_logits_a_cache_holds_changes_no_loss_and_no_gradient(
         x, own = hidden.clone().requires_grad_(), head.clone().requires_grad_()
         every = torch.ones(3, 40, dtype=torch.bool)
         predictions = Predictions(
-            hidden=x, target=target, valid=every, weight=torch.rand(3, 40, generator=draw.manual_seed(3))
+            hidden_states=x, target_index=target, valid=every, weight=torch.rand(3, 40, generator=draw.manual_seed(3))
         )
         outcome = distill(predictions, last, own, teacher, loss)
         outcome.loss.backward()

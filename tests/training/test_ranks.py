@@ -16,12 +16,13 @@ import pytest
 from run_train import write_world
 from trainings import job_of, losses, stop_at
 
+from speculators.config.algorithms import Init
 from speculators.config.choices import Optimizer
 from speculators.errors import StageError
 from speculators.job import Job
 from speculators.stages import train
 from speculators.training.optim import owners
-from speculators.training.ranks import Ranks, joined
+from speculators.training.ranks import Ranks, process_group
 
 WAYS: list[dict[str, Any]] = [
     {"algorithm": "eagle3"},
@@ -59,7 +60,7 @@ def test_the_loss_curve_does_not_depend_on_processes_and_packs(
     world: Path, tmp_path: Path, alone: dict[str, list[float]], processes: int
 ) -> None:
     jobs = [job_of(world, tmp_path / str(n), **way) for n, way in enumerate(WAYS)]
-    with joined(processes, fit_all, jobs) as ranks:
+    with process_group(processes, fit_all, jobs) as ranks:
         fit_all(ranks, jobs)
     for job, way in zip(jobs, WAYS, strict=True):
         assert losses(job) == pytest.approx(alone[str({**way, "gradient_accumulation_steps": 1})], abs=1e-5), way
@@ -94,7 +95,7 @@ def test_whichever_process_meets_a_loss_that_is_no_number_its_rows_are_named(tmp
     named = []
     for processes in (1, 2):
         job = job_of(world, tmp_path / f"work{processes}", validation_ratio=0.0, num_processes=processes)
-        job.config.speculator.induction = False  # which is fitted to all states before the first step
+        job.config.speculator.init = Init.random  # which is fitted to all states before the first step
         with pytest.raises(StageError, match=r"loss nan.* on rows \d+ \(conversation-?\S* ?\S*\)") as caught:
             train.main(job)
         named.append(set(re.findall(r"\(conversation (\S+)\)", caught.value.message)))
@@ -107,7 +108,10 @@ def leave(ranks: Ranks, code: int) -> None:
 
 
 def test_a_process_that_dies_ends_the_training_and_is_named() -> None:
-    with pytest.raises(StageError, match="process 1 of the training ended with exit code 3"), joined(2, leave, 3) as r:
+    with (
+        pytest.raises(StageError, match="process 1 of the training ended with exit code 3"),
+        process_group(2, leave, 3) as r,
+    ):
         r.gather("anybody there?")
 
 
@@ -117,8 +121,8 @@ def complain(ranks: Ranks) -> None:
 
 
 def test_what_a_process_says_of_its_failure_is_what_the_training_says() -> None:
-    with pytest.raises(StageError, match="the disk of rank 1 is full"), joined(2, complain) as ranks:
-        ranks.gather("anybody there?")
+    with pytest.raises(StageError, match="the disk of rank 1 is full"), process_group(2, complain) as ranks:
+        ranks.all_gather_object("anybody there?")
 
 
 def test_matrices_are_shared_out_by_what_they_cost() -> None:

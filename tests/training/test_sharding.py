@@ -20,8 +20,8 @@ from speculators.config.choices import Dtype, Optimizer
 from speculators.config.schema import Train
 from speculators.job import Job
 from speculators.stages import train
-from speculators.training.ranks import Ranks, joined, rows
-from speculators.training.sharding import Shards, weights
+from speculators.training.ranks import Ranks, process_group, rows
+from speculators.training.sharding import ShardedWeights, trained_weights
 
 WAYS: list[dict[str, Any]] = [
     {"algorithm": "eagle3"},
@@ -46,12 +46,12 @@ def fit_all(ranks: Ranks, jobs: list[Job]) -> list[list[Counts]]:
     counts = []
     for job in jobs:
         loop = train.fit(ranks, job)
-        held = sum(p.numel() for p in loop.weights.held.values())
-        if isinstance(loop.weights, Shards):  # nor does the draft itself hold more
-            assert held == sum(p.to_local().numel() for p in loop.weights.divided.values()) + sum(
+        held = sum(p.numel() for p in loop.weights.local.values())
+        if isinstance(loop.weights, ShardedWeights):  # nor does the draft itself hold more
+            assert held == sum(p.to_local().numel() for p in loop.weights.sharded.values()) + sum(
                 p.numel() for p in loop.draft.parameters() if p.ndim < 2
             )
-        counts.append(ranks.gather((held, sum(t.numel() for t in loop.optimizers.state().values()))))
+        counts.append(ranks.all_gather_object((held, sum(t.numel() for t in loop.optimizers.state().values()))))
         if ranks.first:
             train.publish(job, loop)
     return counts
@@ -71,7 +71,7 @@ def test_divided_weights_train_as_whole_ones_do_and_each_process_has_its_share(
     world: Path, tmp_path: Path, alone: list[tuple[Job, Counts]], processes: int
 ) -> None:
     jobs = [divided(world, tmp_path / str(n), **way) for n, way in enumerate(WAYS)]
-    with joined(processes, fit_all, jobs) as ranks:
+    with process_group(processes, fit_all, jobs) as ranks:
         counts = fit_all(ranks, jobs)
     for job, way, (whole, total), parts in zip(jobs, WAYS, alone, counts, strict=True):
         rounded = "precision" in way
@@ -101,7 +101,7 @@ def test_a_divided_run_that_was_stopped_goes_on_bit_by_bit_and_to_1e_5_with_anot
     ]  # fmt: skip
     shutil.copytree(tmp_path / "two", tmp_path / "fewer")
     straight, two, more, fewer = work("straight", 2), work("two", 2), work("more", 2), work("fewer", 1)
-    with joined(2, fit_all, [straight, two, more]) as ranks:
+    with process_group(2, fit_all, [straight, two, more]) as ranks:
         fit_all(ranks, [straight, two, more])
     train.main(fewer)
     for name in ("best/model.safetensors", "last/model.safetensors", "metrics.jsonl", "summary.json"):
@@ -132,6 +132,6 @@ def test_gradients_stay_in_the_format_of_their_products_where_nothing_is_added_t
     tmp_path: Path, options: dict[str, Any], ranks: Ranks, short: bool
 ) -> None:
     draft, _ = tiny.make_dflash(tiny.write_target(tmp_path))
-    weights(draft, Train(**{"precision": Dtype.bfloat16, **options}), ranks, torch.device("cpu"))
+    trained_weights(draft, Train(**{"precision": Dtype.bfloat16, **options}), ranks, torch.device("cpu"))
     kinds = {p.ndim: p.grad_dtype for p in draft.parameters()}
     assert kinds == {1: torch.float32, 2: torch.bfloat16 if short else torch.float32}

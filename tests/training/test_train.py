@@ -18,6 +18,7 @@ from run_train import make_job, write_world
 from safetensors.torch import load_file, save_file
 from trainings import losses, metrics, stop_at
 
+from speculators.config.algorithms import Init
 from speculators.config.choices import Device, Dtype, LrSchedule, Optimizer
 from speculators.data.token_table import TokenTable, prediction_mask
 from speculators.drafts.dflash import DFlashDraft
@@ -145,7 +146,7 @@ def test_every_so_many_epochs_a_checkpoint_is_kept(world: Path, tmp_path: Path) 
     job = make_job(world, tmp_path, epochs=5, save_every_epochs=2)
     train.main(job)
     assert sorted(p.name for p in (job.output / "epochs").iterdir()) == ["2", "4"]
-    kept = [Eagle3Draft.load(job.output / name).fc.weight for name in ("epochs/2", "epochs/4", "last")]
+    kept = [Eagle3Draft.from_checkpoint(job.output / name).fc.weight for name in ("epochs/2", "epochs/4", "last")]
     assert not torch.equal(kept[0], kept[1])
     assert not torch.equal(kept[1], kept[2])
 
@@ -157,7 +158,7 @@ def test_the_averaged_weights_are_what_is_validated_and_written(world: Path, tmp
     assert [line for line in metrics(plain) if "lr" in line] == [line for line in metrics(averaged) if "lr" in line]
     validated = [[line for line in metrics(job) if "validation" in line] for job in (plain, averaged)]
     assert validated[0] != validated[1]
-    last = [Eagle3Draft.load(job.output / "last").fc.weight for job in (plain, averaged)]
+    last = [Eagle3Draft.from_checkpoint(job.output / "last").fc.weight for job in (plain, averaged)]
     assert 0.0 < (last[0] - last[1]).abs().max() < 0.1
 
 
@@ -217,7 +218,7 @@ def test_training_learns_and_says_what_it_did(world: Path, tmp_path: Path) -> No
     )
     assert job.record["tokens_per_second"] > 0
     assert all(name.removeprefix("validation.") in job.record["validation"] for name in METRICS["train"])
-    best, last = (Eagle3Draft.load(job.output / name) for name in ("best", "last"))
+    best, last = (Eagle3Draft.from_checkpoint(job.output / name) for name in ("best", "last"))
     assert best.fc.weight.isfinite().all()
     assert last.fc.weight.isfinite().all()
     assert torch.equal(
@@ -227,16 +228,16 @@ def test_training_learns_and_says_what_it_did(world: Path, tmp_path: Path) -> No
 
 def test_a_block_draft_learns_and_is_walked_as_a_server_would(world: Path, tmp_path: Path) -> None:
     job = make_job(world, tmp_path, algorithm="dflash", epochs=12, lr=5e-3)
-    job.config.speculator.induction = False  # from noise, there is more to learn
+    job.config.speculator.init = Init.random  # from noise, there is more to learn
     train.main(job)
     lines = metrics(job)
     steps = [line for line in lines if "lr" in line]
     assert steps[-1]["loss"] < 0.8 * steps[0]["loss"]
     validated = [line["validation"] for line in lines if "validation" in line]
     assert len(validated) == 12
-    assert set(validated[0]) >= {"acceptance_length", "accepted_0", "accepted_1", "accepted_2", "full_0", "loss_2"}
+    assert set(validated[0]) >= {"acceptance_length", "accepted_0", "accepted_1", "accepted_2", "full_acc_0", "loss_2"}
     parts, _ = tiny.make_parts(world / "target")
-    best = DFlashDraft.load(job.output / "best", parts.embeddings)
+    best = DFlashDraft.from_checkpoint(job.output / "best", parts.embeddings)
     assert all(p.isfinite().all() for p in best.parameters())
 
 
@@ -287,7 +288,7 @@ def test_states_that_do_not_give_what_the_server_picks_are_not_trained_on(tmp_pa
     world = write_world(tmp_path / "world")
     job = make_job(world, tmp_path / "work")
     (world / "features" / "picks.json").write_text(json.dumps([[row, 3, row, None] for row in range(8)]))
-    with pytest.raises(ContractError, match=r"reproduce \d of 8 greedy tokens of the server"):
+    with pytest.raises(ContractError, match=r"the token that the server picks from \d of 8 stored states"):
         train.main(job)
     assert list(job.output.iterdir()) == []
 
@@ -321,7 +322,9 @@ def test_a_loss_that_explodes_stops_with_its_rows_and_a_resumed_run_at_the_same_
     world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     options: dict[str, Any] = {"epochs": 9, "lr": 100.0, "weight_decay": 0.0, "optimizer": Optimizer.adamw}
-    said = r"^step 31: loss .* a prediction, 12\.\d+ at its lowest; it rose in step 1, on rows \d+ \(conversation"
+    said = (
+        r"^step 31: median loss .* per prediction, 12\.\d+ at its lowest; it rose in step 1, on rows \d+ \(conversation"
+    )
     with pytest.raises(StageError, match=said) as straight:
         train.main(make_job(world, tmp_path / "straight", **options))
     assert "lower train.lr" in straight.value.hint
@@ -340,5 +343,5 @@ def test_a_state_without_its_seal_is_not_gone_on_from(tmp_path: Path) -> None:
         (torn / name).write_bytes(data if name != "state.safetensors" else data[:-1])
     found = checkpoint.newest(tmp_path)
     assert found is not None
-    assert checkpoint.read(found)[1] == {"step": 3}
+    assert checkpoint.read_checkpoint(found)[1] == {"step": 3}
     assert not torn.exists()

@@ -7,13 +7,13 @@ from collections.abc import Sequence
 
 import pytest
 
-from speculators.training.watch import LAST, Watch
+from speculators.training.watch import WINDOW_STEPS, LossWatch
 
 
 def stops_at(losses: Sequence[float | None]) -> int | None:
     """The step at which the training stops."""
-    watch = Watch()
-    return next((step for step, loss in enumerate(losses) if watch.exploded(loss, 5.0)), None)
+    watch = LossWatch()
+    return next((step for step, loss in enumerate(losses) if watch.has_diverged(loss, 5.0)), None)
 
 
 LEARNING = [10.0 - 0.05 * step for step in range(160)]
@@ -21,7 +21,7 @@ LEARNING = [10.0 - 0.05 * step for step in range(160)]
 
 def test_a_loss_that_stays_high_stops_the_training() -> None:
     # The lowest median is that of steps 128 to 159, 2.825; the 17th of 32 steps above 14.125 makes theirs too high.
-    assert stops_at(LEARNING + [15.0] * LAST) == 160 + 16
+    assert stops_at(LEARNING + [15.0] * WINDOW_STEPS) == 160 + 16
     assert stops_at(LEARNING + [14.0] * 400) is None
 
 
@@ -39,7 +39,7 @@ def test_a_loss_that_grows_little_by_little_stops_it_in_the_end() -> None:
 
 
 def test_a_loss_that_explodes_before_anything_is_learnt_stops_it() -> None:
-    assert stops_at([10.0, *(100.0 - step for step in range(LAST))]) == LAST - 1
+    assert stops_at([10.0, *(100.0 - step for step in range(WINDOW_STEPS))]) == WINDOW_STEPS - 1
 
 
 def test_what_is_known_by_heart_may_jump() -> None:
@@ -53,8 +53,8 @@ def test_steps_without_a_prediction_say_nothing() -> None:
 
 
 def test_the_step_in_which_it_rose_is_told() -> None:
-    watch = Watch()
-    losses = [2.0] * 70 + [30.0] + [2.0] * 2 + [25.0] * LAST
-    stopped = next(step for step, loss in enumerate(losses) if watch.exploded(loss, 5.0))
-    assert stopped - watch.ago(5.0) == 70
+    watch = LossWatch()
+    losses = [2.0] * 70 + [30.0] + [2.0] * 2 + [25.0] * WINDOW_STEPS
+    stopped = next(step for step, loss in enumerate(losses) if watch.has_diverged(loss, 5.0))
+    assert stopped - watch.steps_since_rise(5.0) == 70
     assert watch.lowest == 2.0

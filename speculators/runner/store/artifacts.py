@@ -1,18 +1,18 @@
-"""The artifact store: directories named by key, each written once and never changed.
+"""The artifact store: directories named by key, written once, never changed.
 
-    <store>/format                                version of the layout; an unknown one is refused
+    <store>/format                                what layout this is; an unknown one is refused
     <store>/artifacts/<stage>/<key[:2]>/<key>/    artifact.json  manifest.jsonl  data/
     <store>/work/<stage>/<key>/                   kept between attempts, so that a stage resumes
-    <store>/locks/                                one `flock` for each key, from the claim until it is published
-    <store>/quarantine/                           directories that failed their check: kept, never read
+    <store>/locks/                                one kernel lock a key, held from the claim through the publishing
+    <store>/aside/                                what failed its check: kept, never read
 
-An artifact is complete or absent: all files are written and synced in the work directory, and one rename makes them
-visible. A directory that fails its check is a cache miss, never a crash. Reading creates no file, so `plan` works on
-a store that is read-only or does not exist yet.
+An artifact is whole or not there: everything is written and synced in the work directory and appears by one
+rename. A directory that fails its check is a miss, never a crash. Reading creates nothing, so `plan` works on a
+store that is read-only or does not exist yet.
 
-Several users can share a store: everything in it gets the permissions of the root for group and others (`chmod 2770
-ROOT` once, for a team), whatever the umask. A store can have further stores as layers: an artifact that is not in this
-one is looked up there, and nothing is ever written there.
+A store may be shared. What the root's own mode grants to group and others is granted to everything that is made
+below it (`chmod 2770 ROOT` once, for a team), whatever the umask of whoever makes it. Further stores may lie
+underneath as layers: what is not in this one is looked up there, and nothing is ever written there.
 """
 
 from __future__ import annotations
@@ -34,55 +34,55 @@ from speculators.config.schema import RunOptions
 from speculators.errors import StoreError
 from speculators.job import write_json
 from speculators.runner.planning import key as keys
-from speculators.runner.store.artifact import FORMAT, Artifact, is_complete, manifest_of, read_artifact
+from speculators.runner.store.artifact import FORMAT, Artifact, is_whole, manifest_of, read_artifact
 
 CACHEDIR_TAG = "Signature: 8a477f597d28d172789f06886806bc55\n# Made by speculators-run; backup programs may skip it.\n"
 """See https://bford.info/cachedir/."""
-KNOWN = {"format", "CACHEDIR.TAG", "artifacts", "work", "locks", "quarantine", "services"}
-"""Names in a store's root; any other name means that the directory is not a store."""
+KNOWN = {"format", "CACHEDIR.TAG", "artifacts", "work", "locks", "aside", "services"}
+"""What may lie in a store's root; anything else means that the directory is somebody's, not a store."""
 
 
-def store_root(directory: str) -> Path:
-    """The store's root: `run.store`, else SPECULATORS_STORE, else a directory in the user's cache."""
-    return Path(directory or os.environ.get("SPECULATORS_STORE") or "~/.cache/speculators-run").expanduser().resolve()
+def store_root(named: str) -> Path:
+    """Where artifacts are kept: what the recipe says as `run.store`, the environment's word, or the user's cache."""
+    return Path(named or os.environ.get("SPECULATORS_STORE") or "~/.cache/speculators-run").expanduser().resolve()
 
 
 def open_store(run: RunOptions) -> Store:
-    """The store of a recipe, with the stores that it only reads as layers.
+    """The store of a recipe over those that it only reads.
 
     Raises:
-        StoreError: one of them cannot be read, or a layer does not exist.
+        StoreError: one of them cannot be read, or a layer is not there.
     """
     layers = run.stores_read or os.environ.get("SPECULATORS_STORE_READ", "").split(os.pathsep)
     return Store(store_root(run.store), [Path(layer).expanduser().resolve() for layer in layers if layer])
 
 
 def existing(path: Path) -> Path:
-    """The path itself if it exists, else its nearest parent that does."""
+    """A path, or the nearest one above it that is there."""
     while not path.exists():
         path = path.parent
     return path
 
 
 def free_bytes(root: Path) -> int:
-    """Free bytes on the disk of the store, which need not exist."""
+    """Free bytes where the store is, or will be."""
     return shutil.disk_usage(existing(root)).free
 
 
 def no_space(error: OSError, where: object) -> StoreError:
-    """The error for a full disk, or an exhausted disk quota of the user."""
-    hint = "free space (`speculators-run gc` lists unused artifacts), then run the same command again: finished work "
+    """What to say of a disk, or a user's quota, that is full."""
+    hint = "make room (`speculators-run gc` tells what nobody uses), then run the same command again: what is finished "
     if error.errno == errno.EDQUOT:
-        return StoreError(f"your disk quota is exhausted: {where}", f"{hint}is kept")
+        return StoreError(f"your disk quota is used up: {where}", f"{hint}is kept")
     free = free_bytes(Path(str(where)).absolute()) / 2**20
-    return StoreError(f"no space is left for {where}: {free:.1f} MiB are free", f"{hint}is kept")
+    return StoreError(f"no space is left for {where}: {free:.1f} MiB are free there", f"{hint}is kept")
 
 
 class Store:
-    """The store at `root`, which need not exist, and its read-only `layers`, which must.
+    """The store at `root`, which need not exist, over the `layers` below it, which must.
 
     Raises:
-        StoreError: a store has the layout of another release or cannot be read, or a layer is not a store.
+        StoreError: the layout there is of another release, a store cannot be read, or a layer is none.
     """
 
     def __init__(self, root: Path, layers: Sequence[Path] = ()) -> None:
@@ -90,8 +90,8 @@ class Store:
         self.layers = tuple(Store(layer) for layer in layers if layer != root)
         for layer in self.layers:
             if not (layer.root / "format").exists():
-                hint = "fix run.stores_read or SPECULATORS_STORE_READ, or mount its disk"
-                raise StoreError(f"the read-only store {layer.root} is not a store", hint)
+                hint = "name a store that is there in run.stores_read or SPECULATORS_STORE_READ; is its disk mounted?"
+                raise StoreError(f"{layer.root} is to be read and is not a store", hint)
         try:
             layout = (root / "format").read_text().strip()
         except FileNotFoundError:
@@ -99,58 +99,58 @@ class Store:
         except OSError as error:
             raise StoreError(f"the store {root} cannot be read: {error.strerror}", "set run.store=DIRECTORY") from None
         if layout != FORMAT:
-            hint = "use the release that created it, or another directory: run.store=DIRECTORY"
+            hint = "use the release that made it, or another directory: run.store=DIRECTORY"
             raise StoreError(f"the store {root} has layout `{layout}`, this release reads `{FORMAT}`", hint)
 
     def find(self, stage: str, key: str) -> Artifact | None:
-        """The artifact of this key, here or in a layer; None if it is missing or a file does not have its size.
+        """The artifact of this key if it is whole, here or in a layer: every file of its manifest with its size.
 
         Raises:
-            StoreError: it exists but this user may not read it, so building it again would not help.
+            StoreError: it is there and this user may not read it, which making it again would not mend.
         """
         stores = (self, *self.layers)
-        return next((artifact for store in stores if (artifact := store._find_here(stage, key)) is not None), None)
+        return next((found for store in stores if (found := store._find_here(stage, key)) is not None), None)
 
     def artifacts(self, stage: str) -> Iterator[Artifact]:
-        """Every artifact of a stage with a readable artifact.json, layers included; files are not checked."""
+        """Every artifact of a stage whose artifact.json can be read, layers included; its files are not looked at."""
         seen = set()
         for store in (self, *self.layers):
-            for artifact in store.own_artifacts(stage):
+            for artifact in store.own(stage):
                 if artifact.key not in seen:
                     seen.add(artifact.key)
                     yield artifact
 
-    def own_artifacts(self, stage: str) -> Iterator[Artifact]:
-        """The same without layers: the artifacts that can be removed."""
+    def own(self, stage: str) -> Iterator[Artifact]:
+        """The same without layers: what can be removed."""
         for path in sorted((self.root / "artifacts" / stage).glob("[!.]*/[!.]*")):
             with contextlib.suppress(OSError, ValueError):
                 yield read_artifact(path)
 
     def nearest(self, stage: str, preimage: Mapping[str, Any]) -> Artifact | None:
-        """The artifact whose preimage differs from this one in the fewest values; the newest of several."""
+        """The artifact whose preimage differs least from this one, in leaves; of several, the newest."""
 
         def closeness(artifact: Artifact) -> tuple[int, str]:
-            different = keys.preimage_differences(artifact.preimage, preimage)
+            different = keys.differences(artifact.preimage, preimage)
             return -len(different), str(artifact.provenance.get("finished", ""))
 
         return max(self.artifacts(stage), key=closeness, default=None)
 
     def work(self, stage: str, key: str) -> Path:
-        """The work directory of this key. Only the holder of the claim may write there."""
+        """Where the stage of this key works. Only the holder of the claim may write there."""
         return self.root / "work" / stage / key
 
     @contextlib.contextmanager
     def claim(
         self, stage: str, key: str, waiting: Callable[[str], None], run: str = "", uses: Iterable[str] = ()
     ) -> Iterator[None]:
-        """Hold the exclusive right to build an artifact; while another process holds it, call `waiting` and wait.
+        """Hold the only right to make this artifact; while another process holds it, say who and wait.
 
-        The claim is a `flock`, which the kernel releases when the process ends. After it is acquired the artifact may
-        exist, so `find` has to be called again. `uses` are the keys of artifacts that are read while it is held.
+        It is a lock of the kernel: it ends with the process that holds it, however that ends. Whoever gets it
+        has to look again: the artifact may be there by now. `uses` are the keys of what is read meanwhile.
         """
         with self._writing():
             self.root.mkdir(parents=True, exist_ok=True)
-        with self._root_permissions():
+        with self._rights():
             with self._writing():
                 self._prepare()
             holder = self.root / "locks" / f"{stage}-{key}.json"
@@ -160,10 +160,10 @@ class Store:
                 lock = self._acquire(stage, key, wait=True)
             assert lock is not None
             try:
-                owner = {"pid": os.getpid(), "host": os.uname().nodename, "run": run, "since": time.time()}
+                who = {"pid": os.getpid(), "host": os.uname().nodename, "run": run, "since": time.time()}
                 with self._writing():
-                    write_json(holder, {**owner, "uses": sorted(uses)})
-                    self._restore_work(stage, key)
+                    write_json(holder, {**who, "uses": sorted(uses)})
+                    self._take_back(stage, key)
                 yield
             finally:
                 holder.unlink(missing_ok=True)
@@ -171,8 +171,8 @@ class Store:
 
     @contextlib.contextmanager
     def claimed_at_once(self, stage: str, key: str) -> Iterator[bool]:
-        """Acquire the claim without waiting; yields False if another process holds it."""
-        with self._root_permissions():
+        """The same right if nobody holds it, false if somebody does."""
+        with self._rights():
             lock = self._acquire(stage, key, wait=False)
             try:
                 yield lock is not None
@@ -181,39 +181,39 @@ class Store:
                     os.close(lock)
 
     def in_use(self) -> set[str]:
-        """Keys that are claimed now, and those that the claiming processes read."""
-        keys_in_use: set[str] = set()
+        """Keys that somebody holds the claim of now, and those that they read meanwhile."""
+        found: set[str] = set()
         for holder in (self.root / "locks").glob("[!.]*.json"):
             stage, _, key = holder.stem.rpartition("-")
             try:
                 with self.claimed_at_once(stage, key) as ended:
-                    pass  # the claim is free, so the process that wrote this file was killed
+                    pass  # if it is ours now, whoever wrote this was killed
             except StoreError:
-                ended = False  # no lock can be acquired here, so the claim may be held
+                ended = False  # nothing can be locked here, so it cannot be known
             if not ended:
-                keys_in_use |= {key, *_read_holder(holder).get("uses", ())}
-        return keys_in_use
+                found |= {key, *_said(holder).get("uses", ())}
+        return found
 
     def touch(self, artifact: Artifact) -> None:
-        """Record that an artifact was used now, if it is in this store and the store is writable."""
+        """Note that an artifact was used now, where it is ours and the store can be written."""
         if artifact.path.is_relative_to(self.root):
             with contextlib.suppress(OSError):
                 os.utime(artifact.path / "artifact.json")
 
-    def quarantine(self, stage: str, key: str) -> Path | None:
-        """Move the directory of a key to quarantine; return its new path, None if there is none. Needs the claim."""
-        path = self._path(stage, key)
-        return self.quarantine_path(path, f"{stage}-{key}") if path.exists() else None
+    def set_aside(self, stage: str, key: str) -> Path | None:
+        """Move a directory that `find` refuses out of the way; where to, or None if there is none. Needs the claim."""
+        path = self._place(stage, key)
+        return self.move_aside(path, f"{stage}-{key}") if path.exists() else None
 
-    def quarantine_path(self, path: Path, name: str) -> Path:
-        """Move a path of the store to quarantine, under `name` with the time; return its new path."""
+    def move_aside(self, path: Path, name: str) -> Path:
+        """Move what lies at a path of the store out of the way, under a name that tells what it was."""
         now = time.time_ns()
         with self._writing():
-            while (target := self.root / "quarantine" / f"{name}-{now}").exists():
-                now += 1  # only if the clock was set back
-            target.parent.mkdir(exist_ok=True)
-            path.rename(target)
-        return target
+            while (aside := self.root / "aside" / f"{name}-{now}").exists():
+                now += 1  # the clock was set back to that very moment
+            aside.parent.mkdir(exist_ok=True)
+            path.rename(aside)
+        return aside
 
     def publish(
         self,
@@ -225,17 +225,17 @@ class Store:
         provenance: Mapping[str, Any],
         digest: str | None,
         written: Mapping[str, str] = MappingProxyType({}),
-        replace: bool = False,
+        anew: bool = False,
     ) -> Artifact:
-        """Publish the work directory's data/ as the artifact of this key and remove the rest. Needs the claim.
+        """Make the work directory's data/ the artifact of this key, then remove the work directory. Needs the claim.
 
-        `digest` is the identity that a source declares; None: the digest of the content. `written` maps paths below
-        data/ to the sha256 that was computed while they were written. If the artifact exists already (file systems
-        without working locks), it stays and the new one is discarded; with `replace` the old one goes to quarantine,
-        unless both have the same bytes.
+        `digest` is the identity that a source declares; without one it is the digest of the content. `written` is the
+        sha256 of files, by path below data/, that were hashed while they were written. If the artifact is there
+        already (the lock did not hold everywhere), that one stays and this one is discarded; with `anew` it is the
+        other way round, and the old one is set aside, unless both hold the same bytes.
 
         Raises:
-            StageError: data/ is empty, or contains something other than regular files and directories.
+            StageError: data/ is empty, or holds something else than files and directories.
             StoreError: the store cannot be written.
         """
         work = self.work(stage, key)
@@ -247,7 +247,7 @@ class Store:
             shutil.rmtree(staging, ignore_errors=True)
             staging.mkdir()
             (staging / "manifest.jsonl").write_text(manifest)
-            description = {
+            described = {
                 "format": FORMAT,
                 "stage": stage,
                 "key": key,
@@ -258,62 +258,60 @@ class Store:
                 "record": dict(record),
                 "provenance": dict(provenance),
             }
-            write_json(staging / "artifact.json", description)
+            write_json(staging / "artifact.json", described)
             (work / "data").rename(staging / "data")
-        return self.adopt(stage, key, staging, replace=replace)
+        return self.adopt(stage, key, staging, anew=anew)
 
-    def adopt(self, stage: str, key: str, staging: Path, *, replace: bool = False) -> Artifact:
-        """Publish `staging`, a complete artifact in the work directory, and remove the rest. Needs the claim.
+    def adopt(self, stage: str, key: str, staging: Path, *, anew: bool = False) -> Artifact:
+        """Make a directory of the work directory, with all that an artifact has, the artifact of this key.
 
-        If the artifact exists already, see `publish`.
+        Then remove the work directory. If the artifact is there already, see `publish`. Needs the claim.
 
         Raises:
-            StoreError: the store cannot be written, or the published artifact is not complete.
+            StoreError: the store cannot be written, or what is there then is not whole.
         """
-        path = self._path(stage, key)
+        place = self._place(stage, key)
         with self._writing():
             self._allow(staging / "data", 0o444)
             _sync_tree(staging)
-            path.parent.mkdir(parents=True, exist_ok=True)
-            if replace and not _same_files(path, staging):
-                self.quarantine(stage, key)
-            self._rename_into_store(staging, path, stage, key)
+            place.parent.mkdir(parents=True, exist_ok=True)
+            if anew and not _same_files(place, staging):
+                self.set_aside(stage, key)
+            self._move_into_place(staging, place, stage, key)
             self.discard_work(stage, key)
         artifact = self._find_here(stage, key)
         if artifact is None:
-            raise StoreError(
-                f"{path} was just written and is not complete", "end other programs that write into the store"
-            )
+            raise StoreError(f"{place} was just written and is not whole", "is another program writing in the store?")
         return artifact
 
     def discard_work(self, stage: str, key: str) -> None:
-        """Remove the work directory of a published artifact. Needs the claim."""
+        """Remove what attempts left behind; the artifact is there. Needs the claim."""
         shutil.rmtree(self.work(stage, key), ignore_errors=True)
 
     def _find_here(self, stage: str, key: str) -> Artifact | None:
-        path = self._path(stage, key)
+        path = self._place(stage, key)
         try:
             artifact = read_artifact(path)
-            return artifact if artifact.key == key and is_complete(artifact) else None
+            return artifact if artifact.key == key and is_whole(artifact) else None
         except PermissionError as error:
-            hint = f"ask {_owner(path)} for permission to read it, or use another store: run.store=DIRECTORY"
+            hint = f"ask {_owner(path)} for the right to read it, or use a store of your own: run.store=DIRECTORY"
             raise StoreError(f"{error.filename} cannot be read: {error.strerror}", hint) from None
         except (OSError, ValueError):
-            return None  # missing or damaged
+            return None  # not there, or damaged
 
-    def _rename_into_store(self, staging: Path, path: Path, stage: str, key: str) -> None:
+    def _move_into_place(self, staging: Path, place: Path, stage: str, key: str) -> None:
         try:
-            staging.rename(path)
+            staging.rename(place)
         except OSError as error:
             if error.errno not in (errno.ENOTEMPTY, errno.EEXIST):
                 raise
             if self._find_here(stage, key) is None:
-                self.quarantine(stage, key)
-                staging.rename(path)
-        _sync(path.parent)
+                self.set_aside(stage, key)
+                staging.rename(place)
+        _sync(place.parent)
 
-    def _restore_work(self, stage: str, key: str) -> None:
-        """Move data/ back to the work directory if an attempt was killed while it published."""
+    def _take_back(self, stage: str, key: str) -> None:
+        """An attempt was killed between moving its data to be published and publishing it: the data is work again."""
         work = self.work(stage, key)
         sealed = work / "publish" / "data"
         if sealed.is_dir() and not (work / "data").exists():
@@ -321,13 +319,13 @@ class Store:
             sealed.rename(work / "data")
 
     def _allow(self, root: Path, files: int) -> None:
-        """Give everything below a directory the root's permissions; `files` masks those of files."""
+        """Let the store's users do this with the files below a directory; tools leave some that only one may read."""
         mode = self._mode()
         for path in [*root.rglob("*"), root]:
             path.chmod(mode if path.is_dir() else mode & files)
 
     def _acquire(self, stage: str, key: str, *, wait: bool) -> int | None:
-        """Lock a key and return the lock's descriptor; None if another process holds it and `wait` is false."""
+        """Take the lock of a key and return its descriptor; None if somebody holds it and we do not wait."""
         path = self.root / "locks" / f"{stage}-{key}.lock"
         with self._writing():
             path.parent.mkdir(exist_ok=True)
@@ -340,65 +338,65 @@ class Store:
         except OSError as error:
             os.close(descriptor)
             hint = "put the store on a file system whose locks work: run.store=DIRECTORY"
-            raise StoreError(f"file locks do not work in the store {self.root}: {error.strerror}", hint) from None
+            raise StoreError(f"nothing can be locked in the store {self.root}: {error.strerror}", hint) from None
         except BaseException:
             os.close(descriptor)
             raise
         return descriptor
 
     def _mode(self) -> int:
-        """The mode of the store's files: the root's for group and others, all permissions for the owner."""
+        """What may be done in the store, by its root's mode; the owner may do everything."""
         return self.root.stat().st_mode & 0o077 | 0o700
 
     @contextlib.contextmanager
-    def _root_permissions(self) -> Iterator[None]:
-        """Create files with the permissions of the root. Sets the process's umask, so only one thread may use it."""
+    def _rights(self) -> Iterator[None]:
+        """Give what is made meanwhile the rights of the root. The umask is the process's: no other thread may care."""
         before = os.umask(~self._mode() & 0o777)
         try:
             yield
         finally:
             os.umask(before)
 
-    def _path(self, stage: str, key: str) -> Path:
+    def _place(self, stage: str, key: str) -> Path:
         return self.root / "artifacts" / stage / key[:2] / key
 
     def _prepare(self) -> None:
-        """Make the root a store; refuse a directory that has other content."""
+        """Make the root a store. A directory that holds something else is left alone."""
         if (self.root / "format").exists():
             return
         foreign = sorted(p.name for p in self.root.iterdir() if p.name not in KNOWN and not p.name.startswith("."))
         if foreign:
-            hint = "name an empty directory, or one that does not exist: run.store=DIRECTORY"
-            raise StoreError(f"{self.root} is not a store: it contains {', '.join(foreign[:3])}", hint)
+            hint = "give an empty directory, or one that does not exist: run.store=DIRECTORY"
+            raise StoreError(f"{self.root} is not a store: it holds {', '.join(foreign[:3])}", hint)
         for name, text in (("CACHEDIR.TAG", CACHEDIR_TAG), ("format", FORMAT + "\n")):
-            temporary = self.root / f".{name}.{os.getpid()}"
-            temporary.write_text(text)
-            os.replace(temporary, self.root / name)
+            beside = self.root / f".{name}.{os.getpid()}"
+            beside.write_text(text)
+            os.replace(beside, self.root / name)
 
     @contextlib.contextmanager
     def _writing(self) -> Iterator[None]:
-        """Convert an OSError of writing into a StoreError with a hint."""
+        """Say in the user's words why the store cannot be written."""
         try:
             yield
         except OSError as error:
             where = error.filename or self.root
             if error.errno in (errno.ENOSPC, errno.EDQUOT):
                 raise no_space(error, where) from error
-            hint = "fix its permissions, or use another directory: run.store=DIRECTORY"
+            hint = "mend its permissions, or use another directory: run.store=DIRECTORY"
             raise StoreError(f"the store cannot be written: {where}: {error.strerror}", hint) from error
 
 
-def _same_files(path: Path, staging: Path) -> bool:
-    """Whether the artifact at `path` is complete and has the same files as the one in `staging`."""
+def _same_files(place: Path, staging: Path) -> bool:
+    """Whether a whole artifact lies there that has just the files of the one that is to come."""
     try:
-        published = read_artifact(path)
-        return is_complete(published) and published.manifest == read_artifact(staging).manifest
+        made = read_artifact(place)
+        return is_whole(made) and made.manifest == read_artifact(staging).manifest
     except (OSError, ValueError):
         return False
 
 
 def _owner(path: Path) -> str:
-    """The owner of a path, or of its nearest visible parent."""
+    """Whose a path is, or the nearest directory above it that can be seen."""
     while True:
         try:
             return path.owner()
@@ -409,7 +407,7 @@ def _owner(path: Path) -> str:
 
 
 def _sync_tree(root: Path) -> None:
-    """Flush a directory and everything below it to disk."""
+    """Put a directory and all that is below it on the disk."""
     for path in [*root.rglob("*"), root]:
         _sync(path)
 
@@ -422,17 +420,17 @@ def _sync(path: Path) -> None:
         os.close(descriptor)
 
 
-def _read_holder(path: Path) -> dict[str, Any]:
-    """The record that the holder of a claim wrote for messages and for `gc`; {} if there is none."""
+def _said(holder: Path) -> dict[str, Any]:
+    """What the holder of a claim wrote down; the lock itself is the kernel's, this is for messages and for `gc`."""
     try:
-        record = json.loads(path.read_text())
-        return record if isinstance(record, dict) else {}
+        plain = json.loads(holder.read_text())
+        return plain if isinstance(plain, dict) else {}
     except (OSError, ValueError):
         return {}
 
 
 def _describe(holder: Path) -> str:
-    """The holder of a claim, for a message."""
-    record = _read_holder(holder)
-    run = f" of run {record['run']}" if record.get("run") else ""
-    return f"pid {record['pid']} on {record['host']}{run}" if {"pid", "host"} <= record.keys() else "another process"
+    """Who holds a claim, in words."""
+    plain = _said(holder)
+    run = f" of run {plain['run']}" if plain.get("run") else ""
+    return f"pid {plain['pid']} on {plain['host']}{run}" if {"pid", "host"} <= plain.keys() else "another process"
