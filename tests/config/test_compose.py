@@ -78,7 +78,7 @@ def test_a_recipe_by_path_is_found(tmp_path: Path) -> None:
     path = tmp_path / "elsewhere.yaml"
     path.write_text(text)
     config = compose.compose([f"recipe={path}"])
-    assert (config.recipe, config.prompts.num_conversations) == ("is_remote", 8)
+    assert (config.recipe, config.prompts.num_conversations) == ("elsewhere", 8)
 
 
 def test_a_set_that_is_also_trained_on_is_the_same_data_set() -> None:

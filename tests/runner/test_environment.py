@@ -213,7 +213,7 @@ def test_setup_completes_an_environment_whose_pip_is_missing(world: World) -> No
 
 
 @pytest.mark.parametrize(
-    ("name", "value"), [("PIP_TARGET", "is_remote"), ("PIP_DRY_RUN", "1"), ("PIP_QUIET", "1"), ("PYTHONPATH", "other")]
+    ("name", "value"), [("PIP_TARGET", "elsewhere"), ("PIP_DRY_RUN", "1"), ("PIP_QUIET", "1"), ("PYTHONPATH", "other")]
 )
 def test_setup_is_not_led_astray_by_settings(
     world: World, name: str, value: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch

@@ -100,7 +100,7 @@ print(json.dumps(found))
 
 @pytest.mark.parametrize("seed", range(10))
 def test_keys_do_not_depend_on_directory_locale_user_store_or_hash_seed(seed: int, tmp_path: Path) -> None:
-    directory = tmp_path / ("here", "is_remote")[seed % 2]
+    directory = tmp_path / ("here", "elsewhere")[seed % 2]
     directory.mkdir()
     env = {
         **os.environ,

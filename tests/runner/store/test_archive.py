@@ -266,11 +266,11 @@ def test_a_whole_recipe_is_exported_and_found_again_elsewhere(
     publish_all(store, Planner(config, store))
     assert cli._guarded(["export", "recipe=smollm2_eagle3", "train.lr=3e-4", f"{tmp_path}/all.tar"]) == 0
     assert "missing  train               changed: train.lr" in capsys.readouterr().err
-    monkeypatch.setenv("SPECULATORS_STORE", str(tmp_path / "is_remote"))
+    monkeypatch.setenv("SPECULATORS_STORE", str(tmp_path / "elsewhere"))
     assert cli._guarded(["import", f"{tmp_path}/all.tar", "--json"]) == 0
     told = json.loads(capsys.readouterr().out)
     assert all(row["new"] for row in told)
-    states = {s.node.name: s.state.name for s in Planner(config, Store(tmp_path / "is_remote")).plan()}
+    states = {s.node.name: s.state.name for s in Planner(config, Store(tmp_path / "elsewhere")).plan()}
     assert {name for name, state in states.items() if state == "cached"} == states.keys() - {"train", "evaluate"}
 
 
