@@ -142,10 +142,19 @@ def test_operations_import_nothing_else_of_ours(name: str) -> None:
     assert [i for i in OURS[name] if not i.startswith("speculators.ops")] == []
 
 
+def test_operations_are_called_by_their_functions_alone() -> None:
+    """Which kernels compute them is nobody else's business; the stage notes why there are none (`cpu.missing`)."""
+    functions = {"attention", "distillation", "functional", "masks", "muon", "weights"}
+    allowed = {"speculators.ops", *(f"speculators.ops.{name}" for name in functions)}
+    users = {n: {i for i in OURS[n] if i.startswith("speculators.ops")} - allowed for n in MODULES}
+    others = {n: used for n, used in users.items() if used and not n.startswith("speculators.ops")}
+    assert others == {"speculators.stages.train": {"speculators.ops.cpu"}}
+
+
 @pytest.mark.parametrize("name", [n for n in sorted(MODULES) if n.startswith("speculators.drafts.")])
 def test_a_draft_imports_no_other_draft(name: str) -> None:
     shared = ("attention", "base", "layers")
-    operations = ("ops", "ops.attention", "ops.cpu", "ops.functional", "ops.masks", "ops.weights")
+    operations = ("ops", "ops.attention", "ops.functional", "ops.masks")
     below = (*operations, "features.batch")  # the last for `PackedBatch`, what a draft is given
     allowed = set().union(*SHARED) | {f"speculators.{n}" for n in (*below, *(f"drafts.{n}" for n in shared))}
     if name == "speculators.drafts.induction":  # which initialises them

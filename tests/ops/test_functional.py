@@ -19,7 +19,7 @@ from speculators.ops.functional import ROW_MULTIPLE, padded_rows
     ],
 )
 def test_rows_of_a_short_format_are_padded(rows: int, dtype: torch.dtype, expected: int) -> None:
-    found = padded_rows(torch.ones(rows, 3), dtype)
-    assert found.shape == (expected, 3)
-    assert torch.equal(found[:rows], torch.ones(rows, 3, dtype=dtype))
-    assert found[rows:].abs().sum() == 0
+    padded = padded_rows(torch.ones(rows, 3), dtype)
+    assert padded.shape == (expected, 3)
+    assert torch.equal(padded[:rows], torch.ones(rows, 3, dtype=dtype))
+    assert padded[rows:].abs().sum() == 0

@@ -352,35 +352,35 @@ def test_an_implementation_computes_what_the_reference_does(
     if way == "cuda":
         monkeypatch.setitem(globals(), "DEVICE", "cuda")
     case = (FLEX if way == "flex" else CASES)[name]
-    given = case.inputs()
-    ours = [at(x.clone()).requires_grad_(case.differentiable) for x in given]
-    doubles = [x.double().requires_grad_(case.differentiable) for x in map(torch.clone, given)]
+    inputs = case.inputs()
+    ours = [at(x.clone()).requires_grad_(case.differentiable) for x in inputs]
+    doubles = [x.double().requires_grad_(case.differentiable) for x in map(torch.clone, inputs)]
     results, expected = case.run(ours), case.expected(doubles)
     pairs = list(zip(results, expected, strict=True))
     if case.differentiable:
         grads = [drawn(*x.shape, seed=5) for x in expected]
         differentiable = [i for i, x in enumerate(expected) if x.requires_grad]
-        for found, tensors in ((ours, results), (doubles, expected)):
+        for actual, tensors in ((ours, results), (doubles, expected)):
             torch.autograd.backward(
                 [tensors[i] for i in differentiable], [grads[i].to(tensors[i]) for i in differentiable]
             )
-            assert all(x.grad is not None for x in found)
+            assert all(x.grad is not None for x in actual)
         pairs += [(x.grad, y.grad) for x, y in zip(ours, doubles, strict=True)]  # type: ignore[misc]
-    for i, (found, wanted) in enumerate(pairs):
+    for i, (actual, expected_tensor) in enumerate(pairs):
         is_exact = len(results) - case.exact_results <= i < len(results)
         tolerance, norm_tolerance = (0.0, 0.0) if is_exact else (case.tolerance, case.norm_tolerance)
-        compare(found.detach().cpu(), wanted.detach(), tolerance, norm_tolerance, f"tensor {i} of {name}")
+        compare(actual.detach().cpu(), expected_tensor.detach(), tolerance, norm_tolerance, f"tensor {i} of {name}")
 
 
-def compare(found: Tensor, wanted: Tensor, tolerance: float, norm_tolerance: float, what: str) -> None:
+def compare(actual: Tensor, expected_tensor: Tensor, tolerance: float, norm_tolerance: float, what: str) -> None:
     """Hold a result against the expected one, as the module's docstring says."""
-    assert found.shape == wanted.shape, what
+    assert actual.shape == expected_tensor.shape, what
     if norm_tolerance:
-        assert (found.double() - wanted).norm() <= norm_tolerance * wanted.norm(), what
+        assert (actual.double() - expected_tensor).norm() <= norm_tolerance * expected_tensor.norm(), what
         return
-    largest = float(wanted.abs().max()) if wanted.numel() else 0.0
-    error = float((found.double() - wanted).abs().max()) if wanted.numel() else 0.0
-    tolerance = max(tolerance, TOLERANCE[found.dtype])
+    largest = float(expected_tensor.abs().max()) if expected_tensor.numel() else 0.0
+    error = float((actual.double() - expected_tensor).abs().max()) if expected_tensor.numel() else 0.0
+    tolerance = max(tolerance, TOLERANCE[actual.dtype])
     assert error <= tolerance * largest + 1e-9, f"{what}: {error:.2g} off, largest {largest:.2g}"
 
 

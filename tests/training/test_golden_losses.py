@@ -88,12 +88,12 @@ def losses(world: Path, work: Path, algorithm: str, optimizer: Optimizer) -> lis
 
 def recorded() -> dict[str, list[float]]:
     """All losses, by the name of their file."""
-    found = {}
+    by_name = {}
     with tempfile.TemporaryDirectory() as directory:
         world = write_world(Path(directory))
         for name, (algorithm, optimizer) in zip(IDS, CASES, strict=True):
-            found[name] = losses(world, Path(directory) / name, algorithm, optimizer)
-    return found
+            by_name[name] = losses(world, Path(directory) / name, algorithm, optimizer)
+    return by_name
 
 
 def update() -> None:
@@ -122,8 +122,8 @@ def test_losses_are_the_golden_ones(
         pytest.skip(cpu.missing())
     if not native:
         monkeypatch.setattr(cpu, "kernels", lambda *_: None)
-    found = losses(golden_world, tmp_path, algorithm, optimizer)
+    actual = losses(golden_world, tmp_path, algorithm, optimizer)
     golden = [float(line) for line in (GOLDEN / f"{algorithm}_{optimizer.name}.txt").read_text().split()]
-    assert found == pytest.approx(golden, rel=RELATIVE), (
+    assert actual == pytest.approx(golden, rel=RELATIVE), (
         "training computes other numbers; if it is meant to, run `python -m tests.goldens.update losses`"
     )

@@ -1,4 +1,4 @@
-"""Schedules by hand; Muon against singular values; the state of the optimisers."""
+"""Schedules by hand; Muon against singular values; the state of the optimizers."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from speculators.training.optim import Average, Optimizers, rate
         (LrSchedule.wsd, [0.5, 1.0, 1.0, 1.0, 1.0, 0.5]),
     ],
 )
-def test_the_rate_rises_over_the_warm_up_and_falls_as_asked(schedule: LrSchedule, expected: list[float]) -> None:
+def test_the_rate_rises_over_the_warm_up_and_falls_by_the_schedule(schedule: LrSchedule, expected: list[float]) -> None:
     assert [rate(step, 6, 1 / 3, schedule, 1 / 3) for step in range(6)] == pytest.approx(expected, abs=1e-6)
 
 
@@ -33,8 +33,8 @@ def test_without_a_warm_up_the_first_step_is_at_full_rate() -> None:
     assert rate(0, 100, 0.0, LrSchedule.linear) == 1.0
 
 
-def spread(rows: int, columns: int, least: float) -> torch.Tensor:
-    """A matrix whose singular values run from one down to `least`."""
+def with_singular_values(rows: int, columns: int, least: float) -> torch.Tensor:
+    """Draw a matrix whose singular values run from one down to `least`."""
     draw = torch.Generator().manual_seed(0)
     u, _, v = torch.linalg.svd(torch.randn(rows, columns, generator=draw), full_matrices=False)
     return (u * torch.logspace(0, math.log10(least), min(rows, columns))) @ v
@@ -45,54 +45,52 @@ def orthogonal(*matrices: torch.Tensor, block: int = 0, dtype: torch.dtype = tor
     return orthogonalize(matrices, dtype, block)
 
 
-OFF = {torch.float32: 0.1, torch.bfloat16: 0.36}
-"""How far from one a singular value may end that began above the floor."""
+TOLERANCE = {torch.float32: 0.1, torch.bfloat16: 0.36}
+"""Largest distance from one of a singular value that was above the floor."""
 
 
 @pytest.mark.parametrize("shape", [(24, 40), (40, 24), (16, 16), (96, 96), (24, 96)])
 @pytest.mark.parametrize("size", [1.0, 1e-12, 1e12])
-@pytest.mark.parametrize("dtype", OFF)
+@pytest.mark.parametrize("dtype", TOLERANCE)
 def test_a_matrix_becomes_orthogonal_whatever_its_size_and_shape(
     shape: tuple[int, int], size: float, dtype: torch.dtype
 ) -> None:
-    matrix = spread(*shape, least=4 * FLOOR) * size
+    matrix = with_singular_values(*shape, least=4 * FLOOR) * size
     u, _, v = torch.linalg.svd(matrix.double(), full_matrices=False)
-    found = orthogonal(matrix, dtype=dtype)[0]
-    assert torch.linalg.matrix_norm(found.double() - u @ v, 2) < OFF[dtype]
+    updates = orthogonal(matrix, dtype=dtype)[0]
+    assert torch.linalg.matrix_norm(updates.double() - u @ v, 2) < TOLERANCE[dtype]
 
 
-@pytest.mark.parametrize("dtype", OFF)
+@pytest.mark.parametrize("dtype", TOLERANCE)
 def test_directions_that_hardly_move_are_not_blown_up_and_none_is_not_a_number(dtype: torch.dtype) -> None:
-    for matrix in (spread(32, 48, least=1e-9), torch.zeros(32, 48), torch.ones(32, 48), torch.eye(32)):
-        found = torch.linalg.matrix_norm(orthogonal(matrix, dtype=dtype)[0].float(), 2)
-        assert found <= 1.0 + OFF[dtype]
+    for matrix in (with_singular_values(32, 48, least=1e-9), torch.zeros(32, 48), torch.ones(32, 48), torch.eye(32)):
+        norm = torch.linalg.matrix_norm(orthogonal(matrix, dtype=dtype)[0].float(), 2)
+        assert norm <= 1.0 + TOLERANCE[dtype]
     assert torch.equal(orthogonal(torch.zeros(8, 9), dtype=dtype)[0], torch.zeros(8, 9))
 
 
 @pytest.mark.parametrize("tall", [False, True])
 def test_blocks_are_orthogonalised_each_by_itself_down_to_a_last_short_one(tall: bool) -> None:
     matrix = torch.randn(20, 40, generator=torch.Generator().manual_seed(0))
-    expected = torch.cat([orthogonal(matrix[at : at + 8])[0] for at in (0, 8, 16)])
-    found = orthogonal(matrix.T, block=8)[0].T if tall else orthogonal(matrix, block=8)[0]
-    torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-4)
+    expected = torch.cat([orthogonal(matrix[begin : begin + 8])[0] for begin in (0, 8, 16)])
+    updates = orthogonal(matrix.T, block=8)[0].T if tall else orthogonal(matrix, block=8)[0]
+    torch.testing.assert_close(updates, expected, atol=1e-5, rtol=1e-4)
     torch.testing.assert_close(orthogonal(matrix, block=64), orthogonal(matrix))
 
 
-@pytest.mark.parametrize("dtype", OFF)
+@pytest.mark.parametrize("dtype", TOLERANCE)
 @pytest.mark.parametrize("block", [0, 4])
-def test_matrices_of_a_shape_and_its_transpose_are_made_orthogonal_together_each_in_its_place(
-    dtype: torch.dtype, block: int
-) -> None:
+def test_matrices_of_a_shape_and_its_transpose_are_orthogonalised_as_one_batch(dtype: torch.dtype, block: int) -> None:
     draw = torch.Generator().manual_seed(0)
     matrices = [torch.randn(*shape, generator=draw) for shape in ((8, 16), (16, 8), (16, 8), (8, 16))]
-    alone = [orthogonal(matrix, block=block, dtype=dtype)[0] for matrix in matrices]
-    found = orthogonal(*matrices, block=block, dtype=dtype)
-    torch.testing.assert_close(found, alone, atol=0.2, rtol=0)  # rounded in turn
+    one_by_one = [orthogonal(matrix, block=block, dtype=dtype)[0] for matrix in matrices]
+    updates = orthogonal(*matrices, block=block, dtype=dtype)
+    torch.testing.assert_close(updates, one_by_one, atol=0.2, rtol=0)  # another order of rounding
 
 
 @pytest.mark.parametrize("columns", [8, 12, 16, 22, 23])
 def test_a_single_wide_matrix_is_multiplied_in_parts_of_whatever_width(columns: int) -> None:
-    matrix = spread(8, columns, least=0.1)
+    matrix = with_singular_values(8, columns, least=0.1)
     u, _, v = torch.linalg.svd(matrix, full_matrices=False)
     assert torch.linalg.matrix_norm(orthogonal(matrix, dtype=torch.bfloat16)[0].float() - u @ v, 2) < 0.4
 
@@ -100,13 +98,13 @@ def test_a_single_wide_matrix_is_multiplied_in_parts_of_whatever_width(columns: 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("size", [1e-4, 1.0, 100.0])
 def test_the_size_of_a_matrix_does_not_matter_in_any_format(dtype: torch.dtype, size: float) -> None:
-    matrix = spread(8, 24, least=0.1)
+    matrix = with_singular_values(8, 24, least=0.1)
     values = torch.linalg.svdvals(orthogonal(matrix / matrix.norm() * size, dtype=dtype)[0].float())
     assert values.min() > 0.6
     assert values.max() < 1.4
 
 
-def test_no_more_are_taken_together_than_a_cache_holds() -> None:
+def test_a_batch_of_matrices_fits_in_a_cache() -> None:
     large = (2048, 1536)
     assert _batches([(8, 16), large, (16, 8), large, (4, 4)]) == [[0, 2], [1], [3], [4]]
 
@@ -124,7 +122,7 @@ def train_a_little(net: nn.Sequential, optimizers: Optimizers, steps: int, seed:
 
 
 @pytest.mark.parametrize("name", list(Optimizer))
-def test_optimisers_go_on_from_their_state_bit_by_bit(name: Optimizer) -> None:
+def test_optimizers_resume_from_their_state_bit_by_bit(name: Optimizer) -> None:
     options = Train(optimizer=name)
     net = model()
     straight = Optimizers(net, options)
@@ -146,7 +144,7 @@ def test_muon_takes_the_matrices_and_adamw_the_rest() -> None:
     assert not Optimizers(model(), Train(optimizer=Optimizer.adamw)).matrices
 
 
-def test_an_average_follows_the_weights_and_is_there_only_while_it_is_asked_for() -> None:
+def test_an_average_follows_the_weights_and_is_applied_only_inside_its_context() -> None:
     p = nn.Parameter(torch.tensor([0.0]))
     average = Average({"p": p}, 0.5)
     for step, value in ((1, 11.0), (2, 8.0), (30, 3.0)):

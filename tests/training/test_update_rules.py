@@ -69,10 +69,10 @@ class Net(nn.Module):
 def gradients(step: int) -> dict[str, Tensor]:
     """Of every parameter in a step; a third of the numbers are as small as AdamW's eps."""
     draw = torch.Generator().manual_seed(100 + step)
-    found = {name: torch.randn(shape, generator=draw) for name, shape in SHAPES.items()}
+    grads = {name: torch.randn(shape, generator=draw) for name, shape in SHAPES.items()}
     for name in ("norm", "lm_head"):
-        found[name].view(-1)[::3] *= 1e-8
-    return found
+        grads[name].view(-1)[::3] *= 1e-8
+    return grads
 
 
 def trained(train: Train) -> tuple[dict[str, Tensor], list[dict[str, Tensor]]]:
@@ -92,15 +92,15 @@ def trained(train: Train) -> tuple[dict[str, Tensor], list[dict[str, Tensor]]]:
 
 def adamw(p: Tensor, name: str) -> list[Tensor]:
     """Decoupled weight decay, of matrices only; moments whose zeros at the beginning are divided out."""
-    m, v, found = torch.zeros_like(p), torch.zeros_like(p), []
+    m, v, after = torch.zeros_like(p), torch.zeros_like(p), []
     for step, (factor, clipped) in enumerate(zip(FACTORS, CLIPPED, strict=True)):
         g, lr = gradients(step)[name].double() * clipped, ADAMW_LR * factor
         m = BETA_1 * m + (1 - BETA_1) * g
         v = BETA_2 * v + (1 - BETA_2) * g * g
         m_hat, v_hat = m / (1 - BETA_1 ** (step + 1)), v / (1 - BETA_2 ** (step + 1))
         p = p - (lr * WEIGHT_DECAY * p if p.ndim == 2 else 0.0) - lr * m_hat / (v_hat.sqrt() + EPS)
-        found.append(p)
-    return found
+        after.append(p)
+    return after
 
 
 def zolotarev(x: Tensor) -> Tensor:
@@ -126,25 +126,25 @@ def orthogonal(matrix: Tensor, function: Callable[[Tensor], Tensor], power: int,
 
 def muon(p: Tensor, name: str, function: Callable[[Tensor], Tensor], power: int, rows: int = 0) -> list[Tensor]:
     """Nesterov's momentum, made orthogonal, as large as AdamW's updates are: 0.2 sqrt(longer side)."""
-    m, found = torch.zeros_like(p), []
+    m, after = torch.zeros_like(p), []
     for step, (factor, clipped) in enumerate(zip(FACTORS, CLIPPED, strict=True)):
         g, lr = gradients(step)[name].double() * clipped, LR * factor
         m = MOMENTUM * m + (1 - MOMENTUM) * g
         update = orthogonal(MOMENTUM * m + (1 - MOMENTUM) * g, function, power, rows)
         p = p - lr * WEIGHT_DECAY * p - lr * 0.2 * math.sqrt(max(p.shape)) * update
-        found.append(p)
-    return found
+        after.append(p)
+    return after
 
 
 @pytest.mark.parametrize("optimizer", Optimizer)
-def test_adamw_does_what_its_formula_says(optimizer: Optimizer) -> None:
+def test_adamw_follows_its_formula(optimizer: Optimizer) -> None:
     first, after = trained(options(optimizer))
     for name in SHAPES if optimizer is Optimizer.adamw else SHAPES.keys() - MUONS:
-        for found, expected in zip(after, adamw(first[name], name), strict=True):
-            torch.testing.assert_close(found[name], expected, rtol=0, atol=4e-7)
+        for actual, expected in zip(after, adamw(first[name], name), strict=True):
+            torch.testing.assert_close(actual[name], expected, rtol=0, atol=4e-7)
 
 
-def test_adamw_alone_has_the_one_learning_rate() -> None:
+def test_adamw_without_muon_has_the_one_learning_rate() -> None:
     net = Net(0)
     optimizers = Optimizers(net, Train(optimizer=Optimizer.adamw, lr=0.5, weight_decay=0.0))
     before = net.norm.detach().clone()
@@ -155,14 +155,14 @@ def test_adamw_alone_has_the_one_learning_rate() -> None:
 
 
 @pytest.mark.parametrize("rows", [0, 2])
-def test_muon_does_what_its_formula_says(rows: int) -> None:
+def test_muon_follows_its_formula(rows: int) -> None:
     first, after = trained(options(Optimizer.muon, muon_block=rows))
     for name in MUONS:
-        for found, expected in zip(after, muon(first[name], name, zolotarev, 4, rows), strict=True):
-            torch.testing.assert_close(found[name], expected, rtol=0, atol=2e-6)
+        for actual, expected in zip(after, muon(first[name], name, zolotarev, 4, rows), strict=True):
+            torch.testing.assert_close(actual[name], expected, rtol=0, atol=2e-6)
 
 
-def test_muon_in_bfloat16_does_what_its_formula_says_but_for_rounding() -> None:
+def test_muon_in_bfloat16_follows_its_formula_but_for_rounding() -> None:
     first, after = trained(options(Optimizer.muon, precision=Dtype.bfloat16))
     for name in MUONS:
         expected = muon(first[name], name, quintics, 8)
@@ -181,6 +181,13 @@ def test_the_numbers_of_both_are_options(monkeypatch: pytest.MonkeyPatch) -> Non
     for name in MUONS:
         expected = muon(first[name], name, zolotarev, 4)[-1]
         torch.testing.assert_close(after[-1][name], expected, rtol=0, atol=2e-6)
+
+
+@pytest.mark.parametrize("optimizer", Optimizer)
+def test_either_optimizer_trains_in_bfloat16(world: Path, tmp_path: Path, optimizer: Optimizer) -> None:
+    job = job_of(world, tmp_path, optimizer=optimizer, precision=Dtype.bfloat16, max_steps=3)
+    train.main(job)
+    assert [line["step"] for line in metrics(job) if "lr" in line] == [1, 2, 3]
 
 
 def rising(step: int, total: int, warmup: float) -> tuple[int, float]:
@@ -210,7 +217,7 @@ def test_a_schedule_is_its_formula(schedule: LrSchedule, total: int, warmup: flo
 
 
 @pytest.mark.parametrize("schedule", LrSchedule)
-def test_a_training_follows_the_schedule_that_it_is_given(world: Path, tmp_path: Path, schedule: LrSchedule) -> None:
+def test_a_training_follows_its_schedule(world: Path, tmp_path: Path, schedule: LrSchedule) -> None:
     chosen = {"schedule": schedule, "warmup_ratio": 0.3, "decay_ratio": 0.5, "lr": 0.01, "max_steps": 10, "epochs": 10}
     job = job_of(world, tmp_path, **chosen)
     train.main(job)
