@@ -95,17 +95,20 @@ def explanation(found: Explanation) -> str:
     lines = [f"{found.node}  {found.state}  {found.key[:8]}".rstrip(), f"  {found.reason}"]
     if found.because:
         lines += [f"  waits in the end for {found.because}"]
-    if found.made:
+    if found.nearest:
         said = "made" if found.state == "cached" else "nearest"
-        lines += ["", f"{said}  {found.made['key'][:8]}  by {found.made['run']}  {found.made['finished'][:16]}"]
-        lines += [f"  {found.made['words']}"] if found.made["words"] else []
-    for title, changes in (("differs", found.changes), ("differs, but is not in the key", found.beside)):
+        lines += [
+            "",
+            f"{said}  {found.nearest['key'][:8]}  by {found.nearest['run']}  {found.nearest['finished'][:16]}",
+        ]
+        lines += [f"  {found.nearest['words']}"] if found.nearest["words"] else []
+    for title, changes in (("differs", found.changes), ("differs, but is not in the key", found.outside_the_key)):
         if changes:
-            cells = [(f"  {c.name}", f"{_cell(c.old)} -> {_cell(c.new)}", c.made) for c in changes]
+            cells = [(f"  {c.name}", f"{_cell(c.old)} -> {_cell(c.new)}", c.runs) for c in changes]
             shown = f"{title}\n{columns(cells)}"
-            lines += ["", dim(shown) if changes is found.beside else shown]
-    if found.leaves:
-        lines += ["", "in the key", columns((f"  {name}", _cell(value)) for name, value in found.leaves.items())]
+            lines += ["", dim(shown) if changes is found.outside_the_key else shown]
+    if found.key_values:
+        lines += ["", "in the key", columns((f"  {name}", _cell(value)) for name, value in found.key_values.items())]
     return "\n".join(lines)
 
 

@@ -79,7 +79,7 @@ def _attempt(request: Request, job: Job) -> None:
     reads = provenance.get("inputs", {}).values()
     with store.claim(job.stage, job.key, _say_waiting, run=provenance.get("run", ""), uses=reads):
         if store.find(job.stage, job.key) is None:
-            aside = store.set_aside(job.stage, job.key)
+            aside = store.quarantine(job.stage, job.key)
             if aside is not None:
                 print(f"warning: an artifact that is not whole was set aside: {aside}", file=sys.stderr)
         elif not request.forced:
@@ -115,7 +115,7 @@ def _run_and_publish(request: Request, job: Job, store: Store, surroundings: Pro
         },
         digest=request.digest,
         written=job.digests_written,
-        anew=request.forced,
+        replace=request.forced,
     )
 
 

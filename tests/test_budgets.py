@@ -14,7 +14,7 @@ FUNCTION_LINES = 60
 RUNNER_LINES = 7_100
 # 600 more: constraints beside the fields, and the names that other tools have for options.
 # 400 more: the reference of each operation in ops/, and shapes, formats and papers in the docstrings there.
-PACKAGE_LINES = 22_800
+PACKAGE_LINES = 22_900
 
 
 def lines(path: Path) -> int:

@@ -165,7 +165,7 @@ def test_forced_it_is_made_again_and_equal_bytes_change_nothing(world: Path) -> 
     before = artifact(path)
     assert ended(submit(world, path)) == 0
     assert artifact(path) == before
-    assert not (world / "store/aside").exists()
+    assert not (world / "store/quarantine").exists()
 
 
 def test_a_killed_worker_leaves_no_artifact_and_the_next_one_goes_on(world: Path) -> None:
@@ -222,7 +222,7 @@ def test_a_defect_has_a_traceback_and_an_exit_code_of_its_own(world: Path) -> No
 
 def test_a_stage_that_makes_nothing_fails(world: Path) -> None:
     assert ended(submit(world, request(world, empty=True))) == 1
-    assert "left nothing" in (world / "log").read_text()
+    assert "wrote no file" in (world / "log").read_text()
 
 
 def test_only_the_last_phase_publishes_and_a_finished_phase_is_not_repeated(world: Path) -> None:
@@ -260,7 +260,7 @@ def test_an_artifact_that_is_not_whole_is_set_aside_and_made_again(world: Path) 
     assert ended(submit(world, path)) == 0
     assert artifact(path) is not None
     assert "set aside" in (world / "log").read_text()
-    assert len(list((world / "store/aside").iterdir())) == 1
+    assert len(list((world / "store/quarantine").iterdir())) == 1
 
 
 def test_a_file_in_the_users_directory_is_not_imported_in_place_of_a_module(

@@ -1,8 +1,8 @@
-"""Conversations as they lie in files of other people: three formats, read row by row, nothing lost uncounted.
+"""Reads conversations from data files in three formats, row by row; every row that is dropped is counted.
 
-A file is never loaded whole, and a file that was cut off in the middle gives every row before the cut. What a
-row must be to be used (`Conversation`) is decided here once, for training and evaluation alike, and so is which
-conversations are held out: both sides ask `in_evaluation_holdout`, so they cannot disagree.
+A file is never loaded whole, and a file that was cut off gives every row before the cut. Training and evaluation use
+the same rules here: which rows are usable (`Conversation`), and which are kept for evaluation
+(`in_evaluation_holdout`). `ConversationRow` is a line of `conversations.jsonl`, which the stages pass on.
 """
 
 from __future__ import annotations
@@ -16,23 +16,18 @@ from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, NotRequired, TypedDict
 
 from speculators.config.choices import DataFormat, OnDamage
 from speculators.config.schema import Dataset
 from speculators.errors import SourceError
 
 ROLES = {
-    "human": "user",
-    "user": "user",
-    "gpt": "assistant",
-    "chatgpt": "assistant",
-    "bing": "assistant",
-    "bard": "assistant",
-    "assistant": "assistant",
+    **dict.fromkeys(("human", "user"), "user"),
+    **dict.fromkeys(("gpt", "chatgpt", "bing", "bard", "assistant"), "assistant"),
     "system": "system",
 }
-"""Speakers in the wild and what chat templates call them."""
+"""Speaker in a data file -> role in chat templates."""
 
 _BLOCK = 1 << 20
 _GZIP = b"\x1f\x8b"
@@ -42,13 +37,45 @@ _LONGEST_TOKEN = 16
 """A JSON literal or escape that lacks its end is an error at most this many characters before the end of the text."""
 
 
+class Message(TypedDict):
+    """One chat turn."""
+
+    role: str
+    """`system`, `user` or `assistant`."""
+    content: str
+
+
+class Answer(TypedDict):
+    """An answer of the target: token ids of the rendered prompt and of the answer as sampled."""
+
+    prompt_ids: list[int]
+    answer_ids: list[int]
+    finish_reason: str
+    """`stop` or `length`."""
+    states: NotRequired[list[int]]
+    """[row, start, length]: the slice of a row of `states/` that has the hidden states of prompt and answer."""
+    picks: NotRequired[list[tuple[int, int, float | None]]]
+    """(index in the answer, token, log-probability) of some of the server's greedy tokens."""
+
+
+class ConversationRow(TypedDict):
+    """A line of `conversations.jsonl`."""
+
+    id: str
+    """`DATASET/ID`, unique in the file."""
+    source: str  # name of the data set
+    messages: list[Message]
+    turns: NotRequired[list[Answer]]
+    """One for each answer of the target; without it, the data's own answers are used."""
+
+
 @dataclass(slots=True)
 class Conversation:
-    """A row that can be used: an optional system message, then user and assistant in turns, user first."""
+    """A usable row of a data file: an optional system message, then user and assistant alternating, user first."""
 
     dataset: str
     row_id: str
-    messages: list[dict[str, str]]
+    messages: list[Message]
 
     @property
     def id(self) -> str:
@@ -60,110 +87,110 @@ class Conversation:
         """The first user message."""
         return next(message["content"] for message in self.messages if message["role"] == "user")
 
+    def with_instruction(self, instruction: str) -> list[Message]:
+        """Return the messages; an instruction and an empty line come before the first user message."""
+        if not instruction:
+            return self.messages
+        index = next(i for i, message in enumerate(self.messages) if message["role"] == "user")
+        prompt: Message = {"role": "user", "content": f"{instruction}\n\n{self.first}"}
+        return [*self.messages[:index], prompt, *self.messages[index + 1 :]]
+
 
 @dataclass(slots=True)
 class RowCounts:
-    """What became of the rows of one file; `read` is the sum of what is dropped and what is used."""
+    """Counts of the rows of one file; `rows` is the number of dropped and of usable rows."""
 
-    read: int = 0
+    rows: int = 0
     dropped: Counter[str] = field(default_factory=Counter)
     damage: dict[str, Any] | None = None
 
     def record(self) -> dict[str, Any]:
-        """As JSON types."""
-        return {"read": self.read, "dropped": dict(sorted(self.dropped.items())), "damage": self.damage}
+        """The counts for an artifact's record."""
+        return {"read": self.rows, "dropped": dict(sorted(self.dropped.items())), "damage": self.damage}
 
     def note(self, name: str) -> str:
-        """What to tell a person about a file that is cut off; nothing about one that is whole."""
+        """A note about a file that is cut off or damaged; empty for others."""
         if self.damage is None:
             return ""
-        return f"{name}: {self.damage['reason']} at byte {self.damage['byte']}; {self.read} whole conversations before"
+        return f"{name}: {self.damage['reason']} at byte {self.damage['byte']}; {self.rows} whole conversations before"
 
 
-def data_file(place: Path) -> Path:
-    """The one file that a data set consists of: `place` itself, or the only file in the directory `place`."""
-    if place.is_file():
-        return place
-    files = sorted(p for p in place.iterdir() if p.is_file() and not p.name.startswith(".")) if place.is_dir() else []
+def data_file(path: Path) -> Path:
+    """Find the one file that a data set consists of: `path` itself, or the only file in the directory `path`."""
+    if path.is_file():
+        return path
+    files = sorted(p for p in path.iterdir() if p.is_file() and not p.name.startswith(".")) if path.is_dir() else []
     if len(files) != 1:
-        found = ", ".join(p.name for p in files) or "nothing"
-        raise SourceError(f"{place} must hold exactly one data file, it holds: {found}", "name a file as the source")
+        names = ", ".join(p.name for p in files) or "nothing"
+        raise SourceError(f"{path} must hold exactly one data file, it holds: {names}", "name a file as the source")
     return files[0]
 
 
-def usable(path: Path, name: str, spec: Dataset, tally: RowCounts, seen: set[bytes]) -> Iterator[Conversation]:
-    """The conversations of data set `name` that pass its filters, each first user message once.
+def usable(path: Path, name: str, spec: Dataset, counts: RowCounts, seen: set[bytes]) -> Iterator[Conversation]:
+    """Read the conversations of data set `name` that pass its filters, each first user message once.
 
-    `seen` carries the digests of first messages from one data set to the next. The filters look at the text as it is
-    in the file; the instruction of the data set is put before it afterwards.
+    `seen` collects the digests of first messages over several data sets. The filters see the text as it is in the
+    file, before `Conversation.with_instruction`.
 
     Raises:
         SourceError: the file is not in the format that `spec` says, or is damaged and `spec.on_damage` is `error`.
     """
     ids: set[str] = set()
-    for conversation in read_conversations(path, name, spec, tally):
+    for conversation in read_conversations(path, name, spec, counts):
         first = conversation.first
         digest = text_digest(first)
         if reason := _filtered(first, spec):
-            tally.dropped[reason] += 1
+            counts.dropped[reason] += 1
         elif digest in seen:
-            tally.dropped["same first message as another"] += 1
+            counts.dropped["same first message as another"] += 1
         elif conversation.row_id in ids:
-            tally.dropped["same id as another"] += 1
+            counts.dropped["same id as another"] += 1
         else:
             seen.add(digest)
             ids.add(conversation.row_id)
             yield conversation
 
 
-def with_instruction(conversation: Conversation, instruction: str) -> list[dict[str, str]]:
-    """The messages, with `instruction` and an empty line before the first user message if there is an instruction."""
-    if not instruction:
-        return conversation.messages
-    first = next(i for i, message in enumerate(conversation.messages) if message["role"] == "user")
-    asked = {"role": "user", "content": f"{instruction}\n\n{conversation.first}"}
-    return [*conversation.messages[:first], asked, *conversation.messages[first + 1 :]]
-
-
 def text_digest(text: str) -> bytes:
-    """SHA-256 of a text without regard to case and white space, in which copies of a prompt tend to differ."""
+    """Compute the SHA-256 of a text, ignoring case and white space, in which copies of a prompt tend to differ."""
     return hashlib.sha256(" ".join(text.split()).casefold().encode()).digest()
 
 
-def in_evaluation_holdout(first_message: str, share: float) -> bool:
+def in_evaluation_holdout(first_message: str, ratio: float) -> bool:
     """Whether a conversation is kept from training, for evaluation.
 
-    Decided by the text of the first user message and nothing else: a copy of it under another id or in another data
-    set falls on the same side, and rows added to a file move nobody.
+    The text of the first user message alone decides: a copy under another id or in another data set falls on the same
+    side, and rows that are added to a file change nothing for the others.
     """
-    return int.from_bytes(text_digest(first_message)[:8], "big") < share * 2**64
+    return int.from_bytes(text_digest(first_message)[:8], "big") < ratio * 2**64
 
 
-def read_conversations(path: Path, name: str, spec: Dataset, tally: RowCounts) -> Iterator[Conversation]:
-    """Every well-formed row of a file, in its order; `tally` is filled as far as the iteration went."""
+def read_conversations(path: Path, name: str, spec: Dataset, counts: RowCounts) -> Iterator[Conversation]:
+    """Read every well-formed row of a file, in order; `counts` grows with the iteration."""
     rows = _list_rows(path) if spec.format is DataFormat.sharegpt else _line_rows(path)
     try:
         for row in rows:
-            tally.read += 1
+            counts.rows += 1
             try:
                 yield _conversation(row, name, spec)
             except _BadRowError as bad:
-                tally.dropped[str(bad)] += 1
-    except _DamageError as damage:
-        tally.damage = {"file": path.name, "byte": damage.byte, "row_starts_at_byte": damage.row, "reason": str(damage)}
+                counts.dropped[str(bad)] += 1
+    except _DamageError as error:
+        where = {"file": path.name, "byte": error.byte, "row_starts_at_byte": error.row}
+        counts.damage = {**where, "reason": str(error)}
         if spec.on_damage is OnDamage.error:
             raise SourceError(
-                f"{path.name} of data set `{name}`: {damage} at byte {damage.byte}, after {tally.read} whole rows",
+                f"{path.name} of data set `{name}`: {error} at byte {error.byte}, after {counts.rows} whole rows",
                 f"get a whole file, or set `on_damage: report` for `{name}` to use the rows before the damage",
             ) from None
 
 
 class _BadRowError(Exception):
-    """The row is whole, but is not a conversation; the text is the reason, counted as it is."""
+    """The row is complete, but is not a conversation; the text is the reason under which it is counted."""
 
 
 class _DamageError(Exception):
-    """The file breaks off, or cannot be read further, at `byte`, in the row that starts at byte `row`."""
+    """The file ends early or is damaged at `byte`, in the row that starts at byte `row`."""
 
     def __init__(self, reason: str, byte: int, row: int) -> None:
         super().__init__(reason)
@@ -195,17 +222,17 @@ def _conversation(row: Any, name: str, spec: Dataset) -> Conversation:
         raise _BadRowError("no messages")
     speaker, text = ("role", "content") if spec.format is DataFormat.messages else ("from", "value")
     messages = [_message(turn, speaker, text) for turn in turns]
-    spoken = [message["role"] for message in messages]
-    if spoken[0] == "system":
-        spoken = spoken[1:]
-    if not spoken or spoken[0] != "user":
+    roles = [message["role"] for message in messages]
+    if roles[0] == "system":
+        roles = roles[1:]
+    if not roles or roles[0] != "user":
         raise _BadRowError("first turn is not the user's")
-    if spoken != ["user" if i % 2 == 0 else "assistant" for i in range(len(spoken))]:
+    if roles != ["user" if i % 2 == 0 else "assistant" for i in range(len(roles))]:
         raise _BadRowError("turns do not alternate")
     return Conversation(name, str(row_id), messages)
 
 
-def _message(turn: Any, speaker: str, text: str) -> dict[str, str]:
+def _message(turn: Any, speaker: str, text: str) -> Message:
     role = ROLES.get(str(turn.get(speaker))) if isinstance(turn, dict) else None
     if role is None:
         raise _BadRowError("unknown role")
@@ -217,30 +244,30 @@ def _message(turn: Any, speaker: str, text: str) -> dict[str, str]:
     return {"role": role, "content": content}
 
 
-def _blocks(path: Path) -> Iterator[bytes]:
-    """The content in pieces, decompressed if it is gzip (told by its first bytes). A cut gzip file ends in EOFError."""
+def _file_blocks(path: Path) -> Iterator[bytes]:
+    """Read a file in blocks, decompressed if it is gzip (by its first bytes). A cut gzip file ends in EOFError."""
     with path.open("rb") as file:
         if file.read(len(_GZIP)) != _GZIP:
             file.seek(0)
             yield from iter(lambda: file.read(_BLOCK), b"")
             return
         file.seek(0)
-        inflate, inside = zlib.decompressobj(wbits=31), False
+        inflate, incomplete = zlib.decompressobj(wbits=31), False
         for block in iter(lambda: file.read(_BLOCK), b""):
             while block:
                 yield inflate.decompress(block)
-                block, inside = inflate.unused_data, not inflate.eof
+                block, incomplete = inflate.unused_data, not inflate.eof
                 if inflate.eof:
                     inflate = zlib.decompressobj(wbits=31)
-        if inside:
+        if incomplete:
             raise EOFError
 
 
 def _line_rows(path: Path) -> Iterator[Any]:
-    """The rows of a JSON-lines file; a line that is not JSON gives None, unless the file ends in it."""
+    """Read the rows of a JSON-lines file; a line that is not JSON gives None, unless the file ends in it."""
     rest, passed = b"", 0
     try:
-        for block in _blocks(path):
+        for block in _file_blocks(path):
             *lines, rest = (rest + block).split(b"\n")
             for line in lines:
                 passed += len(line) + 1
@@ -265,13 +292,13 @@ def _parsed(line: bytes) -> Any:
 
 
 def _list_rows(path: Path) -> Iterator[Any]:
-    """The items of a file that is one JSON list, without reading the list as a whole."""
-    text, passed, opened, patience = "", 0, False, 0
+    """Read the items of a file that is one JSON list, without loading the whole list."""
+    text, passed, opened, min_length = "", 0, False, 0
     for block in _texts(path):
         text += block
         if not opened and text.lstrip():
             passed, text, opened = len(text) - len(text.lstrip()) + 1, _after_bracket(text.lstrip(), path), True
-        if len(text) < patience:
+        if len(text) < min_length:
             continue
         rows, end, error = _whole_values(text)
         yield from rows
@@ -280,35 +307,35 @@ def _list_rows(path: Path) -> Iterator[Any]:
             return
         if error is not None and not _unfinished(error):
             raise _DamageError(f"broken JSON ({error.msg})", passed + len(text[: error.pos - end].encode()), passed)
-        patience = 2 * len(text)  # a row longer than a block is tried again only when there is twice as much of it
+        min_length = 2 * len(text)  # a row longer than a block is parsed again when there is twice as much of it
     rows, end, _ = _whole_values(text)
     yield from rows
     if not text.startswith("]", end):
         row = passed + len(text[:end].encode())
         reason = "the file ends in the middle of a row" if end < len(text) else "the file ends before the list does"
-        raise _DamageError(reason, _size(path), row)
+        raise _DamageError(reason, _content_size(path), row)
 
 
 def _texts(path: Path) -> Iterator[str]:
     decoder, passed = codecs.getincrementaldecoder("utf-8")(), 0
     try:
-        for block in _blocks(path):
+        for block in _file_blocks(path):
             yield decoder.decode(block)
             passed += len(block)
     except UnicodeDecodeError as error:
         pending = len(error.object) - len(block)  # bytes of a character that the block before began
         raise _DamageError("not UTF-8", passed - pending + error.start, passed) from None
     except EOFError:
-        return  # the list is not closed then, which is told with its position
+        return  # `_list_rows` reports the list that is not closed
     except zlib.error as error:
         raise _DamageError(f"the compressed file is broken ({error})", passed, passed) from None
 
 
-def _size(path: Path) -> int:
-    """Bytes of the content, decompressed."""
+def _content_size(path: Path) -> int:
+    """Count the bytes of the content, decompressed."""
     total = 0
     try:
-        for block in _blocks(path):
+        for block in _file_blocks(path):
             total += len(block)
     except EOFError:
         pass
@@ -325,30 +352,26 @@ def _after_bracket(text: str, path: Path) -> str:
 
 
 def _whole_values(text: str) -> tuple[list[Any], int, json.JSONDecodeError | None]:
-    """The JSON values that are whole, where the first one that is not starts, and what the parser says about it."""
+    """Parse the complete JSON values; also the index after them, and the parser's error there."""
     values: list[Any] = []
-    at = 0
+    index = 0
     while True:
-        at = _skip_separators(text, at)
-        if at == len(text) or text[at] == "]":
-            return values, at, None
+        match = _SEPARATORS.match(text, index)
+        index = match.end() if match else index
+        if index == len(text) or text[index] == "]":
+            return values, index, None
         try:
-            value, at = _DECODER.raw_decode(text, at)
+            value, index = _DECODER.raw_decode(text, index)
         except json.JSONDecodeError as error:
-            return values, at, error
+            return values, index, error
         values.append(value)
 
 
-def _skip_separators(text: str, at: int) -> int:
-    match = _SEPARATORS.match(text, at)
-    return match.end() if match else at
-
-
 def _unfinished(error: json.JSONDecodeError) -> bool:
-    """Whether more text could mend it: a string without its end, or an error at the very end."""
+    """Whether more text could complete the value: a string without its end, or an error at the very end."""
     return error.msg.startswith("Unterminated string") or error.pos >= len(error.doc) - _LONGEST_TOKEN
 
 
-def counts(tallies: dict[str, RowCounts]) -> dict[str, Any]:
-    """The tallies of several data sets for an artifact's record."""
-    return {name: tally.record() for name, tally in sorted(tallies.items())}
+def counts_record(counts: dict[str, RowCounts]) -> dict[str, Any]:
+    """The counts of several data sets for an artifact's record."""
+    return {name: row_counts.record() for name, row_counts in sorted(counts.items())}

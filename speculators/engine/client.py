@@ -18,7 +18,7 @@ import dataclasses
 import time
 import uuid
 from collections import deque
-from collections.abc import AsyncGenerator, Awaitable, Callable, Iterable, Sequence
+from collections.abc import AsyncGenerator, Awaitable, Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from types import TracebackType
 from typing import Any, TypeVar
@@ -100,7 +100,7 @@ class Client:
             self._store.close()
 
     async def chat(
-        self, messages: Sequence[dict[str, Any]], *, item: str, affinity_key: str = "", **fields: Any
+        self, messages: Sequence[Mapping[str, Any]], *, item: str, affinity_key: str = "", **fields: Any
     ) -> Completion:
         """Generate the answer to a conversation.
 
@@ -149,7 +149,7 @@ class Client:
         )
         return answer if fields.get("kv_transfer_params") else await self._delete_unrequested(answer, item)
 
-    async def tokenize(self, messages: Sequence[dict[str, Any]], *, item: str, affinity_key: str = "") -> list[int]:
+    async def tokenize(self, messages: Sequence[Mapping[str, Any]], *, item: str, affinity_key: str = "") -> list[int]:
         """The prompt token ids of `messages` in `chat`: the chat template with the generation prompt."""
         body, _ = await self._post(
             "/tokenize", {"messages": list(messages), "add_generation_prompt": True}, item, affinity_key

@@ -1,4 +1,4 @@
-"""Measuring a draft: `acceptance` counts what a server would accept of it, without one; `lossless` compares answers.
+"""Measures drafts: `acceptance` counts what a server would accept, `lossless` compares answers with and without one.
 
-The training loop and the stage `evaluate` import from here; it knows the engine's client and nothing of training.
+The training loop and the stage `evaluate` import from here; it imports the engine's client and nothing of training.
 """

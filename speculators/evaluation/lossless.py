@@ -1,10 +1,9 @@
-"""Greedy decoding with a draft gives the tokens that greedy decoding without it gives: checked here, token by token.
+"""Compares greedy answers with and without a draft, token by token: they should be the same.
 
-The proof holds for exact arithmetic. A server that verifies four tokens in one step adds in another order than one
-that takes them one by one, so the logits differ in their last bits, and where two tokens are as likely as each
-other, either may come out on top. Such a tie is told from a fault by asking the server without a draft for the
-log-probabilities of both tokens after the text that the two answers share. After the first difference the texts
-are different texts, so nothing is compared beyond it.
+That holds in exact arithmetic. A server that verifies four tokens in one step adds in another order than one that
+decodes them one by one, so logits differ in their last bits, and either of two equally probable tokens may win. To
+separate such a tie from a fault, the server without a draft is asked for the log-probabilities of both tokens after
+the text that the answers share. Behind the first difference the texts differ, so nothing more is compared.
 """
 
 from __future__ import annotations
@@ -18,56 +17,56 @@ from speculators.engine.client import Client
 TOLERANCE = 1e-3
 """Largest difference of two log-probabilities, in nats, that counts as a tie in float32.
 
-Float32 resolves a logit of size 32 to 4e-6, and sums in another order add up over the layers: 5.3e-5 was the most in
-1 715 log-probabilities of SmolLM2-135M (30 layers), decoded with a draft, without, and in a prefill. Deeper and wider
-targets err more, hence the margin. Two different tokens are hardly ever this close but by such a tie.
+Float32 resolves a logit of size 32 to 4e-6, and rounding accumulates over the layers: 5.3e-5 was the most in 1 715
+log-probabilities of SmolLM2-135M (30 layers), decoded with a draft, without, and in a prefill. Deeper and wider
+targets err more, hence the margin. Without a tie, two tokens are hardly ever this close.
 """
 
-_LIKELIEST = 5
-"""Log-probabilities asked for; of two tokens that tie for the first place, both are among them."""
+_TOP_LOGPROBS = 5
+"""Log-probabilities that are requested; two tokens that tie for the largest are among them."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Comparison:
-    """Two greedy answers to one prompt."""
+    """The result of comparing two greedy answers to one prompt."""
 
     tokens: int
-    """Compared: the common ones, and the first that differs."""
+    """Compared tokens: the shared ones, and the first that differs."""
     difference: dict[str, Any] | None
-    """Where they part: `position`, `plain` and `speculative` token, `gap` in nats, `verdict` tie or fault."""
+    """First difference: `position`, `plain` and `speculative` token, `gap` in nats, `verdict` tie or fault."""
 
 
 def common_prefix(left: Sequence[int], right: Sequence[int]) -> int:
-    """How many tokens two sequences share from the start."""
+    """Count the tokens that two sequences share from the start."""
     pairs = enumerate(zip(left, right, strict=False))
     return next((i for i, (a, b) in pairs if a != b), min(len(left), len(right)))
 
 
-def verdict(likeliest: dict[int, float], plain: int | None, speculative: int | None) -> tuple[str, float | None]:
-    """Whether two different tokens tie, and how far apart they are in nats.
+def verdict(logprobs: dict[int, float], baseline: int | None, speculative: int | None) -> tuple[str, float | None]:
+    """Decide whether two different tokens tie ("tie" or "fault"), and how far apart they are in nats.
 
     Args:
-        likeliest: token -> log-probability at the place where they differ.
-        plain: token without a draft, None where that answer ended before the other.
-        speculative: the same with a draft.
+        logprobs: token -> log-probability at the position where they differ.
+        baseline: token without a draft, None where that answer has ended.
+        speculative: token with a draft, None likewise.
     """
-    if plain not in likeliest or speculative not in likeliest:
+    if baseline not in logprobs or speculative not in logprobs:
         return "fault", None
-    gap = abs(likeliest[plain] - likeliest[speculative])
+    gap = abs(logprobs[baseline] - logprobs[speculative])
     return ("tie" if gap < TOLERANCE else "fault"), gap
 
 
 async def compare_answers(
-    client: Client, prompt: Sequence[int], plain: Sequence[int], speculative: Sequence[int], *, item: str
+    client: Client, prompt: Sequence[int], baseline: Sequence[int], speculative: Sequence[int], *, item: str
 ) -> Comparison:
-    """Compare two answers (token ids) to `prompt` (token ids); `client` is the server without a draft."""
-    shared = common_prefix(plain, speculative)
-    if shared == len(plain) == len(speculative):
+    """Compare two answers (token ids) to `prompt` (token ids); `client` is of the server without a draft."""
+    shared = common_prefix(baseline, speculative)
+    if shared == len(baseline) == len(speculative):
         return Comparison(tokens=shared, difference=None)
-    left = plain[shared] if shared < len(plain) else None
+    left = baseline[shared] if shared < len(baseline) else None
     right = speculative[shared] if shared < len(speculative) else None
-    text = [*prompt, *plain[:shared]]
-    answer = await client.complete(text, item=item, max_tokens=1, temperature=0.0, logprobs=_LIKELIEST)
-    said, gap = verdict(answer.logprobs[0], left, right)
-    difference = {"position": shared, "plain": left, "speculative": right, "gap": gap, "verdict": said}
+    text = [*prompt, *baseline[:shared]]
+    completion = await client.complete(text, item=item, max_tokens=1, temperature=0.0, logprobs=_TOP_LOGPROBS)
+    result, gap = verdict(completion.logprobs[0], left, right)
+    difference = {"position": shared, "plain": left, "speculative": right, "gap": gap, "verdict": result}
     return Comparison(tokens=shared + 1, difference=difference)

@@ -1,6 +1,6 @@
-"""Hidden states, from the disk or a server to a batch.
+"""Hidden states: their files, and how they get from the disk or a server into a batch.
 
-`shards` are files of them, `encoding` their bytes, `contract` what a set of them is, `writer` what stages fill it with;
-`dataloader` makes a `batch.PackedBatch` of them, through `prefetch`, `io` and `disk_cache`; `upstream` reads upstream's
-files. Whatever reads or writes states imports from here; this imports of drafts, engine and training nothing.
+`shards` reads and writes the files, `encoding` has their dtypes, `contract` what they are of, `writer` the part of the
+stages that write them. `dataloader` makes packed batches (`batch`), with `prefetch`, `io` and `disk_cache`; `upstream`
+reads and writes the files of the PyPI package speculators. Nothing here imports drafts, engine or training.
 """

@@ -1,4 +1,4 @@
-"""What a draft is given: documents, their tokens, and the target's hidden states of them."""
+"""The packed batch: rows laid end to end in one sequence, with the target's hidden states of their tokens."""
 
 from __future__ import annotations
 
@@ -11,37 +11,37 @@ from torch import Tensor
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class PackedBatch:
-    """Whole documents, one after the other."""
+    """The input of a draft: T tokens of documents, each a row of the token table up to the end of a row slice."""
 
     rows: list[int]
-    """Rows of the token table, for messages."""
+    """Row of the token table of each document, for messages."""
     lengths: list[int]
     """Tokens of each document."""
     token_ids: Tensor
-    """int64 [T]"""
+    """int64 [T]."""
     loss_mask: Tensor
-    """bool [T]: the token is one that the target said."""
+    """bool [T], true at supervised tokens."""
     hidden_states: Tensor
-    """[T, A, H], stored dtype: the target's states, of the draft's layers in order."""
+    """[T, A, H], stored dtype: the target's hidden states of the A layers that the draft reads, in order."""
     last_hidden_states: Tensor
-    """[U, H], stored dtype: the last layer's output, at the places where a prediction may ask for it."""
+    """[U, H], stored dtype: the last layer's output before the final norm, at the positions where it is kept."""
     last_index: Tensor
-    """int64 [T]: of each of these places, the row of `last`; of others anything."""
+    """int64 [T]: index into `last_hidden_states` of each position where it is kept; undefined at the others."""
     anchor_mask: Tensor | None = None
-    """bool [T]: where a draft that draws places may train from, if they were drawn for a larger pack that this one is
-    a part of; the draft draws them itself if None."""
+    """bool [T], true at the anchors that were drawn for the larger batch of which this one is a part; None lets the
+    draft draw them."""
 
     def documents(self) -> list[tuple[int, int]]:
-        """(first token, length) of each document."""
+        """Return (first token, length) of each document."""
         starts = [0]
         for length in self.lengths:
             starts.append(starts[-1] + length)
         return list(zip(starts[:-1], self.lengths, strict=True))
 
     def bounds(self) -> tuple[Tensor, Tensor]:
-        """For each token, the first place of its document and the first after it, int64 [T]."""
-        # By numpy: on a CPU, torch wakes its threads for this, which takes two to three times as long.
-        starts, lengths = (np.array(each, dtype=np.int64) for each in zip(*self.documents(), strict=True))
-        found = [np.repeat(starts, lengths), np.repeat(starts + lengths, lengths)]
-        first, past = (torch.from_numpy(each).to(self.token_ids.device) for each in found)
-        return first, past
+        """Return for each token the first position of its document and the first after it, int64 [T] each."""
+        # With numpy: on a CPU, torch wakes its threads for this, which takes two to three times as long.
+        starts, lengths = (np.array(column, dtype=np.int64) for column in zip(*self.documents(), strict=True))
+        arrays = [np.repeat(starts, lengths), np.repeat(starts + lengths, lengths)]
+        first, end = (torch.from_numpy(array).to(self.token_ids.device) for array in arrays)
+        return first, end

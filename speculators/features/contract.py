@@ -1,7 +1,7 @@
-"""The contract of hidden states: which target, tokens and layers they are of, and their format. Every shard holds it.
+"""The contract of hidden states: which target, tokens and layers they are of, and their format. Every shard has it.
 
-The contract: `format`, `target` and `tokens` (digests), `dtype` (stored, see `encoding`), `compute_dtype`,
-`layer_ids`, `convention`, `hidden_size`, `normed`, `last_state` (where the last layer's are kept, a name).
+Its fields: `format`, `target` and `tokens` (digests), `dtype` (stored, see `encoding`), `compute_dtype`,
+`layer_ids`, `convention`, `hidden_size`, `normed`, `last_state` (at which positions the last layer is kept).
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from typing import Any
 from speculators.errors import ContractError
 
 FORMAT = 3
-"""Raised when a reader of an older release could not read the shards."""
+"""Number of the format; it grows when readers of an older release cannot read the shards."""
 CONVENTION = (
     "layer id i is the residual stream entering layer i; the number of layers is the last one's output, not normed"
 )

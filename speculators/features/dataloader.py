@@ -1,14 +1,12 @@
-"""What is trained on: the rows of a token table beside their hidden states, split by conversation.
+"""The data loader: rows of a token table with their hidden states, as packed batches.
 
-Where states come from is a `HiddenStatesSource`: the shards of an artifact (`ShardSource`), or a live server
-(`training.live_features`). Which batches there are depends on the tokens and the seed alone, so it is the same for all
-sources that cover whole rows.
-While one batch is trained on, threads read the next ones (`prefetch`), into memory that is used again.
+Hidden states come from a `HiddenStatesSource`: the shards of an artifact (`ShardSource`) or a live server
+(`training.live_features`). The batches depend on the tokens and the seed alone, so all sources that have every row
+give the same ones. While one batch is trained on, threads read the next ones (`prefetch`).
 
-Every row of the table has to have its states, but for those that extraction left out and named, and the states have
-to be of the row's own tokens. Neither is assumed: a row that does not fit stops the training, since leaving it out
-would go unnoticed. States that were taken while the target answered lack those of a row's last token; the row is taken
-one token shorter then.
+Every row of the table needs hidden states of its own tokens, except those that extraction names as skipped. A row that
+does not fit stops the training, because leaving it out would go unnoticed. Hidden states that were kept while the
+target answered lack those of a row's last token; such a row is used one token shorter.
 """
 
 from __future__ import annotations
@@ -36,87 +34,86 @@ from speculators.features.prefetch import BufferPool, Prefetcher
 from speculators.features.shards import ShardReader
 from speculators.features.writer import read_skipped
 
-Parts = Sequence[tuple[int, int]]
-"""Rows, and how many of each one's tokens are wanted, from its beginning."""
+RowPrefixes = Sequence[tuple[int, int]]
+"""(row, number of tokens from its beginning) of the rows of a batch."""
 
 
 class HiddenStatesSource(Protocol):
-    """Hidden states by row of the token table."""
+    """Provides encoded hidden states by row of the token table."""
 
     concurrent_fills: int
     """Batches that may be filled at the same time."""
 
     @property
     def layout(self) -> Mapping[str, tuple[torch.dtype, tuple[int, ...]]]:
-        """What `encoding` keeps of one token, and in `LAST` of one place, by name: its type, and its shape."""
+        """Tensor name -> (dtype, shape) of one token; for the tensors in `LAST`, of one entry. See `encoding`."""
 
-    def lengths(self, whole: Sequence[int]) -> dict[int, int]:
-        """How many tokens of each row have states; `whole` are the rows' lengths in tokens.
+    def lengths(self, token_counts: Sequence[int]) -> dict[int, int]:
+        """Return row -> number of tokens that have hidden states; `token_counts` are the lengths of all rows.
 
         Raises:
-            ContractError: not all rows have states.
+            ContractError: a row has no hidden states.
         """
 
     def last_layer_mask(self, row: int, tokens: int) -> npt.NDArray[np.bool_]:
-        """A row's first tokens, true where there is what leaves the last layer."""
+        """Return bool [tokens] over a row's first positions, true where the last layer is available."""
 
     def expect(self, batches: Sequence[Sequence[int]]) -> None:
-        """From now on the rows will be asked for in this order, a batch at a time. Replaces what was said before."""
+        """Announce the rows of the coming batches, in order; replaces an earlier announcement."""
 
-    def fill(self, parts: Parts, token_ids: npt.NDArray[np.int64], into: Mapping[str, Tensor]) -> None:
-        """Put the states of a batch, one row after the other, where they are wanted; waits until they are there.
+    def fill(self, prefixes: RowPrefixes, token_ids: npt.NDArray[np.int64], into: Mapping[str, Tensor]) -> None:
+        """Write the hidden states of a batch into tensors, row after row; waits until they are available.
 
         Args:
-            parts: of the batch.
-            token_ids: of all parts, which the states have to be of.
-            into: contiguous tensors by name, as `layout` has them, of as many tokens or places of the last layer.
+            prefixes: the rows of the batch.
+            token_ids: int64, of all prefixes; the hidden states have to be of these tokens.
+            into: contiguous tensors by name, as `layout` has them, with an element for each token or entry.
 
         Raises:
-            ContractError: they are of other tokens.
+            ContractError: the hidden states are of other tokens.
         """
 
     def close(self) -> None:
-        """Nothing more will be asked for; whoever waits for states gets an error."""
+        """End all work; whoever waits for hidden states gets an error."""
 
 
-FAR_BYTES = 64 << 20
-"""How much is asked of the disk ahead, and no less than a batch: one batch alone leaves it idle in between."""
+READAHEAD_BYTES = 64 << 20
+"""Bytes that the kernel reads ahead of time, and no less than a batch: with one batch alone, the disk would idle."""
 
 
 class ShardSource:
-    """States that an artifact holds. Nothing has to be waited for but the disk."""
+    """Hidden states of an artifact."""
 
     concurrent_fills = 2
-    """Or the disk would wait while the end of one batch is looked at, and the beginning of the next."""
+    """With one, the disk would idle between the end of a batch and the beginning of the next."""
 
     def __init__(self, reader: ShardReader) -> None:
         self.reader = reader
         self.layout = {name: column for name, column in reader.layout.items() if name != "token_ids"}
         self._lengths = {row: reader.length(row) for row in reader.rows}
-        each = sum(dtype.itemsize * math.prod(shape) for dtype, shape in reader.layout.values())
-        self._far = -(-FAR_BYTES // each)
-        """Tokens that the disk is told of ahead."""
+        token_bytes = sum(dtype.itemsize * math.prod(shape) for dtype, shape in reader.layout.values())
+        self._readahead_tokens = -(-READAHEAD_BYTES // token_bytes)
         self._expected: deque[list[int]] = deque()
-        """Batches to come."""
-        self._asked: deque[int] = deque()
-        """Tokens of the first of them, which the disk has been told of already."""
-        self._telling = threading.Lock()
+        """Rows of the coming batches."""
+        self._advised: deque[int] = deque()
+        """Tokens of each of the first of these, which the kernel reads already."""
+        self._lock = threading.Lock()
 
-    def lengths(self, whole: Sequence[int]) -> dict[int, int]:
+    def lengths(self, token_counts: Sequence[int]) -> dict[int, int]:
         """See `HiddenStatesSource`."""
         rows = self.reader.rows
-        wanted = sorted(set(range(len(whole))) - set(read_skipped(self.reader.directory)))
-        if rows != wanted:
-            missing = sorted(set(wanted) - set(rows))
+        required = sorted(set(range(len(token_counts))) - set(read_skipped(self.reader.directory)))
+        if rows != required:
+            missing = sorted(set(required) - set(rows))
             raise ContractError(
-                f"there are hidden states of {len(rows)} rows, and tokens of {len(whole)} "
+                f"there are hidden states of {len(rows)} rows, and tokens of {len(token_counts)} "
                 f"(first row without: {missing[0] if missing else 'none'})",
                 "extract the hidden states of these tokens again",
             )
         for row, length in self._lengths.items():
-            if not whole[row] - 1 <= length <= whole[row]:
+            if not token_counts[row] - 1 <= length <= token_counts[row]:
                 raise ContractError(
-                    f"row {row} has {whole[row]} tokens and states of {length}",
+                    f"row {row} has {token_counts[row]} tokens and hidden states of {length}",
                     "extract the hidden states of these tokens again",
                 )
         return self._lengths
@@ -127,128 +124,129 @@ class ShardSource:
 
     def expect(self, batches: Sequence[Sequence[int]]) -> None:
         """See `HiddenStatesSource`."""
-        with self._telling:
-            self._expected, self._asked = deque(list(batch) for batch in batches), deque()
-            self._tell()
+        with self._lock:
+            self._expected, self._advised = deque(list(batch) for batch in batches), deque()
+            self._advise()
 
-    def fill(self, parts: Parts, token_ids: npt.NDArray[np.int64], into: Mapping[str, Tensor]) -> None:
+    def fill(self, prefixes: RowPrefixes, token_ids: npt.NDArray[np.int64], into: Mapping[str, Tensor]) -> None:
         """See `HiddenStatesSource`."""
-        rows = [row for row, _ in parts]
-        with self._telling:
-            for place in range(min(self.concurrent_fills, len(self._asked))):
-                if self._expected[place] == rows:
-                    del self._expected[place], self._asked[place]
+        rows = [row for row, _ in prefixes]
+        with self._lock:
+            for index in range(min(self.concurrent_fills, len(self._advised))):
+                if self._expected[index] == rows:
+                    del self._expected[index], self._advised[index]
                     break
-            self._tell()
-        found = np.empty_like(token_ids)
-        self.reader.fill(parts, {**into, "token_ids": torch.from_numpy(found)})
-        if not np.array_equal(found, token_ids):
-            ends = np.cumsum([tokens for _, tokens in parts])
-            first = parts[int(np.searchsorted(ends, (found != token_ids).argmax(), side="right"))][0]
+            self._advise()
+        stored_ids = np.empty_like(token_ids)
+        self.reader.fill(prefixes, {**into, "token_ids": torch.from_numpy(stored_ids)})
+        if not np.array_equal(stored_ids, token_ids):
+            ends = np.cumsum([tokens for _, tokens in prefixes])
+            row = prefixes[int(np.searchsorted(ends, (stored_ids != token_ids).argmax(), side="right"))][0]
             raise ContractError(
-                f"the hidden states of row {first} are of other tokens",
+                f"the hidden states of row {row} are of other tokens",
                 "extract the hidden states of these tokens again",
             )
 
-    def _tell(self) -> None:
-        """Let the disk read what comes next while batches before it are copied, checked and trained on."""
-        for batch in itertools.islice(self._expected, len(self._asked), None):
-            if self._asked and sum(self._asked) >= self._far:
+    def _advise(self) -> None:
+        """Have the kernel read the coming batches while those before them are copied, checked and trained on."""
+        for batch in itertools.islice(self._expected, len(self._advised), None):
+            if self._advised and sum(self._advised) >= self._readahead_tokens:
                 break
             rows = [(row, self._lengths[row]) for row in dict.fromkeys(batch)]
             self.reader.will_need(rows)
-            self._asked.append(sum(tokens for _, tokens in rows))
+            self._advised.append(sum(tokens for _, tokens in rows))
 
     def close(self) -> None:
-        """Nobody waits."""
+        """See `HiddenStatesSource`."""
 
 
 class DataLoader:
-    """Tokens and states by row.
+    """Makes packed batches of the rows of a token table (directory `tokens`) and their hidden states.
 
     Raises:
-        ContractError: rows without states, or states of other tokens.
+        ContractError: a row has no hidden states, or those of other tokens.
     """
 
     def __init__(self, tokens: Path, source: HiddenStatesSource) -> None:
         self.table = TokenTable(tokens)
         self.source = source
         self.lengths: dict[int, int] = source.lengths(self.table.lengths)
-        """Tokens of each row that have states."""
-        self._whole: set[int] = set()
+        """Row -> number of tokens that have hidden states."""
+        self._fully_supervised: set[int] = set()
         self._device = torch.device("cpu")
         self._buffers = BufferPool()
         self._stream: torch.cuda.Stream | None = None
-        self._ahead: Prefetcher[list[RowSlice], EncodedBatch] = Prefetcher(self._read, source.concurrent_fills)
+        self._prefetcher: Prefetcher[list[RowSlice], EncodedBatch] = Prefetcher(self._read, source.concurrent_fills)
 
-    def split(self, share: float) -> tuple[list[int], list[int]]:
-        """Rows to train on, and rows to validate on: about `share` of the conversations."""
-        held = {row for row in self.lengths if in_validation_split(self.table.conversations[row], share)}
-        return [row for row in self.lengths if row not in held], sorted(held)
+    def split(self, ratio: float) -> tuple[list[int], list[int]]:
+        """Return the rows to train on and those of the validation split, about `ratio` of the conversations."""
+        validation = {row for row in self.lengths if in_validation_split(self.table.conversations[row], ratio)}
+        return [row for row in self.lengths if row not in validation], sorted(validation)
 
     def supervise_all(self, rows: Iterable[int]) -> None:
-        """From now on every token of these rows is supervised, whoever said it."""
-        self._whole.update(rows)
+        """Supervise every token of these rows from now on, whatever their loss mask is."""
+        self._fully_supervised.update(rows)
 
     def row_slices(self, rows: Sequence[int], batch_tokens: int) -> list[RowSlice]:
-        """The rows, those that are longer than a batch in several pieces."""
-        found = []
+        """Return each row as one slice, or as several where it is longer than a batch."""
+        slices = []
         for row in rows:
             length, supervised = self.lengths[row], []
             if length > batch_tokens:
                 supervised = np.flatnonzero(self._supervised(row, 0, length)).tolist()
-            found += slice_row(row, length, supervised, batch_tokens)
-        return found
+            slices += slice_row(row, length, supervised, batch_tokens)
+        return slices
 
     def expect(self, batches: Sequence[Sequence[RowSlice]]) -> None:
-        """What `pack` will be asked for from now on, in this order."""
-        begun = self._ahead.expect([list(batch) for batch in batches])
-        self.source.expect([[piece.row for piece in batch] for batch in batches[begun:]])
+        """Announce the batches that `pack` will be called with, in order."""
+        started = self._prefetcher.expect([list(batch) for batch in batches])
+        self.source.expect([[row_slice.row for row_slice in batch] for batch in batches[started:]])
 
-    def pack(self, wanted: Sequence[RowSlice], device: torch.device) -> PackedBatch:
-        """The pieces as one pack: each row up to its piece's end, supervised inside the piece.
+    def pack(self, slices: Sequence[RowSlice], device: torch.device) -> PackedBatch:
+        """Load row slices as one packed batch: each row up to its slice's end, supervised inside the slice.
 
         Raises:
-            RunError: whatever went wrong with the states of these rows.
+            RunError: the hidden states of these rows could not be read.
         """
-        self._to(device)
-        found = self.read(wanted)
+        self._set_device(device)
+        batch = self.read(slices)
         if self._stream is not None:
-            for tensor in (found.token_ids, found.loss_mask, found.last_index, *found.encoded.values()):
+            for tensor in (batch.token_ids, batch.loss_mask, batch.last_index, *batch.encoded.values()):
                 tensor.record_stream(torch.cuda.current_stream(device))
         return PackedBatch(
-            rows=[piece.row for piece in wanted],
-            lengths=[piece.end for piece in wanted],
-            token_ids=found.token_ids,
-            loss_mask=found.loss_mask,
-            **self._decoded(found.encoded),
-            last_index=found.last_index,
+            rows=[row_slice.row for row_slice in slices],
+            lengths=[row_slice.end for row_slice in slices],
+            token_ids=batch.token_ids,
+            loss_mask=batch.loss_mask,
+            **self._decode(batch.encoded),
+            last_index=batch.last_index,
         )
 
-    def read(self, wanted: Sequence[RowSlice]) -> EncodedBatch:
-        """What `pack` makes a pack of, on the device of the last one."""
-        return self._ahead.take(list(wanted))
+    def read(self, slices: Sequence[RowSlice]) -> EncodedBatch:
+        """Load row slices without decoding their hidden states, to the device of the last `pack`."""
+        return self._prefetcher.take(list(slices))
 
     def close(self) -> None:
-        """Read no further."""
-        self._ahead.stop()
+        """Stop reading ahead."""
+        self._prefetcher.stop()
         self.source.close()
-        self._ahead.join()
+        self._prefetcher.join()
 
-    def mask(self, piece: RowSlice) -> Tensor:
-        """bool [T]: what of a row, up to its piece's end, is supervised in this piece."""
-        mask = np.zeros(piece.end, np.bool_)
-        mask[piece.begin :] = self._supervised(piece.row, piece.begin, piece.end)
+    def mask(self, row_slice: RowSlice) -> Tensor:
+        """Return bool [T] over a row up to the slice's end, true where a token of the slice is supervised."""
+        mask = np.zeros(row_slice.end, np.bool_)
+        mask[row_slice.begin :] = self._supervised(row_slice.row, row_slice.begin, row_slice.end)
         return torch.from_numpy(mask)
 
     def name(self, rows: list[int]) -> str:
-        """Rows for a message."""
+        """Name rows and their conversations, for a message."""
         return ", ".join(f"{row} (conversation {self.table.conversations[row]})" for row in rows)
 
     def _supervised(self, row: int, begin: int, end: int) -> npt.NDArray[np.bool_]:
-        return np.ones(end - begin, np.bool_) if row in self._whole else self.table.loss_mask(row)[begin:end] != 0
+        mask = self.table.loss_mask(row)[begin:end] != 0
+        return np.ones_like(mask) if row in self._fully_supervised else mask
 
-    def _decoded(self, encoded: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    def _decode(self, encoded: Mapping[str, Tensor]) -> dict[str, Tensor]:
         out: dict[str, Tensor] = {}
         if self._stream is None and "scales" in encoded:
             out = self._buffers.empty({name: (torch.bfloat16, encoded[name].shape) for name in ("states", "last")})
@@ -257,61 +255,57 @@ class DataLoader:
             "last_hidden_states": decode(last_layer_part(encoded), out.get("last")),
         }
 
-    def _to(self, device: torch.device) -> None:
-        """Where packs are wanted from now on."""
+    def _set_device(self, device: torch.device) -> None:
         if device != self._device:
             self._device, self._buffers = device, BufferPool(pinned=device.type == "cuda")
             self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None
 
-    def _read(self, wanted: list[RowSlice]) -> EncodedBatch:
-        """In a thread that reads ahead."""
-        parts = [(piece.row, piece.end) for piece in wanted]
-        total = sum(piece.end for piece in wanted)
+    def _read(self, slices: list[RowSlice]) -> EncodedBatch:
+        """Read a batch; runs in a thread of the prefetcher."""
+        prefixes = [(row_slice.row, row_slice.end) for row_slice in slices]
+        total = sum(row_slice.end for row_slice in slices)
         token_ids, loss_mask = np.empty(total, dtype=np.int64), np.zeros(total, dtype=np.bool_)
-        last = np.concatenate([self.source.last_layer_mask(row, tokens) for row, tokens in parts])
-        begin = 0
-        for piece in wanted:
-            token_ids[begin : begin + piece.end] = self.table.token_ids(piece.row)[: piece.end]
-            supervised = self._supervised(piece.row, piece.begin, piece.end)
-            loss_mask[begin + piece.begin : begin + piece.end] = supervised
-            begin += piece.end
+        last = np.concatenate([self.source.last_layer_mask(row, tokens) for row, tokens in prefixes])
+        start = 0
+        for row_slice in slices:
+            row, begin, end = row_slice.row, row_slice.begin, row_slice.end
+            token_ids[start : start + end] = self.table.token_ids(row)[:end]
+            loss_mask[start + begin : start + end] = self._supervised(row, begin, end)
+            start += end
         if (loss_mask & ~last).any():
             raise ContractError(
-                f"what leaves the last layer was not kept where rows {self.name([row for row, _ in parts])} are "
-                "supervised",
+                f"the last layer was not kept where rows {self.name([row for row, _ in prefixes])} are supervised",
                 "extract the hidden states again, with extract.last_state=everywhere",
             )
-        places = int(last.sum())
-        encoded = self._buffers.empty(
-            {
-                name: (dtype, (places if name in LAST.values() else total, *each))
-                for name, (dtype, each) in self.source.layout.items()
-            }
-        )
-        self.source.fill(parts, token_ids, encoded)
-        last_index = np.maximum(last.cumsum() - 1, 0)
-        read = EncodedBatch(
-            torch.from_numpy(token_ids), torch.from_numpy(loss_mask), torch.from_numpy(last_index), encoded
-        )
+        counts = {name: int(last.sum()) if name in LAST.values() else total for name in self.source.layout}
+        layout = {name: (dtype, (counts[name], *shape)) for name, (dtype, shape) in self.source.layout.items()}
+        encoded = self._buffers.empty(layout)
+        self.source.fill(prefixes, token_ids, encoded)
+        last_index = torch.from_numpy(np.maximum(last.cumsum() - 1, 0))
+        batch = EncodedBatch(torch.from_numpy(token_ids), torch.from_numpy(loss_mask), last_index, encoded)
         if self._stream is None:
-            return read
+            return batch
         with torch.cuda.stream(self._stream):
-            moved = EncodedBatch(
-                read.token_ids.to(self._device, non_blocking=True),
-                read.loss_mask.to(self._device, non_blocking=True),
-                read.last_index.to(self._device, non_blocking=True),
-                {name: tensor.to(self._device, non_blocking=True) for name, tensor in encoded.items()},
-            )
-        self._stream.synchronize()  # then what was copied can be used again
+            moved = batch.to(self._device)
+        self._stream.synchronize()  # then the memory that was copied from can be reused
         return moved
 
 
 @dataclass(frozen=True, slots=True)
 class EncodedBatch:
-    """A batch on the device where it is wanted, states still encoded."""
+    """A batch on its device, hidden states still encoded."""
 
     token_ids: Tensor
     loss_mask: Tensor
     last_index: Tensor
     """See `PackedBatch`."""
     encoded: dict[str, Tensor]
+
+    def to(self, device: torch.device) -> EncodedBatch:
+        """Copy to a device; returns before the copies are complete."""
+        return EncodedBatch(
+            self.token_ids.to(device, non_blocking=True),
+            self.loss_mask.to(device, non_blocking=True),
+            self.last_index.to(device, non_blocking=True),
+            {name: tensor.to(device, non_blocking=True) for name, tensor in self.encoded.items()},
+        )

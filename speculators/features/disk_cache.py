@@ -23,19 +23,19 @@ from speculators.features.io import FileReader
 from speculators.features.shards import INDEX, ShardReader, ShardWriter
 
 SET_TOKENS = 4096
-"""Tokens of a directory: what a kill may lose, and what is held in memory."""
+"""Tokens of a directory: a kill loses at most that many, and that many are in memory."""
 SET_BYTES, ROW_BYTES = 4096, 128
 """Upper bounds of the bytes that headers and indices take, for a directory and for a row."""
 
 
 class HiddenStatesCache:
-    """Hidden states of rows by number. One thread may `add` while another one reads."""
+    """Keeps hidden states of rows on disk, up to `budget` bytes. One thread may `add` while another one reads."""
 
     def __init__(self, directory: Path, contract: Mapping[str, Any], budget: int) -> None:
         self.bytes = 0
         """Size of the complete directories."""
         self.rows_reused = 0
-        """Rows of an earlier attempt."""
+        """Rows that an earlier attempt has cached."""
         self._directory = directory
         self._contract = dict(contract)
         self._budget = budget
@@ -58,7 +58,7 @@ class HiddenStatesCache:
         return len(self._sealed) + len(self._open)
 
     def fill(self, row: int, into: Mapping[str, Tensor]) -> None:
-        """Copy the encoded states of a row's first tokens into tensors by name; their length says how many tokens."""
+        """Copy a row's first tokens, encoded, into tensors by name; the tensors' length is the number of tokens."""
         encoded = self._open.get(row)
         if encoded is None:
             self._sealed[row].fill([(row, len(into["states"]))], into)

@@ -1,12 +1,12 @@
-"""The encodings in which hidden states are stored: a floating-point dtype, or float8 with scales.
+"""Encodes and decodes hidden states for storage: in a floating-point dtype, or in float8 with scales.
 
 float8 is e4m3 with one scale for each token and layer, because magnitudes differ by orders between layers, and between
 a sequence's first token and the others; a scale over several would spend the dtype's range on that. A scale is the
 smallest power of two with which the token's largest value of that layer fits, so
 
 - it is exact in bfloat16, and so is every value times its scale: decoding does not round;
-- encoding decoded values again changes none of them. States that an engine exports in float8 can be handled as floats
-  and stored again without a second rounding.
+- encoding decoded values again changes none of them. An engine may export float8, all code in between handles floats,
+  and storing them rounds no second time.
 
 Accuracy: with A the largest magnitude of a token's layer, a value x with |x| >= A / 14336 is decoded within |x| / 16, a
 smaller one within A / 229376. Massive activations, some ten thousand times the rest, leave the rest its precision.
@@ -39,19 +39,19 @@ SMALLEST_EXPONENT = -100
 """Smallest exponent of a scale. Keeps products of value and scale in the range of normal numbers."""
 
 
-def quantize(states: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Quantize states [..., H] to float8 e4m3 [..., H] and scales, bfloat16 [...].
+def quantize(hidden_states: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Quantize hidden states [..., H] to float8 e4m3 [..., H] and scales, bfloat16 [...].
 
     Scales are powers of two, NaN where a value is not finite. Does not synchronize with an accelerator.
     """
-    largest = states.abs().amax(-1).float()
+    largest = hidden_states.abs().amax(-1).float()
     fraction, exponent = torch.frexp(largest)  # largest = fraction * 2**exponent, 0.5 <= fraction < 1
     exponent = torch.where(fraction <= LARGEST / 512, exponent - 9, exponent - 8)
-    # Made from its bits, because pow() need not be exact on every device.
+    # Built from its bits, because pow() need not be exact on every device.
     bits = (exponent.clamp(SMALLEST_EXPONENT, 120) + 127) << 7
     scales = bits.to(torch.int16).view(torch.bfloat16)
     scales = torch.where(torch.isfinite(largest), scales, torch.nan)
-    return (states.float() / scales.float().unsqueeze(-1)).to(FLOAT8), scales
+    return (hidden_states.float() / scales.float().unsqueeze(-1)).to(FLOAT8), scales
 
 
 def dequantize(quantized: torch.Tensor, scales: torch.Tensor, out: torch.Tensor | None = None) -> torch.Tensor:
@@ -77,18 +77,18 @@ def dequantize(quantized: torch.Tensor, scales: torch.Tensor, out: torch.Tensor 
     return out
 
 
-def encode(item: str, states: torch.Tensor, stored: str) -> dict[str, torch.Tensor]:
-    """Encode states [T, L, H] in the dtype named `stored`: the tensor `states`, and for float8 `scales` [T, L].
+def encode(item: str, hidden_states: torch.Tensor, stored: str) -> dict[str, torch.Tensor]:
+    """Encode hidden states [T, L, H] in the dtype named `stored`: `states`, and for float8 `scales` [T, L].
 
     Raises:
         StageError: a value is not finite, or too large for the dtype; the message begins with `item`.
     """
     dtype: torch.dtype = getattr(torch, stored)
     if dtype is FLOAT8:
-        quantized, scales = quantize(states)
+        quantized, scales = quantize(hidden_states)
         encoded, checked = {"scales": scales, "states": quantized}, scales
     else:
-        checked = states.to(dtype)
+        checked = hidden_states.to(dtype)
         encoded = {"states": checked}
     if not bool(torch.isfinite(checked).all()):
         raise StageError(
@@ -102,7 +102,7 @@ def split_last_layer(encoded: Mapping[str, torch.Tensor], mask: torch.Tensor) ->
     """Split what `encode` returns into the draft's layers at every position and the last layer where `mask` is true.
 
     Args:
-        encoded: of [T, L, H] states.
+        encoded: tensors of T tokens and L layers, the last one included.
         mask: bool [T]; the last layer is only needed at supervised positions.
     """
     last = {LAST[name]: tensor[mask, -1] for name, tensor in encoded.items()}
@@ -110,7 +110,7 @@ def split_last_layer(encoded: Mapping[str, torch.Tensor], mask: torch.Tensor) ->
 
 
 def last_layer_part(tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """The last layer's tensors under the names that `decode` takes: states [U, H], and scales [U] for float8."""
+    """The last layer's tensors under the names that `decode` takes: `states` [U, H], and `scales` [U] for float8."""
     return {name: tensors[last] for name, last in LAST.items() if last in tensors}
 
 
@@ -121,19 +121,19 @@ def layout(layers: int, hidden_size: int, stored: str) -> dict[str, tuple[torch.
     """
     dtype: torch.dtype = getattr(torch, stored)
     scales = {"scales": (torch.bfloat16, (layers - 1,)), "last_scales": (torch.bfloat16, ())}
-    states = {"states": (dtype, (layers - 1, hidden_size)), "last": (dtype, (hidden_size,))}
-    return {**(scales if dtype is FLOAT8 else {}), **states}
+    values = {"states": (dtype, (layers - 1, hidden_size)), "last": (dtype, (hidden_size,))}
+    return {**(scales if dtype is FLOAT8 else {}), **values}
 
 
 def decode(tensors: Mapping[str, torch.Tensor], out: torch.Tensor | None = None) -> torch.Tensor:
-    """Decode states [..., H]: float8 to bfloat16 (in `out` if given), other dtypes are returned as they are."""
+    """Decode `states` [..., H]: float8 to bfloat16 (in `out` if given), other dtypes are returned as they are."""
     if "scales" in tensors:
         return dequantize(tensors["states"], tensors["scales"], out)
     return tensors["states"]
 
 
 def copy_prefix(encoded: Mapping[str, torch.Tensor], into: Mapping[str, torch.Tensor]) -> None:
-    """Copy the first entries of each encoded tensor into the tensor of the same name; its length says how many."""
+    """Copy the first entries of each encoded tensor into the tensor of the same name; its length is their number."""
     for name, tensor in into.items():
         tensor.copy_(encoded[name][: len(tensor)])
 

@@ -59,7 +59,7 @@ class FileReader:
     def __init__(self, max_open: int = 64, *, direct_io: bool = False) -> None:
         flags = os.O_DIRECT if direct_io else 0
         self._files = functools.lru_cache(max_open)(functools.partial(OpenFile, flags=flags))
-        self._direct_io = self._in_place = direct_io
+        self._direct_io = self._aligned_io = direct_io
         self._readers = ThreadPoolExecutor(self.READS, "states")
         self._buffers = threading.local()
 
@@ -102,13 +102,13 @@ class FileReader:
         if not self._direct_io:
             self._read_into(path, file, offset, target)
             return
-        if self._in_place and not (offset | target.ctypes.data | len(target)) % self.SECTOR:
+        if self._aligned_io and not (offset | target.ctypes.data | len(target)) % self.SECTOR:
             try:
                 self._read_into(path, file, offset, target)
             except OSError as error:
                 if error.errno != errno.EINVAL:
                     raise
-                self._in_place = False  # the sectors of this disk are larger
+                self._aligned_io = False  # the sectors of this disk are larger
             else:
                 return
         margin = offset % self.PAGE

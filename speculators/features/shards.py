@@ -1,7 +1,7 @@
 """Hidden states on disk: safetensors shards of many rows, an index, and the contract that says what they are.
 
-    shard-00000.safetensors   token_ids int64 [N], states [N, L - 1, H], last [U, H], and for float8 scales
-                              bfloat16 [N, L - 1], last_scales [U]; the metadata holds the contract and the rows
+    shard-00000.safetensors   token_ids int64 [N], `states` [N, L - 1, H], `last` [U, H], and for float8 `scales`
+                              bfloat16 [N, L - 1], `last_scales` [U]; the metadata has the contract and the rows
     shard-00001.safetensors   ...
     index.json                the contract, each row's `RowSpan`, the name and the sha256 of every shard
 
@@ -115,13 +115,15 @@ class ShardWriter:
         while (path := directory / shard_name(len(self._digests))).exists():
             self._adopt(path)
 
-    def add(self, row: int, token_ids: torch.Tensor, states: torch.Tensor, last: torch.Tensor | None = None) -> None:
+    def add(
+        self, row: int, token_ids: torch.Tensor, hidden_states: torch.Tensor, last: torch.Tensor | None = None
+    ) -> None:
         """Append one row, converted to the contract's dtype.
 
         Args:
             row: its number.
             token_ids: int64 [T].
-            states: [T, L, H].
+            hidden_states: [T, L, H].
             last: bool [T], true where the last layer is kept; None keeps it everywhere.
 
         Raises:
@@ -131,19 +133,19 @@ class ShardWriter:
         if row in self._spans:
             raise ValueError(f"row {row} was added before")
         expected = (len(token_ids), len(self.contract["layer_ids"]), self.contract["hidden_size"])
-        if tuple(states.shape) != expected:
+        if tuple(hidden_states.shape) != expected:
             raise ContractError(
-                f"the hidden states of row {row} have shape {list(states.shape)}, expected {list(expected)}",
+                f"the hidden states of row {row} have shape {list(hidden_states.shape)}, expected {list(expected)}",
                 "the server does not capture the layers of this recipe; is `serve.url` a server of another run?",
             )
         last_mask = torch.ones(len(token_ids), dtype=torch.bool) if last is None else last
-        encoded = encode(f"row {row}", states, self.contract["dtype"])
+        encoded = encode(f"row {row}", hidden_states, self.contract["dtype"])
         self.add_encoded(row, token_ids, split_last_layer(encoded, last_mask), last_mask)
 
     def add_encoded(
         self, row: int, token_ids: torch.Tensor, encoded: Mapping[str, torch.Tensor], last: torch.Tensor
     ) -> None:
-        """Append one row whose states are encoded already: the tensors that `split_last_layer` returns."""
+        """Append one row that is encoded already: the tensors that `split_last_layer` returns."""
         ranges = mask_to_ranges(last)
         self._spans[row] = RowSpan(len(self._digests), self._pending_tokens, len(token_ids), self._pending_last, ranges)
         self._pending.append((row, {"token_ids": token_ids.to(torch.int64), **encoded}))
@@ -191,12 +193,10 @@ class ShardWriter:
 
 
 class ShardReader:
-    """Reads rows by number from a directory of shards into memory of the caller.
+    """Reads rows by number from a directory of shards into tensors of the caller.
 
-    Args:
-        directory: of the shards and their index.
-        files: a reader of files to share, and with it the open files; None makes one.
-        direct_io: read the states without the page cache, where the file system supports it.
+    `files` is a file reader whose open files are shared; `direct_io` reads the hidden states without the page cache,
+    where the file system supports that.
 
     Raises:
         ContractError: there is no index, or it is damaged or of another format.
@@ -252,18 +252,18 @@ class ShardReader:
         The last layer is NaN at the positions where it was not kept.
         """
         encoded = self._read_row(row, tuple(name for name in self.layout if name != "token_ids"))
-        states, mask = decode(encoded), torch.from_numpy(self.last_layer_mask(row, self.length(row)))
-        last = states.new_full((len(states), states.shape[-1]), math.nan)
+        hidden_states, mask = decode(encoded), torch.from_numpy(self.last_layer_mask(row, self.length(row)))
+        last = hidden_states.new_full((len(hidden_states), hidden_states.shape[-1]), math.nan)
         last[mask] = decode(last_layer_part(encoded))
-        return torch.cat([states, last[:, None]], 1)
+        return torch.cat([hidden_states, last[:, None]], 1)
 
     def fill(self, parts: Sequence[tuple[int, int]], into: Mapping[str, torch.Tensor]) -> None:
         """Read the first tokens of several rows into tensors, row after row.
 
         Args:
             parts: (row, number of tokens) of each.
-            into: contiguous tensors by name, of the dtypes and shapes of `layout`, with room for all these tokens (for
-                the tensors in `LAST`: for the entries among them).
+            into: contiguous tensors by name, of the dtypes and shapes of `layout`, as long as these tokens are (the
+                tensors in `LAST`: as the entries among them).
         """
         buffered: list[tuple[Path, int, Bytes]] = []
         direct: list[tuple[Path, int, Bytes]] = []
@@ -279,26 +279,21 @@ class ShardReader:
             self._direct_files.read(direct)
 
     def will_need(self, parts: Sequence[tuple[int, int]]) -> None:
-        """Have the kernel read ahead what a later `fill` of the same parts will need."""
+        """Have the kernel read what a later `fill` of the same rows will need."""
         for name in self.layout:
             if self._direct_files is not None and name in LARGE_TENSORS:
                 continue
             for row, tokens in parts:
                 self._files.will_need(*self._locate(row, tokens, name))
 
-    def link_rows(self, parts: Mapping[int, RowSlice], contract: Mapping[str, Any], directory: Path) -> dict[str, str]:
+    def link_rows(self, slices: Mapping[int, RowSlice], contract: Mapping[str, Any], directory: Path) -> dict[str, str]:
         """Make a second directory of hidden states from slices of these rows, over the same shards (`link`).
 
-        Args:
-            parts: row number in the new directory -> the slice that it is.
-            contract: of the new directory; equal to this one's but for `tokens`.
-            directory: the new directory.
-
-        Returns:
-            File name -> sha256 of every shard.
+        `slices` maps each row number there to its slice of a row here. `contract`, the new directory's, may differ in
+        `tokens` alone. Returns file name -> sha256 of every shard.
         """
         check_contract(self.contract, {**contract, "tokens": self.contract["tokens"]})
-        spans = {number: self._span(part.row).slice(part.begin, part.end) for number, part in parts.items()}
+        spans = {number: self._span(part.row).slice(part.begin, part.end) for number, part in slices.items()}
         for path in self._paths:
             link(path, directory / path.name)
         shards = [{**shard, "tokens": self.contract["tokens"]} for shard in self._shards]
@@ -354,8 +349,8 @@ def _fields(span: RowSpan) -> list[Any]:
 
 def shard_layout(contract: Mapping[str, Any]) -> dict[str, tuple[torch.dtype, tuple[int, ...]]]:
     """Tensor name -> (dtype, shape of one token or entry), in the order of the file."""
-    states = layout(len(contract["layer_ids"]), contract["hidden_size"], contract["dtype"])
-    return {"token_ids": (torch.int64, ()), **states}
+    encoded = layout(len(contract["layer_ids"]), contract["hidden_size"], contract["dtype"])
+    return {"token_ids": (torch.int64, ()), **encoded}
 
 
 def shard_name(shard: int) -> str:
@@ -368,7 +363,7 @@ def write_safetensors(path: Path, tensors: Mapping[str, list[torch.Tensor]], met
 
     Chunks are written one by one, so a shard is never in memory twice, and in the order given, so the same rows give
     the same bytes. Wider dtypes have to come first, since a tensor starts where the previous one ends. The large
-    tensors start at a disk sector, if the size of a token's states allows, so that direct I/O needs no copy.
+    tensors start at a disk sector, if the size of a token allows, so that direct I/O needs no copy.
     """
     header: dict[str, Any] = {"__metadata__": dict(metadata)}
     end, small_end = 0, 0
@@ -399,11 +394,7 @@ def write_index(
 ) -> None:
     """Write the index of a directory of shards.
 
-    Args:
-        directory: of the shards.
-        contract: of the directory.
-        shards: `file`, `sha256`, and `tokens` where the shard's own contract names another digest.
-        spans: row number -> its location.
+    Each of `shards` has `file`, `sha256`, and `tokens` where the shard's own contract names another digest.
     """
     rows = {str(row): [span.shard, *_fields(span)] for row, span in sorted(spans.items())}
     write_json(directory / INDEX, {"contract": dict(contract), "shards": list(shards), "rows": rows})

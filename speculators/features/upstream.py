@@ -1,18 +1,17 @@
-"""Hidden states as the PyPI package speculators 0.9 keeps them, read and written.
+"""Reads and writes hidden states in the format of the PyPI package speculators 0.9.
 
     DIR/*.arrow, dataset_info.json, state.json    rows: input_ids, loss_mask, seq_len
     DIR/hidden_states/hs_<row>.safetensors        hidden_states [T, L, H] bfloat16, token_ids int64 [T]
 
-The layers are the draft's own and then the state that leaves the last layer, not normed, as in our shards. Its float8
-files hold float8 states and `hidden_states_scales` float32 [T, 1, 1]. A file says nothing of its target or its layers.
+The L layers are those that the draft reads and then the last layer's output, not normed, as in our shards. A float8
+file also has `hidden_states_scales` float32 [T, 1, 1]. Files name neither their target nor their layers.
 
 Upstream has a row, and a file, for every answer of a conversation, each with the whole history before it. `histories`
-finds the rows that others begin with: they need neither a row of their own nor states.
+drops the rows that others begin with: these need neither a row of their own nor hidden states.
 
     python -m speculators.features.upstream TOKENS FEATURES DIR
 
-writes such a directory for upstream's trainer, out of the data of two artifacts: what `tokenize` made and what
-`extract` or `collect` made.
+writes such a directory for upstream's trainer from the data of an artifact of `tokenize` and one with hidden states.
 """
 
 from __future__ import annotations
@@ -29,7 +28,7 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
 
-from speculators.data.token_table import save_table, write_table
+from speculators.data.token_table import TokenRow, save_table, write_table
 from speculators.errors import ContractError, RunError
 from speculators.features.shards import ShardReader
 
@@ -43,34 +42,35 @@ def states_path(directory: Path, row: int) -> Path:
 
 
 def read_states(path: Path) -> tuple[torch.Tensor, torch.Tensor]:
-    """The ids int64 [T] and states [T, L, H] of one file, of a float8 file in bfloat16.
+    """Read the token ids int64 [T] and hidden states [T, L, H] of one file; those of a float8 file in bfloat16.
 
     Raises:
-        ContractError: there is no such file, or it is not one of these.
+        ContractError: the file is missing or damaged.
     """
     hint = "make it again with upstream's `generate-offline-data`, or leave its row out"
     try:
         with safe_open(path, "pt") as file:
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-        token_ids, states = tensors["token_ids"], tensors[STATES]
+        token_ids, hidden_states = tensors["token_ids"], tensors[STATES]
     except FileNotFoundError:
         raise ContractError(f"{path} is missing", hint) from None
     except Exception as error:  # safetensors has one error of its own for whatever is wrong with a file
         raise ContractError(f"{path} is damaged: {error!r}", hint) from None
     if "hidden_states_scales" in tensors:
-        states = (states.float() * tensors["hidden_states_scales"]).to(torch.bfloat16)
-    if states.dim() != 3 or not states.is_floating_point() or len(token_ids) != len(states):
-        raise ContractError(f"{path} holds {list(states.shape)} {states.dtype} of {len(token_ids)} tokens", hint)
-    return token_ids, states
+        hidden_states = (hidden_states.float() * tensors["hidden_states_scales"]).to(torch.bfloat16)
+    shape, dtype = list(hidden_states.shape), hidden_states.dtype
+    if len(shape) != 3 or not dtype.is_floating_point or len(token_ids) != len(hidden_states):
+        raise ContractError(f"{path} holds {shape} {dtype} of {len(token_ids)} tokens", hint)
+    return token_ids, hidden_states
 
 
 def histories(rows: Sequence[Sequence[int]], masks: Sequence[Sequence[int]]) -> dict[int, list[int]]:
-    """The rows that no other row begins with, in order, each with the loss mask of all rows that it begins with.
+    """Find the rows that are no prefix of another row.
 
-    Of rows that are the same, the first. A row that several begin with is supervised in one of them, so that every
-    answer is supervised once.
+    Returns row -> its loss mask joined with those of its prefixes, in ascending order. Where a row is a prefix of
+    several, one of them gets its mask, so that every answer is supervised once. Of equal rows the first is used.
     """
-    # Big-endian, so that bytes sort as token ids do: what begins with a row then comes right after it.
+    # Big-endian, so that bytes sort as token ids do: a row comes right before the rows that begin with it.
     keys = [np.asarray(row, dtype=">u4").tobytes() for row in rows]
     order = sorted(range(len(rows)), key=lambda row: (keys[row], -row))
     joined = {row: list(masks[row]) for row in order}
@@ -82,46 +82,48 @@ def histories(rows: Sequence[Sequence[int]], masks: Sequence[Sequence[int]]) -> 
 
 
 def export_for_upstream(tokens: Path, features: Path, directory: Path) -> int:
-    """Write rows and states for upstream's trainer; returns the number of rows.
+    """Write token rows and hidden states for upstream's trainer; returns the number of rows.
 
-    States in bfloat16, whatever they are stored in; the last layer's are 0 where they were not kept, which is where
-    upstream, too, multiplies what it makes of them by 0. A row whose last token has no state is one token shorter.
+    All is written in bfloat16. The last layer is 0 where it was not kept; upstream gives these positions no weight
+    either. A row whose last token has no hidden states is one token shorter.
 
     Raises:
-        ContractError: the states are not those of these tokens, or `directory` holds something.
+        ContractError: the hidden states are of other tokens, or `directory` is not empty.
     """
     from datasets import load_from_disk
 
     if directory.exists() and any(directory.iterdir()):
-        raise ContractError(f"{directory} is not empty", "name a directory that is not there yet")
+        raise ContractError(f"{directory} is not empty", "name a new directory")
     reader = ShardReader(features)
     table: Any = load_from_disk(str(tokens))
     if reader.rows != list(range(len(table))):
-        raise ContractError(f"{features} is of {len(reader)} rows, {tokens} of {len(table)}", "name one run's two")
+        raise ContractError(
+            f"{features} has {len(reader)} rows, {tokens} has {len(table)}", "name two artifacts of one run"
+        )
     (directory / STATES).mkdir(parents=True)
-    arrow = directory / STATES / ".rows.arrow"  # not in `directory`: what is read there cannot be saved there
+    arrow = directory / STATES / ".rows.arrow"  # not in `directory`, where `save_table` writes
     write_table(_exported(table, reader, directory), arrow)
-    save_table(arrow, directory, row_format="torch")  # upstream's trainer takes it that rows come as tensors
+    save_table(arrow, directory, row_format="torch")  # upstream's trainer expects rows as tensors
     return len(table)
 
 
-def _exported(table: Any, reader: ShardReader, directory: Path) -> Iterator[dict[str, Any]]:
+def _exported(table: Any, reader: ShardReader, directory: Path) -> Iterator[TokenRow]:
     for number in reader.rows:
         row, token_ids = table[number], reader.token_ids(number)
         length = len(token_ids)
         if row["input_ids"][:length] != token_ids.tolist():
-            raise ContractError(f"the states of row {number} are of other tokens", "name one run's two artifacts")
+            raise ContractError(f"hidden states of row {number} are of other tokens", "name two artifacts of one run")
         path = states_path(directory, number)
-        beside = path.with_name(f".{path.name}")
-        states = reader.states(number).to(torch.bfloat16).nan_to_num(nan=0.0)
-        save_file({STATES: states, "token_ids": token_ids.contiguous()}, beside)
-        os.replace(beside, path)
-        cut = {name: row[name][:length] for name in ("input_ids", "loss_mask")}
-        yield {**row, **cut, "seq_len": length}
+        temporary = path.with_name(f".{path.name}")
+        hidden_states = reader.states(number).to(torch.bfloat16).nan_to_num(nan=0.0)
+        save_file({STATES: hidden_states, "token_ids": token_ids.contiguous()}, temporary)
+        os.replace(temporary, path)
+        input_ids, loss_mask = row["input_ids"][:length], row["loss_mask"][:length]
+        yield TokenRow(input_ids=input_ids, loss_mask=loss_mask, seq_len=length, id=row["id"], source=row["source"])
 
 
 def main(arguments: list[str]) -> int:
-    """Export; returns the exit code."""
+    """Run the command line; returns the exit code."""
     if len(arguments) != 3:
         print("usage: python -m speculators.features.upstream TOKENS FEATURES DIR", file=sys.stderr)
         return 1

@@ -1,4 +1,4 @@
-"""Hidden states as a server hands them out: whether they are what was asked for, and where a stage puts them."""
+"""The part of the stages that write hidden states: checks of what a server exports, bad rows, contract and writer."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 
+from speculators.checkpoint_files import text_config
 from speculators.config.choices import OnBadRow
 from speculators.data.token_table import prediction_mask
 from speculators.errors import ContractError, RunError, StageError
@@ -18,24 +19,30 @@ from speculators.job import Job, write_json
 
 SKIPPED = "skipped.json"
 ANSWER_STATES = "states"
-"""Directory of the answers' hidden states in the artifact with the answers."""
-FEW, SHARE = 4, 0.02
-"""Rows that may be left out: so many, and this share of those that were seen."""
+"""Directory of the answers' hidden states in the artifact of `regenerate`."""
+MAX_SKIPPED, MAX_SKIPPED_RATIO = 4, 0.02
+"""Rows that may be skipped: this number, plus this share of those that were seen."""
 
 
 def check_states(
-    item: str, sent: Sequence[int], token_ids: torch.Tensor, states: torch.Tensor, compute: torch.dtype
+    item: str, sent: Sequence[int], token_ids: torch.Tensor, hidden_states: torch.Tensor, compute_dtype: torch.dtype
 ) -> None:
-    """Raise where the states [T, L, H] that came for `item` are not those of the tokens that were sent."""
+    """Check the hidden states [T, L, H] that a server exported for the token ids `sent`.
+
+    Raises:
+        ContractError: they are of other tokens, or of another shape or dtype.
+        StageError: a value is not finite.
+    """
     hint = "the server is not this run's, or is broken; look at its log"
     if token_ids.tolist() != list(sent):
-        raise ContractError(f"{item}: the server gave the states of other tokens than were sent", hint)
-    if states.dim() != 3 or len(states) != len(sent):
-        raise ContractError(f"{item}: the server gave states {list(states.shape)} of {len(sent)} tokens", hint)
-    if states.dtype != compute:
-        raise ContractError(f"{item}: the server computes in {states.dtype}, `target.dtype` is {compute}", hint)
-    if not bool(torch.isfinite(states).all()):
-        layers = (~torch.isfinite(states)).any(-1).any(0).nonzero().flatten().tolist()
+        raise ContractError(f"{item}: the server exported the hidden states of other tokens", hint)
+    if hidden_states.dim() != 3 or len(hidden_states) != len(sent):
+        raise ContractError(f"{item}: hidden states {list(hidden_states.shape)} of {len(sent)} tokens", hint)
+    if hidden_states.dtype != compute_dtype:
+        dtypes = f"{hidden_states.dtype}, `target.dtype` is {compute_dtype}"
+        raise ContractError(f"{item}: the server computes in {dtypes}", hint)
+    if not bool(torch.isfinite(hidden_states).all()):
+        layers = (~torch.isfinite(hidden_states)).any(-1).any(0).nonzero().flatten().tolist()
         raise StageError(
             f"{item}: the target's hidden states are not finite (captured layers number {layers})",
             "a target in float16 overflows easily: set target.dtype=bfloat16",
@@ -43,9 +50,9 @@ def check_states(
 
 
 class BadRows:
-    """Rows whose states cannot be used, by what `extract.on_bad_row` says: the first one stops, or they are left out.
+    """Rows whose hidden states cannot be used: `extract.on_bad_row` ends the stage at the first, or has all skipped.
 
-    What is left out lies in `skipped.json` beside the shards, row -> reason, and is not asked for by a later attempt.
+    `skipped.json`, next to the shards, has row -> reason of the skipped ones; a later attempt does not request them.
     """
 
     def __init__(self, job: Job) -> None:
@@ -53,12 +60,12 @@ class BadRows:
         self._skip = job.config.extract.on_bad_row is OnBadRow.skip
         self.reasons = read_skipped(job.output)
 
-    def leave_out(self, row: int, error: RunError, seen: int) -> None:
-        """One more. `seen` is how many rows this attempt has had so far.
+    def skip(self, row: int, error: RunError, seen: int) -> None:
+        """Skip a row; `seen` is the number of rows that this attempt has had so far.
 
         Raises:
-            RunError: that error, if rows are not to be left out.
-            StageError: there are too many of them for it to be the rows' fault.
+            RunError: `error`, if rows may not be skipped.
+            StageError: there are so many that the rows are hardly the cause.
         """
         if not self._skip:
             raise error
@@ -66,12 +73,12 @@ class BadRows:
         try:
             refuse_too_many(list(self.reasons.values()), "rows", seen, error.hint)
         except StageError:
-            self._path.unlink(missing_ok=True)  # whatever is wrong, the next attempt may find it mended
+            self._path.unlink(missing_ok=True)  # the next attempt may work with a repaired server
             raise
         write_json(self._path, {str(row): reason for row, reason in sorted(self.reasons.items())})
 
     def record(self) -> dict[str, Any]:
-        """What the artifact says about them."""
+        """The skipped rows for the artifact's record."""
         if not self.reasons:
             return {}
         row, reason = next(iter(self.reasons.items()))
@@ -80,8 +87,8 @@ class BadRows:
 
 
 def refuse_too_many(reasons: Sequence[str], what: str, seen: int, hint: str = "see the server's log") -> None:
-    """Raise StageError where so many were left out, of so many seen, that it is hardly the fault of each."""
-    if len(reasons) > FEW + SHARE * seen:
+    """Raise StageError where so many of those seen were skipped that they are hardly the cause."""
+    if len(reasons) > MAX_SKIPPED + MAX_SKIPPED_RATIO * seen:
         raise StageError(
             f"the hidden states of {len(reasons)} {what} cannot be used, after {seen} {what}; the last: {reasons[-1]}",
             hint,
@@ -89,33 +96,27 @@ def refuse_too_many(reasons: Sequence[str], what: str, seen: int, hint: str = "s
 
 
 def read_skipped(directory: Path) -> dict[int, str]:
-    """Row -> why it was left out of a set of hidden states."""
+    """Read row -> reason of the rows that a directory of hidden states lacks."""
     path = directory / SKIPPED
-    return {int(row): why for row, why in json.loads(path.read_text()).items()} if path.exists() else {}
+    return {int(row): reason for row, reason in json.loads(path.read_text()).items()} if path.exists() else {}
 
 
-def states_writer(job: Job, tokens: str = "tokens", below: str = "") -> ShardWriter:
-    """The shards of a stage that gives hidden states; it goes on where an earlier attempt stopped.
-
-    Args:
-        job: the stage's.
-        tokens: the input that their tokens come from.
-        below: the directory in its output.
-    """
-    return ShardWriter(job.output / below, states_contract(job, tokens), job.config.extract.shard_tokens)
+def states_writer(job: Job, tokens: str = "tokens", subdirectory: str = "") -> ShardWriter:
+    """Open a stage's shards, after those of an earlier attempt; `tokens` names the input with their tokens."""
+    return ShardWriter(job.output / subdirectory, states_contract(job, tokens), job.config.extract.shard_tokens)
 
 
-def last_layer_mask(job: Job, loss_mask: Sequence[int], asked: Iterable[int] = ()) -> torch.Tensor:
-    """Where such a stage keeps the last layer of a row, bool [T]; also where the server was asked for its pick."""
+def last_layer_mask(job: Job, loss_mask: Sequence[int], extra: Iterable[int] = ()) -> torch.Tensor:
+    """bool [T], true where a stage keeps the last layer of a row; also at the positions `extra`."""
     if job.derived["last_state"] == EVERYWHERE:
         return torch.ones(len(loss_mask), dtype=torch.bool)
-    places = torch.from_numpy(prediction_mask(loss_mask))
-    places[list(asked)] = True
-    return places
+    mask = torch.from_numpy(prediction_mask(loss_mask))
+    mask[list(extra)] = True
+    return mask
 
 
 def states_contract(job: Job, tokens: str = "tokens") -> dict[str, Any]:
-    """What the hidden states are that such a stage makes; `tokens` is the input that their tokens come from."""
+    """Build the contract of the hidden states that a stage writes; `tokens` names the input with their tokens."""
     return feature_contract(
         target=job.digests["target"],
         tokens=job.digests[tokens],
@@ -128,6 +129,6 @@ def states_contract(job: Job, tokens: str = "tokens") -> dict[str, Any]:
 
 
 def hidden_size(target: Path) -> int:
-    """The width of the target's residual stream, from its `config.json`."""
+    """Read the width of the target's residual stream from its `config.json`."""
     config = json.loads((target / "config.json").read_text())
-    return int(config.get("text_config", config)["hidden_size"])
+    return int(text_config(config)["hidden_size"])

@@ -310,7 +310,7 @@ def stale(root: Path) -> Iterator[Finding]:
         says = f"{_counted_bytes(old)} of attempts that nobody resumed for {STALE_DAYS:.0f} days"
         mend = f"speculators-run gc days={STALE_DAYS:.0f} --delete run.store={shlex.quote(str(root))}"
         yield Finding(name="work", state="warn", says=says, mend=mend)
-    if aside := list(root.glob("aside/*")):
+    if aside := list(root.glob("quarantine/*")):
         says = f"{_counted_bytes(aside)} that failed a check and were set aside"
         mend = f"look at them in {root / 'aside'}; speculators-run gc lets them go in time"
         yield Finding(name="aside", state="warn", says=says, mend=mend)
@@ -367,7 +367,7 @@ def _counted(names: list[str]) -> str:
 
 
 def _counted_bytes(directories: list[Path]) -> str:
-    return f"{len(directories)} directories, {_gib(sum(map(upkeep.size, directories)))},"
+    return f"{len(directories)} directories, {_gib(sum(map(upkeep.total_bytes, directories)))},"
 
 
 def _gib(count: float) -> str:
@@ -407,4 +407,4 @@ def _locks(directory: Path) -> bool:
 def _days(work: Path) -> float:
     """Since anything in a directory was written."""
     newest = max((p.stat().st_mtime for p in (work, *work.rglob("*")) if p.exists()), default=0.0)
-    return (time.time() - newest) / upkeep.DAY
+    return (time.time() - newest) / upkeep.SECONDS_PER_DAY

@@ -12,7 +12,7 @@ from typing import Any
 
 from datasets import load_from_disk
 
-from speculators.data.token_table import publish_table
+from speculators.data.token_table import TokenRow, publish_table
 from speculators.features.upstream import histories, states_path
 from speculators.job import Job
 
@@ -24,7 +24,7 @@ def main(job: Job) -> None:
     publish_table(job, _rows(job, tally), tally, "upstream rows", hint)
 
 
-def _rows(job: Job, tally: Counter[str]) -> Iterator[dict[str, Any]]:
+def _rows(job: Job, tally: Counter[str]) -> Iterator[TokenRow]:
     longest, least = job.config.max_seq_len, job.config.tokenize.min_supervised
     for name in sorted(job.config.data):
         directory = job.inputs[f"dataset.{name}"]

@@ -11,10 +11,10 @@ import json
 import shutil
 from collections import defaultdict
 from pathlib import Path
-from typing import Any
 
 from datasets import load_from_disk
 
+from speculators.data.conversations import Answer, ConversationRow
 from speculators.data.packing import RowSlice
 from speculators.errors import ContractError
 from speculators.features.shards import ShardReader
@@ -53,28 +53,28 @@ def main(job: Job) -> None:
     }
 
 
-def greedy_tokens_of_row(row: int, turn: dict[str, Any]) -> list[GreedyToken]:
+def greedy_tokens_of_row(row: int, turn: Answer) -> list[GreedyToken]:
     """What the server found likeliest in a turn that covers a row; training leaves out what the row was cut before."""
     begin = len(turn["prompt_ids"]) - 1
     return [GreedyToken(row, begin + place, token, logprob) for place, token, logprob in turn.get("picks", ())]
 
 
-def read_turns(conversations: Path) -> dict[str, list[dict[str, Any]]]:
+def read_turns(conversations: Path) -> dict[str, list[Answer]]:
     """Conversation id -> its turns that have states.
 
     Raises:
         ContractError: none has.
     """
-    turns: dict[str, list[dict[str, Any]]] = defaultdict(list)
+    turns: dict[str, list[Answer]] = defaultdict(list)
     with conversations.open(encoding="utf-8") as lines:
         for line in lines:
-            conversation = json.loads(line)
+            conversation: ConversationRow = json.loads(line)
             turns[conversation["id"]] += [turn for turn in conversation["turns"] if "states" in turn]
     if not any(turns.values()):
         raise ContractError(f"{conversations.parent} holds answers without their states", "run `regenerate` again")
     return turns
 
 
-def covering(turns: list[dict[str, Any]], row: list[int]) -> dict[str, Any] | None:
+def covering(turns: list[Answer], row: list[int]) -> Answer | None:
     """The turn whose prompt and answer begin with the row: of several, the first."""
     return next((t for t in turns if [*t["prompt_ids"], *t["answer_ids"]][: len(row)] == row), None)

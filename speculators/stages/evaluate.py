@@ -17,14 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from speculators.config.choices import Dtype
-from speculators.data.conversations import (
-    Conversation,
-    RowCounts,
-    data_file,
-    in_evaluation_holdout,
-    usable,
-    with_instruction,
-)
+from speculators.data.conversations import Conversation, Message, RowCounts, data_file, in_evaluation_holdout, usable
 from speculators.engine.client import Client, Completion
 from speculators.engine.metrics import DraftCounters, read_counters
 from speculators.errors import SourceError, StageError
@@ -46,7 +39,7 @@ class Prompt:
     """One question to both servers."""
 
     id: str
-    messages: list[dict[str, str]]
+    messages: list[Message]
 
 
 def main(job: Job) -> None:
@@ -87,10 +80,10 @@ def choose(job: Job, name: str, tally: RowCounts) -> list[Prompt]:
             f"no prompt of `{name}` is left: {tally.record()}",
             f"loosen min_chars, max_chars or ascii_only of `{name}`, or raise prompts.eval_holdout_ratio",
         )
-    return [Prompt(row.id, _question(with_instruction(row, spec.instruction))) for row in rows]
+    return [Prompt(row.id, _question(row.with_instruction(spec.instruction))) for row in rows]
 
 
-def _question(messages: list[dict[str, str]]) -> list[dict[str, str]]:
+def _question(messages: list[Message]) -> list[Message]:
     """Everything up to the first user message."""
     first = next(i for i, message in enumerate(messages) if message["role"] == "user")
     return messages[: first + 1]

@@ -92,7 +92,7 @@ async def _run(job: Job, tokens: Dataset, rows: range, writer: ShardWriter) -> i
     )
     start, done, seen = time.monotonic(), 0, 0
     async with client:
-        gate = await fidelity_check.start_early_check(job, client, tokens, writer.done | set(bad.reasons), rows)
+        check = await fidelity_check.start_early_check(job, client, tokens, writer.done | set(bad.reasons), rows)
         asked = {row: [position] for row, position in fidelity_check.sample_positions(tokens["seq_len"])}
 
         async def work(row: int) -> tuple[int, list[int], Transfer | RunError]:
@@ -110,10 +110,10 @@ async def _run(job: Job, tokens: Dataset, rows: range, writer: ShardWriter) -> i
                 check_states(f"row {row}", sent, token_ids, states, compute)
                 writer.add(row, token_ids, states, last_layer_mask(job, tokens[row]["loss_mask"], asked.get(row, ())))
             except RunError as error:
-                bad.leave_out(row, error, seen)
-                gate.leave_out(row)
+                bad.skip(row, error, seen)
+                check.skip(row)
             else:
-                gate.see(row, token_ids, states)
+                check.add(row, token_ids, states)
 
         # Closed before the client is, if a row stops it all: what is in flight then must not outlive its connections.
         async with contextlib.aclosing(client.map_in_order(work, waiting)) as results:
@@ -124,7 +124,7 @@ async def _run(job: Job, tokens: Dataset, rows: range, writer: ShardWriter) -> i
                 done += len(sent)
                 speed = done / (time.monotonic() - start)
                 job.progress(row + 1 - rows.start, len(rows), "rows", tokens_per_second=round(speed, 1))
-    job.record |= {"retried_requests": client.retried, "fidelity": gate.found} | bad.record()
+    job.record |= {"retried_requests": client.retried, "fidelity": check.result} | bad.record()
     return done
 
 

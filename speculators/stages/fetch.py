@@ -2,15 +2,10 @@
 
 from __future__ import annotations
 
-import json
-from pathlib import Path
-
+from speculators.checkpoint_files import check_checkpoint
 from speculators.data import sources
 from speculators.errors import SourceError
 from speculators.job import Job
-
-TOKENIZERS = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "tekken.json")
-"""Any one of these makes a tokenizer."""
 
 
 def main(job: Job) -> None:
@@ -40,25 +35,3 @@ def _fetch_gguf(job: Job) -> None:
     job.record["dequantised"] = {"file": gguf.name, "bytes": gguf.stat().st_size, "to": "bfloat16"}
     dequantize_gguf(gguf, job.output)
     gguf.unlink()
-
-
-def check_checkpoint(directory: Path) -> None:
-    """Raise a SourceError unless `directory` has what a target needs: configuration, weights, tokenizer."""
-    config = directory / "config.json"
-    if not config.is_file():
-        raise SourceError(f"{directory} has no config.json", "name a transformers checkpoint")
-    if not any(directory.glob("*.safetensors")):
-        raise SourceError(
-            f"{directory} has no *.safetensors",
-            "name a checkpoint in safetensors; other formats of weights are not read",
-        )
-    index = directory / "model.safetensors.index.json"
-    if index.is_file():
-        named = set(json.loads(index.read_text())["weight_map"].values())
-        if missing := sorted(name for name in named if not (directory / name).is_file()):
-            raise SourceError(f"{directory} lacks {', '.join(missing)}, which its index names", "fetch it again, whole")
-    if not any((directory / name).is_file() for name in TOKENIZERS):
-        raise SourceError(
-            f"{directory} has no tokenizer ({', '.join(TOKENIZERS)})",
-            "save the tokenizer beside the weights: AutoTokenizer.from_pretrained(ID).save_pretrained(DIRECTORY)",
-        )

@@ -9,12 +9,12 @@ from collections.abc import Iterator
 
 from speculators.data.conversations import (
     Conversation,
+    ConversationRow,
     RowCounts,
-    counts,
+    counts_record,
     data_file,
     in_evaluation_holdout,
     usable,
-    with_instruction,
 )
 from speculators.errors import SourceError
 from speculators.job import Job
@@ -34,12 +34,12 @@ def main(job: Job) -> None:
         drawn = sorted(candidates, key=order)
     else:
         drawn = heapq.nsmallest(options.num_conversations, candidates, key=order)
-    job.record |= {"datasets": counts(tallies), "asked": options.num_conversations, "kept": len(drawn)}
+    job.record |= {"datasets": counts_record(tallies), "asked": options.num_conversations, "kept": len(drawn)}
     job.record["notes"] = [note for name, tally in tallies.items() if (note := tally.note(name))]
     job.record["kept_by_dataset"] = {name: sum(c.dataset == name for c in drawn) for name in tallies}
     if not drawn:
         raise SourceError(
-            f"no conversation is left of {sum(t.read for t in tallies.values())}: {job.record['datasets']}",
+            f"no conversation is left of {sum(t.rows for t in tallies.values())}: {job.record['datasets']}",
             "loosen min_chars, max_chars or ascii_only of the data sets",
         )
     with (job.output / "conversations.jsonl").open("w", encoding="utf-8") as file:
@@ -61,9 +61,9 @@ def _candidates(job: Job, tallies: dict[str, RowCounts]) -> Iterator[Conversatio
                 yield conversation
 
 
-def _line(job: Job, conversation: Conversation) -> dict[str, object]:
+def _line(job: Job, conversation: Conversation) -> ConversationRow:
     """A system message, if there is one, and the first `prompts.max_turns` user messages."""
-    messages = with_instruction(conversation, job.config.data[conversation.dataset].instruction)
+    messages = conversation.with_instruction(job.config.data[conversation.dataset].instruction)
     system = [m for m in messages if m["role"] == "system"]
     asked = [m for m in messages if m["role"] == "user"][: job.config.prompts.max_turns]
     return {"id": conversation.id, "source": conversation.dataset, "messages": system + asked}

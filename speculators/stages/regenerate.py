@@ -29,6 +29,7 @@ from torch import Tensor
 
 from speculators.config.choices import OnBadRow
 from speculators.config.schema import Regenerate
+from speculators.data.conversations import ConversationRow, Message
 from speculators.data.template import ChatTurn, TokenSequence, merge_turns
 from speculators.engine.client import Client, Completion
 from speculators.engine.transfer import Transfer
@@ -51,7 +52,9 @@ SYNC_SECONDS = 1.0
 
 def main(job: Job) -> None:
     """Answer every conversation, in any order; publish them in the order they came in."""
-    conversations = [json.loads(line) for line in _lines(job.inputs["prompts"] / "conversations.jsonl")]
+    conversations: list[ConversationRow] = [
+        json.loads(line) for line in _lines(job.inputs["prompts"] / "conversations.jsonl")
+    ]
     log = job.scratch / "answers.jsonl"
     states = states_writer(job, "prompts", ANSWER_STATES) if _keeps_states(job) else None
     sealed = states.done if states else set()
@@ -104,7 +107,7 @@ def read_answers(log: Path) -> dict[int, dict[str, Any]]:
 
 
 async def _answer_all(
-    job: Job, conversations: list[dict[str, Any]], finished: dict[int, dict[str, Any]], log: Path
+    job: Job, conversations: list[ConversationRow], finished: dict[int, dict[str, Any]], log: Path
 ) -> None:
     config = job.config.regenerate
     waiting = in_order(conversations, (i for i in range(len(conversations)) if i not in finished))
@@ -218,14 +221,14 @@ def _joined(job: Job, files: list[Path], wholes: list[TokenSequence]) -> tuple[T
 
 
 async def answer(
-    client: Client, conversation: dict[str, Any], config: Regenerate, longest: int, keeper: Keeper | None = None
+    client: Client, conversation: ConversationRow, config: Regenerate, longest: int, keeper: Keeper | None = None
 ) -> dict[str, Any]:
     """The conversation with the target's answers; `dropped` says why turns are missing, null if none is.
 
     A prompt and its answer together have at most `longest` tokens: the answer is cut to that, and a prompt that leaves
     no room ends the conversation, as an empty answer does. What was answered before is kept.
     """
-    messages: list[dict[str, str]] = []
+    messages: list[Message] = []
     turns: list[dict[str, Any]] = []
     dropped, why = None, ""
     kept = 0
@@ -272,7 +275,7 @@ async def answer(
     return {**conversation, "messages": messages[:kept], "turns": turns, "dropped": dropped, **told}
 
 
-def in_order(conversations: list[dict[str, Any]], waiting: Iterable[int]) -> list[int]:
+def in_order(conversations: list[ConversationRow], waiting: Iterable[int]) -> list[int]:
     """The waiting conversations, those with the same system prompt one after the other.
 
     So a server computes a prompt that they share once, and still remembers it when the next one comes.

@@ -8,8 +8,9 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from speculators.data.conversations import ConversationRow
 from speculators.data.template import ChatTurn, TemplateError, TokenSequence, chat_turns, merge_turns
-from speculators.data.token_table import publish_table
+from speculators.data.token_table import TokenRow, publish_table
 from speculators.errors import SourceError
 from speculators.job import Job
 
@@ -21,7 +22,7 @@ def main(job: Job) -> None:
     publish_table(job, _rows(job, tally), tally, "conversations", hint)
 
 
-def _rows(job: Job, tally: Counter[str]) -> Iterator[dict[str, Any]]:
+def _rows(job: Job, tally: Counter[str]) -> Iterator[TokenRow]:
     longest, least = job.config.max_seq_len, job.config.tokenize.min_supervised
     tokenizer: Any = None
     path = job.inputs["conversations"] / "conversations.jsonl"
@@ -29,7 +30,7 @@ def _rows(job: Job, tally: Counter[str]) -> Iterator[dict[str, Any]]:
         total = sum(1 for _ in file)
         file.seek(0)
         for line in file:
-            conversation = json.loads(line)
+            conversation: ConversationRow = json.loads(line)
             tally["conversations"] += 1
             job.progress(tally["conversations"], total, "conversations")
             if "turns" in conversation:

@@ -10,6 +10,7 @@ import numpy as np
 import torch
 from safetensors.torch import save_file
 
+from speculators.checkpoint_files import text_config
 from speculators.errors import ContractError, RecipeError, SourceError
 from speculators.job import Job, write_json
 
@@ -41,7 +42,7 @@ def main(job: Job) -> None:
 def target_vocabulary(target: Path) -> int:
     """Rows of the target's embedding, which may be more than its tokenizer knows."""
     config = json.loads((target / "config.json").read_text())
-    size = (config.get("text_config") or config).get("vocab_size") or config.get("vocab_size")
+    size = text_config(config).get("vocab_size") or config.get("vocab_size")
     if size is None:
         raise SourceError(
             f"{target / 'config.json'} has no vocab_size", "name a transformers checkpoint of a text model"

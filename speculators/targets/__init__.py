@@ -1,4 +1,4 @@
-"""What is known of a target model: its checkpoint, how its states are read, and whether a server's are its own.
+"""Target models: their checkpoints, and whether a server's hidden states are those of a checkpoint.
 
-Stages import `fidelity_check` and `checkpoint`; `reference` runs the model by transformers, `gguf` converts one.
+Stages import `fidelity_check` and `checkpoint`; `reference` runs the model with transformers, `gguf` converts one.
 """

@@ -1,7 +1,7 @@
-"""A target's checkpoint directory in the Hugging Face layout, read tensor by tensor.
+"""Reads a target's checkpoint directory, in the Hugging Face layout, tensor by tensor.
 
 A draft needs four things of its target: the text config, the embeddings, the final norm and the head. They are read
-out of the safetensors files by name; the model itself, which may be a hundred times larger, is never built.
+from the safetensors files by name; the model itself, which may be a hundred times larger, is never built.
 """
 
 from __future__ import annotations
@@ -16,11 +16,12 @@ from typing import Any
 from safetensors import safe_open
 from torch import Tensor
 
+from speculators.checkpoint_files import text_config
 from speculators.drafts.base import TargetParts
 from speculators.errors import ContractError, SourceError
 
 PREFIXES = ("", "model.", *("model.language_model.", "language_model.model.", "language_model.", "transformer."))
-"""Where text models put their tensors, alone or inside a multimodal one; tried in this order."""
+"""Prefixes of tensor names, of a text model alone or inside a multimodal one; tried in this order."""
 
 EMBEDDINGS = ("embed_tokens.weight", "wte.weight", "tok_embeddings.weight", "embeddings.weight")
 FINAL_NORM = ("norm.weight", "final_layernorm.weight", "norm_f.weight", "ln_f.weight")
@@ -35,22 +36,22 @@ UNIT_OFFSET_NORMS = frozenset(
 )
 """Model types whose RMSNorm multiplies by 1 + weight, so that a stored zero means one."""
 LAYER_NORMS = ("cohere",)
-"""How the model types begin whose final norm is a LayerNorm without a bias, which no tensor tells."""
+"""Prefixes of the model types whose final norm is a LayerNorm without a bias, which no tensor shows."""
 
 MULTIPLIERS = ("logit_scale", "lm_head_multiplier", "output_multiplier")
-"""Options that logits are multiplied by: Cohere's, Falcon-H1's, Muse's."""
+"""Config fields that logits are multiplied by: Cohere's, Falcon-H1's, Muse's."""
 MULTIPLIED_BY_LOGITS_SCALING = ("hyperclovax",)
-"""How the model types begin that multiply by `logits_scaling`; Granite, and all others that have it, divide."""
+"""Prefixes of the model types that multiply by `logits_scaling`; Granite, and all others that have it, divide."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class FinalNorm:
-    """The RMSNorm between the last layer and the head; `weight` [H] float32 is what is multiplied by."""
+    """The RMSNorm between the last layer and the head; `weight` [H] float32 is the factor, offset included."""
 
     weight: Tensor
     eps: float
     unit_offset: bool = False
-    """What is stored is the weight less 1."""
+    """The checkpoint stores the factor minus 1."""
 
 
 class TargetCheckpoint:
@@ -58,40 +59,30 @@ class TargetCheckpoint:
 
     Raises:
         SourceError: there is no such directory, no config.json or no safetensors file.
-        ContractError: a tensor that every target has is not there or has another shape.
+        ContractError: a tensor that every target has is missing or has another shape.
     """
 
     def __init__(self, directory: Path) -> None:
         self.directory = directory
         self.raw: dict[str, Any] = _read_json(directory / "config.json")
         self.config: Mapping[str, Any] = _text_config(directory)
-        self._parts = [part for part in (self.raw.get("text_config"), self.raw) if isinstance(part, dict)]
+        self._parts = (text_config(self.raw), self.raw)
         self._files = _index(directory)
+        self.architectures: list[str] = list(self.raw.get("architectures") or [])
+        self.hidden_size = int(self.config["hidden_size"])
+        """Width H of the residual stream."""
+        self.vocab_size = int(self.config["vocab_size"])
+        """Number V of rows of the embeddings and of the head."""
 
     @property
     def name(self) -> str:
-        """What the checkpoint calls itself; its architecture if it has no name."""
-        named = self.raw.get("_name_or_path") or self.raw.get("_model_name_or_path")
-        return str(named or next(iter(self.architectures), self.config["model_type"]))
-
-    @property
-    def architectures(self) -> list[str]:
-        """As in config.json."""
-        return list(self.raw.get("architectures") or [])
-
-    @property
-    def hidden_size(self) -> int:
-        """Width H of the residual stream."""
-        return int(self.config["hidden_size"])
-
-    @property
-    def vocab_size(self) -> int:
-        """Rows of the embeddings and of the head."""
-        return int(self.config["vocab_size"])
+        """The name in config.json; the architecture if there is none."""
+        name = self.raw.get("_name_or_path") or self.raw.get("_model_name_or_path")
+        return str(name or next(iter(self.architectures), self.config["model_type"]))
 
     @property
     def logit_scale(self) -> float:
-        """What the head's output is multiplied by, over all the names that this goes by."""
+        """The factor of the head's output: the product of all config fields that name one."""
         scale = float(self.config.get("logits_scaling") or 1.0)
         if not str(self.config["model_type"]).startswith(MULTIPLIED_BY_LOGITS_SCALING):
             scale = 1.0 / scale
@@ -112,8 +103,8 @@ class TargetCheckpoint:
     def tied(self) -> bool:
         """Whether the head is the embeddings.
 
-        What config.json says itself counts before a default, the text model's own word before that of the model around
-        it. Where nothing is said and the files hold no head, it is.
+        config.json counts before transformers' default, and in it the text config before the multimodal one. Where
+        neither has the field and the files hold no head, the head is tied.
         """
         stated = [part["tie_word_embeddings"] for part in self._parts if "tie_word_embeddings" in part]
         if stated:
@@ -122,11 +113,11 @@ class TargetCheckpoint:
 
     @property
     def has_head(self) -> bool:
-        """Whether there is a head where `tied` says; without one `head` raises."""
+        """Whether the head that `tied` names exists; without it `head` raises."""
         return self.tied or self._has(HEAD)
 
     def other_head(self) -> Tensor | None:
-        """The head [V, H] if `tied` is wrong: that of its own or the embeddings; None if there is no other."""
+        """The head [V, H] if `tied` is wrong: the head's own tensor or the embeddings; None if there is no other."""
         if self.tied and not self._has(HEAD):
             return None
         return self._matrix(self._find(HEAD, "output head")) if self.tied else self.embeddings()
@@ -142,7 +133,7 @@ class TargetCheckpoint:
         return head if rows is None else head.index_select(0, rows)
 
     def parts(self, rows: Tensor | None = None) -> TargetParts:
-        """What a draft takes over; of the head its `rows`, if they are given."""
+        """What a draft takes over from its target; of the head only `rows` (int64), if given."""
         return TargetParts(
             name=self.name,
             architectures=self.architectures,
@@ -153,13 +144,13 @@ class TargetCheckpoint:
         )
 
     def final_norm(self) -> FinalNorm:
-        """The norm that the head's input goes through."""
+        """The norm between the last layer and the head; a ContractError if it is not an RMSNorm."""
         name = self._find(FINAL_NORM, "final norm")
-        centred = str(self.config["model_type"]).startswith(LAYER_NORMS)
-        if centred or name.removesuffix("weight") + "bias" in self._files:
-            why = "subtracts the mean" if centred else "has a bias"
+        subtracts_mean = str(self.config["model_type"]).startswith(LAYER_NORMS)
+        if subtracts_mean or name.removesuffix("weight") + "bias" in self._files:
+            why = "subtracts the mean" if subtracts_mean else "has a bias"
             raise ContractError(
-                f"the final norm of {self.directory} {why}: it is a LayerNorm, and only RMSNorm is known here",
+                f"the final norm of {self.directory} {why}: it is a LayerNorm, and only RMSNorm is supported",
                 "train for a target whose final norm is an RMSNorm",
             )
         weight = self._read(name).float()
@@ -170,21 +161,21 @@ class TargetCheckpoint:
         return FinalNorm(weight=weight + float(offset), eps=float(eps), unit_offset=offset)
 
     def mask_token_id(self) -> int:
-        """A token whose embedding can stand for a place that is to be filled in.
+        """The token that stands for the positions of a block that a draft has yet to fill in.
 
-        The tokenizer's own mask token; else the first row of the embeddings that the tokenizer does not use; else what
-        it pads with or ends with, which stands in no answer before its end.
+        The tokenizer's mask token; else the first row of the embeddings that the tokenizer does not use; else its
+        padding or end token, which occurs in no answer before the answer's end.
 
         Raises:
-            ContractError: none of these is there.
+            ContractError: the tokenizer has none of these.
         """
         from transformers import AutoTokenizer
 
         tokenizer = AutoTokenizer.from_pretrained(str(self.directory), local_files_only=True)
         unused = len(tokenizer) if len(tokenizer) < self.vocab_size else None
-        for found in (tokenizer.mask_token_id, unused, tokenizer.pad_token_id, tokenizer.eos_token_id):
-            if found is not None and found < self.vocab_size:  # a tokenizer may have more tokens than embeddings
-                return int(found)
+        for token in (tokenizer.mask_token_id, unused, tokenizer.pad_token_id, tokenizer.eos_token_id):
+            if token is not None and token < self.vocab_size:  # a tokenizer may have more tokens than embeddings
+                return int(token)
         raise ContractError(
             f"the tokenizer of {self.directory} has no token for masks, padding or the end",
             "set speculator.mask_token_id to a token that answers do not use",
@@ -199,7 +190,7 @@ class TargetCheckpoint:
             if name in self._files:
                 return name
         raise ContractError(
-            f"{self.directory} has no {what}: none of {', '.join(tried[:3])}, ... is in its safetensors files",
+            f"{self.directory} has no {what}: its safetensors files have none of {', '.join(tried[:3])}, ...",
             "the target has to be a complete decoder checkpoint in the Hugging Face layout",
         )
 
@@ -219,7 +210,7 @@ class TargetCheckpoint:
 
 
 def _text_config(directory: Path) -> dict[str, Any]:
-    """The text part of config.json with the defaults that the file leaves out filled in."""
+    """The text part of config.json, with transformers' defaults for what the file leaves out."""
     from transformers import AutoConfig
 
     try:
@@ -229,40 +220,40 @@ def _text_config(directory: Path) -> dict[str, Any]:
             f"transformers cannot read {directory}/config.json: {str(error).splitlines()[0]}",
             "check its model_type; a newer transformers may know it",
         ) from None
-    plain: dict[str, Any] = config.get_text_config().to_dict()
-    return plain
+    text_config: dict[str, Any] = config.get_text_config().to_dict()
+    return text_config
 
 
 def _index(directory: Path) -> dict[str, Path]:
-    """Tensor name -> file, from the sharded checkpoint's index or from the files themselves."""
+    """Map each tensor's name to its file, from the sharded checkpoint's index or from the files themselves."""
     index = directory / "model.safetensors.index.json"
     if index.exists():
         return {name: directory / file for name, file in _read_json(index)["weight_map"].items()}
     files = sorted(directory.glob("*.safetensors"))
     if not files:
         raise SourceError(f"{directory} holds no safetensors file", "give a checkpoint with weights in safetensors")
-    found: dict[str, Path] = {}
+    tensor_files: dict[str, Path] = {}
     for path in files:
         with safe_open(path, "pt") as file:
-            found.update(dict.fromkeys(file.keys(), path))
-    return found
+            tensor_files.update(dict.fromkeys(file.keys(), path))
+    return tensor_files
 
 
 def _read_json(path: Path) -> dict[str, Any]:
     try:
-        plain: dict[str, Any] = json.loads(path.read_text())
+        content: dict[str, Any] = json.loads(path.read_text())
     except FileNotFoundError:
         hint = "give a checkpoint directory in the Hugging Face layout"
         raise SourceError(f"{path.parent} has no {path.name}", hint) from None
     except ValueError as error:
         raise SourceError(f"{path} is not JSON: {error}", "fetch the target again") from None
-    return plain
+    return content
 
 
 def rope_parameters(config: Mapping[str, Any]) -> dict[str, Any]:
-    """`rope_type`, `rope_theta` and what that type needs, for full attention over whole heads.
+    """The rotary embedding of a draft: `rope_type`, `rope_theta` and the other parameters of that type.
 
-    Targets that rotate only a part of each head, or by several axes, hand over their frequency base alone: a draft
+    Of targets that rotate only a part of each head, or by several axes, only the frequency base is used: a draft
     rotates whole heads by the token's position, and both trainer and server read that from the draft's own config.
     """
     rope: Mapping[str, Any] = config.get("rope_parameters") or {}
@@ -272,5 +263,5 @@ def rope_parameters(config: Mapping[str, Any]) -> dict[str, Any]:
     kind = rope.get("rope_type", "default")
     if kind in ("default", "proportional") or "mrope_section" in rope:
         return {"rope_type": "default", "rope_theta": float(theta)}
-    kept = {name: value for name, value in rope.items() if name != "partial_rotary_factor"}
-    return {**kept, "rope_theta": float(theta)}
+    parameters = {name: value for name, value in rope.items() if name != "partial_rotary_factor"}
+    return {**parameters, "rope_theta": float(theta)}

@@ -1,7 +1,7 @@
-"""A few tokens through the target as transformers runs it: which layers the captured states really are.
+"""Reference: a few tokens through the target as transformers runs it, to see which layers were captured.
 
-Norm and head can only judge the last state. The others go into the draft, and a capture that is off by a layer, or of
-other weights, gives states that look like any. The whole model has to be built to tell, so it is done for small ones.
+Norm and head judge the last-layer hidden state alone. The other layers are the draft's input; off by one layer, or
+from other weights, they look like any hidden states. Checking them takes the whole model, so it is for small targets.
 """
 
 from __future__ import annotations
@@ -15,24 +15,24 @@ from torch import Tensor
 from speculators.targets.checkpoint import TargetCheckpoint
 
 ROWS = 2
-"""Rows whose beginnings are run."""
-CLEARLY = 0.5
-"""Another layer is the captured one if it is nearer by this factor: neighbours look alike in a deep model."""
+"""Rows whose first tokens are run."""
+NEARER_FACTOR = 0.5
+"""Another layer was captured if its distance is smaller by this factor: in a deep model, neighbours are similar."""
 TOLERANCE = 8.0
-"""Standard deviations of rounding by which a state may differ from its reference, and..."""
+"""Standard deviations of the rounding error by which a hidden state may differ from its reference, plus `SLACK`."""
 SLACK = 2e-3
-"""... relative difference where nothing rounds."""
+"""Relative difference that is tolerated without any rounding."""
 
 
 class LayerComparison(NamedTuple):
-    """What a comparison found."""
+    """The result of comparing captured layers with the reference."""
 
-    verdict: str = ""
-    """What is wrong; empty if nothing is, or if it could not be found out."""
-    off: float | None = None
-    """Largest relative difference of a captured layer from its reference; None if it could not be found out."""
+    problem: str = ""
+    """What is wrong; empty if nothing is, or if the reference could not be run."""
+    difference: float | None = None
+    """Largest relative difference of a captured layer from its reference; None if the reference could not be run."""
     note: str = ""
-    """Why not."""
+    """Why the reference could not be run."""
 
 
 def compare_layers(
@@ -40,86 +40,91 @@ def compare_layers(
     samples: Sequence[tuple[Tensor, Tensor]],
     layer_ids: Sequence[int],
     drift: float,
-    largest_gib: float,
+    max_gib: float,
 ) -> LayerComparison:
-    """Compare samples of (token ids [T], states [T, L, H]) with the layers that they are said to be.
+    """Compare captured hidden states with the layers of the target as transformers computes them.
 
-    `drift` is the standard deviation of what rounding does to a state, relative to it.
+    Args:
+        target: the checkpoint to run.
+        samples: (token ids [T], hidden states [T, L, H]) of the beginnings of some rows.
+        layer_ids: the L layers that were requested.
+        drift: standard deviation of the rounding error of a hidden state, relative to its norm.
+        max_gib: largest checkpoint that is run.
     """
     gib = target.bytes / 2**30
-    if gib > largest_gib:
-        return LayerComparison(note=f"the target has {gib:.3g} GiB, target.max_reference_gib is {largest_gib:g}")
+    if gib > max_gib:
+        return LayerComparison(note=f"the target has {gib:.3g} GiB, target.max_reference_gib is {max_gib:g}")
     try:
-        references = _run(target, [ids for ids, _ in samples])
+        references = _run_target(target, [token_ids for token_ids, _ in samples])
     except (AttributeError, ImportError, KeyError, OSError, RuntimeError, TypeError, ValueError) as error:
         return LayerComparison(note=f"transformers does not run the target: {type(error).__name__}: {error}")
-    # [rows, L, layers + 1] and then the median over everything but the layers: a first token is like no other
-    off = torch.cat([_differences(states, truth) for (_, states), truth in zip(samples, references, strict=True)])
-    off = off.nanmedian(0).values
-    # The last layer's output may have been kept at none of these tokens.
-    known = [place for place in range(len(layer_ids)) if not off[place].isnan().any()]
-    off, layer_ids = off[known], [layer_ids[place] for place in known]
-    nearest = off.argmin(-1)
+    # [tokens, L, layers + 1], then the median over tokens: the first token of a sequence is like no other.
+    distances = [_distances(captured, layers) for (_, captured), layers in zip(samples, references, strict=True)]
+    distance = torch.cat(distances).nanmedian(0).values
+    # The last layer may have been kept at none of these tokens.
+    known = [i for i in range(len(layer_ids)) if not distance[i].isnan().any()]
+    distance, layer_ids = distance[known], [layer_ids[i] for i in known]
+    nearest = distance.argmin(-1).tolist()
     wrong = [
-        (asked, int(found))
-        for place, (asked, found) in enumerate(zip(layer_ids, nearest, strict=True))
-        if off[place, found] < CLEARLY * off[place, asked]
+        f"{near} instead of {layer}"
+        for row, layer, near in zip(distance, layer_ids, nearest, strict=True)
+        if row[near] < NEARER_FACTOR * row[layer]
     ]
     limit = TOLERANCE * drift + SLACK
-    at_best = float(off.min(-1).values.max())
-    if at_best > limit:
+    smallest = float(distance.min(-1).values.max())
+    if smallest > limit:
         return LayerComparison(
-            f"they come from other weights: states differ from every layer of this target by {at_best:.2g} of their "
-            f"size, rounding explains {limit:.2g}",
-            at_best,
+            f"they come from other weights: they differ from every layer of this target by {smallest:.2g} of their "
+            f"norm, rounding explains {limit:.2g}",
+            smallest,
         )
     if wrong:
-        pairs = ", ".join(f"{found} instead of {asked}" for asked, found in wrong)
-        return LayerComparison(f"they are of other layers: {pairs}", at_best)
-    return LayerComparison(off=round(float(max(off[place, asked] for place, asked in enumerate(layer_ids))), 4))
+        return LayerComparison(f"they are of other layers: {', '.join(wrong)}", smallest)
+    largest = float(max(row[layer] for row, layer in zip(distance, layer_ids, strict=True)))
+    return LayerComparison(difference=round(largest, 4))
 
 
-def _differences(states: Tensor, truth: Tensor) -> Tensor:
-    """Relative distance of every captured layer of a token from every layer, [T, L, layers + 1]."""
-    captured, truth = states.float()[:, :, None], truth.float()[:, None]
-    return (captured - truth).norm(dim=-1) / truth.norm(dim=-1).clamp_min(torch.finfo(torch.float32).tiny)
+def _distances(captured: Tensor, layers: Tensor) -> Tensor:
+    """Relative distance of every captured layer [T, L, H] from every layer [T, layers + 1, H]."""
+    captured, layers = captured.float()[:, :, None], layers.float()[:, None]
+    return (captured - layers).norm(dim=-1) / layers.norm(dim=-1).clamp_min(torch.finfo(torch.float32).tiny)
 
 
 @torch.no_grad()
-def _run(target: TargetCheckpoint, rows: Sequence[Tensor]) -> list[Tensor]:
-    """For each row [T] the input of every layer and the last one's output, [T, layers + 1, H]."""
+def _run_target(target: TargetCheckpoint, rows: Sequence[Tensor]) -> list[Tensor]:
+    """For each row of token ids [T], the input of every layer and the last one's output, [T, layers + 1, H]."""
     import transformers
 
     transformers.utils.logging.disable_progress_bar()
-    found: Any = transformers.AutoModelForCausalLM.from_pretrained(
+    loaded: Any = transformers.AutoModelForCausalLM.from_pretrained(
         str(target.directory), local_files_only=True, dtype=torch.float32, output_loading_info=True
     )
-    model, loaded = found
-    if loaded["missing_keys"]:
-        raise ValueError(f"weights are missing, {sorted(loaded['missing_keys'])[0]} for one")
+    model, loading_info = loaded
+    if loading_info["missing_keys"]:
+        raise ValueError(f"weights are missing, {sorted(loading_info['missing_keys'])[0]} for one")
     model.eval()
-    layers = _layers(model, int(target.config["num_hidden_layers"]))
-    kept: list[Tensor] = []
+    layers = _decoder_layers(model, int(target.config["num_hidden_layers"]))
+    captured: list[Tensor] = []
 
-    def before(module: Any, args: tuple[Any, ...], named: dict[str, Any]) -> None:
-        kept.append((args[0] if args else named["hidden_states"])[0])
+    def before(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        captured.append((args[0] if args else kwargs["hidden_states"])[0])
 
     def after(module: Any, args: tuple[Any, ...], output: Any) -> None:
-        kept.append((output[0] if isinstance(output, tuple) else output)[0])
+        captured.append((output[0] if isinstance(output, tuple) else output)[0])
 
     for layer in layers:
         layer.register_forward_pre_hook(before, with_kwargs=True)
     layers[-1].register_forward_hook(after)
-    states = []
-    for ids in rows:
-        kept.clear()
-        model(ids[None].long(), use_cache=False)
-        states.append(torch.stack(kept, 1))
-    return states
+    hidden_states = []
+    for token_ids in rows:
+        captured.clear()
+        model(token_ids[None].long(), use_cache=False)
+        hidden_states.append(torch.stack(captured, 1))
+    return hidden_states
 
 
-def _layers(model: Any, count: int) -> Any:
-    """The decoder layers: the list of as many modules as the config says there are."""
+def _decoder_layers(model: Any, count: int) -> Any:
+    """Find the decoder layers: the module list of the length that the config names."""
     lists = [m for m in model.get_decoder().modules() if isinstance(m, torch.nn.ModuleList) and len(m) == count]
     if not lists:
         raise ValueError(f"it has no list of {count} layers")

@@ -19,8 +19,8 @@ def lock(words: list[str]) -> int:
     config = composed.compose_cached([word for word in words if word != "--json"])
     # A lock is of the whole recipe, whatever part of it would be run.
     config = dataclasses.replace(config, force=[], from_="", until="", only="")
-    plain = locks.resolved(Planner(config, open_store(config.run)))
-    path = locks.place(config)
+    plain = locks.lock_contents(Planner(config, open_store(config.run)))
+    path = locks.lock_path(config)
     try:
         write_json(path, plain)
     except OSError as error:

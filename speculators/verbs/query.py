@@ -11,8 +11,7 @@ from speculators.config import composed
 from speculators.errors import RecipeError
 from speculators.runner.execution.execute import steps_as_json
 from speculators.runner.planning import checks, estimate, lockfile
-from speculators.runner.planning.explain import beside
-from speculators.runner.planning.explain import explain as explanation
+from speculators.runner.planning.explain import changes_outside_key, explain_stage, to_json
 from speculators.runner.planning.plan import Planner, Step
 from speculators.runner.store.artifacts import open_store
 
@@ -25,19 +24,22 @@ def plan(words: list[str]) -> int:
     checks.check_machine(config, planner.graph)
     if config.run.locked:
         lockfile.refuse_if_different(planner)
-    locked = lockfile.read(config)
-    differing = lockfile.differences(locked, planner) if locked else []
+    locked = lockfile.load_lock(config)
+    differing = lockfile.lock_differences(locked, planner) if locked else []
     steps = {step.node.name: step for step in planner.plan()}
     needs = estimate.estimate(planner, steps)
     if as_data:
-        plain = {"steps": steps_as_json(steps), "derived": planner.derived, **dataclasses.asdict(needs)}
-        outside = {name: [dataclasses.asdict(c) for c in beside(s.artifact)] for name, s in steps.items() if s.artifact}
+        values = {"steps": steps_as_json(steps), "derived": planner.derived, **dataclasses.asdict(needs)}
+        values["held_bytes"] = values.pop("store_bytes")
+        outside = {
+            name: [to_json(c) for c in changes_outside_key(s.artifact)] for name, s in steps.items() if s.artifact
+        }
         told = {
             "outside_the_key": {name: changes for name, changes in outside.items() if changes},
             "locked": locked is not None,
             "lock_differs": [dataclasses.asdict(d) for d in differing],
         }
-        print(json.dumps({**plain, **told}, indent=1))
+        print(json.dumps({**values, **told}, indent=1))
         return 0
     print(ui.columns((s.state.name, name, s.key[:8] or "-", s.reason) for name, s in steps.items()))
     print("\n" + ui.columns((name, json.dumps(value)) for name, value in planner.derived.items()))
@@ -49,7 +51,7 @@ def plan(words: list[str]) -> int:
         print("\n" + ui.dim("\n".join(outside_lines)))
     if locked:
         says = f"says otherwise: {', '.join(d.name for d in differing)}" if differing else "says the same"
-        print(f"\nlocked: {lockfile.place(config)} {says}")
+        print(f"\nlocked: {lockfile.lock_path(config)} {says}")
     return 0
 
 
@@ -75,7 +77,7 @@ def _outside(steps: Mapping[str, Step]) -> list[str]:
     """What the cached stages were made with, where this machine has something else; a line for each such thing."""
     stages: dict[tuple[str, str, str], list[str]] = {}
     for name, step in steps.items():
-        for change in beside(step.artifact) if step.artifact else ():
+        for change in changes_outside_key(step.artifact) if step.artifact else ():
             stages.setdefault((change.name, str(change.old), str(change.new)), []).append(name)
     return [f"not in any key: {n} {old} -> {new}  ({', '.join(names)})" for (n, old, new), names in stages.items()]
 
@@ -87,6 +89,6 @@ def explain(words: list[str]) -> int:
     if not words or "=" in words[0]:
         raise RecipeError("explain wants a stage", "speculators-run explain train recipe=NAME")
     config = composed.compose_cached(words[1:])
-    found = explanation(Planner(config, open_store(config.run)), words[0])
-    print(json.dumps(dataclasses.asdict(found), indent=1) if as_data else ui.explanation(found))
+    found = explain_stage(Planner(config, open_store(config.run)), words[0])
+    print(json.dumps(to_json(found), indent=1) if as_data else ui.explanation(found))
     return 0

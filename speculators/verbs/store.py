@@ -49,12 +49,12 @@ def verify(words: list[str]) -> int:
     for entry in upkeep.entries(store, {word.partition(":")[0] for word in wanted}):
         if not _fits(wanted, entry.stage, entry.key):
             continue
-        ui.narrate("broken" if entry.trouble else "whole", entry.stage, f"{entry.key[:8]}  {entry.trouble}")
-        if not entry.trouble:
+        ui.narrate("broken" if entry.damage else "whole", entry.stage, f"{entry.key[:8]}  {entry.damage}")
+        if not entry.damage:
             continue
         name = entry.key or entry.stage
-        broken[name] = {"stage": entry.stage, "trouble": entry.trouble}
-        aside = upkeep.move_aside(store, entry) if "--aside" in words else None
+        broken[name] = {"stage": entry.stage, "trouble": entry.damage}
+        aside = upkeep.quarantine(store, entry) if "--aside" in words else None
         left += aside is None
         if aside is not None:
             ui.narrate("aside", entry.stage, str(aside))
@@ -84,7 +84,7 @@ def gc(words: list[str]) -> int:
         elif word != "--delete":
             rest.append(word)
     store, wanted, as_data = _store_words(rest, "days", "run.dir", "--delete")
-    found = [item for item in upkeep.rubbish(store, _kept(runs), days) if _fits(wanted, item.stage, item.key)]
+    found = [item for item in upkeep.find_unused(store, _kept(runs), days) if _fits(wanted, item.stage, item.key)]
     delete, kept = "--delete" in words, []
     for item in found:
         if delete and not upkeep.remove(store, item):
@@ -111,7 +111,7 @@ def export(words: list[str]) -> int:
         store, wanted, _ = _store_words(chosen)
         found = [artifact for word in wanted for artifact in _named(store, word)]
     found = list({(artifact.stage, artifact.key): artifact for artifact in found}.values())
-    archive.write(found, Path(file).expanduser())
+    archive.export_artifacts(found, Path(file).expanduser())
     for artifact in found:
         ui.narrate("exported", artifact.stage, f"{artifact.key[:8]}  {ui.size(artifact.bytes)}")
     if "--json" in words:
@@ -133,7 +133,7 @@ def import_(words: list[str]) -> int:
         hint = "make room (`speculators-run gc`), or name a larger disk: run.store=PATH"
         raise StoreError(f"{path} holds {ui.size(need)} that are new, the store has {ui.size(free)} free", hint)
     rows = []
-    for item, new in archive.read(path, here, lambda holder: ui.narrate("waits", holder)):
+    for item, new in archive.import_artifacts(path, here, lambda holder: ui.narrate("waits", holder)):
         ui.narrate("imported" if new else "cached", item.stage, f"{item.key[:8]}  {ui.size(item.bytes)}")
         rows.append({"stage": item.stage, "key": item.key, "bytes": item.bytes, "new": new})
     if as_data:
@@ -147,7 +147,7 @@ def _kept(runs: list[str] | None) -> set[str]:
     for name in runs or ["runs"]:
         directory = Path(name).expanduser()
         if directory.is_dir():
-            kept |= upkeep.named_by_runs(directory)
+            kept |= upkeep.keys_of_runs(directory)
         elif runs:
             raise StoreError(f"run.dir: there is no directory `{name}`", "name those that hold the runs to keep")
         else:

@@ -72,16 +72,16 @@ def main() -> None:
         seconds(f"find one of {FILES:,} files", lambda: large.find("train", key))
         seconds("verify it", lambda: list(upkeep.entries(large)), times=1)
         file = Path(directory) / "made.tar"
-        seconds("export it", lambda: archive.write([made], file), times=1)
-        seconds("import it", lambda: list(archive.read(file, other, waiting=print)), times=1)
-        seconds("import it again", lambda: list(archive.read(file, other, waiting=print)), times=1)
+        seconds("export it", lambda: archive.export_artifacts([made], file), times=1)
+        seconds("import it", lambda: list(archive.import_artifacts(file, other, waiting=print)), times=1)
+        seconds("import it again", lambda: list(archive.import_artifacts(file, other, waiting=print)), times=1)
         for number in range(ARTIFACTS):
             put(many, 3, number)
         near = keys.preimage("train", 1, config={**CONFIG, "train.lr": -1}, inputs={}, packages={}, service={})
         seconds(f"ls {ARTIFACTS:,} artifacts", lambda: listed(many.root))
         seconds("the nearest of them", lambda: many.nearest("train", near))
-        seconds("what may go", lambda: upkeep.rubbish(many, set(), days=30))
-        seconds("what they hold", lambda: upkeep.held(many))
+        seconds("what may go", lambda: upkeep.find_unused(many, set(), days=30))
+        seconds("what they hold", lambda: upkeep.store_bytes(many))
         seconds("verify them", lambda: list(upkeep.entries(many)), times=1)
 
 

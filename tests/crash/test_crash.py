@@ -146,8 +146,8 @@ def point(role: str, call: str, when: str, victim: str, **more: Any) -> str:
 
 STORE = "speculators.runner.store.artifacts:"
 IN_WORKER = {
-    "before it looks for what was taken back": (f"{STORE}Store._take_back", "before", {}),
-    "before its directories are made": (f"{STORE}Store.set_aside", "after", {}),
+    "before it looks for what was taken back": (f"{STORE}Store._restore_work", "before", {}),
+    "before its directories are made": (f"{STORE}Store.quarantine", "after", {}),
     "in the middle of its work": ("speculators.job:Job.progress", "before", {"nth": 3}),
     "after its last line": ("speculators.job:Job.progress", "after", {"nth": 6}),
     "before it hashes what it made": (f"{STORE}Store.publish", "before", {}),

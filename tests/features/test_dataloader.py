@@ -39,8 +39,8 @@ def test_a_row_without_its_last_state_is_taken_one_token_shorter(tmp_path: Path)
     assert {row: n for row, n in short.lengths.items() if row != 3} == {
         row: n for row, n in whole.lengths.items() if row != 3
     }
-    pieces = short.row_slices([3], batch_tokens=8)
-    assert pieces[-1].end == short.lengths[3]
+    slices = short.row_slices([3], batch_tokens=8)
+    assert slices[-1].end == short.lengths[3]
     pack = short.pack([RowSlice(3, 0, short.lengths[3])], torch.device("cpu"))
     assert len(pack.token_ids) == len(pack.loss_mask) == len(pack.hidden_states) == short.lengths[3]
 
@@ -53,28 +53,28 @@ def test_a_row_that_lacks_more_states_is_refused(tmp_path: Path) -> None:
 
 def test_a_piece_is_supervised_inside_itself_and_sees_all_before_it(tmp_path: Path) -> None:
     tokens, features = tiny.write_corpus(tmp_path)
-    corpus = DataLoader(tokens, ShardSource(ShardReader(features)))
-    whole = corpus.pack([RowSlice(5, 0, corpus.lengths[5])], torch.device("cpu"))
+    loader = DataLoader(tokens, ShardSource(ShardReader(features)))
+    whole = loader.pack([RowSlice(5, 0, loader.lengths[5])], torch.device("cpu"))
     masks = []
-    for piece in corpus.row_slices([5], batch_tokens=5):
-        pack = corpus.pack([piece], torch.device("cpu"))
-        assert torch.equal(pack.token_ids, whole.token_ids[: piece.end])
-        assert torch.equal(pack.hidden_states, whole.hidden_states[: piece.end])
-        masks.append(torch.nn.functional.pad(pack.loss_mask.int(), (0, len(whole.loss_mask) - piece.end)))
+    for row_slice in loader.row_slices([5], batch_tokens=5):
+        pack = loader.pack([row_slice], torch.device("cpu"))
+        assert torch.equal(pack.token_ids, whole.token_ids[: row_slice.end])
+        assert torch.equal(pack.hidden_states, whole.hidden_states[: row_slice.end])
+        masks.append(torch.nn.functional.pad(pack.loss_mask.int(), (0, len(whole.loss_mask) - row_slice.end)))
     assert torch.equal(sum(masks, torch.zeros_like(masks[0])), whole.loss_mask.int())
 
 
 def test_of_a_row_that_is_supervised_whole_every_token_is_in_one_piece(tmp_path: Path) -> None:
     tokens, features = tiny.write_corpus(tmp_path)
-    corpus = DataLoader(tokens, ShardSource(ShardReader(features)))
-    answers = corpus.mask(RowSlice(6, 0, corpus.lengths[6]))
+    loader = DataLoader(tokens, ShardSource(ShardReader(features)))
+    answers = loader.mask(RowSlice(6, 0, loader.lengths[6]))
     assert not answers.all()
-    corpus.supervise_all([5])
-    pieces = corpus.row_slices([5], batch_tokens=5)
-    masks = [corpus.pack([piece], torch.device("cpu")).loss_mask for piece in pieces]
-    assert all(torch.equal(mask, corpus.mask(piece)) for mask, piece in zip(masks, pieces, strict=True))
-    assert [int(mask.sum()) for mask in masks] == [piece.tokens for piece in pieces]
-    assert torch.equal(corpus.pack([RowSlice(6, 0, corpus.lengths[6])], torch.device("cpu")).loss_mask, answers)
+    loader.supervise_all([5])
+    slices = loader.row_slices([5], batch_tokens=5)
+    masks = [loader.pack([row_slice], torch.device("cpu")).loss_mask for row_slice in slices]
+    assert all(torch.equal(mask, loader.mask(row_slice)) for mask, row_slice in zip(masks, slices, strict=True))
+    assert [int(mask.sum()) for mask in masks] == [row_slice.tokens for row_slice in slices]
+    assert torch.equal(loader.pack([RowSlice(6, 0, loader.lengths[6])], torch.device("cpu")).loss_mask, answers)
 
 
 def test_states_of_other_tokens_are_refused_by_row(tmp_path: Path) -> None:
@@ -86,12 +86,12 @@ def test_states_of_other_tokens_are_refused_by_row(tmp_path: Path) -> None:
         ids[-2] += row == 4
         writer.add(row, ids, reader.states(row))
     writer.close()
-    corpus = DataLoader(tokens, ShardSource(ShardReader(tmp_path / "other")))
-    whole = {row: RowSlice(row, 0, length) for row, length in corpus.lengths.items()}
-    corpus.expect([[whole[2], whole[4], whole[5]]])
+    loader = DataLoader(tokens, ShardSource(ShardReader(tmp_path / "other")))
+    whole = {row: RowSlice(row, 0, length) for row, length in loader.lengths.items()}
+    loader.expect([[whole[2], whole[4], whole[5]]])
     with pytest.raises(ContractError, match="hidden states of row 4 are of other tokens"):
-        corpus.pack([whole[2], whole[4], whole[5]], torch.device("cpu"))
-    assert len(corpus.pack([whole[3], whole[5]], torch.device("cpu")).lengths) == 2
+        loader.pack([whole[2], whole[4], whole[5]], torch.device("cpu"))
+    assert len(loader.pack([whole[3], whole[5]], torch.device("cpu")).lengths) == 2
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float8_e4m3fn"])
@@ -103,17 +103,19 @@ def test_a_pack_is_what_its_rows_are_one_after_the_other(tmp_path: Path, dtype: 
         writer.add(row, reader.token_ids(row), reader.states(row))
     writer.close()
     stored = ShardReader(tmp_path / "stored")
-    corpus = DataLoader(tokens, ShardSource(stored))
-    batches = [[RowSlice(row, 1, corpus.lengths[row] - 1) for row in rows] for rows in ([7, 3, 7, 11], [0], [3, 23])]
-    corpus.expect(batches)
+    loader = DataLoader(tokens, ShardSource(stored))
+    batches = [[RowSlice(row, 1, loader.lengths[row] - 1) for row in rows] for rows in ([7, 3, 7, 11], [0], [3, 23])]
+    loader.expect(batches)
     table = datasets.load_from_disk(str(tokens))
-    held = [corpus.pack(batch, torch.device("cpu")) for batch in batches]
+    held = [loader.pack(batch, torch.device("cpu")) for batch in batches]
     for batch, pack in zip(batches, held, strict=True):
-        assert pack.rows == [piece.row for piece in batch]
-        assert torch.equal(tiny.whole(pack), torch.cat([stored.states(piece.row)[: piece.end] for piece in batch]))
+        assert pack.rows == [row_slice.row for row_slice in batch]
+        assert torch.equal(
+            tiny.whole(pack), torch.cat([stored.states(row_slice.row)[: row_slice.end] for row_slice in batch])
+        )
         assert pack.token_ids.tolist() == [i for p in batch for i in table[p.row]["input_ids"][: p.end]]
         assert pack.loss_mask.tolist() == [bool(m) for p in batch for m in [0, *table[p.row]["loss_mask"][1 : p.end]]]
-    corpus.close()
+    loader.close()
 
 
 @pytest.mark.parametrize("make", [tiny.make_draft, tiny.make_dflash])

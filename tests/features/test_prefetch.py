@@ -32,78 +32,78 @@ class Maker:
 
 def test_one_more_is_made_than_was_taken_and_in_order() -> None:
     maker = Maker()
-    ahead = Prefetcher(maker)
-    assert ahead.expect([3, 1, 2, 5]) == 0
+    prefetcher = Prefetcher(maker)
+    assert prefetcher.expect([3, 1, 2, 5]) == 0
     assert maker.made == [], "nobody has wanted anything yet"
     for count, item in enumerate([3, 1, 2, 5], start=1):
-        assert ahead.take(item) == 10 * item
+        assert prefetcher.take(item) == 10 * item
         for _ in range(2 if count == 1 else int(count < 4)):
             assert maker.begun.acquire(timeout=20)
         assert maker.made == [3, 1, 2, 5][: count + 1]
-    ahead.stop()
-    ahead.join()
+    prefetcher.stop()
+    prefetcher.join()
     assert len(maker.threads) == 1
     assert not any(thread.is_alive() for thread in maker.threads)
 
 
 def test_two_may_be_made_at_the_same_time_and_are_taken_in_order() -> None:
     maker, taken = Maker(), list[int]()
-    ahead = Prefetcher(maker, 2)
-    ahead.expect([3, 1, 2, 5])
+    prefetcher = Prefetcher(maker, 2)
+    prefetcher.expect([3, 1, 2, 5])
     maker.go_on.clear()
-    taker = threading.Thread(target=lambda: taken.extend(map(ahead.take, (3, 1, 2, 5))))
+    taker = threading.Thread(target=lambda: taken.extend(map(prefetcher.take, (3, 1, 2, 5))))
     taker.start()
     assert all(maker.begun.acquire(timeout=20) for _ in range(2))
     assert not maker.begun.acquire(timeout=0.1), "the third waits for a thread"
     maker.go_on.set()
     taker.join(20)
-    ahead.join()
+    prefetcher.join()
     assert taken == [30, 10, 20, 50]
     assert sorted(maker.made[:2]) == [1, 3]
     assert len(maker.threads) == 2
 
 
 def test_what_goes_wrong_is_raised_when_it_is_wanted_and_not_before() -> None:
-    ahead = Prefetcher(Maker())
-    ahead.expect([1, -2, 3])
-    assert ahead.take(1) == 10
+    prefetcher = Prefetcher(Maker())
+    prefetcher.expect([1, -2, 3])
+    assert prefetcher.take(1) == 10
     with pytest.raises(ValueError, match="-2 is negative"):
-        ahead.take(-2)
-    assert ahead.take(3) == 30
+        prefetcher.take(-2)
+    assert prefetcher.take(3) == 30
 
 
 def test_what_was_not_expected_is_made_too_and_what_was_begun_is_kept() -> None:
     maker = Maker()
-    ahead = Prefetcher(maker)
-    ahead.expect([1, 2])
-    assert [ahead.take(item) for item in (1, 7, 2)] == [10, 70, 20]
+    prefetcher = Prefetcher(maker)
+    prefetcher.expect([1, 2])
+    assert [prefetcher.take(item) for item in (1, 7, 2)] == [10, 70, 20]
     assert maker.made == [1, 2, 7]
 
 
 def test_another_order_keeps_what_still_comes_first_and_drops_what_does_not() -> None:
     maker = Maker()
-    ahead = Prefetcher(maker)
-    ahead.expect([1, 2, 3])
-    ahead.take(1)
-    assert ahead.expect([2, 5]) == 1
-    assert ahead.take(2) == 20
-    assert ahead.expect([4, 6]) == 0
+    prefetcher = Prefetcher(maker)
+    prefetcher.expect([1, 2, 3])
+    prefetcher.take(1)
+    assert prefetcher.expect([2, 5]) == 1
+    assert prefetcher.take(2) == 20
+    assert prefetcher.expect([4, 6]) == 0
     assert maker.made[:3] == [1, 2, 5] or maker.made == [1, 2], "it was begun or it was not"
     begun = len(maker.made)
-    assert ahead.take(4) == 40
+    assert prefetcher.take(4) == 40
     assert maker.made[begun:][0] == 4
 
 
 def test_it_ends_while_something_is_being_made() -> None:
     maker = Maker()
-    ahead = Prefetcher(maker)
-    ahead.expect([1, 2, 3])
-    ahead.take(1)
+    prefetcher = Prefetcher(maker)
+    prefetcher.expect([1, 2, 3])
+    prefetcher.take(1)
     maker.go_on.clear()
     assert maker.begun.acquire(timeout=20)
-    ahead.stop()
+    prefetcher.stop()
     maker.go_on.set()
-    ahead.join()
+    prefetcher.join()
     assert 3 not in maker.made
     assert not any(thread.is_alive() for thread in maker.threads)
 

@@ -87,7 +87,7 @@ def test_an_export_into_something_or_of_other_tokens_is_refused(
     assert "is not empty" in capsys.readouterr().err
     other = [{"input_ids": [9] * n, "loss_mask": [1] * n, "seq_len": n, "id": "c", "source": "s"} for n in LENGTHS]
     Dataset.from_list(other).save_to_disk(tmp_path / "other")
-    with pytest.raises(ContractError, match="states of row 0 are of other tokens"):
+    with pytest.raises(ContractError, match="hidden states of row 0 are of other tokens"):
         export_for_upstream(tmp_path / "other", features, tmp_path / "out")
 
 

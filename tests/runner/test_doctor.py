@@ -224,7 +224,7 @@ def test_work_that_nobody_resumed_is_told_with_its_size(tmp_path: Path) -> None:
         work.mkdir(parents=True)
     then = time.time() - 10 * 86400
     os.utime(old, (then, then))
-    (tmp_path / "aside/train-cc-1").mkdir(parents=True)
+    (tmp_path / "quarantine/train-cc-1").mkdir(parents=True)
     found = of(doctor.stale(tmp_path))
     assert found["work"].says.startswith("1 directories, 0.0 GiB")
     assert "gc days=7 --delete" in found["work"].mend

@@ -112,18 +112,16 @@ def test_the_shipped_pipeline_is_wired_and_takes_directories_only(tmp_path: Path
     (tmp_path / "mine.yaml").write_text(RECIPE)
     config = compose.compose([f"recipe={tmp_path / 'mine.yaml'}"])
     nodes = graph.build(config)
-    assert nodes["dataset.mine"].wanted_as == "directory"
+    assert nodes["dataset.mine"].fetch_as == "directory"
     assert set(nodes["extract"].inputs) == {"tokens", "target", "dataset.mine"}
     config.data["mine"].format = DataFormat.sharegpt
-    with pytest.raises(
-        RecipeError, match="`adopt_tokens` reads data sets of format upstream, mine has format sharegpt"
-    ):
+    with pytest.raises(RecipeError, match="`adopt_tokens` reads datasets of format upstream, mine has format sharegpt"):
         graph.build(config)
 
 
 def test_conversations_are_not_read_out_of_a_directory_of_upstreams(config: Config) -> None:
     config.data = {"mine": Dataset(source="theirs", format=DataFormat.upstream)}
-    with pytest.raises(RecipeError, match="`prompts` reads data sets of a file of conversations"):
+    with pytest.raises(RecipeError, match="`prompts` reads datasets of a file of conversations"):
         graph.build(config)
 
 

@@ -69,10 +69,10 @@ def test_the_prompts_of_a_set_are_the_same_every_time_and_fewer_are_a_part_of_mo
 
 
 def test_of_a_set_that_is_trained_on_only_held_out_rows_are_used_and_the_rest_is_counted(tmp_path: Path) -> None:
-    job, tally = job_of(tmp_path, trained=True, count=1000), RowCounts()
-    texts = {prompt.messages[0]["content"] for prompt in choose(job, "quiz", tally)}
+    job, counts = job_of(tmp_path, trained=True, count=1000), RowCounts()
+    texts = {prompt.messages[0]["content"] for prompt in choose(job, "quiz", counts)}
     assert texts == {f"question {i}" for i in range(100) if in_evaluation_holdout(f"question {i}", 0.2)}
-    assert tally.dropped == {"trained on": 100 - len(texts)}
+    assert counts.dropped == {"trained on": 100 - len(texts)}
 
 
 def test_the_instruction_of_a_set_comes_before_its_prompts(tmp_path: Path) -> None:

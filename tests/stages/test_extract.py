@@ -17,7 +17,7 @@ def test_states_of_the_row_that_was_sent_pass() -> None:
 
 
 def test_other_tokens_than_were_sent_are_refused() -> None:
-    with pytest.raises(ContractError, match="row 3: the server gave the states of other tokens"):
+    with pytest.raises(ContractError, match="row 3: the server exported the hidden states of other tokens"):
         check_states("row 3", [5, 6], torch.tensor([5, 7]), torch.randn(2, 4, 8), torch.float32)
     with pytest.raises(ContractError, match="other tokens"):
         check_states("row 3", [5, 6], torch.tensor([5]), torch.randn(1, 4, 8), torch.float32)

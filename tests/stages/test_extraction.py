@@ -143,7 +143,7 @@ def test_stock_connectors_give_the_same_rows_and_leave_nothing_behind(
     [
         ("nan", StageError, r"row 7: the target's hidden states are not finite \(captured layers number \[0\]\)"),
         ("truncated", StageError, "row 7: the hidden states in .* cannot be read"),
-        ("tokens", ContractError, "row 7: the server gave the states of other tokens"),
+        ("tokens", ContractError, "row 7: the server exported the hidden states of other tokens"),
         ("layers", ContractError, r"the hidden states of row 7 have shape \[11, 1, 8\], expected \[11, 2, 8\]"),
         ("dtype", ContractError, "row 7: the server computes in torch.float32"),
         ("unwritten", StageError, "could not write the hidden states of row 7: OSError: No space left on device"),

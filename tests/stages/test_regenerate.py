@@ -345,7 +345,7 @@ def test_states_of_a_turn_are_kept_in_the_stored_type_and_of_other_tokens_refuse
     assert kept["token_ids"].tolist() == [1, 2, 3]
     assert Keeper(job, 0).request["logprobs"] == 2
     assert "logprobs" not in Keeper(job, 16).request
-    with pytest.raises(ContractError, match="conversation 12: the server gave the states of other tokens"):
+    with pytest.raises(ContractError, match="conversation 12: the server exported the hidden states of other tokens"):
         Keeper(job, 12).keep(2, said([1, 2], [9, 4]), written())
 
 

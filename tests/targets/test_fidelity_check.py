@@ -1,6 +1,6 @@
-"""The fidelity gate on tiny models of each family: what it lets through, and that every mistake is called by its name.
+"""The fidelity check on tiny models of each family: what passes, and that every mistake is called by its name.
 
-The "server" is the model itself, run by transformers: its logits give the picks, hooks give the states.
+The "server" is the model itself, run by transformers: its logits give the greedy tokens, hooks the hidden states.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from speculators.engine.client import Completion
 from speculators.errors import ContractError
 from speculators.targets import checkpoint, fidelity_check
 from speculators.targets.fidelity_check import (
-    EARLY,
+    FIRST_ROWS,
     GREEDY_TOKENS_FILE,
     EarlyFidelityCheck,
     FidelityCheck,
@@ -66,7 +66,7 @@ Rows = dict[int, tuple[torch.Tensor, torch.Tensor]]
 
 
 class World:
-    """A target, rows of tokens with the states of all its layers, and what it picks."""
+    """A target, rows of tokens with the hidden states of all its layers, and its greedy tokens."""
 
     def __init__(self, directory: Path, family: str, dtype: torch.dtype = torch.float32) -> None:
         torch.manual_seed(7)
@@ -78,26 +78,31 @@ class World:
                     p.copy_(p + 0.5 * torch.randn_like(p))
         model.save_pretrained(directory)
         self.rows: Rows = {}
-        self.picks: list[GreedyToken] = []
-        for row in range(EARLY):
+        self.tokens: list[GreedyToken] = []
+        for row in range(FIRST_ROWS):
             ids = torch.randint(1, 96, (24,))
             logits, states = run(model, ids)
             self.rows[row] = ids, states
             for position in (5, 16, 23):
                 logprobs = logits[position].float().log_softmax(-1)
                 token = int(logprobs.argmax())
-                self.picks.append(GreedyToken(row, position, token, float(logprobs[token])))
+                self.tokens.append(GreedyToken(row, position, token, float(logprobs[token])))
 
-    def gate(self, **options: Any) -> FidelityCheck:
-        plain = {"checkpoint": self.directory, "layer_ids": CAPTURED, "compute": self.dtype, "stored": self.dtype}
-        return FidelityCheck(**{**plain, "least": 0.98, "reference_gib": 1.0, **options})
+    def check(self, **options: Any) -> FidelityCheck:
+        plain = {
+            "checkpoint": self.directory,
+            "layer_ids": CAPTURED,
+            "compute_dtype": self.dtype,
+            "stored_dtype": self.dtype,
+        }
+        return FidelityCheck(**{**plain, "min_agreement": 0.98, "max_reference_gib": 1.0, **options})
 
     def captured(self, layer_ids: list[int] = CAPTURED) -> Callable[[int], tuple[torch.Tensor, torch.Tensor]]:
         return lambda row: (self.rows[row][0], self.rows[row][1][:, layer_ids])
 
     def refusal(self, layer_ids: list[int] = CAPTURED, **options: Any) -> ContractError:
         with pytest.raises(ContractError) as error:
-            self.gate(**options).check(self.picks, self.captured(layer_ids))
+            self.check(**options).check(self.tokens, self.captured(layer_ids))
         return error.value
 
     def tell(self, **config: Any) -> None:
@@ -127,8 +132,8 @@ def run(model: Any, ids: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
 @pytest.mark.parametrize("family", sorted(FAMILIES))
 def test_what_the_target_computes_passes(tmp_path: Path, family: str, dtype: torch.dtype) -> None:
     world = World(tmp_path, family, dtype)
-    found = world.gate().check(world.picks, world.captured())
-    assert found["agree"] == found["picks"] == len(world.picks)
+    found = world.check().check(world.tokens, world.captured())
+    assert found["agree"] == found["picks"] == len(world.tokens)
     assert found["logprob_off"] < (1e-3 if dtype is torch.float32 else 0.1)
     assert found["states_off"] < (1e-3 if dtype is torch.float32 else 0.05)
 
@@ -138,28 +143,28 @@ def test_states_stored_in_float8_pass(tmp_path: Path) -> None:
     for row, (ids, states) in world.rows.items():
         scale = states.abs().amax(-1, keepdim=True) / 448
         world.rows[row] = ids, (states / scale).to(torch.float8_e4m3fn).to(torch.bfloat16) * scale
-    found = world.gate(stored=torch.float8_e4m3fn).check(world.picks, world.captured())
+    found = world.check(stored_dtype=torch.float8_e4m3fn).check(world.tokens, world.captured())
     assert found["agree"] >= 0.98 * found["picks"]
 
 
 def test_a_wrong_last_layer_is_named(tmp_path: Path) -> None:
     said = World(tmp_path, "llama").refusal([1, 3, 4, 5])
-    assert "give the token that the server picks from" in said.message
+    assert "the target's norm and head reproduce" in said.message
     assert said.message.endswith("they are of other layers: 5 instead of 6")
 
 
 def test_wrong_layers_are_named_though_the_last_one_is_right(tmp_path: Path) -> None:
     said = World(tmp_path, "llama").refusal([0, 2, 3, 6])
     assert said.message == (
-        "the target's norm and head give the tokens that the server picks, but they are of other layers: "
+        "the target's norm and head reproduce the server's greedy tokens, but they are of other layers: "
         "0 instead of 1, 2 instead of 3, 3 instead of 4"
     )
     assert "force=[extract]" in said.hint
 
 
 def test_layers_in_another_order_are_named_without_a_reference(tmp_path: Path) -> None:
-    said = World(tmp_path, "llama").refusal([6, 1, 3, 4], reference_gib=0.0)
-    assert "the last layer's output is captured at place 0, where the input of layer 1 belongs" in said.message
+    said = World(tmp_path, "llama").refusal([6, 1, 3, 4], max_reference_gib=0.0)
+    assert "the last layer's output is captured at index 0, where the input of layer 1 belongs" in said.message
 
 
 @pytest.mark.parametrize("family", ["llama", "gemma2"])
@@ -169,7 +174,7 @@ def test_states_that_are_normed_already_are_named(tmp_path: Path, family: str) -
     with torch.no_grad():
         for _, states in world.rows.values():
             states[:, -1] = norm(states[:, -1])
-    assert "the states are normed already" in world.refusal().message
+    assert "the hidden states are normed already" in world.refusal().message
 
 
 @pytest.mark.parametrize("family", ["gemma2", "gemma3"])
@@ -178,15 +183,13 @@ def test_a_gemma_norm_read_as_a_plain_one_is_named(
 ) -> None:
     monkeypatch.setattr(checkpoint, "UNIT_OFFSET_NORMS", frozenset())
     said = World(tmp_path, family).refusal()
-    assert "multiplies by 1 + weight, as Gemma's does, and is read as a plain one" in said.message
+    assert "multiplies by 1 + weight, as Gemma's does, and is computed with weight" in said.message
     assert f"`{family.replace('3', '3_text')}`" in said.hint
 
 
 def test_a_plain_norm_read_as_a_gemma_one_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(checkpoint, "UNIT_OFFSET_NORMS", frozenset({"llama"}))
-    assert (
-        "is a plain one, and is read as one that multiplies by 1 + weight" in World(tmp_path, "llama").refusal().message
-    )
+    assert "multiplies by weight, and is computed with 1 + weight" in World(tmp_path, "llama").refusal().message
 
 
 def test_a_tied_head_that_the_config_denies_is_named(tmp_path: Path) -> None:
@@ -208,7 +211,7 @@ def test_a_tied_head_is_found_where_nothing_is_said(tmp_path: Path) -> None:
     config = json.loads((tmp_path / "config.json").read_text())
     del config["tie_word_embeddings"]
     (tmp_path / "config.json").write_text(json.dumps({**config, "model_type": "llama"}))
-    assert world.gate(reference_gib=0.0).check(world.picks, world.captured())["agree"] == len(world.picks)
+    assert world.check(max_reference_gib=0.0).check(world.tokens, world.captured())["agree"] == len(world.tokens)
 
 
 @pytest.mark.parametrize("change", [0.3, 3.0])
@@ -221,23 +224,23 @@ def test_another_revision_of_the_weights_is_named(tmp_path: Path, change: float)
                 tensors[name] += change * tensors[name].std() * torch.randn_like(tensors[name])
 
     world.change(train_on)
-    assert "they come from other weights: states differ from every layer of this target" in world.refusal().message
+    assert "they come from other weights: they differ from every layer of this target" in world.refusal().message
 
 
 def test_another_head_is_told_by_its_tokens_alone(tmp_path: Path) -> None:
     world = World(tmp_path, "llama")
     world.change(lambda tensors: tensors["lm_head.weight"].copy_(tensors["lm_head.weight"].flip(0)))
-    said = world.refusal(reference_gib=0.0)
+    said = world.refusal(max_reference_gib=0.0)
     assert "no reading of norm and head agrees (the target has" in said.message
-    assert "another revision of the weights" in said.hint
+    assert "target.max_reference_gib=N" in said.hint
 
 
 def test_logits_that_are_not_bounded_are_named(tmp_path: Path) -> None:
     world = World(tmp_path, "llama")
     world.tell(final_logit_softcapping=1.0)
     said = world.refusal()
-    assert "give the tokens that the server picks, but their log-probabilities are off by" in said.message
-    assert "the server does not bound its logits, the config does" in said.message
+    assert "reproduce the server's greedy tokens, but their log-probabilities are off by" in said.message
+    assert "the server has no softcap, the config has" in said.message
 
 
 def test_a_bound_of_another_height_is_no_other_reading_but_is_caught(tmp_path: Path) -> None:
@@ -249,21 +252,21 @@ def test_a_bound_of_another_height_is_no_other_reading_but_is_caught(tmp_path: P
 def test_logits_that_are_scaled_otherwise_are_named(tmp_path: Path) -> None:
     world = World(tmp_path, "granite")
     world.tell(model_type="hyperclovax")  # which multiplies where Granite divides
-    assert "the server multiplies its logits by 0.125, and they are read with 8" in world.refusal().message
+    assert "the server multiplies its logits by 0.125, the checkpoint is read with 8" in world.refusal().message
 
 
-def test_what_the_gate_may_not_judge_it_lets_through(tmp_path: Path) -> None:
+def test_what_the_check_may_not_judge_passes(tmp_path: Path) -> None:
     world = World(tmp_path, "llama")
-    assert world.gate(least=0.0).check(world.picks, world.captured([0, 1, 2, 3])) == {"picks": 0}
-    assert world.gate().check([], world.captured([0, 1, 2, 3])) == {"picks": 0}
+    assert world.check(min_agreement=0.0).check(world.tokens, world.captured([0, 1, 2, 3])) == {"picks": 0}
+    assert world.check().check([], world.captured([0, 1, 2, 3])) == {"picks": 0}
 
 
-def test_states_that_came_without_picks_are_compared_with_their_layers(tmp_path: Path) -> None:
+def test_states_that_came_without_greedy_tokens_are_compared_with_their_layers(tmp_path: Path) -> None:
     world = World(tmp_path, "llama")
-    assert world.gate().check_layers(map(world.captured(), world.rows))["states_off"] < 1e-3
+    assert world.check().check_layers(map(world.captured(), world.rows))["states_off"] < 1e-3
     with pytest.raises(ContractError, match="not the target's: they are of other layers: 2 instead of 3"):
-        world.gate().check_layers(map(world.captured([1, 2, 4, 6]), world.rows))
-    assert world.gate(least=0.0).check_layers([]) == {"picks": 0}
+        world.check().check_layers(map(world.captured([1, 2, 4, 6]), world.rows))
+    assert world.check(min_agreement=0.0).check_layers([]) == {"picks": 0}
 
 
 @pytest.mark.parametrize("kept", [[5, 16, 23], []])
@@ -272,18 +275,18 @@ def test_a_last_layer_that_is_kept_at_few_places_is_judged_there(tmp_path: Path,
     for _, states in world.rows.values():
         states[[place for place in range(24) if place not in kept], -1] = torch.nan
     if kept:
-        assert world.gate().check(world.picks, world.captured())["agree"] == len(world.picks)
+        assert world.check().check(world.tokens, world.captured())["agree"] == len(world.tokens)
         assert world.refusal([0, 2, 3, 6]).message.endswith("0 instead of 1, 2 instead of 3, 3 instead of 4")
-    assert world.gate().check_layers(map(world.captured(), world.rows))["states_off"] < 1e-3
+    assert world.check().check_layers(map(world.captured(), world.rows))["states_off"] < 1e-3
     with pytest.raises(ContractError, match="not the target's: they are of other layers: 2 instead of 3"):
-        world.gate().check_layers(map(world.captured([1, 2, 4, 6]), world.rows))
+        world.check().check_layers(map(world.captured([1, 2, 4, 6]), world.rows))
 
 
 def test_a_checkpoint_that_lacks_layers_is_no_reference(tmp_path: Path) -> None:
     world = World(tmp_path, "llama")
     world.change(lambda tensors: tensors.pop("model.layers.2.mlp.up_proj.weight"))
-    found = world.gate().check(world.picks, world.captured())
-    assert (found["agree"], found["states_off"]) == (len(world.picks), None)
+    found = world.check().check(world.tokens, world.captured())
+    assert (found["agree"], found["states_off"]) == (len(world.tokens), None)
 
 
 def test_a_tie_within_rounding_is_no_mismatch_and_a_clear_one_is(tmp_path: Path) -> None:
@@ -291,13 +294,13 @@ def test_a_tie_within_rounding_is_no_mismatch_and_a_clear_one_is(tmp_path: Path)
 
     def duplicate(tensors: dict[str, torch.Tensor]) -> None:
         head = tensors["lm_head.weight"]
-        head[[p.token for p in world.picks[:1]]] *= 1 - 1e-7
+        head[[p.token for p in world.tokens[:1]]] *= 1 - 1e-7
 
     world.change(duplicate)
-    assert world.gate(reference_gib=0.0).check(world.picks, world.captured())["agree"] == len(world.picks)
-    wrong = [p._replace(token=(p.token + 1) % 96, logprob=None) for p in world.picks[:2]]
-    with pytest.raises(ContractError, match=f"from {len(world.picks) - 2} of {len(world.picks)} stored"):
-        world.gate().check([*wrong, *world.picks[2:]], world.captured())
+    assert world.check(max_reference_gib=0.0).check(world.tokens, world.captured())["agree"] == len(world.tokens)
+    wrong = [p._replace(token=(p.token + 1) % 96, logprob=None) for p in world.tokens[:2]]
+    with pytest.raises(ContractError, match=f"reproduce {len(world.tokens) - 2} of {len(world.tokens)} greedy"):
+        world.check().check([*wrong, *world.tokens[2:]], world.captured())
 
 
 def test_an_extraction_that_goes_wrong_ends_with_its_first_rows_and_leaves_nothing(tmp_path: Path) -> None:
@@ -305,19 +308,19 @@ def test_an_extraction_that_goes_wrong_ends_with_its_first_rows_and_leaves_nothi
     for layer_ids, passes in ((CAPTURED, True), ([1, 3, 4, 5], False)):
         output = tmp_path / f"output-{passes}"
         output.mkdir()
-        write_greedy_tokens(output, [p for p in world.picks if p.position == 16])
-        gate = EarlyFidelityCheck(world.gate(), read_greedy_tokens(output), output)
+        write_greedy_tokens(output, [p for p in world.tokens if p.position == 16])
+        check = EarlyFidelityCheck(world.check(), read_greedy_tokens(output), output)
         states = world.captured(layer_ids)
-        gate.leave_out(2)
-        for row in (r for r in range(EARLY - 1) if r != 2):
-            gate.see(row, *states(row))
-        assert not gate.found
+        check.skip(2)
+        for row in (r for r in range(FIRST_ROWS - 1) if r != 2):
+            check.add(row, *states(row))
+        assert not check.result
         if passes:
-            gate.see(EARLY - 1, *states(EARLY - 1))
-            assert gate.found["picks"] == EARLY - 1
+            check.add(FIRST_ROWS - 1, *states(FIRST_ROWS - 1))
+            assert check.result["picks"] == FIRST_ROWS - 1
         else:
             with pytest.raises(ContractError, match="5 instead of 6"):
-                gate.see(EARLY - 1, *states(EARLY - 1))
+                check.add(FIRST_ROWS - 1, *states(FIRST_ROWS - 1))
         assert (output / GREEDY_TOKENS_FILE).exists() == passes
 
 
@@ -325,10 +328,10 @@ def test_places_are_the_same_every_time_in_the_first_rows_and_over_the_whole_tab
     found = sample_positions([200] * 1000)
     assert found == sample_positions([200] * 1000)
     rows = [row for row, _ in found]
-    assert rows[:EARLY] == list(range(EARLY))
+    assert rows[:FIRST_ROWS] == list(range(FIRST_ROWS))
     assert max(rows) > 900
-    assert len(rows) <= fidelity_check.PLACES
-    assert all(fidelity_check.SHORTEST <= position + 1 <= fidelity_check.LONGEST for _, position in found)
+    assert len(rows) <= fidelity_check.SAMPLED_ROWS
+    assert all(fidelity_check.MIN_TOKENS <= position + 1 <= fidelity_check.MAX_TOKENS for _, position in found)
     assert len({position for _, position in found}) > 10
     assert sample_positions([3, 0, 1]) == [(0, 2), (2, 0)]
     assert sample_positions([]) == []

@@ -299,7 +299,7 @@ def other_type(tensors: dict[str, torch.Tensor]) -> None:
     ("spoil", "kind", "message"),
     [
         (nan, StageError, r"row \d+: the target's hidden states are not finite \(captured layers number \[2\]\)"),
-        (other_tokens, ContractError, r"row \d+: the server gave the states of other tokens"),
+        (other_tokens, ContractError, r"row \d+: the server exported the hidden states of other tokens"),
         (other_layers, ContractError, r"the states of row \d+ are \[\d+, 3, 32\], \[\d+, 4, 32\] was expected"),
         (other_type, ContractError, r"row \d+: the server computes in torch.float16"),
     ],

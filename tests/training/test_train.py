@@ -288,7 +288,7 @@ def test_states_that_do_not_give_what_the_server_picks_are_not_trained_on(tmp_pa
     world = write_world(tmp_path / "world")
     job = make_job(world, tmp_path / "work")
     (world / "features" / "picks.json").write_text(json.dumps([[row, 3, row, None] for row in range(8)]))
-    with pytest.raises(ContractError, match=r"the token that the server picks from \d of 8 stored states"):
+    with pytest.raises(ContractError, match=r"reproduce \d of 8 greedy tokens of the server"):
         train.main(job)
     assert list(job.output.iterdir()) == []
 

@@ -1,4 +1,4 @@
-"""What is wrong with a recipe, as far as its graph, the target's files and this machine tell before anything starts."""
+"""Check a recipe against its graph, the target's files and this machine, before anything starts."""
 
 from __future__ import annotations
 
@@ -20,27 +20,27 @@ from speculators.runner.planning.derive import Facts
 from speculators.runner.planning.graph import Node
 
 CHATTING = {"regenerate", "tokenize", "evaluate"}
-"""Kinds of stages that render conversations."""
+"""Kinds of stages that need the chat template."""
 
 
 def check_graph(config: Config, nodes: Mapping[str, Node]) -> None:
-    """Refuse what the stages of the recipe could not do anywhere.
+    """Check options that depend on the stages of the recipe.
 
     Raises:
-        RecipeError: no data set to measure on.
+        RecipeError: `evaluate` has no dataset.
     """
     if not config.evaluate.datasets and any(node.spec.datasets == "evaluate.datasets" for node in nodes.values()):
         raise RecipeError(
-            "evaluate.datasets=[]: names no data set to measure on",
+            "evaluate.datasets=[]: names no dataset to measure on",
             "evaluate.datasets=[human_eval], or until=train",
         )
 
 
 def check_machine(config: Config, nodes: Mapping[str, Node]) -> None:
-    """Refuse what the stages of the recipe could not do from this machine.
+    """Check that this machine can run the stages of the recipe.
 
     Raises:
-        RecipeError: an executor that cannot run a stage, or a device or port that this machine does not have.
+        RecipeError: an executor cannot run a stage, or a device or port is not available.
     """
     executors.check_executors(config, nodes)
     _check_device(config, nodes)
@@ -48,26 +48,26 @@ def check_machine(config: Config, nodes: Mapping[str, Node]) -> None:
 
 
 def _check_device(config: Config, nodes: Mapping[str, Node]) -> None:
-    here = [node for node in nodes.values() if not executors.is_remote(config, node.kind)]
-    served = any(graph.phases(node, config) != [[]] for node in here) and not config.serve.url
-    wanted = {
-        "train.device": any(node.spec.trains for node in here) and config.train.device is Device.cuda,
-        "hardware.device": served and config.hardware.device is Device.cuda,
+    local = [node for node in nodes.values() if not executors.is_remote(config, node.kind)]
+    starts_server = any(graph.phases(node, config) != [[]] for node in local) and not config.serve.url
+    needs_gpu = {
+        "train.device": any(node.spec.trains for node in local) and config.train.device is Device.cuda,
+        "hardware.device": starts_server and config.hardware.device is Device.cuda,
     }
-    for option, asked in wanted.items():
-        if asked and not has_gpu():
+    for option, needed in needs_gpu.items():
+        if needed and not has_gpu():
             raise RecipeError(f"{option}=cuda: this machine has no NVIDIA GPU", f"{option}=cpu, or {option}=auto")
 
 
 def has_gpu() -> bool:
-    """Whether this machine may have an NVIDIA GPU, by its device files and its driver's program: no import of torch."""
+    """Whether this machine seems to have an NVIDIA GPU, by its device files and nvidia-smi, without importing torch."""
     if os.environ.get("CUDA_VISIBLE_DEVICES") in ("", "-1"):
         return False
     return any(Path("/dev").glob("nvidia[0-9]*")) or shutil.which("nvidia-smi") is not None
 
 
 def _check_port(config: Config, nodes: Mapping[str, Node]) -> None:
-    """The port that servers started here are to listen on; another one that a server takes beside it is the next."""
+    """Check that the port of the first server that is started on this machine is free."""
     port = config.serve.port
     local = [n for n in nodes.values() if graph.phases(n, config) != [[]] and not executors.is_remote(config, n.kind)]
     if not port or config.serve.url or not local:
@@ -77,31 +77,29 @@ def _check_port(config: Config, nodes: Mapping[str, Node]) -> None:
         try:
             probe.bind(("127.0.0.1", port))
         except OSError as error:
-            taken = "is in use" if error.errno == errno.EADDRINUSE else f"cannot be used: {error.strerror}"
-            raise RecipeError(f"serve.port={port}: the port {taken}", "serve.port=0 takes a free one") from None
+            reason = "is in use" if error.errno == errno.EADDRINUSE else f"cannot be used: {error.strerror}"
+            raise RecipeError(f"serve.port={port}: the port {reason}", "serve.port=0, for any free port") from None
 
 
 def check_target(config: Config, nodes: Mapping[str, Node], checkpoint: Path | None, known: Facts) -> None:
-    """Refuse a target that the recipe cannot use, by the files of its checkpoint as far as they are here.
+    """Check the recipe against the target's shape and, if it is fetched, the files of its checkpoint.
 
     Raises:
-        RecipeError: lengths that the target does not have, or code of its own that the recipe does not trust.
-        ContractError: no chat template.
+        RecipeError: sequences are too long for the target, or it contains code that the recipe does not trust.
+        ContractError: the tokenizer has no chat template.
     """
     _check_lengths(config, nodes, known)
     if checkpoint is None:
         return
-    plain = read_json(checkpoint / "config.json")
-    if plain.get("auto_map") and not config.target.trust_remote_code:
+    if read_json(checkpoint / "config.json").get("auto_map") and not config.target.trust_remote_code:
         raise RecipeError(
-            f"target.trust_remote_code=false: the target comes with code of its own (`auto_map` in {checkpoint}"
-            "/config.json)",
-            "target.trust_remote_code=true, if you trust who wrote that code",
+            f"target.trust_remote_code=false: the target contains Python code (`auto_map` in {checkpoint}/config.json)",
+            "target.trust_remote_code=true, if you trust the authors of that code",
         )
     if any(node.kind in CHATTING for node in nodes.values()) and not has_chat_template(checkpoint):
         raise ContractError(
             f"target.source={config.target.source}: its tokenizer has no chat template",
-            "take the instruction-tuned version of the model, or put a chat_template.jinja beside the weights",
+            "use the instruction-tuned version of the model, or add a chat_template.jinja to the checkpoint",
         )
 
 
@@ -117,14 +115,14 @@ def _check_lengths(config: Config, nodes: Mapping[str, Node], known: Facts) -> N
         )
     if any(node.kind == "evaluate" for node in nodes.values()) and config.evaluate.max_tokens >= positions:
         raise RecipeError(
-            f"evaluate.max_tokens={config.evaluate.max_tokens}: leaves no room for a prompt in the {positions} "
+            f"evaluate.max_tokens={config.evaluate.max_tokens}: leaves no space for a prompt in the {positions} "
             "positions of the target",
             f"evaluate.max_tokens={positions // 2}",
         )
 
 
 def has_chat_template(checkpoint: Path) -> bool:
-    """Whether transformers finds a chat template there: a file of its own, or a field of the tokenizer's config."""
+    """Whether a checkpoint has a chat template for transformers: a file, or a field of the tokenizer's config."""
     if (checkpoint / "chat_template.jinja").is_file():
         return True
     files = (checkpoint / "tokenizer_config.json", checkpoint / "chat_template.json")
@@ -132,15 +130,15 @@ def has_chat_template(checkpoint: Path) -> bool:
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """A JSON object of the target's.
+    """Read a JSON object from the target's checkpoint.
 
     Raises:
-        ContractError: the file is none.
+        ContractError: the file does not contain one.
     """
     try:
-        plain = json.loads(path.read_text(encoding="utf-8"))
+        content = json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:
         raise ContractError(f"target.source: {path} is not JSON ({error})", "fetch or save the target again") from None
-    if not isinstance(plain, dict):
-        raise ContractError(f"target.source: {path} holds no JSON object", "fetch or save the target again")
-    return plain
+    if not isinstance(content, dict):
+        raise ContractError(f"target.source: {path} contains no JSON object", "fetch or save the target again")
+    return content

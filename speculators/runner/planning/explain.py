@@ -1,12 +1,13 @@
-"""Why a stage hits or misses: what made its key, against the nearest earlier artifact of that stage, leaf by leaf.
+"""Explain a cache hit or miss of a stage by comparing its preimage with that of the nearest earlier artifact.
 
-A hit says which run made it, when and with which words. A miss names the very option, input or version that differs; a
-changed input names the runs that made the old and the new content. What is outside of the key and differs too (the
-machine, the versions of libraries) is told apart: it did not cause anything, but it may explain a different number.
+A hit names the run that made the artifact, its time and overrides. A miss names each option, input or version that
+differs, and for an input the runs that made its old and new content. Differences outside the key (the machine, library
+versions) are listed separately: they do not cause a miss, but may explain a different measurement.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import platform
 import socket
@@ -21,43 +22,51 @@ from speculators.runner.planning.plan import Planner, State, Step
 from speculators.runner.store.artifact import Artifact
 
 LIBRARIES = ("torch", "transformers", "tokenizers", "datasets")
-"""Noted in the provenance by the stages that load them."""
+"""Libraries whose versions are recorded in the provenance of stages that load them."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Change:
-    """One leaf that differs."""
+    """A value that differs."""
 
     name: str
-    """As a user writes it: `train.lr`, `input tokens`, `service engine`, `version`."""
+    """Name in messages: `train.lr`, `input tokens`, `service engine`, `version`."""
     old: Any
     new: Any
-    made: str = ""
-    """For an input: which runs made the old and the new content."""
+    runs: str = ""
+    """For an input: the runs that made the old and the new content."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Explanation:
-    """What is known about one stage's key."""
+    """The explanation of a stage's key."""
 
     node: str
     state: str
     reason: str
     key: str
     because: str = ""
-    """The stage further up that this one really waits for, and its reason."""
-    made: Mapping[str, str] = field(default_factory=dict)
-    """Of the artifact that is there or comes nearest: key, run, finished, words."""
+    """For a stage that waits: the stage that must run first, and its reason."""
+    nearest: Mapping[str, str] = field(default_factory=dict)
+    """The stage's artifact, or the nearest earlier one: key, run, finished, words (the overrides)."""
     changes: list[Change] = field(default_factory=list)
-    """From the nearest artifact to what is wanted; empty for a hit."""
-    beside: list[Change] = field(default_factory=list)
-    """Outside of the key: from what that artifact was made with to what is here."""
-    leaves: Mapping[str, Any] = field(default_factory=dict)
-    """Everything that is in the key."""
+    """Differences from the nearest artifact's preimage; empty for a hit."""
+    outside_the_key: list[Change] = field(default_factory=list)
+    """Differences between the machine that made that artifact and this one, outside the key."""
+    key_values: Mapping[str, Any] = field(default_factory=dict)
+    """All values in the key."""
 
 
-def explain(planner: Planner, name: str) -> Explanation:
-    """Explain one node of the plan.
+_JSON_NAMES = {"runs": "made", "nearest": "made", "key_values": "leaves"}
+
+
+def to_json(value: Change | Explanation) -> dict[str, Any]:
+    """Convert to JSON types, with the field names of `plan --json` and `explain --json`."""
+    return dataclasses.asdict(value, dict_factory=lambda items: {_JSON_NAMES.get(n, n): v for n, v in items})
+
+
+def explain_stage(planner: Planner, name: str) -> Explanation:
+    """Explain a node of the plan.
 
     Raises:
         RecipeError: the recipe has no such stage.
@@ -66,28 +75,34 @@ def explain(planner: Planner, name: str) -> Explanation:
     if name not in steps:
         raise RecipeError(f"the recipe has no stage `{name}`", closest(name, steps))
     step = steps[name]
-    leaves = key.leaves(step.preimage) if step.preimage else {}
+    key_values = key.flatten_preimage(step.preimage) if step.preimage else {}
     common: dict[str, Any] = {"node": name, "state": step.state.name, "reason": step.reason, "key": step.key}
     if step.state is State.waits:
         return Explanation(**common, because=_root(step, steps))
     nearest = step.artifact or planner.store.nearest(step.node.kind, step.preimage)
     if nearest is None:
-        return Explanation(**common, leaves=leaves)
+        return Explanation(**common, key_values=key_values)
     changes = [
-        Change(name=leaf, old=old, new=new, made=_makers(planner, step, steps, leaf, old))
-        for leaf, old, new in key.differences(nearest.preimage, step.preimage)
+        Change(name=value, old=old, new=new, runs=_runs(planner, step, steps, value, old))
+        for value, old, new in key.preimage_differences(nearest.preimage, step.preimage)
     ]
-    return Explanation(**common, made=_made(nearest), changes=changes, beside=beside(nearest), leaves=leaves)
+    return Explanation(
+        **common,
+        nearest=_origin(nearest),
+        changes=changes,
+        outside_the_key=changes_outside_key(nearest),
+        key_values=key_values,
+    )
 
 
 def _root(step: Step, steps: Mapping[str, Step]) -> str:
-    """Follow what is waited for to the stage that can run."""
+    """Follow the stages that wait to the one that can run."""
     while step.state is State.waits:
         step = steps[step.reason.removeprefix("upstream: ")]
     return f"{step.node.name}: {step.reason}"
 
 
-def _made(artifact: Artifact) -> dict[str, str]:
+def _origin(artifact: Artifact) -> dict[str, str]:
     provenance = artifact.provenance
     return {
         "key": artifact.key,
@@ -97,10 +112,10 @@ def _made(artifact: Artifact) -> dict[str, str]:
     }
 
 
-def _makers(planner: Planner, step: Step, steps: Mapping[str, Step], leaf: str, old: Any) -> str:
-    """`RUN -> RUN` for an input whose content changed, as far as the store still knows."""
-    upstream = step.node.inputs.get(leaf.removeprefix("input "))
-    if not leaf.startswith("input ") or upstream is None:
+def _runs(planner: Planner, step: Step, steps: Mapping[str, Step], name: str, old: Any) -> str:
+    """`RUN -> RUN` for an input whose content changed; `?` where the store no longer has the artifact."""
+    upstream = step.node.inputs.get(name.removeprefix("input "))
+    if not name.startswith("input ") or upstream is None:
         return ""
     now = steps[upstream]
     before = next((a for a in planner.store.artifacts(now.node.kind) if a.digest == old), None)
@@ -108,29 +123,29 @@ def _makers(planner: Planner, step: Step, steps: Mapping[str, Step], leaf: str, 
     return f"{runs[0]} -> {runs[1]}"
 
 
-def beside(artifact: Artifact) -> list[Change]:
-    """What differs between the machine that made an artifact and this one, outside of every key."""
-    made = artifact.provenance | artifact.provenance.get("versions", {})
+def changes_outside_key(artifact: Artifact) -> list[Change]:
+    """Differences between the machine that made an artifact and this one, outside the key."""
+    origin = artifact.provenance | artifact.provenance.get("versions", {})
     return [
-        Change(name=name, old=made[name], new=new)
-        for name, new in _here().items()
-        if name in made and name not in artifact.preimage["packages"] and _public(made[name]) != _public(new)
+        Change(name=name, old=origin[name], new=new)
+        for name, new in _this_machine().items()
+        if name in origin and name not in artifact.preimage["packages"] and _public(origin[name]) != _public(new)
     ]
 
 
 @functools.cache
-def _here() -> dict[str, Any]:
-    """The same facts of this machine."""
+def _this_machine() -> dict[str, Any]:
+    """The values of this machine that are compared with an artifact's provenance."""
     machine = {"host": socket.gethostname(), "python": platform.python_version(), "platform": platform.platform()}
     return {**machine, **libraries()}
 
 
 def libraries() -> dict[str, str | None]:
-    """Their versions here, without the local part; None for one that is not installed."""
+    """Public versions of `LIBRARIES`; None for one that is not installed."""
     versions = {name: installed_version(name) for name in LIBRARIES}
     return {name: None if version is None else _public(version) for name, version in versions.items()}
 
 
 def _public(version: Any) -> str:
-    """Without the local part: torch calls itself `2.13.0+cpu`, its wheel may not."""
+    """A version without its local part: torch reports `2.13.0+cpu`, its wheel may not."""
     return str(version).partition("+")[0]

@@ -1,8 +1,8 @@
-"""The pipeline as data: kinds of stages, the nodes of a recipe, and what may be wired to what.
+"""The pipeline graph: kinds of stages, the nodes of a recipe, and how nodes may be connected.
 
-`KINDS` says for each kind of stage what it takes and gives, which options it may read (and so which enter its
-key), what it needs served, and its version. The recipe's `pipeline` map names nodes and their inputs; `build`
-checks it and adds the nodes that fetch models and data sets. Order is the graph's, nobody else's.
+`KINDS` defines for each kind of stage its inputs and outputs, the options that it may read (and that so enter its key),
+the server that it needs, and its version. The recipe's `pipeline` names nodes and their inputs; `build` checks it and
+adds the nodes that fetch models and datasets. The graph alone determines the order of the stages.
 """
 
 from __future__ import annotations
@@ -17,10 +17,10 @@ from speculators.config.schema import Config, Dataset
 from speculators.errors import RecipeError, closest
 
 SERVE = "serve"
-"""The kind of node that is a service, not an artifact."""
+"""The kind of node that is a server and has no artifact."""
 
-GATE = ("target.min_greedy_agreement", "target.max_reference_gib")
-"""Options of `targets.fidelity_check`."""
+FIDELITY_OPTIONS = ("target.min_greedy_agreement", "target.max_reference_gib")
+"""Options of the fidelity check (`targets.fidelity_check`)."""
 
 TARGET = "target"
 """The node that fetches the target, and the input name under which stages get it."""
@@ -28,34 +28,34 @@ TARGET = "target"
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Kind:
-    """What Python knows of one kind of stage."""
+    """Declaration of a kind of stage."""
 
     version: int
-    """Raised by the author when the stage's output would differ for the same request."""
+    """Raised when a code change makes the stage's output differ for the same inputs and options."""
     gives: tuple[str, ...]
-    """What its artifact is; an input of one of these types may be wired to it."""
+    """Types of its artifact; an input of one of these types may be wired to it."""
     takes: Mapping[str, str] = field(default_factory=dict)
-    """Input name in the pipeline -> type of artifact."""
+    """Types of its inputs, by the input's name in the pipeline."""
     reads: tuple[str, ...] = ()
-    """Options that the stage sees; their semantic fields enter the key."""
+    """Options that the stage may read; the semantic ones enter the key."""
     derived: tuple[str, ...] = ()
-    """Derived values that the stage sees; all enter the key."""
+    """Derived values that the stage may read; all enter the key."""
     target: bool = True
-    """Reads the target's checkpoint."""
+    """Whether it reads the target's checkpoint."""
     serve: str = ""
-    """Mode in which it needs the pipeline's server, wired as `target: serve`."""
+    """Mode of the server that it needs, wired as `target: serve`; empty: none."""
     datasets: str = ""
-    """Option (`data`, `evaluate.datasets`) that names the data sets whose files it reads."""
+    """Option (`data`, `evaluate.datasets`) with the datasets that it reads."""
     adopts: bool = False
-    """Its data sets are directories of upstream's, with rows and hidden states, and nothing else is."""
+    """Whether its datasets are directories of upstream speculators, with rows and hidden states."""
     drawn: str = ""
-    """The input that it can do without: wired to the server instead, it draws the same from there while it runs."""
+    """The input that a live server can replace; the stage then requests the same data while it runs."""
     trains: bool = False
-    """Needs a device without being served."""
+    """Whether it computes on a device in its own process."""
     measures: bool = False
-    """Measures speed: where all share the cores, nothing may run beside it."""
+    """Whether it measures speed, so that no other stage may run on the same cores."""
     packages: tuple[str, ...] = ()
-    """Distributions whose version changes the output."""
+    """Distributions whose versions affect the output, and so enter the key."""
 
 
 KINDS: dict[str, Kind] = {
@@ -80,7 +80,7 @@ KINDS: dict[str, Kind] = {
         version=3,
         gives=("features",),
         takes={"tokens": "tokens"},
-        reads=("extract", "target.dtype", *GATE),
+        reads=("extract", "target.dtype", *FIDELITY_OPTIONS),
         derived=("layer_ids", "capture_layer_ids", "last_state"),
         serve="extract",
     ),
@@ -112,7 +112,7 @@ KINDS: dict[str, Kind] = {
         version=8,
         gives=("speculator",),
         takes={"tokens": "tokens", "features": "features", "vocab": "vocabulary"},
-        reads=("train", "speculator", "target.dtype", *GATE),
+        reads=("train", "speculator", "target.dtype", *FIDELITY_OPTIONS),
         derived=("layer_ids", "capture_layer_ids"),
         drawn="features",
         trains=True,
@@ -129,31 +129,31 @@ KINDS: dict[str, Kind] = {
 """Every kind of stage by the name of its module in `speculators.stages`."""
 
 DRAWING = ("extract.dtype", "extract.connector", "extract.concurrency", "extract.retries", "extract.timeout")
-"""What a stage reads besides its own options where it draws hidden states from a server: those of `extract`, which it
-stands in for then. The size of the shards is not among them, since none are left."""
+"""Further options of a stage that draws hidden states from a live server: those of `extract`, which it replaces, but
+for the size of shards, since it writes none."""
 
 KEEPING = ("extract.on_bad_row", "extract.connector", "extract.dtype", "extract.shard_tokens")
-"""What a stage reads besides its own options where it answers and keeps the hidden states of its answers."""
+"""Further options of a stage that stores the hidden states of the answers that it generates."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Node:
-    """One stage of one recipe."""
+    """A stage of a recipe."""
 
     name: str
     kind: str
     inputs: Mapping[str, str]
-    """Input name -> node, the fetching nodes included."""
+    """Nodes by input name, those that fetch included."""
     source: str = ""
-    """What a `fetch` node fetches, as the recipe writes it."""
-    wanted_as: str = ""
-    """`checkpoint`, `file` or `directory`, for a `fetch` node."""
+    """Source of a `fetch` node, as written in the recipe."""
+    fetch_as: str = ""
+    """What a `fetch` node fetches: `checkpoint`, `file` or `directory`."""
     keeps_states: bool = False
-    """It answers, and some node takes the hidden states of its answers."""
+    """Whether it stores the hidden states of the answers that it generates, for another node."""
     part: tuple[int, int] | None = None
-    """Of a node that does a part of another one's work: which, from 0, and how many there are."""
+    """For a worker that does a part of another node's work: its index, from 0, and the number of parts."""
     parts: tuple[str, ...] = ()
-    """The nodes that share this one's work; it joins what they made, and is made of what they are made of."""
+    """Nodes of the workers whose outputs this node joins; its key has the inputs that theirs have."""
 
     @property
     def spec(self) -> Kind:
@@ -161,34 +161,34 @@ class Node:
 
     @property
     def needs(self) -> tuple[str, ...]:
-        """The nodes that come before it."""
+        """The nodes that it depends on."""
         return (*self.inputs.values(), *self.parts)
 
     @property
     def lazy(self) -> bool:
-        """Made only when another node that has to be made wants it."""
+        """Whether it runs only if another node that runs needs it."""
         return self.kind == "fetch" or self.part is not None
 
     @property
     def draws(self) -> bool:
-        """It draws hidden states from the pipeline's server while it runs."""
+        """Whether it draws hidden states from a live server while it runs."""
         return bool(self.spec.drawn) and self.spec.drawn not in self.inputs
 
     @property
     def mode(self) -> str:
-        """The mode in which it needs the pipeline's server; empty if in none."""
+        """Mode of the server that it needs; empty: none."""
         if self.parts:
             return ""
         return "extract" if self.keeps_states or self.draws else self.spec.serve
 
     @property
     def reads(self) -> tuple[str, ...]:
-        """The options that it sees."""
+        """Options that it may read."""
         return (*self.spec.reads, *(DRAWING if self.draws else ()), *(KEEPING if self.keeps_states else ()))
 
     @property
     def derived(self) -> tuple[str, ...]:
-        """The derived values that it sees."""
+        """Derived values that it may read."""
         return ("capture_layer_ids", "last_state") if self.keeps_states else self.spec.derived
 
 
@@ -197,18 +197,18 @@ class Serving:
     """A server that a stage needs while it runs."""
 
     name: str
-    """The stage's name for it."""
+    """Name under which the stage gets it."""
     mode: str
     """`generate`, `extract`, `plain` or `speculative`."""
     dtype: Dtype
-    """What the target computes in."""
+    """Format in which the target computes."""
 
 
 def phases(node: Node, config: Config) -> list[list[Serving]]:
-    """The servers a node needs, in the order in which it needs them: all of one phase are up together.
+    """Servers that a node needs, by phase: those of a phase run at the same time, and phases follow each other.
 
-    Only `evaluate` has two phases: speed and acceptance in the dtype that is deployed, then, unless that is
-    float32 already, losslessness in float32, where rounding cannot hide a fault.
+    Only `evaluate` has two phases: speed and acceptance in the target's dtype, then losslessness in float32 (unless it
+    is the target's dtype), because rounding could hide a defect.
     """
     if node.mode:
         return [[Serving(name=TARGET, mode=node.mode, dtype=config.target.dtype)]]
@@ -221,10 +221,10 @@ def phases(node: Node, config: Config) -> list[list[Serving]]:
 
 
 def build(config: Config) -> dict[str, Node]:
-    """The nodes of a recipe in data-flow order.
+    """Build the nodes of a recipe, in data-flow order.
 
     Raises:
-        RecipeError: an unknown kind, a missing or unknown input, types that do not fit, or a cycle.
+        RecipeError: an unknown kind, a missing or unknown input, incompatible types, or a cycle.
     """
     kinds = {name: wiring.get("uses", name) for name, wiring in config.pipeline.items()}
     _check_kinds(kinds)
@@ -237,36 +237,36 @@ def build(config: Config) -> dict[str, Node]:
         if spec.target:
             inputs[TARGET] = TARGET
             nodes[TARGET] = Node(
-                name=TARGET, kind="fetch", inputs={}, source=config.target.source, wanted_as="checkpoint"
+                name=TARGET, kind="fetch", inputs={}, source=config.target.source, fetch_as="checkpoint"
             )
         for dataset, options in (attrgetter(spec.datasets)(config) if spec.datasets else {}).items():
             fetch = f"dataset.{dataset}"
             inputs[fetch] = fetch
-            wanted_as = _dataset_as(name, kinds[name], dataset, options)
-            nodes[fetch] = Node(name=fetch, kind="fetch", inputs={}, source=options.source, wanted_as=wanted_as)
+            fetch_as = _dataset_as(name, kinds[name], dataset, options)
+            nodes[fetch] = Node(name=fetch, kind="fetch", inputs={}, source=options.source, fetch_as=fetch_as)
         nodes[name] = Node(name=name, kind=kinds[name], inputs=inputs)
-    wanted = {node.inputs["states"] for node in nodes.values() if "states" in node.inputs}
-    nodes = {name: replace(node, keeps_states=name in wanted) for name, node in nodes.items()}
-    return _ordered(_shared_out(nodes, config.extract.workers))
+    stores_states = {node.inputs["states"] for node in nodes.values() if "states" in node.inputs}
+    nodes = {name: replace(node, keeps_states=name in stores_states) for name, node in nodes.items()}
+    return _ordered(_with_workers(nodes, config.extract.workers))
 
 
-def _shared_out(nodes: dict[str, Node], workers: int) -> dict[str, Node]:
-    """Put nodes for the workers of an extraction before it, if there are several: `extract.1`, `extract.2`, ..."""
+def _with_workers(nodes: dict[str, Node], workers: int) -> dict[str, Node]:
+    """Add a node for each worker of an extraction that has several: `extract.1`, `extract.2`, ..."""
     if workers == 1:
         return nodes
-    shared: dict[str, Node] = {}
+    all_nodes: dict[str, Node] = {}
     for name, node in nodes.items():
         parts = tuple(f"{name}.{i + 1}" for i in range(workers)) if node.kind == "extract" else ()
-        shared |= {part: replace(node, name=part, part=(i, workers)) for i, part in enumerate(parts)}
-        shared[name] = replace(node, parts=parts)
-    return shared
+        all_nodes |= {part: replace(node, name=part, part=(i, workers)) for i, part in enumerate(parts)}
+        all_nodes[name] = replace(node, parts=parts)
+    return all_nodes
 
 
-def chosen(nodes: dict[str, Node], config: Config) -> dict[str, Node]:
-    """What `until` or `only` leave of the graph: the stage and everything that it needs.
+def select_nodes(nodes: dict[str, Node], config: Config) -> dict[str, Node]:
+    """Restrict the graph to the stage of `until` or `only` and all that it depends on.
 
     Raises:
-        RecipeError: `force`, `from`, `until` or `only` names no stage of the recipe.
+        RecipeError: `force`, `from`, `until` or `only` names no stage, or a stage that is left out.
     """
     for option, names in (("force", config.force), ("from", [config.from_]), ("until", [config.until]),
                           ("only", [config.only])):  # fmt: skip
@@ -276,56 +276,56 @@ def chosen(nodes: dict[str, Node], config: Config) -> dict[str, Node]:
     last = config.only or config.until
     if not last:
         return nodes
-    needed, open_names = set(), [last]
-    while open_names:
-        name = open_names.pop()
+    needed, pending = set(), [last]
+    while pending:
+        name = pending.pop()
         needed.add(name)
-        open_names += nodes[name].needs
+        pending += nodes[name].needs
     option = f"only={config.only}" if config.only else f"until={config.until}"
     for again, names in (("from", [config.from_]), ("force", config.force)):
         for name in filter(None, names):
             if name not in needed:
                 raise RecipeError(
-                    f"{again}={name}: {option} leaves `{name}` out, so that nothing is made anew",
-                    f"until={name}, or leave out {option}",
+                    f"{again}={name}: {option} leaves `{name}` out, so that it would not run again",
+                    f"until={name}, or remove {option}",
                 )
     return {name: node for name, node in nodes.items() if name in needed}
 
 
-def forced(nodes: Mapping[str, Node], config: Config) -> set[str]:
-    """The stages of `force`, and of `from` with all that follow it."""
+def forced_nodes(nodes: Mapping[str, Node], config: Config) -> set[str]:
+    """Names of the stages of `force`, and of `from` with all later ones; workers included."""
     follows = {config.from_} if config.from_ else set()
     for name, node in nodes.items():  # in data-flow order
         if follows & set(node.inputs.values()):
             follows.add(name)
-    whole = {*config.force, *follows}
-    return {*whole, *(part for name in whole if name in nodes for part in nodes[name].parts)}
+    stages = {*config.force, *follows}
+    return {*stages, *(part for name in stages if name in nodes for part in nodes[name].parts)}
 
 
 def _check_kinds(kinds: Mapping[str, str]) -> None:
     known = {*KINDS, SERVE} - {"fetch"}
     for name, kind in kinds.items():
         if kind not in known:
-            hint = closest(kind, known) + "; a second node of a kind says `uses: KIND`"
+            hint = closest(kind, known) + "; a second node of a kind has `uses: KIND`"
             raise RecipeError(f"pipeline.{name}: there is no stage `{kind}`", hint)
         if name == TARGET or name.startswith("dataset."):
-            raise RecipeError(f"pipeline.{name}: this name is taken by the runner", "name the node otherwise")
+            raise RecipeError(f"pipeline.{name}: this name is reserved", "choose another name for the node")
 
 
 def _wire(name: str, kinds: Mapping[str, str], wiring: Mapping[str, str]) -> dict[str, str]:
-    """The artifact inputs of one node, checked; the server is checked too but is no artifact."""
+    """Check the wiring of a node and return its inputs that are artifacts, which excludes the server."""
     spec = KINDS[kinds[name]]
-    wanted = {**spec.takes, **({TARGET: SERVE} if spec.serve else {})}
+    slots = {**spec.takes, **({TARGET: SERVE} if spec.serve else {})}
     if spec.drawn and TARGET in wiring:
         if spec.drawn in wiring:
             both = f"`{spec.drawn}` come from `{wiring[spec.drawn]}` or from a server, not from both"
-            raise RecipeError(f"pipeline.{name}: {both}", f"leave out `{spec.drawn}` or `{TARGET}`")
-        wanted = {**{slot: gives for slot, gives in wanted.items() if slot != spec.drawn}, TARGET: SERVE}
+            raise RecipeError(f"pipeline.{name}: {both}", f"remove `{spec.drawn}` or `{TARGET}`")
+        slots = {**{slot: gives for slot, gives in slots.items() if slot != spec.drawn}, TARGET: SERVE}
     for slot in wiring:
-        if slot not in wanted:
-            raise RecipeError(f"pipeline.{name}: `{kinds[name]}` takes no input `{slot}`", closest(slot, wanted))
+        if slot not in slots:
+            raise RecipeError(f"pipeline.{name}: `{kinds[name]}` has no input `{slot}`", closest(slot, slots))
     inputs = {}
-    for slot, gives in wanted.items():
+    for slot, gives in slots.items():
         upstream = wiring.get(slot)
         if upstream is None:
             or_draw = f", or `{TARGET}: {SERVE}` to draw them from the server" if slot == spec.drawn else ""
@@ -333,11 +333,11 @@ def _wire(name: str, kinds: Mapping[str, str], wiring: Mapping[str, str]) -> dic
             raise RecipeError(f"pipeline.{name}: the input `{slot}` is not wired", hint)
         if upstream not in kinds:
             raise RecipeError(f"pipeline.{name}.{slot}: there is no node `{upstream}`", closest(upstream, kinds))
-        given = _gives(kinds[upstream])
-        if gives not in given:
+        outputs = _gives(kinds[upstream])
+        if gives not in outputs:
             fits = [n for n, k in kinds.items() if gives in _gives(k)]
             raise RecipeError(
-                f"pipeline.{name}.{slot}: `{upstream}` gives {' and '.join(given)}, this input takes {gives}",
+                f"pipeline.{name}.{slot}: `{upstream}` gives {' and '.join(outputs)}, this input takes {gives}",
                 f"wire it to {' or '.join(f'`{n}`' for n in fits) or 'a node that gives ' + gives}",
             )
         if gives != SERVE:
@@ -346,16 +346,16 @@ def _wire(name: str, kinds: Mapping[str, str], wiring: Mapping[str, str]) -> dic
 
 
 def _dataset_as(name: str, kind: str, dataset: str, options: Dataset) -> str:
-    """`file` or `directory`, whichever this kind of stage reads.
+    """What `fetch` fetches for a dataset: `file` or `directory`, depending on the kind of stage that reads it.
 
     Raises:
-        RecipeError: the data set is the other.
+        RecipeError: the dataset has the other form.
     """
     adopts = options.format is DataFormat.upstream
     if adopts != KINDS[kind].adopts:
-        wanted = "format upstream" if KINDS[kind].adopts else "a file of conversations"
+        expected = "format upstream" if KINDS[kind].adopts else "a file of conversations"
         raise RecipeError(
-            f"pipeline.{name}: `{kind}` reads data sets of {wanted}, {dataset} has format {options.format.name}",
+            f"pipeline.{name}: `{kind}` reads datasets of {expected}, {dataset} has format {options.format.name}",
             "pipeline=upstream is for directories of rows and hidden states, every other pipeline for conversations",
         )
     return "directory" if adopts else "file"
@@ -366,11 +366,11 @@ def _gives(kind: str) -> tuple[str, ...]:
 
 
 def _ordered(nodes: dict[str, Node]) -> dict[str, Node]:
-    """Data-flow order; among nodes that are free to move, the order of the recipe."""
+    """Sort nodes in data-flow order; otherwise they keep the order of the recipe."""
     sorter = graphlib.TopologicalSorter({name: node.needs for name, node in nodes.items()})
     try:
         order = list(sorter.static_order())
     except graphlib.CycleError as error:
-        circle = " -> ".join(error.args[1])
-        raise RecipeError(f"pipeline: the nodes wait for each other: {circle}", "break the circle") from None
+        cycle = " -> ".join(error.args[1])
+        raise RecipeError(f"pipeline: nodes depend on each other: {cycle}", "remove one of these inputs") from None
     return {name: nodes[name] for name in order}

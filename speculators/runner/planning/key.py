@@ -1,12 +1,12 @@
-"""Keys: what made an artifact, as one digest.
+"""Cache keys: the digest of everything that determines a stage's output.
 
     key = sha256(canonical JSON of the preimage)
     preimage = {tag, stage, version, config {dotted name: value}, inputs {name: content digest},
                 packages {distribution: version}, service {name: value}}
 
-Inputs enter by the digest of their *content*, so a stage that is run again and gives the same bytes stops the
-re-running there (early cut-off; "constructive traces" in Mokhov et al., Build Systems a la Carte, 2018).
-No path, time, host, source text or git state is in a preimage; those are provenance.
+Inputs enter by the digest of their *content*, so that stages after one that reproduces its output are not run again
+(early cut-off; "constructive traces" in Mokhov et al., Build Systems a la Carte, 2018).
+A preimage contains no path, time, host, source code or git state; those are provenance.
 """
 
 from __future__ import annotations
@@ -17,16 +17,16 @@ from collections.abc import Mapping
 from typing import Any
 
 TAG = "speculators-run/key/1"
-"""Names the scheme. A new number makes every key new, so it changes only when the scheme must."""
+"""Name and version of the scheme. A new version invalidates every key."""
 
 
 def canonical(value: Any) -> str:
-    """The one JSON text of a value: keys sorted, no spaces, no NaN, tuples as lists, whole floats as they are typed."""
+    """Canonical JSON of a value: sorted keys, no spaces, no NaN, tuples as lists, integral floats as floats."""
     return json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=False, allow_nan=False)
 
 
 def digest(value: Any) -> str:
-    """sha256 of the canonical text, in hex."""
+    """sha256 of the canonical JSON of a value, in hex."""
     return hashlib.sha256(canonical(value).encode()).hexdigest()
 
 
@@ -39,7 +39,7 @@ def preimage(
     packages: Mapping[str, str],
     service: Mapping[str, Any],
 ) -> dict[str, Any]:
-    """The structure that a key is the digest of; stored beside the artifact so that a miss can be explained."""
+    """The structure whose digest is the key; stored in the artifact's manifest so that a miss can be explained."""
     return {
         "tag": TAG,
         "stage": stage,
@@ -51,19 +51,16 @@ def preimage(
     }
 
 
-def differences(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[tuple[str, Any, Any]]:
-    """Leaves in which two preimages differ, as (name, old, new); a leaf that one lacks is None there.
-
-    Names are as a user writes them: `train.lr`, `input tokens`, `package vllm`, `version`.
-    """
-    before, after = leaves(old), leaves(new)
+def preimage_differences(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[tuple[str, Any, Any]]:
+    """Values in which two preimages differ, as (name, old, new); None stands for an absent value."""
+    before, after = flatten_preimage(old), flatten_preimage(new)
     return [(n, before.get(n), after.get(n)) for n in sorted({*before, *after}) if before.get(n) != after.get(n)]
 
 
-def leaves(image: Mapping[str, Any]) -> dict[str, Any]:
-    """Everything in a preimage by the name that a user knows it by."""
-    found: dict[str, Any] = {"version": image["version"], **image["config"]}
-    found |= {f"input {name}": value for name, value in image["inputs"].items()}
-    found |= {f"package {name}": value for name, value in image["packages"].items()}
-    found |= {f"service {name}": value for name, value in image["service"].items()}
-    return found
+def flatten_preimage(image: Mapping[str, Any]) -> dict[str, Any]:
+    """The values of a preimage by the names used in messages: `train.lr`, `input tokens`, `package vllm`, `version`."""
+    values: dict[str, Any] = {"version": image["version"], **image["config"]}
+    values |= {f"input {name}": value for name, value in image["inputs"].items()}
+    values |= {f"package {name}": value for name, value in image["packages"].items()}
+    values |= {f"service {name}": value for name, value in image["service"].items()}
+    return values

@@ -1,8 +1,8 @@
-"""`<recipe>.lock.json`: what a recipe came to on the day it was locked, and whether it still comes to that.
+"""`<recipe>.lock.json`: everything that a recipe resolves to, to detect later changes.
 
-It holds, for every node, what its key is made of (options, versions, the resolved source, the digests of inputs) and
-the key itself, as far as they were known: a stage whose input was not made yet has no key. What only one side knows is
-no difference, so that a lock written beside a full store can be held against an empty one.
+For every node it contains the key and the values in it (options, versions, the resolved source, digests of inputs); a
+stage whose input does not exist yet has no key. A value that only the lock or only the plan knows is no difference, so
+that a lock written with a full store can be compared with an empty one.
 """
 
 from __future__ import annotations
@@ -20,28 +20,28 @@ from speculators.runner.planning.explain import libraries
 from speculators.runner.planning.plan import Planner
 
 FORMAT = 1
-"""Raised when an older release could not read the file."""
+"""Format version; raised when older releases cannot read the file."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Difference:
-    """One field in which the lock and the recipe differ."""
+    """A value in which the lock and the recipe differ."""
 
     name: str
-    """As a user writes it: `train.lr`, `target.source.revision`, `version`, `input tokens`, `package torch`."""
+    """Name in messages: `train.lr`, `target.source.revision`, `version`, `input tokens`, `package torch`."""
     old: Any
     new: Any
     stages: tuple[str, ...]
-    """Where it counts; empty for what belongs to no stage."""
+    """Stages that read it; empty for values of no stage."""
 
 
-def place(config: Config) -> Path:
-    """The recipe's lock, in the working directory."""
+def lock_path(config: Config) -> Path:
+    """Path of the recipe's lock, in the working directory."""
     return Path(f"{config.recipe}.lock.json")
 
 
-def resolved(planner: Planner) -> dict[str, Any]:
-    """The lock of what is planned, as plain values."""
+def lock_contents(planner: Planner) -> dict[str, Any]:
+    """Contents of the lock for the current plan, as JSON types."""
     steps = planner.plan()
     digests = {step.node.name: step.digest for step in steps if step.digest}
     stages = {
@@ -49,69 +49,69 @@ def resolved(planner: Planner) -> dict[str, Any]:
             "stage": step.node.kind,
             "wiring": dict(step.node.inputs),
             "key": step.key or None,
-            "in_key": _leaves(planner, step.node, digests),
+            "in_key": _key_values(planner, step.node, digests),
         }
         for step in steps
-        if step.node.part is None  # into how many parts the work is cut is not what comes out
+        if step.node.part is None  # the number of workers does not affect the output
     }
     return {"format": FORMAT, "recipe": planner.config.recipe, "packages": libraries(), "stages": stages}
 
 
-def read(config: Config) -> dict[str, Any] | None:
-    """The recipe's lock, None if there is none.
+def load_lock(config: Config) -> dict[str, Any] | None:
+    """Read the recipe's lock; None if there is none.
 
     Raises:
-        RecipeError: it cannot be read.
+        RecipeError: the file cannot be read.
     """
-    path, hint = place(config), f"write it anew: speculators-run lock recipe={config.recipe}"
+    path, hint = lock_path(config), f"write it again: speculators-run lock recipe={config.recipe}"
     try:
-        plain: dict[str, Any] = json.loads(path.read_text())
-        if plain["format"] != FORMAT:
-            raise RecipeError(f"{path} is of format {plain['format']}, this release reads {FORMAT}", hint)
+        contents: dict[str, Any] = json.loads(path.read_text())
+        if contents["format"] != FORMAT:
+            raise RecipeError(f"{path} has format {contents['format']}, this release reads {FORMAT}", hint)
     except FileNotFoundError:
         return None
     except (OSError, ValueError, LookupError, TypeError) as error:
         raise RecipeError(f"{path} cannot be read: {error}", hint) from None
-    return plain
+    return contents
 
 
-def differences(locked: Mapping[str, Any], planner: Planner) -> list[Difference]:
-    """Every field that the lock says otherwise, a field that several stages read once."""
-    now = resolved(planner)
-    whole = graph.build(planner.config) if planner.config.until or planner.config.only else planner.graph
-    found: dict[str, Difference] = {}
-    for node, name, old, new in _compared(locked, now, set(whole)):
+def lock_differences(locked: Mapping[str, Any], planner: Planner) -> list[Difference]:
+    """Values in which lock and plan differ; a value that several stages read is listed once."""
+    now = lock_contents(planner)
+    all_nodes = graph.build(planner.config) if planner.config.until or planner.config.only else planner.graph
+    by_value: dict[str, Difference] = {}
+    for node, name, old, new in _compared(locked, now, set(all_nodes)):
         token = key.canonical([name, old, new])
-        before = found[token].stages if token in found else ()
-        found[token] = Difference(name=name, old=old, new=new, stages=(*before, node) if node else ())
-    return list(found.values())
+        before = by_value[token].stages if token in by_value else ()
+        by_value[token] = Difference(name=name, old=old, new=new, stages=(*before, node) if node else ())
+    return list(by_value.values())
 
 
 def refuse_if_different(planner: Planner) -> None:
-    """What `run.locked=true` asks for.
+    """Implement `run.locked=true`: refuse to run if anything differs from the lock.
 
     Raises:
-        RecipeError: there is no lock, or it says something else; each field with its old and its new value.
+        RecipeError: there is no lock, or values differ, each listed with its old and new value.
     """
     config = planner.config
-    locked = read(config)
+    locked = load_lock(config)
     if locked is None:
         raise RecipeError(
-            f"run.locked: there is no {place(config)} in the working directory",
+            f"run.locked: there is no {lock_path(config)} in the working directory",
             f"write it: speculators-run lock recipe={config.recipe}",
         )
-    if found := differences(locked, planner):
-        lines = [f"  {d.name}  {_short(d.old)} -> {_short(d.new)}{_where(d)}" for d in found]
+    if differences := lock_differences(locked, planner):
+        lines = [f"  {d.name}  {_short(d.old)} -> {_short(d.new)}{_where(d)}" for d in differences]
         raise RecipeError(
-            f"run.locked: {place(config)} says otherwise\n\n" + "\n".join(lines),
-            f"take the change back, or lock it: speculators-run lock recipe={config.recipe}",
+            f"run.locked: the recipe differs from {lock_path(config)}\n\n" + "\n".join(lines),
+            f"undo the change, or lock it: speculators-run lock recipe={config.recipe}",
         )
 
 
 def _compared(
     locked: Mapping[str, Any], now: Mapping[str, Any], nodes: set[str]
 ) -> Iterator[tuple[str, str, Any, Any]]:
-    """(node, field, old, new) of all that differs."""
+    """Yield (node, name, old, new) for each value that differs."""
     for name in sorted({*locked["packages"], *now["packages"]}):
         old, new = locked["packages"].get(name), now["packages"].get(name)
         if None not in (old, new) and old != new:
@@ -141,17 +141,17 @@ def _compared_stages(node: str, old: Mapping[str, Any], new: Mapping[str, Any]) 
             same = False
             yield node, name, one, other
     if same and None not in (old["key"], new["key"]) and old["key"] != new["key"]:
-        yield node, "key", old["key"], new["key"]  # by another scheme
+        yield node, "key", old["key"], new["key"]  # keys of another scheme
 
 
-def _leaves(planner: Planner, node: graph.Node, digests: Mapping[str, str]) -> dict[str, Any]:
-    """What is in a node's key; of a source every part apart, by the name of its option."""
-    leaves = key.leaves(planner.known(node.name, digests))
-    source = leaves.pop("source", None)
+def _key_values(planner: Planner, node: graph.Node, digests: Mapping[str, str]) -> dict[str, Any]:
+    """The values in a node's key, by name; a source is split into its parts."""
+    values = key.flatten_preimage(planner.known(node.name, digests))
+    source = values.pop("source", None)
     if isinstance(source, dict):
         section = f"data.{node.name.removeprefix('dataset.')}" if node.name != graph.TARGET else node.name
-        leaves |= {f"{section}.source.{part}": value for part, value in source.items()}
-    return leaves
+        values |= {f"{section}.source.{part}": value for part, value in source.items()}
+    return values
 
 
 def _short(value: Any) -> str:

@@ -1,8 +1,8 @@
-"""The plan: for every node, whether its artifact exists, and if not, why not.
+"""The plan: for every node, whether its artifact exists, and if not, the reason.
 
-`Planner.step` decides one node from the digests of its inputs; `Planner.plan` walks the graph with what the
-store holds, `execute` walks it with what has just been made. Same code, so `plan` cannot say one thing and a
-run do another. Nothing here starts a process or writes a file.
+`Planner.step` plans one node from the digests of its inputs. `Planner.plan` calls it for every node with the digests in
+the store, `execute` with those of artifacts as they are published, so that plan and run agree. Nothing here starts a
+process or writes a file.
 """
 
 from __future__ import annotations
@@ -24,26 +24,26 @@ from speculators.runner.servers import vllm
 from speculators.runner.store.artifact import Artifact
 from speculators.runner.store.artifacts import Store
 
-SHOWN = 8
-"""Options that a reason names. Whoever has changed one wants to see it; an artifact that differs in many is another."""
+MAX_CHANGES_SHOWN = 8
+"""Changed options that a reason names; an artifact with more changes is hardly related."""
 
 
 class State(enum.Enum):
-    """What is to be done about a node."""
+    """State of a node in the plan."""
 
     cached = "cached"
-    """Its artifact is there."""
+    """Its artifact exists."""
     run = "run"
-    """Its inputs are known and its artifact is not there."""
+    """Its inputs are known and its artifact does not exist."""
     waits = "waits"
-    """An input does not exist yet, so its key is not known."""
+    """An input does not exist yet, so its key is unknown."""
     unneeded = "unneeded"
-    """A source that is not here and that nobody has to read."""
+    """A source that has not been fetched and that no stage needs."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Step:
-    """One node's line in the plan."""
+    """The plan for one node."""
 
     node: Node
     state: State
@@ -55,13 +55,13 @@ class Step:
     derived: dict[str, Any] = field(default_factory=dict)
     artifact: Artifact | None = None
     digest: str = ""
-    """Digest of the output, once it is known; a source's is known before it is fetched."""
+    """Digest of the output, empty while unknown; a source's is known before it is fetched."""
     path: Path | None = None
-    """Where the output lies, once it is there."""
+    """Path of the output; None until it exists."""
 
 
 class Planner:
-    """One recipe against one store. Checks the whole recipe when it is made.
+    """Plans a recipe with a store; the constructor checks the recipe.
 
     Raises:
         RecipeError, SourceError, ServiceError, ContractError: see `graph.build`, `sources.resolve`, `derive`.
@@ -70,13 +70,13 @@ class Planner:
     def __init__(self, config: Config, store: Store) -> None:
         self.config = config
         self.store = store
-        self.graph = graph.chosen(graph.build(config), config)
+        self.graph = graph.select_nodes(graph.build(config), config)
         schedule.check_limits(config)
         checks.check_graph(config, self.graph)
         if any(node.mode == "extract" for node in self.graph.values()):
             vllm.check_extraction(config)
-        self.forced = graph.forced(self.graph, config)
-        """Stages whose artifact does not count; whoever has made one anew takes it out."""
+        self.forced = graph.forced_nodes(self.graph, config)
+        """Stages that run although their artifact exists; execution removes a stage once it has run."""
         self._sources = {n.name: self._resolve(n) for n in self.graph.values() if n.kind == "fetch"}
         self.engine = self._engine()
         self.packages = {p: installed_version(p) or "" for n in self.graph.values() for p in n.spec.packages}
@@ -85,7 +85,7 @@ class Planner:
         self.learn_target()
 
     def learn_target(self) -> None:
-        """Derive what depends on the target's config.json, if that is at hand; called again once it was fetched."""
+        """Compute derived values if the target's config.json is available; called again after it is fetched."""
         if TARGET not in self.graph:
             return
         checkpoint = self.step(TARGET, {}).path
@@ -95,7 +95,7 @@ class Planner:
             self.derived = derive.derive(self.config, self.facts)
 
     def plan(self) -> list[Step]:
-        """Every node in data-flow order, with what the store holds now; parts of what is there are left out."""
+        """Plan every node, in data-flow order, from the content of the store; leaves out workers of cached nodes."""
         steps: dict[str, Step] = {}
         for name in self.graph:
             known = {n: s.digest for n, s in steps.items() if s.digest}
@@ -107,7 +107,7 @@ class Planner:
         return [self._unneeded(s) if s.node.lazy and s.node.name not in needed else s for s in kept]
 
     def step(self, name: str, digests: Mapping[str, str]) -> Step:
-        """Decide one node; `digests` are those of the outputs that are known so far, by node."""
+        """Plan one node; `digests` are the known digests of outputs, by node."""
         node = self.graph[name]
         missing = [i for i in node.inputs.values() if i not in digests]
         if not self._derivable(node):
@@ -116,7 +116,7 @@ class Planner:
             return Step(node=node, state=State.waits, reason=f"upstream: {missing[0]}")
         derived = self._derived(node)
         image = self._preimage(node, derived, digests)
-        own = key.digest(image)
+        own_key = key.digest(image)
         source = self._sources.get(name)
         fixed = source.digest if source else ""
         if source and source.path:
@@ -124,24 +124,24 @@ class Planner:
                 node=node,
                 state=State.cached,
                 reason="local",
-                key=own,
+                key=own_key,
                 preimage=image,
                 derived=derived,
                 digest=fixed,
                 path=source.path,
             )
-        artifact = None if name in self.forced else self.store.find(node.kind, own)
+        artifact = None if name in self.forced else self.store.find(node.kind, own_key)
         if artifact is None:
             reason = "forced" if name in self.forced else self._why(node, image)
             return Step(
-                node=node, state=State.run, reason=reason, key=own, preimage=image, derived=derived, digest=fixed
+                node=node, state=State.run, reason=reason, key=own_key, preimage=image, derived=derived, digest=fixed
             )
         maker = artifact.provenance.get("run", "another run")
         return Step(
             node=node,
             state=State.cached,
             reason=f"made by {maker}",
-            key=own,
+            key=own_key,
             preimage=image,
             derived=derived,
             artifact=artifact,
@@ -150,7 +150,7 @@ class Planner:
         )
 
     def known(self, name: str, digests: Mapping[str, str]) -> dict[str, Any]:
-        """A node's preimage as far as it is known: inputs that are not made yet are left out."""
+        """A node's preimage without the inputs that do not exist yet."""
         node = self.graph[name]
         return self._preimage(node, self._derived(node) if self._derivable(node) else {}, digests)
 
@@ -158,10 +158,10 @@ class Planner:
         name = node.name.removeprefix("dataset.")
         section = f"data.{name}" if name in self.config.data else f"evaluate.datasets.{name}"
         option = "target.source" if node.name == TARGET else f"{section}.source"
-        return sources.resolve(option, node.source, node.wanted_as)
+        return sources.resolve(option, node.source, node.fetch_as)
 
     def _engine(self) -> str:
-        """The engine's version, which the key of every served stage holds; without one, nothing is started."""
+        """Version of vLLM in the keys of stages with servers; `external` with `serve.url`, empty without servers."""
         if not any(graph.phases(n, self.config) != [[]] for n in self.graph.values()):
             return ""
         if self.config.serve.url:
@@ -181,46 +181,46 @@ class Planner:
 
     def _derived(self, node: Node) -> dict[str, Any]:
         if node.kind == "fetch":
-            return {"source": self._sources[node.name].identity, "as": node.wanted_as}
+            return {"source": self._sources[node.name].identity, "as": node.fetch_as}
         part = {"part": list(node.part)} if node.part else {}
         return {name: self.derived[name] for name in node.derived} | part
 
     def _preimage(self, node: Node, derived: Mapping[str, Any], digests: Mapping[str, str]) -> dict[str, Any]:
-        served = bool(node.parts) or graph.phases(node, self.config) != [[]]
+        needs_server = bool(node.parts) or graph.phases(node, self.config) != [[]]
         return key.preimage(
             node.kind,
             node.spec.version,
             config=identity(self.config, node.reads) | dict(derived),
             inputs={slot: digests[upstream] for slot, upstream in node.inputs.items() if upstream in digests},
             packages={name: self.packages[name] for name in node.spec.packages},
-            service={"engine": self.engine} if served else {},
+            service={"engine": self.engine} if needs_server else {},
         )
 
     def _why(self, node: Node, image: dict[str, Any]) -> str:
         nearest = self.store.nearest(node.kind, image)
         if nearest is None or (node.kind == "fetch"):
             return "new"
-        changes = key.differences(nearest.preimage, image)
-        of_work = [change for change in changes if change[0] != "part"]  # which is nobody's choice
-        return describe(of_work) if of_work else "new" if changes else "incomplete"
+        changes = key.preimage_differences(nearest.preimage, image)
+        relevant = [change for change in changes if change[0] != "part"]  # the recipe does not set `part`
+        return describe(relevant) if relevant else "new" if changes else "incomplete"
 
     @staticmethod
     def _unneeded(step: Step) -> Step:
         if step.state is State.cached:
             return step
-        return Step(node=step.node, state=State.unneeded, reason="nobody reads it", key=step.key, digest=step.digest)
+        return Step(node=step.node, state=State.unneeded, reason="no stage reads it", key=step.key, digest=step.digest)
 
 
 def describe(changes: list[tuple[str, Any, Any]]) -> str:
-    """A miss in words, from the differences to the nearest earlier artifact: inputs, then options, then versions."""
+    """Describe a cache miss by the differences from the nearest earlier artifact: inputs, options, versions."""
     inputs = [name.removeprefix("input ") for name, _, _ in changes if name.startswith("input ")]
     options = [
         f"{name} {_short(old)} -> {_short(new)}"
         for name, old, new in changes
         if not name.startswith(("input ", "version"))
     ]
-    if len(options) > SHOWN + 1:
-        options[SHOWN:] = [f"and {len(options) - SHOWN} more, which `explain` lists"]
+    if len(options) > MAX_CHANGES_SHOWN + 1:
+        options[MAX_CHANGES_SHOWN:] = [f"and {len(options) - MAX_CHANGES_SHOWN} more, which `explain` lists"]
     versions = [f"version {old} -> {new}" for name, old, new in changes if name == "version"]
     parts = [f"upstream: {', '.join(inputs)}"] if inputs else []
     parts += [f"changed: {', '.join(options)}"] if options else []
@@ -233,7 +233,7 @@ def _short(value: Any) -> str:
 
 
 def _content(node: Node, artifact: Artifact) -> Path:
-    """A fetched data set is handed on as its file, everything else as a directory."""
-    if node.wanted_as != "file":
+    """Path of an artifact's content for the stages that read it: a fetched dataset's file, else the directory."""
+    if node.fetch_as != "file":
         return artifact.data
     return next(p for p in sorted(artifact.data.iterdir()) if p.is_file())

@@ -1,5 +1,5 @@
-"""What there is: artifacts by key, their claims and checks, archives, and what may go.
+"""Stores artifacts by key: claims, publishing, checks, archives, removal of unused artifacts.
 
-Import `artifacts` for the store itself, which the worker does too, `artifact` for one entry, `archive` and `upkeep`
-for the verbs. Of planning only `key` and `graph` are known here.
+Import `artifacts` for the store itself, as the worker does, `artifact` for one artifact, `archive` and `upkeep` for
+the verbs. Of planning, only `key` and `graph` are imported here.
 """

@@ -1,13 +1,13 @@
-"""Artifacts as one file: an uncompressed tar, so that it can be read from its beginning to its end and no further.
+"""Exports artifacts to one file and imports them: an uncompressed tar that is read sequentially.
 
     artifacts.json                        {"format": 1, "artifacts": [{stage, key, digest, bytes, files}, ...]}
     <stage>/<key>/artifact.json           then, of each of them, in this order
     <stage>/<key>/manifest.jsonl
     <stage>/<key>/data/<path>             in the manifest's order
 
-The same artifacts give the same bytes. A file that comes from elsewhere is not trusted: each member must have just the
-name, the size and the sha256 that what came before says, whatever else it claims to be; nothing becomes visible in a
-store before all of its artifact is there, and then by the store's own rename.
+The same artifacts always give the same bytes. An imported file is not trusted: each member must have exactly the name,
+size and sha256 that the header and the manifest give, and an artifact becomes visible in the store only once it is
+complete, by the store's own rename.
 """
 
 from __future__ import annotations
@@ -33,16 +33,16 @@ from speculators.runner.store.artifact import Artifact, read_artifact
 from speculators.runner.store.artifacts import Store, no_space
 
 FORMAT = 1
-"""Raised when an older release could not read the file."""
+"""Version of the file format; increased when an older release could not read it."""
 HEADER = "artifacts.json"
-LARGEST_TEXT = 2**30
-"""Bytes of the longest header, artifact.json or manifest that is read into memory."""
-CHUNK = 2**20
+MAX_TEXT_BYTES = 2**30
+"""Longest header, artifact.json or manifest that is read into memory."""
+CHUNK_BYTES = 2**20
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Listed:
-    """One artifact as the header names it."""
+    """One artifact in the header of a file."""
 
     stage: str
     key: str
@@ -51,50 +51,52 @@ class Listed:
     files: int
 
 
-def write(artifacts: Sequence[Artifact], path: Path) -> None:
-    """Write artifacts to a file, which appears when it is whole.
+def export_artifacts(artifacts: Sequence[Artifact], path: Path) -> None:
+    """Write artifacts to a file, which appears once it is complete.
 
     Raises:
-        StoreError: the file exists, it cannot be written, or an artifact has other bytes than its manifest says.
+        StoreError: the file exists or cannot be written, or an artifact does not match its manifest.
     """
     if path.exists():
         raise StoreError(f"{path} exists", "remove it, or name another file")
-    beside = path.with_name(f".{path.name}.{os.getpid()}")
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
     try:
-        with tarfile.open(beside, "w", format=tarfile.PAX_FORMAT) as tar:
+        with tarfile.open(temporary, "w", format=tarfile.PAX_FORMAT) as tar:
             listed = [asdict(_listed(artifact)) for artifact in artifacts]
             _add_text(tar, HEADER, keys.canonical({"format": FORMAT, "artifacts": listed}).encode())
             for artifact in artifacts:
                 _add(tar, artifact)
-        with beside.open("rb") as file:
+        with temporary.open("rb") as file:
             os.fsync(file.fileno())
-        os.replace(beside, path)
+        os.replace(temporary, path)
     except OSError as error:
         if error.errno is None:
-            raise StoreError(f"{path}: {error}", "another program changes the store; try again") from error
-        if error.filename in (None, str(beside)):
+            raise StoreError(
+                f"{path}: {error}", "another program has changed the store: run the same command again"
+            ) from error
+        if error.filename in (None, str(temporary)):
             raise _cannot_write(error, path) from error
         raise StoreError(f"{error.filename} cannot be read: {error.strerror}", "`speculators-run verify`") from error
     finally:
-        beside.unlink(missing_ok=True)
+        temporary.unlink(missing_ok=True)
 
 
 def contents(path: Path) -> list[Listed]:
-    """What a file says that it holds.
+    """Read the list of artifacts in a file.
 
     Raises:
-        StoreError: it is no such file, or one that this release does not read.
+        StoreError: it is not an exported file, or has a format that this release does not read.
     """
     with _opened(path) as tar:
         return _header(tar, path)
 
 
-def read(path: Path, store: Store, waiting: Callable[[str], None]) -> Iterator[tuple[Listed, bool]]:
-    """Put each artifact of a file into a store, in turn; with each, whether it is new there.
+def import_artifacts(path: Path, store: Store, waiting: Callable[[str], None]) -> Iterator[tuple[Listed, bool]]:
+    """Import the artifacts of a file one by one; yield each with whether it was missing in the store.
 
     Raises:
-        StoreError: a member is not what it should be, the file is cut off, or the store cannot be written. The
-            artifacts before it are whole and stay, of this one nothing does.
+        StoreError: a member is not as listed, the file is truncated, or the store cannot be written. Artifacts that
+            were imported before stay; of the failing one nothing does.
     """
     with _opened(path) as tar:
         for item in _header(tar, path):
@@ -114,10 +116,10 @@ def read(path: Path, store: Store, waiting: Callable[[str], None]) -> Iterator[t
                 finally:
                     shutil.rmtree(staging, ignore_errors=True)
                     with suppress(OSError):
-                        staging.parent.rmdir()  # only if no attempt at making it has left anything
+                        staging.parent.rmdir()  # only if no attempt at building it left files
             yield item, True
         if tar.next() is not None:
-            raise _wrong(path, "it holds more than it lists")
+            raise _wrong(path, "it contains more than it lists")
 
 
 def _listed(artifact: Artifact) -> Listed:
@@ -138,8 +140,8 @@ def _add(tar: tarfile.TarFile, artifact: Artifact) -> None:
             tar.addfile(_member(f"{inside}/data/{entry['path']}", entry["size"]), hashed)
         _forget(tar)
         if hashed.hexdigest() != entry["sha256"]:
-            hint = "`speculators-run verify --aside` puts it aside; the next run makes it again"
-            raise StoreError(f"{inside}: {entry['path']} has other bytes than were stored", hint)
+            hint = "`speculators-run verify --aside` moves it to quarantine; the next run builds it again"
+            raise StoreError(f"{inside}: {entry['path']} does not match its sha256", hint)
 
 
 def _add_text(tar: tarfile.TarFile, name: str, text: bytes) -> None:
@@ -147,20 +149,20 @@ def _add_text(tar: tarfile.TarFile, name: str, text: bytes) -> None:
 
 
 def _member(name: str, size: int) -> tarfile.TarInfo:
-    """No time, no owner: the same content is the same file, whoever exports it when."""
+    """A member without time and owner, so that the same content gives the same file."""
     member = tarfile.TarInfo(name)
     member.size, member.mode = size, 0o444
     return member
 
 
 def _forget(tar: tarfile.TarFile) -> None:
-    """Drop the members so far: tarfile keeps all of them for a listing that nobody asks for."""
+    """Free the list of members that tarfile keeps, which is not needed."""
     members: list[tarfile.TarInfo] = vars(tar)["members"]
     members.clear()
 
 
 class _Hashed(io.RawIOBase):
-    """A file that is hashed while somebody reads it."""
+    """A file that is hashed while it is read."""
 
     def __init__(self, file: IO[bytes]) -> None:
         self._file, self._sha256 = file, hashlib.sha256()
@@ -176,7 +178,7 @@ class _Hashed(io.RawIOBase):
 
 @contextmanager
 def _opened(path: Path) -> Iterator[tarfile.TarFile]:
-    """The file, with what tarfile says of a bad one in a user's words."""
+    """Open the file; convert errors of tarfile into StoreErrors."""
     try:
         with tarfile.open(path, "r:") as tar:
             yield tar
@@ -188,16 +190,16 @@ def _opened(path: Path) -> Iterator[tarfile.TarFile]:
 
 def _header(tar: tarfile.TarFile, path: Path) -> list[Listed]:
     try:
-        plain = json.loads(_text(tar, path, HEADER))
-        if plain["format"] != FORMAT:
+        header = json.loads(_text(tar, path, HEADER))
+        if header["format"] != FORMAT:
             hint = "import it with the release that exported it, or export it again with this one"
-            raise StoreError(f"{path} has format {plain['format']}, this release reads {FORMAT}", hint)
-        listed = [Listed(**item) for item in plain["artifacts"]]
+            raise StoreError(f"{path} has format {header['format']}, this release reads {FORMAT}", hint)
+        listed = [Listed(**item) for item in header["artifacts"]]
     except (ValueError, LookupError, TypeError) as error:
         raise _wrong(path, f"its list of artifacts is damaged: {error}") from None
     for item in listed:
         if item.stage not in KINDS:
-            raise _wrong(path, f"it holds an artifact of a stage `{item.stage}`, which this release does not have")
+            raise _wrong(path, f"it contains an artifact of stage `{item.stage}`, which this release does not have")
         counts = all(isinstance(count, int) and count >= 0 for count in (item.bytes, item.files))
         if not counts or not re.fullmatch("[0-9a-f]{64}", str(item.key)):
             raise _wrong(path, "its list of artifacts is damaged")
@@ -208,31 +210,31 @@ def _next(tar: tarfile.TarFile, path: Path) -> tarfile.TarInfo:
     member = tar.next()
     _forget(tar)
     if member is None:
-        raise _wrong(path, "it is cut off")
+        raise _wrong(path, "it is truncated")
     return member
 
 
 def _expected(tar: tarfile.TarFile, path: Path, name: str, size: int | None = None) -> IO[bytes]:
-    """The next member, which has to be a plain file of this name, and of this size if that is known."""
+    """The next member, which must be a regular file of this name, and of `size` if that is given."""
     member = _next(tar, path)
     if member.name != name:
-        raise _wrong(path, f"`{member.name}` stands where `{name}` should")
+        raise _wrong(path, f"it contains `{member.name}` where `{name}` should be")
     if not member.isreg() or (size is not None and member.size != size):
-        raise _wrong(path, f"`{name}` is not the file that it should be")
+        raise _wrong(path, f"`{name}` is not a regular file of the listed size")
     content = tar.extractfile(tarfile.data_filter(member, "."))
-    assert content is not None, "it is a plain file"
+    assert content is not None, "it is a regular file"
     return content
 
 
 def _text(tar: tarfile.TarFile, path: Path, name: str) -> bytes:
-    text = _expected(tar, path, name).read(LARGEST_TEXT + 1)
-    if len(text) > LARGEST_TEXT:
+    text = _expected(tar, path, name).read(MAX_TEXT_BYTES + 1)
+    if len(text) > MAX_TEXT_BYTES:
         raise _wrong(path, f"`{name}` is too long")
     return text
 
 
 def _extract(tar: tarfile.TarFile, path: Path, item: Listed, staging: Path) -> None:
-    """Bring one artifact into a directory, checking each byte on its way."""
+    """Extract one artifact into a directory and check every file's sha256."""
     inside = f"{item.stage}/{item.key}"
     staging.mkdir(parents=True)
     for name in ("artifact.json", "manifest.jsonl"):
@@ -244,15 +246,15 @@ def _extract(tar: tarfile.TarFile, path: Path, item: Listed, staging: Path) -> N
         content = _expected(tar, path, f"{inside}/data/{entry['path']}", entry["size"])
         digest = hashlib.sha256()
         with target.open("xb") as file:
-            while block := content.read(CHUNK):
+            while block := content.read(CHUNK_BYTES):
                 digest.update(block)
                 file.write(block)
         if digest.hexdigest() != entry["sha256"]:
-            raise _wrong(path, f"`{inside}/data/{entry['path']}` has other bytes than its manifest says")
+            raise _wrong(path, f"`{inside}/data/{entry['path']}` does not match its sha256")
 
 
 def _checked_manifest(path: Path, item: Listed, staging: Path) -> list[dict[str, Any]]:
-    """The manifest's entries, if artifact.json, manifest and header belong together and no name leads elsewhere."""
+    """The manifest's entries, after checks that artifact.json, manifest and header agree and all paths are safe."""
     where = f"{item.stage} {item.key[:8]}"
     text = (staging / "manifest.jsonl").read_bytes()
     try:
@@ -264,31 +266,31 @@ def _checked_manifest(path: Path, item: Listed, staging: Path) -> list[dict[str,
     except (ValueError, LookupError, TypeError) as error:
         raise _wrong(path, f"{where} is damaged: {error}") from None
     if not fits or names != sorted(set(names)) or not all(map(_stays_inside, names)) or not names:
-        raise _wrong(path, f"the manifest of {where} names files that no artifact has")
-    told = (artifact.stage, artifact.key, artifact.digest, artifact.bytes)
-    if told != (item.stage, item.key, item.digest, item.bytes) or total != item.bytes or len(names) != item.files:
-        raise _wrong(path, f"{where} is not what the list of artifacts says")
+        raise _wrong(path, f"the manifest of {where} has invalid entries")
+    described = (artifact.stage, artifact.key, artifact.digest, artifact.bytes)
+    if described != (item.stage, item.key, item.digest, item.bytes) or total != item.bytes or len(names) != item.files:
+        raise _wrong(path, f"{where} does not match the list of artifacts")
     declared = artifact.digest if item.stage == "fetch" else hashlib.sha256(text).hexdigest()
     if hashlib.sha256(text).hexdigest() != artifact.manifest or declared != artifact.digest:
-        raise _wrong(path, f"the manifest of {where} is not the one that was published")
+        raise _wrong(path, f"the manifest of {where} does not match its sha256")
     if keys.digest(artifact.preimage) != item.key:
-        raise _wrong(path, f"the key of {where} is not that of what it says it was made from")
+        raise _wrong(path, f"the key of {where} is not the digest of its preimage")
     return entries
 
 
 def _stays_inside(name: Any) -> bool:
-    """Whether a manifest's path is a plain one, below the directory that it is joined to."""
+    """Whether a manifest's path is normalized and stays below the directory that it is joined to."""
     if not isinstance(name, str) or "\0" in name:
         return False
     parts = PurePosixPath(name).parts
     return bool(parts) and "/".join(parts) == name and ".." not in parts
 
 
-def _wrong(path: Path, what: str) -> StoreError:
-    return StoreError(f"{path} cannot be imported: {what}", "export it again, and copy the whole of it")
+def _wrong(path: Path, reason: str) -> StoreError:
+    return StoreError(f"{path} cannot be imported: {reason}", "export it again, and copy the complete file")
 
 
 def _cannot_write(error: OSError, path: Path) -> StoreError:
     if error.errno in (errno.ENOSPC, errno.EDQUOT):
         return no_space(error, path)
-    return StoreError(f"{path} cannot be written: {error.strerror}", "name a place that you may write to")
+    return StoreError(f"{path} cannot be written: {error.strerror}", "name a path that you may write to")

@@ -1,6 +1,6 @@
-"""One artifact on the disk: what its directory says of itself, and whether that is so.
+"""One artifact on disk: reads its description and checks its files against its manifest.
 
-artifact.json    who made it, from what, with which key and digest
+artifact.json    key, preimage, digest, provenance and record
 manifest.jsonl   path, size and sha256 of every file, sorted by path
 data/            the files
 """
@@ -19,7 +19,7 @@ from speculators.errors import StageError
 from speculators.runner.planning import key as keys
 
 FORMAT = "1"
-"""Raised when an older release could not read the layout."""
+"""Version of the layout; increased when an older release could not read it."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -29,15 +29,15 @@ class Artifact:
     stage: str
     key: str
     path: Path
-    """Its directory, with artifact.json, manifest.jsonl and data/."""
+    """Directory with artifact.json, manifest.jsonl and data/."""
     digest: str
-    """What it is as an input of others: sha256 of its manifest, or the identity that its source declares."""
+    """Its identity as an input of other stages: sha256 of its manifest, or the identity that its source declares."""
     preimage: dict[str, Any]
-    """What `key` is the digest of."""
+    """The JSON whose digest is `key`."""
     record: dict[str, Any]
-    """Facts that the stage wrote down: rows read, rows dropped, seconds."""
+    """Facts that the stage recorded: rows read, rows dropped, seconds."""
     provenance: dict[str, Any]
-    """Who made it, when, where, with what."""
+    """The run, time, machine and versions that produced it."""
     bytes: int
     """Size of data/."""
     manifest: str
@@ -45,43 +45,43 @@ class Artifact:
 
     @property
     def data(self) -> Path:
-        """What the stage made, read-only."""
+        """Directory of the stage's output, read-only."""
         return self.path / "data"
 
 
 def read_artifact(path: Path) -> Artifact:
-    """What a directory's artifact.json says.
+    """Read the artifact.json of a directory; the files are not checked.
 
     Raises:
-        OSError: it cannot be read, or is not there.
-        ValueError: it is damaged, or of another layout.
+        OSError: it is missing or cannot be read.
+        ValueError: it is damaged, or has another layout.
     """
     try:
-        plain = json.loads((path / "artifact.json").read_text())
+        description = json.loads((path / "artifact.json").read_text())
         artifact = Artifact(
-            stage=plain["stage"],
-            key=plain["key"],
+            stage=description["stage"],
+            key=description["key"],
             path=path,
-            digest=plain["digest"],
-            preimage=plain["preimage"],
-            record=plain["record"],
-            provenance=plain["provenance"],
-            bytes=plain["bytes"],
-            manifest=plain["manifest"],
+            digest=description["digest"],
+            preimage=description["preimage"],
+            record=description["record"],
+            provenance=description["provenance"],
+            bytes=description["bytes"],
+            manifest=description["manifest"],
         )
-        keys.leaves(artifact.preimage)
+        keys.flatten_preimage(artifact.preimage)
     except (LookupError, TypeError, AttributeError) as error:
-        raise ValueError(f"it lacks or misspells {error}") from None
-    if plain.get("format") != FORMAT:
-        raise ValueError(f"it has layout `{plain.get('format')}`")
+        raise ValueError(f"field {error} is missing or wrong") from None
+    if description.get("format") != FORMAT:
+        raise ValueError(f"its layout is `{description.get('format')}`")
     return artifact
 
 
-def is_whole(artifact: Artifact) -> bool:
-    """The manifest is the one that was published, and every file of it is there with its size.
+def is_complete(artifact: Artifact) -> bool:
+    """Whether the manifest has the published digest and every file in it exists with its size.
 
     Raises:
-        PermissionError: this user may not look.
+        PermissionError: this user may not read it.
     """
     try:
         manifest = (artifact.path / "manifest.jsonl").read_bytes()
@@ -89,7 +89,7 @@ def is_whole(artifact: Artifact) -> bool:
             return False
         root = str(artifact.data)
         entries = json.loads(b"[" + b",".join(manifest.splitlines()) + b"]")
-        # Strings, because a hundred thousand `Path`s take longer than asking the kernel.
+        # Strings: constructing a hundred thousand `Path`s takes longer than the system calls.
         return all(os.stat(f"{root}/{entry['path']}").st_size == entry["size"] for entry in entries)  # noqa: PTH116
     except PermissionError:
         raise
@@ -97,42 +97,42 @@ def is_whole(artifact: Artifact) -> bool:
         return False
 
 
-def trouble(artifact: Artifact) -> str:
-    """What is wrong with an artifact whose files are all read and hashed again; empty if nothing is."""
+def damage(artifact: Artifact) -> str:
+    """Hash all files of an artifact again; describe the first mismatch, or return an empty string."""
     if keys.digest(artifact.preimage) != artifact.key:
-        return "its key is not that of what it says it was made from"
+        return "its key is not the digest of its preimage"
     try:
-        if not is_whole(artifact):
+        if not is_complete(artifact):
             return "its manifest is damaged, or a file is missing or has another size"
         lines = (artifact.path / "manifest.jsonl").read_text().splitlines()
-        wanted = {entry["path"]: entry["sha256"] for entry in map(json.loads, lines)}
-        for name, digest in wanted.items():
+        digests = {entry["path"]: entry["sha256"] for entry in map(json.loads, lines)}
+        for name, digest in digests.items():
             if sha256(artifact.data / name) != digest:
-                return f"{name} has other bytes"
-        more = {path.relative_to(artifact.data).as_posix() for path in _leaves(artifact.data)} - wanted.keys()
+                return f"{name} does not match its sha256"
+        extra = {path.relative_to(artifact.data).as_posix() for path in _files_below(artifact.data)} - digests.keys()
     except OSError as error:
         return f"{error.filename} cannot be read: {error.strerror}"
-    return f"{min(more)} is not in its manifest" if more else ""
+    return f"{min(extra)} is not in its manifest" if extra else ""
 
 
 def manifest_of(data: Path, stage: str, known: Mapping[str, str]) -> list[dict[str, Any]]:
-    """Path, size and sha256 of every file, sorted by path; those whose sha256 is `known` by path are not read."""
-    found = _leaves(data)
-    for path in found:
+    """Path, size and sha256 of every file, sorted by path; files whose sha256 is `known`, by path, are not read."""
+    paths = _files_below(data)
+    for path in paths:
         if path.is_symlink() or not path.is_file():
-            raise StageError(f"{stage}: {path} is not a file", "an artifact holds plain files and nothing else")
-    if not found:
-        raise StageError(f"{stage}: it left nothing in {data}", "a stage has to make something; see its log")
-    named = [(path.relative_to(data).as_posix(), path) for path in found]
+            raise StageError(f"{stage}: {path} is not a regular file", "a stage may write regular files only")
+    if not paths:
+        raise StageError(f"{stage}: it wrote no file into {data}", "see its log")
+    named = [(path.relative_to(data).as_posix(), path) for path in paths]
     return [{"path": n, "size": p.stat().st_size, "sha256": known.get(n) or sha256(p)} for n, p in named]
 
 
 def sha256(path: Path) -> str:
-    """Of a file's bytes, in hex."""
+    """The sha256 of a file, in hex."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def _leaves(data: Path) -> list[Path]:
-    """Everything below a directory that is not a directory itself, sorted."""
+def _files_below(data: Path) -> list[Path]:
+    """All paths below a directory that are not directories, sorted."""
     return sorted(p for p in data.rglob("*") if p.is_symlink() or not p.is_dir())

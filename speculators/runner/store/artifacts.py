@@ -1,18 +1,18 @@
-"""The artifact store: directories named by key, written once, never changed.
+"""The artifact store: directories named by key, each written once and never changed.
 
-    <store>/format                                what layout this is; an unknown one is refused
+    <store>/format                                version of the layout; an unknown one is refused
     <store>/artifacts/<stage>/<key[:2]>/<key>/    artifact.json  manifest.jsonl  data/
     <store>/work/<stage>/<key>/                   kept between attempts, so that a stage resumes
-    <store>/locks/                                one kernel lock a key, held from the claim through the publishing
-    <store>/aside/                                what failed its check: kept, never read
+    <store>/locks/                                one `flock` for each key, from the claim until it is published
+    <store>/quarantine/                           directories that failed their check: kept, never read
 
-An artifact is whole or not there: everything is written and synced in the work directory and appears by one
-rename. A directory that fails its check is a miss, never a crash. Reading creates nothing, so `plan` works on a
-store that is read-only or does not exist yet.
+An artifact is complete or absent: all files are written and synced in the work directory, and one rename makes them
+visible. A directory that fails its check is a cache miss, never a crash. Reading creates no file, so `plan` works on
+a store that is read-only or does not exist yet.
 
-A store may be shared. What the root's own mode grants to group and others is granted to everything that is made
-below it (`chmod 2770 ROOT` once, for a team), whatever the umask of whoever makes it. Further stores may lie
-underneath as layers: what is not in this one is looked up there, and nothing is ever written there.
+Several users can share a store: everything in it gets the permissions of the root for group and others (`chmod 2770
+ROOT` once, for a team), whatever the umask. A store can have further stores as layers: an artifact that is not in this
+one is looked up there, and nothing is ever written there.
 """
 
 from __future__ import annotations
@@ -34,55 +34,55 @@ from speculators.config.schema import RunOptions
 from speculators.errors import StoreError
 from speculators.job import write_json
 from speculators.runner.planning import key as keys
-from speculators.runner.store.artifact import FORMAT, Artifact, is_whole, manifest_of, read_artifact
+from speculators.runner.store.artifact import FORMAT, Artifact, is_complete, manifest_of, read_artifact
 
 CACHEDIR_TAG = "Signature: 8a477f597d28d172789f06886806bc55\n# Made by speculators-run; backup programs may skip it.\n"
 """See https://bford.info/cachedir/."""
-KNOWN = {"format", "CACHEDIR.TAG", "artifacts", "work", "locks", "aside", "services"}
-"""What may lie in a store's root; anything else means that the directory is somebody's, not a store."""
+KNOWN = {"format", "CACHEDIR.TAG", "artifacts", "work", "locks", "quarantine", "services"}
+"""Names in a store's root; any other name means that the directory is not a store."""
 
 
-def store_root(named: str) -> Path:
-    """Where artifacts are kept: what the recipe says as `run.store`, the environment's word, or the user's cache."""
-    return Path(named or os.environ.get("SPECULATORS_STORE") or "~/.cache/speculators-run").expanduser().resolve()
+def store_root(directory: str) -> Path:
+    """The store's root: `run.store`, else SPECULATORS_STORE, else a directory in the user's cache."""
+    return Path(directory or os.environ.get("SPECULATORS_STORE") or "~/.cache/speculators-run").expanduser().resolve()
 
 
 def open_store(run: RunOptions) -> Store:
-    """The store of a recipe over those that it only reads.
+    """The store of a recipe, with the stores that it only reads as layers.
 
     Raises:
-        StoreError: one of them cannot be read, or a layer is not there.
+        StoreError: one of them cannot be read, or a layer does not exist.
     """
     layers = run.stores_read or os.environ.get("SPECULATORS_STORE_READ", "").split(os.pathsep)
     return Store(store_root(run.store), [Path(layer).expanduser().resolve() for layer in layers if layer])
 
 
 def existing(path: Path) -> Path:
-    """A path, or the nearest one above it that is there."""
+    """The path itself if it exists, else its nearest parent that does."""
     while not path.exists():
         path = path.parent
     return path
 
 
 def free_bytes(root: Path) -> int:
-    """Free bytes where the store is, or will be."""
+    """Free bytes on the disk of the store, which need not exist."""
     return shutil.disk_usage(existing(root)).free
 
 
 def no_space(error: OSError, where: object) -> StoreError:
-    """What to say of a disk, or a user's quota, that is full."""
-    hint = "make room (`speculators-run gc` tells what nobody uses), then run the same command again: what is finished "
+    """The error for a full disk, or an exhausted disk quota of the user."""
+    hint = "free space (`speculators-run gc` lists unused artifacts), then run the same command again: finished work "
     if error.errno == errno.EDQUOT:
-        return StoreError(f"your disk quota is used up: {where}", f"{hint}is kept")
+        return StoreError(f"your disk quota is exhausted: {where}", f"{hint}is kept")
     free = free_bytes(Path(str(where)).absolute()) / 2**20
-    return StoreError(f"no space is left for {where}: {free:.1f} MiB are free there", f"{hint}is kept")
+    return StoreError(f"no space is left for {where}: {free:.1f} MiB are free", f"{hint}is kept")
 
 
 class Store:
-    """The store at `root`, which need not exist, over the `layers` below it, which must.
+    """The store at `root`, which need not exist, and its read-only `layers`, which must.
 
     Raises:
-        StoreError: the layout there is of another release, a store cannot be read, or a layer is none.
+        StoreError: a store has the layout of another release or cannot be read, or a layer is not a store.
     """
 
     def __init__(self, root: Path, layers: Sequence[Path] = ()) -> None:
@@ -90,8 +90,8 @@ class Store:
         self.layers = tuple(Store(layer) for layer in layers if layer != root)
         for layer in self.layers:
             if not (layer.root / "format").exists():
-                hint = "name a store that is there in run.stores_read or SPECULATORS_STORE_READ; is its disk mounted?"
-                raise StoreError(f"{layer.root} is to be read and is not a store", hint)
+                hint = "fix run.stores_read or SPECULATORS_STORE_READ, or mount its disk"
+                raise StoreError(f"the read-only store {layer.root} is not a store", hint)
         try:
             layout = (root / "format").read_text().strip()
         except FileNotFoundError:
@@ -99,58 +99,58 @@ class Store:
         except OSError as error:
             raise StoreError(f"the store {root} cannot be read: {error.strerror}", "set run.store=DIRECTORY") from None
         if layout != FORMAT:
-            hint = "use the release that made it, or another directory: run.store=DIRECTORY"
+            hint = "use the release that created it, or another directory: run.store=DIRECTORY"
             raise StoreError(f"the store {root} has layout `{layout}`, this release reads `{FORMAT}`", hint)
 
     def find(self, stage: str, key: str) -> Artifact | None:
-        """The artifact of this key if it is whole, here or in a layer: every file of its manifest with its size.
+        """The artifact of this key, here or in a layer; None if it is missing or a file does not have its size.
 
         Raises:
-            StoreError: it is there and this user may not read it, which making it again would not mend.
+            StoreError: it exists but this user may not read it, so building it again would not help.
         """
         stores = (self, *self.layers)
-        return next((found for store in stores if (found := store._find_here(stage, key)) is not None), None)
+        return next((artifact for store in stores if (artifact := store._find_here(stage, key)) is not None), None)
 
     def artifacts(self, stage: str) -> Iterator[Artifact]:
-        """Every artifact of a stage whose artifact.json can be read, layers included; its files are not looked at."""
+        """Every artifact of a stage with a readable artifact.json, layers included; files are not checked."""
         seen = set()
         for store in (self, *self.layers):
-            for artifact in store.own(stage):
+            for artifact in store.own_artifacts(stage):
                 if artifact.key not in seen:
                     seen.add(artifact.key)
                     yield artifact
 
-    def own(self, stage: str) -> Iterator[Artifact]:
-        """The same without layers: what can be removed."""
+    def own_artifacts(self, stage: str) -> Iterator[Artifact]:
+        """The same without layers: the artifacts that can be removed."""
         for path in sorted((self.root / "artifacts" / stage).glob("[!.]*/[!.]*")):
             with contextlib.suppress(OSError, ValueError):
                 yield read_artifact(path)
 
     def nearest(self, stage: str, preimage: Mapping[str, Any]) -> Artifact | None:
-        """The artifact whose preimage differs least from this one, in leaves; of several, the newest."""
+        """The artifact whose preimage differs from this one in the fewest values; the newest of several."""
 
         def closeness(artifact: Artifact) -> tuple[int, str]:
-            different = keys.differences(artifact.preimage, preimage)
+            different = keys.preimage_differences(artifact.preimage, preimage)
             return -len(different), str(artifact.provenance.get("finished", ""))
 
         return max(self.artifacts(stage), key=closeness, default=None)
 
     def work(self, stage: str, key: str) -> Path:
-        """Where the stage of this key works. Only the holder of the claim may write there."""
+        """The work directory of this key. Only the holder of the claim may write there."""
         return self.root / "work" / stage / key
 
     @contextlib.contextmanager
     def claim(
         self, stage: str, key: str, waiting: Callable[[str], None], run: str = "", uses: Iterable[str] = ()
     ) -> Iterator[None]:
-        """Hold the only right to make this artifact; while another process holds it, say who and wait.
+        """Hold the exclusive right to build an artifact; while another process holds it, call `waiting` and wait.
 
-        It is a lock of the kernel: it ends with the process that holds it, however that ends. Whoever gets it
-        has to look again: the artifact may be there by now. `uses` are the keys of what is read meanwhile.
+        The claim is a `flock`, which the kernel releases when the process ends. After it is acquired the artifact may
+        exist, so `find` has to be called again. `uses` are the keys of artifacts that are read while it is held.
         """
         with self._writing():
             self.root.mkdir(parents=True, exist_ok=True)
-        with self._rights():
+        with self._root_permissions():
             with self._writing():
                 self._prepare()
             holder = self.root / "locks" / f"{stage}-{key}.json"
@@ -160,10 +160,10 @@ class Store:
                 lock = self._acquire(stage, key, wait=True)
             assert lock is not None
             try:
-                who = {"pid": os.getpid(), "host": os.uname().nodename, "run": run, "since": time.time()}
+                owner = {"pid": os.getpid(), "host": os.uname().nodename, "run": run, "since": time.time()}
                 with self._writing():
-                    write_json(holder, {**who, "uses": sorted(uses)})
-                    self._take_back(stage, key)
+                    write_json(holder, {**owner, "uses": sorted(uses)})
+                    self._restore_work(stage, key)
                 yield
             finally:
                 holder.unlink(missing_ok=True)
@@ -171,8 +171,8 @@ class Store:
 
     @contextlib.contextmanager
     def claimed_at_once(self, stage: str, key: str) -> Iterator[bool]:
-        """The same right if nobody holds it, false if somebody does."""
-        with self._rights():
+        """Acquire the claim without waiting; yields False if another process holds it."""
+        with self._root_permissions():
             lock = self._acquire(stage, key, wait=False)
             try:
                 yield lock is not None
@@ -181,39 +181,39 @@ class Store:
                     os.close(lock)
 
     def in_use(self) -> set[str]:
-        """Keys that somebody holds the claim of now, and those that they read meanwhile."""
-        found: set[str] = set()
+        """Keys that are claimed now, and those that the claiming processes read."""
+        keys_in_use: set[str] = set()
         for holder in (self.root / "locks").glob("[!.]*.json"):
             stage, _, key = holder.stem.rpartition("-")
             try:
                 with self.claimed_at_once(stage, key) as ended:
-                    pass  # if it is ours now, whoever wrote this was killed
+                    pass  # the claim is free, so the process that wrote this file was killed
             except StoreError:
-                ended = False  # nothing can be locked here, so it cannot be known
+                ended = False  # no lock can be acquired here, so the claim may be held
             if not ended:
-                found |= {key, *_said(holder).get("uses", ())}
-        return found
+                keys_in_use |= {key, *_read_holder(holder).get("uses", ())}
+        return keys_in_use
 
     def touch(self, artifact: Artifact) -> None:
-        """Note that an artifact was used now, where it is ours and the store can be written."""
+        """Record that an artifact was used now, if it is in this store and the store is writable."""
         if artifact.path.is_relative_to(self.root):
             with contextlib.suppress(OSError):
                 os.utime(artifact.path / "artifact.json")
 
-    def set_aside(self, stage: str, key: str) -> Path | None:
-        """Move a directory that `find` refuses out of the way; where to, or None if there is none. Needs the claim."""
-        path = self._place(stage, key)
-        return self.move_aside(path, f"{stage}-{key}") if path.exists() else None
+    def quarantine(self, stage: str, key: str) -> Path | None:
+        """Move the directory of a key to quarantine; return its new path, None if there is none. Needs the claim."""
+        path = self._path(stage, key)
+        return self.quarantine_path(path, f"{stage}-{key}") if path.exists() else None
 
-    def move_aside(self, path: Path, name: str) -> Path:
-        """Move what lies at a path of the store out of the way, under a name that tells what it was."""
+    def quarantine_path(self, path: Path, name: str) -> Path:
+        """Move a path of the store to quarantine, under `name` with the time; return its new path."""
         now = time.time_ns()
         with self._writing():
-            while (aside := self.root / "aside" / f"{name}-{now}").exists():
-                now += 1  # the clock was set back to that very moment
-            aside.parent.mkdir(exist_ok=True)
-            path.rename(aside)
-        return aside
+            while (target := self.root / "quarantine" / f"{name}-{now}").exists():
+                now += 1  # only if the clock was set back
+            target.parent.mkdir(exist_ok=True)
+            path.rename(target)
+        return target
 
     def publish(
         self,
@@ -225,17 +225,17 @@ class Store:
         provenance: Mapping[str, Any],
         digest: str | None,
         written: Mapping[str, str] = MappingProxyType({}),
-        anew: bool = False,
+        replace: bool = False,
     ) -> Artifact:
-        """Make the work directory's data/ the artifact of this key, then remove the work directory. Needs the claim.
+        """Publish the work directory's data/ as the artifact of this key and remove the rest. Needs the claim.
 
-        `digest` is the identity that a source declares; without one it is the digest of the content. `written` is the
-        sha256 of files, by path below data/, that were hashed while they were written. If the artifact is there
-        already (the lock did not hold everywhere), that one stays and this one is discarded; with `anew` it is the
-        other way round, and the old one is set aside, unless both hold the same bytes.
+        `digest` is the identity that a source declares; None: the digest of the content. `written` maps paths below
+        data/ to the sha256 that was computed while they were written. If the artifact exists already (file systems
+        without working locks), it stays and the new one is discarded; with `replace` the old one goes to quarantine,
+        unless both have the same bytes.
 
         Raises:
-            StageError: data/ is empty, or holds something else than files and directories.
+            StageError: data/ is empty, or contains something other than regular files and directories.
             StoreError: the store cannot be written.
         """
         work = self.work(stage, key)
@@ -247,7 +247,7 @@ class Store:
             shutil.rmtree(staging, ignore_errors=True)
             staging.mkdir()
             (staging / "manifest.jsonl").write_text(manifest)
-            described = {
+            description = {
                 "format": FORMAT,
                 "stage": stage,
                 "key": key,
@@ -258,60 +258,62 @@ class Store:
                 "record": dict(record),
                 "provenance": dict(provenance),
             }
-            write_json(staging / "artifact.json", described)
+            write_json(staging / "artifact.json", description)
             (work / "data").rename(staging / "data")
-        return self.adopt(stage, key, staging, anew=anew)
+        return self.adopt(stage, key, staging, replace=replace)
 
-    def adopt(self, stage: str, key: str, staging: Path, *, anew: bool = False) -> Artifact:
-        """Make a directory of the work directory, with all that an artifact has, the artifact of this key.
+    def adopt(self, stage: str, key: str, staging: Path, *, replace: bool = False) -> Artifact:
+        """Publish `staging`, a complete artifact in the work directory, and remove the rest. Needs the claim.
 
-        Then remove the work directory. If the artifact is there already, see `publish`. Needs the claim.
+        If the artifact exists already, see `publish`.
 
         Raises:
-            StoreError: the store cannot be written, or what is there then is not whole.
+            StoreError: the store cannot be written, or the published artifact is not complete.
         """
-        place = self._place(stage, key)
+        path = self._path(stage, key)
         with self._writing():
             self._allow(staging / "data", 0o444)
             _sync_tree(staging)
-            place.parent.mkdir(parents=True, exist_ok=True)
-            if anew and not _same_files(place, staging):
-                self.set_aside(stage, key)
-            self._move_into_place(staging, place, stage, key)
+            path.parent.mkdir(parents=True, exist_ok=True)
+            if replace and not _same_files(path, staging):
+                self.quarantine(stage, key)
+            self._rename_into_store(staging, path, stage, key)
             self.discard_work(stage, key)
         artifact = self._find_here(stage, key)
         if artifact is None:
-            raise StoreError(f"{place} was just written and is not whole", "is another program writing in the store?")
+            raise StoreError(
+                f"{path} was just written and is not complete", "end other programs that write into the store"
+            )
         return artifact
 
     def discard_work(self, stage: str, key: str) -> None:
-        """Remove what attempts left behind; the artifact is there. Needs the claim."""
+        """Remove the work directory of a published artifact. Needs the claim."""
         shutil.rmtree(self.work(stage, key), ignore_errors=True)
 
     def _find_here(self, stage: str, key: str) -> Artifact | None:
-        path = self._place(stage, key)
+        path = self._path(stage, key)
         try:
             artifact = read_artifact(path)
-            return artifact if artifact.key == key and is_whole(artifact) else None
+            return artifact if artifact.key == key and is_complete(artifact) else None
         except PermissionError as error:
-            hint = f"ask {_owner(path)} for the right to read it, or use a store of your own: run.store=DIRECTORY"
+            hint = f"ask {_owner(path)} for permission to read it, or use another store: run.store=DIRECTORY"
             raise StoreError(f"{error.filename} cannot be read: {error.strerror}", hint) from None
         except (OSError, ValueError):
-            return None  # not there, or damaged
+            return None  # missing or damaged
 
-    def _move_into_place(self, staging: Path, place: Path, stage: str, key: str) -> None:
+    def _rename_into_store(self, staging: Path, path: Path, stage: str, key: str) -> None:
         try:
-            staging.rename(place)
+            staging.rename(path)
         except OSError as error:
             if error.errno not in (errno.ENOTEMPTY, errno.EEXIST):
                 raise
             if self._find_here(stage, key) is None:
-                self.set_aside(stage, key)
-                staging.rename(place)
-        _sync(place.parent)
+                self.quarantine(stage, key)
+                staging.rename(path)
+        _sync(path.parent)
 
-    def _take_back(self, stage: str, key: str) -> None:
-        """An attempt was killed between moving its data to be published and publishing it: the data is work again."""
+    def _restore_work(self, stage: str, key: str) -> None:
+        """Move data/ back to the work directory if an attempt was killed while it published."""
         work = self.work(stage, key)
         sealed = work / "publish" / "data"
         if sealed.is_dir() and not (work / "data").exists():
@@ -319,13 +321,13 @@ class Store:
             sealed.rename(work / "data")
 
     def _allow(self, root: Path, files: int) -> None:
-        """Let the store's users do this with the files below a directory; tools leave some that only one may read."""
+        """Give everything below a directory the root's permissions; `files` masks those of files."""
         mode = self._mode()
         for path in [*root.rglob("*"), root]:
             path.chmod(mode if path.is_dir() else mode & files)
 
     def _acquire(self, stage: str, key: str, *, wait: bool) -> int | None:
-        """Take the lock of a key and return its descriptor; None if somebody holds it and we do not wait."""
+        """Lock a key and return the lock's descriptor; None if another process holds it and `wait` is false."""
         path = self.root / "locks" / f"{stage}-{key}.lock"
         with self._writing():
             path.parent.mkdir(exist_ok=True)
@@ -338,65 +340,65 @@ class Store:
         except OSError as error:
             os.close(descriptor)
             hint = "put the store on a file system whose locks work: run.store=DIRECTORY"
-            raise StoreError(f"nothing can be locked in the store {self.root}: {error.strerror}", hint) from None
+            raise StoreError(f"file locks do not work in the store {self.root}: {error.strerror}", hint) from None
         except BaseException:
             os.close(descriptor)
             raise
         return descriptor
 
     def _mode(self) -> int:
-        """What may be done in the store, by its root's mode; the owner may do everything."""
+        """The mode of the store's files: the root's for group and others, all permissions for the owner."""
         return self.root.stat().st_mode & 0o077 | 0o700
 
     @contextlib.contextmanager
-    def _rights(self) -> Iterator[None]:
-        """Give what is made meanwhile the rights of the root. The umask is the process's: no other thread may care."""
+    def _root_permissions(self) -> Iterator[None]:
+        """Create files with the permissions of the root. Sets the process's umask, so only one thread may use it."""
         before = os.umask(~self._mode() & 0o777)
         try:
             yield
         finally:
             os.umask(before)
 
-    def _place(self, stage: str, key: str) -> Path:
+    def _path(self, stage: str, key: str) -> Path:
         return self.root / "artifacts" / stage / key[:2] / key
 
     def _prepare(self) -> None:
-        """Make the root a store. A directory that holds something else is left alone."""
+        """Make the root a store; refuse a directory that has other content."""
         if (self.root / "format").exists():
             return
         foreign = sorted(p.name for p in self.root.iterdir() if p.name not in KNOWN and not p.name.startswith("."))
         if foreign:
-            hint = "give an empty directory, or one that does not exist: run.store=DIRECTORY"
-            raise StoreError(f"{self.root} is not a store: it holds {', '.join(foreign[:3])}", hint)
+            hint = "name an empty directory, or one that does not exist: run.store=DIRECTORY"
+            raise StoreError(f"{self.root} is not a store: it contains {', '.join(foreign[:3])}", hint)
         for name, text in (("CACHEDIR.TAG", CACHEDIR_TAG), ("format", FORMAT + "\n")):
-            beside = self.root / f".{name}.{os.getpid()}"
-            beside.write_text(text)
-            os.replace(beside, self.root / name)
+            temporary = self.root / f".{name}.{os.getpid()}"
+            temporary.write_text(text)
+            os.replace(temporary, self.root / name)
 
     @contextlib.contextmanager
     def _writing(self) -> Iterator[None]:
-        """Say in the user's words why the store cannot be written."""
+        """Convert an OSError of writing into a StoreError with a hint."""
         try:
             yield
         except OSError as error:
             where = error.filename or self.root
             if error.errno in (errno.ENOSPC, errno.EDQUOT):
                 raise no_space(error, where) from error
-            hint = "mend its permissions, or use another directory: run.store=DIRECTORY"
+            hint = "fix its permissions, or use another directory: run.store=DIRECTORY"
             raise StoreError(f"the store cannot be written: {where}: {error.strerror}", hint) from error
 
 
-def _same_files(place: Path, staging: Path) -> bool:
-    """Whether a whole artifact lies there that has just the files of the one that is to come."""
+def _same_files(path: Path, staging: Path) -> bool:
+    """Whether the artifact at `path` is complete and has the same files as the one in `staging`."""
     try:
-        made = read_artifact(place)
-        return is_whole(made) and made.manifest == read_artifact(staging).manifest
+        published = read_artifact(path)
+        return is_complete(published) and published.manifest == read_artifact(staging).manifest
     except (OSError, ValueError):
         return False
 
 
 def _owner(path: Path) -> str:
-    """Whose a path is, or the nearest directory above it that can be seen."""
+    """The owner of a path, or of its nearest visible parent."""
     while True:
         try:
             return path.owner()
@@ -407,7 +409,7 @@ def _owner(path: Path) -> str:
 
 
 def _sync_tree(root: Path) -> None:
-    """Put a directory and all that is below it on the disk."""
+    """Flush a directory and everything below it to disk."""
     for path in [*root.rglob("*"), root]:
         _sync(path)
 
@@ -420,17 +422,17 @@ def _sync(path: Path) -> None:
         os.close(descriptor)
 
 
-def _said(holder: Path) -> dict[str, Any]:
-    """What the holder of a claim wrote down; the lock itself is the kernel's, this is for messages and for `gc`."""
+def _read_holder(path: Path) -> dict[str, Any]:
+    """The record that the holder of a claim wrote for messages and for `gc`; {} if there is none."""
     try:
-        plain = json.loads(holder.read_text())
-        return plain if isinstance(plain, dict) else {}
+        record = json.loads(path.read_text())
+        return record if isinstance(record, dict) else {}
     except (OSError, ValueError):
         return {}
 
 
 def _describe(holder: Path) -> str:
-    """Who holds a claim, in words."""
-    plain = _said(holder)
-    run = f" of run {plain['run']}" if plain.get("run") else ""
-    return f"pid {plain['pid']} on {plain['host']}{run}" if {"pid", "host"} <= plain.keys() else "another process"
+    """The holder of a claim, for a message."""
+    record = _read_holder(holder)
+    run = f" of run {record['run']}" if record.get("run") else ""
+    return f"pid {record['pid']} on {record['host']}{run}" if {"pid", "host"} <= record.keys() else "another process"

@@ -1,8 +1,8 @@
-"""Looking after a store: what is not what it should be, what may go, and how much it holds.
+"""Verifies a store, removes what is unused (`gc`), and measures its size.
 
-An artifact may go when no run that is kept names its key and nothing has used it for some days; so may what was set
-aside and the work directories of attempts that nobody resumed. A run marks what it uses, its hits too. What another
-process holds the claim of, or reads while it makes something else, is never touched.
+An artifact can be removed if no kept run has its key and nothing has used it for some days; so can quarantined
+directories and work directories that were not resumed. A run marks every artifact that it uses, cache hits included.
+An artifact that another process has claimed, or reads under a claim, is never removed.
 """
 
 from __future__ import annotations
@@ -21,49 +21,49 @@ from speculators.runner.planning.graph import KINDS
 from speculators.runner.store import artifact as artifacts
 from speculators.runner.store.artifacts import Store
 
-DAY = 86400.0
+SECONDS_PER_DAY = 86400.0
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Entry:
-    """What lies where an artifact should be."""
+    """A path below artifacts/, where only artifacts should be."""
 
     stage: str
     key: str
-    """The name of its directory: a key, unless something else has come there."""
+    """The name of its directory: a key, unless it is a foreign path."""
     path: Path
-    trouble: str
-    """What is wrong with it; empty if nothing is."""
+    damage: str
+    """What is wrong with it; empty if it is intact."""
 
 
 def entries(store: Store, stages: Collection[str] = ()) -> Iterator[Entry]:
-    """Everything below artifacts/, of all stages if none is named, read and hashed again. Hidden files do not count."""
+    """Hash every artifact of these stages (none: all) again. Hidden files are skipped."""
     for stage in _visible(store.root / "artifacts"):
         if stages and stage.name not in stages:
             continue
         if not stage.is_dir():
-            yield Entry(stage=stage.name, key="", path=stage, trouble="it is no directory of a stage")
+            yield Entry(stage=stage.name, key="", path=stage, damage="it is not the directory of a stage")
             continue
         for start in _visible(stage):
             if not start.is_dir():
-                yield Entry(stage=stage.name, key=start.name, path=start, trouble="it is no directory of artifacts")
+                yield Entry(stage=stage.name, key=start.name, path=start, damage="it is not a directory of artifacts")
                 continue
             for path in _visible(start):
-                yield Entry(stage=stage.name, key=path.name, path=path, trouble=_trouble(path))
+                yield Entry(stage=stage.name, key=path.name, path=path, damage=_damage(path))
 
 
-def move_aside(store: Store, entry: Entry) -> Path | None:
-    """Move an entry that is broken or foreign to aside/; None if somebody else is at work on its key."""
+def quarantine(store: Store, entry: Entry) -> Path | None:
+    """Move a damaged or foreign entry to quarantine; return its new path, None if its key is claimed."""
     name = "-".join(filter(None, (entry.stage, entry.key)))
     if not _is_key(entry.key):
-        return store.move_aside(entry.path, name)
-    with store.claimed_at_once(entry.stage, entry.key) as ours:
-        return store.move_aside(entry.path, name) if ours else None
+        return store.quarantine_path(entry.path, name)
+    with store.claimed_at_once(entry.stage, entry.key) as claimed:
+        return store.quarantine_path(entry.path, name) if claimed else None
 
 
-def _trouble(path: Path) -> str:
+def _damage(path: Path) -> str:
     if path.is_symlink() or not path.is_dir():
-        return "it is no artifact"
+        return "it is not an artifact"
     try:
         artifact = artifacts.read_artifact(path)
     except OSError as error:
@@ -71,16 +71,16 @@ def _trouble(path: Path) -> str:
     except ValueError as error:
         return f"artifact.json is damaged: {error}"
     if (artifact.stage, artifact.key) != (path.parents[1].name, path.name) or path.parent.name != path.name[:2]:
-        return f"it says that it is {artifact.stage} {artifact.key[:8]}"
-    return artifacts.trouble(artifact)
+        return f"its artifact.json is that of {artifact.stage} {artifact.key[:8]}"
+    return artifacts.damage(artifact)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Rubbish:
-    """One directory that may go."""
+class Unused:
+    """A directory that can be removed."""
 
     what: str
-    """`artifact`, `work` or `aside`."""
+    """`artifact`, `work` or `quarantine`."""
     stage: str
     key: str
     path: Path
@@ -89,8 +89,8 @@ class Rubbish:
     """Since it was last used."""
 
 
-def named_by_runs(runs: Path) -> set[str]:
-    """The keys of every run below a directory, of one that was killed or still goes on those that it has decided."""
+def keys_of_runs(runs: Path) -> set[str]:
+    """The keys of all runs below a directory; of one without run.json (killed, or running), those of its events."""
     keys: set[str] = set()
     for run in runs.glob("*/"):
         try:
@@ -105,67 +105,67 @@ def _decided(events: Path) -> set[str]:
         lines = events.read_text(errors="replace").splitlines()
     except OSError:
         return set()
-    return {found[1] for line in lines if (found := re.search(r'"key": "([0-9a-f]{64})"', line))}
+    return {match[1] for line in lines if (match := re.search(r'"key": "([0-9a-f]{64})"', line))}
 
 
-def rubbish(store: Store, kept: Collection[str], days: float) -> list[Rubbish]:
-    """What may go: not of a kept key, not in use, and not used for so many days; oldest first."""
+def find_unused(store: Store, kept: Collection[str], days: float) -> list[Unused]:
+    """Directories without a kept key that are not in use and unused for `days`; oldest first."""
     busy = {*kept, *store.in_use()}
-    found = [r for r in _everything(store) if r.days >= days and r.key not in busy]
-    return sorted(found, key=lambda r: -r.days)
+    unused = [item for item in _everything(store) if item.days >= days and item.key not in busy]
+    return sorted(unused, key=lambda item: -item.days)
 
 
-def remove(store: Store, unwanted: Rubbish) -> bool:
-    """Delete one; false if somebody else is at work on its key, or has used it since it was looked at."""
-    if unwanted.what == "aside":
-        _delete(unwanted.path)
+def remove(store: Store, unused: Unused) -> bool:
+    """Delete a directory; return false if its key is claimed, or was used in the meantime."""
+    if unused.what == "quarantine":
+        _delete(unused.path)
         return True
-    with store.claimed_at_once(unwanted.stage, unwanted.key) as ours:
-        if not ours:
+    with store.claimed_at_once(unused.stage, unused.key) as claimed:
+        if not claimed:
             return False
-        if unwanted.what == "work":
-            store.discard_work(unwanted.stage, unwanted.key)
+        if unused.what == "work":
+            store.discard_work(unused.stage, unused.key)
             return True
-        if _age(unwanted.path / "artifact.json") < unwanted.days:
+        if _age(unused.path / "artifact.json") < unused.days:
             return False
-        aside = store.set_aside(unwanted.stage, unwanted.key)  # in one step: nobody finds half of it
-        if aside is not None:
-            _delete(aside)
+        quarantined = store.quarantine(unused.stage, unused.key)  # one rename: no reader sees it incomplete
+        if quarantined is not None:
+            _delete(quarantined)
         return True
 
 
 def discard(store: Store, artifact: artifacts.Artifact) -> None:
-    """Delete an artifact of this very store that nobody will want, unless somebody else is at work on its key."""
+    """Delete an artifact of this store, unless another process has claimed its key."""
     if artifact.path.is_relative_to(store.root):
-        with store.claimed_at_once(artifact.stage, artifact.key) as ours:
-            aside = store.set_aside(artifact.stage, artifact.key) if ours else None
-        if aside is not None:
-            _delete(aside)
+        with store.claimed_at_once(artifact.stage, artifact.key) as claimed:
+            quarantined = store.quarantine(artifact.stage, artifact.key) if claimed else None
+        if quarantined is not None:
+            _delete(quarantined)
 
 
-def _everything(store: Store) -> Iterator[Rubbish]:
+def _everything(store: Store) -> Iterator[Unused]:
     for stage in KINDS:
-        for artifact in store.own(stage):
+        for artifact in store.own_artifacts(stage):
             stamp = artifact.path / "artifact.json"
-            yield Rubbish(
+            yield Unused(
                 what="artifact", stage=stage, key=artifact.key, path=artifact.path, bytes=artifact.bytes,
                 days=_age(stamp),
             )  # fmt: skip
         for path in _visible(store.root / "work" / stage):
-            yield Rubbish(
-                what="work", stage=stage, key=path.name, path=path, bytes=size(path),
+            yield Unused(
+                what="work", stage=stage, key=path.name, path=path, bytes=total_bytes(path),
                 days=min(map(_age, [path, *path.rglob("*")])),
             )  # fmt: skip
-    for path in _visible(store.root / "aside"):
+    for path in _visible(store.root / "quarantine"):
         name, _, nanoseconds = path.name.rpartition("-")
         if name and nanoseconds.isdecimal():
             stage, _, key = name.rpartition("-")
-            days = max(0.0, (time.time() - int(nanoseconds) / 1e9) / DAY)
-            yield Rubbish(what="aside", stage=stage, key=key, path=path, bytes=size(path), days=days)
+            days = max(0.0, (time.time() - int(nanoseconds) / 1e9) / SECONDS_PER_DAY)
+            yield Unused(what="quarantine", stage=stage, key=key, path=path, bytes=total_bytes(path), days=days)
 
 
 def _visible(directory: Path) -> list[Path]:
-    """What lies in a directory, sorted; nothing if there is none. File systems keep things of theirs in hidden ones."""
+    """Paths in a directory, sorted; [] if it is missing. Hidden names are skipped: file systems use them."""
     return sorted(directory.glob("[!.]*"))
 
 
@@ -181,21 +181,20 @@ def _delete(path: Path) -> None:
 
 
 def _age(path: Path) -> float:
-    """Days since a path was last written. One that went away meanwhile is as young as can be; so is one of the future:
-    where a clock has jumped, what is kept too long can go later, and what is gone is gone."""
+    """Days since a path was last written; 0 if it is missing or its time is in the future, so that it is kept."""
     try:
-        return max(0.0, (time.time() - path.stat().st_mtime) / DAY)
+        return max(0.0, (time.time() - path.stat().st_mtime) / SECONDS_PER_DAY)
     except OSError:
         return 0.0
 
 
-def held(store: Store) -> int:
-    """Bytes of all that a store holds: artifacts, work, what was set aside, what servers leave for their clients."""
-    return size(*(store.root / part for part in ("artifacts", "work", "aside", "services")))
+def store_bytes(store: Store) -> int:
+    """Size of a store in bytes: artifacts, work, quarantine, and files that servers write for their clients."""
+    return total_bytes(*(store.root / part for part in ("artifacts", "work", "quarantine", "services")))
 
 
-def size(*paths: Path) -> int:
-    """Bytes of all files below directories, which need not exist and may change meanwhile; of linked ones, once."""
+def total_bytes(*paths: Path) -> int:
+    """Size in bytes of all files below directories, which may be missing or change; hard links count once."""
     return sum(_file_sizes(paths))
 
 
@@ -204,11 +203,11 @@ def _file_sizes(paths: Iterable[Path]) -> Iterable[int]:
     for directory, _, names in itertools.chain.from_iterable(os.walk(path) for path in paths):
         for name in names:
             try:
-                found = os.lstat(f"{directory}/{name}")
+                status = os.lstat(f"{directory}/{name}")
             except OSError:
                 continue
-            if found.st_nlink > 1:
-                if (found.st_dev, found.st_ino) in linked:
+            if status.st_nlink > 1:
+                if (status.st_dev, status.st_ino) in linked:
                     continue
-                linked.add((found.st_dev, found.st_ino))
-            yield found.st_size
+                linked.add((status.st_dev, status.st_ino))
+            yield status.st_size

@@ -156,7 +156,7 @@ class PlayedWorker:
             (data / "config.json").write_text(json.dumps(facts))  # of a target; nobody looks into the others
             described = {name: self.plain[name] for name in ("preimage", "provenance", "digest")}
             with self.world.store.claim(stage, key, lambda who: None):
-                self.world.store.publish(stage, key, record={}, **described, anew=self.plain["forced"])
+                self.world.store.publish(stage, key, record={}, **described, replace=self.plain["forced"])
         self.outcome = 0
 
 
@@ -457,7 +457,7 @@ def test_a_store_that_runs_full_stops_the_stage_while_it_can_still_write_where_i
     world.config.run.quota_gib, world.lasts["seed"] = 1.0, 10**6
     room = {"free_bytes": 2**40, "held": 0}
     monkeypatch.setattr(estimate, "free_bytes", lambda root: room["free_bytes"])
-    monkeypatch.setattr(upkeep, "held", lambda store: room["held"])
+    monkeypatch.setattr(upkeep, "store_bytes", lambda store: room["held"])
     monkeypatch.setattr(estimate.DiskWatch, "EVERY", 0.0)
     world.when["seed", 3] = lambda: room.update({full: {"free_bytes": 2**20, "held": 2**31}[full]})
     said = {"free_bytes": "runs full: 1 MiB are free", "held": r"holds 2\.0 GiB by now, run\.quota_gib allows 1\.0 GiB"}
@@ -623,7 +623,7 @@ def test_a_source_that_everybody_has_is_not_fetched_unless_it_is_asked_for(mill:
     world.config.target.source = "pypi:model==1/model.gguf@sha256:" + "0" * 64
     world.run()
     (found,) = world.store.artifacts("fetch")
-    world.store.set_aside("fetch", found.key)
+    world.store.quarantine("fetch", found.key)
     world.run()
     assert world.of("stage.started") == []
     world.config.until = "target"

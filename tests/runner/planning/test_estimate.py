@@ -158,11 +158,11 @@ def test_without_a_quota_nothing_is_counted_and_with_one_the_states_must_fit_bes
     config: Config, store: Store
 ) -> None:
     publish_all(store, Planner(config, store))
-    assert needs(config, store).held_bytes == 0
+    assert needs(config, store).store_bytes == 0
     config.run.quota_gib = 1.0
     config.train.lr, config.extract.shard_tokens = 0.5, 1  # so that states are to be stored again
     now = needs(config, store)
-    assert now.held_bytes > 0
+    assert now.store_bytes > 0
     assert now.quota_bytes == GIB
     said = r"the store holds 0\.0 GiB and the hidden states need up to 2\.1 GiB, run\.quota_gib allows 1\.0 GiB"
     with pytest.raises(StoreError, match=said) as caught:
@@ -173,9 +173,9 @@ def test_without_a_quota_nothing_is_counted_and_with_one_the_states_must_fit_bes
 @pytest.mark.parametrize(
     ("change", "said"),
     [
-        ({"held_bytes": 3 * GIB, "quota_bytes": 2 * GIB}, "the store holds 3.0 GiB, run.quota_gib allows 2.0 GiB"),
+        ({"store_bytes": 3 * GIB, "quota_bytes": 2 * GIB}, "the store holds 3.0 GiB, run.quota_gib allows 2.0 GiB"),
         ({"feature_bytes": 11 * GIB}, "the hidden states need up to 11.0 GiB, the store has 10.0 GiB free"),
-        ({"writable": False}, "something is to be made, and the store /s cannot be written"),
+        ({"writable": False}, "stages have to run, and the store /s is not writable"),
     ],
 )
 def test_each_lack_is_said(change: dict[str, int], said: str) -> None:

@@ -9,7 +9,7 @@ import pytest
 from speculators.config import compose
 from speculators.config.schema import Config
 from speculators.errors import RecipeError
-from speculators.runner.planning.explain import LIBRARIES, Explanation, beside, explain
+from speculators.runner.planning.explain import LIBRARIES, Explanation, changes_outside_key, explain_stage
 from speculators.runner.planning.plan import Planner
 from speculators.runner.servers import vllm
 from speculators.runner.store.artifacts import Store
@@ -66,7 +66,7 @@ def _engine(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def asked(store: Store, name: str, *words: str) -> Explanation:
-    return explain(Planner(compose.compose(["recipe=smollm2_eagle3", *words]), store), name)
+    return explain_stage(Planner(compose.compose(["recipe=smollm2_eagle3", *words]), store), name)
 
 
 def reachable(store: Store, config: Config, name: str, word: str) -> Explanation:
@@ -75,7 +75,7 @@ def reachable(store: Store, config: Config, name: str, word: str) -> Explanation
     digests: dict[str, str] = {}
     for upstream in planner.graph:
         if upstream == name:
-            return explain(planner, name)
+            return explain_stage(planner, name)
         step = planner.step(upstream, digests)
         digests[upstream] = step.artifact.digest if step.artifact else publish(store, planner, upstream, digests)
     raise AssertionError(name)
@@ -89,16 +89,16 @@ def test_one_changed_option_is_named_and_nothing_else(store: Store, config: Conf
     derived = {"speculator.target_layer_ids": ["capture_layer_ids", "layer_ids"]}
     option = word.partition("=")[0]
     assert [change.name for change in found.changes] == derived.get(option, [option])
-    assert found.made["run"] == "earlier"
+    assert found.nearest["run"] == "earlier"
 
 
 def test_a_hit_says_which_run_made_it_and_what_is_in_its_key(store: Store, config: Config) -> None:
     publish_all(store, Planner(config, store))
     found = asked(store, "train")
     assert (found.state, found.reason, found.changes) == ("cached", "made by earlier", [])
-    assert found.made["finished"] == "2026"
-    assert found.leaves["train.lr"] == config.train.lr
-    assert "input tokens" in found.leaves
+    assert found.nearest["finished"] == "2026"
+    assert found.key_values["train.lr"] == config.train.lr
+    assert "input tokens" in found.key_values
 
 
 def test_a_changed_input_names_the_runs_that_made_both(store: Store, config: Config) -> None:
@@ -107,8 +107,8 @@ def test_a_changed_input_names_the_runs_that_made_both(store: Store, config: Con
     changed = Planner(compose.compose(["recipe=smollm2_eagle3", "vocab.size=99"]), store)
     digests = {step.node.name: step.digest for step in changed.plan() if step.digest}
     publish(store, changed, "vocab", digests, content="another vocabulary")
-    found = explain(changed, "train")
-    assert [(change.name, change.made) for change in found.changes] == [("input vocab", "earlier -> earlier")]
+    found = explain_stage(changed, "train")
+    assert [(change.name, change.runs) for change in found.changes] == [("input vocab", "earlier -> earlier")]
 
 
 def test_a_stage_that_waits_names_the_one_it_waits_for(store: Store, config: Config) -> None:
@@ -120,8 +120,8 @@ def test_a_stage_that_waits_names_the_one_it_waits_for(store: Store, config: Con
 
 def test_without_an_earlier_artifact_there_is_nothing_to_compare(store: Store) -> None:
     found = asked(store, "prompts")
-    assert (found.reason, found.changes, found.made) == ("new", [], {})
-    assert "prompts.num_conversations" in found.leaves
+    assert (found.reason, found.changes, found.nearest) == ("new", [], {})
+    assert "prompts.num_conversations" in found.key_values
 
 
 def test_a_stage_that_the_recipe_has_not_is_refused(store: Store) -> None:
@@ -146,6 +146,10 @@ def test_versions_that_are_in_no_key_are_told_apart_from_those_that_are(
     for artifact in artifacts.values():
         assert artifact is not None
         artifact.provenance["versions"] = made
-    found = {name: {change.name for change in beside(artifact)} for name, artifact in artifacts.items() if artifact}
+    found = {
+        name: {change.name for change in changes_outside_key(artifact)}
+        for name, artifact in artifacts.items()
+        if artifact
+    }
     assert found["train"] == set(LIBRARIES), "its key holds none of them"
     assert found["tokenize"] == {"torch", "datasets"}

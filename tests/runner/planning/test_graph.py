@@ -29,7 +29,7 @@ def test_sources_become_nodes_of_their_own(config: Config) -> None:
     assert nodes["regenerate"].inputs == {"prompts": "prompts", "target": "target"}
     assert nodes["prompts"].inputs == {"dataset.sharegpt": "dataset.sharegpt"}
     assert set(nodes["evaluate"].inputs) == {"speculator", "target", "dataset.sharegpt", "dataset.human_eval"}
-    assert nodes["target"].wanted_as == "checkpoint"
+    assert nodes["target"].fetch_as == "checkpoint"
 
 
 def test_a_service_is_no_node(config: Config) -> None:
@@ -45,18 +45,18 @@ def test_a_second_node_of_a_kind_names_it(config: Config) -> None:
     ("node", "wiring", "message", "hint"),
     [
         ("trian", {}, "there is no stage `trian`", "did you mean `train`?"),
-        ("vocab", {"token": "tokenize"}, "`vocab` takes no input `token`", "did you mean `tokens`?"),
+        ("vocab", {"token": "tokenize"}, "`vocab` has no input `token`", "did you mean `tokens`?"),
         ("vocab", {}, "the input `tokens` is not wired", "of type tokens"),
         ("vocab", {"tokens": "tokenise"}, "there is no node `tokenise`", "did you mean `tokenize`?"),
         ("vocab", {"tokens": "train"}, "`train` gives speculator, this input takes tokens", "`tokenize`"),
         ("extract", {"tokens": "tokenize", "target": "train"}, "`train` gives speculator", "`serve`"),
-        ("target", {"uses": "prompts"}, "this name is taken", "otherwise"),
+        ("target", {"uses": "prompts"}, "this name is reserved", "another name"),
         ("train", {"tokens": "tokenize", "vocab": "vocab"}, "the input `features` is not wired", "`target: serve`"),
         (
             "train",
             {"tokens": "tokenize", "vocab": "vocab", "features": "extract", "target": "serve"},
             "`features` come from `extract` or from a server, not from both",
-            "leave out `features` or `target`",
+            "remove `features` or `target`",
         ),
         ("train", {"tokens": "tokenize", "vocab": "vocab", "target": "vocab"}, "`vocab` gives vocabulary", "`serve`"),
     ],
@@ -79,7 +79,7 @@ def test_a_circle_is_refused_with_its_nodes(config: Config, monkeypatch: pytest.
     monkeypatch.setitem(
         graph.KINDS, "vocab", graph.Kind(version=1, gives=("tokens",), takes={"tokens": "tokens"}, target=False)
     )
-    with pytest.raises(RecipeError, match=r"wait for each other: .*a.*b"):
+    with pytest.raises(RecipeError, match=r"depend on each other: .*a.*b"):
         graph.build(config)
 
 
@@ -155,4 +155,4 @@ def test_workers_of_an_extraction_come_before_it_and_move_no_key(store: Store) -
 def test_forcing_an_extraction_forces_its_workers() -> None:
     config = offline()
     config.extract.workers, config.force = 2, ["extract"]
-    assert graph.forced(graph.build(config), config) == {"extract", "extract.1", "extract.2"}
+    assert graph.forced_nodes(graph.build(config), config) == {"extract", "extract.1", "extract.2"}

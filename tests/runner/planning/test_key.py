@@ -72,7 +72,7 @@ def test_a_number_that_is_none_has_no_key() -> None:
     ],
 )
 def test_a_difference_is_named_as_a_person_writes_it(change: dict[str, object], name: str) -> None:
-    assert [n for n, _, _ in key.differences(image(), image(**change))] == [name]
+    assert [n for n, _, _ in key.preimage_differences(image(), image(**change))] == [name]
     assert key.digest(image()) != key.digest(image(**change))
 
 

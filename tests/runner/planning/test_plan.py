@@ -77,9 +77,9 @@ def test_sources_that_nobody_reads_are_not_fetched(config: Config, store: Store)
     planner = Planner(config, store)
     publish_all(store, planner)
     step = planner.step("dataset.sharegpt", {})
-    assert store.set_aside("fetch", step.key) is not None
+    assert store.quarantine("fetch", step.key) is not None
     found = states(Planner(config, store))
-    assert found.pop("dataset.sharegpt") == ("unneeded", "nobody reads it")
+    assert found.pop("dataset.sharegpt") == ("unneeded", "no stage reads it")
     assert {state for state, _ in found.values()} == {"cached"}
 
 

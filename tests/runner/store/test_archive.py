@@ -21,7 +21,7 @@ from speculators.runner.planning import key as keys
 from speculators.runner.planning.plan import Planner
 from speculators.runner.servers import vllm
 from speculators.runner.store import archive
-from speculators.runner.store.artifact import Artifact, trouble
+from speculators.runner.store.artifact import Artifact, damage
 from speculators.runner.store.artifacts import Store
 from tests.conftest import publish_all, publish_files
 
@@ -38,7 +38,7 @@ def made(store: Store) -> list[Artifact]:
 @pytest.fixture
 def file(made: list[Artifact], tmp_path: Path) -> Path:
     """Both of them, exported."""
-    archive.write(made, tmp_path / "made.tar")
+    archive.export_artifacts(made, tmp_path / "made.tar")
     return tmp_path / "made.tar"
 
 
@@ -48,12 +48,12 @@ def other(tmp_path: Path) -> Store:
 
 
 def bring(file: Path, store: Store) -> list[bool]:
-    return [new for _, new in archive.read(file, store, waiting=print)]
+    return [new for _, new in archive.import_artifacts(file, store, waiting=print)]
 
 
 def lying(root: Path) -> list[str]:
     """Every file below a directory that a store shows to somebody, or would resume from."""
-    places = [root / "artifacts", root / "work", root / "aside"]
+    places = [root / "artifacts", root / "work", root / "quarantine"]
     return sorted(str(p.relative_to(root)) for place in places for p in place.rglob("*") if not p.is_dir())
 
 
@@ -75,7 +75,7 @@ def test_what_is_imported_is_what_was_exported(made: list[Artifact], file: Path,
         found = other.find(artifact.stage, artifact.key)
         assert found is not None
         assert dataclasses.replace(found, path=artifact.path) == artifact
-        assert trouble(found) == ""
+        assert damage(found) == ""
         assert not other.work(artifact.stage, artifact.key).exists()
     taken = other.find("train", made[0].key)
     assert taken is not None
@@ -88,7 +88,7 @@ def test_the_same_artifacts_are_the_same_file_wherever_they_lie(
 ) -> None:
     bring(file, other)
     again = [a for m in made if (a := other.find(m.stage, m.key)) is not None]
-    archive.write(again, tmp_path / "again.tar")
+    archive.export_artifacts(again, tmp_path / "again.tar")
     assert (tmp_path / "again.tar").read_bytes() == file.read_bytes()
 
 
@@ -102,7 +102,7 @@ def test_a_damaged_artifact_is_replaced_by_the_imported_one(made: list[Artifact]
     (made[0].data / "a.txt").unlink()
     assert bring(file, store) == [True, False]
     assert store.find("train", made[0].key) is not None
-    assert len(list((store.root / "aside").iterdir())) == 1
+    assert len(list((store.root / "quarantine").iterdir())) == 1
 
 
 def test_a_cut_off_import_leaves_nothing(made: list[Artifact], file: Path, tmp_path: Path) -> None:
@@ -141,7 +141,7 @@ def test_what_a_killed_import_left_is_in_nobodys_way(made: list[Artifact], file:
     assert bring(file, other) == [True, True]
     found = other.find("train", made[0].key)
     assert found is not None
-    assert trouble(found) == ""
+    assert damage(found) == ""
 
 
 def _in_place(name: str, content: bytes) -> Callable[[list[Member]], list[Member]]:
@@ -183,22 +183,22 @@ def _listing(**changes: object) -> Callable[[list[Member]], list[Member]]:
 @pytest.mark.parametrize(
     ("change", "said"),
     [
-        (_in_place("data/a.txt", b"alphA"), "has other bytes than its manifest says"),
-        (_in_place("data/a.txt", b"longer than it was"), "is not the file that it should be"),
+        (_in_place("data/a.txt", b"alphA"), "does not match its sha256"),
+        (_in_place("data/a.txt", b"longer than it was"), "is not a regular file of the listed size"),
         (_in_place("manifest.jsonl", b"{}\n"), "is damaged"),
         (_in_place("artifact.json", b"[]"), "is damaged"),
         (_in_place("artifacts.json", b'{"format": 99}'), "has format 99, this release reads 1"),
         (_in_place("artifacts.json", b"{"), "its list of artifacts is damaged"),
-        (_renamed("data/a.txt", "../../a.txt"), "stands where"),
-        (_renamed("data/a.txt", "/etc/a.txt"), "stands where"),
-        (_linked(tarfile.SYMTYPE), "is not the file that it should be"),
-        (_linked(tarfile.LNKTYPE), "is not the file that it should be"),
-        (_linked(tarfile.FIFOTYPE), "is not the file that it should be"),
-        (_listing(stage="evil"), "of a stage `evil`, which this release does not have"),
+        (_renamed("data/a.txt", "../../a.txt"), "` where `"),
+        (_renamed("data/a.txt", "/etc/a.txt"), "` where `"),
+        (_linked(tarfile.SYMTYPE), "is not a regular file of the listed size"),
+        (_linked(tarfile.LNKTYPE), "is not a regular file of the listed size"),
+        (_linked(tarfile.FIFOTYPE), "is not a regular file of the listed size"),
+        (_listing(stage="evil"), "of stage `evil`, which this release does not have"),
         (_listing(key="../../../etc"), "its list of artifacts is damaged"),
-        (_listing(digest="0" * 64), "is not what the list of artifacts says"),
+        (_listing(digest="0" * 64), "does not match the list of artifacts"),
         (_listing(files=-1), "its list of artifacts is damaged"),
-        (lambda members: members[1:], "stands where `artifacts.json` should"),
+        (lambda members: members[1:], "where `artifacts.json` should be"),
     ],
 )
 def test_a_file_that_is_not_what_it_says_is_refused_and_leaves_nothing(
@@ -211,7 +211,7 @@ def test_a_file_that_is_not_what_it_says_is_refused_and_leaves_nothing(
 
 
 def test_more_than_is_listed_is_refused(file: Path, other: Store) -> None:
-    with pytest.raises(StoreError, match="it holds more than it lists"):
+    with pytest.raises(StoreError, match="it contains more than it lists"):
         bring(rewritten(file, _more), other)
 
 
@@ -233,7 +233,7 @@ def _forged(members: list[Member], name: str | None = None, **changes: Any) -> l
 
 @pytest.mark.parametrize("name", ["../evil", "../../../../evil", "./a", "/tmp/evil", "a//b", "..", ""])
 def test_a_forged_manifest_cannot_name_a_place_elsewhere(file: Path, other: Store, tmp_path: Path, name: str) -> None:
-    with pytest.raises(StoreError, match="names files that no artifact has"):
+    with pytest.raises(StoreError, match="has invalid entries"):
         bring(rewritten(file, lambda members: _forged(members, name or "\0")), other)
     assert not list(tmp_path.rglob("evil"))
     assert lying(other.root) == []
@@ -241,21 +241,21 @@ def test_a_forged_manifest_cannot_name_a_place_elsewhere(file: Path, other: Stor
 
 def test_a_key_that_is_not_that_of_its_preimage_is_refused(file: Path, other: Store) -> None:
     assert keys.digest({}) != "e" * 64
-    with pytest.raises(StoreError, match="is not that of what it says it was made from"):
+    with pytest.raises(StoreError, match="is not the digest of its preimage"):
         bring(rewritten(file, lambda members: _forged(members, key="e" * 64)), other)
 
 
 def test_an_export_never_overwrites_and_one_that_fails_leaves_no_file(made: list[Artifact], file: Path) -> None:
     with pytest.raises(StoreError, match=r"made\.tar exists"):
-        archive.write(made, file)
+        archive.export_artifacts(made, file)
     changed = made[0].data / "a.txt"
     changed.chmod(0o644)
     changed.write_text("alphA")
-    with pytest.raises(StoreError, match="has other bytes than were stored"):
-        archive.write(made, file.with_name("second.tar"))
+    with pytest.raises(StoreError, match="does not match its sha256"):
+        archive.export_artifacts(made, file.with_name("second.tar"))
     (made[0].data / "a.txt").unlink()
     with pytest.raises(StoreError, match="cannot be read"):
-        archive.write(made, file.with_name("second.tar"))
+        archive.export_artifacts(made, file.with_name("second.tar"))
     assert [p.name for p in file.parent.glob("*second*")] == []
 
 

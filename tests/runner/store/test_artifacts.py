@@ -42,7 +42,7 @@ def put(
     key: str = KEY,
     files: dict[str, str] | None = None,
     digest: str | None = None,
-    anew: bool = False,
+    replace: bool = False,
     written: dict[str, str] | None = None,
     **config: object,
 ) -> Artifact:
@@ -53,7 +53,7 @@ def put(
             path.write_text(text)
         finished = {"finished": str(time.time_ns())}
         facts = {"preimage": image(**config), "record": {"rows": 2}, "provenance": finished}
-        return store.publish("train", key, **facts, digest=digest, written=written or {}, anew=anew)
+        return store.publish("train", key, **facts, digest=digest, written=written or {}, replace=replace)
 
 
 def test_what_was_published_is_found_with_all_that_was_said_about_it(tmp_path: Path) -> None:
@@ -84,7 +84,7 @@ def test_a_file_that_was_hashed_while_it_was_written_is_not_read_again(
     assert read == ["a.txt"]
     assert made.digest == whole.digest
     wrong = put(Store(tmp_path / "three"), written={"sub/b.txt": "0" * 64})
-    assert module.trouble(replace(wrong, key=keys.digest(wrong.preimage))) == "sub/b.txt has other bytes"
+    assert module.damage(replace(wrong, key=keys.digest(wrong.preimage))) == "sub/b.txt does not match its sha256"
 
 
 def test_published_files_are_read_only(tmp_path: Path) -> None:
@@ -114,7 +114,7 @@ def test_a_damaged_artifact_is_a_miss_and_can_be_made_again(tmp_path: Path, dama
     assert store.find("train", KEY) is None
     assert store.find("train", KEY) is None, "looking must not change anything"
     with store.claim("train", KEY, no_waiting):
-        aside = store.set_aside("train", KEY)
+        aside = store.quarantine("train", KEY)
     assert aside is not None
     assert (aside / "data").is_dir()
     assert put(store).key == KEY
@@ -129,26 +129,26 @@ def test_publishing_over_rubbish_replaces_it_and_over_a_whole_artifact_keeps_tha
     second = put(store, files={"a.txt": "of another process"})
     assert second == first
     assert (second.data / "a.txt").read_text() == "alpha"
-    assert len(list((store.root / "aside").iterdir())) == 1
+    assert len(list((store.root / "quarantine").iterdir())) == 1
 
 
 def test_publishing_anew_replaces_a_whole_artifact_unless_the_bytes_are_the_same(tmp_path: Path) -> None:
     store = Store(tmp_path / "store")
     first = put(store)
-    assert put(store, anew=True) == first
-    assert not (store.root / "aside").exists()
-    assert put(store, files={"a.txt": "other"}, anew=True).digest != first.digest
-    assert len(list((store.root / "aside").iterdir())) == 1
+    assert put(store, replace=True) == first
+    assert not (store.root / "quarantine").exists()
+    assert put(store, files={"a.txt": "other"}, replace=True).digest != first.digest
+    assert len(list((store.root / "quarantine").iterdir())) == 1
 
 
 def test_a_stage_that_leaves_nothing_or_a_link_is_refused(tmp_path: Path) -> None:
     store = Store(tmp_path / "store")
-    with pytest.raises(StageError, match="left nothing"):
+    with pytest.raises(StageError, match="wrote no file"):
         put(store, files={})
     data = store.work("train", KEY) / "data"
     data.mkdir(parents=True)
     (data / "link").symlink_to("/etc/hostname")
-    with pytest.raises(StageError, match="not a file"):
+    with pytest.raises(StageError, match="not a regular file"):
         put(store, files={})
 
 
@@ -171,7 +171,7 @@ def test_an_unknown_layout_and_a_directory_that_is_no_store_are_refused(tmp_path
     home = tmp_path / "home"
     home.mkdir()
     (home / "thesis.tex").write_text("mine")
-    with pytest.raises(StoreError, match=r"holds thesis\.tex"), Store(home).claim("train", KEY, no_waiting):
+    with pytest.raises(StoreError, match=r"contains thesis\.tex"), Store(home).claim("train", KEY, no_waiting):
         pass
     assert [p.name for p in home.iterdir()] == ["thesis.tex"]
 
@@ -269,7 +269,7 @@ def test_what_is_not_here_is_looked_up_in_the_layers_and_nothing_is_written_ther
     store.touch(found)
     put(store, OTHER, lr=0.3)
     assert {a.key for a in store.artifacts("train")} == {KEY, OTHER}
-    assert {a.key for a in store.own("train")} == {OTHER}
+    assert {a.key for a in store.own_artifacts("train")} == {OTHER}
     assert {p: p.stat().st_mtime_ns for p in (tmp_path / "below").rglob("*")} == before
 
 
@@ -290,7 +290,7 @@ def test_a_damaged_own_artifact_is_replaced_although_a_layer_has_it(tmp_path: Pa
     store = Store(tmp_path / "store", [tmp_path / "below"])
     (put(store).data / "a.txt").unlink()
     assert put(store).path.is_relative_to(store.root)
-    assert len(list((store.root / "aside").iterdir())) == 1
+    assert len(list((store.root / "quarantine").iterdir())) == 1
 
 
 def test_layers_are_named_by_the_recipe_or_else_by_the_environment(
@@ -305,9 +305,9 @@ def test_layers_are_named_by_the_recipe_or_else_by_the_environment(
 
 
 def test_a_layer_that_is_not_there_is_an_error_and_not_a_rerun(tmp_path: Path) -> None:
-    with pytest.raises(StoreError, match="absent is to be read and is not a store") as caught:
+    with pytest.raises(StoreError, match="absent is not a store") as caught:
         Store(tmp_path / "store", [tmp_path / "absent"])
-    assert "is its disk mounted?" in caught.value.hint
+    assert "or mount its disk" in caught.value.hint
 
 
 def test_everything_in_a_shared_store_has_the_roots_rights_whatever_the_umask(tmp_path: Path) -> None:

@@ -26,7 +26,7 @@ from speculators.runner.planning.plan import Planner, State
 from speculators.runner.servers import vllm
 from speculators.runner.store import artifacts as stores
 from speculators.runner.store.artifacts import Store
-from speculators.runner.store.upkeep import rubbish
+from speculators.runner.store.upkeep import find_unused
 from tests.conftest import publish_all, publish_files
 from tests.requests import make_request
 
@@ -110,8 +110,8 @@ def test_a_stage_that_fills_the_disk_says_so_and_goes_on_when_there_is_room(
     code, work = attempt(root, count_blocks)
     assert code == 1
     err = capsys.readouterr().err
-    assert f"error: no space is left for {work}: 0.0 MiB are free there" in err
-    assert "hint: make room (`speculators-run gc` tells what nobody uses)" in err
+    assert f"error: no space is left for {work}: 0.0 MiB are free" in err
+    assert "hint: free space (`speculators-run gc` lists unused artifacts)" in err
     finished = len(list((work / "data").iterdir()))
     assert finished > 20
     disk.remount("size=4m")
@@ -176,7 +176,7 @@ def _quota() -> None:
     [
         (_rust, "no space is left for"),
         (_chained, "no space is left for /shards/7"),
-        (_quota, "your disk quota is used"),
+        (_quota, "your disk quota is exhausted"),
     ],
 )
 def test_a_full_disk_is_recognised_whichever_library_meets_it(
@@ -223,7 +223,7 @@ def test_a_read_only_store_is_read_and_refused_before_anything_starts(
     assert cli._guarded([DEMO, runs]) == 0, "everything is there"
     capsys.readouterr()
     assert cli._guarded([DEMO, runs, "train.lr=3e-4"]) == 1
-    assert f"something is to be made, and the store {store.root} cannot be written" in capsys.readouterr().err
+    assert f"stages have to run, and the store {store.root} is not writable" in capsys.readouterr().err
     assert cli._guarded(["gc", "days=0", "--delete"]) == 1
     assert "Read-only file system" in capsys.readouterr().err
     with pytest.raises(StoreError, match="cannot be written"), store.claim("train", "e" * 64, waiting=print):
@@ -273,7 +273,7 @@ def test_an_artifact_that_this_user_may_not_read_is_named_with_its_owner(nobody:
     with as_nobody(), pytest.raises(StoreError, match=str(artifact.path)) as caught:
         Store(nobody / "store").find("train", artifact.key)
     assert "cannot be read: Permission denied" in caught.value.message
-    assert "ask root for the right to read it" in caught.value.hint
+    assert "ask root for permission to read it" in caught.value.hint
 
 
 def test_a_store_of_somebody_else_is_read_by_all_and_written_by_none(nobody: Path) -> None:
@@ -284,7 +284,7 @@ def test_a_store_of_somebody_else_is_read_by_all_and_written_by_none(nobody: Pat
         store.touch(artifact)
         with pytest.raises(StoreError, match=r"cannot be written: .*Permission denied") as caught:
             publish_files(store, {"a.txt": "beta"}, lr=0.2)
-    assert "mend its permissions" in caught.value.hint
+    assert "fix its permissions" in caught.value.hint
 
 
 @pytest.mark.parametrize("number", [errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOSYS, errno.EIO])
@@ -301,11 +301,11 @@ def test_where_locks_do_not_work_nothing_is_made_and_plan_works(
     ran: list[Job] = []
     assert attempt(store.root, ran.append)[0] == 1
     err = capsys.readouterr().err
-    assert f"nothing can be locked in the store {store.root}" in err
+    assert f"file locks do not work in the store {store.root}" in err
     assert "hint: put the store on a file system whose locks work" in err
     assert ran == []
     assert cli._guarded(["gc", "days=0", "--delete"]) == 1
-    assert "nothing can be locked" in capsys.readouterr().err
+    assert "file locks do not work" in capsys.readouterr().err
     assert cli._guarded(["plan", DEMO]) == 0
     assert {step.state for step in Planner(config, store).plan()} == {State.cached}
 
@@ -319,7 +319,7 @@ def test_a_clock_that_is_set_back_loses_nothing(
     future = time.time() + 30 * 86400
     os.utime(artifact.path / "artifact.json", (future, future))
     assert {step.state for step in Planner(config, store).plan()} == {State.cached}
-    assert artifact.key not in {item.key for item in rubbish(store, set(), days=0.0001)}
+    assert artifact.key not in {item.key for item in find_unused(store, set(), days=0.0001)}
     store.touch(artifact)
     assert (artifact.path / "artifact.json").stat().st_mtime < future
 
@@ -342,7 +342,7 @@ def test_a_clock_that_is_set_back_loses_nothing(
         assert made is not None
         (made.data / "result").unlink()
     assert reported == [1, 2] * 3
-    assert len(list((store.root / "aside").iterdir())) == 2
+    assert len(list((store.root / "quarantine").iterdir())) == 2
 
 
 def test_where_no_disk_can_be_mounted_a_write_that_fails_is_met_the_same(

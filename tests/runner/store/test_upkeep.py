@@ -16,7 +16,7 @@ from speculators.runner.planning.plan import Planner
 from speculators.runner.servers import vllm
 from speculators.runner.store.artifact import Artifact
 from speculators.runner.store.artifacts import Store
-from speculators.runner.store.upkeep import entries, held, named_by_runs, remove, rubbish
+from speculators.runner.store.upkeep import entries, find_unused, keys_of_runs, remove, store_bytes
 from tests.conftest import publish_all
 
 
@@ -39,9 +39,9 @@ def old(path: Path, days: float = 40) -> None:
 
 def test_what_was_used_lately_stays(store: Store, made: dict[str, Artifact]) -> None:
     store.touch(made["train"])
-    gone = {item.key for item in rubbish(store, set(), days=30)}
+    gone = {item.key for item in find_unused(store, set(), days=30)}
     assert gone == {artifact.key for name, artifact in made.items() if name != "train"}
-    assert rubbish(store, set(), days=50) == []
+    assert find_unused(store, set(), days=50) == []
 
 
 def test_what_a_kept_run_names_stays(store: Store, made: dict[str, Artifact], tmp_path: Path) -> None:
@@ -50,35 +50,35 @@ def test_what_a_kept_run_names_stays(store: Store, made: dict[str, Artifact], tm
     (run / "run.json").write_text(json.dumps({"steps": {"vocab": {"key": made["vocab"].key}}}))
     (tmp_path / "runs/cut").mkdir()
     (tmp_path / "runs/cut/run.json").write_text("{")
-    kept = named_by_runs(tmp_path / "runs")
+    kept = keys_of_runs(tmp_path / "runs")
     assert kept == {made["vocab"].key}
-    assert made["vocab"].key not in {item.key for item in rubbish(store, kept, days=30)}
+    assert made["vocab"].key not in {item.key for item in find_unused(store, kept, days=30)}
 
 
 def test_what_somebody_is_making_is_not_removed(store: Store, made: dict[str, Artifact]) -> None:
-    (item,) = [item for item in rubbish(store, set(), days=30) if item.stage == "vocab"]
+    (item,) = [item for item in find_unused(store, set(), days=30) if item.stage == "vocab"]
     with store.claim("vocab", item.key, waiting=print):
         assert not remove(store, item)
         assert store.find("vocab", item.key) is not None
     assert remove(store, item)
     assert store.find("vocab", item.key) is None
-    assert not list((store.root / "aside").iterdir())
+    assert not list((store.root / "quarantine").iterdir())
 
 
 def test_abandoned_work_and_what_was_set_aside_go_too(store: Store, made: dict[str, Artifact]) -> None:
     work = store.work("train", "f" * 64)
     (work / "scratch").mkdir(parents=True)
     (work / "scratch/step").write_text("12345")
-    aside = store.set_aside("vocab", made["vocab"].key)
+    aside = store.quarantine("vocab", made["vocab"].key)
     assert aside is not None
-    assert "aside" not in {item.what for item in rubbish(store, set(), days=30)}
+    assert "quarantine" not in {item.what for item in find_unused(store, set(), days=30)}
     stage, key, _ = aside.name.rsplit("-", 2)
     aside.rename(aside.with_name(f"{stage}-{key}-{time.time_ns() - 40 * 86400 * 10**9}"))
     for path in (work / "scratch/step", work / "scratch", work):
         old(path)
-    found = {item.what: item for item in rubbish(store, set(), days=30) if item.what != "artifact"}
+    found = {item.what: item for item in find_unused(store, set(), days=30) if item.what != "artifact"}
     assert found["work"].bytes == 5
-    assert found["aside"].stage == "vocab"
+    assert found["quarantine"].stage == "vocab"
     assert all(remove(store, item) for item in found.values())
     assert not work.exists()
 
@@ -119,12 +119,12 @@ def test_gc_ls_and_verify_look_at_what_is_named_and_at_nothing_else(
 
 def test_what_a_worker_reads_stays(store: Store, made: dict[str, Artifact]) -> None:
     with store.claim("train", "f" * 64, waiting=print, uses=[made["vocab"].key]):
-        assert made["vocab"].key not in {item.key for item in rubbish(store, set(), days=0)}
-    assert made["vocab"].key in {item.key for item in rubbish(store, set(), days=0)}
+        assert made["vocab"].key not in {item.key for item in find_unused(store, set(), days=0)}
+    assert made["vocab"].key in {item.key for item in find_unused(store, set(), days=0)}
 
 
 def test_what_was_used_since_it_was_looked_at_stays(store: Store, made: dict[str, Artifact]) -> None:
-    (item,) = [item for item in rubbish(store, set(), days=30) if item.stage == "vocab"]
+    (item,) = [item for item in find_unused(store, set(), days=30) if item.stage == "vocab"]
     store.touch(made["vocab"])
     assert not remove(store, item)
     assert store.find("vocab", item.key) is not None
@@ -137,7 +137,7 @@ def test_a_run_that_goes_on_or_was_killed_keeps_what_it_has_decided(made: dict[s
     (run / "events.jsonl").write_text(
         json.dumps({"event": "run.started"}) + "\n" + json.dumps(line) + '\n{"event": "st'
     )
-    assert named_by_runs(tmp_path / "runs") == {made["vocab"].key}
+    assert keys_of_runs(tmp_path / "runs") == {made["vocab"].key}
 
 
 def test_gc_knows_several_runs_directories_and_refuses_one_that_is_not_there(
@@ -165,15 +165,15 @@ def test_verify_tells_of_everything_that_is_no_whole_artifact(store: Store, made
     (victim("evaluate").parent / "notes.txt").write_text("mine")
     (store.root / "artifacts/README").write_text("mine too")
     (store.root / "artifacts/vocab/.nfs0001").write_text("the file system's")
-    told = {entry.path.relative_to(store.root / "artifacts"): entry.trouble for entry in entries(store)}
+    told = {entry.path.relative_to(store.root / "artifacts"): entry.damage for entry in entries(store)}
     broken = {path.parts[0]: trouble for path, trouble in told.items() if trouble}
     extract = made["extract"].stage
     assert broken["vocab"].startswith("artifact.json is damaged: ")
     assert broken["tokenize"] == "artifact.json cannot be read: No such file or directory"
     assert broken["train"] == "more is not in its manifest"
-    assert broken[extract] == f"it says that it is {extract} {made['extract'].key[:8]}"
-    assert broken["evaluate"] == "it is no artifact"
-    assert broken["README"] == "it is no directory of a stage"
+    assert broken[extract] == f"its artifact.json is that of {extract} {made['extract'].key[:8]}"
+    assert broken["evaluate"] == "it is not an artifact"
+    assert broken["README"] == "it is not the directory of a stage"
     assert len(told) == len(made) + 3
     assert [e.stage for e in entries(store, ["prompts"])] == ["prompts"]
 
@@ -190,10 +190,10 @@ def test_verify_moves_aside_what_it_finds_and_deletes_nothing(
         assert "somebody is at work on them" in capsys.readouterr().err
     assert cli._guarded(["verify", "--aside"]) == 0
     assert cli._guarded(["verify"]) == 0
-    aside = {path.name.rpartition("-")[0]: path for path in (store.root / "aside").iterdir()}
+    aside = {path.name.rpartition("-")[0]: path for path in (store.root / "quarantine").iterdir()}
     assert (aside[f"vocab-{made['vocab'].key}"] / "data/content").read_text() == "vocab"
     assert aside["README"].read_text() == "mine"
-    found = [item for item in rubbish(store, set(), days=0) if item.what == "aside"]
+    found = [item for item in find_unused(store, set(), days=0) if item.what == "quarantine"]
     assert len(found) == 2
     assert all(remove(store, item) for item in found)
 
@@ -202,19 +202,19 @@ def test_what_a_store_holds_is_counted_without_its_layers(store: Store, made: di
     (store.root / "services/one").mkdir(parents=True)
     (store.root / "services/one/states").write_bytes(bytes(1000))
     artifacts = [path for path in (store.root / "artifacts").rglob("*") if path.is_file()]
-    assert held(store) == sum(path.stat().st_size for path in artifacts) + 1000
+    assert store_bytes(store) == sum(path.stat().st_size for path in artifacts) + 1000
     os.link(store.root / "services/one/states", store.root / "services/one/again")
-    assert held(store) == sum(path.stat().st_size for path in artifacts) + 1000  # it takes no more room
+    assert store_bytes(store) == sum(path.stat().st_size for path in artifacts) + 1000  # it takes no more room
     with store.claim("train", "f" * 64, waiting=print):
         pass  # somebody has written there: it is a store
-    assert held(Store(store.root.parent / "empty", [store.root])) == 0
+    assert store_bytes(Store(store.root.parent / "empty", [store.root])) == 0
 
 
 def test_a_clock_that_jumped_back_keeps_everything(
     store: Store, made: dict[str, Artifact], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(time, "time", lambda: 1_000_000_000.0)
-    aside = store.set_aside("vocab", made["vocab"].key)
+    aside = store.quarantine("vocab", made["vocab"].key)
     assert aside is not None
-    assert rubbish(store, set(), days=0.001) == []
-    assert {item.days for item in rubbish(store, set(), days=0)} == {0.0}
+    assert find_unused(store, set(), days=0.001) == []
+    assert {item.days for item in find_unused(store, set(), days=0)} == {0.0}
