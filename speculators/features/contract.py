@@ -54,5 +54,5 @@ def check_contract(contract: Mapping[str, Any], expected: Mapping[str, Any]) -> 
     if wrong:
         raise ContractError(
             f"the hidden states do not fit: {'; '.join(wrong)}",
-            "extract them again from this target, these tokens and these layers, with `run extract`",
+            "extract them again from this target, these tokens and these layers: force=[extract]",
         )

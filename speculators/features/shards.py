@@ -246,7 +246,7 @@ class ShardReader:
         """bool [tokens] over a row's first positions: true where the last layer is kept."""
         return self._span(row).last_mask(tokens)
 
-    def states(self, row: int) -> torch.Tensor:
+    def hidden_states(self, row: int) -> torch.Tensor:
         """Hidden states of a row, [T, L, H], in the stored dtype (bfloat16 if that is float8).
 
         The last layer is NaN at the positions where it was not kept.

@@ -36,12 +36,12 @@ STATES = "hidden_states"
 """The directory of the files, and the tensor in each."""
 
 
-def states_path(directory: Path, row: int) -> Path:
+def hidden_states_path(directory: Path, row: int) -> Path:
     """The file of one row."""
     return directory / STATES / f"hs_{row}.safetensors"
 
 
-def read_states(path: Path) -> tuple[torch.Tensor, torch.Tensor]:
+def read_hidden_states(path: Path) -> tuple[torch.Tensor, torch.Tensor]:
     """Read the token ids int64 [T] and hidden states [T, L, H] of one file; those of a float8 file in bfloat16.
 
     Raises:
@@ -113,9 +113,9 @@ def _exported(table: Any, reader: ShardReader, directory: Path) -> Iterator[Toke
         length = len(token_ids)
         if row["input_ids"][:length] != token_ids.tolist():
             raise ContractError(f"hidden states of row {number} are of other tokens", "name two artifacts of one run")
-        path = states_path(directory, number)
+        path = hidden_states_path(directory, number)
         temporary = path.with_name(f".{path.name}")
-        hidden_states = reader.states(number).to(torch.bfloat16).nan_to_num(nan=0.0)
+        hidden_states = reader.hidden_states(number).to(torch.bfloat16).nan_to_num(nan=0.0)
         save_file({STATES: hidden_states, "token_ids": token_ids.contiguous()}, temporary)
         os.replace(temporary, path)
         input_ids, loss_mask = row["input_ids"][:length], row["loss_mask"][:length]

@@ -24,7 +24,7 @@ MAX_SKIPPED, MAX_SKIPPED_RATIO = 4, 0.02
 """Rows that may be skipped: this number, plus this share of those that were seen."""
 
 
-def check_states(
+def check_hidden_states(
     item: str, sent: Sequence[int], token_ids: torch.Tensor, hidden_states: torch.Tensor, compute_dtype: torch.dtype
 ) -> None:
     """Check the hidden states [T, L, H] that a server exported for the token ids `sent`.
@@ -101,9 +101,9 @@ def read_skipped(directory: Path) -> dict[int, str]:
     return {int(row): reason for row, reason in json.loads(path.read_text()).items()} if path.exists() else {}
 
 
-def states_writer(job: Job, tokens: str = "tokens", subdirectory: str = "") -> ShardWriter:
+def hidden_states_writer(job: Job, tokens: str = "tokens", subdirectory: str = "") -> ShardWriter:
     """Open a stage's shards, after those of an earlier attempt; `tokens` names the input with their tokens."""
-    return ShardWriter(job.output / subdirectory, states_contract(job, tokens), job.config.extract.shard_tokens)
+    return ShardWriter(job.output / subdirectory, hidden_states_contract(job, tokens), job.config.extract.shard_tokens)
 
 
 def last_layer_mask(job: Job, loss_mask: Sequence[int], extra: Iterable[int] = ()) -> torch.Tensor:
@@ -115,7 +115,7 @@ def last_layer_mask(job: Job, loss_mask: Sequence[int], extra: Iterable[int] = (
     return mask
 
 
-def states_contract(job: Job, tokens: str = "tokens") -> dict[str, Any]:
+def hidden_states_contract(job: Job, tokens: str = "tokens") -> dict[str, Any]:
     """Build the contract of the hidden states that a stage writes; `tokens` names the input with their tokens."""
     return feature_contract(
         target=job.digests["target"],

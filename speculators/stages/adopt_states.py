@@ -9,21 +9,21 @@ from __future__ import annotations
 from datasets import load_from_disk
 
 from speculators.errors import ContractError
-from speculators.features.upstream import read_states, states_path
-from speculators.features.writer import last_layer_mask, states_writer
+from speculators.features.upstream import hidden_states_path, read_hidden_states
+from speculators.features.writer import hidden_states_writer, last_layer_mask
 from speculators.job import Job
 
 
 def main(job: Job) -> None:
     """Every row of the tokens, in order, but for those that an earlier attempt sealed."""
     tokens = load_from_disk(str(job.inputs["tokens"]))
-    writer = states_writer(job)
+    writer = hidden_states_writer(job)
     for number in range(len(tokens)):
         if number not in writer.done:
             row = tokens[number]
             name, _, upstream = row["id"].rpartition(":")
-            path = states_path(job.inputs[f"dataset.{name}"], int(upstream))
-            token_ids, states = read_states(path)
+            path = hidden_states_path(job.inputs[f"dataset.{name}"], int(upstream))
+            token_ids, states = read_hidden_states(path)
             length = len(row["input_ids"])
             if token_ids[:length].tolist() != row["input_ids"]:
                 raise ContractError(

@@ -13,7 +13,7 @@ from typing import Any
 from datasets import load_from_disk
 
 from speculators.data.token_table import TokenRow, publish_table
-from speculators.features.upstream import histories, states_path
+from speculators.features.upstream import hidden_states_path, histories
 from speculators.job import Job
 
 
@@ -30,7 +30,7 @@ def _rows(job: Job, tally: Counter[str]) -> Iterator[TokenRow]:
         directory = job.inputs[f"dataset.{name}"]
         # Whatever it hands out, tensors for upstream's trainer, say: Python's lists are wanted here.
         table: Any = load_from_disk(str(directory)).with_format(None)
-        rows = [row for row in range(len(table)) if states_path(directory, row).is_file()]
+        rows = [row for row in range(len(table)) if hidden_states_path(directory, row).is_file()]
         ids, masks = (list(table.select(rows)[column]) for column in ("input_ids", "loss_mask"))
         joined = histories(ids, masks)
         tally["upstream rows"] += len(table)

@@ -18,7 +18,7 @@ from speculators.data.conversations import Answer, ConversationRow
 from speculators.data.packing import RowSlice
 from speculators.errors import ContractError
 from speculators.features.shards import ShardReader
-from speculators.features.writer import ANSWER_STATES, states_contract
+from speculators.features.writer import ANSWER_STATES, hidden_states_contract
 from speculators.job import Job
 from speculators.targets.fidelity_check import write_greedy_tokens
 from speculators.targets.readings import GreedyToken
@@ -44,7 +44,7 @@ def main(job: Job) -> None:
     shutil.rmtree(job.output)  # of an attempt that was killed
     job.output.mkdir()
     answers = ShardReader(job.inputs["states"] / ANSWER_STATES)
-    job.digests_written |= answers.link_rows(parts, states_contract(job), job.output)
+    job.digests_written |= answers.link_rows(parts, hidden_states_contract(job), job.output)
     write_greedy_tokens(job.output, picks)
     job.record |= {
         "rows": len(tokens),

@@ -34,11 +34,11 @@ from speculators.features.shards import INDEX, RowSpan, ShardWriter, link, shard
 from speculators.features.writer import (
     SKIPPED,
     BadRows,
-    check_states,
+    check_hidden_states,
+    hidden_states_contract,
+    hidden_states_writer,
     last_layer_mask,
     read_skipped,
-    states_contract,
-    states_writer,
 )
 from speculators.job import Job, write_json
 from speculators.targets import fidelity_check
@@ -63,7 +63,7 @@ def main(job: Job) -> None:
 
 def extract(job: Job, tokens: Dataset, rows: range) -> None:
     """Extract these rows, but for those in sealed shards."""
-    writer = states_writer(job)
+    writer = hidden_states_writer(job)
     resumed = len(writer.done)
     start = time.monotonic()
     extracted = asyncio.run(_run(job, tokens, rows, writer))
@@ -107,7 +107,7 @@ async def _run(job: Job, tokens: Dataset, rows: range, writer: ShardWriter) -> i
                 if isinstance(file, RunError):
                     raise file
                 token_ids, states = file.load()
-                check_states(f"row {row}", sent, token_ids, states, compute)
+                check_hidden_states(f"row {row}", sent, token_ids, states, compute)
                 writer.add(row, token_ids, states, last_layer_mask(job, tokens[row]["loss_mask"], asked.get(row, ())))
             except RunError as error:
                 bad.skip(row, error, seen)
@@ -153,7 +153,7 @@ def join(job: Job, tokens: Dataset, parts: Sequence[Path]) -> None:
     """
     shutil.rmtree(job.output)
     job.output.mkdir()
-    wanted = states_contract(job)
+    wanted = hidden_states_contract(job)
     shards: list[dict[str, str]] = []
     spans: dict[int, RowSpan] = {}
     picks, skipped = [], dict[int, str]()

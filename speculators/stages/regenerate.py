@@ -36,7 +36,13 @@ from speculators.engine.transfer import Transfer
 from speculators.errors import ContractError, StageError
 from speculators.features.encoding import encode, split_last_layer
 from speculators.features.shards import ShardWriter
-from speculators.features.writer import ANSWER_STATES, check_states, last_layer_mask, refuse_too_many, states_writer
+from speculators.features.writer import (
+    ANSWER_STATES,
+    check_hidden_states,
+    hidden_states_writer,
+    last_layer_mask,
+    refuse_too_many,
+)
 from speculators.job import Job
 from speculators.targets.fidelity_check import greedy_tokens_in_answer
 
@@ -56,7 +62,7 @@ def main(job: Job) -> None:
         json.loads(line) for line in _lines(job.inputs["prompts"] / "conversations.jsonl")
     ]
     log = job.scratch / "answers.jsonl"
-    states = states_writer(job, "prompts", ANSWER_STATES) if _keeps_states(job) else None
+    states = hidden_states_writer(job, "prompts", ANSWER_STATES) if _keeps_states(job) else None
     sealed = states.done if states else set()
     finished = {i: a for i, a in read_answers(log).items() if a["dropped"] != BAD_STATES or i in sealed}
     job.record["resumed"] = len(finished)
@@ -158,7 +164,7 @@ class Keeper:
         """Check one turn's states and write them in the stored type; returns the file's name."""
         token_ids, states = file.load()
         item = f"conversation {self._index}"
-        check_states(item, [*said.prompt_ids, *said.token_ids[:-1]], token_ids, states, self._compute)
+        check_hidden_states(item, [*said.prompt_ids, *said.token_ids[:-1]], token_ids, states, self._compute)
         name = f"{self._index:07d}-{turn}.safetensors"
         self._directory.mkdir(exist_ok=True)
         save_file({"token_ids": token_ids, **encode(item, states, self._stored)}, self._directory / f".{name}")

@@ -30,7 +30,7 @@ from torch import Tensor
 from speculators.engine.client import Client, Completion
 from speculators.errors import ContractError
 from speculators.features.shards import ShardReader
-from speculators.features.writer import check_states
+from speculators.features.writer import check_hidden_states
 from speculators.job import Job, write_json
 from speculators.targets import readings, reference
 from speculators.targets.checkpoint import TargetCheckpoint
@@ -288,7 +288,7 @@ def check_server(job: Job) -> None:
             prompt, item = list(table[row]["input_ids"])[: position + 1], f"row {row}"
             token = await request_greedy_token(client, row, prompt, position)
             token_ids, hidden_states = (await client.hidden_states(prompt, item=item)).load()
-            check_states(item, prompt, token_ids, hidden_states, compute_dtype)
+            check_hidden_states(item, prompt, token_ids, hidden_states, compute_dtype)
             return token, (token_ids, hidden_states)
 
         async with client:
@@ -313,7 +313,7 @@ def check_features(job: Job, features: ShardReader) -> None:
     check = check_for(job, getattr(torch, features.contract["dtype"]))
 
     def sample(row: int) -> Sample:
-        return features.token_ids(row), features.states(row)
+        return features.token_ids(row), features.hidden_states(row)
 
     if tokens:
         job.record["fidelity"] = check.check(tokens, sample)

@@ -31,7 +31,7 @@ from speculators.engine.transfer import Transfer
 from speculators.errors import ContractError, ServiceError
 from speculators.features.disk_cache import HiddenStatesCache
 from speculators.features.encoding import LAST, bytes_per_token, copy_prefix, encode, layout, split_last_layer
-from speculators.features.writer import check_states
+from speculators.features.writer import check_hidden_states
 from speculators.job import Endpoint
 from speculators.training.window import Window
 
@@ -253,7 +253,7 @@ class Feed:
     def _take(self, row: int, sent: list[int], file: Transfer) -> None:
         """In a thread: reading, checking and storing a row must not keep other requests from being sent."""
         token_ids, states = file.load()
-        check_states(f"row {row}", sent, token_ids, states, self.shape.compute)
+        check_hidden_states(f"row {row}", sent, token_ids, states, self.shape.compute)
         wanted = [len(sent), self.shape.layers, self.shape.hidden_size]
         if list(states.shape) != wanted:
             raise ContractError(

@@ -22,7 +22,7 @@ import torch
 from speculators.config import compose
 from speculators.engine.client import Client, Completion
 from speculators.engine.transfer import FileTransfer
-from speculators.features.writer import check_states
+from speculators.features.writer import check_hidden_states
 from speculators.job import Endpoint
 from speculators.runner.planning import derive
 from speculators.runner.planning.plan import Planner
@@ -80,7 +80,7 @@ class Measured:
     async def _take(self, row: list[int], file: FileTransfer) -> None:
         def work() -> None:
             token_ids, states = file.load()
-            check_states("a row", row, token_ids, states, self.compute)
+            check_hidden_states("a row", row, token_ids, states, self.compute)
             states.to(torch.bfloat16)
 
         await asyncio.to_thread(work)

@@ -16,7 +16,7 @@ from speculators.data.token_table import save_table, write_table
 from speculators.drafts.base import Vocabulary
 from speculators.features.dataloader import DataLoader
 from speculators.features.shards import ShardReader
-from speculators.features.upstream import STATES, states_path
+from speculators.features.upstream import STATES, hidden_states_path
 
 WARM = 3
 """Steps that are not counted."""
@@ -38,8 +38,8 @@ def export(
     def table() -> Iterator[dict[str, object]]:
         for place, row in enumerate([*rows, *held]):
             token_ids, length = features.token_ids(row), features.length(row)
-            states = features.states(row).to(torch.bfloat16).nan_to_num(nan=0.0)
-            save_file({STATES: states, "token_ids": token_ids.contiguous()}, states_path(directory, place))
+            states = features.hidden_states(row).to(torch.bfloat16).nan_to_num(nan=0.0)
+            save_file({STATES: states, "token_ids": token_ids.contiguous()}, hidden_states_path(directory, place))
             mask = corpus.table.loss_mask(row)[:length].tolist()
             yield {"input_ids": token_ids.tolist(), "loss_mask": mask, "seq_len": length}
 

@@ -26,7 +26,7 @@ def shortened(features: Path, directory: Path, missing: int) -> ShardReader:
     writer = ShardWriter(directory, reader.contract, shard_tokens=200)
     for row in reader.rows:
         end = reader.length(row) - (missing if row == 3 else 0)
-        writer.add(row, reader.token_ids(row)[:end], reader.states(row)[:end])
+        writer.add(row, reader.token_ids(row)[:end], reader.hidden_states(row)[:end])
     writer.close()
     return ShardReader(directory)
 
@@ -84,7 +84,7 @@ def test_states_of_other_tokens_are_refused_by_row(tmp_path: Path) -> None:
     for row in reader.rows:
         ids = reader.token_ids(row)
         ids[-2] += row == 4
-        writer.add(row, ids, reader.states(row))
+        writer.add(row, ids, reader.hidden_states(row))
     writer.close()
     loader = DataLoader(tokens, ShardSource(ShardReader(tmp_path / "other")))
     whole = {row: RowSlice(row, 0, length) for row, length in loader.lengths.items()}
@@ -100,7 +100,7 @@ def test_a_pack_is_what_its_rows_are_one_after_the_other(tmp_path: Path, dtype: 
     reader = ShardReader(features)
     writer = ShardWriter(tmp_path / "stored", {**reader.contract, "dtype": dtype}, shard_tokens=100)
     for row in reader.rows:
-        writer.add(row, reader.token_ids(row), reader.states(row))
+        writer.add(row, reader.token_ids(row), reader.hidden_states(row))
     writer.close()
     stored = ShardReader(tmp_path / "stored")
     loader = DataLoader(tokens, ShardSource(stored))
@@ -111,7 +111,7 @@ def test_a_pack_is_what_its_rows_are_one_after_the_other(tmp_path: Path, dtype: 
     for batch, pack in zip(batches, held, strict=True):
         assert pack.rows == [row_slice.row for row_slice in batch]
         assert torch.equal(
-            tiny.whole(pack), torch.cat([stored.states(row_slice.row)[: row_slice.end] for row_slice in batch])
+            tiny.whole(pack), torch.cat([stored.hidden_states(row_slice.row)[: row_slice.end] for row_slice in batch])
         )
         assert pack.token_ids.tolist() == [i for p in batch for i in table[p.row]["input_ids"][: p.end]]
         assert pack.loss_mask.tolist() == [bool(m) for p in batch for m in [0, *table[p.row]["loss_mask"][1 : p.end]]]

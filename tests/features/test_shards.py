@@ -69,8 +69,8 @@ def test_rows_come_back_in_the_stored_dtype(tmp_path: Path) -> None:
         ids, states = row_of(row)
         assert reader.length(row) == len(ids)
         assert torch.equal(reader.token_ids(row), ids)
-        assert reader.states(row).dtype == torch.bfloat16
-        assert torch.equal(reader.states(row), states.to(torch.bfloat16))
+        assert reader.hidden_states(row).dtype == torch.bfloat16
+        assert torch.equal(reader.hidden_states(row), states.to(torch.bfloat16))
 
 
 @pytest.mark.parametrize("dtype", ["float32", "float16", "bfloat16"])
@@ -79,7 +79,7 @@ def test_every_stored_dtype_survives(tmp_path: Path, dtype: str) -> None:
     ids, states = row_of(3)
     writer.add(3, ids, states)
     writer.close()
-    assert torch.equal(ShardReader(tmp_path).states(3), states.to(getattr(torch, dtype)))
+    assert torch.equal(ShardReader(tmp_path).hidden_states(3), states.to(getattr(torch, dtype)))
 
 
 def test_float8_comes_back_as_bfloat16_and_as_exact_as_it_is_encoded(tmp_path: Path) -> None:
@@ -93,8 +93,8 @@ def test_float8_comes_back_as_bfloat16_and_as_exact_as_it_is_encoded(tmp_path: P
     for row in reader.rows:
         ids, states = row_of(row)
         assert torch.equal(reader.token_ids(row), ids)
-        assert torch.equal(reader.states(row), decode(encode("row", states, "float8_e4m3fn")))
-        assert reader.states(row).dtype is torch.bfloat16
+        assert torch.equal(reader.hidden_states(row), decode(encode("row", states, "float8_e4m3fn")))
+        assert reader.hidden_states(row).dtype is torch.bfloat16
     with safe_open(tmp_path / "shard-00000.safetensors", "pt") as shard:
         tensors = {name: shard.get_tensor(name) for name in shard.keys()}  # noqa: SIM118
     assert {name: list(tensor.shape) for name, tensor in tensors.items()} == {
@@ -228,7 +228,7 @@ def test_a_cut_off_shard_is_reported_by_name(tmp_path: Path) -> None:
     shard = tmp_path / "shard-00001.safetensors"
     shard.write_bytes(shard.read_bytes()[:-3])
     with pytest.raises(ContractError, match=r"shard-00001\.safetensors is damaged"):
-        ShardReader(tmp_path).states(5)
+        ShardReader(tmp_path).hidden_states(5)
 
 
 def test_a_shard_that_is_cut_off_while_it_is_read_is_an_error_and_no_signal(tmp_path: Path) -> None:
@@ -238,7 +238,7 @@ def test_a_shard_that_is_cut_off_while_it_is_read_is_an_error_and_no_signal(tmp_
     shard = tmp_path / "shard-00001.safetensors"
     os.truncate(shard, shard.stat().st_size - 2)
     with pytest.raises(ContractError, match=r"shard-00001\.safetensors is damaged: it was cut off"):
-        [reader.states(row) for row in reader.rows]
+        [reader.hidden_states(row) for row in reader.rows]
 
 
 @pytest.mark.parametrize(
@@ -297,7 +297,7 @@ def test_the_last_layer_is_kept_where_it_is_asked_for(tmp_path: Path, dtype: str
         kept = torch.arange(len(ids)) % 4 > (row % 3)
         wanted = decode(encode("row", states, dtype))
         wanted[~kept, -1] = torch.nan
-        torch.testing.assert_close(reader.states(row), wanted, rtol=0, atol=0, equal_nan=True)
+        torch.testing.assert_close(reader.hidden_states(row), wanted, rtol=0, atol=0, equal_nan=True)
         assert reader.last_layer_mask(row, 4).tolist() == kept[:4].tolist()
     into = torch.empty(3, WIDTH, dtype=reader.layout["last"][0])
     reader.fill([(1, 4), (0, 2)], {"last": into})  # places 2 and 3 of the one, 1 of the other
@@ -316,7 +316,7 @@ def test_a_row_of_which_the_last_layer_is_nowhere_kept(tmp_path: Path) -> None:
     ids, states = row_of(0)
     writer.add(0, ids, states, torch.zeros(len(ids), dtype=torch.bool))
     writer.close()
-    found = ShardReader(tmp_path).states(0)
+    found = ShardReader(tmp_path).hidden_states(0)
     assert torch.equal(found[:, :-1], states[:, :-1].bfloat16())
     assert bool(found[:, -1].isnan().all())
 
@@ -345,7 +345,7 @@ def test_past_the_cache_the_same_is_read(long_rows: Path) -> None:
     plain, past = ShardReader(long_rows), direct_io(long_rows)
     past.will_need([(row, 3) for row in past.rows])
     for row in plain.rows:
-        assert torch.equal(past.states(row), plain.states(row))
+        assert torch.equal(past.hidden_states(row), plain.hidden_states(row))
         assert torch.equal(past.token_ids(row), plain.token_ids(row))
     parts = [(3, 899), (0, 1), (2, 411), (1, 2)]
     found = [torch.empty(1313, LAYERS - 1, WIDTH, dtype=torch.bfloat16) for _ in range(2)]
@@ -405,7 +405,7 @@ def test_past_the_cache_too_a_shard_that_is_cut_off_is_an_error(long_rows: Path)
     shard = long_rows / "shard-00001.safetensors"
     os.truncate(shard, shard.stat().st_size - 2)
     with pytest.raises(ContractError, match=r"shard-00001\.safetensors is damaged: it was cut off"):
-        reader.states(4)
+        reader.hidden_states(4)
 
 
 def test_a_file_system_without_such_reads_is_read_through_the_cache(
@@ -421,7 +421,7 @@ def test_a_file_system_without_such_reads_is_read_through_the_cache(
     monkeypatch.setattr(os, "open", refusing)
     reader = ShardReader(long_rows, direct_io=True)
     assert reader._direct_files is None
-    assert torch.equal(reader.states(3), ShardReader(long_rows).states(3))
+    assert torch.equal(reader.hidden_states(3), ShardReader(long_rows).hidden_states(3))
 
 
 def test_a_set_is_larger_than_memory_when_half_of_that_does_not_hold_it(
@@ -454,7 +454,7 @@ def test_a_missing_row_and_a_missing_index_are_reported(tmp_path: Path) -> None:
         ShardReader(tmp_path)
     write(tmp_path, range(12)).close()
     with pytest.raises(ContractError, match="no hidden states of row 12"):
-        ShardReader(tmp_path).states(12)
+        ShardReader(tmp_path).hidden_states(12)
 
 
 def test_reading_a_row_does_not_load_its_shard(tmp_path: Path) -> None:
@@ -469,5 +469,5 @@ def test_reading_a_row_does_not_load_its_shard(tmp_path: Path) -> None:
         return int(status.split("RssAnon:")[1].split()[0])
 
     before = anonymous_kib()
-    assert reader.states(7).shape == (1000, LAYERS, 4096)
+    assert reader.hidden_states(7).shape == (1000, LAYERS, 4096)
     assert anonymous_kib() - before < 60_000  # as it is stored, and as it is asked for

@@ -13,7 +13,7 @@ from safetensors.torch import load_file, save_file
 from speculators.errors import ContractError
 from speculators.features.contract import feature_contract
 from speculators.features.shards import ShardReader, ShardWriter
-from speculators.features.upstream import export_for_upstream, histories, main, read_states
+from speculators.features.upstream import export_for_upstream, histories, main, read_hidden_states
 
 LAYERS, WIDTH = 3, 5
 LENGTHS = [4, 7, 5]
@@ -65,7 +65,7 @@ def test_a_last_layer_that_was_not_kept_is_zero_where_upstream_does_not_look(tmp
     writer.close()
     export_for_upstream(tokens, tmp_path / "answers", tmp_path / "out")
     for row, its in enumerate(states):
-        _, found = read_states(tmp_path / f"out/hidden_states/hs_{row}.safetensors")
+        _, found = read_hidden_states(tmp_path / f"out/hidden_states/hs_{row}.safetensors")
         its[:2, -1] = 0.0
         assert torch.equal(found, its)
 
@@ -73,7 +73,7 @@ def test_a_last_layer_that_was_not_kept_is_zero_where_upstream_does_not_look(tmp
 def test_an_export_of_float8_is_bfloat16(tmp_path: Path) -> None:
     tokens, features, states = artifacts(tmp_path, dtype="float8_e4m3fn")
     export_for_upstream(tokens, features, tmp_path / "out")
-    token_ids, found = read_states(tmp_path / "out/hidden_states/hs_1.safetensors")
+    token_ids, found = read_hidden_states(tmp_path / "out/hidden_states/hs_1.safetensors")
     assert token_ids.tolist() == ids_of(1)
     assert found.dtype is torch.bfloat16
     assert torch.allclose(found, states[1], rtol=0.07, atol=1e-3)
@@ -96,7 +96,7 @@ def test_upstreams_float8_is_read_with_its_scale_a_token(tmp_path: Path) -> None
     scales = states.abs().amax((1, 2), keepdim=True) / 448
     tensors = {"hidden_states": (states / scales).to(torch.float8_e4m3fn), "hidden_states_scales": scales}
     save_file({**tensors, "token_ids": torch.arange(4)}, tmp_path / "hs_0.safetensors")
-    _, found = read_states(tmp_path / "hs_0.safetensors")
+    _, found = read_hidden_states(tmp_path / "hs_0.safetensors")
     assert found.dtype is torch.bfloat16
     assert torch.allclose(found.float(), states, rtol=0.07, atol=0.01)
 
@@ -104,17 +104,17 @@ def test_upstreams_float8_is_read_with_its_scale_a_token(tmp_path: Path) -> None
 def test_a_missing_a_cut_off_and_a_foreign_file_are_named(tmp_path: Path) -> None:
     path = tmp_path / "hs_0.safetensors"
     with pytest.raises(ContractError, match=r"hs_0\.safetensors is missing"):
-        read_states(path)
+        read_hidden_states(path)
     save_file({"hidden_states": torch.zeros(4, 2, 8), "token_ids": torch.arange(4)}, path)
     os.truncate(path, path.stat().st_size - 3)
     with pytest.raises(ContractError, match=r"hs_0\.safetensors is damaged"):
-        read_states(path)
+        read_hidden_states(path)
     save_file({"states": torch.zeros(4, 2, 8), "token_ids": torch.arange(4)}, path)
     with pytest.raises(ContractError, match="is damaged: KeyError"):
-        read_states(path)
+        read_hidden_states(path)
     save_file({"hidden_states": torch.zeros(4, 2, 8), "token_ids": torch.arange(5)}, path)
     with pytest.raises(ContractError, match=r"holds \[4, 2, 8\] torch.float32 of 5 tokens"):
-        read_states(path)
+        read_hidden_states(path)
 
 
 def test_a_history_is_one_row_in_which_every_answer_is_supervised_once() -> None:

@@ -130,7 +130,7 @@ def test_states_taken_while_answering_are_those_of_a_prefill_up_to_rounding(worl
         ids = fused.token_ids(row)
         if torch.equal(prefilled.token_ids(row)[: len(ids)], ids):  # else rounding has made it answer otherwise
             assert prefilled.length(row) - fused.length(row) in (0, 1)
-            one, other = prefilled.states(row)[: len(ids)].float(), fused.states(row).float()
+            one, other = prefilled.hidden_states(row)[: len(ids)].float(), fused.hidden_states(row).float()
             off = (one - other).norm(dim=-1) / one.norm(dim=-1)
             assert off[~off.isnan()].max() < 0.01  # the last layer is not kept everywhere
             compared += 1

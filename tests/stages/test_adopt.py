@@ -64,7 +64,7 @@ def test_rows_and_states_are_adopted_and_a_history_once(tmp_path: Path, config: 
     assert tokens["loss_mask"][:] == [[0, 0, 1, 0, 0, 1], [0, 1, 1]]
     reader = ShardReader(tmp_path / "states/data")
     assert [reader.token_ids(row).tolist() for row in reader.rows] == [ROWS[0], ROWS[1]]
-    assert reader.states(1)[:, 1, 0].tolist() == [7, 8, 9]
+    assert reader.hidden_states(1)[:, 1, 0].tolist() == [7, 8, 9]
     assert reader.last_layer_mask(0, 6).tolist() == [False, True, True, False, True, True]
     assert reader.contract["layer_ids"] == [2, 4]
 

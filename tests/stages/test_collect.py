@@ -95,7 +95,7 @@ def test_rows_get_their_states_and_a_cut_row_has_all_of_them(tmp_path: Path, con
     reader = ShardReader(tmp_path / "work/data")
     reader.check()
     assert [reader.token_ids(row).tolist() for row in reader.rows] == [[5, 6], [1, 2, 3], [5, 9, 10, 11]]
-    assert torch.equal(reader.states(2), states_of([5, 9, 10, 11]).bfloat16())
+    assert torch.equal(reader.hidden_states(2), states_of([5, 9, 10, 11]).bfloat16())
     assert (reader.contract["tokens"], reader.contract["layer_ids"]) == ("k", [2, 4])
 
 
@@ -122,7 +122,7 @@ def test_on_another_file_system_the_shards_are_copied(
     write_answers(tmp_path / "answers")
     write_tokens(tmp_path / "tokens", [("c1", [1, 2, 3, 4])])
     main(job_in(tmp_path, config))
-    assert torch.equal(ShardReader(tmp_path / "work/data").states(0), states_of([1, 2, 3]).bfloat16())
+    assert torch.equal(ShardReader(tmp_path / "work/data").hidden_states(0), states_of([1, 2, 3]).bfloat16())
 
 
 @pytest.mark.parametrize("change", [{"dtype": HiddenStatesDtype.float8_e4m3fn}, {"layers": [3, 4]}])
@@ -146,7 +146,7 @@ def test_a_shard_of_other_answers_is_refused(tmp_path: Path, config: Config) -> 
     index = job.output / "index.json"
     index.write_text(index.read_text().replace('"prompts"', '"others"'))
     with pytest.raises(ContractError, match='tokens is "prompts", expected "others"'):
-        ShardReader(job.output).states(0)
+        ShardReader(job.output).hidden_states(0)
 
 
 def test_what_the_server_found_likeliest_is_placed_in_its_row(tmp_path: Path, config: Config) -> None:

@@ -84,7 +84,7 @@ def test_every_row_is_kept_with_its_own_states_and_nothing_else_is_left(
     main(job)
     reader = ShardReader(job.output)
     assert reader.rows == list(range(30))
-    assert all(torch.equal(reader.states(row), states_of(ROWS[row])) for row in reader.rows)
+    assert all(torch.equal(reader.hidden_states(row), states_of(ROWS[row])) for row in reader.rows)
     assert list(server.directory.iterdir()) == []
     assert (job.output / GREEDY_TOKENS_FILE).exists()
     assert not (job.output / SKIPPED).exists()
@@ -102,7 +102,7 @@ def test_the_last_layer_is_kept_where_an_answer_is_predicted_and_where_the_gate_
     for row in reader.rows:
         wanted = states_of(ROWS[row])
         wanted[[place for place in range(6) if place != picks[row]], 1] = torch.nan
-        torch.testing.assert_close(reader.states(row), wanted, rtol=0, atol=0, equal_nan=True)
+        torch.testing.assert_close(reader.hidden_states(row), wanted, rtol=0, atol=0, equal_nan=True)
     parts = [part_in(tmp_path, config, serve(), part, last_state="answers") for part in (0, 1)]
     for part in parts:
         main(part)
@@ -135,7 +135,7 @@ def test_stock_connectors_give_the_same_rows_and_leave_nothing_behind(
         assert files(job.output) == files(ours.output)
     else:
         reader = ShardReader(job.output)
-        assert all(torch.allclose(reader.states(row), states_of(ROWS[row]), rtol=0.08) for row in reader.rows)
+        assert all(torch.allclose(reader.hidden_states(row), states_of(ROWS[row]), rtol=0.08) for row in reader.rows)
 
 
 @pytest.mark.parametrize(
@@ -297,7 +297,7 @@ def test_rows_that_workers_leave_out_are_left_out_of_the_whole(tmp_path: Path, c
     main(job := joining(tmp_path, config, server, *parts))
     reader = ShardReader(job.output)
     assert reader.rows == [row for row in range(30) if row not in (2, 29)]
-    assert all(torch.equal(reader.states(row), states_of(ROWS[row])) for row in reader.rows)
+    assert all(torch.equal(reader.hidden_states(row), states_of(ROWS[row])) for row in reader.rows)
     assert (job.record["skipped"], job.record["skipped_rows"]) == (2, [2, 29])
     assert list(json.loads((job.output / SKIPPED).read_text())) == ["2", "29"]
 

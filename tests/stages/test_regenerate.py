@@ -254,7 +254,7 @@ def test_a_turn_says_which_part_of_the_shards_holds_its_states(
         wanted = decode(encode("x", states_of(reader.token_ids(row).tolist(), 2), stored))
         if last_state == ANSWERS:
             wanted[~torch.tensor(kept).bool(), -1] = torch.nan
-        torch.testing.assert_close(reader.states(row), wanted, rtol=0, atol=0, equal_nan=True)
+        torch.testing.assert_close(reader.hidden_states(row), wanted, rtol=0, atol=0, equal_nan=True)
     assert (reader.contract["target"], reader.contract["tokens"]) == ("t", "p")
     assert job.digests_written == {p: sha256(job.output / p) for p in job.digests_written}
     assert sorted(job.digests_written) == [f"states/shard-0000{i}.safetensors" for i in range(3)]
@@ -283,7 +283,7 @@ def test_an_attempt_that_is_killed_while_it_packs_states_is_gone_on_with(
     again = keeping(tmp_path, config, "bfloat16", layers=2)
     regenerate.main(again)
     assert packed == [0, 1]
-    assert ShardReader(job.output / "states").states(1).shape == (6, 2, 8)
+    assert ShardReader(job.output / "states").hidden_states(1).shape == (6, 2, 8)
     assert again.record["kept"] == 3
 
 

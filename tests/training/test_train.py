@@ -271,7 +271,7 @@ def test_a_last_layer_that_is_kept_where_answers_are_predicted_trains_the_same_d
     writer = ShardWriter(tmp_path / "features", {**whole.contract, "last_state": ANSWERS}, shard_tokens=200)
     for row in whole.rows:
         last = torch.from_numpy(prediction_mask(table.loss_mask(row)))
-        writer.add(row, whole.token_ids(row), whole.states(row), last)
+        writer.add(row, whole.token_ids(row), whole.hidden_states(row), last)
     writer.close()
     trained = []
     for place in (world, tmp_path):
