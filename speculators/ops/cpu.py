@@ -29,16 +29,8 @@ from torch import Tensor
 SOURCES = sorted(Path(__file__).parent.glob("*.cpp"))
 HEADER = Path(__file__).with_name("numbers.h")
 SWITCH = "SPECULATORS_NATIVE"
-FLAGS = [
-    "-std=c++17",
-    "-O3",
-    "-march=native",
-    "-fno-math-errno",
-    "-fno-trapping-math",
-    "-ffp-contract=fast",
-    "-fPIC",
-    "-fopenmp",
-]
+FLAGS = ["-std=c++17", "-O3", "-march=native", "-fPIC", "-fopenmp"]
+FLAGS += ["-fno-math-errno", "-fno-trapping-math", "-ffp-contract=fast"]
 X86_FLAGS = ["-mprefer-vector-width=512"]
 """Without it, compilers use half of an x86 processor's vector width."""
 SHORT = torch.bfloat16
@@ -70,17 +62,9 @@ class Kernels:
         self, name: str, logits: Tensor, target_logits: Tensor, target_rows: Tensor, weight: Tensor | None,
         with_grad: bool,
     ) -> tuple[Tensor, Tensor]:  # fmt: skip
-        """Compute the loss of each prediction; see `divergences.loss_and_grad`.
+        """Compute the loss `name`, "kl" or "ce", of each prediction, as `divergences.loss_and_grad`.
 
-        Args:
-            name: "kl" or "ce".
-            logits: `FORMATS` [n, V]; with `with_grad` overwritten by weight * d loss / d logits.
-            target_logits: `FORMATS` [u, V].
-            target_rows: int64 [n]; fastest where equal ones are neighbours.
-            weight: float32 [n]; 1 if None.
-            with_grad: whether to compute gradients.
-
-        Returns: float32 losses [n]; whether the argmaxes agree, bool [n], where of equal logits the first counts.
+        Logits have any of `FORMATS`, and stay as they are without `with_grad`. Of equal logits the first counts.
         """
         loss, correct = torch.empty(len(logits)), torch.empty(len(logits), dtype=torch.bool)
         self._call(
@@ -90,15 +74,9 @@ class Kernels:
         return loss, correct
 
     def rms_norm(self, x: Tensor, weight: Tensor, eps: float, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-        """Compute `functional.rms_norm`.
+        """Compute `functional.rms_norm` of x [..., W], from and to any of `FORMATS`; `weight` float32 [W].
 
-        Args:
-            x: `FORMATS` [..., W].
-            weight: float32 [W].
-            eps: added to the mean square.
-            dtype: of the result, one of `FORMATS`.
-
-        Returns: the normed rows, of x's shape; and 1 / sqrt(mean square + eps) of each row, float32 [...].
+        Returns: the normed rows, and 1 / sqrt(mean square + eps) of each, float32 [...].
         """
         out, inverse = torch.empty_like(x, dtype=dtype), x.new_empty(x.shape[:-1], dtype=torch.float32)
         self._call(
@@ -165,15 +143,9 @@ class Kernels:
         self, momentum: Tensor, grad: Tensor, direction: Tensor | None, beta: float, grad_factor: float,
         lookahead_factor: float,
     ) -> None:  # fmt: skip
-        """Update in place: m = beta * m + grad_factor * grad, direction = m + lookahead_factor * grad.
+        """Update in place: m = beta * m + grad_factor * grad, direction = m + lookahead_factor * grad; all [k, n].
 
-        Args:
-            momentum: float32 [k, n].
-            grad: `FORMATS` [k, n].
-            direction: `FORMATS` [k, n], or the transpose of such a tensor [n, k]; not computed if None.
-            beta: factor of the old momentum.
-            grad_factor: factor of the gradient in the momentum.
-            lookahead_factor: factor of the gradient in the direction.
+        The momentum is float32, the others of `FORMATS`; `direction` may be None, or a transposed view.
         """
         transposed, short = False, direction is not None and direction.dtype is SHORT
         if direction is not None and not direction.is_contiguous():

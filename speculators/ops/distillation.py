@@ -215,9 +215,7 @@ def _add_product(total: Tensor, a: Tensor, b: Tensor) -> None:
 def _position_ranges(bounds: list[int], rows: int) -> list[tuple[int, int]]:
     """Cut positions into ranges whose positions and predictions number at most `rows`, or that have one position.
 
-    Args:
-        bounds: index of each position's first prediction, then the number of predictions.
-        rows: at least 1.
+    `bounds`: index of each position's first prediction, then the number of predictions.
     """
     ranges, begin = [], 0
     for end in range(1, len(bounds)):

@@ -62,12 +62,9 @@ def context_positions(documents: Sequence[tuple[int, int]], anchors: Tensor) -> 
 
 
 def anchor_mask(documents: Sequence[tuple[int, int]], anchors: Tensor, window: int | None = None) -> AnchorMask:
-    """Build the mask of anchored attention over the context of `context_positions`.
+    """Build the mask of anchored attention over the context that `context_positions` returns for the same arguments.
 
-    Args:
-        documents: as for `context_positions`.
-        anchors: as for `context_positions`.
-        window: tokens before its anchor that a block sees; all of its document if None.
+    `window`: tokens before its anchor that a block sees; all of its document if None.
     """
     first, end, document, before = [], [], [], 0
     for index, start, inside in _by_document(documents, anchors):

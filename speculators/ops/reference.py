@@ -196,9 +196,7 @@ def zolotarev(x: Tensor, scale: float, weights: Sequence[float], poles: Sequence
     """
     x = x / torch.linalg.svdvals(x).norm(4)
     identity = torch.eye(len(x), dtype=x.dtype)
-    terms = [
-        weight * torch.linalg.solve(x @ x.mT + pole * identity, x) for weight, pole in zip(weights, poles, strict=True)
-    ]
+    terms = [w * torch.linalg.solve(x @ x.mT + pole * identity, x) for w, pole in zip(weights, poles, strict=True)]
     return scale * sum(terms, x)
 
 

@@ -48,8 +48,7 @@ def distill(
         target_head: the target's final norm and head.
         loss: the loss, or several with their weights.
         chunk_elements: logits that may exist at a time; by default `ops.distillation.CHUNK_ELEMENTS`.
-        counts: supervised predictions of each step over the whole optimizer step, float32 [K]; by default over this
-            batch.
+        counts: supervised predictions of each step in the optimizer step, float32 [K]; by default in this batch.
         hidden_loss_weight: weight of `ops.distillation.hidden_state_loss` in the loss.
     """
     valid, weight, reweight = predictions.valid, predictions.weight, predictions.reweight
@@ -64,8 +63,7 @@ def distill(
         assert reweight is not None
         divergence = torch.zeros_like(weight)
         divergence[valid] = losses
-        weights = reweight(divergence)
-        return (weights if share is None else weights * share)[valid]
+        return (reweight(divergence) * (1.0 if share is None else share))[valid]
 
     hidden_states, target_index = predictions.hidden_states[valid], predictions.target_index[valid]
     losses = {loss.value: 1.0} if isinstance(loss, Loss) else {each.value: factor for each, factor in loss.items()}

@@ -57,13 +57,8 @@ class Optimizers:
         decayed = [p for p in self.others.values() if p.ndim == 2]
         vectors = [p for p in self.others.values() if p.ndim != 2]
         groups = [{"params": decayed, "weight_decay": train.weight_decay}, {"params": vectors, "weight_decay": 0.0}]
-        self.adamw = torch.optim.AdamW(
-            [g for g in groups if g["params"]],
-            lr=self.lr,
-            betas=(train.adamw_betas[0], train.adamw_betas[1]),
-            eps=train.adamw_eps,
-            fused=True,
-        )
+        groups, betas = [g for g in groups if g["params"]], (train.adamw_betas[0], train.adamw_betas[1])
+        self.adamw = torch.optim.AdamW(groups, lr=self.lr, betas=betas, eps=train.adamw_eps, fused=True)
 
     def parameters(self) -> Iterator[nn.Parameter]:
         """Yield all parameters that are trained, or this rank's shards of them."""
@@ -126,10 +121,8 @@ class Optimizers:
         for name, direction in directions.items():
             update_momentum(self.momenta[name], self._grad(name), self.muon_momentum, grad_factor, direction)
         parts = {name: [rows(self.shapes[name][0], rank, len(everyone)) for rank in everyone] for name in names}
-        shapes = [
-            [(parts[name][rank].stop - parts[name][rank].start, self.shapes[name][1]) for name in ours]
-            for rank in everyone
-        ]
+        sizes = [[(parts[name][rank], self.shapes[name][1]) for name in ours] for rank in everyone]
+        shapes = [[(part.stop - part.start, columns) for part, columns in size] for size in sizes]
         received = self.ranks.all_to_all([[directions[name] for name in group] for group in owned], shapes)
         full = [torch.cat(row_slices) for row_slices in zip(*received, strict=True)]
         updates = dict(zip(ours, orthogonalize(full, self.dtype, self.block), strict=True))
