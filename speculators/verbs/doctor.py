@@ -34,10 +34,10 @@ def told(found: list[examiner.Finding]) -> str:
     home = str(Path.home())
     lines = []
     for finding in found:
-        says = finding.says.replace(home, "~") if home != "/" else finding.says
-        lines.append(f"{finding.state:<6}  {finding.name:<{wide}}  {says}")
-        if finding.mend:
-            lines.append(f"{'':<{wide + 8}}  -> {finding.mend}")
+        message = finding.message.replace(home, "~") if home != "/" else finding.message
+        lines.append(f"{finding.state:<6}  {finding.name:<{wide}}  {message}")
+        if finding.fix:
+            lines.append(f"{'':<{wide + 8}}  -> {finding.fix}")
     broken, warnings = (sum(f.state == state for f in found) for state in ("broken", "warn"))
     said = f"{broken} broken, {warnings} to look at" if broken or warnings else "nothing is wrong"
     return "\n".join([*lines, "", said])

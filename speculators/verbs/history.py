@@ -44,7 +44,7 @@ def show(words: list[str]) -> int:
         print(json.dumps({**_plain(run), "stages": stages, "config": run.config}, indent=1))
         return 0
     print(f"{run.name}  {run.status}  {ui.duration(run.seconds)}\n{run.path}")
-    print(f"words: {' '.join(run.words)}\n" if run.words else "")
+    print(f"words: {' '.join(run.argv)}\n" if run.argv else "")
     told = [stage for stage in run.stages.values() if stage.attempts or stage.state not in ("unneeded", "")]
     print(ui.columns(_stage_row(stage) for stage in told))
     for stage in told:
@@ -63,7 +63,7 @@ def compare(words: list[str]) -> int:
     found = [run for name in names for run in _meant(directory, name)]
     if len(found) < 2:
         raise RecipeError("compare wants two runs or more", "speculators-run compare RUN RUN, or compare DIRECTORY")
-    options, metrics = history.options(found), history.metrics(found)
+    options, metrics = history.differing_options(found), history.metrics_by_run(found)
     if as_data:
         rows = [{**_plain(run), "options": {name: values[i] for name, values in options.items()}}
                 for i, run in enumerate(found)]  # fmt: skip
@@ -135,7 +135,7 @@ def _meant(directory: Path, name: str) -> list[Run]:
 def _plain(run: Run) -> dict[str, Any]:
     plain = dataclasses.asdict(run)
     del plain["config"], plain["stages"]
-    return {**plain, "path": str(run.path)}
+    return {"words": plain.pop("argv"), **plain, "path": str(run.path)}
 
 
 def _row(run: Run) -> tuple[str, ...]:

