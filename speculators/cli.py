@@ -1,25 +1,30 @@
-"""speculators-run: a recipe in, a trained and measured draft model out.
+"""speculators-run: train and evaluate a draft model for speculative decoding.
 
-    speculators-run recipe=NAME [KEY=VALUE ...]       run what is not done yet
-    speculators-run plan recipe=NAME [KEY=VALUE ...]  what would run, and why
-    speculators-run explain STAGE recipe=NAME ...     why it is there, or not
-    speculators-run -m recipe=NAME KEY=A,B            one run for each value
-    speculators-run recipe=NAME --cfg job             the composed recipe
-    speculators-run lock recipe=NAME                  what run.locked holds to
-    speculators-run runs                              what was run
-    speculators-run show RUN|last                     one run, stage by stage
-    speculators-run compare RUN RUN ...|DIR           differences, metrics
-    speculators-run ls [STAGE ...]                    what the store holds
-    speculators-run verify [STAGE ...]                whether it still is that
-    speculators-run gc [days=30] [--delete]           what nobody used for long
-    speculators-run export STAGE[:KEY] ... FILE       artifacts as one file
-    speculators-run import FILE                       the same into the store
-    speculators-run doctor                            what this machine lacks
+usage: speculators-run [VERB] [ARGUMENT ...]
 
-until=STAGE stops there, only=STAGE runs nothing else, force=STAGE makes it
-anew, from=STAGE that and all that follows.
+  recipe=NAME [OPTION=VALUE ...]   run all stages without a cached artifact
+    until=STAGE                      stop after this stage
+    only=STAGE                       run only this stage
+    force=STAGE                      run this stage although it is cached
+    from=STAGE                       the same, with all later stages
+    --cfg job                        print the composed recipe
+  -m recipe=NAME OPTION=A,B        run the recipe for each value
+  plan recipe=NAME ...             print what would run, and why
+  explain STAGE recipe=NAME ...    explain the cache hit or miss of a stage
+  lock recipe=NAME ...             record what run.locked=true compares with
+  runs                             list earlier runs
+  show RUN|last                    show a run, stage by stage
+  compare RUN RUN ...|DIRECTORY    compare options and metrics of runs
+  ls [STAGE ...]                   list the artifacts of the store
+  verify [STAGE ...] [--aside]     re-hash artifacts and report damage
+  gc [days=N] [--delete]           delete artifacts unused for N days
+                                   (dry run by default; N=30)
+  export STAGE[:KEY] ... FILE      write artifacts into one file
+  import FILE                      add the artifacts of such a file
+  doctor                           check this machine
 
-Exit codes: 0, 1 (you can mend it), 2 (a defect of ours), 128 + signal.
+Exit codes: 0 success, 1 error with a hint, 2 defect of this program,
+128 + number of the signal that stopped it.
 """
 
 from __future__ import annotations
@@ -37,7 +42,7 @@ from speculators.errors import RecipeError, RunError, closest
 from speculators.packages import installed_version
 
 VERBS = {
-    "run": "run.main",
+    "run": "run.run",
     "plan": "query.plan",
     "explain": "query.explain",
     "lock": "lock.lock",
@@ -51,56 +56,58 @@ VERBS = {
     "export": "store.export",
     "import": "store.import_",
 }
-"""First words, and the function below `speculators.verbs` that does it; without one, `run`. Imported when asked for."""
+"""Functions in `speculators.verbs` by verb, imported on use; without a verb, `run`."""
+
+_HELP = ("--help", "-h", "help")
 
 
 def main() -> None:
-    """The console script: every error becomes one message and an exit code here."""
-    # What starting makes is no garbage, and looking for some in it, the last time at the end, is a tenth of `plan`.
+    """Run the command line, and convert every error to a message and an exit code."""
+    # Collecting garbage, of which imports make none, takes a tenth of `plan`.
     gc.set_threshold(100_000)
     code = _guarded(sys.argv[1:])
     gc.freeze()
     sys.exit(code)
 
 
-def _guarded(words: Sequence[str]) -> int:
+def _guarded(argv: Sequence[str]) -> int:
     from speculators.runner.execution.signals import Interrupted
 
     try:
-        if words[:1] != ["doctor"]:  # it says so itself, with all else that is wrong
+        if argv[:1] != ["doctor"]:  # doctor reports the package among its findings
             _refuse_foreign_package()
-        return _dispatch(list(words))
+        return _dispatch(list(argv))
     except RunError as failure:
         ui.error(failure)
         return 1
     except Interrupted as stop:
-        print("stopped; the same command goes on from here", file=sys.stderr)
+        print("stopped; the same command resumes the run", file=sys.stderr)
         return stop.exit_code
     except KeyboardInterrupt:
         return 130
     except BrokenPipeError:
-        # Whoever read stdout has gone; what it did not want to read is no error.
+        # The reader of stdout has closed the pipe, which is no error.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
     except Exception:
         traceback.print_exc()
-        print("\nerror: unexpected, a defect of speculators-run\n\nhint: report the lines above", file=sys.stderr)
+        print("\nerror: unexpected, a defect of speculators-run\n\nhint: report the traceback above", file=sys.stderr)
         return 2
 
 
-def _dispatch(words: list[str]) -> int:
-    if not words or words[0] in ("--help", "-h", "help"):
+def _dispatch(argv: list[str]) -> int:
+    if not argv or argv[0] in _HELP or (argv[0] in VERBS and argv[0] != "run" and {*argv[1:]} & {*_HELP}):
         return _help()
-    if words[0] == "--version":
+    if argv[0] == "--version":
         print(installed_version("speculators-run"))
         return 0
-    first = words[0]
-    if first.startswith("-") or "=" in first:
-        first, words = "run", ["run", *words]
-    if first not in VERBS:
-        raise RecipeError(f"there is no verb `{first}`", closest(first, VERBS))
-    module, _, function = VERBS[first].partition(".")
-    code: int = getattr(importlib.import_module(f"speculators.verbs.{module}"), function)(words[1:])
+    verb = argv[0]
+    if verb.startswith("-") or "=" in verb:
+        verb, argv = "run", ["run", *argv]
+    if verb not in VERBS:
+        raise RecipeError(f"there is no verb `{verb}`", closest(verb, VERBS))
+    module, _, function = VERBS[verb].partition(".")
+    code: int = getattr(importlib.import_module(f"speculators.verbs.{module}"), function)(argv[1:])
     return code
 
 
@@ -108,7 +115,7 @@ def _help() -> int:
     from speculators.config import shipped
 
     rows = [("  " + name, _first_comment(path)) for name, path in sorted(shipped.available().items())]
-    print(f"{__doc__}\nRecipes (made of the choices in conf/; ./recipes is looked up too):\n\n{ui.columns(rows)}")
+    print(f"{__doc__}\nRecipes, shipped and in ./recipes:\n\n{ui.columns(rows)}")
     return 0
 
 
@@ -118,12 +125,12 @@ def _first_comment(path: Path) -> str:
 
 
 def _refuse_foreign_package() -> None:
-    """Upstream's PyPI package has the same import name; mixed files of both would fail in ways nobody can read."""
+    """Refuse to run next to upstream's PyPI package, which has the same import name."""
     foreign = installed_version("speculators")
     if foreign:
         raise RecipeError(
-            f"the package `speculators` {foreign} is installed beside `speculators-run`, both are `import speculators`",
-            "pip uninstall speculators, then reinstall speculators-run; keep upstream in an environment of its own",
+            f"the packages `speculators` {foreign} and `speculators-run` have the same import name",
+            "pip uninstall speculators, then reinstall speculators-run; install upstream in another environment",
         )
 
 

@@ -1,7 +1,7 @@
-"""What a person sees: the only door to rich. Narration goes to stderr, data to stdout.
+"""Terminal output: progress and messages on stderr, data on stdout. The only module that imports rich.
 
-Where stderr is a terminal there is one live table of the run; elsewhere (a pipe, a file, CI) the same facts come
-as plain lines. Everything reads without colour and at 80 columns. rich is imported only when it draws.
+If stderr is a terminal, a run is shown as a live table; otherwise (a pipe, a file, CI) as lines of text. All output is
+readable without colour and at 80 columns. rich is imported only for the table.
 """
 
 from __future__ import annotations
@@ -34,33 +34,33 @@ _COLOURS = {
     "unneeded": "dim",
 }
 _NO_CURSOR = ("dumb", "unknown")
-"""Values of TERM."""
+"""Values of TERM without cursor movement."""
 _CONTROL = re.compile(r"\x1b\[[0-9;?]*[A-Za-z]|[\x00-\x08\x0b-\x1f\x7f]")
-"""Colours, and what else would move a cursor."""
+"""Escape sequences and control characters."""
 
 
 def error(failure: RunError) -> None:
-    """`error: ...`, a blank line, `hint: ...`; a message of several lines keeps them."""
+    """Print an error to stderr: `error: MESSAGE`, a blank line, `hint: HINT`."""
     print(f"error: {failure.message}\n\nhint: {failure.hint}", file=sys.stderr)
 
 
 def narrate(verb: str, subject: str, detail: str = "") -> None:
-    """One line about one thing, with the verb padded so that subjects stand in a column."""
+    """Print a line to stderr, with verb and subject in columns."""
     print(f"{verb:<9}{subject:<19} {detail}".rstrip(), file=sys.stderr)
 
 
 def duration(seconds: float) -> str:
-    """`8s`, `3m12s`, `2h05m`."""
-    whole = int(seconds + 0.5)
-    if whole < 60:
-        return f"{seconds:.1f}s" if seconds < 10 else f"{whole}s"
-    if whole < 3600:
-        return f"{whole // 60}m{whole % 60:02d}s"
-    return f"{whole // 3600}h{whole % 3600 // 60:02d}m"
+    """Format a duration: `8.0s`, `12s`, `3m12s`, `2h05m`."""
+    rounded = int(seconds + 0.5)
+    if rounded < 60:
+        return f"{seconds:.1f}s" if seconds < 10 else f"{rounded}s"
+    if rounded < 3600:
+        return f"{rounded // 60}m{rounded % 60:02d}s"
+    return f"{rounded // 3600}h{rounded % 3600 // 60:02d}m"
 
 
 def size(count: float) -> str:
-    """Bytes in binary units."""
+    """Format a number of bytes in binary units: `1.5 GiB`."""
     for unit in ("B", "KiB", "MiB", "GiB"):
         if count < 1024:
             return f"{count:.0f} {unit}" if unit == "B" else f"{count:.1f} {unit}"
@@ -69,18 +69,18 @@ def size(count: float) -> str:
 
 
 def dim(text: str) -> str:
-    """Text for stdout that matters less than the rest, where a terminal can show that."""
-    plain = not sys.stdout.isatty() or "NO_COLOR" in os.environ or os.environ.get("TERM", "dumb") in _NO_CURSOR
-    return text if plain else f"\x1b[2m{text}\x1b[0m"
+    """Dim a text for stdout, if that is a terminal with styles."""
+    no_styles = not sys.stdout.isatty() or "NO_COLOR" in os.environ or os.environ.get("TERM", "dumb") in _NO_CURSOR
+    return text if no_styles else f"\x1b[2m{text}\x1b[0m"
 
 
 def width() -> int:
-    """Columns that a table on stdout may take: the terminal's, 80 elsewhere."""
+    """Width of stdout in columns; 80 if it is no terminal."""
     return shutil.get_terminal_size().columns if sys.stdout.isatty() else 80
 
 
 def columns(rows: Iterable[Sequence[str]], right: Sequence[int] = ()) -> str:
-    """Rows as text, each column as wide as its widest cell, those in `right` aligned to the right."""
+    """Format rows as aligned columns; `right` are the indices of right-aligned columns."""
     table = [list(row) for row in rows]
     widths = [max(len(cell) for cell in column) for column in zip(*table, strict=True)]
     lines = []
@@ -90,30 +90,28 @@ def columns(rows: Iterable[Sequence[str]], right: Sequence[int] = ()) -> str:
     return "\n".join(lines)
 
 
-def explanation(found: Explanation) -> str:
-    """What `explain` prints: state and reason, who made what is there, what differs, and what is in the key."""
-    lines = [f"{found.node}  {found.state}  {found.key[:8]}".rstrip(), f"  {found.reason}"]
-    if found.because:
-        lines += [f"  waits in the end for {found.because}"]
-    if found.nearest:
-        said = "made" if found.state == "cached" else "nearest"
-        lines += [
-            "",
-            f"{said}  {found.nearest['key'][:8]}  by {found.nearest['run']}  {found.nearest['finished'][:16]}",
-        ]
-        lines += [f"  {found.nearest['words']}"] if found.nearest["words"] else []
-    for title, changes in (("differs", found.changes), ("differs, but is not in the key", found.outside_the_key)):
+def explanation(explained: Explanation) -> str:
+    """Format an explanation: state and reason, the nearest artifact and its run, differences, and values in the key."""
+    lines = [f"{explained.node}  {explained.state}  {explained.key[:8]}".rstrip(), f"  {explained.reason}"]
+    if explained.because:
+        lines += [f"  waits for {explained.because}"]
+    if explained.nearest:
+        title, nearest = "made" if explained.state == "cached" else "nearest", explained.nearest
+        lines += ["", f"{title}  {nearest['key'][:8]}  by {nearest['run']}  {nearest['finished'][:16]}"]
+        lines += [f"  {nearest['words']}"] if nearest["words"] else []
+    for title, changes in (("differs", explained.changes), ("differs, not in the key", explained.outside_the_key)):
         if changes:
             cells = [(f"  {c.name}", f"{_cell(c.old)} -> {_cell(c.new)}", c.runs) for c in changes]
-            shown = f"{title}\n{columns(cells)}"
-            lines += ["", dim(shown) if changes is found.outside_the_key else shown]
-    if found.key_values:
-        lines += ["", "in the key", columns((f"  {name}", _cell(value)) for name, value in found.key_values.items())]
+            section = f"{title}\n{columns(cells)}"
+            lines += ["", dim(section) if changes is explained.outside_the_key else section]
+    if explained.key_values:
+        values = columns((f"  {name}", _cell(value)) for name, value in explained.key_values.items())
+        lines += ["", "in the key", values]
     return "\n".join(lines)
 
 
 def _cell(value: Any) -> str:
-    """A value of a key: digests shortened, the rest cut to fit a line."""
+    """Format a value of a key: digests shortened, other values truncated to 48 characters."""
     text = value if isinstance(value, str) else json.dumps(value)
     if len(text) == 64 and set(text) <= set("0123456789abcdef"):
         return text[:8]
@@ -121,76 +119,71 @@ def _cell(value: Any) -> str:
 
 
 def evaluation(results: Mapping[str, Any]) -> str:
-    """The table that a run ends in, from `evaluation.json`: one row a data set, then what losslessness showed."""
+    """Format `evaluation.json`: a table with one row per dataset, then the result of the losslessness check."""
     k = results["num_speculative_tokens"]
-    head = ["set", "accepted", *(f"pos {i + 1}" for i in range(k)), "plain", "drafted", "speed-up"]
+    head = ["dataset", "length", *(f"pos {i + 1}" for i in range(k)), "baseline", "speculative", "speed-up"]
     rows = [head]
     for name, row in results["sets"].items():
         positions = [f"{p:.3f}" for p in row["per_position"]]
-        plain, drafted = row["plain"]["tokens_per_second"], row["speculative"]["tokens_per_second"]
-        rows.append(
-            [
-                name,
-                f"{row['acceptance_length']:.3f}",
-                *positions,
-                f"{plain:.1f}",
-                f"{drafted:.1f}",
-                f"{row['speed_up']:.2f}x",
-            ]
-        )
-    notes = [f"accepted: tokens a step, bonus included ({k} proposed); plain, drafted: tokens/s"]
+        length = f"{row['acceptance_length']:.3f}"
+        baseline, speculative = row["plain"]["tokens_per_second"], row["speculative"]["tokens_per_second"]
+        rows.append([name, length, *positions, f"{baseline:.1f}", f"{speculative:.1f}", f"{row['speed_up']:.2f}x"])
+    notes = [
+        f"length: acceptance length, tokens per step with the bonus token ({k} proposed)\n"
+        "pos i: share of steps that accept at least i tokens; speeds in tokens/s"
+    ]
     if lossless := results.get("lossless"):
         notes.append(
-            f"greedy in float32, with and without the draft: {lossless['identical']} of {lossless['prompts']} identical"
-            f", {lossless['ties']} part at\na tie, {lossless['faults']} at a fault"
+            f"greedy in float32: {lossless['identical']} of {lossless['prompts']} outputs are identical with and"
+            f" without the draft\n({lossless['ties']} differ at numeric ties, {lossless['faults']} differ otherwise)"
         )
     return columns(rows, right=range(1, len(head))) + "\n\n" + "\n".join(notes)
 
 
 class Pace:
-    """How fast a stage goes and how long it still takes, by its own progress over the last minute.
+    """Estimates a stage's rate and remaining time from its progress in the last minute.
 
-    What an earlier attempt did, and a slow start, drop out of it; another unit or total begins anew.
+    The window excludes the work of an earlier attempt and a slow start; a new unit or total resets the estimate.
     """
 
     WINDOW, SHORTEST = 60.0, 1.0
-    """Seconds that are looked back at most, and at least: a rate over less is noise."""
+    """Longest and shortest period, in seconds, over which the rate is computed."""
 
     def __init__(self) -> None:
-        self._of: tuple[str, float] = ("", 0.0)
+        self._target: tuple[str, float] = ("", 0.0)
         self._seen: deque[tuple[float, float]] = deque()
 
-    def hear(self, event: Mapping[str, Any], now: float) -> None:
-        """Take one `stage.progress`, at a time in seconds."""
-        of = (event["unit"], event["total"])
-        if of != self._of or (self._seen and event["done"] < self._seen[-1][1]):
-            self._of = of
+    def update(self, event: Mapping[str, Any], now: float) -> None:
+        """Add an event `stage.progress`; `now` in seconds."""
+        target = (event["unit"], event["total"])
+        if target != self._target or (self._seen and event["done"] < self._seen[-1][1]):
+            self._target = target
             self._seen.clear()
         self._seen.append((now, event["done"]))
         while now - self._seen[0][0] > self.WINDOW and len(self._seen) > 2:
             self._seen.popleft()
 
     def __str__(self) -> str:
-        """`1m04s left  3.9/s`; empty while it cannot be told."""
+        """`1m04s left  3.9/s`; empty while there is too little progress."""
         if not self._seen:
             return ""
         (began, first), (now, done) = self._seen[0], self._seen[-1]
         if now - began < self.SHORTEST or done <= first:
             return ""
         rate = (done - first) / (now - began)
-        said = f"{rate:.3g}/s" if rate >= 1 else f"{60 * rate:.2g}/min"
-        return f"{duration((self._of[1] - done) / rate)} left  {said}"
+        rate_text = f"{rate:.3g}/s" if rate >= 1 else f"{60 * rate:.2g}/min"
+        return f"{duration((self._target[1] - done) / rate)} left  {rate_text}"
 
 
 class Lines:
-    """A run as plain lines: what is decided, what starts, how it ends, and progress now and then."""
+    """Reports the events of a run as lines of text."""
 
     EVERY = 15.0
-    """Seconds between two progress lines of one stage."""
+    """Seconds between progress lines of a stage."""
 
     def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
         self._clock = clock
-        self._spoken: dict[str, float] = {}
+        self._last_line_at: dict[str, float] = {}
         self._paces: dict[str, Pace] = {}
         self._logs: dict[str, str] = {}
 
@@ -201,7 +194,7 @@ class Lines:
         sys.stderr.flush()
 
     def __call__(self, event: dict[str, Any]) -> None:
-        """Hear one event of `runner.execution.events`."""
+        """Report an event of `runner.execution.events`."""
         kind, name = event["event"], event.get("node") or event.get("service") or ""
         if kind == "stage.decided" and event["state"] == "cached":
             narrate("cached", name, event["key"][:8])
@@ -222,7 +215,7 @@ class Lines:
                 narrate("note", name, note)
         elif kind == "stage.failed":
             narrate("failed", name, event["message"].splitlines()[0])
-            for line in last_words(self._logs.get(name, ""), event["message"]):
+            for line in log_summary(self._logs.get(name, ""), event["message"]):
                 narrate("", "", line)
         elif kind.startswith("service."):
             narrate(kind.removeprefix("service."), f"vllm {event['mode']}", _took(event))
@@ -231,18 +224,18 @@ class Lines:
 
     def _progress(self, name: str, event: Mapping[str, Any]) -> None:
         now, pace = self._clock(), self._paces.setdefault(name, Pace())
-        pace.hear(event, now)
-        # Not at the very beginning: a stage that takes a second needs no line between its first and its last.
-        if now - self._spoken.setdefault(name, now - self.EVERY + Pace.SHORTEST) >= self.EVERY:
-            self._spoken[name] = now
+        pace.update(event, now)
+        # A stage that takes less than a second needs no progress line.
+        if now - self._last_line_at.setdefault(name, now - self.EVERY + Pace.SHORTEST) >= self.EVERY:
+            self._last_line_at[name] = now
             narrate("...", name, progress(event, pace))
 
 
 class Live:
-    """A run as one table that is drawn anew four times a second."""
+    """Shows the events of a run as a table that is redrawn four times a second."""
 
     MARGIN = 8
-    """Lines of the screen that the table leaves to servers, notes and the prompt."""
+    """Lines of the screen that are reserved for servers, notes and the prompt."""
 
     def __init__(
         self, nodes: Iterable[str], console: Console | None = None, clock: Callable[[], float] = time.monotonic
@@ -265,27 +258,27 @@ class Live:
         self._live.stop()
 
     def __call__(self, event: dict[str, Any]) -> None:
-        """Hear one event of `runner.execution.events`."""
+        """Report an event of `runner.execution.events`."""
         kind = event["event"]
         if kind.startswith("service."):
-            self._hear_server(kind.removeprefix("service."), event)
+            self._update_server(kind.removeprefix("service."), event)
         elif kind == "run.stopping":
             self._notes.append(f"stopping  {stopping(event)}")
         elif kind == "run.finished":
             for row in self._rows.values():
                 row["state"] = "stopped" if row["state"] in ("running", "again") else row["state"]
         elif "node" in event:
-            # A source gets a line when something is done about it, and not before.
-            self._hear_stage(kind, self._rows.setdefault(event["node"], {"state": "", "detail": ""}), event)
+            # Sources are added when they have events.
+            self._update_stage(kind, self._rows.setdefault(event["node"], {"state": "", "detail": ""}), event)
 
-    def _hear_server(self, state: str, event: Mapping[str, Any]) -> None:
+    def _update_server(self, state: str, event: Mapping[str, Any]) -> None:
         if state == "stopped":
             self._servers.pop(event["service"], None)
             return
         row = self._servers.setdefault(event["service"], {"mode": event["mode"], "log": event.get("log", "")})
         row.update(state=state, since=self._clock(), took=_took(event))
 
-    def _hear_stage(self, kind: str, row: dict[str, Any], event: Mapping[str, Any]) -> None:
+    def _update_stage(self, kind: str, row: dict[str, Any], event: Mapping[str, Any]) -> None:
         if kind == "stage.decided":
             row.update(state=event["state"], detail=event["reason"])
         elif kind == "stage.started":
@@ -295,7 +288,7 @@ class Live:
             row["attempt"] = f"attempt {attempt}  " if attempt > 1 else ""
         elif kind == "stage.progress":
             pace = row.setdefault("pace", Pace())
-            pace.hear(event, self._clock())
+            pace.update(event, self._clock())
             row["detail"] = row.get("attempt", "") + progress(event, pace)
         elif kind == "stage.retried":
             row.update(state="again", detail=retried(event))
@@ -307,10 +300,10 @@ class Live:
         elif kind == "stage.failed":
             row.update(state="failed", detail=event["message"].splitlines()[0])
             row["seconds"] = self._clock() - row.get("began", self._clock())
-            self._notes += [f"{event['node']}: {line}" for line in last_words(row.get("log", ""), event["message"])]
+            self._notes += [f"{event['node']}: {line}" for line in log_summary(row.get("log", ""), event["message"])]
 
     def draw(self) -> RenderableType:
-        """The table as it is now, the servers that are up below it, then notes."""
+        """Draw the table, then the running servers, then notes."""
         from rich.console import Group
         from rich.table import Table
         from rich.text import Text
@@ -327,8 +320,8 @@ class Live:
         return Group(table, *lines, *(Text(note) for note in self._notes))
 
     def _shown(self) -> list[tuple[str, dict[str, Any]]]:
-        """Every stage, or, where the screen is too low, those at which something happens, and how many others."""
-        rows = list(self._rows.items())  # a copy: events come in from another thread than this one
+        """All stages, or on a low screen the active ones and a count of the others."""
+        rows = list(self._rows.items())  # a copy, because another thread adds events
         if len(rows) <= max(1, self._console.height - self.MARGIN):
             return rows
         busy = [(name, row) for name, row in rows if row["state"] in ("running", "again", "failed")]
@@ -337,15 +330,15 @@ class Live:
         return [*busy[: self._console.height - self.MARGIN], ("", {"state": "...", "detail": rest})]
 
     def _server(self, row: Mapping[str, Any]) -> str:
-        """`starting  vllm extract  12s  ...` with what it says last; `ready     vllm extract  3m10s`."""
-        said = last_line(row["log"]) if row["state"] == "starting" else f"started in {row['took']}"
-        return f"{row['state']:<8}  vllm {row['mode']}  {duration(self._clock() - row['since'])}  {said}".rstrip()
+        """`starting  vllm extract  12s  LAST LINE OF LOG`, or `ready     vllm extract  3m10s  started in 36s`."""
+        detail = last_line(row["log"]) if row["state"] == "starting" else f"started in {row['took']}"
+        return f"{row['state']:<8}  vllm {row['mode']}  {duration(self._clock() - row['since'])}  {detail}".rstrip()
 
 
-def watcher(nodes: Iterable[str], plain: bool = False) -> Lines | Live:
-    """The live table on a terminal, lines elsewhere, and where several runs share the terminal."""
-    plain = plain or not sys.stderr.isatty() or os.environ.get("TERM", "dumb") in _NO_CURSOR
-    return Lines() if plain else Live(nodes)
+def watcher(nodes: Iterable[str], lines_only: bool = False) -> Lines | Live:
+    """A `Live` table on a terminal, else `Lines`; `lines_only` if several runs share the terminal."""
+    lines_only = lines_only or not sys.stderr.isatty() or os.environ.get("TERM", "dumb") in _NO_CURSOR
+    return Lines() if lines_only else Live(nodes)
 
 
 def progress(event: Mapping[str, Any], pace: Pace) -> str:
@@ -363,25 +356,25 @@ def retried(event: Mapping[str, Any]) -> str:
 
 
 def stopping(event: Mapping[str, Any]) -> str:
-    """What the first Ctrl-C does, and what a second one would."""
+    """Effect of the first Ctrl-C and of a second one."""
     return f"stages have {event['seconds']:.0f} s for a checkpoint; Ctrl-C again ends them at once"
 
 
-def last_words(log: str, message: str) -> list[str]:
-    """Of a stage that failed: what its log says last, unless the message has it already, and where the log is."""
-    said = last_line(log)
-    return [line for line in (said if said not in message else "", log) if line]
+def log_summary(log: str, message: str) -> list[str]:
+    """Last line of a failed stage's log, unless `message` contains it, and the path of the log."""
+    last = last_line(log)
+    return [line for line in (last if last not in message else "", log) if line]
 
 
 def last_line(log: str) -> str:
-    """The last line of a file that says something, as a terminal would show it; empty if there is none."""
+    """Last line of a file that is not blank, as a terminal would show it; empty if there is none."""
     try:
         with open(log, "rb") as file:
             file.seek(max(0, file.seek(0, os.SEEK_END) - 4096))
             text = file.read().decode(errors="replace")
     except OSError:
         return ""
-    # A progress bar rewrites its line: what stands after the last carriage return is what can be seen.
+    # A progress bar rewrites its line: only the text after the last carriage return is visible.
     lines = [_CONTROL.sub("", line.rstrip("\r").rpartition("\r")[2]).strip() for line in text.split("\n")]
     return next((line for line in reversed(lines) if line), "")
 

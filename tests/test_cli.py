@@ -42,7 +42,7 @@ def main(*words: str) -> int:
 def test_help_lists_verbs_and_recipes(capsys: pytest.CaptureFixture[str]) -> None:
     assert main("--help") == 0
     out = capsys.readouterr().out
-    assert "speculators-run plan recipe=NAME" in out
+    assert "  plan recipe=NAME" in out
     assert "  smollm2_eagle3  The demo: everything real" in out
     assert max(len(line) for line in out.splitlines()) <= 80
 
@@ -148,7 +148,7 @@ def test_explain_names_the_option_that_moved_within_80_columns(
     assert main("explain", "train", DEMO, "--json") == 0
     assert json.loads(capsys.readouterr().out)["state"] == "cached"
     assert main("explain", DEMO) == 1
-    assert "explain wants a stage" in capsys.readouterr().err
+    assert "explain needs a stage" in capsys.readouterr().err
 
 
 def test_only_refuses_when_what_the_stage_needs_is_not_there(
@@ -187,8 +187,8 @@ def test_verify_finds_bytes_that_changed_in_place(
     capsys.readouterr()
     assert main("verify", "--json") == 1
     told = capsys.readouterr()
-    assert json.loads(told.out) == {artifact.key: {"stage": "vocab", "trouble": "content has other bytes"}}
-    assert "error: 1 artifacts are not what was stored" in told.err
+    assert json.loads(told.out) == {artifact.key: {"stage": "vocab", "trouble": "content does not match its sha256"}}
+    assert "error: 1 artifacts are damaged" in told.err
 
 
 def test_a_disk_without_room_is_refused_before_any_worker_starts(
@@ -233,7 +233,7 @@ def test_the_table_of_an_evaluation_fits_80_columns() -> None:
     text = ui.evaluation(EVALUATION)
     assert max(len(line) for line in text.splitlines()) <= 80
     assert text.splitlines()[1].split() == ["human_eval", "1.500", "0.300", "0.150", "0.050", "31.2", "31.2", "1.00x"]
-    assert "64 of 64 identical" in text
+    assert "64 of 64 outputs are identical" in text
 
 
 def test_plan_and_explain_tell_what_differs_outside_of_the_key(
@@ -258,7 +258,7 @@ def test_plan_and_explain_tell_what_differs_outside_of_the_key(
     monkeypatch.setenv("TERM", "xterm")
     monkeypatch.delenv("NO_COLOR", raising=False)
     assert main("explain", "train", DEMO) == 0
-    assert "\x1b[2mdiffers, but is not in the key\n  python  3.9.1 -> " in capsys.readouterr().out
+    assert "\x1b[2mdiffers, not in the key\n  python  3.9.1 -> " in capsys.readouterr().out
     monkeypatch.setenv("NO_COLOR", "1")
     assert main("explain", "train", DEMO) == 0
     assert "\x1b" not in capsys.readouterr().out

@@ -156,7 +156,7 @@ def test_a_rate_forgets_what_is_long_past_and_begins_anew_with_another_total() -
     pace = ui.Pace()
 
     def hear(now: float, done: float, total: float = 1000) -> str:
-        pace.hear({"unit": "rows", "done": done, "total": total}, now)
+        pace.update({"unit": "rows", "done": done, "total": total}, now)
         return str(pace)
 
     assert hear(0, 0) == ""

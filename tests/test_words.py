@@ -127,7 +127,6 @@ def all_uses(within: str = "") -> list[Use]:
 
 
 UNCONVERTED: tuple[str, ...] = (
-    "speculators/cli",
     "conf/",
     "speculators/errors",
     "speculators/job",
@@ -136,8 +135,6 @@ UNCONVERTED: tuple[str, ...] = (
     "recipes/",
     "speculators/stages/",
     "speculators/training/",
-    "speculators/ui",
-    "speculators/verbs/",
     "speculators/worker",
 )
 """What has yet to be rewritten in the glossary's words."""

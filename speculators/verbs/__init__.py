@@ -1,4 +1,4 @@
-"""What each verb of the command line does: one function a verb, from its words to an exit code.
+"""The verbs of the command line: one function per verb, which takes its arguments and returns an exit code.
 
-`cli` imports the module of the verb that was asked for, by name; only `run` imports another, `sweep`.
+`cli` imports only the module of the requested verb; `run` imports `sweep` for `-m`.
 """

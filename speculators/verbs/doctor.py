@@ -1,4 +1,4 @@
-"""doctor: what is missing or broken on this machine, and the command that mends it."""
+"""doctor: check this machine, and print the command that fixes each problem."""
 
 from __future__ import annotations
 
@@ -11,33 +11,35 @@ from speculators.runner import doctor as examiner
 from speculators.runner.store.artifacts import store_root
 
 
-def doctor(words: list[str]) -> int:
-    """Look at everything; exit code 1 if something is broken."""
+def doctor(argv: list[str]) -> int:
+    """Check everything; exit code 1 if something is broken."""
     options = {"run.store": "", "serve.python": ""}
-    for word in words:
-        name, _, value = word.partition("=")
+    for argument in argv:
+        name, _, value = argument.partition("=")
         if name in options:
             options[name] = value
-        elif word != "--json":
-            raise RecipeError(f"`{word}` is not understood here", "there is run.store=PATH, serve.python=PATH, --json")
-    found = examiner.examine(store_root(options["run.store"]), options["serve.python"])
-    if "--json" in words:
-        print(json.dumps([dataclasses.asdict(finding) for finding in found], indent=1))
+        elif argument != "--json":
+            raise RecipeError(
+                f"there is no option `{argument}` here", "there is: run.store=PATH, serve.python=PATH, --json"
+            )
+    findings = examiner.examine(store_root(options["run.store"]), options["serve.python"])
+    if "--json" in argv:
+        print(json.dumps([dataclasses.asdict(finding) for finding in findings], indent=1))
     else:
-        print(told(found))
-    return int(any(finding.state == "broken" for finding in found))
+        print(format_findings(findings))
+    return int(any(finding.state == "broken" for finding in findings))
 
 
-def told(found: list[examiner.Finding]) -> str:
-    """A line for each finding, and below it what mends it."""
-    wide = max(len(finding.name) for finding in found)
+def format_findings(findings: list[examiner.Finding]) -> str:
+    """Format findings: a line for each, followed by its fix."""
+    wide = max(len(finding.name) for finding in findings)
     home = str(Path.home())
     lines = []
-    for finding in found:
-        message = finding.message.replace(home, "~") if home != "/" else finding.message
-        lines.append(f"{finding.state:<6}  {finding.name:<{wide}}  {message}")
+    for finding in findings:
+        text = finding.message.replace(home, "~") if home != "/" else finding.message
+        lines.append(f"{finding.state:<6}  {finding.name:<{wide}}  {text}")
         if finding.fix:
             lines.append(f"{'':<{wide + 8}}  -> {finding.fix}")
-    broken, warnings = (sum(f.state == state for f in found) for state in ("broken", "warn"))
-    said = f"{broken} broken, {warnings} to look at" if broken or warnings else "nothing is wrong"
-    return "\n".join([*lines, "", said])
+    broken, warnings = (sum(f.state == state for f in findings) for state in ("broken", "warn"))
+    summary = f"broken: {broken}, warnings: {warnings}" if broken or warnings else "no problems"
+    return "\n".join([*lines, "", summary])

@@ -1,4 +1,4 @@
-"""lock: write down what a recipe comes to, so that a run can refuse anything else."""
+"""lock: record what a recipe resolves to, so that `run.locked` can refuse changes."""
 
 from __future__ import annotations
 
@@ -14,20 +14,20 @@ from speculators.runner.planning.plan import Planner
 from speculators.runner.store.artifacts import open_store
 
 
-def lock(words: list[str]) -> int:
+def lock(argv: list[str]) -> int:
     """Write `<recipe>.lock.json` in the working directory; starts nothing."""
-    config = composed.compose_cached([word for word in words if word != "--json"])
-    # A lock is of the whole recipe, whatever part of it would be run.
+    config = composed.compose_cached([argument for argument in argv if argument != "--json"])
+    # The lock covers all stages, whichever of them these options select.
     config = dataclasses.replace(config, force=[], from_="", until="", only="")
-    plain = locks.lock_contents(Planner(config, open_store(config.run)))
+    contents = locks.lock_contents(Planner(config, open_store(config.run)))
     path = locks.lock_path(config)
     try:
-        write_json(path, plain)
+        write_json(path, contents)
     except OSError as error:
-        hint = "lock it in a directory that you may write to"
+        hint = "run the command in a writable directory"
         raise RecipeError(f"{path} cannot be written: {error.strerror}", hint) from None
-    if "--json" in words:
-        print(json.dumps(plain, indent=1))
-    known = sum(stage["key"] is not None for stage in plain["stages"].values())
-    ui.narrate("locked", str(path), f"{known} of {len(plain['stages'])} keys known")
+    if "--json" in argv:
+        print(json.dumps(contents, indent=1))
+    known = sum(stage["key"] is not None for stage in contents["stages"].values())
+    ui.narrate("locked", str(path), f"{known} of {len(contents['stages'])} keys known")
     return 0

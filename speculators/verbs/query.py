@@ -1,4 +1,4 @@
-"""plan, explain: what a recipe would do, and why."""
+"""plan, explain: print what a recipe would run, and why."""
 
 from __future__ import annotations
 
@@ -16,10 +16,10 @@ from speculators.runner.planning.plan import Planner, Step
 from speculators.runner.store.artifacts import open_store
 
 
-def plan(words: list[str]) -> int:
-    """What would run, and why; starts nothing, writes nothing."""
-    as_data = "--json" in words
-    config = composed.compose_cached([w for w in words if w != "--json"])
+def plan(argv: list[str]) -> int:
+    """Print what would run, and why; starts and writes nothing."""
+    as_data = "--json" in argv
+    config = composed.compose_cached([argument for argument in argv if argument != "--json"])
     planner = Planner(config, open_store(config.run))
     checks.check_machine(config, planner.graph)
     if config.run.locked:
@@ -31,50 +31,49 @@ def plan(words: list[str]) -> int:
     if as_data:
         values = {"steps": steps_as_json(steps), "derived": planner.derived, **dataclasses.asdict(needs)}
         values["held_bytes"] = values.pop("store_bytes")
-        outside = {
-            name: [to_json(c) for c in changes_outside_key(s.artifact)] for name, s in steps.items() if s.artifact
-        }
-        told = {
+        artifacts = {name: step.artifact for name, step in steps.items() if step.artifact}
+        outside = {name: [to_json(c) for c in changes_outside_key(a)] for name, a in artifacts.items()}
+        values |= {
             "outside_the_key": {name: changes for name, changes in outside.items() if changes},
             "locked": locked is not None,
             "lock_differs": [dataclasses.asdict(d) for d in differing],
         }
-        print(json.dumps({**values, **told}, indent=1))
+        print(json.dumps(values, indent=1))
         return 0
     print(ui.columns((s.state.name, name, s.key[:8] or "-", s.reason) for name, s in steps.items()))
     print("\n" + ui.columns((name, json.dumps(value)) for name, value in planner.derived.items()))
     for server in needs.servers:
         print(f"\nserver for {server.stage} ({server.mode}):\n  {server.command}")
-    if said := _states(needs):
-        print("\n" + "\n".join(said))
+    if lines := _hidden_states(needs):
+        print("\n" + "\n".join(lines))
     if outside_lines := _outside(steps):
         print("\n" + ui.dim("\n".join(outside_lines)))
     if locked:
-        says = f"says otherwise: {', '.join(d.name for d in differing)}" if differing else "says the same"
-        print(f"\nlocked: {lockfile.lock_path(config)} {says}")
+        result = f"differs: {', '.join(d.name for d in differing)}" if differing else "no differences"
+        print(f"\nlocked: {lockfile.lock_path(config)}  {result}")
     return 0
 
 
-def _states(needs: estimate.Needs) -> list[str]:
-    """What is known of the hidden states that are still to be computed, a line for each thing."""
-    said = []
+def _hidden_states(needs: estimate.Needs) -> list[str]:
+    """Lines about the hidden states that are still to be computed."""
+    lines = []
     if needs.feature_tokens:
         bytes_, free = ui.size(needs.feature_bytes), ui.size(needs.free_bytes)
-        said.append(f"hidden states: at most {needs.feature_tokens:,} tokens, {bytes_}; free in the store: {free}")
+        lines.append(f"hidden states: at most {needs.feature_tokens:,} tokens, {bytes_}; {free} free in the store")
     if needs.prefill_tokens:
-        took = "; how long that takes is known when this target has run"
+        time = "; duration unknown until this target has run"
         if needs.prefill_seconds:
-            how = "as fast as it answered, at most" if needs.prefill_at_most else "at the last speed"
-            took = f", {ui.duration(needs.prefill_seconds)} {how}"
-        said.append(f"to be prefilled for them: about {needs.prefill_tokens:,} tokens{took}")
+            bound = "at most " if needs.prefill_at_most else "about "
+            time = f", {bound}{ui.duration(needs.prefill_seconds)}"
+        lines.append(f"prefill for them: about {needs.prefill_tokens:,} tokens{time}")
     for stage, split in needs.splits.items():
-        said.append(f"{stage} and the server that it draws from: {split.training} and {split.server} {split.unit}"
+        lines.append(f"{stage} and its server: {split.training} and {split.server} {split.unit}"
                     f"{', the same ones' if split.shared else ''}")  # fmt: skip
-    return said
+    return lines
 
 
 def _outside(steps: Mapping[str, Step]) -> list[str]:
-    """What the cached stages were made with, where this machine has something else; a line for each such thing."""
+    """Lines about differences outside the key between this machine and those that made the cached artifacts."""
     stages: dict[tuple[str, str, str], list[str]] = {}
     for name, step in steps.items():
         for change in changes_outside_key(step.artifact) if step.artifact else ():
@@ -82,13 +81,13 @@ def _outside(steps: Mapping[str, Step]) -> list[str]:
     return [f"not in any key: {n} {old} -> {new}  ({', '.join(names)})" for (n, old, new), names in stages.items()]
 
 
-def explain(words: list[str]) -> int:
-    """Why one stage hits or misses."""
-    as_data = "--json" in words
-    words = [word for word in words if word != "--json"]
-    if not words or "=" in words[0]:
-        raise RecipeError("explain wants a stage", "speculators-run explain train recipe=NAME")
-    config = composed.compose_cached(words[1:])
-    found = explain_stage(Planner(config, open_store(config.run)), words[0])
-    print(json.dumps(to_json(found), indent=1) if as_data else ui.explanation(found))
+def explain(argv: list[str]) -> int:
+    """Explain the cache hit or miss of a stage."""
+    as_data = "--json" in argv
+    argv = [argument for argument in argv if argument != "--json"]
+    if not argv or "=" in argv[0]:
+        raise RecipeError("explain needs a stage", "speculators-run explain train recipe=NAME")
+    config = composed.compose_cached(argv[1:])
+    explained = explain_stage(Planner(config, open_store(config.run)), argv[0])
+    print(json.dumps(to_json(explained), indent=1) if as_data else ui.explanation(explained))
     return 0

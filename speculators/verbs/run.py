@@ -1,4 +1,4 @@
-"""run: carry a recipe out, tell about it on stderr, print what was measured on stdout."""
+"""run: run a recipe, with progress on stderr and the evaluation on stdout."""
 
 from __future__ import annotations
 
@@ -23,41 +23,31 @@ from speculators.runner.planning.plan import Planner
 from speculators.runner.servers import guard
 from speculators.runner.store.artifacts import open_store
 
-_FLAGS = (
-    "--cfg",
-    "-c",
-    "--info",
-    "-i",
-    "--hydra-help",
-    "--shell-completion",
-    "-sc",
-    "--resolve",
-    "-p",
-    "--package",
-)
+_FLAGS = ("--cfg", "-c", "--info", "-i", "--hydra-help", "--shell-completion", "-sc", "--resolve", "-p", "--package")
 
 
-def main(words: list[str]) -> int:
-    """`run RECIPE ...`; as a Hydra app where one of its flags is there."""
-    if "-m" in words or "--multirun" in words:
-        from speculators.verbs import sweep
+def run(argv: list[str]) -> int:
+    """`run recipe=NAME ...`; Hydra handles the command line if it contains one of Hydra's flags."""
+    if "-m" in argv or "--multirun" in argv:
+        from speculators.verbs.sweep import sweep
 
-        return sweep.main(words, run_recipe, _fresh_directory)
-    if any(word in _FLAGS or word.startswith("--") for word in words):
+        return sweep(argv, run_recipe, _fresh_directory)
+    if any(argument in _FLAGS or argument.startswith("--") for argument in argv):
         from speculators.config import compose
 
-        compose.run_as_hydra_app(words, lambda config: run_recipe(config, words))
+        compose.run_as_hydra_app(argv, lambda config: run_recipe(config, argv))
     else:
-        run_recipe(composed.compose_cached(words, write=True), words)
+        run_recipe(composed.compose_cached(argv, write=True), argv)
     return 0
 
 
 def run_recipe(
-    config: Config, words: Sequence[str], *, announce: Callable[[Path], None] | None = None, plain: bool = False
+    config: Config, argv: Sequence[str], *, announce: Callable[[Path], None] | None = None, lines_only: bool = False
 ) -> None:
-    """Carry out one recipe, tell about it on stderr and print what was measured on stdout.
+    """Run a recipe, with progress on stderr and the evaluation on stdout.
 
-    `announce` hears of the run directory when it is there; `plain`: other runs share the terminal.
+    `argv` is recorded in the run directory, whose path `announce` is called with; `lines_only` if other runs share the
+    terminal.
     """
     began = time.monotonic()
     planner = Planner(config, open_store(config.run))
@@ -70,12 +60,12 @@ def run_recipe(
         announce(directory)
     write_json(directory / "config.json", to_builtins(config))
     status = "failed"
-    shown = [name for name, node in planner.graph.items() if not node.lazy]
-    with ui.watcher(shown, plain) as watch:
+    stages = [name for name, node in planner.graph.items() if not node.lazy]
+    with ui.watcher(stages, lines_only) as watch:
         events = Events(directory / "events.jsonl", [watch])
         process = {"pid": os.getpid(), "start": guard.start_time(os.getpid()), "machine": guard.machine()}
-        events.emit("run.started", recipe=config.recipe, run=directory.name, words=list(words), process=process)
-        execution = Execution(planner=planner, directory=directory, events=events, argv=list(words))
+        events.emit("run.started", recipe=config.recipe, run=directory.name, words=list(argv), process=process)
+        execution = Execution(planner=planner, directory=directory, events=events, argv=list(argv))
         try:
             execution.run()
             status = "done"
@@ -84,7 +74,7 @@ def run_recipe(
             raise
         finally:
             seconds = time.monotonic() - began
-            overrides = [word for word in words if "=" in word and not word.startswith("-")]
+            overrides = [argument for argument in argv if "=" in argument and not argument.startswith("-")]
             ended = {"status": status, "seconds": seconds, "overrides": overrides}
             write_json(directory / "run.json", {**ended, "steps": steps_as_json(execution.steps)})
             events.emit("run.finished", status=status, seconds=seconds)
@@ -96,7 +86,7 @@ def run_recipe(
 
 
 def _fresh_directory(parent: Path, name: str) -> Path:
-    """A new `<time>-<name>`; a second one in the same second gets a number."""
+    """Create the directory `<time>-<name>`, with a number if it exists."""
     stamp = datetime.datetime.now().strftime("%Y%m%d-%H%M%S")
     base = parent / f"{stamp}-{name}"
     for attempt in range(1000):
@@ -107,8 +97,10 @@ def _fresh_directory(parent: Path, name: str) -> Path:
             continue
         except OSError as error:
             raise StoreError(
-                f"run.dir: cannot make `{directory}` ({error.strerror})",
-                "name a directory you may write to: run.dir=PATH",
+                f"run.dir: cannot create `{directory}` ({error.strerror})",
+                "name a writable directory: run.dir=PATH",
             ) from None
         return directory
-    raise StoreError(f"run.dir: a thousand runs started at once in `{base.parent}`", "wait a second")
+    raise StoreError(
+        f"run.dir: a thousand runs started at once in `{base.parent}`", "run the same command again in a second"
+    )

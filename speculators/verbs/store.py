@@ -1,4 +1,4 @@
-"""ls, verify, gc, export, import: the artifact store."""
+"""ls, verify, gc, export, import: inspect and maintain the artifact store."""
 
 from __future__ import annotations
 
@@ -17,18 +17,18 @@ from speculators.runner.store import archive, upkeep
 from speculators.runner.store.artifact import Artifact
 from speculators.runner.store.artifacts import Store, free_bytes, open_store
 
-_WORDS = ("run.store", "run.stores_read", "--json")
-"""What every verb here takes besides stages."""
+_STORE_OPTIONS = ("run.store", "run.stores_read", "--json")
+"""Options that all verbs here take."""
 
 
-def ls(words: list[str]) -> int:
-    """What the store and those below it hold."""
-    store, wanted, as_data = _store_words(words)
-    stages = dict.fromkeys(word.partition(":")[0] for word in wanted) or KINDS
+def ls(argv: list[str]) -> int:
+    """List the artifacts in the store and its read-only stores."""
+    store, selectors, as_data = _parse(argv)
+    stages = dict.fromkeys(selector.partition(":")[0] for selector in selectors) or KINDS
     rows = [
         {"stage": a.stage, "key": a.key, "bytes": a.bytes, "finished": a.provenance.get("finished", ""),
          "run": a.provenance.get("run", ""), "store": str(a.path.parents[3])}
-        for stage in stages for a in store.artifacts(stage) if _fits(wanted, a.stage, a.key)
+        for stage in stages for a in store.artifacts(stage) if _selected(selectors, a.stage, a.key)
     ]  # fmt: skip
     if as_data:
         print(json.dumps(rows, indent=1))
@@ -42,98 +42,99 @@ def ls(words: list[str]) -> int:
     return 0
 
 
-def verify(words: list[str]) -> int:
-    """Whether all that lies in the store still is what was stored; what is not is moved aside if asked."""
-    store, wanted, as_data = _store_words([word for word in words if word != "--aside"], "--aside")
-    broken, left = {}, 0
-    for entry in upkeep.entries(store, {word.partition(":")[0] for word in wanted}):
-        if not _fits(wanted, entry.stage, entry.key):
+def verify(argv: list[str]) -> int:
+    """Re-hash artifacts and report damage; `--aside` moves damaged ones to quarantine."""
+    store, selectors, as_data = _parse([argument for argument in argv if argument != "--aside"], "--aside")
+    broken, num_left = {}, 0
+    for entry in upkeep.entries(store, {selector.partition(":")[0] for selector in selectors}):
+        if not _selected(selectors, entry.stage, entry.key):
             continue
-        ui.narrate("broken" if entry.damage else "whole", entry.stage, f"{entry.key[:8]}  {entry.damage}")
+        ui.narrate("broken" if entry.damage else "intact", entry.stage, f"{entry.key[:8]}  {entry.damage}")
         if not entry.damage:
             continue
         name = entry.key or entry.stage
         broken[name] = {"stage": entry.stage, "trouble": entry.damage}
-        aside = upkeep.quarantine(store, entry) if "--aside" in words else None
-        left += aside is None
-        if aside is not None:
-            ui.narrate("aside", entry.stage, str(aside))
+        moved_to = upkeep.quarantine(store, entry) if "--aside" in argv else None
+        num_left += moved_to is None
+        if moved_to is not None:
+            ui.narrate("moved", entry.stage, str(moved_to))
     if as_data:
         print(json.dumps(broken, indent=1))
-    if left:
-        hint = "`speculators-run verify --aside` moves them out of the way; the next run makes them again"
+    if num_left:
+        hint = "`speculators-run verify --aside` moves them to quarantine; the next run makes them again"
         raise StoreError(
-            f"{left} artifacts are not what was stored",
-            "somebody is at work on them: try again later" if "--aside" in words else hint,
+            f"{num_left} artifacts are damaged",
+            "they are in use: try again later" if "--aside" in argv else hint,
         )
     return 0
 
 
-def gc(words: list[str]) -> int:
-    """What nobody used for long; deleted if asked."""
+def gc(argv: list[str]) -> int:
+    """Delete what has been unused for `days`; without `--delete` only list it."""
     days, runs, rest = 30.0, None, []
-    for word in words:
-        name, _, value = word.partition("=")
+    for argument in argv:
+        name, _, value = argument.partition("=")
         if name == "days":
             try:
                 days = float(value)
             except ValueError:
-                raise RecipeError(f"days={value} is not a number", "say days=30") from None
+                raise RecipeError(f"days={value} is not a number", "for example days=30") from None
         elif name == "run.dir":
             runs = _listed(value)
-        elif word != "--delete":
-            rest.append(word)
-    store, wanted, as_data = _store_words(rest, "days", "run.dir", "--delete")
-    found = [item for item in upkeep.find_unused(store, _kept(runs), days) if _fits(wanted, item.stage, item.key)]
-    delete, kept = "--delete" in words, []
-    for item in found:
+        elif argument != "--delete":
+            rest.append(argument)
+    store, selectors, as_data = _parse(rest, "days", "run.dir", "--delete")
+    unused = upkeep.find_unused(store, _keys_of_runs(runs), days)
+    unused = [item for item in unused if _selected(selectors, item.stage, item.key)]
+    delete, kept = "--delete" in argv, []
+    for item in unused:
         if delete and not upkeep.remove(store, item):
             kept.append(item)
-        verb = "in use" if item in kept else "deleted" if delete else "would go"
+        verb = "in use" if item in kept else "deleted" if delete else "unused"
         ui.narrate(verb, f"{item.what} {item.stage}", f"{item.key[:8]}  {ui.size(item.bytes)}  {item.days:.0f} days")
     if as_data:
-        print(json.dumps([{**dataclasses.asdict(item), "path": str(item.path)} for item in found], indent=1))
-    total = ui.size(sum(item.bytes for item in found if item not in kept))
-    how = "" if delete or not found else "; nothing was deleted: add --delete"
-    ui.narrate("gc", f"{len(found) - len(kept)} directories", f"{total}{how}")
+        print(json.dumps([{**dataclasses.asdict(item), "path": str(item.path)} for item in unused], indent=1))
+    total = ui.size(sum(item.bytes for item in unused if item not in kept))
+    how = "" if delete or not unused else "; nothing was deleted: add --delete"
+    ui.narrate("gc", f"{len(unused) - len(kept)} directories", f"{total}{how}")
     return 0
 
 
-def export(words: list[str]) -> int:
-    """Artifacts as one file: those of `STAGE` or `STAGE:KEY`, or all that a recipe finds."""
-    *chosen, file = [word for word in words if word != "--json"] or [""]
-    if not chosen or "=" in file or not file:
+def export(argv: list[str]) -> int:
+    """Write artifacts into one file: those of `STAGE` or `STAGE:KEY`, or all existing ones of a recipe."""
+    *selectors, file = [argument for argument in argv if argument != "--json"] or [""]
+    if not selectors or "=" in file or not file:
         hint = "speculators-run export train:0123abcd FILE, or export recipe=NAME FILE"
-        raise RecipeError("export wants artifacts and, last, a file", hint)
-    if any(word.startswith("recipe=") for word in chosen):
-        found = _of_recipe(chosen)
+        raise RecipeError("export needs artifacts and, last, a file", hint)
+    if any(selector.startswith("recipe=") for selector in selectors):
+        artifacts = _of_recipe(selectors)
     else:
-        store, wanted, _ = _store_words(chosen)
-        found = [artifact for word in wanted for artifact in _named(store, word)]
-    found = list({(artifact.stage, artifact.key): artifact for artifact in found}.values())
-    archive.export_artifacts(found, Path(file).expanduser())
-    for artifact in found:
+        store, selectors, _ = _parse(selectors)
+        artifacts = [artifact for selector in selectors for artifact in _select(store, selector)]
+    artifacts = list({(artifact.stage, artifact.key): artifact for artifact in artifacts}.values())
+    archive.export_artifacts(artifacts, Path(file).expanduser())
+    for artifact in artifacts:
         ui.narrate("exported", artifact.stage, f"{artifact.key[:8]}  {ui.size(artifact.bytes)}")
-    if "--json" in words:
-        print(json.dumps([{"stage": a.stage, "key": a.key, "bytes": a.bytes} for a in found], indent=1))
-    ui.narrate("export", f"{len(found)} artifacts", f"{ui.size(sum(a.bytes for a in found))}  {file}")
+    if "--json" in argv:
+        print(json.dumps([{"stage": a.stage, "key": a.key, "bytes": a.bytes} for a in artifacts], indent=1))
+    ui.narrate("export", f"{len(artifacts)} artifacts", f"{ui.size(sum(a.bytes for a in artifacts))}  {file}")
     return 0
 
 
-def import_(words: list[str]) -> int:
-    """What `export` wrote, checked, into the store."""
-    plain = [word for word in words if "=" not in word and word != "--json"]
-    if len(plain) != 1:
-        raise RecipeError("import wants one file", "speculators-run import FILE")
-    store, _, as_data = _store_words([word for word in words if word != plain[0]])
-    path = Path(plain[0]).expanduser()
-    here = Store(store.root)
-    need = sum(item.bytes for item in archive.contents(path) if here.find(item.stage, item.key) is None)
-    if need > (free := free_bytes(here.root)):
-        hint = "make room (`speculators-run gc`), or name a larger disk: run.store=PATH"
-        raise StoreError(f"{path} holds {ui.size(need)} that are new, the store has {ui.size(free)} free", hint)
+def import_(argv: list[str]) -> int:
+    """Check a file that `export` wrote, and add its artifacts to the store."""
+    files = [argument for argument in argv if "=" not in argument and argument != "--json"]
+    if len(files) != 1:
+        raise RecipeError("import needs one file", "speculators-run import FILE")
+    store, _, as_data = _parse([argument for argument in argv if argument != files[0]])
+    path = Path(files[0]).expanduser()
+    target = Store(store.root)
+    need = sum(item.bytes for item in archive.contents(path) if target.find(item.stage, item.key) is None)
+    if need > (free := free_bytes(target.root)):
+        hint = "free space (`speculators-run gc`), or use a larger disk: run.store=PATH"
+        raise StoreError(f"{path} has {ui.size(need)} of new artifacts, the store has {ui.size(free)} free", hint)
     rows = []
-    for item, new in archive.import_artifacts(path, here, lambda holder: ui.narrate("waits", holder)):
+    for item, new in archive.import_artifacts(path, target, lambda holder: ui.narrate("waits", holder)):
         ui.narrate("imported" if new else "cached", item.stage, f"{item.key[:8]}  {ui.size(item.bytes)}")
         rows.append({"stage": item.stage, "key": item.key, "bytes": item.bytes, "new": new})
     if as_data:
@@ -141,72 +142,74 @@ def import_(words: list[str]) -> int:
     return 0
 
 
-def _kept(runs: list[str] | None) -> set[str]:
-    """The keys that runs name. A directory that is asked for and is not there would let everything of its go."""
+def _keys_of_runs(runs: list[str] | None) -> set[str]:
+    """Keys in the plans of runs, which `gc` keeps. A missing directory is an error, because its artifacts would go."""
     kept: set[str] = set()
     for name in runs or ["runs"]:
         directory = Path(name).expanduser()
         if directory.is_dir():
             kept |= upkeep.keys_of_runs(directory)
         elif runs:
-            raise StoreError(f"run.dir: there is no directory `{name}`", "name those that hold the runs to keep")
+            raise StoreError(f"run.dir: there is no directory `{name}`", "name the directories of runs to keep")
         else:
-            ui.narrate("note", "no runs here", "only the last use counts; say run.dir=PATH,PATH to keep what runs name")
+            ui.narrate("note", "no runs here", "only the last use counts; run.dir=PATH,PATH keeps those of runs")
     return kept
 
 
-def _of_recipe(words: Sequence[str]) -> list[Artifact]:
-    """What a recipe finds, in data-flow order."""
-    config = composed.compose_cached(words)
+def _of_recipe(overrides: Sequence[str]) -> list[Artifact]:
+    """Existing artifacts of a recipe, in data-flow order."""
+    config = composed.compose_cached(overrides)
     steps = Planner(config, open_store(config.run)).plan()
     for step in steps:
         if step.artifact is None and not step.path:
             ui.narrate("missing", step.node.name, step.reason)
-    found = [step.artifact for step in steps if step.artifact is not None]
-    if not found:
-        raise StoreError(f"nothing of {config.recipe} is in the store", "run it first")
-    return found
+    artifacts = [step.artifact for step in steps if step.artifact is not None]
+    if not artifacts:
+        raise StoreError(
+            f"the store has no artifact of {config.recipe}", f"run it first: speculators-run {' '.join(overrides)}"
+        )
+    return artifacts
 
 
-def _named(store: Store, word: str) -> list[Artifact]:
-    """The artifacts of `STAGE`, or the one of `STAGE:KEY-PREFIX`, whole."""
-    stage, _, prefix = word.partition(":")
-    found = [artifact for artifact in store.artifacts(stage) if artifact.key.startswith(prefix)]
-    if not found or (prefix and len(found) > 1):
+def _select(store: Store, selector: str) -> list[Artifact]:
+    """The artifacts of `STAGE`, or the one of `STAGE:KEY-PREFIX`; all must be intact."""
+    stage, _, prefix = selector.partition(":")
+    artifacts = [artifact for artifact in store.artifacts(stage) if artifact.key.startswith(prefix)]
+    if not artifacts or (prefix and len(artifacts) > 1):
         keys = [artifact.key[: max(8, len(prefix) + 4)] for artifact in store.artifacts(stage)]
-        many = f"{len(found)} artifacts" if found else "no artifact"
-        raise StoreError(f"{many} of the store fits `{word}`", f"there is: {', '.join(keys) or 'nothing'}")
-    for artifact in found:
+        many = f"{len(artifacts)} artifacts match" if artifacts else "no artifact matches"
+        raise StoreError(f"{many} `{selector}`", f"there is: {', '.join(keys) or 'nothing'}")
+    for artifact in artifacts:
         if store.find(artifact.stage, artifact.key) is None:
-            hint = "`speculators-run verify` says what is wrong with it"
-            raise StoreError(f"{stage} {artifact.key[:8]} is not whole", hint)
-    return found
+            hint = "`speculators-run verify` reports the damage"
+            raise StoreError(f"{stage} {artifact.key[:8]} is damaged", hint)
+    return artifacts
 
 
 def _listed(value: str) -> list[str]:
-    """`a,b` or `[a,b]`, as Hydra writes a list."""
+    """Parse `a,b` or `[a,b]`."""
     return [item.strip() for item in value.removeprefix("[").removesuffix("]").split(",") if item.strip()]
 
 
-def _fits(wanted: Sequence[str], stage: str, key: str) -> bool:
-    """Whether a `STAGE` or `STAGE:KEY-PREFIX` means this one; without any, all are meant."""
-    named = [word.partition(":") for word in wanted]
-    return not named or any(stage == name and key.startswith(prefix) for name, _, prefix in named)
+def _selected(selectors: Sequence[str], stage: str, key: str) -> bool:
+    """Whether a `STAGE` or `STAGE:KEY-PREFIX` selects the artifact; without selectors, all are selected."""
+    parts = [selector.partition(":") for selector in selectors]
+    return not parts or any(stage == name and key.startswith(prefix) for name, _, prefix in parts)
 
 
-def _store_words(words: Sequence[str], *others: str) -> tuple[Store, list[str], bool]:
-    """The store, the words that name stages, and whether data is wanted; `others` are the verb's own words."""
-    run, stages = RunOptions(), []
-    for word in words:
-        name, _, value = word.partition("=")
+def _parse(argv: Sequence[str], *others: str) -> tuple[Store, list[str], bool]:
+    """The store, the selectors of artifacts, and whether to print JSON; `others` are further options, for hints."""
+    run, selectors = RunOptions(), []
+    for argument in argv:
+        name, _, value = argument.partition("=")
         if name == "run.store":
             run.store = value
         elif name == "run.stores_read":
             run.stores_read = _listed(value)
-        elif word != "--json":
-            if "=" in word or word.startswith("-"):
-                raise RecipeError(f"there is no option `{name}` here", closest(name, [*others, *_WORDS]))
-            if (stage := word.partition(":")[0]) not in KINDS:
+        elif argument != "--json":
+            if "=" in argument or argument.startswith("-"):
+                raise RecipeError(f"there is no option `{name}` here", closest(name, [*others, *_STORE_OPTIONS]))
+            if (stage := argument.partition(":")[0]) not in KINDS:
                 raise RecipeError(f"there is no stage `{stage}`", closest(stage, KINDS))
-            stages.append(word)
-    return open_store(run), stages, "--json" in words
+            selectors.append(argument)
+    return open_store(run), selectors, "--json" in argv

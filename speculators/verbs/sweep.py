@@ -1,8 +1,8 @@
-"""-m: one run for each value, one after the other or side by side, as Hydra's launcher has it.
+"""-m: one run for each combination of values, in sequence or in parallel, depending on Hydra's launcher.
 
-Every job is a run of its own, with a run directory and overrides of its own. The sweep's directory holds a link to
-each and what became of it, so `compare DIRECTORY` has the table. What jobs have in common runs once, because they
-share the store; a sweep that was interrupted goes on by the same command.
+Each job is a run with its own run directory and overrides. The sweep's directory has a link to each run and its status,
+for `compare DIRECTORY`. Stages that jobs have in common run once, because jobs share the store. The same command
+resumes an interrupted sweep.
 """
 
 from __future__ import annotations
@@ -26,91 +26,93 @@ from speculators.job import write_json
 from speculators.runner.execution.lease import Lease, LeaseReader
 from speculators.runner.executors.remote import DEVICES, seen_devices
 
-LOOK = 0.5
-"""Seconds between two looks of a job in another process at whether the sweep is still there."""
-_HELD = "held"
+POLL_SECONDS = 0.5
+"""Interval at which a job in another process checks whether the sweep's process still exists."""
+_LEASE = "held"
 _BUSY = threading.Event()
-"""Set while this process has a job."""
+"""Set while this process runs a job."""
 
 
-def main(words: Sequence[str], run: Callable[..., None], directory: Callable[[Path, str], Path]) -> int:
-    """Carry out a sweep; 0 if every job ended well, else the worst of their exit codes.
+def sweep(argv: Sequence[str], run: Callable[..., None], create: Callable[[Path, str], Path]) -> int:
+    """Run a sweep; returns 0 if every job succeeded, else the largest of their exit codes.
 
-    `run` carries out one recipe; `directory` makes a fresh one below a directory, with a name that ends so.
+    `run` runs one recipe; `create` creates a new directory in a parent, with a name that ends in its second argument.
     """
-    below = next((w.removeprefix("run.dir=") for w in words if w.startswith("run.dir=")), RunOptions().dir)
-    place = directory(Path(below).expanduser().resolve(), "sweep")
-    lease = Lease(place / _HELD)
+    parent = next((a.removeprefix("run.dir=") for a in argv if a.startswith("run.dir=")), RunOptions().dir)
+    directory = create(Path(parent).expanduser().resolve(), "sweep")
+    lease = Lease(directory / _LEASE)
     try:
-        compose.multirun(words, place, functools.partial(_job, place, run, os.getpid(), seen_devices({})))
+        compose.multirun(argv, directory, functools.partial(_job, directory, run, os.getpid(), seen_devices({})))
     except RunError:
         raise
     except Exception as error:
         traceback.print_exc()
-        _tell(place)
-        hint = "the same command goes on from here"
+        _report(directory)
+        hint = "run the same command again to resume the sweep"
         raise StageError(f"the launcher lost the sweep: {type(error).__name__}", hint) from error
     finally:
         lease.release()
-        (place / _HELD).unlink(missing_ok=True)
-    return _tell(place)
+        (directory / _LEASE).unlink(missing_ok=True)
+    return _report(directory)
 
 
-def _job(place: Path, run: Callable[..., None], sweeper: int, devices: dict[str, str], job: compose.SweepJob) -> None:
-    """One job, in whatever process. An error is told at once, and the other jobs go on."""
-    apart = os.getpid() != sweeper
-    said: dict[str, Any] = {"job": job.number, "words": job.overrides, "status": "interrupted", "code": 130}
+def _job(
+    sweep_directory: Path, run: Callable[..., None], sweeper: int, devices: dict[str, str], job: compose.SweepJob
+) -> None:
+    """Run a job, in any process. An error is reported at once, and other jobs continue."""
+    other_process = os.getpid() != sweeper
+    result: dict[str, Any] = {"job": job.number, "words": job.overrides, "status": "interrupted", "code": 130}
     ui.narrate("job", str(job.number), " ".join(job.overrides))
 
     def announce(directory: Path) -> None:
-        said["run"] = directory.name
-        (place / f"{job.number:03d}").symlink_to(os.path.relpath(directory, place))
+        result["run"] = directory.name
+        (sweep_directory / f"{job.number:03d}").symlink_to(os.path.relpath(directory, sweep_directory))
 
-    if os.environ.get("SUBMITIT_EXECUTOR") == "local":  # which hides every GPU from its jobs
+    if os.environ.get("SUBMITIT_EXECUTOR") == "local":  # submitit hides every GPU from its local jobs
         os.environ.pop(DEVICES, None)
         os.environ.update(devices)
-    if apart:
-        _end_with_the_sweep(place)
+    if other_process:
+        _end_with_the_sweep(sweep_directory)
     _BUSY.set()
     try:
-        run(job.config(), job.overrides, announce=announce, plain=apart)
-        said |= {"status": "done", "code": 0}
+        run(job.config(), job.overrides, announce=announce, lines_only=other_process)
+        result |= {"status": "done", "code": 0}
     except RunError as failure:
         ui.error(failure)
-        said |= {"status": "failed", "code": 1, "message": failure.message}
+        result |= {"status": "failed", "code": 1, "message": failure.message}
     except Exception as defect:
         traceback.print_exc()
-        said |= {"status": "failed", "code": 2, "message": f"{type(defect).__name__}: {defect}"}
+        result |= {"status": "failed", "code": 2, "message": f"{type(defect).__name__}: {defect}"}
     finally:
-        write_json(place / f"{job.number:03d}.json", said)
+        write_json(sweep_directory / f"{job.number:03d}.json", result)
         _BUSY.clear()
 
 
-def _tell(place: Path) -> int:
-    """A line for each job, by what sets it apart; the worst exit code."""
-    said = [json.loads(path.read_text()) for path in sorted(place.glob("[0-9]*.json"))]
-    common = set.intersection(*({*job["words"]} for job in said)) if said else set()
-    for job in said:
-        own = " ".join(word for word in job["words"] if word not in common)
-        ui.narrate(job["status"], f"job {job['job']}", f"{own}  {job.get('message') or job.get('run', '')}")
-    ui.narrate("sweep", f"{sum(job['code'] == 0 for job in said)} of {len(said)} done", str(place))
-    return max((job["code"] for job in said), default=0)
+def _report(directory: Path) -> int:
+    """Report each job by the overrides that distinguish it; returns the largest exit code."""
+    jobs = [json.loads(path.read_text()) for path in sorted(directory.glob("[0-9]*.json"))]
+    common = set.intersection(*({*job["words"]} for job in jobs)) if jobs else set()
+    for job in jobs:
+        overrides = " ".join(override for override in job["words"] if override not in common)
+        ui.narrate(job["status"], f"job {job['job']}", f"{overrides}  {job.get('message') or job.get('run', '')}")
+    ui.narrate("sweep", f"{sum(job['code'] == 0 for job in jobs)} of {len(jobs)} done", str(directory))
+    return max((job["code"] for job in jobs), default=0)
 
 
 @functools.cache
-def _end_with_the_sweep(place: Path) -> None:
-    """End this process when the one that has started the sweep is no more, on whatever machine; its job in order.
+def _end_with_the_sweep(directory: Path) -> None:
+    """End this process, after its job was interrupted, when the sweep's process no longer exists, on any machine.
 
-    Also when it has no job any more: a launcher's pool would wait for work from nobody.
+    A process without a job ends too, because a launcher's pool would wait forever.
     """
-    lease = LeaseReader(place / _HELD)
+    lease = LeaseReader(directory / _LEASE)
 
     def watch() -> None:
         while lease.holder_lives is not False:
-            time.sleep(LOOK)
+            time.sleep(POLL_SECONDS)
         os.kill(os.getpid(), signal.SIGTERM)
         while _BUSY.is_set():
-            time.sleep(LOOK)
+            time.sleep(POLL_SECONDS)
         os._exit(128 + signal.SIGTERM)
 
     threading.Thread(target=watch, name="sweep", daemon=True).start()

@@ -244,12 +244,12 @@ def test_the_verb_prints_a_line_each_or_data_and_exits_1_only_if_something_is_br
     monkeypatch.setattr(doctor, "examine", examine)
     assert cli._guarded(["doctor", "run.store=/some/where", "serve.python=/py"]) == 0
     assert asked == [(Path("/some/where"), "/py")]
-    assert capsys.readouterr().out == "warn    disk  low\n              -> make room\n\n0 broken, 1 to look at\n"
+    assert capsys.readouterr().out == "warn    disk  low\n              -> make room\n\nbroken: 0, warnings: 1\n"
     findings.append(Finding(name="vllm", state="broken", message="missing", fix="install it"))
     assert cli._guarded(["doctor", "--json"]) == 1
     assert [finding["state"] for finding in json.loads(capsys.readouterr().out)] == ["warn", "broken"]
     assert cli._guarded(["doctor", "disk"]) == 1
-    assert "error: `disk` is not understood here" in capsys.readouterr().err
+    assert "error: there is no option `disk` here" in capsys.readouterr().err
 
 
 def failure(code: str, name: str = "__console__") -> tuple[str, str] | None:

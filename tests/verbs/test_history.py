@@ -39,7 +39,7 @@ def test_runs_lists_what_there_is(capsys: pytest.CaptureFixture[str]) -> None:
     assert main("runs") == 0
     out = capsys.readouterr().out
     rows = [line.split() for line in out.splitlines()]
-    assert rows[0] == ["run", "status", "took", "made", "accepted", "speed-up"]
+    assert rows[0] == ["run", "status", "time", "ran", "length", "speed-up"]
     assert rows[1] == [A, "done", "1m05s", "2", "2.50", "1.25"]
     assert rows[2] == [B, "failed", "1m05s", "1", "-", "-"]
     assert max(map(len, out.splitlines())) <= 80
@@ -54,7 +54,7 @@ def test_show_tells_each_stage_its_log_and_what_failed(capsys: pytest.CaptureFix
     assert "done    train     1m01s  abababab  changed: train.lr 1 -> 2  (attempt 2)" in out
     assert "evaluate failed: evaluate was killed by SIGKILL" in out
     assert "  evaluate  logs/evaluate.log" in out
-    assert "words: recipe=tiny train.lr=1e-3" in out
+    assert "arguments: recipe=tiny train.lr=1e-3" in out
     assert "train.validation.loss" in out
     assert main("show", A[:12], "--json") == 0
     told = json.loads(capsys.readouterr().out)
@@ -100,10 +100,10 @@ def test_a_comparison_never_gets_wider_than_it_may() -> None:
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        (["show"], "show wants one run"),
-        (["compare", A], "compare wants two runs"),
-        (["runs", "last"], "`runs` takes no `last`"),
-        (["show", "last", "--verbose"], "`--verbose` is not understood"),
+        (["show"], "show needs the name of one run"),
+        (["compare", A], "compare needs two runs"),
+        (["runs", "last"], "runs takes no argument `last`"),
+        (["show", "last", "--verbose"], "there is no option `--verbose` here"),
         (["show", "last"], "there is no run in `runs`"),
     ],
 )

@@ -283,17 +283,17 @@ def test_one_artifact_is_named_by_the_start_of_its_key(
     assert {item.key for item in archive.contents(file)} == {a.key for a in made}
     assert cli._guarded(["export", "train:zz", str(tmp_path / "two.tar")]) == 1
     err = capsys.readouterr().err
-    assert "error: no artifact of the store fits `train:zz`" in err
+    assert "error: no artifact matches `train:zz`" in err
     assert made[0].key[:8] in err
 
 
 @pytest.mark.parametrize(
     ("words", "said"),
     [
-        (["export", "train"], "export wants artifacts and, last, a file"),
-        (["export"], "export wants artifacts and, last, a file"),
+        (["export", "train"], "export needs artifacts and, last, a file"),
+        (["export"], "export needs artifacts and, last, a file"),
         (["export", "trian", "x.tar"], "there is no stage `trian`"),
-        (["import"], "import wants one file"),
+        (["import"], "import needs one file"),
         (["import", "/no/such/file"], "/no/such/file cannot be read"),
         (["import", __file__], "cannot be imported"),
     ],
