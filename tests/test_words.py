@@ -134,7 +134,6 @@ UNCONVERTED: tuple[str, ...] = (
     "speculators/provenance",
     "recipes/",
     "speculators/stages/",
-    "speculators/training/",
     "speculators/worker",
 )
 """What has yet to be rewritten in the glossary's words."""

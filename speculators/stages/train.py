@@ -36,18 +36,17 @@ from speculators.ops import cpu
 from speculators.ops.distillation import TargetHead
 from speculators.targets.checkpoint import TargetCheckpoint
 from speculators.targets.fidelity_check import check_features, check_server
-from speculators.training.live_features import Feed, Shape
+from speculators.training.live_features import LiveFeatures, RowShape
 from speculators.training.loop import BEST, EPOCHS, LAST, METRICS, Loop, TrainingSpec
 from speculators.training.ranks import Ranks, check_devices, process_group
-from speculators.training.tracking import About, Trackers
-from speculators.training.tracking import check as check_trackers
+from speculators.training.tracking import RunInfo, Trackers, check_installed
 
 GIB = 2**30
 
 
 def main(job: Job) -> None:
     """Run the stage, in as many processes as it is to have."""
-    check_trackers(job.config.train.trackers)
+    check_installed(job.config.train.trackers)
     with process_group(job.config.train.num_processes, fit, job) as ranks:
         loop = fit(ranks, job)
     if ranks.first:
@@ -57,14 +56,14 @@ def main(job: Job) -> None:
 def track(job: Job) -> Trackers:
     """The trackers that the recipe names, told which training this is."""
     train = job.config.train
-    about = About(
+    info = RunInfo(
         project=train.tracker_project,
         name=f"{job.node}-{job.key[:8]}",
         options={name: to_builtins(value) for name, value, *_ in iter_options(job.config)},
         directory=Path(train.tracker_dir).absolute(),
         scratch=job.scratch,
     )
-    return Trackers(train.trackers, about)
+    return Trackers(train.trackers, info)
 
 
 def fit(ranks: Ranks, job: Job) -> Loop:
@@ -117,7 +116,7 @@ def fit(ranks: Ranks, job: Job) -> Loop:
         )
         loop = Loop(spec)
         loop.run()
-    if isinstance(source, Feed):
+    if isinstance(source, LiveFeatures):
         job.record |= source.record()
     if trackers.failed:
         job.record.setdefault("notes", []).extend(trackers.failed)
@@ -142,7 +141,7 @@ def read(job: Job, target: TargetCheckpoint, ranks: Ranks) -> ShardSource:
     return ShardSource(features)
 
 
-def drawn(job: Job, target: TargetCheckpoint, ranks: Ranks) -> Feed:
+def drawn(job: Job, target: TargetCheckpoint, ranks: Ranks) -> LiveFeatures:
     """States out of the server that the runner has started for this target and these layers.
 
     Every rank asks for those of its own rows, within its share of the memory and of the disk.
@@ -151,7 +150,7 @@ def drawn(job: Job, target: TargetCheckpoint, ranks: Ranks) -> Feed:
         check_server(job)
     options, layer_ids = job.config.train, job.derived["capture_layer_ids"]
     compute, stored = job.config.target.dtype.name, job.config.extract.dtype.name
-    shape = Shape(
+    shape = RowShape(
         layers=len(layer_ids),
         hidden_size=target.hidden_size,
         compute=getattr(torch, compute),
@@ -171,13 +170,13 @@ def drawn(job: Job, target: TargetCheckpoint, ranks: Ranks) -> Feed:
         )
         kept = job.scratch / ("states" if ranks.first else f"states-{ranks.rank}")
         cache = HiddenStatesCache(kept, contract, int(options.states_disk_gib * GIB / ranks.size))
-    return Feed(
+    return LiveFeatures(
         job.services["target"],
         job.inputs["tokens"],
         shape,
         job.config.extract,
         memory=int(options.states_memory_gib * GIB / ranks.size),
-        ahead=options.prefetch_batches,
+        prefetch_batches=options.prefetch_batches,
         cache=cache,
     )
 

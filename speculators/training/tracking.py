@@ -1,8 +1,8 @@
-"""Trackers: programs that show the metrics of a training while it goes on. Each is told by its own interface.
+"""Trackers: programs that show the metrics of a training while it runs, each behind one interface.
 
-They are imported here and only if the recipe names them. One that is not installed, or that does not start, stops the
-training before it begins; one that fails later is left out from there on, which is said once. What counts is
-`metrics.jsonl`, and no tracker is needed to read it.
+They are imported here, and only if the recipe names them. One that is not installed or does not start ends the run
+before training begins; one that fails later is dropped with one warning. The reference is `metrics.jsonl`, which does
+not depend on trackers.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ import importlib
 import importlib.util
 import json
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -21,102 +21,104 @@ from speculators.errors import RecipeError
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class About:
-    """What a tracker is told of the run. All attempts at one training say the same, and so are one run there."""
+class RunInfo:
+    """What a tracker shows of a run. It is the same for all attempts, so that they are one run of the tracker."""
 
     project: str
     name: str
     options: Mapping[str, Any]
-    """The recipe's options by dotted name, plain values."""
+    """The recipe's options by dotted name."""
     directory: Path
-    """For what is written to files."""
+    """Where trackers write files."""
     scratch: Path
-    """What one attempt leaves for the next."""
+    """Directory that the next attempt finds again."""
 
 
-class Told(Protocol):
-    """One tracker at work."""
+class MetricsTracker(Protocol):
+    """One tracker of a run."""
 
     def log(self, step: int, values: Mapping[str, float]) -> None:
-        """Take in metrics after `step` steps."""
+        """Record metrics after `step` steps."""
 
     def close(self) -> None:
-        """The training is over."""
+        """End the tracker's run."""
 
 
 class TensorBoard:
     """Event files in `directory/name`."""
 
-    def __init__(self, about: About) -> None:
+    def __init__(self, info: RunInfo) -> None:
         writer = importlib.import_module("torch.utils.tensorboard").SummaryWriter
-        self._writer: Any = writer(str(about.directory / about.name))
-        self._writer.add_text("options", json.dumps(dict(about.options), indent=1, sort_keys=True))
+        self._writer: Any = writer(str(info.directory / info.name))
+        self._writer.add_text("options", json.dumps(dict(info.options), indent=1, sort_keys=True))
 
     def log(self, step: int, values: Mapping[str, float]) -> None:
-        """See `Told`."""
+        """See `MetricsTracker`."""
         for name, value in values.items():
             self._writer.add_scalar(name, value, step)
         self._writer.flush()
 
     def close(self) -> None:
-        """See `Told`."""
+        """See `MetricsTracker`."""
         self._writer.close()
 
 
 class Wandb:
-    """Weights & Biases. WANDB_MODE=offline, WANDB_ENTITY and the others are W&B's own, and work."""
+    """Weights & Biases. WANDB_MODE=offline, WANDB_ENTITY and the others are those of W&B."""
 
-    def __init__(self, about: About) -> None:
-        about.directory.mkdir(parents=True, exist_ok=True)
+    def __init__(self, info: RunInfo) -> None:
+        info.directory.mkdir(parents=True, exist_ok=True)
         self._run: Any = importlib.import_module("wandb").init(
-            project=about.project, name=about.name, id=about.name, resume="allow",
-            config=dict(about.options), dir=str(about.directory),
+            project=info.project, name=info.name, id=info.name, resume="allow",
+            config=dict(info.options), dir=str(info.directory),
         )  # fmt: skip
 
     def log(self, step: int, values: Mapping[str, float]) -> None:
-        """See `Told`."""
+        """See `MetricsTracker`."""
         self._run.log(dict(values), step=step)
 
     def close(self) -> None:
-        """See `Told`."""
+        """See `MetricsTracker`."""
         self._run.finish()
 
 
 class Trackio:
     """Trackio: a local database, or a Space."""
 
-    def __init__(self, about: About) -> None:
+    def __init__(self, info: RunInfo) -> None:
         self._trackio: Any = importlib.import_module("trackio")
-        self._trackio.init(project=about.project, name=about.name, resume="allow", config=dict(about.options))
+        self._trackio.init(project=info.project, name=info.name, resume="allow", config=dict(info.options))
 
     def log(self, step: int, values: Mapping[str, float]) -> None:
-        """See `Told`."""
+        """See `MetricsTracker`."""
         self._trackio.log(dict(values), step=step)
 
     def close(self) -> None:
-        """See `Told`."""
+        """See `MetricsTracker`."""
         self._trackio.finish()
 
 
 class Mlflow:
     """MLflow, at MLFLOW_TRACKING_URI."""
 
-    def __init__(self, about: About) -> None:
+    def __init__(self, info: RunInfo) -> None:
         self._mlflow: Any = importlib.import_module("mlflow")
-        self._mlflow.set_experiment(about.project)
+        self._mlflow.set_experiment(info.project)
         # MLflow chooses the id of a run itself.
-        kept = about.scratch / "mlflow-run"
-        run = self._mlflow.start_run(run_name=about.name, run_id=kept.read_text() if kept.exists() else None)
-        if not kept.exists():
-            self._mlflow.log_params(dict(about.options))
-        kept.write_text(run.info.run_id)
+        run_id_file = info.scratch / "mlflow-run"
+        run = self._mlflow.start_run(
+            run_name=info.name, run_id=run_id_file.read_text() if run_id_file.exists() else None
+        )
+        if not run_id_file.exists():
+            self._mlflow.log_params(dict(info.options))
+        run_id_file.write_text(run.info.run_id)
 
     def log(self, step: int, values: Mapping[str, float]) -> None:
-        """See `Told`."""
+        """See `MetricsTracker`."""
         self._mlflow.log_metrics(dict(values), step=step)
 
     def close(self) -> None:
-        """See `Told`."""
+        """See `MetricsTracker`."""
         self._mlflow.end_run()
 
 
@@ -135,55 +137,59 @@ class Trackers:
         RecipeError: one is not installed, or does not start.
     """
 
-    def __init__(self, kinds: Sequence[Tracker] = (), about: About | None = None) -> None:
-        check(kinds)
+    def __init__(self, kinds: Sequence[Tracker] = (), info: RunInfo | None = None) -> None:
+        check_installed(kinds)
         self.failed: list[str] = []
-        """What was left out on the way, with its reason."""
-        self._told: dict[str, Told] = {}
-        assert about is not None or not kinds
+        """Messages about the trackers that were dropped."""
+        self._trackers: dict[str, MetricsTracker] = {}
+        assert info is not None or not kinds
         for kind in kinds:
             try:
-                self._told[kind.name] = KINDS[kind](about)  # type: ignore[arg-type]
+                self._trackers[kind.name] = KINDS[kind](info)  # type: ignore[arg-type]
             except Exception as error:
                 self.close()
                 raise RecipeError(
                     f"the tracker {kind.name} does not start: {type(error).__name__}: {error}",
-                    f"mend that, or leave {kind.name} out of train.trackers",
+                    f"fix that, or remove {kind.name} from train.trackers",
                 ) from error
 
     def log(self, line: Mapping[str, Any]) -> None:
-        """Take in a line of metrics, with its `step`."""
+        """Record a line of metrics, which has a `step`."""
         values: dict[str, float] = {}
         for name, value in line.items():
             if isinstance(value, Mapping):
                 values |= {f"{name}/{inner}": float(its) for inner, its in value.items()}
             elif name != "step":
                 values[f"train/{name}"] = float(value)
-        for name in list(self._told):
-            self._try(name, lambda told: told.log(line["step"], values))
+        for name in list(self._trackers):
+            self._try(name, lambda tracker: tracker.log(line["step"], values))
 
     def close(self) -> None:
-        """The training is over, well or not."""
-        for name in list(self._told):
-            self._try(name, lambda told: told.close())
-        self._told.clear()
+        """End all trackers' runs."""
+        for name in list(self._trackers):
+            self._try(name, lambda tracker: tracker.close())
+        self._trackers.clear()
 
-    def _try(self, name: str, what: Any) -> None:
+    def _try(self, name: str, call: Callable[[MetricsTracker], None]) -> None:
         try:
-            what(self._told[name])
+            call(self._trackers[name])
         except Exception as error:
-            del self._told[name]
-            self.failed.append(f"the tracker {name} failed and was left out from then on: {error}")
+            del self._trackers[name]
+            self.failed.append(f"the tracker {name} failed and was dropped: {error}")
             print(f"warning: {self.failed[-1]}", file=sys.stderr)
 
 
-def check(kinds: Sequence[Tracker]) -> None:
-    """Raises RecipeError where a tracker is not installed, for all of them. Packages and extras have its name."""
+def check_installed(kinds: Sequence[Tracker]) -> None:
+    """Check that every tracker's package, which has its name, is installed.
+
+    Raises:
+        RecipeError: some are not; names all of them.
+    """
     missing = [kind.name for kind in kinds if not _importable(kind.name)]
     if missing:
         raise RecipeError(
-            f"train.trackers: {', '.join(missing)} {'is' if len(missing) == 1 else 'are'} not installed here",
-            f"pip install 'speculators-run[{','.join(missing)}]', or leave it out of train.trackers",
+            f"train.trackers: {', '.join(missing)} {'is' if len(missing) == 1 else 'are'} not installed",
+            f"pip install 'speculators-run[{','.join(missing)}]', or remove it from train.trackers",
         )
 
 

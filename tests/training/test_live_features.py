@@ -40,7 +40,7 @@ from speculators.targets.checkpoint import TargetCheckpoint
 from speculators.targets.fidelity_check import check_server
 from speculators.targets.readings import checkpoint_reading
 from speculators.training import checkpoint
-from speculators.training.live_features import Feed, Shape
+from speculators.training.live_features import LiveFeatures, RowShape
 
 EPOCHS = 3
 TOKEN = 4 * tiny.H * 2
@@ -91,13 +91,15 @@ def files(directory: Path) -> dict[str, bytes]:
     return {str(p.relative_to(directory)): p.read_bytes() for p in sorted(directory.rglob("*")) if p.is_file()}
 
 
-def feed_of(world: World, server: StatesServer, memory: int) -> Feed:
-    shape = Shape(layers=4, hidden_size=tiny.H, compute=torch.float32, stored="bfloat16", everywhere=False)
+def feed_of(world: World, server: StatesServer, memory: int) -> LiveFeatures:
+    shape = RowShape(layers=4, hidden_size=tiny.H, compute=torch.float32, stored="bfloat16", everywhere=False)
     options = Extract(concurrency=2, retries=1, timeout=20.0)
-    return Feed(server.endpoint, world.path / "tokens", shape, options, memory=memory, ahead=16, cache=None)
+    return LiveFeatures(
+        server.endpoint, world.path / "tokens", shape, options, memory=memory, prefetch_batches=16, cache=None
+    )
 
 
-def drawn(feed: Feed, world: World, row: int) -> torch.Tensor:
+def drawn(feed: LiveFeatures, world: World, row: int) -> torch.Tensor:
     """The states of a row, as training asks for them, NaN where they are not kept."""
     ids = np.array(list(world.known)[row])
     places = torch.from_numpy(feed.last_layer_mask(row, len(ids)))
@@ -106,7 +108,7 @@ def drawn(feed: Feed, world: World, row: int) -> torch.Tensor:
     return joined(into, places)
 
 
-def room(feed: Feed, places: torch.Tensor) -> dict[str, torch.Tensor]:
+def room(feed: LiveFeatures, places: torch.Tensor) -> dict[str, torch.Tensor]:
     counts = {name: int(places.sum()) if name in LAST.values() else len(places) for name in feed.layout}
     return {name: torch.empty(counts[name], *each, dtype=dtype) for name, (dtype, each) in feed.layout.items()}
 
@@ -143,7 +145,7 @@ def test_states_that_would_be_stored_in_float8_are_trained_on_as_they_would_be_r
     world: World, tmp_path: Path, serve: Callable[..., StatesServer], on_disk: bool
 ) -> None:
     server = serve()
-    shape = Shape(layers=4, hidden_size=tiny.H, compute=torch.float32, stored="float8_e4m3fn", everywhere=False)
+    shape = RowShape(layers=4, hidden_size=tiny.H, compute=torch.float32, stored="float8_e4m3fn", everywhere=False)
     assert shape.bytes(1, 1) == TOKEN // 2 + 4 * 2, "a scale a layer"
     options = Extract(concurrency=2, retries=1, timeout=20.0)
     contract = feature_contract(
@@ -151,7 +153,9 @@ def test_states_that_would_be_stored_in_float8_are_trained_on_as_they_would_be_r
         layer_ids=states_server.LAYER_IDS, hidden_size=tiny.H,
     )  # fmt: skip
     kept = HiddenStatesCache(tmp_path / "kept", contract, 2**30) if on_disk else None
-    feed = Feed(server.endpoint, world.path / "tokens", shape, options, memory=0, ahead=2, cache=kept)
+    feed = LiveFeatures(
+        server.endpoint, world.path / "tokens", shape, options, memory=0, prefetch_batches=2, cache=kept
+    )
     feed.expect([])
     read = decode(encode("row 3", list(world.known.values())[3], "float8_e4m3fn"))
     places = torch.from_numpy(feed.last_layer_mask(3, len(read)))
@@ -300,7 +304,7 @@ def other_type(tensors: dict[str, torch.Tensor]) -> None:
     [
         (nan, StageError, r"row \d+: the target's hidden states are not finite \(captured layers number \[2\]\)"),
         (other_tokens, ContractError, r"row \d+: the server exported the hidden states of other tokens"),
-        (other_layers, ContractError, r"the states of row \d+ are \[\d+, 3, 32\], \[\d+, 4, 32\] was expected"),
+        (other_layers, ContractError, r"the hidden states of row \d+ have shape \[\d+, 3, 32\], not \[\d+, 4, 32\]"),
         (other_type, ContractError, r"row \d+: the server computes in torch.float16"),
     ],
 )

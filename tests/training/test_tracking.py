@@ -15,15 +15,15 @@ from run_train import make_job, write_world
 from speculators.config.choices import Tracker
 from speculators.errors import RecipeError
 from speculators.stages import train
-from speculators.training.tracking import About, Trackers
+from speculators.training.tracking import RunInfo, Trackers
 
 LINE = {"step": 20, "loss": 1.5, "lr": 1e-3}
 VALIDATION = {"step": 20, "epoch": 1, "validation": {"acceptance_length": 1.25}}
 Calls = list[tuple[Any, ...]]
 
 
-def about(directory: Path) -> About:
-    return About(
+def about(directory: Path) -> RunInfo:
+    return RunInfo(
         project="p", name="train-01234567", options={"train.lr": 0.1}, directory=directory / "shown", scratch=directory
     )
 

@@ -7,29 +7,29 @@ import random
 import pytest
 import torch
 
-from speculators.training.window import Window
+from speculators.training.window import RowWindow
 
 HERE = {"states": torch.zeros(1)}
 
 
-def window(batches: list[list[int]], room: int, ahead: int = 100) -> Window:
-    made = Window(dict.fromkeys(range(100), 1), room, ahead)
+def window(batches: list[list[int]], room: int, ahead: int = 100) -> RowWindow:
+    made = RowWindow(dict.fromkeys(range(100), 1), room, ahead)
     made.expect(batches)
     return made
 
 
-def asked(window: Window, elsewhere: tuple[int, ...] = ()) -> list[int]:
+def asked(window: RowWindow, elsewhere: tuple[int, ...] = ()) -> list[int]:
     """All that is asked for now; it arrives at once."""
     rows = []
-    while (row := window.ask(elsewhere)) is not None:
+    while (row := window.next_request(elsewhere)) is not None:
         rows.append(row)
         window.arrived(row, HERE)
     return rows
 
 
-def take(window: Window, *rows: int) -> None:
-    window.waited_for = rows
-    assert all(window.held.get(row) is not None for row in rows)
+def take(window: RowWindow, *rows: int) -> None:
+    window.awaited = rows
+    assert all(window.rows.get(row) is not None for row in rows)
     window.used()
 
 
@@ -71,7 +71,7 @@ def test_the_row_that_is_wanted_last_makes_room_for_one_that_is_wanted_before_it
     assert asked(made) == [1, 2]
     take(made, 1)
     assert asked(made) == [3], "row 1, which is wanted last, went"
-    assert set(made.held) == {2, 3}
+    assert set(made.rows) == {2, 3}
     take(made, 2)
     assert asked(made) == [], "row 2 is wanted before row 4"
     take(made, 3)
@@ -79,18 +79,18 @@ def test_the_row_that_is_wanted_last_makes_room_for_one_that_is_wanted_before_it
 
 
 def test_nothing_goes_where_it_would_not_make_enough_room() -> None:
-    made = Window({1: 1, 2: 1, 3: 3}, room=3, ahead=100)
+    made = RowWindow({1: 1, 2: 1, 3: 3}, capacity=3, prefetch_batches=100)
     made.expect([[1], [2], [1], [3], [2]])
     assert asked(made) == [1, 2]
     take(made, 1)
     assert asked(made) == [], "without row 2 there would still be too little room for row 3"
-    assert set(made.held) == {1, 2}
+    assert set(made.rows) == {1, 2}
 
 
 def test_a_row_that_is_waited_for_gets_in_and_does_not_go() -> None:
     made = window([[1, 2, 3], [4]], room=2)
     assert asked(made) == [1, 2]
-    made.waited_for = (1, 2, 3)
+    made.awaited = (1, 2, 3)
     assert asked(made) == [3]
     take(made, 1, 2, 3)
     assert asked(made) == [4]
@@ -99,10 +99,10 @@ def test_a_row_that_is_waited_for_gets_in_and_does_not_go() -> None:
 def test_rows_that_nobody_expected_are_there_when_they_are_waited_for_and_gone_afterwards() -> None:
     made = window([[1]], room=1)
     assert asked(made) == [1]
-    made.waited_for = (8, 9)
+    made.awaited = (8, 9)
     assert asked(made) == [8, 9]
     take(made, 8, 9)
-    assert set(made.held) == {1}
+    assert set(made.rows) == {1}
     take(made, 1)
 
 
@@ -110,21 +110,21 @@ def test_what_lies_elsewhere_is_not_asked_for_and_takes_no_room() -> None:
     made = window([[1, 2, 3]], room=1)
     assert asked(made, elsewhere=(1, 2)) == [3]
     made = window([[1], [2]], room=1)
-    assert made.ask(()) == 1
+    assert made.next_request(()) == 1
     made.arrived(1, None)
-    assert made.ask((1,)) == 2
+    assert made.next_request((1,)) == 2
 
 
 def test_what_is_expected_anew_keeps_what_is_here_and_lets_go_what_nobody_wants() -> None:
     made = window([[1], [2], [3]], room=3)
     asked(made)
     flying = window([[5]], room=1)
-    assert flying.ask(()) == 5
+    assert flying.next_request(()) == 5
     flying.expect([])
     flying.arrived(5, HERE)
-    assert (flying.held, flying.bytes) == ({}, 0)
+    assert (flying.rows, flying.bytes) == ({}, 0)
     made.expect([[3], [9]])
-    assert set(made.held) == {3}
+    assert set(made.rows) == {3}
     assert asked(made) == [9]
 
 
@@ -134,16 +134,16 @@ def test_every_batch_comes_and_the_room_is_kept_to(seed: int) -> None:
     sizes = {row: draw.randint(1, 9) for row in range(12)}
     batches = [draw.sample(range(12), draw.randint(1, 4)) for _ in range(60)]
     room, largest = draw.randint(1, 40), max(sum(sizes[row] for row in batch) for batch in batches)
-    made = Window(sizes, room, draw.randint(1, 5))
+    made = RowWindow(sizes, room, draw.randint(1, 5))
     made.expect(batches)
     flying: list[int] = []
     for batch in batches:
-        made.waited_for = batch
-        while not all(made.held.get(row) is not None for row in batch):
-            while len(flying) < 3 and (row := made.ask(())) is not None:
+        made.awaited = batch
+        while not all(made.rows.get(row) is not None for row in batch):
+            while len(flying) < 3 and (row := made.next_request(())) is not None:
                 flying.append(row)
             made.arrived(flying.pop(draw.randrange(len(flying))), HERE)
         made.used()
-        assert made.bytes == sum(sizes[row] for row in made.held)
+        assert made.bytes == sum(sizes[row] for row in made.rows)
     assert made.peak <= room + largest
-    assert not [row for row, states in made.held.items() if states is not None]
+    assert not [row for row, states in made.rows.items() if states is not None]
