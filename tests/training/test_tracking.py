@@ -85,7 +85,7 @@ def test_trackers_that_are_not_installed_are_named_with_what_to_install() -> Non
     missing = [kind for kind in Tracker if importlib.util.find_spec(kind.name) is None]
     if not missing:
         pytest.skip("all of them are installed here")
-    with pytest.raises(RecipeError, match=r"train.trackers: .* not installed here") as caught:
+    with pytest.raises(RecipeError, match=r"train.trackers: .* not installed") as caught:
         Trackers(missing)
     assert f"pip install 'speculators-run[{','.join(kind.name for kind in missing)}]'" in caught.value.hint
 
