@@ -1,4 +1,4 @@
-"""What is packed with what, for fixed lengths and seeds: `python -m tests.goldens.update packs` writes the goldens."""
+"""Goldens of the batches for fixed lengths and seeds: `python -m tests.goldens.update packs` writes the goldens."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Packing: every row once, never too full, the same from the same seed, another way every epoch."""
+"""Packing: batches have every row once, fit, are the same for a seed, and differ between epochs."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The token table: rows come back as they were written, out of any number of pieces."""
+"""The token table: rows are read as they were written, from any number of Arrow chunks."""
 
 from __future__ import annotations
 

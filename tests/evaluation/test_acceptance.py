@@ -1,4 +1,4 @@
-"""The walk of proposals through an answer."""
+"""Counting the proposals that a server would make in an answer."""
 
 from __future__ import annotations
 

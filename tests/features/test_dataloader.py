@@ -1,4 +1,4 @@
-"""What is trained on: rows with states, of which the last token's may be missing, and nothing else."""
+"""The data loader: rows without hidden states, or with those of other tokens, are refused; one token may be missing."""
 
 from __future__ import annotations
 

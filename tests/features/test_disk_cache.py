@@ -1,4 +1,4 @@
-"""States that are kept on disk: as many as the budget allows, and found again by whoever comes after."""
+"""The disk cache: keeps hidden states up to its budget, and a later attempt reads those of complete directories."""
 
 from __future__ import annotations
 

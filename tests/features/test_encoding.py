@@ -1,4 +1,4 @@
-"""float8 states: exact to what is promised, the same bits however often, and never a number where there was none."""
+"""float8 encoding: within its error bound, unchanged by encoding again, NaN where a value is not finite."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The bytes of float8 hidden states: what has been written for terabytes must be written and read in the same way.
+"""Goldens of the bytes of float8 hidden states, because files of earlier releases have to stay readable.
 
 `python -m tests.goldens.update encodings` writes the goldens.
 """

@@ -1,4 +1,4 @@
-"""What is wanted next is made meanwhile, in order and so many ahead, and its memory is used again when it is free."""
+"""The prefetcher starts items in order, up to its depth; the buffer pool reuses memory that no tensor holds."""
 
 from __future__ import annotations
 

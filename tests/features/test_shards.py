@@ -1,4 +1,4 @@
-"""Shards: what was added comes back, a killed writer loses only what it was filling, the contract is enforced."""
+"""Shards: rows are read as they were added, a killed writer loses one shard at most, the contract is enforced."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Upstream's files: what is written is what upstream reads, what is read is checked, and a history is found once."""
+"""Upstream's files: written as upstream reads them, checked when read, and each history is used once."""
 
 from __future__ import annotations
 
