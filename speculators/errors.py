@@ -1,15 +1,14 @@
-"""Every error that this program raises on purpose.
+"""The errors that this program raises on purpose.
 
-    RunError                  a person can mend it: exit code 1
-    |-- RecipeError           the recipe, an override or the pipeline's wiring is wrong
-    |-- SourceError           a model or a data set cannot be found, fetched or read
+    RunError                  the user can fix it: exit code 1
+    |-- RecipeError           the recipe, an override or the pipeline is wrong
+    |-- SourceError           a model or a dataset cannot be found, fetched or read
     |-- StoreError            the artifact store cannot be used
     |-- ServiceError          a server does not start, or died
     |-- StageError            a stage failed; carries the tail of its log
-    `-- ContractError         two artifacts do not belong together, or a file is not what it says
+    `-- ContractError         artifacts do not match, or a file has the wrong content
 
-Anything else that reaches the process edge is a defect of ours: exit code 2 and a traceback.
-Every error says what is wrong in `message` and how to mend it in `hint`.
+Any other exception is a defect of this program: exit code 2 and a traceback.
 """
 
 from __future__ import annotations
@@ -18,7 +17,7 @@ from collections.abc import Iterable
 
 
 class RunError(Exception):
-    """The root: `message` is one sentence without a full stop, `hint` says the fix."""
+    """Base class: `message` describes the problem, without a full stop; `hint` is the fix."""
 
     def __init__(self, message: str, hint: str) -> None:
         super().__init__(message)
@@ -33,11 +32,11 @@ class RunError(Exception):
 
 
 class RecipeError(RunError):
-    """The recipe, an override or the wiring of the pipeline is wrong."""
+    """The recipe, an override or the pipeline is wrong."""
 
 
 class SourceError(RunError):
-    """A model or a data set cannot be found, fetched or read."""
+    """A model or a dataset cannot be found, fetched or read."""
 
 
 class StoreError(RunError):
@@ -53,14 +52,14 @@ class StageError(RunError):
 
 
 class ContractError(RunError):
-    """Two artifacts do not belong together, or a file is not what it says it is."""
+    """Artifacts do not match, or a file has the wrong content."""
 
 
 def closest(name: str, known: Iterable[str], listed: Iterable[str] | None = None) -> str:
-    """Say the closest match of a mistyped name, or list what there is; `listed`, where all is too much to read."""
-    import difflib  # here: every worker imports this module, and few need a closest match
+    """Hint for a mistyped name: the closest of the `known` names, else all of them, or those in `listed`."""
+    import difflib  # imported here because most processes never need it
 
     names = sorted(known)
     match = difflib.get_close_matches(name, names, n=1, cutoff=0.5)
-    there = names if listed is None else sorted(listed)
-    return f"did you mean `{match[0]}`?" if match else f"there is: {', '.join(there) or 'nothing'}"
+    options = names if listed is None else sorted(listed)
+    return f"did you mean `{match[0]}`?" if match else f"there is: {', '.join(options) or 'nothing'}"

@@ -1,7 +1,7 @@
-"""What crosses the line between the runner and a stage: one request file.
+"""The interface between the runner and a stage: a request file.
 
-The runner writes a `Request`, the worker reads it and hands the stage a `Job`. Neither side imports the other; this
-module is the agreement and imports only `config`.
+The runner writes a `Request`; the worker reads it and calls the stage with a `Job`. Neither imports the other; both
+import this module, which imports only `config`.
 """
 
 from __future__ import annotations
@@ -18,34 +18,34 @@ from typing import Any
 from speculators.config.schema import Config, Mooncake, from_builtins
 
 REQUEST_FORMAT = 2
-"""Raised when a worker of an older release could not read the request."""
+"""Format version; raised when workers of older releases cannot read the request."""
 
 
 @dataclass(kw_only=True, slots=True)
 class Endpoint:
-    """A server that is up for the duration of the stage."""
+    """A server that is ready while the stage runs."""
 
     url: str
     """`http://127.0.0.1:PORT`, without a path."""
     model: str
-    """The served model name; carries the run's nonce."""
+    """Name of the served model, with the run's nonce."""
     api_key: str = field(repr=False)
     """Sent as a bearer token."""
     mode: str
     """`generate`, `extract`, `plain` or `speculative`."""
     directory: Path
-    """Where the server leaves files for its clients, hidden states for one."""
+    """Directory into which the server writes files for its clients, such as hidden states."""
     log: Path
-    """The server's log: its last lines explain a connection that breaks."""
+    """The server's log, whose last lines are quoted when a connection breaks."""
     also: list[str] = field(default_factory=list)
-    """Further servers as `url`, which serve the same under the same name and key into the same directory."""
+    """URLs of further servers, with the same model, name, key and directory."""
     mooncake: Mooncake | None = None
-    """The store into which they put hidden states, if the recipe says that they do."""
+    """Mooncake store that transfers hidden states, if the recipe uses one."""
 
 
 @dataclass(kw_only=True, slots=True)
 class Job:
-    """One attempt at one stage, as the stage sees it: plain values and paths."""
+    """An attempt at a stage: the values and paths that the stage gets."""
 
     node: str
     """The node's name in the pipeline."""
@@ -54,9 +54,9 @@ class Job:
     key: str
     """The artifact's key, 64 hex digits."""
     config: Config
-    """The recipe, cut down to what the stage declared; reading anything else raises AttributeError."""
+    """The options that the stage declares; reading any other raises AttributeError."""
     derived: dict[str, Any]
-    """What the runner computed from target, speculator and hardware; see `runner.planning.derive`."""
+    """Derived values; see `runner.planning.derive`."""
     inputs: dict[str, Path]
     """Input name -> directory of that artifact's data, read-only."""
     digests: dict[str, str]
@@ -64,27 +64,27 @@ class Job:
     services: dict[str, Endpoint]
     """Service name -> a server that is ready."""
     work: Path
-    """This key's own directory. It outlives a killed attempt: what lies here is this very stage's, to resume from."""
+    """Work directory of the key. It survives a killed attempt, so that the next one can resume from it."""
 
     record: dict[str, Any] = field(default_factory=dict)
-    """Facts about the result (rows read, dropped, seconds) that go into `artifact.json`; the stage fills it.
-    What a person must hear of is in its list `notes`, a sentence each: the terminal shows them."""
+    """Facts about the result (rows read, dropped, seconds) that the stage adds to `artifact.json`. The terminal shows
+    the sentences in its list `notes`."""
     digests_written: dict[str, str] = field(default_factory=dict)
-    """Path below `output` -> sha256 of a file that was hashed while it was written, and is not read again for it."""
+    """sha256 of files that were hashed while they were written, by path below `output`; they are not hashed again."""
     _reported: float = 0.0
 
     @property
     def output(self) -> Path:
-        """What will be the artifact: only files that the stage finished belong here when it returns."""
+        """Directory that becomes the artifact; when the stage returns it may contain only complete files."""
         return self.work / "data"
 
     @property
     def scratch(self) -> Path:
-        """Kept between attempts, never published: partial results, checkpoints."""
+        """Directory for partial results and checkpoints: kept between attempts, never published."""
         return self.work / "scratch"
 
     def progress(self, done: float, total: float, unit: str, **note: Any) -> None:
-        """Tell the terminal how far the stage is; written at most four times a second."""
+        """Report progress to the terminal; written at most four times a second."""
         now = time.monotonic()
         if now - self._reported < 0.25 and done < total:
             return
@@ -94,13 +94,13 @@ class Job:
 
 @dataclass(kw_only=True, slots=True)
 class Request:
-    """All that crosses the line for one attempt at one phase of a stage, in JSON types."""
+    """The request for an attempt at a phase of a stage, in JSON types."""
 
     node: str
     stage: str
     key: str
     config: dict[str, Any]
-    """The options that the stage declared, by section."""
+    """The options that the stage declares, by section."""
     derived: dict[str, Any]
     inputs: dict[str, str]
     """Input name -> directory of that artifact's data."""
@@ -108,20 +108,20 @@ class Request:
     services: dict[str, dict[str, Any]]
     """Service name -> an `Endpoint`, whose API key is the name of an environment variable."""
     orders: dict[str, dict[str, Any]]
-    """Service name -> a server that has to be started beside the worker, on the worker's machine."""
+    """Service name -> a server to start on the worker's machine."""
     work: str
     store: str
     """Root of the artifact store into which the worker publishes."""
     preimage: dict[str, Any]
-    """What `key` is the hash of."""
+    """The JSON whose sha256 is `key`."""
     digest: str | None
-    """The artifact's digest where it is known before the artifact is made, a hub commit for one."""
+    """The artifact's digest if it is known beforehand, such as that of a hub commit."""
     forced: bool
-    """Make the artifact although the store has one under this key."""
+    """Whether to make the artifact although the store has one with this key."""
     provenance: dict[str, Any]
-    """Facts that are stored with the artifact and do not enter its key: run, recipe, overrides, attempt, input keys."""
+    """Facts stored with the artifact outside its key: run, recipe, overrides, attempt, input keys."""
     phase: int
-    """From 0; the last one publishes."""
+    """Index from 0; the last phase publishes."""
     phases: int
 
     def write(self, path: Path) -> None:
@@ -133,7 +133,7 @@ class Request:
         """Read a request file.
 
         Raises:
-            ValueError: its format is another one, or a field is missing or unknown.
+            ValueError: the format version differs, or a field is missing or unknown.
         """
         fields = json.loads(path.read_text())
         if fields.pop("format", None) != REQUEST_FORMAT:
@@ -144,7 +144,7 @@ class Request:
         return cls(**fields)
 
     def job(self) -> Job:
-        """The request as the stage sees it."""
+        """Build the `Job` for the stage."""
         return Job(
             node=self.node,
             stage=self.stage,
@@ -153,27 +153,27 @@ class Request:
             derived=self.derived,
             inputs={name: Path(directory) for name, directory in self.inputs.items()},
             digests=self.digests,
-            services={name: _endpoint(plain) for name, plain in self.services.items()},
+            services={name: _endpoint(values) for name, values in self.services.items()},
             work=Path(self.work),
         )
 
 
-def _endpoint(plain: Mapping[str, Any]) -> Endpoint:
-    """The key is read from the environment, so that no request file holds a secret."""
+def _endpoint(values: Mapping[str, Any]) -> Endpoint:
+    """Build an endpoint; its API key is read from the environment, so that request files contain no secret."""
     return Endpoint(
-        url=plain["url"],
-        model=plain["model"],
-        api_key=os.environ.get(plain["api_key_env"], ""),
-        mode=plain["mode"],
-        directory=Path(plain["directory"]),
-        log=Path(plain["log"]),
-        also=plain.get("also", []),
-        mooncake=from_builtins(Mooncake, plain["mooncake"]) if plain.get("mooncake") else None,
+        url=values["url"],
+        model=values["model"],
+        api_key=os.environ.get(values["api_key_env"], ""),
+        mode=values["mode"],
+        directory=Path(values["directory"]),
+        log=Path(values["log"]),
+        also=values.get("also", []),
+        mooncake=from_builtins(Mooncake, values["mooncake"]) if values.get("mooncake") else None,
     )
 
 
 def write_json(path: Path, value: Any) -> None:
-    """Write JSON so that a reader sees the old file or the new one, never half of one."""
-    beside = path.with_name(f".{path.name}.{os.getpid()}")
-    beside.write_text(json.dumps(value, indent=1, sort_keys=True, ensure_ascii=False, allow_nan=False) + "\n")
-    os.replace(beside, path)
+    """Write a JSON file atomically: readers see the old file or the new one."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    temporary.write_text(json.dumps(value, indent=1, sort_keys=True, ensure_ascii=False, allow_nan=False) + "\n")
+    os.replace(temporary, path)

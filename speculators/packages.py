@@ -1,6 +1,6 @@
-"""Installed distributions, as importlib.metadata knows them.
+"""Versions of installed distributions.
 
-It is imported inside the functions, because that takes as long as the rest of `--help`.
+importlib.metadata is imported inside the functions, because its import takes as long as the rest of `--help`.
 """
 
 from __future__ import annotations
@@ -18,13 +18,13 @@ def installed_version(name: str, path: Sequence[str] | None = None) -> str | Non
     """
     from importlib.metadata import distributions
 
-    found = next(iter(distributions(name=name, path=list(sys.path if path is None else path))), None)
-    return None if found is None else found.version
+    distribution = next(iter(distributions(name=name, path=list(sys.path if path is None else path))), None)
+    return None if distribution is None else distribution.version
 
 
 def is_installed(prefix: str, path: Sequence[str] | None = None) -> bool:
     """Return whether any distribution is installed whose name begins with `prefix`; `path` as above."""
     from importlib.metadata import distributions
 
-    found = distributions(path=list(sys.path if path is None else path))
-    return any(distribution.name.lower().replace("_", "-").startswith(prefix) for distribution in found)
+    installed = distributions(path=list(sys.path if path is None else path))
+    return any(distribution.name.lower().replace("_", "-").startswith(prefix) for distribution in installed)

@@ -1,7 +1,7 @@
-"""Who made an artifact, where and with what: in no key, but the answer to "why does this differ?".
+"""Provenance of an artifact: user, machine, versions and git state, which enter no key but help to explain differences.
 
-Of the environment only the *names* of variables are kept: a value may be a secret. Nothing is loaded to be written
-down, and nothing waits for git: it is asked when the stage starts and heard when the stage has ended.
+Only the *names* of environment variables are recorded, because values may be secrets. No package is imported for its
+version, and git runs in the background while the stage runs.
 """
 
 from __future__ import annotations
@@ -15,28 +15,28 @@ from pathlib import Path
 from typing import Any, Self
 
 GIT_SECONDS = 5.0
-"""How long git may still take when the stage is done."""
+"""Longest time to wait for git after the stage has ended, in seconds."""
 
 
 class Provenance:
-    """The surroundings of one attempt; made when it starts, and closed when it ends, however it does."""
+    """Collects the provenance of an attempt; a context manager around it."""
 
     def __init__(self) -> None:
         package, directory = _checkout(Path(__file__).resolve().parent), _checkout(Path.cwd().resolve())
-        places = {"package": package, "directory": directory if directory != package else None}
-        self._git = {name: _asked(root) for name, root in places.items() if root}
+        checkouts = {"package": package, "directory": directory if directory != package else None}
+        self._git = {name: _start_git(root) for name, root in checkouts.items() if root}
 
     def __enter__(self) -> Self:
         return self
 
     def __exit__(self, *_: object) -> None:
-        """End what was asked and not heard."""
+        """Kill git processes that still run."""
         for process in filter(None, self._git.values()):
             process.kill()
             process.communicate()
 
     def facts(self) -> dict[str, Any]:
-        """Everything, as plain values; called once, when what the stage needed is imported."""
+        """All values, as JSON types; call it once, after the stage has imported its packages."""
         return {
             "user": _user(),
             "host": os.uname().nodename,
@@ -49,29 +49,29 @@ class Provenance:
             "gpus": _gpus(),
             "versions": _versions(),
             "environment": sorted(os.environ),
-            "git": {name: state for name, process in self._git.items() if (state := _heard(process))},
+            "git": {name: state for name, process in self._git.items() if (state := _read_git(process))},
         }
 
 
 def _checkout(path: Path) -> Path | None:
-    """The git checkout that a directory lies in."""
+    """Root of the git checkout that contains a directory."""
     return next((root for root in (path, *path.parents) if (root / ".git").exists()), None)
 
 
-def _asked(root: Path) -> subprocess.Popen[str] | None:
-    # Neither a lock nor a daemon of git's may come of a question.
-    words = ["git", "-C", str(root), "-c", "core.fsmonitor=false", "--no-optional-locks"]
-    words += ["status", "--porcelain=v2", "--branch", "--untracked-files=no"]
+def _start_git(root: Path) -> subprocess.Popen[str] | None:
+    # git must neither lock the repository nor start a daemon.
+    argv = ["git", "-C", str(root), "-c", "core.fsmonitor=false", "--no-optional-locks"]
+    argv += ["status", "--porcelain=v2", "--branch", "--untracked-files=no"]
     try:
         return subprocess.Popen(
-            words, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True
+            argv, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True
         )
     except OSError:
-        return None  # there is no git
+        return None  # git is not installed
 
 
-def _heard(process: subprocess.Popen[str] | None) -> dict[str, Any]:
-    """Commit, and whether tracked files differ from it; empty if git did not say. No remote: its URL may hold a key."""
+def _read_git(process: subprocess.Popen[str] | None) -> dict[str, Any]:
+    """Commit, and whether tracked files differ from it; empty if git failed. No remote: its URL may hold a key."""
     if process is None:
         return {}
     try:
@@ -85,14 +85,14 @@ def _heard(process: subprocess.Popen[str] | None) -> dict[str, Any]:
 
 
 def _versions() -> dict[str, str]:
-    """Of every package that is imported by now and says its version."""
-    found = {}
+    """Versions of the imported packages that have a `__version__`."""
+    versions = {}
     for name, module in list(sys.modules.items()):
-        # By `vars`, because asking a lazy module for an attribute may load it.
+        # `vars`, because getting an attribute of a lazy module may import more.
         version = vars(module).get("__version__") if "." not in name and module is not None else None
         if isinstance(version, str) and name not in sys.stdlib_module_names:
-            found[name] = str(version)  # torch's is a class of its own
-    return dict(sorted(found.items()))
+            versions[name] = str(version)  # torch's is a subclass of str
+    return dict(sorted(versions.items()))
 
 
 def _user() -> str:
@@ -111,8 +111,8 @@ def _cpu() -> str:
 
 
 def _gpus() -> list[str]:
-    """NVIDIA's, by their driver."""
-    found = []
+    """Names of NVIDIA GPUs, from the driver."""
+    names = []
     for file in sorted(Path("/proc/driver/nvidia/gpus").glob("*/information")):
-        found += [line.partition(":")[2].strip() for line in file.read_text().splitlines() if line.startswith("Model")]
-    return found
+        names += [line.partition(":")[2].strip() for line in file.read_text().splitlines() if line.startswith("Model")]
+    return names

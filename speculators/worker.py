@@ -1,15 +1,15 @@
-"""`python -m speculators.worker REQUEST.json`: one attempt at one stage, from the claim to the published artifact.
+"""`python -m speculators.worker REQUEST.json`: run an attempt at a stage, from the claim to the published artifact.
 
-This is the only unit that is ever started, whatever starts it, and the one module on the line: it knows the store
-on the left and calls the stage on the right. Run by hand it does the same as under a run.
+Every executor starts this program. It is the only module that imports both the store and the stages, and it does the
+same when it is started by hand.
 
-Exit codes: 0 the artifact (or this phase of it) is there; 1 a `RunError`, said on standard error and in
-`failure.json`; 2 anything else, with a traceback; 143 or 130 asked to stop. Except on success the work directory
-stays, and the next attempt goes on in it. With `--held`, standard input is a pipe whose end means that the runner
-is gone: then this process ends too.
+Exit codes: 0 the artifact (or its phase) exists; 1 a `RunError`, reported on standard error and in `failure.json`; 2
+any other exception, with a traceback; 143 or 130 stopped by a signal. Except on success the work directory stays, and
+the next attempt resumes in it. With `--held`, standard input is a pipe that closes when the runner has ended: then this
+process ends too.
 
-Under `torchrun -m speculators.worker REQUEST.json`, on one machine or on several that see the same store, the first
-process is the worker. The others only help it with the stage, which has to know how; `train` does.
+Under `torchrun -m speculators.worker REQUEST.json`, on machines that share the store, rank 0 is the worker. Other ranks
+only run the stage, which must support that, as `train` does.
 """
 
 from __future__ import annotations
@@ -32,29 +32,29 @@ from speculators.job import Job, Request, write_json
 from speculators.provenance import Provenance
 from speculators.runner.store.artifacts import Store, no_space
 
-HELD = "--held"
+PIPE_FLAG = "--held"
 HEARTBEAT_SECONDS = 10.0
 GRACE = 30.0
-"""Seconds from asking ourselves to stop to being killed, once the runner is gone."""
+"""Seconds between SIGTERM and SIGKILL to this process after the runner has ended."""
 
 
 def main(arguments: list[str]) -> int:
-    """Do what a request says; returns the exit code."""
-    named, held = [word for word in arguments if word != HELD], HELD in arguments
-    if len(named) != 1 or named[0].startswith("-"):
-        print(f"usage: python -m speculators.worker REQUEST.json [{HELD}]", file=sys.stderr)
+    """Run a request; returns the exit code."""
+    paths, has_pipe = [argument for argument in arguments if argument != PIPE_FLAG], PIPE_FLAG in arguments
+    if len(paths) != 1 or paths[0].startswith("-"):
+        print(f"usage: python -m speculators.worker REQUEST.json [{PIPE_FLAG}]", file=sys.stderr)
         return 1
-    path = Path(named[0])
+    path = Path(paths[0])
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, _stop)
-    if held:
+    if has_pipe:
         threading.Thread(target=_die_with_the_runner, name="runner-watch", daemon=True).start()
     request = Request.read(path)
     job = request.job()
     try:
-        with _full_disk_in_words(job), _import_error_in_words():
+        with _translate_full_disk(job), _translate_import_error():
             if _follows():
-                # Where the first process finds the artifact there is nothing to help with, and nobody to wait for.
+                # If the artifact exists, rank 0 does not run the stage.
                 if request.forced or Store(Path(request.store)).find(job.stage, job.key) is None:
                     _stage(job)
             else:
@@ -73,15 +73,15 @@ def main(arguments: list[str]) -> int:
 
 
 def _attempt(request: Request, job: Job) -> None:
-    """Claim, look again, run the stage, publish."""
+    """Claim the key, check the store again, run the stage and publish."""
     store = Store(Path(request.store))
     provenance = request.provenance
     reads = provenance.get("inputs", {}).values()
-    with store.claim(job.stage, job.key, _say_waiting, run=provenance.get("run", ""), uses=reads):
+    with store.claim(job.stage, job.key, _report_waiting, run=provenance.get("run", ""), uses=reads):
         if store.find(job.stage, job.key) is None:
-            aside = store.quarantine(job.stage, job.key)
-            if aside is not None:
-                print(f"warning: an artifact that is not whole was set aside: {aside}", file=sys.stderr)
+            moved_to = store.quarantine(job.stage, job.key)
+            if moved_to is not None:
+                print(f"warning: a damaged artifact was moved to quarantine: {moved_to}", file=sys.stderr)
         elif not request.forced:
             store.discard_work(job.stage, job.key)
             return
@@ -93,7 +93,7 @@ def _attempt(request: Request, job: Job) -> None:
 
 
 def _run_and_publish(request: Request, job: Job, store: Store, surroundings: Provenance) -> None:
-    """One phase of the stage; the last one publishes."""
+    """Run a phase of the stage; the last one publishes."""
     started, clock = _now(), time.monotonic()
     with _Heartbeat(job.work, started):
         _stage(job)
@@ -124,7 +124,7 @@ def _stage(job: Job) -> None:
 
 
 def _follows() -> bool:
-    """Whether torchrun has started this process beside a first one, which claims, reports and publishes."""
+    """Whether this is a rank above 0 of torchrun; rank 0 claims, reports and publishes."""
     return int(os.environ.get("WORLD_SIZE", "1")) > 1 and int(os.environ.get("RANK", "0")) > 0
 
 
@@ -133,7 +133,7 @@ def _phase_done(request: Request, job: Job) -> Path:
 
 
 def _make_directories(job: Job) -> None:
-    """data/ and scratch/ may hold what an earlier attempt left; what it said about itself is over."""
+    """Create data/ and scratch/, which may have files of an earlier attempt, and delete that attempt's reports."""
     for directory in (job.output, job.scratch):
         directory.mkdir(parents=True, exist_ok=True)
     for name in ("failure.json", "progress.json"):
@@ -141,28 +141,28 @@ def _make_directories(job: Job) -> None:
 
 
 @contextlib.contextmanager
-def _full_disk_in_words(job: Job) -> Iterator[None]:
-    """A disk that is full, or a quota that is used up, is no defect, whichever library met it first."""
+def _translate_full_disk(job: Job) -> Iterator[None]:
+    """Translate the error of a full disk or an exceeded quota, of whatever library, into a `StoreError`."""
     try:
         yield
     except RunError:
         raise
     except Exception as error:
-        met = _out_of_space(error)
-        if met is None:
+        disk_error = _out_of_space(error)
+        if disk_error is None:
             raise
-        raise no_space(met, met.filename or job.work) from error
+        raise no_space(disk_error, disk_error.filename or job.work) from error
 
 
 @contextlib.contextmanager
-def _import_error_in_words() -> Iterator[None]:
-    """A package that is missing or does not load is the environment's fault, and the doctor knows what helps."""
+def _translate_import_error() -> Iterator[None]:
+    """Translate the error of a package that is missing or does not load, with the doctor's hint."""
     try:
         yield
     except RunError:
         raise
     except Exception as error:
-        from speculators.runner import doctor  # only now: a stage that loads needs none of it
+        from speculators.runner import doctor  # imported only for an error
 
         failure = doctor.import_failure(error)
         if failure is None:
@@ -173,7 +173,7 @@ def _import_error_in_words() -> Iterator[None]:
 
 
 def _out_of_space(error: BaseException | None) -> OSError | None:
-    """The error of a full disk that this one is or came from. Libraries in Rust and C++ say it in their text only."""
+    """The error of a full disk in a chain of exceptions; that of libraries in Rust and C++ is only in the text."""
     while error is not None:
         if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
             return error
@@ -184,32 +184,32 @@ def _out_of_space(error: BaseException | None) -> OSError | None:
 
 
 class _Heartbeat:
-    """Rewrites heartbeat.json while the stage runs, for those who cannot see this process."""
+    """Rewrites heartbeat.json while the stage runs, for observers on other machines."""
 
     def __init__(self, work: Path, started: str) -> None:
         self._path = work / "heartbeat.json"
-        self._plain = {"pid": os.getpid(), "host": os.uname().nodename, "started": started}
-        self._over = threading.Event()
-        self._thread = threading.Thread(target=self._beat, name="heartbeat", daemon=True)
+        self._content = {"pid": os.getpid(), "host": os.uname().nodename, "started": started}
+        self._stopped = threading.Event()
+        self._thread = threading.Thread(target=self._write, name="heartbeat", daemon=True)
 
     def __enter__(self) -> None:
         self._thread.start()
 
     def __exit__(self, *_: object) -> None:
-        self._over.set()
+        self._stopped.set()
         self._thread.join()
         self._path.unlink(missing_ok=True)
 
-    def _beat(self) -> None:
+    def _write(self) -> None:
         while True:
-            with contextlib.suppress(OSError):  # a full disk is for the stage to meet
-                write_json(self._path, {**self._plain, "beat": _now()})
-            if self._over.wait(HEARTBEAT_SECONDS):
+            with contextlib.suppress(OSError):  # the stage reports a full disk
+                write_json(self._path, {**self._content, "beat": _now()})
+            if self._stopped.wait(HEARTBEAT_SECONDS):
                 return
 
 
 def _write_failure(job: Job, message: str, hint: str, kind: str) -> None:
-    """For the runner to quote. Where even that cannot be written, standard error has it."""
+    """Write failure.json for the runner; if that fails, standard error has the message."""
     if _follows():
         return
     try:
@@ -219,18 +219,18 @@ def _write_failure(job: Job, message: str, hint: str, kind: str) -> None:
         print(f"warning: failure.json could not be written: {error}", file=sys.stderr)
 
 
-def _say_waiting(holder: str) -> None:
-    print(f"waiting: {holder} is making this", file=sys.stderr)
+def _report_waiting(holder: str) -> None:
+    print(f"waiting: {holder} makes the same artifact", file=sys.stderr)
 
 
 def _stop(number: int, frame: FrameType | None) -> None:
-    """Unwind: `finally` blocks run, the claim ends, the work directory stays."""
+    """Exit by an exception: `finally` blocks run, the claim is released, the work directory stays."""
     signal.signal(number, signal.SIG_IGN)
     raise SystemExit(128 + number)
 
 
 def _die_with_the_runner() -> None:
-    """Wait for the end of standard input; then stop, and if that takes too long, kill the whole group."""
+    """Wait for the end of standard input, then stop; after `GRACE` seconds kill the process group."""
     while os.read(0, 512):
         pass
     os.kill(os.getpid(), signal.SIGTERM)

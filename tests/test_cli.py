@@ -43,7 +43,7 @@ def test_help_lists_verbs_and_recipes(capsys: pytest.CaptureFixture[str]) -> Non
     assert main("--help") == 0
     out = capsys.readouterr().out
     assert "  plan recipe=NAME" in out
-    assert "  smollm2_eagle3  The demo: everything real" in out
+    assert "  smollm2_eagle3  The demo: EAGLE-3" in out
     assert max(len(line) for line in out.splitlines()) <= 80
 
 

@@ -127,14 +127,7 @@ def all_uses(within: str = "") -> list[Use]:
 
 
 UNCONVERTED: tuple[str, ...] = (
-    "conf/",
-    "speculators/errors",
-    "speculators/job",
-    "speculators/packages",
-    "speculators/provenance",
-    "recipes/",
     "speculators/stages/",
-    "speculators/worker",
 )
 """What has yet to be rewritten in the glossary's words."""
 
