@@ -123,10 +123,10 @@ def evaluation(results: Mapping[str, Any]) -> str:
     k = results["num_speculative_tokens"]
     head = ["dataset", "length", *(f"pos {i + 1}" for i in range(k)), "baseline", "speculative", "speed-up"]
     rows = [head]
-    for name, row in results["sets"].items():
+    for name, row in results["datasets"].items():
         positions = [f"{p:.3f}" for p in row["per_position"]]
         length = f"{row['acceptance_length']:.3f}"
-        baseline, speculative = row["plain"]["tokens_per_second"], row["speculative"]["tokens_per_second"]
+        baseline, speculative = row["baseline"]["tokens_per_second"], row["speculative"]["tokens_per_second"]
         rows.append([name, length, *positions, f"{baseline:.1f}", f"{speculative:.1f}", f"{row['speed_up']:.2f}x"])
     notes = [
         f"length: acceptance length, tokens per step with the bonus token ({k} proposed)\n"

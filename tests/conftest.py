@@ -41,10 +41,16 @@ def config() -> Config:
 
 
 SIDE = {"tokens_per_second": 31.25, "ms_per_token": 32.0}
-ROW = {"acceptance_length": 1.5, "per_position": [0.3, 0.15, 0.05], "plain": SIDE, "speculative": SIDE, "speed_up": 1.0}
+ROW = {
+    "acceptance_length": 1.5,
+    "per_position": [0.3, 0.15, 0.05],
+    "baseline": SIDE,
+    "speculative": SIDE,
+    "speed_up": 1.0,
+}
 EVALUATION = {
     "num_speculative_tokens": 3,
-    "sets": {"human_eval": ROW, "sharegpt": ROW},
+    "datasets": {"human_eval": ROW, "sharegpt": ROW},
     "lossless": {"prompts": 64, "identical": 64, "ties": 0, "faults": 0},
 }
 """What `evaluate` leaves, as far as the runner looks into it."""

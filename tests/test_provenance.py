@@ -122,7 +122,7 @@ def test_a_servers_key_is_in_no_argument_that_every_user_can_see(tmp_path: Path)
     place = str(tmp_path)
     order = vllm.ServerOrder(
         config=compose([DEMO]),
-        mode="plain",
+        mode="baseline",
         dtype="float32",
         target=place,
         max_model_len=8,

@@ -33,7 +33,7 @@ class Comparison:
     tokens: int
     """Compared tokens: the shared ones, and the first that differs."""
     difference: dict[str, Any] | None
-    """First difference: `position`, `plain` and `speculative` token, `gap` in nats, `verdict` tie or fault."""
+    """First difference: `position`, `baseline` and `speculative` token, `gap` in nats, `verdict` tie or fault."""
 
 
 def common_prefix(left: Sequence[int], right: Sequence[int]) -> int:
@@ -68,5 +68,5 @@ async def compare_answers(
     text = [*prompt, *baseline[:shared]]
     completion = await client.complete(text, item=item, max_tokens=1, temperature=0.0, logprobs=_TOP_LOGPROBS)
     result, gap = verdict(completion.logprobs[0], left, right)
-    difference = {"position": shared, "plain": left, "speculative": right, "gap": gap, "verdict": result}
+    difference = {"position": shared, "baseline": left, "speculative": right, "gap": gap, "verdict": result}
     return Comparison(tokens=shared + 1, difference=difference)

@@ -1,4 +1,4 @@
-"""evaluate: a speculator -> acceptance, speed, losslessness. The engine with the draft against the one without."""
+"""evaluate: a speculator -> acceptance, speed, losslessness. Compares the engine with the draft to the one without."""
 
 from __future__ import annotations
 
@@ -24,12 +24,12 @@ from speculators.errors import SourceError, StageError
 from speculators.evaluation.lossless import TOLERANCE, compare_answers
 from speculators.job import Job, write_json
 
-SIDES = ("plain", "speculative")
-SUMS = ("prompts", "tokens", "identical", "ties", "faults")
-"""What is counted where answers are compared."""
+SIDES = ("baseline", "speculative")
+COUNTS = ("prompts", "tokens", "identical", "ties", "faults")
+"""Counts of a comparison of answers, which are added over datasets."""
 WARM_UP_TOKENS = 8
 BLOCK = 4
-"""Prompts for each request in flight that one server answers before it is the other's turn."""
+"""Prompts for each request in flight that one server answers before the other one does."""
 LOSSLESS_CONCURRENCY = 8
 """Requests in flight on each side of the float32 pair, which is not timed."""
 
@@ -43,7 +43,7 @@ class Prompt:
 
 
 def main(job: Job) -> None:
-    """Measure what the servers at hand allow; with the last of them, write `evaluation.json` and `<set>.jsonl`.
+    """Run the measurements of this phase's servers; in the last phase, write `evaluation.json` and `DATASET.jsonl`.
 
     A target that does not compute in float32 takes two invocations on one work directory, since four servers at
     once would be too many: first the pair that is timed, then the float32 pair that is compared.
@@ -59,7 +59,7 @@ def main(job: Job) -> None:
 
 
 def choose(job: Job, name: str, tally: RowCounts) -> list[Prompt]:
-    """The prompts of set `name`: always the same ones, by their ids. Of a training set, held-out rows."""
+    """The prompts of dataset `name`, the same ones every time; of a training dataset, of the evaluation hold-out."""
     options = job.config.evaluate
     spec = options.datasets[name]
     trained = name in job.config.data
@@ -84,14 +84,14 @@ def choose(job: Job, name: str, tally: RowCounts) -> list[Prompt]:
 
 
 def _question(messages: list[Message]) -> list[Message]:
-    """Everything up to the first user message."""
+    """The messages up to and including the first user message."""
     first = next(i for i, message in enumerate(messages) if message["role"] == "user")
     return messages[: first + 1]
 
 
 async def _work(job: Job, prompts: dict[str, list[Prompt]]) -> None:
     options = job.config.evaluate
-    if "plain" in job.services:
+    if "baseline" in job.services:
         for name in options.datasets:
             for concurrency in options.concurrency:
                 path = _measured(job, name, concurrency)
@@ -107,16 +107,16 @@ async def _work(job: Job, prompts: dict[str, list[Prompt]]) -> None:
 
 
 def lossless_pair(job: Job) -> tuple[str, str] | None:
-    """The services whose answers are compared, None if no comparison is wanted."""
+    """The two services whose answers are compared; None if the recipe requests no comparison."""
     if not job.config.evaluate.lossless_prompts:
         return None
     if job.config.target.dtype is Dtype.float32:
-        return "plain", "speculative"
-    return "plain_float32", "speculative_float32"
+        return "baseline", "speculative"
+    return "baseline_float32", "speculative_float32"
 
 
 def _measured_serve(job: Job) -> bool:
-    """Whether the answers that were timed can be compared as they are, which then covers all of them at no cost."""
+    """Whether the timed answers are greedy and in float32, so that they can be compared without further requests."""
     return job.config.target.dtype is Dtype.float32 and job.config.evaluate.temperature == 0
 
 
@@ -134,7 +134,7 @@ def _client(job: Job, service: str, concurrency: int, retries: int) -> Client:
 
 
 async def _measure(job: Job, name: str, prompts: list[Prompt], concurrency: int) -> dict[str, Any]:
-    """Both servers on the same prompts: {"summary", "records"}."""
+    """Time both servers on the same prompts; return {"summary", "records"}."""
     async with AsyncExitStack() as stack:
         # A request that is sent twice is counted twice by the server and once by the clock, so none is repeated.
         clients = {side: await stack.enter_async_context(_client(job, side, concurrency, retries=0)) for side in SIDES}
@@ -150,7 +150,7 @@ async def _measure(job: Job, name: str, prompts: list[Prompt], concurrency: int)
     if not counted.drafts:
         raise StageError(
             f"the speculative server proposed nothing in {len(prompts)} answers of {name}",
-            f"its log says why: {job.services['speculative'].log}",
+            f"see its log: {job.services['speculative'].log}",
         )
     summary = summarise(records, seconds, counted, job.config.speculator.num_speculative_tokens)
     return {"summary": summary, "records": records}
@@ -159,7 +159,7 @@ async def _measure(job: Job, name: str, prompts: list[Prompt], concurrency: int)
 async def _in_turn(
     job: Job, name: str, prompts: list[Prompt], clients: dict[str, Client], records: list[dict[str, Any]]
 ) -> dict[str, float]:
-    """One request at a time, the servers by turns, so that a machine that slows down slows both. Fills `records`."""
+    """Fill `records` with one request at a time, alternating servers so that a slow machine slows both equally."""
     for i, (prompt, record) in enumerate(zip(prompts, records, strict=True)):
         for side in SIDES if i % 2 == 0 else SIDES[::-1]:
             answer = await _ask(job, clients[side], prompt, f"{prompt.id} one at a time")
@@ -171,10 +171,10 @@ async def _in_turn(
 async def _at_once(
     job: Job, name: str, prompts: list[Prompt], clients: dict[str, Client], records: list[dict[str, Any]]
 ) -> dict[str, float]:
-    """As many requests in flight as the client allows, block by block and the servers by turns. Fills `records`.
+    """Fill `records` with as many requests in flight as the client allows, alternating servers block by block.
 
-    A machine that slows down for a minute slows both then; a block is long enough that its end, where fewer requests
-    are left than may be in flight, weighs little, and it weighs the same on both sides.
+    So a slow minute slows both servers equally. A block is long enough that its end, where fewer requests are in
+    flight, has little weight, and it has the same on both sides.
     """
     seconds = dict.fromkeys(SIDES, 0.0)
     done = 0
@@ -206,7 +206,7 @@ async def _ask(
         item=item,
         max_tokens=max_tokens or options.max_tokens,
         temperature=options.temperature if temperature is None else temperature,
-        # On a server that is not ours, no answer may be quicker for what another left in the prefix cache.
+        # An external server may have a prefix cache, from which no answer may profit.
         cache_salt=uuid.uuid4().hex,
     )
 
@@ -229,7 +229,7 @@ def summarise(
     Args:
         records: per prompt, for each side `token_ids` and `seconds`.
         seconds: side -> wall time of all its requests; with one in flight, the sum of theirs.
-        counted: what the speculative server counted meanwhile.
+        counted: the speculative server's counters over the measurement.
         positions: tokens in a proposal.
     """
     sides: dict[str, dict[str, float]] = {}
@@ -251,13 +251,13 @@ def summarise(
         "drafts": counted.drafts,
         "accepted": counted.accepted,
         **sides,
-        "speed_up": sides["speculative"]["tokens_per_second"] / sides["plain"]["tokens_per_second"],
-        "identical_answers": sum(r["plain"]["token_ids"] == r["speculative"]["token_ids"] for r in records),
+        "speed_up": sides["speculative"]["tokens_per_second"] / sides["baseline"]["tokens_per_second"],
+        "identical_answers": sum(r["baseline"]["token_ids"] == r["speculative"]["token_ids"] for r in records),
     }
 
 
 async def _compare(job: Job, name: str, prompts: list[Prompt], pair: tuple[str, str]) -> dict[str, Any]:
-    """Greedy answers of one set with and without the draft, compared: the counts of `SUMS`, and each difference."""
+    """Compare the greedy answers of one dataset with and without the draft: `COUNTS`, and every difference."""
     async with AsyncExitStack() as stack:
         clients = [await stack.enter_async_context(_client(job, s, LOSSLESS_CONCURRENCY, retries=2)) for s in pair]
         if _measured_serve(job):
@@ -267,12 +267,12 @@ async def _compare(job: Job, name: str, prompts: list[Prompt], pair: tuple[str, 
         differences: list[dict[str, Any]] = []
         tokens = 0
         for record in records:
-            plain, speculative = (record[side]["token_ids"] for side in SIDES)
+            baseline, speculative = (record[side]["token_ids"] for side in SIDES)
             item = f"{record['id']} where its answers differ"
-            found = await compare_answers(clients[0], record["prompt_ids"], plain, speculative, item=item)
-            tokens += found.tokens
-            if found.difference:
-                differences.append({"id": record["id"], **found.difference})
+            comparison = await compare_answers(clients[0], record["prompt_ids"], baseline, speculative, item=item)
+            tokens += comparison.tokens
+            if comparison.difference:
+                differences.append({"id": record["id"], **comparison.difference})
     verdicts = [difference["verdict"] for difference in differences]
     return {
         "prompts": len(records),
@@ -303,17 +303,17 @@ async def _greedy_answers(
 
 def _publish(job: Job, prompts: dict[str, list[Prompt]], tallies: dict[str, RowCounts]) -> None:
     options = job.config.evaluate
-    sets: dict[str, Any] = {}
+    datasets: dict[str, Any] = {}
     for name in options.datasets:
         measured = {str(c): json.loads(_measured(job, name, c).read_text()) for c in options.concurrency}
-        summaries = {concurrency: found["summary"] for concurrency, found in measured.items()}
-        sets[name] = {**summaries[str(options.concurrency[0])], "by_concurrency": summaries}
+        summaries = {concurrency: measurement["summary"] for concurrency, measurement in measured.items()}
+        datasets[name] = {**summaries[str(options.concurrency[0])], "by_concurrency": summaries}
         with (job.output / f"{name}.jsonl").open("w", encoding="utf-8") as file:
-            for found in measured.values():
-                file.writelines(json.dumps(record, ensure_ascii=False) + "\n" for record in found["records"])
+            for measurement in measured.values():
+                file.writelines(json.dumps(record, ensure_ascii=False) + "\n" for record in measurement["records"])
     lossless = _lossless(job)
     evaluation = {
-        "sets": sets,
+        "datasets": datasets,
         "lossless": lossless,
         "num_speculative_tokens": job.config.speculator.num_speculative_tokens,
         "max_tokens": options.max_tokens,
@@ -325,16 +325,16 @@ def _publish(job: Job, prompts: dict[str, list[Prompt]], tallies: dict[str, RowC
         name: {**tallies[name].record(), "prompts": len(prompts[name]), "asked": options.num_prompts}
         for name in prompts
     }
-    job.record["acceptance_length"] = {name: numbers["acceptance_length"] for name, numbers in sets.items()}
-    job.record["speed_up"] = {name: numbers["speed_up"] for name, numbers in sets.items()}
+    job.record["acceptance_length"] = {name: numbers["acceptance_length"] for name, numbers in datasets.items()}
+    job.record["speed_up"] = {name: numbers["speed_up"] for name, numbers in datasets.items()}
     if lossless:
-        job.record["lossless"] = {key: lossless[key] for key in SUMS}
+        job.record["lossless"] = {key: lossless[key] for key in COUNTS}
 
 
 def _lossless(job: Job) -> dict[str, Any] | None:
-    """The comparisons of all sets and their sums."""
+    """The comparisons by dataset and their totals; None if none was requested."""
     if lossless_pair(job) is None:
         return None
-    by_set = {name: json.loads(_compared(job, name).read_text()) for name in job.config.evaluate.datasets}
-    sums = {key: sum(found[key] for found in by_set.values()) for key in SUMS}
-    return {"dtype": "float32", "tolerance_nats": TOLERANCE, **sums, "sets": by_set}
+    by_dataset = {name: json.loads(_compared(job, name).read_text()) for name in job.config.evaluate.datasets}
+    totals = {key: sum(comparison[key] for comparison in by_dataset.values()) for key in COUNTS}
+    return {"dtype": "float32", "tolerance_nats": TOLERANCE, **totals, "datasets": by_dataset}

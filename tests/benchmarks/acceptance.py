@@ -63,7 +63,7 @@ def foreseen(
     walk = AcceptanceCounts.empty(positions)
     tokens = draft.vocabulary.tokens
     for answer in answers:
-        its = pack(target, answer["prompt_ids"], answer["plain"]["token_ids"], layer_ids)
+        its = pack(target, answer["prompt_ids"], answer["baseline"]["token_ids"], layer_ids)
         predictions = draft(its)
         said = tokens[(predictions.hidden_states @ draft.lm_head.weight.T).argmax(-1)]
         right = predictions.valid & (said == its.token_ids.roll(-1)[predictions.target_index])
@@ -80,7 +80,7 @@ def main(evaluation: str, checkpoint: str, directory: str, *layers: str) -> None
     draft = load(Path(directory), target)
     wanted = [int(layer) for layer in layers] or draft.config["eagle_aux_hidden_state_layer_ids"]
     served = json.loads((Path(evaluation) / "evaluation.json").read_text())
-    for name, counted in served["sets"].items():
+    for name, counted in served["datasets"].items():
         lines = (Path(evaluation) / f"{name}.jsonl").read_text().splitlines()
         positions = served["num_speculative_tokens"]
         walk = foreseen(draft, target, [json.loads(line) for line in lines], wanted, positions).metrics()

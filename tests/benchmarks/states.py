@@ -125,7 +125,7 @@ def main(store: str, prompts: str = "96", tokens: str = "96") -> None:
     lines = (kept / "conversations.jsonl").read_text().splitlines()[: int(prompts)]
     asked = [[m for m in json.loads(line)["messages"] if m["role"] != "assistant"] for line in lines]
     with tempfile.TemporaryDirectory() as root:
-        servers = {mode: Measured(planner, target, mode, Path(root)) for mode in ("plain", "extract")}
+        servers = {mode: Measured(planner, target, mode, Path(root)) for mode in ("baseline", "extract")}
         try:
             for server in servers.values():
                 server.service.start()

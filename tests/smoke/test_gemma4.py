@@ -45,7 +45,7 @@ def test_the_recipe_ends_in_numbers_measured_on_a_gemma(world: World, gemma: str
     assert config["speculators_config"]["verifier"]["architectures"] == ["Gemma4ForCausalLM"]
     assert config["aux_hidden_state_layer_ids"] == [2, 3, 4, 5, 6]
     results = json.loads((artifact(world, "evaluate")[0] / "evaluation.json").read_text())
-    assert set(results["sets"]) == {"human_eval", "sharegpt"}
+    assert set(results["datasets"]) == {"human_eval", "sharegpt"}
     assert results["lossless"]["faults"] == 0
     assert "speed-up" in out
     assert gone(world)
@@ -60,7 +60,7 @@ def test_a_draft_that_knows_a_row_of_a_gemma_by_heart_is_served_as_it_was_traine
     answers = (artifact(world, "regenerate")[0] / "conversations.jsonl").read_text()
     assert len(set(json.loads(answers)["turns"][0]["answer_ids"])) > 32  # no loop, which any draft would learn
     results = json.loads((artifact(world, "evaluate")[0] / "evaluation.json").read_text())
-    measured = results["sets"]["again"]
+    measured = results["datasets"]["again"]
     assert measured["identical_answers"] == 1
     assert measured["acceptance_length"] > 0.9 * (results["num_speculative_tokens"] + 1)
     assert gone(world)

@@ -68,11 +68,11 @@ def test_the_same_command_ends_in_a_measured_draft(world: World) -> None:
     assert code == 0, err
     steps = world.last_run()["steps"]
     results = json.loads((Path(steps["evaluate"]["path"]) / "evaluation.json").read_text())
-    assert set(results["sets"]) == {"human_eval", "sharegpt"}
-    for measured in results["sets"].values():
+    assert set(results["datasets"]) == {"human_eval", "sharegpt"}
+    for measured in results["datasets"].values():
         assert measured["prompts"] == 2
         assert 1 <= measured["acceptance_length"] <= 4
-        assert measured["plain"]["tokens_per_second"] > 0
+        assert measured["baseline"]["tokens_per_second"] > 0
     assert results["lossless"]["faults"] == 0
     assert "speed-up" in out
     assert gone(world)
@@ -221,7 +221,7 @@ def test_a_draft_that_knows_a_row_by_heart_is_served_as_it_was_trained(world: Wo
     code, _, err = world.run(*DRAFTS[algorithm], recipe=ONE_ROW)
     assert code == 0, err
     evaluation = json.loads((Path(world.last_run()["steps"]["evaluate"]["path"]) / "evaluation.json").read_text())
-    measured, longest = evaluation["sets"]["again"], evaluation["num_speculative_tokens"] + 1
+    measured, longest = evaluation["datasets"]["again"], evaluation["num_speculative_tokens"] + 1
     assert measured["tokens"] == evaluation["max_tokens"]
     assert measured["identical_answers"] == 1
     assert measured["acceptance_length"] > 0.9 * longest

@@ -35,7 +35,7 @@ def job_of(tmp_path: Path, *, trained: bool = False, count: int = 5, **changes: 
 
 
 def record(name: str, plain: tuple[list[int], float], speculative: tuple[list[int], float]) -> dict[str, Any]:
-    sides = zip(("plain", "speculative"), (plain, speculative), strict=True)
+    sides = zip(("baseline", "speculative"), (plain, speculative), strict=True)
     return {"id": name, **{side: {"token_ids": ids, "seconds": seconds} for side, (ids, seconds) in sides}}
 
 
@@ -46,11 +46,11 @@ def test_speed_and_acceptance_are_what_one_gets_by_hand() -> None:
         record("c", ([1] * 10, 3.0), ([1] * 10, 2.5)),
     ]
     counted = DraftCounters(drafts=20, proposed=60, accepted=20, accepted_per_position={1: 12, 2: 6, 3: 2})
-    found = summarise(records, {"plain": 6.0, "speculative": 4.0}, counted, positions=3)
-    assert found["plain"]["tokens_per_second"] == pytest.approx(40 / 6)
+    found = summarise(records, {"baseline": 6.0, "speculative": 4.0}, counted, positions=3)
+    assert found["baseline"]["tokens_per_second"] == pytest.approx(40 / 6)
     assert found["speculative"]["tokens_per_second"] == pytest.approx(10)
     assert found["speed_up"] == pytest.approx(1.5)
-    assert found["plain"]["ms_per_token"] == pytest.approx(100)  # of 100, 100 and 300
+    assert found["baseline"]["ms_per_token"] == pytest.approx(100)  # of 100, 100 and 300
     assert found["speculative"]["ms_per_token"] == pytest.approx(50)  # of 50, 50 and 250
     assert found["acceptance_length"] == 2.0
     assert found["per_position"] == pytest.approx([0.6, 0.3, 0.1])
@@ -83,9 +83,9 @@ def test_the_instruction_of_a_set_comes_before_its_prompts(tmp_path: Path) -> No
 
 def test_answers_are_compared_in_float32_whatever_the_target_is_served_in(tmp_path: Path) -> None:
     job = job_of(tmp_path)
-    assert lossless_pair(job) == ("plain_float32", "speculative_float32")
+    assert lossless_pair(job) == ("baseline_float32", "speculative_float32")
     job.config.target.dtype = Dtype.float32
-    assert lossless_pair(job) == ("plain", "speculative")
+    assert lossless_pair(job) == ("baseline", "speculative")
     job.config.evaluate.lossless_prompts = 0
     assert lossless_pair(job) is None
 
@@ -95,9 +95,9 @@ def test_the_last_phase_publishes_what_the_earlier_ones_left_and_asks_no_server_
     counted = DraftCounters(drafts=5, proposed=15, accepted=5, accepted_per_position={1: 4, 2: 1, 3: 0})
     for concurrency, seconds in ((1, 2.0), (4, 1.0)):
         records = [record("quiz/1", ([1, 2], seconds), ([1, 2], seconds / 2))]
-        summary = summarise(records, {"plain": seconds, "speculative": seconds / 2}, counted, 3)
+        summary = summarise(records, {"baseline": seconds, "speculative": seconds / 2}, counted, 3)
         write_json(job.scratch / f"measured-quiz-{concurrency}.json", {"summary": summary, "records": records})
-    difference = {"id": "quiz/2", "position": 4, "plain": 1, "speculative": 2, "gap": None, "verdict": "fault"}
+    difference = {"id": "quiz/2", "position": 4, "baseline": 1, "speculative": 2, "gap": None, "verdict": "fault"}
     compared = {"prompts": 2, "tokens": 9, "identical": 1, "ties": 0, "faults": 1, "differences": [difference]}
     write_json(job.scratch / "lossless-quiz.json", compared)
 
@@ -108,10 +108,10 @@ def test_the_last_phase_publishes_what_the_earlier_ones_left_and_asks_no_server_
     job.derived = {"phase": 1, "phases": 2}
     evaluate.main(job)
     found = json.loads((job.output / "evaluation.json").read_text())
-    assert found["sets"]["quiz"]["acceptance_length"] == 2.0
-    assert found["sets"]["quiz"]["by_concurrency"]["4"]["plain"]["tokens_per_second"] == 2.0
+    assert found["datasets"]["quiz"]["acceptance_length"] == 2.0
+    assert found["datasets"]["quiz"]["by_concurrency"]["4"]["baseline"]["tokens_per_second"] == 2.0
     assert found["lossless"]["faults"] == 1
-    assert found["lossless"]["sets"]["quiz"]["differences"] == [difference]
+    assert found["lossless"]["datasets"]["quiz"]["differences"] == [difference]
     assert job.record["lossless"]["faults"] == 1
     assert job.record["datasets"]["quiz"]["read"] == 100
     assert len(lines(job.output / "quiz.jsonl")) == 2

@@ -118,7 +118,7 @@ KINDS: dict[str, Kind] = {
         trains=True,
     ),
     "evaluate": Kind(
-        version=2,
+        version=3,
         gives=("evaluation",),
         takes={"speculator": "speculator"},
         reads=("evaluate", "data", "prompts.eval_holdout_ratio", "target.dtype", "speculator.num_speculative_tokens"),
@@ -199,7 +199,7 @@ class Serving:
     name: str
     """Name under which the stage gets it."""
     mode: str
-    """`generate`, `extract`, `plain` or `speculative`."""
+    """`generate`, `extract`, `baseline` or `speculative`."""
     dtype: Dtype
     """Format in which the target computes."""
 
@@ -214,7 +214,7 @@ def phases(node: Node, config: Config) -> list[list[Serving]]:
         return [[Serving(name=TARGET, mode=node.mode, dtype=config.target.dtype)]]
     if node.kind != "evaluate":
         return [[]]
-    pair = [Serving(name=mode, mode=mode, dtype=config.target.dtype) for mode in ("plain", "speculative")]
+    pair = [Serving(name=mode, mode=mode, dtype=config.target.dtype) for mode in ("baseline", "speculative")]
     if config.target.dtype is Dtype.float32 or not config.evaluate.lossless_prompts:
         return [pair]
     return [pair, [Serving(name=f"{s.name}_float32", mode=s.mode, dtype=Dtype.float32) for s in pair]]

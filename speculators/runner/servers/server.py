@@ -56,7 +56,7 @@ class ServerSpec:
     name: str
     """A random name, unique among all servers."""
     mode: str
-    """`generate`, `extract`, `plain` or `speculative`."""
+    """`generate`, `extract`, `baseline` or `speculative`."""
     argv: list[str]
     """Command line; empty for an external server."""
     env: dict[str, str] = field(repr=False)

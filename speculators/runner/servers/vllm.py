@@ -1,7 +1,7 @@
 """Computes vLLM's command line and environment from the recipe, and checks whether it can extract hidden states.
 
 Modes: `generate` answers conversations; `extract` also exports hidden states for requests that ask for them;
-`plain` and `speculative` are measured against each other. vLLM is started as a program; nothing of it is imported.
+`baseline` and `speculative` are measured against each other. vLLM is started as a program; nothing of it is imported.
 """
 
 from __future__ import annotations
@@ -80,7 +80,7 @@ def make_server(order: ServerOrder, environment: Mapping[str, str]) -> Server:
     `environment` is added to this process's.
     """
     config, nonce, key = order.config, secrets.token_hex(4), secrets.token_urlsafe(24)
-    # A speculative and a plain server run together, so a configured port is the first of two.
+    # A speculative and a baseline server run together, so a configured port is the first of two.
     port = config.serve.port + (order.mode == "speculative") if config.serve.port else free_port()
     directory, model = Path(order.directories) / nonce, f"target-{nonce}"
     arguments = argv(

@@ -372,8 +372,8 @@ def test_each_phase_elsewhere_has_servers_of_its_own(
     world.run()
     ordered = [json.loads((world.directory / f"requests/evaluate-{n}.json").read_text())["orders"] for n in (0, 1)]
     assert [sorted(orders) for orders in ordered] == [
-        ["plain", "speculative"],
-        ["plain_float32", "speculative_float32"],
+        ["baseline", "speculative"],
+        ["baseline_float32", "speculative_float32"],
     ]
     assert [orders[name]["dtype"] for orders in ordered for name in sorted(orders)] == ["bfloat16"] * 2 + [
         "float32"

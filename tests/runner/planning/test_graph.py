@@ -122,11 +122,11 @@ def test_training_is_wired_to_a_server_or_to_features_and_keyed_by_which(store: 
 
 def test_evaluation_in_float32_needs_one_phase_and_in_bfloat16_two(config: Config) -> None:
     node = graph.build(config)["evaluate"]
-    assert [[s.name for s in p] for p in graph.phases(node, config)] == [["plain", "speculative"]]
+    assert [[s.name for s in p] for p in graph.phases(node, config)] == [["baseline", "speculative"]]
     config.target.dtype = Dtype.bfloat16
     assert [[s.name for s in p] for p in graph.phases(node, config)] == [
-        ["plain", "speculative"],
-        ["plain_float32", "speculative_float32"],
+        ["baseline", "speculative"],
+        ["baseline_float32", "speculative_float32"],
     ]
     config.evaluate.lossless_prompts = 0
     assert len(graph.phases(node, config)) == 1

@@ -28,7 +28,7 @@ def service(tmp_path: Path, *options: str, port: int = 0, serves: str = "target-
     port = port or free_port()
     spec = ServerSpec(
         name="n1",
-        mode="plain",
+        mode="baseline",
         argv=[sys.executable, str(FAKE), str(port), serves, *options],
         env={"VLLM_API_KEY": "secret-of-n1"},
         url=f"http://127.0.0.1:{port}",
@@ -71,7 +71,7 @@ def test_the_request_names_the_variable_that_holds_the_key_and_never_the_key(tmp
     plain = made.request_entry()
     assert made.worker_env() == {plain["api_key_env"]: "secret-of-n1"}
     assert "secret" not in repr(plain) + repr(made.spec)
-    assert (plain["model"], plain["mode"], plain["log"]) == ("target-n1", "plain", str(made.spec.log))
+    assert (plain["model"], plain["mode"], plain["log"]) == ("target-n1", "baseline", str(made.spec.log))
 
 
 def test_a_server_that_dies_while_starting_is_quoted_with_the_error_at_the_root(tmp_path: Path) -> None:
@@ -191,21 +191,21 @@ def test_an_external_server_is_used_under_its_own_name_and_never_stopped(
     config = Config()
     config.serve.url, config.serve.api_key_env = ours.spec.url + "/", "THEIR_KEY"
     with pytest.raises(ServiceError, match="THEIR_KEY, which is not set"):
-        external(config, "plain", tmp_path / "n2", tmp_path / "log")
+        external(config, "baseline", tmp_path / "n2", tmp_path / "log")
     monkeypatch.setenv("THEIR_KEY", "wrong")
-    refused = external(config, "plain", tmp_path / "n2", tmp_path / "log")
+    refused = external(config, "baseline", tmp_path / "n2", tmp_path / "log")
     refused.start()
     assert settle(refused) == "dead"
     assert "refuses the API key" in refused.failure().message
     monkeypatch.setenv("THEIR_KEY", "secret-of-n1")
-    used = external(config, "plain", tmp_path / "n2", tmp_path / "log")
+    used = external(config, "baseline", tmp_path / "n2", tmp_path / "log")
     used.start()
     assert settle(used) == "ready"
     assert used.request_entry()["model"] == "target-n1"
     used.stop()
     assert ours.poll() == "ready"
     config.serve.extra_urls = [ours.spec.url + "/"]
-    assert external(config, "plain", tmp_path / "n2", tmp_path / "log").request_entry()["also"] == []
+    assert external(config, "baseline", tmp_path / "n2", tmp_path / "log").request_entry()["also"] == []
     several = external(config, "generate", tmp_path / "n2", tmp_path / "log")
     several.start()
     assert settle(several) == "ready"
@@ -216,7 +216,7 @@ def test_an_external_server_is_used_under_its_own_name_and_never_stopped(
     assert settle(missing) == "dead"
     assert f"no server answers at {config.serve.extra_urls[0]}" in missing.failure().message
     ours.stop()
-    gone = external(config, "plain", tmp_path / "n2", tmp_path / "log")
+    gone = external(config, "baseline", tmp_path / "n2", tmp_path / "log")
     gone.start()
     assert settle(gone) == "dead"
     assert "no server answers" in gone.failure().message

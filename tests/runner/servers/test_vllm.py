@@ -29,7 +29,7 @@ def recipe() -> Config:
     return config
 
 
-def words(config: Config, mode: str = "plain", **changes: Any) -> list[str]:
+def words(config: Config, mode: str = "baseline", **changes: Any) -> list[str]:
     options: dict[str, Any] = {"draft": None, "capture_layer_ids": None, "dtype": "float32", **changes}
     return vllm.argv(
         config,
@@ -59,7 +59,7 @@ def test_a_plain_server_on_a_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_only_answering_keeps_beginnings_of_prompts() -> None:
-    caching = {mode for mode in ("generate", "plain") if "--enable-prefix-caching" in words(recipe(), mode)}
+    caching = {mode for mode in ("generate", "baseline") if "--enable-prefix-caching" in words(recipe(), mode)}
     assert caching == {"generate"}
     assert "--no-enable-prefix-caching" in words(recipe(), "extract", capture_layer_ids=[2, 30])
     assert "--no-enable-prefix-caching" in words(recipe(), "speculative", draft=Path("/draft"))
@@ -117,7 +117,7 @@ def test_a_gpu_is_shared_by_its_memory_and_over_ranks() -> None:
 def order(config: Config, tmp_path: Path) -> vllm.ServerOrder:
     """One of a plain server."""
     return vllm.ServerOrder(
-        config=config, mode="plain", dtype="float32", target="/models/smol", max_model_len=640,
+        config=config, mode="baseline", dtype="float32", target="/models/smol", max_model_len=640,
         directories=str(tmp_path), logs=str(tmp_path),
     )  # fmt: skip
 
