@@ -55,6 +55,8 @@ class AcceptanceCounts:
         self.accepted = [a + b for a, b in zip(self.accepted, other.accepted, strict=True)]
 
     def metrics(self) -> dict[str, float]:
-        """`acceptance_length`, tokens a proposal with the bonus token, and `accepted_k`, share of the proposals."""
+        """`acceptance_length`, tokens per proposal with the bonus token, and from position 1 on `acceptance_pos_i`, the
+        share of proposals that are accepted up to and including position i."""
         shares = [count / max(self.proposals, 1) for count in self.accepted]
-        return {"acceptance_length": 1.0 + sum(shares)} | {f"accepted_{k}": share for k, share in enumerate(shares)}
+        positions = {f"acceptance_pos_{i}": share for i, share in enumerate(shares, 1)}
+        return {"acceptance_length": 1.0 + sum(shares)} | positions

@@ -84,7 +84,7 @@ def main(evaluation: str, checkpoint: str, directory: str, *layers: str) -> None
         lines = (Path(evaluation) / f"{name}.jsonl").read_text().splitlines()
         positions = served["num_speculative_tokens"]
         walk = foreseen(draft, target, [json.loads(line) for line in lines], wanted, positions).metrics()
-        shares = ", ".join(f"{walk[f'accepted_{k}']:.3f}" for k in range(positions))
+        shares = ", ".join(f"{walk[f'acceptance_pos_{i}']:.3f}" for i in range(1, positions + 1))
         print(f"{name}: foreseen {walk['acceptance_length']:.3f} ({shares}), served {counted['acceptance_length']:.3f}")
 
 

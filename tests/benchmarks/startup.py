@@ -98,6 +98,7 @@ def main(store: str = "") -> None:
             print("run, all hits", told(wall(*cli, RECIPE, f"run.store={store}")))
             print("plan, of the same", told(wall(*cli, "plan", RECIPE, f"run.store={store}")))
     print("python       ", told(wall("-c", "pass")))
+    print("imports of a stage's process", told(wall("-c", "import speculators.worker")))
     print("a stage      ", told(executed()))
     wide = {"one": {"uses": "first"}} | {f"n{i}": {"uses": "trivial", "thing": "one"} for i in range(999)}
     print(f"1 000 stages side by side: {planned(wide):.2f} s")

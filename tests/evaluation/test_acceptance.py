@@ -28,7 +28,7 @@ def test_places_inside_an_accepted_proposal_start_none() -> None:
     walk.add([4, 5, 6, 7, 8, 9], grid(2, 3, 3, 1, 3, 0))
     assert walk == AcceptanceCounts(3, [2, 1, 0])
     assert walk.metrics() == pytest.approx(
-        {"acceptance_length": 2.0, "accepted_0": 2 / 3, "accepted_1": 1 / 3, "accepted_2": 0.0}
+        {"acceptance_length": 2.0, "acceptance_pos_1": 2 / 3, "acceptance_pos_2": 1 / 3, "acceptance_pos_3": 0.0}
     )
 
 

@@ -235,7 +235,14 @@ def test_a_block_draft_learns_and_is_walked_as_a_server_would(world: Path, tmp_p
     assert steps[-1]["loss"] < 0.8 * steps[0]["loss"]
     validated = [line["validation"] for line in lines if "validation" in line]
     assert len(validated) == 12
-    assert set(validated[0]) >= {"acceptance_length", "accepted_0", "accepted_1", "accepted_2", "full_acc_0", "loss_2"}
+    assert set(validated[0]) >= {
+        "acceptance_length",
+        "acceptance_pos_1",
+        "acceptance_pos_2",
+        "acceptance_pos_3",
+        "full_acc_0",
+        "loss_2",
+    }
     parts, _ = tiny.make_parts(world / "target")
     best = DFlashDraft.from_checkpoint(job.output / "best", parts.embeddings)
     assert all(p.isfinite().all() for p in best.parameters())
