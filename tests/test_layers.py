@@ -17,6 +17,7 @@ SHARED = [
         "speculators",
         "speculators.errors",
         "speculators.packages",
+        "speculators.timeouts",
         "speculators.checkpoint_files",
         "speculators.config.fields",
         "speculators.config.choices",

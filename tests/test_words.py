@@ -126,9 +126,7 @@ def all_uses(within: str = "") -> list[Use]:
     return [use for name, path in named if name.startswith(within) for use in uses(name, path.read_text())]
 
 
-UNCONVERTED: tuple[str, ...] = (
-    "speculators/stages/",
-)
+UNCONVERTED: tuple[str, ...] = ("speculators/stages/",)
 """What has yet to be rewritten in the glossary's words."""
 
 

@@ -42,13 +42,10 @@ from speculators.runner.planning import estimate, graph
 from speculators.runner.planning.graph import TARGET, Node
 from speculators.runner.planning.plan import Planner, State, Step
 from speculators.runner.servers.pool import Key, ServerPool
-from speculators.runner.servers.server import DEATH_SECONDS, Server, find_dead, reap_left_overs
+from speculators.runner.servers.server import Server, find_dead, reap_left_overs
 from speculators.runner.store import upkeep
+from speculators.timeouts import MAX_POLL_SECONDS, MIN_POLL_SECONDS, SERVER_DEATH_SECONDS, WORKER_GRACE_SECONDS
 
-POLL, SHORTEST_POLL = 0.05, 0.002
-"""Seconds between two looks at the workers: the longer nothing happens the fewer, within these bounds."""
-GRACE = 30.0
-"""Seconds that a worker has to write a checkpoint when it is asked to stop."""
 _ERROR_CLASSES = {
     kind.__name__: kind for kind in (RecipeError, SourceError, StoreError, ServiceError, StageError, ContractError)
 }
@@ -101,7 +98,7 @@ class Execution:
             try:
                 self._loop(signals)
             except Interrupted:
-                self.events.emit("run.stopping", seconds=GRACE)
+                self.events.emit("run.stopping", seconds=WORKER_GRACE_SECONDS)
                 raise
             finally:
                 self._stop_workers()
@@ -119,7 +116,7 @@ class Execution:
         sorter = graphlib.TopologicalSorter({name: node.needs for name, node in nodes.items()})
         sorter.prepare()
         failure: RunError | None = None
-        pause = SHORTEST_POLL
+        pause = MIN_POLL_SECONDS
         while True:
             signals.check()
             ready = sorter.get_ready() if failure is None else ()
@@ -135,7 +132,7 @@ class Execution:
             self.servers.poll()
             if not self._tasks and not ended:
                 break
-            pause = SHORTEST_POLL if ended else min(POLL, pause * 1.1)
+            pause = MIN_POLL_SECONDS if ended else min(MAX_POLL_SECONDS, pause * 1.1)
             if not ended:
                 signals.wait(pause)
         if failure is not None:
@@ -350,7 +347,7 @@ class Execution:
             return
         failure, passing = self._failure(step, code)
         if servers and isinstance(failure, ServiceError):
-            yield from _pause(DEATH_SECONDS, unless=lambda: find_dead(servers.values()) is not None)
+            yield from _pause(SERVER_DEATH_SECONDS, unless=lambda: find_dead(servers.values()) is not None)
         if (server := find_dead(servers.values())) is not None:
             raise PassingError(server.failure())
         raise PassingError(failure) if passing else failure
@@ -449,11 +446,11 @@ class Execution:
         """Ask all workers to stop, give them time to write checkpoints, then kill the rest."""
         for handle in self._workers.values():
             handle.terminate()
-        deadline = time.monotonic() + GRACE
+        deadline = time.monotonic() + WORKER_GRACE_SECONDS
         while any(handle.poll() is None for handle in self._workers.values()):
             if time.monotonic() > deadline:
                 self._kill_workers()
-            time.sleep(SHORTEST_POLL)
+            time.sleep(MIN_POLL_SECONDS)
 
     def _kill_workers(self) -> None:
         for handle in self._workers.values():
@@ -468,7 +465,7 @@ class Execution:
 def _stop(handle: Handle) -> Waiting:
     """Stop a worker: SIGTERM, time to write a checkpoint, SIGKILL."""
     handle.terminate()
-    yield from _pause(GRACE, unless=lambda: handle.poll() is not None)
+    yield from _pause(WORKER_GRACE_SECONDS, unless=lambda: handle.poll() is not None)
     if handle.poll() is None:
         handle.kill()
     while handle.poll() is None:

@@ -18,11 +18,8 @@ from pathlib import Path
 from typing import Any
 
 from speculators.runner.servers import guard
+from speculators.timeouts import HEARTBEAT_SECONDS, LEASE_SECONDS
 
-HEARTBEAT_SECONDS = 2.0
-"""Between two heartbeats."""
-LEASE_SECONDS = 60.0
-"""Without a heartbeat after which a holder on another machine counts as dead."""
 NOTE_BYTES = 512
 """Size of a note, padded with blanks: one write replaces it, and a full disk cannot refuse it."""
 

@@ -25,16 +25,15 @@ from speculators.job import Request, write_json
 from speculators.runner.execution.lease import Lease, LeaseReader, read_note, write_note
 from speculators.runner.executors.local import LocalExecutor, LocalHandle
 from speculators.runner.servers import guard, vllm
-from speculators.runner.servers.server import DEATH_SECONDS, find_dead
+from speculators.runner.servers.server import find_dead
+from speculators.timeouts import (
+    CLUSTER_QUERY_SECONDS,
+    JOB_POLL_SECONDS,
+    JOB_RESULT_SECONDS,
+    SERVER_DEATH_SECONDS,
+    WORKER_GRACE_SECONDS,
+)
 
-POLL = 0.1
-"""Seconds between two checks of a job on its worker, its servers and the runner's lease."""
-GRACE = 30.0
-"""Seconds that a worker has to write a checkpoint when it is asked to stop."""
-ASK = 0.5
-"""Seconds between two questions to the cluster, which may cost it something."""
-PATIENCE = 60.0
-"""Seconds after the end of a job on another machine until its last note must have arrived, and its worker ended."""
 STOPPED = 128 + signal.SIGTERM
 """Exit code of a worker that stopped because it was asked to."""
 DEVICES = "CUDA_VISIBLE_DEVICES"
@@ -94,7 +93,7 @@ class RemoteHandle:
         self._request("terminate")
 
     def kill(self) -> None:
-        """See `executors.Handle.kill`; the job does it, up to `POLL` seconds later."""
+        """See `executors.Handle.kill`; the job does it, up to `JOB_POLL_SECONDS` seconds later."""
         self._request("kill")
 
     def _request(self, action: str) -> None:
@@ -109,7 +108,7 @@ class RemoteHandle:
         code: int | None = self._state().get("code")
         if code is not None and not self._job.here:
             return code
-        if time.monotonic() - self._queried_at < ASK and code is None:
+        if time.monotonic() - self._queried_at < CLUSTER_QUERY_SECONDS and code is None:
             return None
         self._queried_at = time.monotonic()
         ending = self._job.ended()
@@ -123,7 +122,7 @@ class RemoteHandle:
             self._ended_since = time.monotonic()
         if self._job.here and _worker_lives(state):
             return None  # its pipe is closed, so it stops within its own grace period
-        if not self._job.here and time.monotonic() - self._ended_since < PATIENCE:
+        if not self._job.here and time.monotonic() - self._ended_since < JOB_RESULT_SECONDS:
             return None
         if self._stop_requested and not state:
             return STOPPED  # before it began
@@ -163,7 +162,7 @@ class JobServers:
         """Whether one of them is dead, or dies within `seconds`: its client may notice first."""
         deadline = time.monotonic() + seconds
         while self._servers and self.state() != "dead" and time.monotonic() < deadline:
-            time.sleep(POLL)
+            time.sleep(JOB_POLL_SECONDS)
         return self.state() == "dead"
 
     def report_failure(self) -> None:
@@ -198,7 +197,7 @@ class WorkerJob:
     def run(self, request: Path, log: Path, env: dict[str, str]) -> None:
         """Run the worker if the runner still lives; return when it and its servers have ended."""
         while self._lease.holder_lives is None:
-            time.sleep(POLL)
+            time.sleep(JOB_POLL_SECONDS)
         code, needed = STOPPED, not self._lease.request
         if needed:
             write_note(self._directory / "state", {"machine": guard.machine()})
@@ -213,7 +212,7 @@ class WorkerJob:
         """Stop the worker, which writes a checkpoint, without an exit code: the cluster will queue the job again."""
         while self._handle is not None and self._handle.poll() is None:
             self._pass_on(self._handle, "terminate")
-            time.sleep(POLL)
+            time.sleep(JOB_POLL_SECONDS)
         if self._servers is not None:
             self._servers.stop()
 
@@ -221,13 +220,13 @@ class WorkerJob:
         """Start the servers, then run the worker; return its exit code, or 1 if a server died."""
         servers.start()
         while servers.state() == "starting" and not self._lease.request:
-            time.sleep(POLL)
+            time.sleep(JOB_POLL_SECONDS)
         if self._lease.request:
             return STOPPED
         code = 1
         if servers.state() == "ready":
             code = self._watch(servers, LocalExecutor().submit(request, log, {**env, **servers.add_to_request()}))
-        if code != 0 and not self._lease.request and servers.dies_within(DEATH_SECONDS if code == 1 else 0.0):
+        if code != 0 and not self._lease.request and servers.dies_within(SERVER_DEATH_SECONDS if code == 1 else 0.0):
             servers.report_failure()
             return 1
         return code
@@ -239,7 +238,7 @@ class WorkerJob:
         write_note(self._directory / "state", state)
         while (code := handle.poll()) is None:
             self._pass_on(handle, self._lease.request or ("terminate" if servers.state() == "dead" else ""))
-            time.sleep(POLL)
+            time.sleep(JOB_POLL_SECONDS)
         return code
 
     def _pass_on(self, handle: LocalHandle, request: str) -> None:
@@ -247,7 +246,7 @@ class WorkerJob:
         if request == "kill" or (self._deadline is not None and time.monotonic() > self._deadline):
             handle.kill()
         elif request and self._deadline is None:
-            self._deadline = time.monotonic() + GRACE
+            self._deadline = time.monotonic() + WORKER_GRACE_SECONDS
             handle.terminate()
 
 

@@ -25,7 +25,8 @@ from speculators.runner.planning import derive
 from speculators.runner.planning.graph import TARGET, Node, Serving
 from speculators.runner.planning.plan import Planner, Step
 from speculators.runner.servers import vllm
-from speculators.runner.servers.server import STOP_SECONDS, Server, external
+from speculators.runner.servers.server import Server, external
+from speculators.timeouts import SERVER_STOP_POLL_SECONDS
 
 Key = tuple[str, str, str, int]
 """Mode, dtype, digest of the draft, and number of cores (0: all)."""
@@ -149,7 +150,7 @@ class ServerPool:
             self._retire(entry)
         while self._stopping:
             self.poll()
-            time.sleep(STOP_SECONDS)
+            time.sleep(SERVER_STOP_POLL_SECONDS)
 
     def kill(self) -> None:
         """Kill the processes of all servers at once."""

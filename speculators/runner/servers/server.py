@@ -34,17 +34,16 @@ from speculators.config.schema import Config, Mooncake
 from speculators.errors import ServiceError
 from speculators.runner.execution import endings
 from speculators.runner.servers import guard
+from speculators.timeouts import (
+    FIRST_ANSWER_SECONDS,
+    HEALTH_CHECK_SECONDS,
+    SERVER_GRACE_SECONDS,
+    SERVER_PROBE_SECONDS,
+    SERVER_STOP_POLL_SECONDS,
+)
 
-PROBE_SECONDS = 0.2
-"""Between two health checks of a server that is starting."""
-STOP_SECONDS = 0.02
-"""Between two checks whether a stopping server is gone."""
-GRACE = 10.0
-"""Seconds between SIGTERM and SIGKILL of a server."""
 LOG_LINES = 1000
 """Lines at the end of a log that are searched for the cause of a failure."""
-DEATH_SECONDS = 3.0
-"""Time in which a server that a worker cannot reach may turn out dead: its guard first ends the rest of its tree."""
 MAX_CAUSE_CHARACTERS = 400
 """Longest quotation of an exception: vLLM lists every model that it knows when it does not know one."""
 
@@ -151,7 +150,7 @@ class Server:
         """Ask its process tree to end, without waiting. An external server keeps running."""
         self._stopped.set()
         self.state = "dead"
-        self._kill_at = time.monotonic() + GRACE + guard.KILL_SECONDS
+        self._kill_at = time.monotonic() + SERVER_GRACE_SECONDS + guard.KILL_SECONDS
         if self._guard is not None:
             assert self._guard.stdin is not None
             with contextlib.suppress(BrokenPipeError, ValueError):  # the guard has exited already
@@ -174,7 +173,7 @@ class Server:
         """Close it and wait until it is gone."""
         self.close()
         while not self.gone():
-            time.sleep(STOP_SECONDS)
+            time.sleep(SERVER_STOP_POLL_SECONDS)
 
     def kill(self) -> None:
         """Kill all its processes at once. Its guard then exits by itself."""
@@ -209,7 +208,7 @@ class Server:
         (packages / "speculators").symlink_to(Path(speculators.__file__).resolve().parent)
         self.spec.log.parent.mkdir(parents=True, exist_ok=True)
         argv = [sys.executable, "-I", "-S", guard.__file__, "--log", str(self.spec.log.resolve())]
-        argv += ["--pids", str((self.directory / "pids.json").resolve()), "--grace", str(GRACE)]
+        argv += ["--pids", str((self.directory / "pids.json").resolve()), "--grace", str(SERVER_GRACE_SECONDS)]
         env = {**os.environ, **self.spec.env}
         path = os.pathsep.join(filter(None, [str(packages.resolve()), env.get("PYTHONPATH", "")]))
         with self.spec.log.open("ab") as log:
@@ -228,15 +227,17 @@ class Server:
         """Check health, model name and a first answer, in a thread of its own since the answer may take minutes."""
         from urllib.error import HTTPError  # here and below, not at the top: a run of cache hits never needs them
 
-        while not self._stopped.wait(PROBE_SECONDS):
+        while not self._stopped.wait(SERVER_PROBE_SECONDS):
             url = self.spec.url
             try:
                 for url in (self.spec.url, *self.spec.extra_urls):
-                    self._request(url, "/health", timeout=5)
-                    model_names = [entry["id"] for entry in self._request(url, "/v1/models", timeout=5)["data"]]
+                    self._request(url, "/health", timeout=HEALTH_CHECK_SECONDS)
+                    model_names = [
+                        entry["id"] for entry in self._request(url, "/v1/models", timeout=HEALTH_CHECK_SECONDS)["data"]
+                    ]
                     self._check_name(url, model_names)
                     probe = {"model": self.model, "prompt": "1", "max_tokens": 1, "temperature": 0}
-                    self._request(url, "/v1/completions", timeout=600, body=probe)
+                    self._request(url, "/v1/completions", timeout=FIRST_ANSWER_SECONDS, body=probe)
             except ServiceError as error:
                 self._failure = error
                 return

@@ -216,7 +216,7 @@ def mill(tmp_path: Path, checkpoint: Path, monkeypatch: pytest.MonkeyPatch) -> C
         return made[0].servers[-1]
 
     monkeypatch.setattr(execute, "executor_of", lambda *_: PlayedExecutor())
-    monkeypatch.setattr(execute, "POLL", 0.002)
+    monkeypatch.setattr(execute, "MAX_POLL_SECONDS", 0.002)
     monkeypatch.setattr(vllm, "Server", served)
     monkeypatch.setattr("speculators.runner.servers.vllm.engine_version", lambda python: "1.2.3")
     return make
@@ -438,7 +438,7 @@ def test_what_a_stage_says_itself_is_final(mill: Callable[..., World], outcome: 
 def test_a_stage_that_takes_too_long_is_stopped_and_tried_again(
     mill: Callable[..., World], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(execute, "GRACE", 0.05)
+    monkeypatch.setattr(execute, "WORKER_GRACE_SECONDS", 0.05)
     world = mill({"seed": {}})
     world.config.run.stages = {"seed": {"time_limit": 0.05, "retries": 1}}
     world.script["seed"] = ["stubborn", 0]
@@ -460,10 +460,10 @@ def test_a_store_that_runs_full_stops_the_stage_while_it_can_still_write_where_i
     monkeypatch.setattr(upkeep, "store_bytes", lambda store: room["held"])
     monkeypatch.setattr(estimate.DiskWatch, "EVERY", 0.0)
     world.when["seed", 3] = lambda: room.update({full: {"free_bytes": 2**20, "held": 2**31}[full]})
-    said = {"free_bytes": "runs full: 1 MiB are free", "held": r"holds 2\.0 GiB by now, run\.quota_gib allows 1\.0 GiB"}
+    said = {"free_bytes": "almost full: 1 MiB are free", "held": r"now holds 2\.0 GiB, run\.quota_gib allows 1\.0 GiB"}
     with pytest.raises(StoreError, match=said[full]) as raised:
         world.run()
-    assert "make room" in raised.value.hint
+    assert "free space" in raised.value.hint
     assert world.of("stage.started", "stage.retried", "stage.failed") == ["started seed", "failed seed"]
 
 
@@ -581,7 +581,7 @@ def test_the_first_signal_lets_stages_stop_in_order(mill: Callable[..., World], 
     with pytest.raises(Interrupted) as stop:
         world.run()
     assert stop.value.exit_code == 128 + number
-    assert [e["seconds"] for e in world.seen if e["event"] == "run.stopping"] == [execute.GRACE]
+    assert [e["seconds"] for e in world.seen if e["event"] == "run.stopping"] == [execute.WORKER_GRACE_SECONDS]
     assert world.of("stage.started") == ["started seed", "started seed2"]
     assert signal.getsignal(number) is before
 

@@ -155,7 +155,7 @@ def test_a_taken_port_is_an_error_before_anything_starts(tmp_path: Path) -> None
 def test_a_stubborn_server_that_never_gets_ready_can_be_stopped(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("speculators.runner.servers.server.GRACE", 0.5)
+    monkeypatch.setattr("speculators.runner.servers.server.SERVER_GRACE_SECONDS", 0.5)
     made = service(tmp_path, "--late", "60", "--stubborn", "--detach", str(tmp_path / "orphan"))
     made.start()
     pid = orphan(tmp_path)
