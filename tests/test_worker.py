@@ -259,7 +259,7 @@ def test_an_artifact_that_is_not_whole_is_set_aside_and_made_again(world: Path) 
     (made.data / "lines").unlink()
     assert ended(submit(world, path)) == 0
     assert artifact(path) is not None
-    assert "set aside" in (world / "log").read_text()
+    assert "moved to quarantine" in (world / "log").read_text()
     assert len(list((world / "store/quarantine").iterdir())) == 1
 
 
