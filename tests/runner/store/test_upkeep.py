@@ -187,7 +187,7 @@ def test_verify_moves_aside_what_it_finds_and_deletes_nothing(
     assert "verify --aside" in capsys.readouterr().err
     with store.claim("vocab", made["vocab"].key, waiting=print):
         assert cli._guarded(["verify", "--aside"]) == 1
-        assert "somebody is at work on them" in capsys.readouterr().err
+        assert "they are in use" in capsys.readouterr().err
     assert cli._guarded(["verify", "--aside"]) == 0
     assert cli._guarded(["verify"]) == 0
     aside = {path.name.rpartition("-")[0]: path for path in (store.root / "quarantine").iterdir()}
