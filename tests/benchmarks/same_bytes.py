@@ -62,44 +62,53 @@ def hashes(data: Path) -> dict[str, str]:
     return {str(path.relative_to(data)): hashlib.sha256(path.read_bytes()).hexdigest() for path in files}
 
 
-def main(words: list[str]) -> int:
+class Stages:
+    """Jobs that run a recipe's stages on the inputs that an earlier tree's artifacts had."""
+
+    def __init__(self, store: str, recipe: str, overrides: list[str], scratch: Path) -> None:
+        self.config = compose.compose([f"recipe={recipe}", *overrides])
+        self.past, self.scratch = Past(Path(store), self.config.speculator.algorithm), scratch
+        self.planner = Planner(self.config, Store(scratch / "store"))
+        facts = derive.facts(self.config, self.past.inputs(self.past.of("tokenize")[1])["target"])
+        assert facts is not None
+        self.derived = derive.derive(self.config, facts)
+
+    def run(self, stage: str) -> tuple[Job, Path]:
+        """Run a stage; returns its job, and the data of the earlier artifact."""
+        path, before = self.past.of(stage)
+        job = Job(
+            node=next(node.name for node in self.planner.graph.values() if node.kind == stage),
+            stage=stage,
+            key="0" * 64,
+            config=self.config,
+            derived={**self.derived, "phase": 0, "phases": 1},
+            inputs=self.past.inputs(before),
+            digests=before["preimage"]["inputs"],
+            services={},
+            work=self.scratch / stage,
+        )
+        for directory in (job.output, job.scratch):
+            directory.mkdir(parents=True)
+        worker._stage(job)
+        return job, path / "data"
+
+
+def main(store: str, recipe: str, *overrides: str) -> int:
     """Run the stages one after the other and print a line for each file."""
-    config = compose.compose([f"recipe={words[1]}", *words[2:]])
-    past = Past(Path(words[0]), config.speculator.algorithm)
     differing = 0
     with tempfile.TemporaryDirectory() as scratch:
-        planner = Planner(config, Store(Path(scratch) / "store"))
-        facts = derive.facts(config, past.inputs(past.of("tokenize")[1])["target"])
-        assert facts is not None
-        derived = derive.derive(config, facts)
+        stages = Stages(store, recipe, list(overrides), Path(scratch))
         for name in STAGES:
-            path, before = past.of(name)
-            node = next(node for node in planner.graph.values() if node.kind == name)
-            inputs = past.inputs(before)
-            job = Job(
-                node=node.name,
-                stage=node.kind,
-                key="0" * 64,
-                config=config,
-                derived={**derived, "phase": 0, "phases": 1},
-                inputs=inputs,
-                digests=before["preimage"]["inputs"],
-                services={},
-                work=Path(scratch) / name,
-            )
-            for directory in (job.output, job.scratch):
-                directory.mkdir(parents=True)
-            worker._stage(job)
-            old, new = hashes(path / "data"), hashes(job.output)
+            job, data = stages.run(name)
+            old, new = hashes(data), hashes(job.output)
             for file in sorted(old | new):
                 same = old.get(file) == new.get(file)
                 timed = Path(file).name in TIMED and file in old and file in new
                 differing += not same and not timed
-                print(
-                    f"{'same' if same else 'text' if timed else 'DIFFERS':<8} {name:<9} {file} {new.get(file, '')[:16]}"
-                )
+                verdict = "same" if same else "text" if timed else "DIFFERS"
+                print(f"{verdict:<8} {name:<9} {file} {new.get(file, '')[:16]}", flush=True)
     return int(differing > 0)
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    sys.exit(main(*sys.argv[1:]))
