@@ -121,21 +121,23 @@ def _cell(value: Any) -> str:
 def evaluation(results: Mapping[str, Any]) -> str:
     """Format `evaluation.json`: a table with one row per dataset, then the result of the losslessness check."""
     k = results["num_speculative_tokens"]
-    head = ["dataset", "length", *(f"pos {i + 1}" for i in range(k)), "baseline", "speculative", "speed-up"]
-    rows = [head]
+    # Names of two words take two lines, so that the table fits 80 columns with up to four positions.
+    above = ["", "acceptance", *([""] * k), "baseline", "speculative", ""]
+    head = ["dataset", "length", *(f"pos {i + 1}" for i in range(k)), "tok/s", "tok/s", "speed-up"]
+    rows = [above, head]
     for name, row in results["datasets"].items():
         positions = [f"{p:.3f}" for p in row["per_position"]]
         length = f"{row['acceptance_length']:.3f}"
         baseline, speculative = row["baseline"]["tokens_per_second"], row["speculative"]["tokens_per_second"]
         rows.append([name, length, *positions, f"{baseline:.1f}", f"{speculative:.1f}", f"{row['speed_up']:.2f}x"])
     notes = [
-        f"length: acceptance length, tokens per step with the bonus token ({k} proposed)\n"
-        "pos i: share of steps that accept at least i tokens; speeds in tokens/s"
+        f"acceptance length: tokens per step with the bonus token ({k} proposed)\n"
+        "pos i: share of steps that accept at least i tokens"
     ]
     if lossless := results.get("lossless"):
         notes.append(
-            f"greedy in float32: {lossless['identical']} of {lossless['prompts']} outputs are identical with and"
-            f" without the draft\n({lossless['ties']} differ at numeric ties, {lossless['faults']} differ otherwise)"
+            f"greedy in float32: {lossless['identical']} of {lossless['prompts']} outputs identical"
+            f" ({lossless['ties']} differ at numeric ties, {lossless['faults']} differ otherwise)"
         )
     return columns(rows, right=range(1, len(head))) + "\n\n" + "\n".join(notes)
 
