@@ -136,8 +136,8 @@ def evaluation(results: Mapping[str, Any]) -> str:
     ]
     if lossless := results.get("lossless"):
         notes.append(
-            f"greedy in float32: {lossless['identical']} of {lossless['prompts']} outputs identical"
-            f" ({lossless['ties']} differ at numeric ties, {lossless['faults']} differ otherwise)"
+            f"greedy in float32: {lossless['identical']} of {lossless['prompts']} outputs identical\n"
+            f"({lossless['ties']} differ at numeric ties, {lossless['faults']} differ otherwise)"
         )
     return columns(rows, right=range(1, len(head))) + "\n\n" + "\n".join(notes)
 
