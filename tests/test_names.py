@@ -9,10 +9,6 @@ from pathlib import Path
 PACKAGE = Path(__file__).parent.parent / "speculators"
 REFERENCE = PACKAGE / "ops/reference.py"
 """Gives the formulas of the functions of `ops` under their names."""
-PENDING = {
-    "runs",
-}
-"""Names that are still defined more than once. The tests also fail when one of them no longer is."""
 
 
 def definitions() -> dict[str, list[str]]:
@@ -30,8 +26,4 @@ def definitions() -> dict[str, list[str]]:
 
 def test_no_name_is_defined_twice() -> None:
     repeated = {name: modules for name, modules in definitions().items() if len(modules) > 1}
-    assert {name: modules for name, modules in repeated.items() if name not in PENDING} == {}
-
-
-def test_pending_names_are_still_defined_twice() -> None:
-    assert {name for name in PENDING if len(definitions()[name]) < 2} == set()
+    assert repeated == {}

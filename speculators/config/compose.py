@@ -50,9 +50,6 @@ _LAUNCHERS = {
 }
 """Launchers of sweeps: the distribution that contains each, and the extra that installs it."""
 
-# Hydra deep-copies this store with all schemas for each composition, but also copies each node that it uses.
-ConfigStore.__deepcopy__ = lambda store, _: store  # type: ignore[attr-defined]
-
 
 @dataclass(kw_only=True, slots=True)
 class _EvaluateAsWritten(Evaluate):

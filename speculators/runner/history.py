@@ -62,7 +62,7 @@ class Run:
     """`evaluate.speed_up.human_eval` -> 1.21; includes cached stages."""
 
 
-def runs(directory: Path) -> list[Run]:
+def list_runs(directory: Path) -> list[Run]:
     """All runs below a directory, oldest first; other directories are skipped."""
     if not directory.is_dir():
         return []
@@ -78,7 +78,7 @@ def find(directory: Path, name: str) -> Run:
     """
     names = sorted(path.name for path in directory.iterdir() if _is_run(path)) if directory.is_dir() else []
     if name == "last":
-        if not (all_runs := runs(directory)):
+        if not (all_runs := list_runs(directory)):
             raise RecipeError(f"there is no run in `{directory}`", "set their directory: run.dir=PATH")
         return all_runs[-1]
     fitting = [name] if name in names else [other for other in names if other.startswith(name)]

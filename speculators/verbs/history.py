@@ -20,7 +20,7 @@ def runs(argv: list[str]) -> int:
     directory, names, as_data = _parse(argv)
     if names:
         raise RecipeError(f"runs takes no argument `{names[0]}`", "speculators-run runs run.dir=PATH")
-    all_runs = history.runs(directory)
+    all_runs = history.list_runs(directory)
     if as_data:
         print(json.dumps([_as_json(run) for run in all_runs], indent=1))
     elif all_runs:
@@ -129,7 +129,7 @@ def _parse(argv: list[str]) -> tuple[Path, list[str], bool]:
 
 def _find_runs(directory: Path, name: str) -> list[Run]:
     """The runs of the directory `name`, else the run `name`."""
-    below = history.runs(Path(name).expanduser())
+    below = history.list_runs(Path(name).expanduser())
     return below or [history.find(directory, name)]
 
 

@@ -34,7 +34,7 @@ def test_a_run_is_found_by_name_prefix_path_and_as_the_last(runs: Path) -> None:
         assert history.find(runs, word).name == A
     assert history.find(runs, "last").name == B, "both were made within a millisecond"
     (runs / "notes").mkdir()
-    assert [run.name for run in history.runs(runs)] == [A, B]
+    assert [run.name for run in history.list_runs(runs)] == [A, B]
 
 
 @pytest.mark.parametrize(
@@ -54,7 +54,7 @@ def test_where_there_is_no_run_the_directory_is_named(tmp_path: Path) -> None:
     for word in ("last", A):
         with pytest.raises(RecipeError, match="there is no run"):
             history.find(tmp_path / "nowhere", word)
-    assert history.runs(tmp_path / "nowhere") == []
+    assert history.list_runs(tmp_path / "nowhere") == []
 
 
 def test_stages_tell_their_state_reason_seconds_attempts_and_log(runs: Path) -> None:
