@@ -126,12 +126,8 @@ def all_uses(within: str = "") -> list[Use]:
     return [use for name, path in named if name.startswith(within) for use in uses(name, path.read_text())]
 
 
-UNCONVERTED: tuple[str, ...] = ("speculators/stages/",)
-"""What has yet to be rewritten in the glossary's words."""
-
-
 def test_no_word_that_the_glossary_rules_out_is_used() -> None:
-    assert [str(use) for use in all_uses() if not use.path.startswith(UNCONVERTED)] == []
+    assert [str(use) for use in all_uses()] == []
 
 
 PLANTED = {

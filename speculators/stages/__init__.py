@@ -1,4 +1,4 @@
-"""The pipeline: one module a stage, `main(job)` in each. No stage imports another one or the runner.
+"""The stages of the pipeline: one module each, with `main(job)`. A stage imports neither another one nor the runner.
 
-`head -1 speculators/stages/*.py` reads as the pipeline.
+`head -1 speculators/stages/*.py` prints what each stage reads and writes.
 """

@@ -1,7 +1,7 @@
-"""adopt_states: a directory of upstream's + tokens -> hidden-state shards. Each file is checked before it is kept.
+"""adopt_states: upstream's directory + tokens -> hidden-state shards. Check each file of hidden states and encode it.
 
-A file has to hold the states of its row's tokens, finite, of as many layers as the draft and its teacher need and of
-the target's width. Of which layers and of which target it does not say: that is what the recipe claims.
+A file must have finite hidden states for the tokens of its row, of as many layers as the draft and the loss need, with
+the target's hidden size. Files name neither their layers nor their target: the recipe does, and this is not verified.
 """
 
 from __future__ import annotations
@@ -15,22 +15,22 @@ from speculators.job import Job
 
 
 def main(job: Job) -> None:
-    """Every row of the tokens, in order, but for those that an earlier attempt sealed."""
+    """Convert every row of the tokens in order, except those that an earlier attempt sealed in shards."""
     tokens = load_from_disk(str(job.inputs["tokens"]))
     writer = hidden_states_writer(job)
     for number in range(len(tokens)):
         if number not in writer.done:
             row = tokens[number]
-            name, _, upstream = row["id"].rpartition(":")
-            path = hidden_states_path(job.inputs[f"dataset.{name}"], int(upstream))
-            token_ids, states = read_hidden_states(path)
+            name, _, upstream_row = row["id"].rpartition(":")
+            path = hidden_states_path(job.inputs[f"dataset.{name}"], int(upstream_row))
+            token_ids, hidden_states = read_hidden_states(path)
             length = len(row["input_ids"])
             if token_ids[:length].tolist() != row["input_ids"]:
                 raise ContractError(
-                    f"{path} holds the states of other tokens than row {upstream} of the table beside it",
-                    "the files were made from another table, or rows were added to it: make them again",
+                    f"{path} has hidden states of other tokens than those of row {upstream_row} of `{name}`",
+                    "the table changed after the files were written: run upstream's `generate-offline-data` again",
                 )
-            writer.add(number, token_ids[:length], states[:length], last_layer_mask(job, row["loss_mask"]))
+            writer.add(number, token_ids[:length], hidden_states[:length], last_layer_mask(job, row["loss_mask"]))
             job.progress(number + 1, len(tokens), "rows")
     writer.close()
     job.digests_written |= writer.digests
@@ -38,5 +38,5 @@ def main(job: Job) -> None:
         "rows": len(tokens),
         "tokens": sum(tokens["seq_len"]),
         "bytes": sum(path.stat().st_size for path in job.output.iterdir()),
-        "notes": [f"upstream's files do not say what they are of: taken for layers {job.derived['capture_layer_ids']}"],
+        "notes": [f"upstream's files name no layers: assumed to be layers {job.derived['capture_layer_ids']}"],
     }

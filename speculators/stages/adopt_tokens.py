@@ -1,7 +1,7 @@
-"""adopt_tokens: a directory of upstream's -> token ids and loss masks. One row a conversation, as upstream fans it out.
+"""adopt_tokens: upstream's directory -> token ids and loss masks. Join upstream's rows of one conversation into one.
 
-Rows without a file of states are left out, and so are rows that another one begins with: what they supervise is
-supervised there (see `features.upstream`). A row's id says which of upstream's rows it is.
+Rows without a file of hidden states are dropped, and so are rows that are the beginning of a longer one, which then
+supervises their positions too (see `features.upstream`). The id of a row is `DATASET:N`, where N is upstream's row.
 """
 
 from __future__ import annotations
@@ -18,17 +18,17 @@ from speculators.job import Job
 
 
 def main(job: Job) -> None:
-    """Write the token table, the data sets by name and each one's rows in its own order."""
+    """Write the token table: the data sets sorted by name, the rows of each in upstream's order."""
     tally: Counter[str] = Counter()
-    hint = "make the states with upstream's `generate-offline-data`, into hidden_states/ beside the rows"
+    hint = "write hidden_states/ in the same directory with upstream's `generate-offline-data`"
     publish_table(job, _rows(job, tally), tally, "upstream rows", hint)
 
 
 def _rows(job: Job, tally: Counter[str]) -> Iterator[TokenRow]:
-    longest, least = job.config.max_seq_len, job.config.tokenize.min_supervised
+    max_seq_len, min_supervised = job.config.max_seq_len, job.config.tokenize.min_supervised
     for name in sorted(job.config.data):
         directory = job.inputs[f"dataset.{name}"]
-        # Whatever it hands out, tensors for upstream's trainer, say: Python's lists are wanted here.
+        # The table may be saved with a torch format, for upstream's trainer; without a format its rows are lists.
         table: Any = load_from_disk(str(directory)).with_format(None)
         rows = [row for row in range(len(table)) if hidden_states_path(directory, row).is_file()]
         ids, masks = (list(table.select(rows)[column]) for column in ("input_ids", "loss_mask"))
@@ -36,18 +36,18 @@ def _rows(job: Job, tally: Counter[str]) -> Iterator[TokenRow]:
         tally["upstream rows"] += len(table)
         tally["dropped rows: no states"] += len(table) - len(rows)
         tally["joined rows: another begins with them"] += len(rows) - len(joined)
-        for place, whole in joined.items():
-            mask = whole[:longest]
-            if sum(mask) < least:
+        for index, joined_mask in joined.items():
+            mask = joined_mask[:max_seq_len]
+            if sum(mask) < min_supervised:
                 tally["dropped rows: fewer supervised tokens than min_supervised"] += 1
                 continue
             tally["rows"] += 1
             tally["tokens"] += len(mask)
             tally["supervised tokens"] += sum(mask)
             yield {
-                "input_ids": ids[place][:longest],
+                "input_ids": ids[index][:max_seq_len],
                 "loss_mask": mask,
                 "seq_len": len(mask),
-                "id": f"{name}:{rows[place]}",
+                "id": f"{name}:{rows[index]}",
                 "source": name,
             }

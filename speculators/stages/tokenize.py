@@ -1,4 +1,4 @@
-"""tokenize: conversations -> token ids and loss masks. One row a conversation where its turns continue each other."""
+"""tokenize: conversations -> token ids and loss masks. Join turns into one row while each continues the one before."""
 
 from __future__ import annotations
 
@@ -16,14 +16,14 @@ from speculators.job import Job
 
 
 def main(job: Job) -> None:
-    """Write the token table, in the order of the conversations."""
+    """Write the token table in the order of the conversations."""
     tally: Counter[str] = Counter()
     hint = "lower tokenize.min_supervised or raise max_seq_len"
     publish_table(job, _rows(job, tally), tally, "conversations", hint)
 
 
 def _rows(job: Job, tally: Counter[str]) -> Iterator[TokenRow]:
-    longest, least = job.config.max_seq_len, job.config.tokenize.min_supervised
+    max_seq_len, min_supervised = job.config.max_seq_len, job.config.tokenize.min_supervised
     tokenizer: Any = None
     path = job.inputs["conversations"] / "conversations.jsonl"
     with path.open(encoding="utf-8") as file:
@@ -46,12 +46,12 @@ def _rows(job: Job, tally: Counter[str]) -> Iterator[TokenRow]:
                     continue
             if not turns:
                 tally["dropped conversations: no answer"] += 1
-            for whole in merge_turns(turns):
-                row = cut(whole, longest)
-                if len(row.input_ids) < len(whole.input_ids):
+            for sequence in merge_turns(turns):
+                row = cut(sequence, max_seq_len)
+                if len(row.input_ids) < len(sequence.input_ids):
                     tally["rows cut to max_seq_len"] += 1
-                    tally["tokens cut"] += len(whole.input_ids) - len(row.input_ids)
-                if sum(row.loss_mask) < least:
+                    tally["tokens cut"] += len(sequence.input_ids) - len(row.input_ids)
+                if sum(row.loss_mask) < min_supervised:
                     tally["dropped rows: fewer supervised tokens than min_supervised"] += 1
                     continue
                 tally["rows"] += 1
@@ -66,9 +66,9 @@ def _rows(job: Job, tally: Counter[str]) -> Iterator[TokenRow]:
                 }
 
 
-def cut(row: TokenSequence, longest: int) -> TokenSequence:
-    """The first `longest` tokens."""
-    return TokenSequence(row.input_ids[:longest], row.loss_mask[:longest])
+def cut(row: TokenSequence, max_seq_len: int) -> TokenSequence:
+    """The first `max_seq_len` tokens of a row."""
+    return TokenSequence(row.input_ids[:max_seq_len], row.loss_mask[:max_seq_len])
 
 
 def _tokenizer(target: Path) -> Any:
@@ -77,7 +77,7 @@ def _tokenizer(target: Path) -> Any:
     tokenizer = AutoTokenizer.from_pretrained(target, local_files_only=True)
     if not tokenizer.chat_template:
         raise SourceError(
-            f"the tokenizer in {target} has no chat template, which conversations with their own answers need",
-            "take an instruction-tuned target, or put a chat_template.jinja beside its weights",
+            f"the tokenizer in {target} has no chat template, which is needed for conversations that have answers",
+            "use an instruction-tuned target, or add a chat_template.jinja to the directory of its weights",
         )
     return tokenizer

@@ -1,11 +1,10 @@
-"""train: tokens + hidden states + vocabulary -> speculator. Fit a draft to the target's own distributions.
+"""train: tokens + hidden states + vocabulary -> speculator. Fit a draft to the target's next-token distributions.
 
-The states are read from an artifact, or, where the node is wired to a server (pipelines `online` and `hybrid`), drawn
-from it while training goes on; `scratch/states` then holds what is kept of them.
+Hidden states come from an artifact, or from a server while training runs (pipelines `online` and `hybrid`); those of a
+server are cached in `scratch/states`.
 
-The artifact: `best/` and `last/` (checkpoints in the speculators format), `epochs/N/` (more of them, if
-`train.save_every_epochs` says so), `metrics.jsonl` (one line every `train.log_every_steps` steps, one for each
-validation), `summary.json`.
+The artifact: `best/` and `last/` (checkpoints in the speculators format), `epochs/N/` (with `train.save_every_epochs`,
+one each), `metrics.jsonl` (a line every `train.log_every_steps` steps and at each validation), `summary.json`.
 """
 
 from __future__ import annotations
@@ -45,7 +44,7 @@ GIB = 2**30
 
 
 def main(job: Job) -> None:
-    """Run the stage, in as many processes as it is to have."""
+    """Train in `train.num_processes` processes; the first rank writes the artifact."""
     check_installed(job.config.train.trackers)
     with process_group(job.config.train.num_processes, fit, job) as ranks:
         loop = fit(ranks, job)
@@ -54,7 +53,7 @@ def main(job: Job) -> None:
 
 
 def track(job: Job) -> Trackers:
-    """The trackers that the recipe names, told which training this is."""
+    """Start the experiment trackers of `train.trackers` with the name and the options of this run."""
     train = job.config.train
     info = RunInfo(
         project=train.tracker_project,
@@ -67,18 +66,18 @@ def track(job: Job) -> Trackers:
 
 
 def fit(ranks: Ranks, job: Job) -> Loop:
-    """Train, as one of the ranks."""
+    """Train as one of the ranks; returns the finished training loop."""
     train, options = job.config.train, job.config.speculator
     if options.algorithm not in DRAFTS:
         raise RecipeError(f"no draft named `{options.algorithm}`", closest(options.algorithm, DRAFTS))
     target = TargetCheckpoint(job.inputs["target"])
-    source = drawn(job, target, ranks) if "features" not in job.inputs else read(job, target, ranks)
+    source = stored_features(job, target, ranks) if "features" in job.inputs else live_features(job, target, ranks)
     vocabulary = read_vocabulary(job, target)
     data_loader = DataLoader(job.inputs["tokens"], source)
-    device = pick_device(train.device)
+    device = select_device(train.device)
     check_devices(train.num_processes, device)
     if device.type == "cpu" and (why := cpu.missing()):
-        job.record.setdefault("notes", []).append(f"trained without loops in C++, which takes longer: {why}")
+        job.record.setdefault("notes", []).append(f"trained without the C++ kernels, which takes longer: {why}")
 
     if options.needs_mask_token():
         options = replace(cast(Any, options), mask_token_id=target.mask_token_id())
@@ -98,10 +97,10 @@ def fit(ranks: Ranks, job: Job) -> Loop:
         if ranks.first:
             job.progress(done, total, "steps", **note)
 
-    with contextlib.ExitStack() as at_the_end, same_bytes_every_time():
-        at_the_end.callback(data_loader.close)
+    with contextlib.ExitStack() as stack, deterministic_algorithms():
+        stack.callback(data_loader.close)
         trackers = track(job) if ranks.first else Trackers()
-        at_the_end.callback(trackers.close)
+        stack.callback(trackers.close)
         spec = TrainingSpec(
             draft=draft,
             target_head=target_head,
@@ -123,11 +122,15 @@ def fit(ranks: Ranks, job: Job) -> Loop:
     return loop
 
 
-def read(job: Job, target: TargetCheckpoint, ranks: Ranks) -> ShardSource:
-    """States of an artifact, which have to be of this target, these tokens and these layers."""
+def stored_features(job: Job, target: TargetCheckpoint, ranks: Ranks) -> ShardSource:
+    """Open the artifact of hidden states.
+
+    Raises:
+        ContractError: they are of another target, of other tokens or of other layers.
+    """
     path = job.inputs["features"]
     features = ShardReader(path, direct_io=exceeds_page_cache(path))
-    wanted = {
+    contract = {
         "target": job.digests["target"],
         "tokens": job.digests["tokens"],
         "layer_ids": job.derived["capture_layer_ids"],
@@ -135,26 +138,26 @@ def read(job: Job, target: TargetCheckpoint, ranks: Ranks) -> ShardSource:
         "normed": False,
         **({"last_state": EVERYWHERE} if job.config.train.train_on_prompts else {}),
     }
-    check_contract(features.contract, wanted)
+    check_contract(features.contract, contract)
     if ranks.first:
         check_features(job, features)
     return ShardSource(features)
 
 
-def drawn(job: Job, target: TargetCheckpoint, ranks: Ranks) -> LiveFeatures:
-    """States out of the server that the runner has started for this target and these layers.
+def live_features(job: Job, target: TargetCheckpoint, ranks: Ranks) -> LiveFeatures:
+    """Hidden states from the server that the runner has started for this target and these layers.
 
-    Every rank asks for those of its own rows, within its share of the memory and of the disk.
+    Each rank requests those of its rows, and may use an equal share of the memory and of the disk.
     """
     if ranks.first:
         check_server(job)
     options, layer_ids = job.config.train, job.derived["capture_layer_ids"]
-    compute, stored = job.config.target.dtype.name, job.config.extract.dtype.name
+    compute_dtype, stored_dtype = job.config.target.dtype.name, job.config.extract.dtype.name
     shape = RowShape(
         layers=len(layer_ids),
         hidden_size=target.hidden_size,
-        compute=getattr(torch, compute),
-        stored=stored,
+        compute=getattr(torch, compute_dtype),
+        stored=stored_dtype,
         everywhere=options.train_on_prompts,
     )
     cache = None
@@ -162,14 +165,14 @@ def drawn(job: Job, target: TargetCheckpoint, ranks: Ranks) -> LiveFeatures:
         contract = feature_contract(
             target=job.digests["target"],
             tokens=job.digests["tokens"],
-            dtype=stored,
-            compute_dtype=compute,
+            dtype=stored_dtype,
+            compute_dtype=compute_dtype,
             layer_ids=layer_ids,
             hidden_size=target.hidden_size,
             last_state=EVERYWHERE if shape.everywhere else ANSWERS,
         )
-        kept = job.scratch / ("states" if ranks.first else f"states-{ranks.rank}")
-        cache = HiddenStatesCache(kept, contract, int(options.states_disk_gib * GIB / ranks.size))
+        directory = job.scratch / ("states" if ranks.first else f"states-{ranks.rank}")
+        cache = HiddenStatesCache(directory, contract, int(options.states_disk_gib * GIB / ranks.size))
     return LiveFeatures(
         job.services["target"],
         job.inputs["tokens"],
@@ -182,49 +185,48 @@ def drawn(job: Job, target: TargetCheckpoint, ranks: Ranks) -> LiveFeatures:
 
 
 def read_vocabulary(job: Job, target: TargetCheckpoint) -> Vocabulary:
-    """The draft's vocabulary, checked against the target's."""
+    """Read the draft vocabulary and check it against the target's."""
     tensors = load_file(job.inputs["vocab"] / "vocab.safetensors")
     vocabulary = Vocabulary(d2t=tensors["d2t"], t2d=tensors["t2d"])
     if len(vocabulary.t2d) != target.vocab_size or not torch.equal(vocabulary.t2d.nonzero()[:, 0], vocabulary.tokens):
         raise ContractError(
-            f"the draft's vocabulary keeps {len(vocabulary.d2t)} of {len(vocabulary.t2d)} tokens; "
-            f"the target has {target.vocab_size}, or d2t and t2d differ",
-            "make the vocabulary again from this target's tokens",
+            f"the draft vocabulary has {len(vocabulary.d2t)} of {len(vocabulary.t2d)} tokens, but the target has "
+            f"{target.vocab_size} tokens, or d2t and t2d contradict each other",
+            "build it again from this target's tokens: force=[vocab]",
         )
     return vocabulary
 
 
-def pick_device(wanted: Device) -> torch.device:
-    """The device asked for.
+def select_device(option: Device) -> torch.device:
+    """The torch device of `train.device`; `auto` is the GPU if there is one.
 
     Raises:
-        RecipeError: it is not there.
+        RecipeError: the option is `cuda`, and torch finds no CUDA device.
     """
-    if wanted is Device.cuda and not torch.cuda.is_available():
-        raise RecipeError("train.device is cuda, and torch finds no CUDA device", "set train.device=auto")
-    cuda = wanted is not Device.cpu and torch.cuda.is_available()
+    if option is Device.cuda and not torch.cuda.is_available():
+        raise RecipeError("train.device is cuda, but torch finds no CUDA device", "set train.device=auto")
+    cuda = option is not Device.cpu and torch.cuda.is_available()
     return torch.device("cuda" if cuda else "cpu")
 
 
 @contextlib.contextmanager
-def same_bytes_every_time() -> Iterator[None]:
-    """Only operations that give the same bits every time; torch raises an error at any other."""
-    # cuBLAS asks for it when it is first used, and torch lets nobody multiply without it.
+def deterministic_algorithms() -> Iterator[None]:
+    """Make torch use only deterministic operations, and raise an error at any other, inside the context."""
+    # cuBLAS reads the variable at its first use; without it torch refuses matrix products in deterministic mode.
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
-    before, deterministic = torch.are_deterministic_algorithms_enabled(), cast(Any, torch.utils.deterministic)
-    # Otherwise every new tensor is filled with NaN first, which shows who reads what nobody wrote, and costs as much as
-    # any other pass through memory.
-    filled, deterministic.fill_uninitialized_memory = deterministic.fill_uninitialized_memory, False
+    enabled, deterministic = torch.are_deterministic_algorithms_enabled(), cast(Any, torch.utils.deterministic)
+    # The default fills every new tensor with NaN to expose reads of uninitialized memory: one more pass over memory.
+    fill, deterministic.fill_uninitialized_memory = deterministic.fill_uninitialized_memory, False
     torch.use_deterministic_algorithms(True)
     try:
         yield
     finally:
-        torch.use_deterministic_algorithms(before)
-        deterministic.fill_uninitialized_memory = filled
+        torch.use_deterministic_algorithms(enabled)
+        deterministic.fill_uninitialized_memory = fill
 
 
 def publish(job: Job, loop: Loop) -> None:
-    """Move what is finished into the artifact. Times go into the record: the artifact's bytes depend on none."""
+    """Copy checkpoints and metrics to the artifact. Times go to the record, so that no file depends on them."""
     for name in (BEST, LAST):
         shutil.rmtree(job.output / name, ignore_errors=True)
         shutil.copytree(job.scratch / name, job.output / name)
@@ -243,9 +245,9 @@ def publish(job: Job, loop: Loop) -> None:
         "parameters": sum(shape.numel() for shape in loop.optimizers.shapes.values()),
     }
     write_json(job.output / "summary.json", summary)
-    speed = loop.attempt_tokens / loop.seconds if loop.seconds else 0.0
+    tokens_per_second = loop.attempt_tokens / loop.seconds if loop.seconds else 0.0
     job.record |= summary | {
         "seconds_in_steps": round(loop.seconds, 1),
         "seconds_waited": round(loop.wait_seconds, 2),
-        "tokens_per_second": round(speed, 1),
+        "tokens_per_second": round(tokens_per_second, 1),
     }

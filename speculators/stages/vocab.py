@@ -1,4 +1,4 @@
-"""vocab: tokens -> the draft's vocabulary. The most frequent tokens that the target says."""
+"""vocab: tokens -> draft vocabulary. Count the supervised tokens and keep the most frequent ones."""
 
 from __future__ import annotations
 
@@ -20,12 +20,12 @@ def main(job: Job) -> None:
     target_size = target_vocabulary(job.inputs["target"])
     size = target_size if job.config.vocab.size is None else min(job.config.vocab.size, target_size)
     if size < 1:
-        raise RecipeError(f"vocab.size is {size}", "give at least 1, or null for the target's whole vocabulary")
+        raise RecipeError(f"vocab.size is {size}", "set it to at least 1, or to null for the target's full vocabulary")
     counts = count_supervised(job.inputs["tokens"], target_size)
-    chosen = most_frequent(counts, size)
-    d2t, t2d = mapping(chosen, target_size)
+    token_ids = most_frequent(counts, size)
+    d2t, t2d = mapping(token_ids, target_size)
     save_file({"d2t": d2t, "t2d": t2d}, job.output / "vocab.safetensors")
-    supervised, covered = int(counts.sum()), int(counts[chosen].sum())
+    supervised, covered = int(counts.sum()), int(counts[token_ids].sum())
     coverage = {
         "size": size,
         "target_size": target_size,
@@ -33,14 +33,14 @@ def main(job: Job) -> None:
         "covered_tokens": covered,
         "share": covered / supervised,
         "distinct_tokens": int((counts > 0).sum()),
-        "never_seen_but_included": int((counts[chosen] == 0).sum()),
+        "never_seen_but_included": int((counts[token_ids] == 0).sum()),
     }
     write_json(job.output / "coverage.json", coverage)
     job.record |= coverage
 
 
 def target_vocabulary(target: Path) -> int:
-    """Rows of the target's embedding, which may be more than its tokenizer knows."""
+    """Number of rows of the target's embedding, which may exceed the number of its tokenizer's tokens."""
     config = json.loads((target / "config.json").read_text())
     size = text_config(config).get("vocab_size") or config.get("vocab_size")
     if size is None:
@@ -51,7 +51,11 @@ def target_vocabulary(target: Path) -> int:
 
 
 def count_supervised(tokens: Path, target_size: int) -> np.ndarray[Any, np.dtype[np.int64]]:
-    """How often each target token is supervised, int64 [V_target]."""
+    """Count how often each target token is supervised, int64 [V_target].
+
+    Raises:
+        ContractError: no token is supervised, or a token id is outside the target's vocabulary.
+    """
     from datasets import load_from_disk
 
     counts = np.zeros(target_size, dtype=np.int64)
@@ -62,8 +66,8 @@ def count_supervised(tokens: Path, target_size: int) -> np.ndarray[Any, np.dtype
         ids = ids[mask == 1]
         if ids.size and ids.max() >= target_size:
             raise ContractError(
-                f"the tokens hold id {ids.max()}, the target's vocabulary ends at {target_size - 1}",
-                "tokens and target do not belong together; make both in one run",
+                f"token id {ids.max()} exceeds the target's last one, {target_size - 1}",
+                "tokens and target do not match: make both in one run",
             )
         counts += np.bincount(ids, minlength=target_size)
     if not counts.any():
@@ -76,9 +80,9 @@ def most_frequent(counts: np.ndarray[Any, np.dtype[np.int64]], size: int) -> np.
     return np.sort(np.argsort(-counts, kind="stable")[:size])
 
 
-def mapping(chosen: np.ndarray[Any, np.dtype[np.int64]], target_size: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """d2t, int64 [V_draft]: target id = i + d2t[i]. t2d, bool [V_target]: whether the draft knows the token."""
-    ids = torch.from_numpy(chosen)
+def mapping(token_ids: np.ndarray[Any, np.dtype[np.int64]], target_size: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """d2t, int64 [V_draft]: target id = i + d2t[i]. t2d, bool [V_target]: whether the draft can propose the token."""
+    ids = torch.from_numpy(token_ids)
     d2t = ids - torch.arange(len(ids))
     t2d = torch.zeros(target_size, dtype=torch.bool)
     t2d[ids] = True

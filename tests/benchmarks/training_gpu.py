@@ -37,7 +37,7 @@ from speculators.features.contract import feature_contract
 from speculators.features.dataloader import DataLoader, ShardSource
 from speculators.features.shards import ShardReader, ShardWriter
 from speculators.ops.distillation import TargetHead
-from speculators.stages.train import same_bytes_every_time
+from speculators.stages.train import deterministic_algorithms
 from speculators.targets.checkpoint import TargetCheckpoint
 from speculators.training.loop import Loop, TrainingSpec
 
@@ -242,7 +242,7 @@ def main(python: str, algorithm: str = "eagle3", of: str = "qwen3_8b", driver: s
             share = upstream_trainer.export(corpus, features, rows[: -size.rows], rows[-size.rows :], vocabulary, root)
             found["upstream"] = theirs(python, Path(driver) if driver else None, algorithm, size, target, root, share)
         loop = build(algorithm, size, target, vocabulary, corpus, root)
-        with same_bytes_every_time():
+        with deterministic_algorithms():
             rate, peak, flops = ours(loop)
         found["ours"] = rate, peak
         name = torch.cuda.get_device_name() if loop.spec.device.type == "cuda" else "no GPU"

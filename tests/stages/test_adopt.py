@@ -79,8 +79,8 @@ def test_a_row_is_cut_to_max_seq_len_and_so_are_its_states(tmp_path: Path, confi
 @pytest.mark.parametrize(
     ("ids", "bad", "error", "said"),
     [
-        ([7, 8, 1], 0.0, ContractError, r"hs_1\.safetensors holds the states of other tokens than row 1"),
-        ([7, 8], 0.0, ContractError, "states of other tokens"),
+        ([7, 8, 1], 0.0, ContractError, r"hs_1\.safetensors has hidden states of other tokens than those of row 1"),
+        ([7, 8], 0.0, ContractError, "hidden states of other tokens"),
         ([7, 8, 9], float("nan"), StageError, "row 1: the hidden states cannot be stored"),
     ],
 )

@@ -18,7 +18,7 @@ from speculators.features.contract import feature_contract
 from speculators.features.shards import ShardReader, ShardWriter
 from speculators.job import Job
 from speculators.runner.store.artifact import sha256
-from speculators.stages.collect import covering, main
+from speculators.stages.collect import find_turn, main
 from speculators.targets.fidelity_check import read_greedy_tokens
 from speculators.targets.readings import GreedyToken
 from tests.stages.jobs import make_job
@@ -30,9 +30,9 @@ def turn(where: list[int], prompt: list[int], answer: list[int]) -> dict[str, ob
 
 def test_a_row_is_covered_by_the_turn_that_begins_with_it() -> None:
     first, second = turn([0, 0, 3], [1, 2], [3, 4]), turn([0, 3, 5], [1, 2, 3, 4, 5], [6])
-    assert covering([first, second], [1, 2, 3, 4, 5, 6]) == second
-    assert covering([first, second], [1, 2, 3]) == first
-    assert covering([first, second], [9]) is None
+    assert find_turn([first, second], [1, 2, 3, 4, 5, 6]) == second
+    assert find_turn([first, second], [1, 2, 3]) == first
+    assert find_turn([first, second], [9]) is None
 
 
 def write_states(directory: Path, rows: dict[int, tuple[list[int], torch.Tensor]], dtype: str = "bfloat16") -> None:
@@ -164,7 +164,7 @@ def test_what_the_server_found_likeliest_is_placed_in_its_row(tmp_path: Path, co
 def test_a_row_of_other_tokens_is_refused(tmp_path: Path, config: Config) -> None:
     write_answers(tmp_path / "answers")
     write_tokens(tmp_path / "tokens", [("c1", [1, 2, 9])])
-    with pytest.raises(ContractError, match=r"row 0 \(conversation c1\) is no part"):
+    with pytest.raises(ContractError, match=r"row 0 \(conversation c1\) is not the beginning"):
         main(job_in(tmp_path, config))
 
 
@@ -173,5 +173,5 @@ def test_answers_without_states_are_refused(tmp_path: Path, config: Config) -> N
     line = {"id": "c1", "turns": [{"prompt_ids": [1], "answer_ids": [2], "finish_reason": "stop"}]}
     (tmp_path / "answers/conversations.jsonl").write_text(json.dumps(line) + "\n")
     write_tokens(tmp_path / "tokens", [("c1", [1, 2])])
-    with pytest.raises(ContractError, match="answers without their states"):
+    with pytest.raises(ContractError, match="answers without hidden states"):
         main(job_in(tmp_path, config))

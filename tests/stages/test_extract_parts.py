@@ -6,7 +6,7 @@ import random
 
 import pytest
 
-from speculators.stages.extract import part_of
+from speculators.stages.extract import rows_of_part
 
 
 def shards(lengths: list[int], full: int) -> list[list[int]]:
@@ -23,7 +23,7 @@ def shards(lengths: list[int], full: int) -> list[list[int]]:
 def test_every_row_goes_to_one_worker_with_the_rest_of_its_shard(workers: int) -> None:
     for seed in range(20):
         lengths = random.Random(seed).choices(range(1, 120), k=seed * 7)
-        parts = [list(part_of(lengths, 200, part, workers)) for part in range(workers)]
+        parts = [list(rows_of_part(lengths, 200, part, workers)) for part in range(workers)]
         assert [row for part in parts for row in part] == list(range(len(lengths)))
         whole = shards(lengths, 200)
         assert [rows for part in parts for rows in whole if rows[0] in part and rows[-1] in part] == whole
@@ -32,4 +32,4 @@ def test_every_row_goes_to_one_worker_with_the_rest_of_its_shard(workers: int) -
 
 
 def test_more_workers_than_shards_leave_some_with_nothing() -> None:
-    assert [len(part_of([10, 10], 100, part, 3)) for part in range(3)] == [0, 0, 2]
+    assert [len(rows_of_part([10, 10], 100, part, 3)) for part in range(3)] == [0, 0, 2]

@@ -25,7 +25,7 @@ from speculators.job import Endpoint, Job
 from speculators.runner.planning.graph import KEEPING, KINDS
 from speculators.runner.store.artifact import sha256
 from speculators.stages import regenerate
-from speculators.stages.regenerate import Keeper, answer, continues, in_order, read_answers
+from speculators.stages.regenerate import TurnFiles, answer, continues, in_order, read_answers
 from tests.stages.jobs import make_job
 
 CONFIG = Regenerate(max_tokens=50)
@@ -188,7 +188,7 @@ def test_the_states_of_a_history_are_kept_once_where_the_template_keeps_it(
 ) -> None:
     job = keeping(tmp_path, config, "bfloat16")
     words = kind(tmp_path, "one two", "three four", "five six")
-    keeper = Keeper(job, 0)
+    keeper = TurnFiles(job, 0)
     made = asyncio.run(answer(words, conversation("a", "b", "c"), CONFIG, 100, keeper))  # type: ignore[arg-type]
     assert [i for i, turn in enumerate(made["turns"]) if "states" in turn] == kept
     files = sorted(path.name for path in (job.scratch / "states").iterdir())
@@ -291,7 +291,7 @@ def test_states_of_a_finished_answer_that_are_gone_are_missed(tmp_path: Path, co
     job = keeping(tmp_path, config, "bfloat16", layers=2)
     answers_with_states(job, "bfloat16", TALKS)
     (job.scratch / "states/1-0.safetensors").unlink()
-    with pytest.raises(StageError, match=r"the hidden states 1-0\.safetensors of a finished answer are gone"):
+    with pytest.raises(StageError, match=r"the hidden states 1-0\.safetensors of a finished answer are missing"):
         regenerate.main(job)
 
 
@@ -321,7 +321,7 @@ def test_states_are_kept_in_float8_with_their_scales(tmp_path: Path, config: Con
     job = keeping(tmp_path, config, "float8_e4m3fn")
     states = torch.randn(3, 1, 8)
     save_file({"hidden_states": states, "token_ids": torch.tensor([1, 2, 3])}, tmp_path / "sent")
-    name = Keeper(job, 0).keep(0, said([1, 2], [3, 4]), FileTransfer(tmp_path / "sent"))
+    name = TurnFiles(job, 0).write(0, said([1, 2], [3, 4]), FileTransfer(tmp_path / "sent"))
     kept = load_file(job.scratch / "states" / name)
     assert kept["states"].dtype is torch.float8_e4m3fn
     assert torch.equal(decode(kept), decode(encode("row", states, "float8_e4m3fn")))
@@ -338,15 +338,15 @@ def test_states_of_a_turn_are_kept_in_the_stored_type_and_of_other_tokens_refuse
         save_file({"hidden_states": states, "token_ids": torch.tensor([1, 2, 3])}, path)
         return FileTransfer(path)
 
-    name = Keeper(job, 12).keep(1, said([1, 2], [3, 4]), written())
+    name = TurnFiles(job, 12).write(1, said([1, 2], [3, 4]), written())
     assert name == "0000012-1.safetensors"
     kept = load_file(job.scratch / "states" / name)
     assert torch.equal(kept["states"], states.bfloat16())
     assert kept["token_ids"].tolist() == [1, 2, 3]
-    assert Keeper(job, 0).request["logprobs"] == 2
-    assert "logprobs" not in Keeper(job, 16).request
+    assert TurnFiles(job, 0).request["logprobs"] == 2
+    assert "logprobs" not in TurnFiles(job, 16).request
     with pytest.raises(ContractError, match="conversation 12: the server exported the hidden states of other tokens"):
-        Keeper(job, 12).keep(2, said([1, 2], [9, 4]), written())
+        TurnFiles(job, 12).write(2, said([1, 2], [9, 4]), written())
 
 
 class Troubled(WordsWithStates):
@@ -365,7 +365,7 @@ def test_an_answer_with_bad_states_stops_or_ends_its_conversation_as_the_recipe_
 ) -> None:
     def made(job: Job) -> dict[str, Any]:
         words = Troubled(tmp_path, "one", "bad", "never")
-        return asyncio.run(answer(words, conversation("a", "b", "c"), CONFIG, 100, Keeper(job, 0)))  # type: ignore[arg-type]
+        return asyncio.run(answer(words, conversation("a", "b", "c"), CONFIG, 100, TurnFiles(job, 0)))  # type: ignore[arg-type]
 
     config.target.dtype = Dtype.float32
     with pytest.raises(StageError, match="conversation 0: the target's hidden states are not finite"):

@@ -73,7 +73,7 @@ def test_no_size_or_one_of_the_target_s_or_more_keeps_the_whole_vocabulary(
 
 def test_tokens_beyond_the_target_s_vocabulary_do_not_belong_to_it(tmp_path: Path, target: Path, tokens: Path) -> None:
     (target / "config.json").write_text('{"vocab_size": 6}')
-    with pytest.raises(ContractError, match="hold id 7, the target's vocabulary ends at 5"):
+    with pytest.raises(ContractError, match="token id 7 exceeds the target's last one, 5"):
         run(tmp_path, target, tokens, 4)
 
 

@@ -119,7 +119,7 @@ def test_without_loops_in_c_the_same_is_learnt_and_that_is_said(
     train.main(jobs[1])
     assert losses(jobs[1]) == pytest.approx(losses(jobs[0]), rel=1e-4)
     said = [[note for note in job.record.get("notes", []) if "C++" in note] for job in jobs]
-    assert said == [[], ["trained without loops in C++, which takes longer: there is no compiler"]]
+    assert said == [[], ["trained without the C++ kernels, which takes longer: there is no compiler"]]
 
 
 def test_a_run_of_so_many_steps_ends_there_and_its_schedule_too(world: Path, tmp_path: Path) -> None:
@@ -182,7 +182,7 @@ def test_only_operations_with_the_same_bits_every_time_are_let_through_and_a_gpu
 ) -> None:
     monkeypatch.setenv("CUBLAS_WORKSPACE_CONFIG", "as it was")
     monkeypatch.delenv("CUBLAS_WORKSPACE_CONFIG")
-    with train.same_bytes_every_time():
+    with train.deterministic_algorithms():
         assert torch.are_deterministic_algorithms_enabled()
         # without it torch refuses every product on a GPU
         assert os.environ["CUBLAS_WORKSPACE_CONFIG"] == ":4096:8"
@@ -311,7 +311,7 @@ def test_a_vocabulary_of_another_target_is_refused(world: Path, tmp_path: Path) 
     job = make_job(world, tmp_path)
     job.inputs["vocab"] = tmp_path
     save_file({"d2t": torch.zeros(3, dtype=torch.int64), "t2d": torch.ones(7).bool()}, tmp_path / "vocab.safetensors")
-    with pytest.raises(ContractError, match="keeps 3 of 7 tokens"):
+    with pytest.raises(ContractError, match="has 3 of 7 tokens"):
         train.main(job)
 
 
