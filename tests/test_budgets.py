@@ -13,8 +13,8 @@ FUNCTION_LINES = 60
 # 200 more: planning/checks.py, which refuses in `plan` what failed after an hour.
 RUNNER_LINES = 7_100
 # 600 more: constraints beside the fields, and the names that other tools have for options.
-# 500 more: the reference of each operation in ops/; shapes, formats and papers in the docstrings there and in drafts/.
-PACKAGE_LINES = 22_900
+# 550 more: the reference of each operation in ops/; shapes, formats and papers in the docstrings; typed rows.
+PACKAGE_LINES = 22_950
 
 
 def lines(path: Path) -> int:

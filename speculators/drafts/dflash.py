@@ -4,8 +4,9 @@ Idea: a block is the last known token, the anchor, followed by one mask token fo
 attend to the target's hidden states before the anchor and, in both directions, to the block itself. So all proposals
 are made at once, and each depends on the others.
 
-Reads from the target: the hidden states that enter `target_layer_ids`, concatenated and projected once for all layers;
-embeddings and LM head, frozen unless the options train them. Assumes rotary embeddings over whole heads.
+Reads from the target: the hidden states that enter `target_layer_ids` (id i is the input of decoder layer i),
+concatenated and projected once for all layers; embeddings and LM head, frozen unless the options train them. Assumes
+rotary embeddings over whole heads.
 
 Slot 0 of the block at anchor a is token a. Slot k proposes token a+k, and is trained on the target's distribution at
 a+k-1. The block sees hidden states of positions before a only: a server does not have the anchor's own yet when it
@@ -14,12 +15,13 @@ proposes. Keys and values of the context are projected by the same matrices as t
 Any supervised token with a supervised successor can be an anchor. A training step draws some of them from the seed
 and the number of the step; validation takes all of them, because a server may propose after any of them.
 
-Compatibility: upstream knows causal blocks only in layers with a sliding window, and vLLM makes all blocks causal
-unless `sliding_window_non_causal` is set. So a draft that is not causal sets it, and a causal draft without a window
-gets one as long as its positions. Trained embeddings and heads are in the checkpoint, and vLLM takes them from there;
-upstream's package takes the embeddings, and the head of a whole vocabulary, from the target all the same.
+Compatibility: the package vllm-project/speculators ("upstream") knows causal blocks only in layers with a sliding
+window, and vLLM makes every layer causal if `sliding_window_non_causal` is false. So every checkpoint sets it, and a
+causal draft without a window gets one of `max_position_embeddings`. vLLM takes trained embeddings and heads from the
+checkpoint; upstream still takes the embeddings, and the head unless the vocabulary is reduced, from the target.
 
-Shape suffixes: T tokens of the batch; C context positions; R blocks; B slots; K = B - 1 proposals; H hidden size.
+Shape suffixes: T tokens of the batch; C context positions; R blocks; B slots, of which L are computed (B, and K in the
+last layer); K = B - 1 proposals; A target layers read; H hidden size.
 """
 
 from __future__ import annotations
@@ -62,7 +64,7 @@ class BlockLayout:
     anchors: Tensor
     """Indices into the batch, ascending [R]."""
     context: Tensor
-    """Indices of the positions that some block attends to [C]."""
+    """Indices of each document's tokens before its last anchor [C]; masks select from them."""
     position_ids: Tensor
     """Position of every token in its document [T]."""
     target_index: Tensor
@@ -83,7 +85,7 @@ class DFlashLayer(nn.Module):
         self.window, self.causal = window, causal
 
     def finish(self, attention_output: Tensor, residual: Tensor) -> Tensor:
-        """Everything after attention: output projection, residual, MLP, residual [R, L, H]."""
+        """Output projection, residual and MLP: [R, L, heads * D] and residual [R, L, H] -> [R, L, H]."""
         hidden_states = residual + self.self_attn.o_proj(attention_output)
         out: Tensor = hidden_states + self.mlp(self.post_attention_layernorm(hidden_states))
         return out
@@ -100,7 +102,8 @@ class DFlashDraft(Draft):
     architecture: ClassVar[str] = "DFlashDraftModel"
     options: DFlash
     fc_scale: Tensor
-    """float32 [A * H]: the target's hidden states are divided by it before `fc`, if induction has fitted it."""
+    """float32 [A * H]: divides the input of `fc`; fitted by `init=induction` (`drafts.induction`), else ones.
+    `save` folds it into the weight of `fc`."""
 
     def __init__(
         self, config: Mapping[str, Any], options: Speculator, embeddings: Tensor, head: Tensor,
@@ -272,24 +275,24 @@ def _at_least_one(anchors: Tensor) -> Tensor:
 
 
 def dpace_weights(divergence: Tensor, share: Tensor, alpha: float) -> Tensor:
-    """D-PACE: weight each proposal by the probability that it, or a later one, is reached.
+    """D-PACE: weight each proposal by how many accepted tokens depend on it.
 
-    A proposal is passed with the draft's probability of the target's token, mixed with 1 by `alpha`; one that is not
-    supervised is passed for certain and has no weight. Proposal k is reached if all before it are passed, and its
-    weight is the sum of these probabilities over k and all later proposals.
+    A proposal passes with probability exp(-divergence), mixed with 1 by `alpha`; one that is not supervised passes for
+    certain. It is accepted with the cumulative product of these up to it, and its weight is the sum of that over itself
+    and all later supervised proposals, times `share`.
 
     Args:
-        divergence: cross-entropy [K, R].
-        share: weight of a proposal that is reached for certain, 0 where not supervised [K, R].
+        divergence: loss of each proposal, a negative log-probability (`ce` or `nla`); 0 where not valid [K, R].
+        share: weight of a proposal whose later ones all pass, 0 where not supervised [K, R].
         alpha: 0 to 1.
 
     Returns: [K, R].
     """
     supervised = share > 0
     passed = torch.where(supervised, (1.0 - alpha) * torch.exp(-divergence) + alpha, 1.0)
-    reached = torch.cumprod(passed, dim=0) * supervised
+    accepted = torch.cumprod(passed, dim=0) * supervised
     weights, later = torch.empty_like(share), torch.zeros_like(share[0])
     for k in reversed(range(len(share))):  # a cumulative sum has no deterministic kernel on a GPU
-        later = later + reached[k]
+        later = later + accepted[k]
         weights[k] = later * share[k]
     return weights

@@ -5,13 +5,14 @@ tokens when it reads the hidden states of a low, a middle and a high target laye
 token. In training, the draft is unrolled over its own outputs (training-time test, TTT), because those are its input
 when it proposes the second and the third token.
 
-Reads from the target: the hidden states that enter `target_layer_ids`; embeddings and LM head, frozen unless the
-options train them. Assumes rotary embeddings over whole heads.
+Reads from the target: the hidden states that enter `target_layer_ids` (id i is the input of decoder layer i);
+embeddings and LM head, frozen unless the options train them. Assumes rotary embeddings over whole heads.
 
 TTT step 0 at position t reads the hidden states of t and the embedding of token t+1, and predicts the target's
-distribution at t+1, that is, token t+2. Step k reads step k-1's output at t instead, and token t+1+k; it predicts the
-distribution at t+1+k. The tokens are those of the row at every step. Step k attends to the keys of step 0 at all
-positions up to t, and to its own of steps 1 to k at t.
+distribution at t+1, that is, token t+2. Step k reads, in place of the target's hidden states, step k-1's output at t,
+and token t+1+k; it predicts the distribution at t+1+k. Tokens are always those of the row, never the draft's. Step k
+attends to the keys of step 0 at all positions up to t, and to its own of steps 1 to k at t. A prediction is supervised
+where the loss mask is set at the position whose distribution it predicts.
 
 Shape suffixes: T tokens of the batch; S sources, positions with a successor in their document; R sources with a
 supervised prediction; A target layers read; H hidden size; K TTT steps.
@@ -59,7 +60,7 @@ class TTTLayout:
     query_index: Tensor
     """Indices into the sources: those with a supervised prediction [R]."""
     tokens: Tensor
-    """Token ids that step k reads [K, R]."""
+    """Token ids that step k reads, for k >= 1 [K, R]; row 0 is not read."""
     target_index: Tensor
     """Index in the batch of the position whose distribution step k predicts [K, R]; arbitrary where not valid."""
     valid: Tensor
@@ -78,7 +79,8 @@ class Eagle3Layer(nn.Module):
         width = config.hidden_size
         self.self_attn = Attention(config, 2 * width if is_first else width, head_norm)
         self.mlp = MLP(config)
-        # A norm whose output becomes the residual stream stays in float32, and so does the one that is concatenated.
+        # float32 if the output of hidden_norm is the residual stream, and then for input_layernorm too: both are
+        # concatenated.
         feeds_matmul = not (is_first and norm_before_residual)
         self.input_layernorm = RMSNorm(width, config.rms_norm_eps, feeds_matmul=feeds_matmul)
         self.post_attention_layernorm = RMSNorm(width, config.rms_norm_eps, feeds_matmul=True)
@@ -94,7 +96,7 @@ class Eagle3Layer(nn.Module):
         return attention_input, normed if self.norm_before_residual else hidden_states
 
     def finish(self, attention_output: Tensor, residual: Tensor) -> Tensor:
-        """Everything after attention: output projection, residual, MLP, residual [R, H]."""
+        """Output projection, residual and MLP: [R, heads * D] and residual [R, H] -> [R, H]."""
         hidden_states = residual + self.self_attn.o_proj(attention_output)
         out: Tensor = hidden_states + self.mlp(self.post_attention_layernorm(hidden_states))
         return out
@@ -164,7 +166,7 @@ class Eagle3Draft(Draft):
             outputs.append(normed)
             if self.config["norm_output"]:
                 hidden_states = normed
-            tokens = layout.tokens[min(step + 1, steps - 1)]
+            tokens = layout.tokens[min(step + 1, steps - 1)]  # not read after the last step
         valid = layout.valid.float()
         step_weights = self.options.ttt_step_decay ** torch.arange(steps, device=valid.device)[:, None]
         count = valid.sum(1).clamp(min=1.0)
@@ -178,7 +180,7 @@ class Eagle3Draft(Draft):
 
     def supervision(self, batch: PackedBatch, state: TrainState | None = None) -> Supervision:
         counts = self.layout(batch, self.unrolled_steps(state)).valid.sum(1).float().clamp(min=1.0)
-        return Supervision(counts=counts, source_mask=torch.ones_like(batch.loss_mask))
+        return Supervision(counts=counts, source_mask=torch.ones_like(batch.loss_mask))  # no source is drawn
 
     def unrolled_steps(self, state: TrainState | None) -> int:
         """How many TTT steps this optimizer step unrolls, 1 to `ttt_steps`."""
@@ -201,9 +203,12 @@ class Eagle3Draft(Draft):
     def _step(
         self, step: int, hidden_states: Tensor, tokens: Tensor, layout: TTTLayout, caches: list[KeyValues]
     ) -> Tensor:
-        """Run the layers once, for TTT step `step`: [S, H] for step 0, else [R, H] -> [R, H]."""
+        """Run the layers for one TTT step, and append its keys and values to `caches`, one a layer.
+
+        `hidden_states` [S, H] and `tokens` [S] in step 0, [R, H] and [R] after it -> [R, H].
+        """
         embeddings = nn.functional.embedding(tokens, self.embed_tokens.weight)
-        position_ids = layout.position_ids + 1
+        position_ids = layout.position_ids + 1  # of the token that is read
         if step > 0:
             position_ids = position_ids[layout.query_index] + step
         cos, sin = self.rotary(position_ids)

@@ -1,4 +1,4 @@
-"""Hidden states on disk: safetensors shards of many rows, an index, and the contract that says what they are.
+"""Hidden states on disk: safetensors shards of many rows, an index, and the contract that identifies them.
 
     shard-00000.safetensors   token_ids int64 [N], `states` [N, L - 1, H], `last` [U, H], and for float8 `scales`
                               bfloat16 [N, L - 1], `last_scales` [U]; the metadata has the contract and the rows
@@ -6,6 +6,7 @@
     index.json                the contract, each row's `RowSpan`, the name and the sha256 of every shard
 
 N counts tokens, L the captured layers, H the target's hidden size, U the positions at which the last layer is kept.
+`states` and `last` have the contract's `dtype` (`features.contract`: target, tokens, layers, dtype).
 `last` is the last layer's output, before the final norm. It only serves to compute the target's distribution over the
 next token, so it is kept at the supervised positions alone; the layers that the draft reads are kept at every position.
 
@@ -94,9 +95,10 @@ def mask_to_ranges(mask: torch.Tensor) -> list[list[int]]:
 
 
 class ShardWriter:
-    """Appends rows to shards of at least `shard_tokens` tokens; continues after the shards that the directory has.
+    """Appends rows to shards of at least `shard_tokens` tokens (the last has fewer), after those in the directory.
 
-    If every attempt adds the rows in the same order, the shards hold the same bytes however often a writer was killed.
+    Rows in `done` are to be skipped. If every process that writes to the directory adds the rows in the same order, the
+    shards hold the same bytes however often one was killed.
     """
 
     def __init__(self, directory: Path, contract: Mapping[str, Any], shard_tokens: int) -> None:
@@ -129,6 +131,7 @@ class ShardWriter:
         Raises:
             ContractError: the number of layers or the hidden size is not the contract's.
             StageError: a value is not finite, or too large for the stored dtype.
+            ValueError: the row was added before.
         """
         if row in self._spans:
             raise ValueError(f"row {row} was added before")
@@ -231,7 +234,7 @@ class ShardReader:
 
     @property
     def layout(self) -> dict[str, tuple[torch.dtype, tuple[int, ...]]]:
-        """Tensor name -> (dtype, shape) of one token; for the tensors in `LAST`, of one entry."""
+        """Tensor name -> (dtype, shape) of one token, or of one kept position for the last layer's tensors."""
         return shard_layout(self.contract)
 
     def length(self, row: int) -> int:
@@ -262,8 +265,8 @@ class ShardReader:
 
         Args:
             parts: (row, number of tokens) of each.
-            into: contiguous tensors by name, of the dtypes and shapes of `layout`, as long as these tokens are (the
-                tensors in `LAST`: as the entries among them).
+            into: contiguous tensors by name, of the dtypes of `layout`: [sum of the token counts, *shape], and for the
+                last layer's tensors [positions among them where it is kept, *shape].
         """
         buffered: list[tuple[Path, int, Bytes]] = []
         direct: list[tuple[Path, int, Bytes]] = []

@@ -21,7 +21,7 @@ from speculators.ops.divergences import loss_and_grad
 from speculators.ops.functional import padded_rows
 
 CHUNK_ELEMENTS = {"cpu": 1 << 23, "cuda": 1 << 27}
-"""Logits that exist at a time, by device. Smaller chunks make flat products, which are slow."""
+"""Logits that exist at a time, by device. Smaller chunks multiply matrices of few rows, which is slow."""
 GRAD_ROWS = 256
 """Rows of a product that `_hidden_grad` computes at a time."""
 
@@ -31,10 +31,10 @@ class TargetHead:
     """The target's final norm and head, with the scale and soft cap of its logits."""
 
     norm_weight: Tensor
-    """Weight of the final RMSNorm, offsets included, float32 [H]."""
+    """Weight of the final RMSNorm, float32 [H]; with the 1 added for a model that multiplies by 1 + weight."""
     norm_eps: float
     head: Tensor
-    """Rows of the draft's vocabulary [V, H]."""
+    """The LM head's rows of the draft vocabulary [V, H]."""
     scale: float = 1.0
     softcap: float | None = None
 
@@ -48,7 +48,7 @@ class TargetHead:
         return torch.nn.functional.rms_norm(hidden_states.float(), width, self.norm_weight, self.norm_eps)
 
     def project(self, head: Tensor, hidden_states: Tensor) -> Tensor:
-        """Multiply normed hidden states [T, H] by a head of any format: [T, V] in that format."""
+        """Apply the final norm to hidden states [T, H], and multiply by a head: [T, V] in the head's dtype."""
         return (padded_rows(self.norm(hidden_states), head.dtype) @ head.T)[: len(hidden_states)]
 
     @property
@@ -71,16 +71,16 @@ def distillation_loss(
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """Compute the weighted sum of the losses of all predictions; differentiable in `hidden_states` and `head`.
 
-    Products are computed in autocast's format where autocast is enabled, else in float32.
+    Matrices are multiplied in autocast's dtype where autocast is enabled, else in float32.
 
     Args:
         hidden_states: what enters the draft's head [N, H].
         target_index: row of `target_hidden_states` that each prediction has to match, int64 [N].
-        weight: of each prediction, float32 [N], or a function that computes it from their losses, both float32 [N];
-            its result is a constant to the gradient.
+        weight: of each prediction, float32 [N], or a function from the losses to the weights, both float32 [N]; it is
+            called once, and its result is a constant to the gradient.
         target_hidden_states: the target's, before its final norm [T, H].
         head: the draft's [V, H]: float32 if it needs a gradient, else of any format.
-        target_head: the rest of the target.
+        target_head: the target's final norm and LM head.
         losses: names of `divergences.TERMS` with their weights.
         chunk_elements: logits that may exist at a time; by default `CHUNK_ELEMENTS` of the device.
 
@@ -176,18 +176,18 @@ class _Chunks:
         rows = max(1, self.options.chunk_elements // len(self.head))
         for begin, end in _position_ranges(bounds, rows):
             hidden_states = self.target_hidden_TH[self.positions_U[begin:end]]
-            target_logits = target_head.project(self.target_head, hidden_states)
+            projection = target_head.project(self.target_head, hidden_states)
             # A position with more predictions than fit in a chunk takes several.
             for index in self.order_N[bounds[begin] : bounds[end]].split(rows):
                 hidden = padded_rows(self.hidden_NH[index], self.options.dtype)
                 logits, count = hidden @ self.head.T, len(index)
                 loss_N[index], correct_N[index] = loss_and_grad(
-                    logits[:count], target_logits, self.row_N[index] - begin, self.options.losses,
+                    logits[:count], projection, self.row_N[index] - begin, self.options.losses,
                     None if weight_N is None else weight_N[index], with_grad, postprocess,
                 )  # fmt: skip
                 if not with_grad:
                     continue
-                grad_logits = logits
+                grad_logits = logits  # which `loss_and_grad` has overwritten
                 grad_logits[count:] = 0.0
                 if grad_hidden is not None:
                     grad_hidden[index] = _hidden_grad(grad_logits, self.head)[:count].to(grad_hidden.dtype)
@@ -197,7 +197,7 @@ class _Chunks:
 
 
 def _hidden_grad(grad_logits: Tensor, head: Tensor) -> Tensor:
-    """grad_logits @ head. On a CPU, oneDNN takes twice as long for a row where there are more than `GRAD_ROWS`."""
+    """grad_logits @ head. On a CPU, oneDNN takes twice as long per row above `GRAD_ROWS` rows."""
     short = grad_logits.device.type == "cpu" and grad_logits.dtype is not torch.float32
     if short and len(grad_logits) > GRAD_ROWS:
         return torch.cat([rows @ head for rows in grad_logits.split(GRAD_ROWS)])

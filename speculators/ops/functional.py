@@ -1,7 +1,8 @@
-"""RMSNorm, rotary embedding, SiLU-gated product and linear layer: one function each, for every device.
+"""RMSNorm, rotary embedding, SiLU-gated multiplication and linear layer: one function each, for every device.
 
-On a CPU, C++ kernels compute in one pass over memory what torch computes in several; elsewhere torch's operations do.
-Tensors are packed rows [..., width], without a batch dimension. `reference` has the formulas.
+On a CPU, C++ kernels compute in one pass over memory what torch computes in several, where they compile; elsewhere
+torch's operations do. Tensors are packed rows [..., width], without a batch dimension. `ops.reference` has the
+formulas.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ from speculators.ops import autograd, cpu
 from speculators.ops.weights import rounded
 
 ROW_MULTIPLE = 64
-"""Rows of a bfloat16 or float16 matrix product on a CPU are padded to a multiple of this."""
+"""Rows of a bfloat16 or float16 matrix multiplication on a CPU are padded to a multiple of this."""
 
 
 def rms_norm(hidden_states: Tensor, weight: Tensor, eps: float, feeds_matmul: bool = False) -> Tensor:
@@ -25,9 +26,9 @@ def rms_norm(hidden_states: Tensor, weight: Tensor, eps: float, feeds_matmul: bo
         hidden_states: [..., H], any floating-point format.
         weight: float32 [H].
         eps: added to the mean square.
-        feeds_matmul: the output feeds matrix products only, so under CPU autocast it may have their format.
+        feeds_matmul: the output feeds matrix multiplications only, so it may have their dtype.
 
-    Returns: [..., H], float32 unless `feeds_matmul`.
+    Returns: [..., H], float32; autocast's dtype if `feeds_matmul`, under CPU autocast, with the C++ kernels.
     """
     if kernels := cpu.kernels(hidden_states, weight):
         short = feeds_matmul and torch.is_autocast_enabled("cpu")
@@ -68,10 +69,10 @@ def silu_mul(gate: Tensor, up: Tensor) -> Tensor:
 
 
 def linear(x: Tensor, weight: Tensor) -> Tensor:
-    """Compute x @ weight.T, in autocast's format where autocast is enabled: [..., W] and [V, W] -> [..., V].
+    """Compute x @ weight.T, in autocast's dtype where autocast is enabled: [..., W] and [V, W] -> [..., V].
 
-    Under CPU autocast the weight is rounded once for each of its values (`weights.rounded`). Its gradient is computed
-    in that format, and keeps it after `weights.keep_grad_dtype`.
+    Under CPU autocast, the copy of the weight in that dtype is cached until the weight changes (`weights.rounded`). Its
+    gradient is computed in that dtype, and cast to the weight's unless `weights.keep_grad_dtype` was called.
     """
     if x.device.type != "cpu" or not torch.is_autocast_enabled("cpu"):
         return nn.functional.linear(x, weight)
@@ -82,10 +83,10 @@ def linear(x: Tensor, weight: Tensor) -> Tensor:
 
 
 def padded_rows(x: Tensor, dtype: torch.dtype) -> Tensor:
-    """Convert rows [n, W] to `dtype` and append rows of zeros up to `ROW_MULTIPLE` where that is faster.
+    """Convert rows [n, W] to `dtype`, and append rows of zeros up to a multiple of `ROW_MULTIPLE` where that is faster.
 
-    On a CPU, oneDNN compiles its bfloat16 and float16 products once per number of rows, which takes longer than most of
-    them run, and hardly two steps have the same number.
+    On a CPU, oneDNN compiles a bfloat16 or float16 kernel for each number of rows, which takes longer than most of the
+    multiplications, and the number changes nearly every step.
     """
     count, padding = len(x), -len(x) % ROW_MULTIPLE
     if not padding or x.device.type != "cpu" or dtype not in (torch.bfloat16, torch.float16):

@@ -1,14 +1,14 @@
 """The training loop: packed batches -> optimizer steps -> a trained draft.
 
-A run that is killed continues and ends in the same bytes. Everything that the next step depends on is written to a
-checkpoint at intervals (`checkpoint`): parameters, their averages, optimizer state, random generators' state, the
-number of steps done and the sums of the next metrics line. The rows of all steps follow from the recipe and the seed.
-Nothing in the outputs depends on the time.
+A run that is killed continues and ends in the same bytes, if it has as many ranks. Everything that the next step
+depends on is written to a checkpoint at intervals (`checkpoint`): parameters, their averages, optimizer state, random
+generators' state, the number of steps done and the sums of the next metrics line. The rows of all steps follow from the
+recipe and the seed. Nothing in the outputs depends on the time.
 
 The rows of a step can be divided among ranks, and into several packed batches (gradient accumulation). Their gradients
-add up to those of one large batch, because every prediction has the weight that it would have there
-(`Draft.supervision`). Apart from rounding, the weights do not depend on the number of ranks, and a run can continue
-with another number.
+add up to those of one large batch, because every prediction has the loss weight that it would have there
+(`Draft.supervision`). Apart from rounding, the trained parameters do not depend on the number of ranks, and a run can
+continue with another number.
 """
 
 from __future__ import annotations
@@ -53,7 +53,7 @@ BEST, LAST = "best", "last"
 EPOCHS = "epochs"
 """Directory of the checkpoints that `train.save_every_epochs` keeps."""
 INIT_SAMPLE_TOKENS = 32_768
-"""Training tokens that an initialiser is fitted to."""
+"""Training tokens, at least, that an initialiser (`drafts.induction`) is fitted to; whole rows."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -153,7 +153,7 @@ class Loop:
         self.average: Average | None = None
         if spec.train.activation_checkpointing:
             spec.draft.enable_activation_checkpointing()
-        # Heads that are not trained are cast to the format of their products once.
+        # Frozen heads are cast once to the dtype of the matrix multiplications.
         head, dtype = spec.draft.lm_head.weight, getattr(torch, spec.train.precision.name)
         self.head = None if head.requires_grad else head.to(dtype)
         shared = self.head if spec.target_head.head is head else None
@@ -161,11 +161,11 @@ class Loop:
         self.target_head = replace(spec.target_head, head=target_head)
         self.progress = Progress()
         self.seconds = 0.0
-        """Time that this attempt has spent in steps."""
+        """Seconds in steps since this process began or resumed."""
         self.wait_seconds = 0.0
-        """Part of it spent waiting for tokens and hidden states."""
+        """Seconds of them spent waiting for tokens and hidden states."""
         self.attempt_tokens = 0
-        """Tokens that this attempt has trained on."""
+        """Tokens trained on in the same time."""
 
     def run(self) -> None:
         """Train to the end, from the newest checkpoint if there is one."""
@@ -187,7 +187,7 @@ class Loop:
 
     @torch.no_grad()
     def validate(self) -> dict[str, float]:
-        """Metrics over all validation batches; none if there is no validation row."""
+        """Metrics over all validation batches; an empty dict without validation rows."""
         with self.weights.unsharded():
             own_results = [self._validate_batch(index) for index in self._own_validation()]
         # Summed in the order of the batches, so that the last bit does not depend on which rank computed them.
@@ -301,6 +301,7 @@ class Loop:
         """
         loss, metric_sums, non_finite_rows = 0.0, MetricSums.empty(0), []
         batches = self._own_batches(state.step)
+        # A batch that is the whole step computes its own supervision.
         supervision = None if batches == [self.plan.steps[state.step]] else self._supervision(state)
         for row_slices in batches:
             start_time = time.monotonic()
@@ -330,7 +331,7 @@ class Loop:
         loss_mask = torch.cat([self.spec.data_loader.mask(row_slice) for row_slice in row_slices]).to(device)
         batch = PackedBatch(
             rows=[row_slice.row for row_slice in row_slices],
-            lengths=[row_slice.end for row_slice in row_slices],
+            lengths=[row_slice.end for row_slice in row_slices],  # from 0: tokens before `begin` are context
             token_ids=torch.zeros_like(loss_mask, dtype=torch.int64),
             loss_mask=loss_mask,
             hidden_states=torch.empty(len(loss_mask), 0, 0, device=device),
@@ -340,7 +341,7 @@ class Loop:
         return self.draft.supervision(batch, state)
 
     def _source_mask(self, step: int, row_slices: list[RowSlice], supervision: Supervision) -> torch.Tensor:
-        """The step's source mask at the positions of some of its row slices, bool [T]."""
+        """The positions of some row slices, context included, that the step's predictions may start from, bool [T]."""
         own_slices, all_slices = set(row_slices), self.plan.steps[step]
         masks = supervision.source_mask.split([row_slice.end for row_slice in all_slices])
         return torch.cat([mask for mask, row_slice in zip(masks, all_slices, strict=True) if row_slice in own_slices])
@@ -352,6 +353,7 @@ class Loop:
         with self._autocast():
             predictions = self.draft(batch, state)
             head = self.draft.lm_head.weight if self.head is None else self.head
+            # The last layer's hidden states are kept where they are needed: from positions to rows of them.
             outcome = distill(
                 replace(predictions, target_index=batch.last_index[predictions.target_index]),
                 batch.last_hidden_states, head, self.target_head, self.losses,
@@ -376,7 +378,7 @@ class Loop:
         return index, MetricSums.of(predictions.valid, outcome), acceptance
 
     def _validate(self) -> None:
-        """Validate at the end of an epoch, log the metrics, and save the drafts that are to be kept."""
+        """Validate after an epoch, log the metrics, and save the best draft and each `save_every_epochs`-th."""
         progress, save_every = self.progress, self.train.save_every_epochs
         with self._averaged_weights():
             metrics = self.validate()

@@ -29,7 +29,7 @@ _CHOICES = ("only", "until", "from", "force")
 """Options of the command line that select stages."""
 
 
-class PassingError(Exception):
+class TransientError(Exception):
     """A failure that another attempt may not repeat: death by a signal, a lost server, a time limit."""
 
     def __init__(self, failure: RunError) -> None:

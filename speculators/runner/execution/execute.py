@@ -1,19 +1,21 @@
 """Executes a plan: runs every stage whose artifact is missing, in the order of the graph, with the servers it needs.
 
-A stage runs as one or more worker processes (`python -m speculators.worker request.json`), one for each phase. The
-worker resumes, computes and publishes the artifact; this module starts it, watches it and its servers, retries it,
-and records events. A killed run continues when the same command runs again: artifacts that exist are cache hits, and
-an unfinished stage resumes from its work directory.
+A stage runs as one or more worker processes (`python -m speculators.worker request.json`), one for each phase: a set
+of servers that it needs at one time (only `evaluate` has two). The worker resumes, computes and publishes the
+artifact; this module starts it, watches it and its servers, retries it, and records events. A lazy node runs only
+when another stage needs it: a fetched model or dataset, or a part of a stage that several workers compute. A killed
+run continues when the same command runs again: artifacts that exist are cache hits, and an unfinished stage resumes
+from its work directory.
 
 Stages run concurrently without threads. The work on one stage is a generator that yields whenever it has to wait:
 `Execution.run` calls `_loop`, which resumes all generators in turn, and `_ensure` is the life of one stage:
 
-    _ensure    cached? done. Otherwise fetch its lazy inputs (models, data sets), then:
+    _ensure    cached? done. Otherwise run its lazy inputs (`_fetch`, which calls `_build` too), then:
     _build     wait for devices and memory, run the attempts, return the published artifact
     _attempts  lease servers and run one worker for each phase, with retries
     _work      start one worker and watch it until it exits
 
-When a stage fails, no further stage starts; those that run finish and keep their artifacts. A signal stops all.
+When a stage fails, no further stage starts; those that run finish and publish their artifacts. A signal stops all.
 """
 
 from __future__ import annotations
@@ -33,7 +35,7 @@ from speculators.config.schema import Config
 from speculators.errors import ContractError, RecipeError, RunError, ServiceError, SourceError, StageError, StoreError
 from speculators.job import Request
 from speculators.runner.execution import endings, schedule
-from speculators.runner.execution.endings import PassingError
+from speculators.runner.execution.endings import TransientError
 from speculators.runner.execution.events import Events, now
 from speculators.runner.execution.schedule import Devices, Need
 from speculators.runner.execution.signals import Interrupted, Signals
@@ -65,7 +67,7 @@ class Execution:
     argv: list[str]
     """The command line, for provenance and for the command that tries again."""
     steps: dict[str, Step] = field(default_factory=dict)
-    """The steps decided so far, by node: cached, or run and published."""
+    """The steps decided so far, by node: cached, or run and published; lazy nodes also before they run."""
     _tasks: dict[str, Waiting] = field(default_factory=dict)
     _workers: dict[str, Handle] = field(default_factory=dict)
     _eager: set[str] = field(default_factory=set)
@@ -87,10 +89,10 @@ class Execution:
         return self.directory.name
 
     def run(self) -> dict[str, Step]:
-        """Run every stage whose artifact is missing; return all steps in data-flow order.
+        """Run every stage whose artifact is missing; return all steps but discarded parts, in data-flow order.
 
         Raises:
-            RunError: the first stage that failed. Finished artifacts are kept; stages that depend on it do not run.
+            RunError: a stage failed; the error of the first that did.
             Interrupted: a signal arrived; all workers and servers have ended.
         """
         reap_left_overs(self.planner.store.root / "services" / self.name)
@@ -120,7 +122,7 @@ class Execution:
         while True:
             signals.check()
             ready = sorter.get_ready() if failure is None else ()
-            ended = [name for name in ready if self._begin(nodes[name])]
+            ended = [name for name in ready if self._begin(nodes[name])]  # lazy nodes among them
             for name in sorted(self._tasks, key=lambda name: (name not in self._eager, order[name])):
                 try:
                     if name in self._tasks and self._advance(name) and not nodes[name].lazy:
@@ -139,7 +141,7 @@ class Execution:
             raise failure
 
     def _begin(self, node: Node) -> bool:
-        """Begin with a node whose inputs exist. True: nothing more to do, since a lazy node runs on demand."""
+        """Start a node whose predecessors are done. True for a lazy node, which counts as done before it runs."""
         if not node.lazy:
             self._tasks[node.name] = self._ensure(node)
             return False
@@ -186,7 +188,7 @@ class Execution:
         """Reuse the node's artifact, or run the stage, lazy inputs first."""
         step = self._step(node)
         if step.state is State.waits:
-            # Only the target's config.json can be missing here: all other inputs precede this node in the graph.
+            # The key is unknown until the target's config.json is fetched, from which derived values come.
             yield from self._fetched([TARGET])
             self.planner.learn_target()
             step = self._step(node)
@@ -234,8 +236,8 @@ class Execution:
     def _build(self, step: Step) -> Generator[None, None, Step]:
         """Run a stage's workers once its resources are free; return the step with the published artifact."""
         node = step.node
-        shares = node.mode and not has_remote_servers(self.config, node.kind)
-        servers = self._servers_of(node, self._upcoming(node) if shares else [])
+        can_share_server = bool(node.mode) and not has_remote_servers(self.config, node.kind)
+        servers = self._servers_of(node, self._upcoming(node) if can_share_server else [])
         need = schedule.need(node, self.config, self.steps[TARGET].path if TARGET in self.steps else None)
         while (devices := self._acquire(node, need, servers)) is None:
             yield
@@ -303,7 +305,7 @@ class Execution:
     # Attempts at one stage.
 
     def _attempts(self, step: Step, servers: list[dict[Key, graph.Serving]], devices: Devices) -> Waiting:
-        """Run the phases that are not done, one worker each; retry after a failure that may pass."""
+        """Run the phases that are not done, one worker each; retry after a transient failure."""
         node = step.node
         limits = schedule.limits(self.config, node.name)
         for attempt in itertools.count(1):
@@ -313,10 +315,10 @@ class Execution:
                         leased = yield from self.servers.lease(node, servings, devices)
                         yield from self._work(step, (index, len(servers)), attempt, leased)
                 return
-            except PassingError as passing:
+            except TransientError as transient:
                 if attempt > limits.retries:
-                    raise passing.failure from None
-                message, seconds = passing.failure.message.splitlines()[0], limits.retry_wait * 2 ** (attempt - 1)
+                    raise transient.failure from None
+                message, seconds = transient.failure.message.splitlines()[0], limits.retry_wait * 2 ** (attempt - 1)
             self.servers.release(node)
             self.events.emit("stage.retried", node=node.name, attempt=attempt, message=message, seconds=seconds)
             yield from _pause(seconds)
@@ -325,7 +327,7 @@ class Execution:
         return (self.planner.store.work(step.node.kind, step.key) / "scratch" / f"phase-{index}.done").exists()
 
     def _work(self, step: Step, phase: tuple[int, int], attempt: int, servers: Mapping[str, Server]) -> Waiting:
-        """Start one worker and watch it until it exits. A `PassingError` means that another attempt may succeed."""
+        """Start one worker and watch it until it exits. A `TransientError` means that another attempt may succeed."""
         node, log = step.node, self._log(step.node)
         request = self._request(step, *phase, attempt, servers)
         env = {k: v for server in servers.values() for k, v in server.worker_env().items()}
@@ -345,12 +347,12 @@ class Execution:
                 del self._workers[node.name]
         if code == 0:
             return
-        failure, passing = self._failure(step, code)
+        failure, transient = self._failure(step, code)
         if servers and isinstance(failure, ServiceError):
             yield from _pause(SERVER_DEATH_SECONDS, unless=lambda: find_dead(servers.values()) is not None)
         if (server := find_dead(servers.values())) is not None:
-            raise PassingError(server.failure())
-        raise PassingError(failure) if passing else failure
+            raise TransientError(server.failure())
+        raise TransientError(failure) if transient else failure
 
     def _watched(self, step: Step, handle: Handle, servers: Mapping[str, Server]) -> Generator[None, None, int]:
         """Emit the worker's progress until it exits; return its exit code. Stop it when a server dies or time is up."""
@@ -361,7 +363,7 @@ class Execution:
             server = find_dead(servers.values())
             if server is not None or 0 < limit < time.monotonic() - began:
                 yield from _stop(handle)
-                raise PassingError(server.failure() if server is not None else self._too_long(step.node, limit))
+                raise TransientError(server.failure() if server is not None else self._too_long(step.node, limit))
             try:
                 self._disk.check()
             except StoreError:
@@ -422,7 +424,7 @@ class Execution:
             failure = _ERROR_CLASSES.get(reported["kind"], StageError)(
                 f"{name}: {reported['message']}", reported["hint"]
             )
-            return failure, reported.get("passing", False)
+            return failure, reported.get("transient", False)
         hint = "finished work is kept: the next attempt resumes there"
         return StageError(f"{name} {endings.describe_exit(code)}", hint), endings.signal_of(code) is not None
 

@@ -172,7 +172,7 @@ class JobServers:
         failure, work = dead.failure(), Path(self._request.work)
         work.mkdir(parents=True, exist_ok=True)
         report = {"message": failure.message, "hint": failure.hint, "kind": type(failure).__name__}
-        write_json(work / "failure.json", {**report, "passing": dead.passing})
+        write_json(work / "failure.json", {**report, "transient": dead.transient})
 
     def stop(self, *, at_once: bool = False) -> None:
         """Stop all servers at the same time and wait until they are gone; `at_once` kills them without grace."""

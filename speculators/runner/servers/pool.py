@@ -18,7 +18,7 @@ from pathlib import Path
 from speculators.config.choices import Connector
 from speculators.runner import executors
 from speculators.runner.execution import schedule
-from speculators.runner.execution.endings import PassingError
+from speculators.runner.execution.endings import TransientError
 from speculators.runner.execution.events import Events
 from speculators.runner.execution.schedule import Devices
 from speculators.runner.planning import derive
@@ -81,7 +81,7 @@ class ServerPool:
 
         Raises:
             ServiceError: a server does not start.
-            PassingError: a server does not start, but another attempt may succeed.
+            TransientError: a server does not start, but another attempt may succeed.
         """
         if executors.has_remote_servers(self.planner.config, node.kind):
             self._orders[node.name] = {serving.name: self._order(key, node) for key, serving in servings.items()}
@@ -108,7 +108,7 @@ class ServerPool:
         while waiting:
             for server in waiting:
                 if server.poll() == "dead":
-                    raise PassingError(server.failure()) if server.passing else server.failure()
+                    raise TransientError(server.failure()) if server.transient else server.failure()
                 if server.state == "ready":
                     seconds = time.monotonic() - began
                     self.events.emit("service.ready", service=server.name, mode=server.mode, seconds=seconds)

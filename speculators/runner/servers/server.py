@@ -87,7 +87,7 @@ class Server:
         self.model = spec.model
         self.state = "starting"
         """`starting`, `ready` or `dead`; `poll` keeps it up to date."""
-        self.passing = False
+        self.transient = False
         """It is dead, but a new one may succeed: it had been ready, or was killed by a signal."""
         self._guard: subprocess.Popen[bytes] | None = None
         self._kill_at = 0.0
@@ -117,7 +117,7 @@ class Server:
         if self.state == "dead":
             return self.state
         if self._guard is not None and (code := self._guard.poll()) is not None and self._failure is None:
-            self.passing = self.state == "ready" or endings.signal_of(code) is not None
+            self.transient = self.state == "ready" or endings.signal_of(code) is not None
             self._failure = self._explain(code)
         if self._failure is not None:
             self.state = "dead"

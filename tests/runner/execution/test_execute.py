@@ -163,7 +163,7 @@ class PlayedWorker:
 class PlayedServer:
     """See `server.Server`: ready at the second look."""
 
-    passing = True
+    transient = True
 
     def __init__(self, spec: ServerSpec, directory: Path) -> None:
         self.spec, self.name, self.mode = spec, spec.name, spec.mode

@@ -202,7 +202,7 @@ def test_a_server_that_dies_in_use_stops_the_worker_and_may_be_tried_again(name:
     assert said(path)["message"] == (
         "the server ended with exit code 1 while it was in use: RuntimeError:lost-the-device"
     )
-    assert (said(path)["kind"], said(path)["passing"]) == ("ServiceError", True)
+    assert (said(path)["kind"], said(path)["transient"]) == ("ServiceError", True)
     assert (work(path) / "data/lines").read_text() == "xx"
     nothing_left(world, pids)
 
@@ -213,7 +213,7 @@ def test_a_server_that_does_not_start_is_said_and_final(world: Path) -> None:
     assert ended(start("bare", world, path), 60) == 1
     assert "before it was ready: ValueError:no-such-layer" in said(path)["message"]
     assert str(world / "logs/vllm-generate-float32-") in said(path)["hint"]
-    assert said(path)["passing"] is False
+    assert said(path)["transient"] is False
     assert not (work(path) / "data").exists()
 
 
