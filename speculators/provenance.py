@@ -14,8 +14,7 @@ import sys
 from pathlib import Path
 from typing import Any, Self
 
-GIT_SECONDS = 5.0
-"""Longest time to wait for git after the stage has ended, in seconds."""
+from speculators.timeouts import GIT_SECONDS
 
 
 class Provenance:

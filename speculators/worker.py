@@ -31,11 +31,9 @@ from speculators.errors import RunError
 from speculators.job import Job, Request, write_json
 from speculators.provenance import Provenance
 from speculators.runner.store.artifacts import Store, no_space
+from speculators.timeouts import WORKER_GRACE_SECONDS, WORKER_HEARTBEAT_SECONDS
 
 PIPE_FLAG = "--held"
-HEARTBEAT_SECONDS = 10.0
-GRACE = 30.0
-"""Seconds between SIGTERM and SIGKILL to this process after the runner has ended."""
 
 
 def main(arguments: list[str]) -> int:
@@ -204,7 +202,7 @@ class _Heartbeat:
         while True:
             with contextlib.suppress(OSError):  # the stage reports a full disk
                 write_json(self._path, {**self._content, "beat": _now()})
-            if self._stopped.wait(HEARTBEAT_SECONDS):
+            if self._stopped.wait(WORKER_HEARTBEAT_SECONDS):
                 return
 
 
@@ -230,11 +228,11 @@ def _stop(number: int, frame: FrameType | None) -> None:
 
 
 def _die_with_the_runner() -> None:
-    """Wait for the end of standard input, then stop; after `GRACE` seconds kill the process group."""
+    """Wait for the end of standard input, then stop; after `WORKER_GRACE_SECONDS` kill the process group."""
     while os.read(0, 512):
         pass
     os.kill(os.getpid(), signal.SIGTERM)
-    time.sleep(GRACE)
+    time.sleep(WORKER_GRACE_SECONDS)
     if os.getpgrp() == os.getpid():
         os.killpg(0, signal.SIGKILL)
     os.kill(os.getpid(), signal.SIGKILL)

@@ -25,20 +25,15 @@ from typing import Any, TypeVar
 
 import httpx
 
+from speculators import timeouts
 from speculators.engine.mooncake import MooncakeStore
 from speculators.engine.pool import RESTART_HINT, EnginePool, EngineServer, summarize_log
 from speculators.engine.transfer import Transfer, announced_transfer
 from speculators.errors import ServiceError, StageError
 from speculators.job import Endpoint
 
-FIRST_BACKOFF_SECONDS = 0.5
-"""Delay before the second attempt; doubled for each further one."""
-MAX_BACKOFF_SECONDS = 15.0
-"""Longest delay between two attempts."""
 TOKENS_PER_TIMEOUT = 2048
 """Tokens, prompt and answer together, of a request that gets `timeout`; a larger one gets proportionally more time."""
-HEALTH_CHECK_SECONDS = 2.0
-"""Interval of the health checks while a client waits for hidden states."""
 
 Item = TypeVar("Item")
 Result = TypeVar("Result")
@@ -283,7 +278,7 @@ class Client:
                     f"{item}: {problem}, {failures + 1} times in a row; {summarize_log(server.endpoint.log)}",
                     "run the same command again: finished rows are kept",
                 )
-            await asyncio.sleep(min(FIRST_BACKOFF_SECONDS * 2**failures, MAX_BACKOFF_SECONDS))
+            await asyncio.sleep(min(timeouts.FIRST_BACKOFF_SECONDS * 2**failures, timeouts.MAX_BACKOFF_SECONDS))
             failures += 1
             self.retried += 1
 
@@ -311,8 +306,8 @@ class Client:
 
     async def _wait_until_complete(self, transfer: Transfer, server: EngineServer, time_limit: float) -> None:
         """Poll a transfer until it is complete, and the server's health meanwhile; `time_limit` in seconds."""
-        delay = 0.001
-        next_check = time.monotonic() + HEALTH_CHECK_SECONDS
+        delay = timeouts.MIN_TRANSFER_POLL_SECONDS
+        next_check = time.monotonic() + timeouts.TRANSFER_HEALTH_SECONDS
         try:
             async with asyncio.timeout(time_limit):
                 while not await transfer.complete():
@@ -323,9 +318,9 @@ class Client:
                                 f"{summarize_log(server.endpoint.log)}",
                                 RESTART_HINT,
                             )
-                        next_check = time.monotonic() + HEALTH_CHECK_SECONDS
+                        next_check = time.monotonic() + timeouts.TRANSFER_HEALTH_SECONDS
                     await asyncio.sleep(delay)
-                    delay = min(2 * delay, 0.05)
+                    delay = min(2 * delay, timeouts.MAX_TRANSFER_POLL_SECONDS)
         except TimeoutError:
             raise transfer.timeout_error(time_limit) from None
 

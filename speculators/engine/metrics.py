@@ -15,11 +15,10 @@ import httpx
 
 from speculators.errors import ServiceError
 from speculators.job import Endpoint
+from speculators.timeouts import METRICS_POLL_SECONDS, METRICS_SECONDS
 
 _LINE = re.compile(r"^vllm:spec_decode_(?P<name>\w+)_total(?:\{(?P<labels>[^}]*)\})? (?P<value>\S+)", re.MULTILINE)
 _POSITION = re.compile(r'position="(\d+)"')
-_POLL_SECONDS = 0.05
-"""Pause between two readings of the page."""
 _MAX_POLLS = 100
 """Readings after which the counters are reported as still changing."""
 
@@ -92,8 +91,8 @@ async def read_counters(endpoint: Endpoint) -> DraftCounters:
     Raises:
         ServiceError: the page cannot be read, or the counters keep changing.
     """
-    headers = {"Authorization": f"Bearer {endpoint.api_key}"}
-    async with httpx.AsyncClient(base_url=endpoint.url, headers=headers, timeout=30.0, trust_env=False) as http:
+    auth = {"Authorization": f"Bearer {endpoint.api_key}"}
+    async with httpx.AsyncClient(base_url=endpoint.url, headers=auth, timeout=METRICS_SECONDS, trust_env=False) as http:
         previous = None
         for _ in range(_MAX_POLLS):
             try:
@@ -107,7 +106,7 @@ async def read_counters(endpoint: Endpoint) -> DraftCounters:
             if counters == previous:
                 return counters
             previous = counters
-            await asyncio.sleep(_POLL_SECONDS)
+            await asyncio.sleep(METRICS_POLL_SECONDS)
     raise ServiceError(
         f"the speculative-decoding counters of {endpoint.url} keep changing",
         "stop the other clients of this server while evaluation runs",

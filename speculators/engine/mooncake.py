@@ -26,13 +26,12 @@ import torch
 
 from speculators.config.schema import Mooncake
 from speculators.errors import ServiceError, StageError
+from speculators.timeouts import MOONCAKE_MASTER_SECONDS
 
 HANDLE = "handle"
 """Field of `kv_transfer_params` that marks a manifest of this connector."""
 VERSION = 1
 """The manifest version that this module reads."""
-MASTER_SECONDS = 5.0
-"""Time that the master may take to accept a connection. Later calls have Mooncake's own limit, 30 s."""
 
 
 class MooncakeStore:
@@ -98,8 +97,8 @@ class MooncakeStore:
                 "pip install 'speculators-run[mooncake]' and apt install libibverbs1 (needed without RDMA too)",
             ) from None
         host, _, port = options.master.rpartition(":")
-        try:  # Mooncake itself would retry for a minute and a half
-            with socket.create_connection((host, int(port)), timeout=MASTER_SECONDS) as probe:
+        try:
+            with socket.create_connection((host, int(port)), timeout=MOONCAKE_MASTER_SECONDS) as probe:
                 local_address = probe.getsockname()[0]
         except OSError as error:
             raise self._unusable(error.strerror or str(error)) from None

@@ -19,17 +19,12 @@ import httpx
 
 from speculators.errors import ServiceError
 from speculators.job import Endpoint
+from speculators.timeouts import FIRST_PROBE_SECONDS, HEALTH_CHECK_SECONDS, MAX_PROBE_SECONDS
 
 MAX_FAILURES = 8
 """Failed requests in a row, over all that are in flight, that open the breaker."""
 MAX_REFUSALS = 4
 """Refused connections in a row that make a server unavailable at once; a slow network never refuses."""
-FIRST_PROBE_SECONDS = 0.25
-"""Delay of the first health check; doubled after each check that times out or is answered with an error."""
-MAX_PROBE_SECONDS = 15.0
-"""Longest delay between two health checks."""
-PROBE_TIMEOUT_SECONDS = 5.0
-"""Time that a health check may take."""
 MAX_AFFINITIES = 10_000
 """Affinity keys whose server is remembered."""
 LOG_LINES = 20
@@ -67,7 +62,7 @@ class EngineServer:
     async def health(self) -> str:
         """Check /health once: `healthy`, `unhealthy`, `timeout`, or `refused` where nothing listens."""
         try:
-            response = await self.http.get("/health", timeout=PROBE_TIMEOUT_SECONDS)
+            response = await self.http.get("/health", timeout=HEALTH_CHECK_SECONDS)
         except httpx.TimeoutException:
             return "timeout"
         except httpx.TransportError:

@@ -32,6 +32,7 @@ from speculators.runner.servers import guard, vllm
 from speculators.runner.servers.server import NO_VLLM
 from speculators.runner.store import upkeep
 from speculators.runner.store.artifacts import Store, free_bytes
+from speculators.timeouts import NVIDIA_SMI_SECONDS
 
 OURS, UPSTREAM = "speculators-run", "speculators"
 """This project's distribution, and upstream's, whose package has the same import name."""
@@ -327,7 +328,9 @@ def gpus() -> Gpus:
     program = shutil.which("nvidia-smi")
     if program is not None:
         try:
-            done = subprocess.run([program, "-q"], capture_output=True, text=True, timeout=30, check=False)
+            done = subprocess.run(
+                [program, "-q"], capture_output=True, text=True, timeout=NVIDIA_SMI_SECONDS, check=False
+            )
         except (OSError, subprocess.TimeoutExpired):
             return Gpus(names=[file.name for file in files])
         if done.returncode == 0:

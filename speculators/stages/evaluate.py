@@ -115,11 +115,6 @@ def lossless_pair(job: Job) -> tuple[str, str] | None:
     return "baseline_float32", "speculative_float32"
 
 
-def _measured_serve(job: Job) -> bool:
-    """Whether the timed answers can be compared too, because they are greedy and in float32."""
-    return job.config.target.dtype is Dtype.float32 and job.config.evaluate.temperature == 0
-
-
 def _measured(job: Job, name: str, concurrency: int) -> Path:
     return job.scratch / f"measured-{name}-{concurrency}.json"
 
@@ -260,7 +255,9 @@ async def _compare(job: Job, name: str, prompts: list[Prompt], pair: tuple[str, 
     """Compare the greedy answers of one dataset with and without the draft; returns `COUNTS` and all differences."""
     async with AsyncExitStack() as stack:
         clients = [await stack.enter_async_context(_client(job, s, LOSSLESS_CONCURRENCY, retries=2)) for s in pair]
-        if _measured_serve(job):
+        if (
+            job.config.target.dtype is Dtype.float32 and job.config.evaluate.temperature == 0
+        ):  # so are the timed answers
             records = json.loads(_measured(job, name, job.config.evaluate.concurrency[0]).read_text())["records"]
         else:
             records = await _greedy_answers(job, name, prompts, clients)

@@ -55,7 +55,8 @@ def main(job: Job) -> None:
     if parts:
         join(job, tokens, parts)
     elif "part" in job.derived:
-        extract_part(job, tokens, *job.derived["part"])
+        extract(job, tokens, rows_of_part(tokens["seq_len"], job.config.extract.shard_tokens, *job.derived["part"]))
+        write_json(job.output / RECORD, job.record)
     else:
         extract(job, tokens, range(len(tokens)))
 
@@ -95,8 +96,7 @@ async def _run(job: Job, tokens: Dataset, rows: range, writer: ShardWriter) -> i
         sampled = {row: [position] for row, position in fidelity_check.sample_positions(tokens["seq_len"])}
 
         async def request(row: int) -> tuple[int, list[int], Transfer | RunError]:
-            input_ids = list(tokens[row]["input_ids"])
-            key = tokens[row]["id"]
+            input_ids, key = list(tokens[row]["input_ids"]), tokens[row]["id"]
             try:
                 return row, input_ids, await client.hidden_states(input_ids, item=f"row {row}", affinity_key=key)
             except StageError as error:  # only this row failed: a failure of the server is a ServiceError
@@ -138,12 +138,6 @@ def rows_of_part(lengths: Sequence[int], shard_tokens: int, part: int, parts: in
         filled = (filled + length) if filled + length < shard_tokens else 0
     edges = [*starts, len(lengths)]
     return range(edges[len(starts) * part // parts], edges[len(starts) * (part + 1) // parts])
-
-
-def extract_part(job: Job, tokens: Dataset, part: int, parts: int) -> None:
-    """Extract the rows of one worker, and write the record that `join` reads."""
-    extract(job, tokens, rows_of_part(tokens["seq_len"], job.config.extract.shard_tokens, part, parts))
-    write_json(job.output / RECORD, job.record)
 
 
 def join(job: Job, tokens: Dataset, parts: Sequence[Path]) -> None:

@@ -45,6 +45,7 @@ from speculators.features.writer import (
 )
 from speculators.job import Job
 from speculators.targets.fidelity_check import greedy_tokens_in_answer
+from speculators.timeouts import SYNC_SECONDS
 
 STATES = "states"
 """Directory of the turns' hidden states in the scratch directory."""
@@ -52,8 +53,6 @@ BAD_STATES = "bad_states"
 """`dropped` of a conversation that ends before an answer with unusable hidden states; a new attempt retries it."""
 SAMPLED = 16
 """Number of conversations whose answers include greedy tokens, for the fidelity check of their hidden states."""
-SYNC_SECONDS = 1.0
-"""Longest time between two fsyncs: a machine that crashes loses the answers since then, a killed process none."""
 
 
 def main(job: Job) -> None:
@@ -262,11 +261,8 @@ async def answer(
             dropped = "empty_answer"
             break
         messages.append({"role": "assistant", "content": completion.text})
-        turn = {
-            "prompt_ids": completion.prompt_ids,
-            "answer_ids": completion.token_ids,
-            "finish_reason": completion.finish_reason,
-        }
+        turn: dict[str, Any] = {"prompt_ids": completion.prompt_ids, "answer_ids": completion.token_ids}
+        turn["finish_reason"] = completion.finish_reason
         if files:
             try:
                 transfer = await client.requested_states(completion, item=item)

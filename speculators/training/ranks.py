@@ -28,14 +28,11 @@ import torch.distributed as dist
 from torch import Tensor
 
 from speculators.errors import RecipeError, RunError, StageError
+from speculators.timeouts import COLLECTIVE_TIMEOUT_SECONDS, RANK_GRACE_SECONDS
 
 T = TypeVar("T")
 TCPStore: Any = dist.TCPStore  # type: ignore[attr-defined]
 """torch has no type annotations for it."""
-PATIENCE = datetime.timedelta(minutes=30)
-"""How long a collective waits for other ranks, which may write a checkpoint or wait for hidden states."""
-GRACE = 5.0
-"""Seconds that child ranks have to end by themselves after rank 0, or to report why they failed."""
 
 
 class Ranks:
@@ -143,7 +140,8 @@ def _group(rank: int, size: int, local: int, store: Any = None) -> Iterator[Rank
     threads = torch.get_num_threads()
     torch.set_num_threads(max(1, threads // size))
     backend = "cpu:gloo,cuda:nccl" if on_gpu else "gloo"
-    dist.init_process_group(backend, rank=rank, world_size=size, store=store, timeout=PATIENCE)
+    timeout = datetime.timedelta(seconds=COLLECTIVE_TIMEOUT_SECONDS)
+    dist.init_process_group(backend, rank=rank, world_size=size, store=store, timeout=timeout)
     try:
         yield Ranks(rank, size)
     finally:
@@ -168,7 +166,7 @@ def _children(processes: int, port: int, child_main: Callable[..., object], args
             here.recv()  # it is about to join; EOFError if it has already ended
         yield
         for _, child, _ in started:
-            child.join(GRACE)
+            child.join(RANK_GRACE_SECONDS)
     except RunError:
         raise
     except Exception as error:
@@ -186,10 +184,10 @@ def _cause(started: list[tuple[int, SpawnProcess, Connection]]) -> RunError | No
     """The error of the first child that failed or died, if one did."""
     for rank, child, pipe in started:
         with contextlib.suppress(EOFError, OSError):
-            if pipe.poll(GRACE):
+            if pipe.poll(RANK_GRACE_SECONDS):
                 error: RunError = pipe.recv()
                 return error
-        child.join(GRACE)
+        child.join(RANK_GRACE_SECONDS)
         if child.exitcode:
             return StageError(
                 f"process {rank} of the training ended with exit code {child.exitcode}",

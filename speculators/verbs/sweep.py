@@ -25,9 +25,8 @@ from speculators.errors import RunError, StageError
 from speculators.job import write_json
 from speculators.runner.execution.lease import Lease, LeaseReader
 from speculators.runner.executors.remote import DEVICES, seen_devices
+from speculators.timeouts import SWEEP_POLL_SECONDS
 
-POLL_SECONDS = 0.5
-"""Interval at which a job in another process checks whether the sweep's process still exists."""
 _LEASE = "held"
 _BUSY = threading.Event()
 """Set while this process runs a job."""
@@ -109,10 +108,10 @@ def _end_with_the_sweep(directory: Path) -> None:
 
     def watch() -> None:
         while lease.holder_lives is not False:
-            time.sleep(POLL_SECONDS)
+            time.sleep(SWEEP_POLL_SECONDS)
         os.kill(os.getpid(), signal.SIGTERM)
         while _BUSY.is_set():
-            time.sleep(POLL_SECONDS)
+            time.sleep(SWEEP_POLL_SECONDS)
         os._exit(128 + signal.SIGTERM)
 
     threading.Thread(target=watch, name="sweep", daemon=True).start()

@@ -15,7 +15,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from speculators.engine import client as module
+from speculators import timeouts
 from speculators.engine import pool
 from speculators.engine.client import TOKENS_PER_TIMEOUT, Client
 from speculators.engine.pool import summarize_log
@@ -76,8 +76,8 @@ class Server:
 
 @pytest.fixture
 def serve(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[list[tuple[int, Any]]], Server]]:
-    monkeypatch.setattr(module, "FIRST_BACKOFF_SECONDS", 0.01)
-    monkeypatch.setattr(module, "MAX_BACKOFF_SECONDS", 0.05)
+    monkeypatch.setattr(timeouts, "FIRST_BACKOFF_SECONDS", 0.01)
+    monkeypatch.setattr(timeouts, "MAX_BACKOFF_SECONDS", 0.05)
     monkeypatch.setattr(pool, "FIRST_PROBE_SECONDS", 0.02)
     monkeypatch.setattr(pool, "MAX_PROBE_SECONDS", 0.1)
     servers: list[Server] = []

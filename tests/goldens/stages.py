@@ -16,8 +16,8 @@ from speculators.runner.planning.graph import KINDS
 
 ROOT = Path(__file__).parents[2]
 GOLDEN = Path(__file__).with_name("stages.txt")
-SHARED = ("speculators.errors", "speculators.job", "speculators.config", "speculators.provenance", "speculators.runner")
-"""Left of the line, or both sides': options enter keys by their values."""
+SHARED = tuple(f"speculators.{name}" for name in ("errors", "job", "config", "provenance", "runner", "timeouts"))
+"""Left of the line, or both sides': options enter keys by their values, and no output depends on a timeout."""
 COUNTED = ("speculators.config.algorithms",)
 """Of the shared modules, those that compute something of what comes out."""
 COMMAND = "python -m tests.goldens.update stages"

@@ -12,10 +12,11 @@ import datasets
 import pytest
 import torch
 
+from speculators import timeouts
 from speculators.config.choices import Dtype, OnBadRow
 from speculators.config.schema import Config
 from speculators.data.packing import RowSlice
-from speculators.engine import client, pool
+from speculators.engine import pool
 from speculators.errors import ContractError, RunError, ServiceError, StageError
 from speculators.features import shards
 from speculators.features.contract import check_contract
@@ -36,7 +37,7 @@ Start = Callable[..., StatesServer]
 
 @pytest.fixture
 def serve(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Start]:
-    monkeypatch.setattr(client, "FIRST_BACKOFF_SECONDS", 0.01)
+    monkeypatch.setattr(timeouts, "FIRST_BACKOFF_SECONDS", 0.01)
     monkeypatch.setattr(pool, "FIRST_PROBE_SECONDS", 0.02)
     servers: list[StatesServer] = []
 

@@ -22,12 +22,12 @@ import torch
 from run_train import make_job
 from states_server import Known, StatesServer
 
+from speculators import timeouts
 from speculators.config.algorithms import Init
 from speculators.config.choices import Dtype
 from speculators.config.schema import Extract
 from speculators.data.packing import RowSlice
 from speculators.data.token_table import prediction_mask
-from speculators.engine import client
 from speculators.errors import ContractError, RunError, ServiceError, StageError
 from speculators.features import disk_cache
 from speculators.features.contract import feature_contract
@@ -74,7 +74,7 @@ def world(one_thread: None, tmp_path_factory: pytest.TempPathFactory) -> World:
 
 @pytest.fixture
 def serve(world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..., StatesServer]]:
-    monkeypatch.setattr(client, "FIRST_BACKOFF_SECONDS", 0.01)
+    monkeypatch.setattr(timeouts, "FIRST_BACKOFF_SECONDS", 0.01)
     monkeypatch.setattr(disk_cache, "SET_TOKENS", 64)
     servers: list[StatesServer] = []
 

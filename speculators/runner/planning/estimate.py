@@ -19,6 +19,7 @@ from speculators.runner.planning.plan import Planner, State, Step
 from speculators.runner.servers import vllm
 from speculators.runner.store import upkeep
 from speculators.runner.store.artifacts import Store, existing, free_bytes
+from speculators.timeouts import DISK_CHECK_SECONDS
 
 PREFILLING = {"extract": "tokens_per_second", "train": "prefill_tokens_per_second"}
 """Fields of the stages' records with the target's prefill speed, in tokens/s."""
@@ -147,8 +148,6 @@ def refuse_if_too_large(needs: Needs) -> None:
 class DiskWatch:
     """Checks the free space of a store at intervals while stages run."""
 
-    EVERY = 5.0
-    """Shortest interval between checks, in seconds; computing the store's size takes at most 1 % of the time."""
     RESERVE = 256 * 2**20
     """Bytes that stay free for last checkpoints and for other users of the disk."""
 
@@ -156,10 +155,10 @@ class DiskWatch:
         self._store = store
         self._quota = int(quota_gib * GIB)
         self._had_more = free_bytes(store.root) > self.RESERVE  # else the disk is too small for the reserve
-        self._next = time.monotonic() + self.EVERY
+        self._next = time.monotonic() + DISK_CHECK_SECONDS
 
     def check(self) -> None:
-        """Check the free space and the quota, at most every `EVERY` seconds.
+        """Check the free space and the quota, at most every `DISK_CHECK_SECONDS`.
 
         Raises:
             StoreError: less than the reserve is free, or the store exceeds its quota.
@@ -174,7 +173,7 @@ class DiskWatch:
             allowed = f"run.quota_gib allows {_gib(self._quota)}"
             raise StoreError(f"the store now holds {_gib(store_bytes)}, {allowed}", f"{hint}; or raise run.quota_gib")
         now = time.monotonic()
-        self._next = now + max(self.EVERY, 100 * (now - began))
+        self._next = now + max(DISK_CHECK_SECONDS, 100 * (now - began))
 
 
 def _linked(extracting: Step, steps: Mapping[str, Step], root: Path) -> bool:

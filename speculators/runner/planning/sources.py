@@ -20,6 +20,7 @@ from typing import Any
 from speculators.checkpoint_files import check_checkpoint
 from speculators.errors import SourceError
 from speculators.runner.planning.key import digest
+from speculators.timeouts import HUB_SECONDS
 
 _PYPI = re.compile(r"pypi:(?P<requirement>[A-Za-z0-9._-]+==[^/]+)/(?P<file>.+)@sha256:(?P<sha256>[0-9a-f]{64})")
 _HUB = re.compile(r"hub:(?P<id>[\w.-]+/[\w.-]+)(@(?P<revision>[\w.-]+))?(/(?P<file>.+))?")
@@ -91,7 +92,7 @@ def _commit(option: str, repo: str, revision: str, repo_type: str) -> str:
     if token := os.environ.get("HF_TOKEN"):
         request.add_header("Authorization", f"Bearer {token}")
     try:
-        with urlopen(request, timeout=20) as response:
+        with urlopen(request, timeout=HUB_SECONDS) as response:
             return str(json.load(response)["sha"])
     except HTTPError as error:
         raise SourceError(

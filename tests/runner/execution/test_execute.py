@@ -458,7 +458,7 @@ def test_a_store_that_runs_full_stops_the_stage_while_it_can_still_write_where_i
     room = {"free_bytes": 2**40, "held": 0}
     monkeypatch.setattr(estimate, "free_bytes", lambda root: room["free_bytes"])
     monkeypatch.setattr(upkeep, "store_bytes", lambda store: room["held"])
-    monkeypatch.setattr(estimate.DiskWatch, "EVERY", 0.0)
+    monkeypatch.setattr(estimate, "DISK_CHECK_SECONDS", 0.0)
     world.when["seed", 3] = lambda: room.update({full: {"free_bytes": 2**20, "held": 2**31}[full]})
     said = {"free_bytes": "almost full: 1 MiB are free", "held": r"now holds 2\.0 GiB, run\.quota_gib allows 1\.0 GiB"}
     with pytest.raises(StoreError, match=said[full]) as raised:
@@ -469,7 +469,7 @@ def test_a_store_that_runs_full_stops_the_stage_while_it_can_still_write_where_i
 
 def test_a_small_disk_is_used_to_its_end(mill: Callable[..., World], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(estimate, "free_bytes", lambda root: 2**20)
-    monkeypatch.setattr(estimate.DiskWatch, "EVERY", 0.0)
+    monkeypatch.setattr(estimate, "DISK_CHECK_SECONDS", 0.0)
     assert mill({"seed": {}}).run().steps["seed"].artifact is not None
 
 
