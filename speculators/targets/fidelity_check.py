@@ -140,7 +140,7 @@ class FidelityCheck:
         if layers.problem:
             raise ContractError(f"{self._error_prefix(result)}{layers.problem}", EXTRACT_AGAIN)
         if result is None or not passed:
-            problem = f"no reading of norm and head agrees ({layers.note})"
+            problem = "no reading of norm and head agrees" + (f" ({layers.note})" if layers.note else "")
             raise ContractError(f"{self._error_prefix(result)}{problem}", NO_READING)
         error = round(result.logprob_error, 4)
         return {"picks": result.compared, "agree": result.equal, "logprob_off": error, "states_off": layers.difference}

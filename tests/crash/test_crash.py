@@ -22,7 +22,7 @@ import pytest
 
 from speculators.runner.servers import guard
 from speculators.runner.servers.server import reap_left_overs
-from speculators.runner.store.artifact import trouble
+from speculators.runner.store.artifact import damage
 from speculators.runner.store.artifacts import Store
 
 HERE = Path(__file__).parent
@@ -82,7 +82,7 @@ class World:
         for path in (self.root / "store/artifacts").glob("*/[!.]*/[!.]*"):
             made = store.find(path.parents[1].name, path.name)
             assert made is not None, f"{path} is not whole"
-            assert trouble(made) == ""
+            assert damage(made) == ""
 
     def nothing_left(self, mark: str, died: float) -> None:
         while (alive := self.processes(mark)) and time.monotonic() < died + LEFT_SECONDS:

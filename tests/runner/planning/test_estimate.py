@@ -147,7 +147,7 @@ def test_a_plan_says_how_a_server_and_the_training_beside_it_share_the_machine(
     monkeypatch.setattr("os.sched_getaffinity", lambda _: set(range(8)), raising=False)
     assert cli._guarded(["plan", "recipe=smollm2_eagle3", "pipeline=hybrid", "hardware.train_cores=3"]) == 0
     said = capsys.readouterr().out
-    assert "train and the server that it draws from: 3 and 5 cores" in said
+    assert "train and its server: 3 and 5 cores" in said
     assert "hidden states: at most 393,216 tokens, 2.1 GiB" in said
     assert (
         "to be prefilled for them: about 393,216 tokens; how long that takes is known when this target has run" in said
