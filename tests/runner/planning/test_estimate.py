@@ -150,7 +150,7 @@ def test_a_plan_says_how_a_server_and_the_training_beside_it_share_the_machine(
     assert "train and its server: 3 and 5 cores" in said
     assert "hidden states: at most 393,216 tokens, 2.1 GiB" in said
     assert (
-        "to be prefilled for them: about 393,216 tokens; how long that takes is known when this target has run" in said
+        "prefill for them: about 393,216 tokens; duration unknown until this target has run" in said
     )
 
 

@@ -154,9 +154,9 @@ def test_plan_says_whether_it_is_locked(capsys: pytest.CaptureFixture[str]) -> N
     assert "locked" not in capsys.readouterr().out
     cli._guarded(["lock", DEMO])
     assert cli._guarded(["plan", DEMO, "run.locked=true"]) == 0
-    assert f"locked: {FILE} says the same" in capsys.readouterr().out
+    assert f"locked: {FILE}  no differences" in capsys.readouterr().out
     assert cli._guarded(["plan", DEMO, "train.lr=1e-4"]) == 0
-    assert f"locked: {FILE} says otherwise: train.lr" in capsys.readouterr().out
+    assert f"locked: {FILE}  differs: train.lr" in capsys.readouterr().out
     assert cli._guarded(["plan", DEMO, "train.lr=1e-4", "--json"]) == 0
     told = json.loads(capsys.readouterr().out)
     assert (told["locked"], [d["name"] for d in told["lock_differs"]]) == (True, ["train.lr"])
