@@ -16,7 +16,8 @@ usage: speculators-run [VERB] [ARGUMENT ...]
   show RUN|last                    show a run, stage by stage
   compare RUN RUN ...|DIRECTORY    compare options and metrics of runs
   ls [STAGE ...]                   list the artifacts of the store
-  verify [STAGE ...] [--aside]     re-hash artifacts and report damage
+  verify [STAGE ...] [--quarantine]
+                                   re-hash artifacts and report damage
   gc [days=N] [--delete]           delete artifacts unused for N days
                                    (dry run by default; N=30)
   export STAGE[:KEY] ... FILE      write artifacts into one file

@@ -43,8 +43,8 @@ def ls(argv: list[str]) -> int:
 
 
 def verify(argv: list[str]) -> int:
-    """Re-hash artifacts and report damage; `--aside` moves damaged ones to quarantine."""
-    store, selectors, as_data = _parse([argument for argument in argv if argument != "--aside"], "--aside")
+    """Re-hash artifacts and report damage; `--quarantine` moves damaged ones to quarantine."""
+    store, selectors, as_data = _parse([argument for argument in argv if argument != "--quarantine"], "--quarantine")
     broken, num_left = {}, 0
     for entry in upkeep.entries(store, {selector.partition(":")[0] for selector in selectors}):
         if not _selected(selectors, entry.stage, entry.key):
@@ -54,17 +54,17 @@ def verify(argv: list[str]) -> int:
             continue
         name = entry.key or entry.stage
         broken[name] = {"stage": entry.stage, "trouble": entry.damage}
-        moved_to = upkeep.quarantine(store, entry) if "--aside" in argv else None
+        moved_to = upkeep.quarantine(store, entry) if "--quarantine" in argv else None
         num_left += moved_to is None
         if moved_to is not None:
             ui.narrate("moved", entry.stage, str(moved_to))
     if as_data:
         print(json.dumps(broken, indent=1))
     if num_left:
-        hint = "`speculators-run verify --aside` moves them to quarantine; the next run makes them again"
+        hint = "`speculators-run verify --quarantine` moves them to quarantine; the next run makes them again"
         raise StoreError(
             f"{num_left} artifacts are damaged",
-            "they are in use: try again later" if "--aside" in argv else hint,
+            "they are in use: try again later" if "--quarantine" in argv else hint,
         )
     return 0
 

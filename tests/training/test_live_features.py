@@ -408,7 +408,11 @@ def test_nothing_is_trained_on_what_a_server_does_not_compute_with(
         check_server(job)
         assert job.record["fidelity"]["agree"] == job.record["fidelity"]["picks"] == 16
         return
-    said = "3 instead of 1, 1 instead of 3" if captured == "other layers" else r"reproduce \d of 16 greedy tokens of the server, .*no reading of norm and head agrees$"
+    said = (
+        "3 instead of 1, 1 instead of 3"
+        if captured == "other layers"
+        else r"reproduce \d of 16 greedy tokens of the server, .*no reading of norm and head agrees$"
+    )
     with pytest.raises(ContractError, match=said):
         train.main(job)
     assert list(job.output.iterdir()) == []

@@ -140,7 +140,7 @@ def _add(tar: tarfile.TarFile, artifact: Artifact) -> None:
             tar.addfile(_member(f"{inside}/data/{entry['path']}", entry["size"]), hashed)
         _forget(tar)
         if hashed.hexdigest() != entry["sha256"]:
-            hint = "`speculators-run verify --aside` moves it to quarantine; the next run builds it again"
+            hint = "`speculators-run verify --quarantine` moves it to quarantine; the next run builds it again"
             raise StoreError(f"{inside}: {entry['path']} does not match its sha256", hint)
 
 

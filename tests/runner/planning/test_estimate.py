@@ -149,9 +149,7 @@ def test_a_plan_says_how_a_server_and_the_training_beside_it_share_the_machine(
     said = capsys.readouterr().out
     assert "train and its server: 3 and 5 cores" in said
     assert "hidden states: at most 393,216 tokens, 2.1 GiB" in said
-    assert (
-        "prefill for them: about 393,216 tokens; duration unknown until this target has run" in said
-    )
+    assert "prefill for them: about 393,216 tokens; duration unknown until this target has run" in said
 
 
 def test_without_a_quota_nothing_is_counted_and_with_one_the_states_must_fit_beside_what_is_there(

@@ -184,11 +184,11 @@ def test_verify_moves_aside_what_it_finds_and_deletes_nothing(
     (made["vocab"].path / "artifact.json").write_text("{")
     (store.root / "artifacts/README").write_text("mine")
     assert cli._guarded(["verify"]) == 1
-    assert "verify --aside" in capsys.readouterr().err
+    assert "verify --quarantine" in capsys.readouterr().err
     with store.claim("vocab", made["vocab"].key, waiting=print):
-        assert cli._guarded(["verify", "--aside"]) == 1
+        assert cli._guarded(["verify", "--quarantine"]) == 1
         assert "they are in use" in capsys.readouterr().err
-    assert cli._guarded(["verify", "--aside"]) == 0
+    assert cli._guarded(["verify", "--quarantine"]) == 0
     assert cli._guarded(["verify"]) == 0
     aside = {path.name.rpartition("-")[0]: path for path in (store.root / "quarantine").iterdir()}
     assert (aside[f"vocab-{made['vocab'].key}"] / "data/content").read_text() == "vocab"
