@@ -6,6 +6,7 @@ Runners are real, stages trivial (`stages/`), servers the fake one. What is kill
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import random
@@ -88,6 +89,17 @@ class World:
         while (alive := self.processes(mark)) and time.monotonic() < died + LEFT_SECONDS:
             time.sleep(0.02)
         assert [Path(f"/proc/{pid}/cmdline").read_text().replace("\0", " ") for pid in alive] == []
+
+    def wait_until_recorded(self, victim: int) -> None:
+        """If `victim` is a guard, wait until it has recorded the detached process, which nothing can find otherwise."""
+        deadline = time.monotonic() + LEFT_SECONDS
+        with contextlib.suppress(OSError):
+            while b"guard.py" in Path(f"/proc/{victim}/cmdline").read_bytes() and time.monotonic() < deadline:
+                orphan = self.root / "orphan"
+                records = "".join(path.read_text() for path in self.root.glob("store/services/*/pids.json"))
+                if orphan.exists() and f'"pid": {orphan.read_text() or None},' in records:
+                    return
+                time.sleep(0.01)
 
     def bytes(self) -> dict[str, str]:
         """Digest of the manifest by stage and key."""
@@ -245,7 +257,11 @@ def test_killed_at_any_time(round_seed: int, worlds: Any, undisturbed: dict[str,
             time.sleep(chance.uniform(0.05, 0.75))
             alive = world.processes(world.mark())
             if alive:
-                os.kill(chance.choice([runner.pid, *alive]), signal.SIGKILL)
+                victim = chance.choice([runner.pid, *alive])
+                if "--detach" in str(server):
+                    world.wait_until_recorded(victim)
+                with contextlib.suppress(ProcessLookupError):
+                    os.kill(victim, signal.SIGKILL)
             # What a guard owned that only it could find is reaped by the runner, or, if both were killed, by the next.
             if runner.poll() is None and "--detach" not in str(server) and chance.random() < 0.5:
                 runner.kill()
