@@ -18,6 +18,7 @@ import sys
 import tempfile
 from pathlib import Path
 
+from speculators.runner.servers import threads
 from tests.benchmarks.same_bytes import Stages
 
 TURNS = 3
@@ -34,7 +35,8 @@ def speed_here(store: str, recipe: str, *overrides: str) -> float:
 def python(tree: Path, *arguments: str) -> str:
     """Output of a Python process that imports a tree."""
     command = [sys.executable, *arguments]
-    environment = {**os.environ, "PYTHONPATH": str(tree)}
+    libraries = threads.openmp_environment(Path(sys.executable)) | threads.allocator_environment()  # as workers have
+    environment = {**os.environ, **libraries, "PYTHONPATH": str(tree)}
     with tempfile.TemporaryDirectory() as directory:
         done = subprocess.run(command, cwd=directory, env=environment, capture_output=True, text=True, check=False)
     if done.returncode:
