@@ -1,8 +1,9 @@
-"""What it costs to say nothing new, and to plan a lot. `python tests/benchmarks/startup.py [STORE]`.
+"""What it costs to say nothing new, and to plan a lot. `python -m tests.benchmarks.startup [STORE [KEY=VALUE ...]]`.
 
-Wall time of `--help`, of `plan` where Hydra has to compose, and, with a store in which the demo is finished, of a run
-that finds everything and of `plan` after it; beside importing hydra in a bare interpreter. Then what an executed stage
-costs beside an interpreter that does nothing, and planning 1 000 stages side by side and 10 000 in a chain.
+Wall time of `--help`, of `plan` where Hydra has to compose, and, with a store in which the demo is finished with these
+overrides, of a run that finds everything and of `plan` after it; next to importing hydra in a bare interpreter. Then
+what an executed stage costs next to an interpreter that does nothing, and planning 1 000 stages side by side and 10 000
+in a chain.
 """
 
 from __future__ import annotations
@@ -84,7 +85,7 @@ def planned(pipeline: dict[str, dict[str, str]]) -> float:
         return time.perf_counter() - began
 
 
-def main(store: str = "") -> None:
+def main(store: str = "", *overrides: str) -> None:
     """Print it all."""
     cli = ("-m", "speculators.cli")
     print("import hydra ", told(wall("-c", "import hydra")))
@@ -92,11 +93,11 @@ def main(store: str = "") -> None:
     with tempfile.TemporaryDirectory() as own, mock.patch.dict(os.environ, SPECULATORS_STORE=f"{own}/store"):
         print("plan, of what no run has composed", told(wall(*cli, "plan", RECIPE, f"run.store={store}")))
         if store:
-            steps = Planner(compose.compose([RECIPE]), Store(Path(store))).plan()
+            steps = Planner(compose.compose([RECIPE, *overrides]), Store(Path(store))).plan()
             missing = [step.node.name for step in steps if step.artifact is None and not step.node.lazy]
             assert not missing, f"the store lacks {missing}: this would make them"
-            print("run, all hits", told(wall(*cli, RECIPE, f"run.store={store}")))
-            print("plan, of the same", told(wall(*cli, "plan", RECIPE, f"run.store={store}")))
+            print("run, all hits", told(wall(*cli, RECIPE, *overrides, f"run.store={store}")))
+            print("plan, of the same", told(wall(*cli, "plan", RECIPE, *overrides, f"run.store={store}")))
     print("python       ", told(wall("-c", "pass")))
     print("imports of a stage's process", told(wall("-c", "import speculators.worker")))
     print("a stage      ", told(executed()))
