@@ -149,7 +149,7 @@ class Eagle3Draft(Draft):
 
     @classmethod
     def options_of(cls, config: Mapping[str, Any]) -> Speculator:
-        num_tokens = config["speculators_config"]["proposal_methods"][0]["speculative_tokens"]
+        num_tokens = super().options_of(config).num_speculative_tokens
         return Eagle3(num_speculative_tokens=num_tokens, ttt_steps=num_tokens)
 
     def forward(self, batch: PackedBatch, state: TrainState | None = None) -> Predictions:
