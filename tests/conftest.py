@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 from pathlib import Path
 
 import pytest
@@ -17,6 +18,10 @@ from speculators.runner.store.artifacts import Store
 
 # Tests are small and run beside each other: threads that wait for a core would keep their whole team waiting.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+# A shell starts the commands that it puts into the background with SIGINT ignored, and every child inherits that: the
+# processes that tests interrupt would go on.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

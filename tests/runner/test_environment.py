@@ -295,7 +295,7 @@ def test_setup_that_is_interrupted_goes_on_by_the_same_command(
         if number is signal.SIGKILL:  # what it started lives on in its group; a terminal would end it too
             os.killpg(process.pid, number)
         text = process.communicate(timeout=30)[1]
-    assert process.returncode == (-number if number is signal.SIGKILL else 130)
+    assert process.returncode == (-number if number is signal.SIGKILL else 130), text
     assert number is signal.SIGKILL or "interrupted; run the same command again" in text
     assert not world.ready
     stalling.go_on.set()
