@@ -41,6 +41,11 @@ class Needs:
     """Resources that a plan needs."""
 
     servers: list[ServerNeed] = field(default_factory=list)
+    stage_seconds: dict[str, float | None] = field(default_factory=dict)
+    """Expected duration of each stage that runs, its servers' start included, by node; None: unknown. Parts of a stage
+    that run elsewhere or beside each other count one by one."""
+    stage_bytes: dict[str, int] = field(default_factory=dict)
+    """Expected size of the artifacts of the stages that run, by node, without those whose size is unknown."""
     feature_tokens: int = 0
     """Upper bound of the tokens whose hidden states are stored."""
     feature_bytes: int = 0
@@ -91,7 +96,7 @@ def estimate(planner: Planner, steps: Mapping[str, Step]) -> Needs:
         quota_bytes=quota,
     )
     splits = {s.node.name: split for s in open_steps if (split := schedule.split(s.node, config)) is not None}
-    needs = replace(needs, splits=splits)
+    needs = replace(needs, splits=splits, stage_seconds={s.node.name: None for s in open_steps})
     extracting = [s for s in open_steps if ("features" in s.node.spec.gives or s.node.draws) and not s.node.parts]
     if not extracting or planner.facts is None:
         return needs
@@ -111,10 +116,12 @@ def estimate(planner: Planner, steps: Mapping[str, Step]) -> Needs:
     written = sum(upkeep.total_bytes(planner.store.work(s.node.kind, s.key)) for s in storing if s.key)
     measured = _speed(planner, steps, PREFILLING)
     speed = measured or _speed(planner, steps, GENERATING)
+    feature_bytes = 0 if _linked(first, steps, root) else max(0, stored * each - written)
     return replace(
         needs,
+        stage_bytes={step.node.name: feature_bytes // len(storing) for step in storing},
         feature_tokens=stored,
-        feature_bytes=0 if _linked(first, steps, root) else max(0, stored * each - written),
+        feature_bytes=feature_bytes,
         prefill_tokens=prefilled,
         prefill_seconds=prefilled / speed if speed else 0.0,
         prefill_at_most=bool(speed and not measured),
