@@ -43,7 +43,7 @@ class Needs:
     servers: list[ServerNeed] = field(default_factory=list)
     stage_seconds: dict[str, float | None] = field(default_factory=dict)
     """Expected duration of each stage that runs, its servers' start included, by node; None: unknown. Parts of a stage
-    that run elsewhere or beside each other count one by one."""
+    that run at the same time count one by one."""
     stage_bytes: dict[str, int] = field(default_factory=dict)
     """Expected size of the artifacts of the stages that run, by node, without those whose size is unknown."""
     feature_tokens: int = 0
