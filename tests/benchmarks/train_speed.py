@@ -21,7 +21,7 @@ from pathlib import Path
 from speculators.runner.servers import threads
 from tests.benchmarks.same_bytes import Stages
 
-TURNS = 3
+TURNS = 6
 ROOT = Path(__file__).parents[2]
 
 
@@ -54,17 +54,28 @@ def speed_of_tree(store: str, tree: Path, recipe: str, overrides: list[str]) -> 
         return float(json.loads(artifact.read_text())["record"]["tokens_per_second"])
 
 
+def speed_of_this_tree(store: str, recipe: str, overrides: list[str]) -> float:
+    """Tokens per second of this tree, in a process of its own."""
+    arguments = ["--once", str(Path(store).absolute()), recipe, *overrides]
+    return float(python(ROOT, "-m", "tests.benchmarks.train_speed", *arguments).split()[-1])
+
+
 def main(store: str, tree: str, recipe: str, *overrides: str) -> None:
     """Print the speeds of all turns, and the ratio."""
     split = overrides.index("--") if "--" in overrides else len(overrides)
     ours, theirs = list(overrides[:split]), list(overrides[split + 1 :])
-    before, after = [], []
-    for _ in range(TURNS):
-        before.append(speed_of_tree(store, Path(tree).absolute(), recipe, theirs))
-        once = python(ROOT, "-m", "tests.benchmarks.train_speed", "--once", str(Path(store).absolute()), recipe, *ours)
-        after.append(float(once.split()[-1]))
-        print(f"before {before[-1]:.1f}, now {after[-1]:.1f} tokens/s", flush=True)
-    print(f"{recipe}: {statistics.median(after) / statistics.median(before):.3f}x, medians of {TURNS} turns")
+    measures = {
+        "before": lambda: speed_of_tree(store, Path(tree).absolute(), recipe, theirs),
+        "now": lambda: speed_of_this_tree(store, recipe, ours),
+    }
+    speeds: dict[str, list[float]] = {side: [] for side in measures}
+    for turn in range(TURNS):
+        # In alternating order, so that a machine that slows down or speeds up favours neither.
+        for side in list(measures)[:: 1 if turn % 2 == 0 else -1]:
+            speeds[side].append(measures[side]())
+        print(f"before {speeds['before'][-1]:.1f}, now {speeds['now'][-1]:.1f} tokens/s", flush=True)
+    ratio = statistics.median(speeds["now"]) / statistics.median(speeds["before"])
+    print(f"{recipe}: {ratio:.3f}x, medians of {TURNS} turns")
 
 
 if __name__ == "__main__":
