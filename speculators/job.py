@@ -10,7 +10,7 @@ import dataclasses
 import json
 import os
 import time
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -156,6 +156,14 @@ class Request:
             services={name: _endpoint(values) for name, values in self.services.items()},
             work=Path(self.work),
         )
+
+
+def phase_marker(index: int, services: Iterable[str]) -> str:
+    """Name of the file in `scratch` that shows that phase `index`, with these servers, is done.
+
+    It has their names, since an attempt on another machine may divide servers among phases otherwise.
+    """
+    return f"phase-{index}-{'+'.join(sorted(set(services)))}.done"
 
 
 def _endpoint(values: Mapping[str, Any]) -> Endpoint:

@@ -28,7 +28,7 @@ from pathlib import Path
 from types import FrameType
 
 from speculators.errors import RunError
-from speculators.job import Job, Request, write_json
+from speculators.job import Job, Request, phase_marker, write_json
 from speculators.provenance import Provenance
 from speculators.runner.store.artifacts import Store, no_space
 from speculators.timeouts import WORKER_GRACE_SECONDS, WORKER_HEARTBEAT_SECONDS
@@ -127,7 +127,7 @@ def _follows() -> bool:
 
 
 def _phase_done(request: Request, job: Job) -> Path:
-    return job.scratch / f"phase-{request.phase}.done"
+    return job.scratch / phase_marker(request.phase, [*request.services, *request.orders])
 
 
 def _make_directories(job: Job) -> None:

@@ -30,10 +30,13 @@ SHARED = [
 LEFT = [
     *SHARED,
     {"speculators.runner"},
-    {f"speculators.runner.planning{name}" for name in ("", ".graph", ".key", ".derive", ".sources")},
+    {f"speculators.runner.planning{name}" for name in ("", ".graph", ".key", ".derive", ".sizes", ".sources")},
     {f"speculators.runner.{wing}" for wing in ("store", "servers", "execution", "executors")},
     # What plans are made of looks into the store and at the machine (docs/concepts/decisions.md).
-    {f"speculators.runner.planning.{name}" for name in ("checks", "plan", "explain", "estimate", "lockfile")},
+    {
+        f"speculators.runner.planning.{name}"
+        for name in ("checks", "plan", "serving", "explain", "estimate", "lockfile")
+    },
     {"speculators.runner.servers.pool"},
     {"speculators.runner.execution.execute"},
     {f"speculators.runner.{name}" for name in ("doctor", "environment", "history")},

@@ -14,10 +14,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
-from speculators.config.algorithms import (
-    SPECULATORS,
-    Speculator,
-)
+from speculators.config.algorithms import SPECULATORS, Speculator
 from speculators.config.choices import (
     Connector,
     DataFormat,
@@ -86,6 +83,8 @@ class Target(Options):
     """Width of the target's hidden states, for `plan` as `num_hidden_layers`."""
     vocab_size: int | None = operational(None, positive())
     """Entries of the target's vocabulary, for `plan` as `num_hidden_layers`."""
+    num_parameters: int | None = operational(None, positive())
+    """Parameters of the target, all experts included, for `plan` before the download: how many GPUs a copy needs."""
 
 
 @dataclass(kw_only=True, slots=True, repr=False)
@@ -252,12 +251,12 @@ class Train(StageOptions):
     """Seed of the initial weights, of the order of the rows, and of all other random numbers."""
     device: Device = operational(Device.auto)
     """Device of the training; `auto`: the accelerator, if there is one."""
-    num_processes: int = operational(1, positive())
+    num_processes: int | None = operational(None, positive())
     """Processes on this machine that share every step, each with a GPU of its own, or its share of the cores. Results
-    differ only by rounding."""
-    fsdp: bool = operational(False)
+    differ only by rounding. Null: one for each GPU without a server, if a step has 1024 tokens for it; 1 on a CPU."""
+    fsdp: bool | None = operational(None)
     """Shard trained weights, gradients and optimizer state over the processes (FSDP2), for less memory. Results differ
-    only by rounding: weights and gradients are exchanged in `precision`. No effect with a single process."""
+    only by rounding: weights and gradients are exchanged in `precision`. Null: only where they do not fit otherwise."""
     gradient_accumulation_steps: int = operational(1, positive())
     """Micro-batches per optimizer step and process, for less memory. Results differ only by rounding."""
     activation_checkpointing: bool = operational(False)
@@ -348,30 +347,35 @@ class Serve(Options):
     """Sequences that vLLM batches (`--max-num-seqs`)."""
     kv_cache_gib: float = operational(2.0, positive())
     """Memory for the KV cache on a CPU, in GiB."""
-    gpu_memory_utilization: float = operational(0.9, ratio_above_zero())
-    """Share of a GPU's memory that vLLM uses."""
+    gpu_memory_utilization: float | None = operational(None, ratio_above_zero())
+    """Share of a GPU's memory that vLLM uses. Null: 0.9, or what a training on the same GPU leaves."""
     cpu_threads: str = operational("auto")
     """CPU cores of the server, as VLLM_CPU_OMP_THREADS_BIND takes them (`0-1`, `nobind`); `auto`: every core."""
-    enforce_eager: bool = operational(True)
-    """Run without compilation and CUDA graphs: slower steps, faster start."""
-    tensor_parallel: int = operational(1, positive())
-    """GPUs over which each layer of the target is split."""
+    enforce_eager: bool | None = operational(None)
+    """Run without compilation and CUDA graphs: slower steps, faster start. Null: only on a CPU."""
+    tensor_parallel: int | None = operational(None, positive())
+    """GPUs over which each layer of the target is split. Null: as many as its weights need."""
     pipeline_parallel: int = operational(1, positive())
     """Pipeline stages of consecutive layers that a copy of the target is split into, each on its own GPUs."""
-    data_parallel: int = operational(1, positive())
-    """Copies of the target behind one server, each on its own GPUs."""
+    data_parallel: int | None = operational(None, positive())
+    """Copies of the target behind one server, each on its own GPUs. Null: as many as fit; 1 where speed is measured."""
     extra_args: list[str] = operational([])
     """Further command-line arguments for vLLM, passed unchanged."""
 
 
 @dataclass(kw_only=True, slots=True, repr=False)
 class Hardware(Options):
-    """The devices of this machine."""
+    """The devices that a run may use. They are found, unless the recipe describes them."""
 
     device: Device = operational(Device.auto)
-    """Device that vLLM runs on; `auto` detects it."""
-    gpus: int = operational(0, non_negative())
-    """GPUs that the run may use. Training from a live server needs one more than the server."""
+    """Device that vLLM runs on; `auto`: that of the installed vLLM."""
+    gpus: int | None = operational(None, positive())
+    """GPUs that the run may use, the first ones; null: all that CUDA_VISIBLE_DEVICES leaves visible."""
+    gpu_name: str = operational("")
+    """Product name of GPUs that the recipe describes, for `plan`."""
+    gpu_memory_gib: float | None = operational(None, positive())
+    """Memory of each GPU in GiB, with which the recipe describes `gpus` GPUs: `plan` then plans for these on any
+    machine, and `run` needs a machine that has them. Null: the GPUs of this machine."""
     train_cores: int = operational(0, non_negative())
     """CPU cores of a training that shares the CPU with a live server, which gets the others; 0: half of them."""
 

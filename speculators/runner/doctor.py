@@ -6,6 +6,7 @@ driver. Whether a library loads is tested in a separate process.
 
 from __future__ import annotations
 
+import contextlib
 import importlib.metadata
 import importlib.util
 import json
@@ -27,7 +28,7 @@ from typing import Any
 from speculators.config.schema import Config, Serve
 from speculators.errors import StoreError
 from speculators.packages import installed_version
-from speculators.runner import environment
+from speculators.runner import environment, hardware
 from speculators.runner.servers import guard, vllm
 from speculators.runner.servers.server import NO_VLLM
 from speculators.runner.store import upkeep
@@ -323,21 +324,17 @@ def stale(root: Path) -> Iterator[Finding]:
 
 
 def gpus() -> Gpus:
-    """NVIDIA GPUs by nvidia-smi; by the device files if that is missing or fails."""
-    files = sorted(Path("/dev").glob("nvidia[0-9]*"))
+    """NVIDIA GPUs by `hardware.find_machine`, and the CUDA version of their driver by nvidia-smi."""
+    names = [gpu.name for gpu in hardware.find_machine().gpus]
     program = shutil.which("nvidia-smi")
     if program is not None:
-        try:
+        with contextlib.suppress(OSError, subprocess.TimeoutExpired):
             done = subprocess.run(
                 [program, "-q"], capture_output=True, text=True, timeout=NVIDIA_SMI_SECONDS, check=False
             )
-        except (OSError, subprocess.TimeoutExpired):
-            return Gpus(names=[file.name for file in files])
-        if done.returncode == 0:
-            cuda = re.search(r"CUDA Version\s*:\s*(\d+\.\d+)", done.stdout)
-            names = re.findall(r"Product Name\s*:\s*(.+)", done.stdout)
-            return Gpus(names=names, cuda=cuda[1] if cuda else "")
-    return Gpus(names=[file.name for file in files])
+            if done.returncode == 0 and (cuda := re.search(r"CUDA Version\s*:\s*(\d+\.\d+)", done.stdout)):
+                return Gpus(names=names, cuda=cuda[1])
+    return Gpus(names=names)
 
 
 def _torch_build() -> tuple[str, str] | None:

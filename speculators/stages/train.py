@@ -46,7 +46,7 @@ GIB = 2**30
 def main(job: Job) -> None:
     """Train in `train.num_processes` processes; the first rank writes the artifact."""
     check_installed(job.config.train.trackers)
-    with process_group(job.config.train.num_processes, fit, job) as ranks:
+    with process_group(job.config.train.num_processes or 1, fit, job) as ranks:
         loop = fit(ranks, job)
     if ranks.first:
         publish(job, loop)
@@ -75,7 +75,7 @@ def fit(ranks: Ranks, job: Job) -> Loop:
     vocabulary = read_vocabulary(job, target)
     data_loader = DataLoader(job.inputs["tokens"], source)
     device = select_device(train.device)
-    check_devices(train.num_processes, device)
+    check_devices(train.num_processes or 1, device)
     if device.type == "cpu" and (why := cpu.missing()):
         job.record.setdefault("notes", []).append(f"trained without the C++ kernels, which takes longer: {why}")
 

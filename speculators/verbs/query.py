@@ -42,6 +42,8 @@ def plan(argv: list[str]) -> int:
         return 0
     print(ui.columns((s.state.name, name, s.key[:8] or "-", s.reason) for name, s in steps.items()))
     print("\n" + ui.columns((name, json.dumps(value)) for name, value in planner.derived.items()))
+    if needs.machine:
+        print("\n" + "\n".join(_devices(needs)))
     for server in needs.servers:
         print(f"\nserver for {server.stage} ({server.mode}):\n  {server.command}")
     if lines := _hidden_states(needs):
@@ -52,6 +54,14 @@ def plan(argv: list[str]) -> int:
         result = f"differs: {', '.join(d.name for d in differing)}" if differing else "no differences"
         print(f"\nlocked: {lockfile.lock_path(config)}  {result}")
     return 0
+
+
+def _devices(needs: estimate.Needs) -> list[str]:
+    """Lines about the machine, and what runs on which of its GPUs."""
+    absent = ", which this machine does not have: `run` will refuse" if needs.described else ""
+    lines = [f"machine: {needs.machine}{absent}"]
+    lines += ui.columns(needs.stages.items()).splitlines()
+    return [*lines, *(f"note: {note}" for note in needs.notes)]
 
 
 def _hidden_states(needs: estimate.Needs) -> list[str]:

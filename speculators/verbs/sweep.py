@@ -24,7 +24,8 @@ from speculators.config.schema import RunOptions
 from speculators.errors import RunError, StageError
 from speculators.job import write_json
 from speculators.runner.execution.lease import Lease, LeaseReader
-from speculators.runner.executors.remote import DEVICES, seen_devices
+from speculators.runner.executors.remote import seen_devices
+from speculators.runner.hardware import VISIBLE
 from speculators.timeouts import SWEEP_POLL_SECONDS
 
 _LEASE = "held"
@@ -68,7 +69,7 @@ def _job(
         (sweep_directory / f"{job.number:03d}").symlink_to(os.path.relpath(directory, sweep_directory))
 
     if os.environ.get("SUBMITIT_EXECUTOR") == "local":  # submitit hides every GPU from its local jobs
-        os.environ.pop(DEVICES, None)
+        os.environ.pop(VISIBLE, None)
         os.environ.update(devices)
     if other_process:
         _end_with_the_sweep(sweep_directory)

@@ -136,9 +136,10 @@ def test_the_engine_is_held_against_the_device_and_the_release(
 def test_gpus_are_what_nvidia_smi_says(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     program = tmp_path / "nvidia-smi"
     program.write_text(
-        "#!/bin/sh\necho 'CUDA Version                              : 12.8'\n"
-        "echo '    Product Name                          : NVIDIA H100 80GB HBM3'\n"
+        "#!/bin/sh\ncase $1 in\n-q) echo 'CUDA Version                              : 12.8';;\n"
+        "*) echo '0, GPU-1, 81559, NVIDIA H100 80GB HBM3';;\nesac\n"
     )
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
     program.chmod(0o755)
     monkeypatch.setenv("PATH", str(tmp_path), prepend=os.pathsep)
     assert doctor.gpus() == Gpus(names=["NVIDIA H100 80GB HBM3"], cuda="12.8")

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from speculators import cli
-from speculators.runner.planning import checks
+from tests.runner.machines import machine, pretend
 
 RECIPE = """# @package _global_
 defaults:
@@ -41,7 +41,7 @@ def world(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     (target / "tokenizer.json").write_text("{}")
     (target / "tokenizer_config.json").write_text('{"chat_template": "{{ messages }}"}')
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(checks, "has_gpu", lambda: False)
+    pretend(monkeypatch, machine(0))
     return tmp_path
 
 

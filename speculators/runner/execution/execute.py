@@ -21,11 +21,12 @@ When a stage fails, no further stage starts; those that run finish and publish t
 from __future__ import annotations
 
 import contextlib
+import functools
 import graphlib
 import itertools
 import json
 import time
-from collections.abc import Callable, Generator, Iterable, Mapping
+from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -33,17 +34,18 @@ from typing import Any
 from speculators.config.fields import select, to_builtins
 from speculators.config.schema import Config
 from speculators.errors import ContractError, RecipeError, RunError, ServiceError, SourceError, StageError, StoreError
-from speculators.job import Request
+from speculators.job import Request, phase_marker
 from speculators.runner.execution import endings, schedule
 from speculators.runner.execution.endings import TransientError
 from speculators.runner.execution.events import Events, now
-from speculators.runner.execution.schedule import Devices, Need
+from speculators.runner.execution.placement import Devices, PlacedServer, Placement
 from speculators.runner.execution.signals import Interrupted, Signals
 from speculators.runner.executors import Handle, executor_of, has_remote_servers
-from speculators.runner.planning import estimate, graph
+from speculators.runner.planning import estimate
 from speculators.runner.planning.graph import TARGET, Node
 from speculators.runner.planning.plan import Planner, State, Step
-from speculators.runner.servers.pool import Key, ServerPool
+from speculators.runner.planning.serving import check_placements
+from speculators.runner.servers.pool import ServerPool
 from speculators.runner.servers.server import Server, find_dead, reap_left_overs
 from speculators.runner.store import upkeep
 from speculators.timeouts import MAX_POLL_SECONDS, MIN_POLL_SECONDS, SERVER_DEATH_SECONDS, WORKER_GRACE_SECONDS
@@ -73,15 +75,22 @@ class Execution:
     _eager: set[str] = field(default_factory=set)
     """Stages that wait for a device on which their server runs: they go first, or it would be started twice."""
     _disk_estimated: bool = False
+    _placed_for: tuple[Path | None, ...] = ()
+    """The target's checkpoint, None before it is fetched, for which stages have been placed."""
 
     def __post_init__(self) -> None:
-        self.resources = schedule.resource_pool(self.config, self.planner.store.root / "locks", self.events)
         self.servers = ServerPool(self.planner, self.steps, self.directory, self.events)
         self._disk = estimate.DiskWatch(self.planner.store, self.config.run.quota_gib)
 
     @property
     def config(self) -> Config:
         return self.planner.config
+
+    @functools.cached_property
+    def resources(self) -> schedule.ResourcePool:
+        """The machine's devices, which are looked for when the first stage runs."""
+        locks = self.planner.store.root / "locks"
+        return schedule.resource_pool(self.config, self.planner.machine, locks, self.events)
 
     @property
     def name(self) -> str:
@@ -105,7 +114,8 @@ class Execution:
             finally:
                 self._stop_workers()
                 self.servers.close()
-                self.resources.close()
+                if self._placed_for:
+                    self.resources.close()
                 for name in [name for name in self.planner.graph if name in self.steps]:
                     step = self.steps.pop(name)
                     if step.node.part is None or step.artifact is not None:
@@ -218,6 +228,8 @@ class Execution:
         step = self._step(step.node)
         self._decided(step)
         self._done((yield from self._build(step)))
+        if step.node.name == TARGET:
+            self.planner.learn_target()
 
     def _drop_parts(self, node: Node) -> None:
         """Discard the artifacts of a stage's parts: the stage has joined them."""
@@ -236,10 +248,12 @@ class Execution:
     def _build(self, step: Step) -> Generator[None, None, Step]:
         """Run a stage's workers once its resources are free; return the step with the published artifact."""
         node = step.node
-        can_share_server = bool(node.mode) and not has_remote_servers(self.config, node.kind)
-        servers = self._servers_of(node, self._upcoming(node) if can_share_server else [])
-        need = schedule.need(node, self.config, self.steps[TARGET].path if TARGET in self.steps else None)
-        while (devices := self._acquire(node, need, servers)) is None:
+        target = self.steps[TARGET].path if TARGET in self.steps else None
+        if self._placed_for != (target,):
+            self._placed_for = (target,)
+            check_placements(self.planner, [n for n in self.planner.graph.values() if n.name not in self.steps])
+        placement = self.planner.placement(node)
+        while (devices := self._acquire(node, placement)) is None:
             yield
         began = time.monotonic()
         try:
@@ -248,7 +262,7 @@ class Execution:
                 self._decided(current)
                 return current
             self._check_disk(node)
-            yield from self._attempts(step, servers, devices)
+            yield from self._attempts(step, placement, devices)
             artifact = self.planner.store.find(node.kind, step.key)
             if artifact is None:
                 raise StageError(f"{node.name}: its worker published no artifact", f"see {self._log(node)}")
@@ -264,17 +278,12 @@ class Execution:
         self._stop_unneeded_servers(node)
         return self._step(node)
 
-    def _acquire(self, node: Node, need: Need, servers: list[dict[Key, graph.Serving]]) -> Devices | None:
+    def _acquire(self, node: Node, placement: Placement) -> Devices | None:
         """Acquire a stage's resources; devices with its server come first, those with another idle server last."""
-        prefer = self.servers.devices_of(servers[0])
+        prefer = self.servers.devices_of(placement.phases[0], node)
         if prefer:
             self._eager.add(node.name)
-        return self.resources.acquire(node.name, need, prefer=prefer, avoid=self.servers.idle_devices())
-
-    def _servers_of(self, node: Node, upcoming: Iterable[Node]) -> list[dict[Key, graph.Serving]]:
-        """The servers that the stage needs, phase by phase."""
-        plan = graph.phases(node, self.config)
-        return [{self.servers.key(serving, node, upcoming): serving for serving in phase} for phase in plan]
+        return self.resources.acquire(node.name, placement, prefer=prefer, avoid=self.servers.idle_devices())
 
     def _upcoming(self, node: Node) -> list[Node]:
         """Other nodes that may still run and need a server of the pipeline on this machine."""
@@ -288,8 +297,8 @@ class Execution:
         """Stop the idle servers that no upcoming stage needs."""
         if self.servers.idle_devices():
             upcoming = self._upcoming(node)
-            needed = [key for other in upcoming for phase in self._servers_of(other, upcoming) for key in phase]
-            self.servers.keep(needed)
+            phases = [(other, phase) for other in upcoming for phase in self.planner.placement(other).phases]
+            self.servers.keep([self.servers.key(placed, other) for other, phase in phases for placed in phase])
 
     def _check_disk(self, node: Node) -> None:
         """Refuse to start if disk or quota cannot hold what the run will write.
@@ -304,16 +313,16 @@ class Execution:
 
     # Attempts at one stage.
 
-    def _attempts(self, step: Step, servers: list[dict[Key, graph.Serving]], devices: Devices) -> Waiting:
+    def _attempts(self, step: Step, placement: Placement, devices: Devices) -> Waiting:
         """Run the phases that are not done, one worker each; retry after a transient failure."""
         node = step.node
         limits = schedule.limits(self.config, node.name)
         for attempt in itertools.count(1):
             try:
-                for index, servings in enumerate(servers):
-                    if not self._phase_done(step, index):
-                        leased = yield from self.servers.lease(node, servings, devices)
-                        yield from self._work(step, (index, len(servers)), attempt, leased)
+                for index, phase in enumerate(placement.phases):
+                    if not self._phase_done(step, index, phase):
+                        leased = yield from self.servers.lease(node, phase, devices)
+                        yield from self._work(step, (index, len(placement.phases)), attempt, leased)
                 return
             except TransientError as transient:
                 if attempt > limits.retries:
@@ -323,8 +332,9 @@ class Execution:
             self.events.emit("stage.retried", node=node.name, attempt=attempt, message=message, seconds=seconds)
             yield from _pause(seconds)
 
-    def _phase_done(self, step: Step, index: int) -> bool:
-        return (self.planner.store.work(step.node.kind, step.key) / "scratch" / f"phase-{index}.done").exists()
+    def _phase_done(self, step: Step, index: int, phase: Sequence[PlacedServer]) -> bool:
+        scratch = self.planner.store.work(step.node.kind, step.key) / "scratch"
+        return (scratch / phase_marker(index, (placed.serving.name for placed in phase))).exists()
 
     def _work(self, step: Step, phase: tuple[int, int], attempt: int, servers: Mapping[str, Server]) -> Waiting:
         """Start one worker and watch it until it exits. A `TransientError` means that another attempt may succeed."""
@@ -380,15 +390,15 @@ class Execution:
 
     def _request(self, step: Step, index: int, count: int, attempt: int, servers: Mapping[str, Server]) -> Path:
         """Write the worker's request for phase `index` of `count`; return its path."""
-        node = step.node
+        node, placement = step.node, self.planner.placement(step.node)
         path = self.directory / "requests" / f"{node.name}-{index}.json"
         path.parent.mkdir(exist_ok=True)
         Request(
             node=node.name,
             stage=node.kind,
             key=step.key,
-            config=select(self.config, node.reads),
-            derived={**step.derived, "phase": index, "phases": count},
+            config=select(placement.resolve(self.config), node.reads),
+            derived={**step.derived, "phase": index, "phases": count, "served_dtypes": placement.dtypes},
             inputs={slot: str(self.steps[upstream].path) for slot, upstream in self._slots(node).items()},
             digests={slot: self.steps[upstream].digest for slot, upstream in node.inputs.items()},
             services={name: server.request_entry() for name, server in servers.items()},

@@ -1,5 +1,7 @@
 """Decides which stages run at the same time (devices, memory, slots), and each stage's time limit and retries.
 
+What a stage needs of a machine is its placement (`placement`).
+
 A stage that trains, or that needs a server of this run, has its devices to itself; on a machine without accelerators
 all cores together are one device. Light stages (fetch, tokenize, count) run at the same time while memory and a slot
 are free. A stage acquires all its resources at once when it starts and releases them when it ends, so no two stages
@@ -9,53 +11,16 @@ can wait for each other.
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection
 from dataclasses import dataclass, fields
 from pathlib import Path
 
 from speculators.config.schema import Config
 from speculators.errors import RecipeError, closest
-from speculators.runner import executors
 from speculators.runner.execution.device_locks import DeviceLocks
 from speculators.runner.execution.events import Events
-from speculators.runner.planning import graph
-from speculators.runner.planning.graph import Node
-from speculators.runner.servers import vllm
-
-GIB = 2**30
-BASE_MEMORY_BYTES = GIB
-"""Estimated memory of a worker besides weights and caches: imported modules, rows in flight."""
-MAX_SERVER_SHARE = 0.6
-"""Share of a GPU's memory that a server may use when training runs on the same GPU."""
-CGROUP = Path("/sys/fs/cgroup/memory.max")
-
-Devices = tuple[int, ...]
-"""Device numbers, ascending; empty for a light stage."""
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Need:
-    """Resources that a stage holds while it runs."""
-
-    devices: int = 0
-    memory: int = BASE_MEMORY_BYTES
-    """Bytes, estimated."""
-    exclusive: bool = False
-    """No other stage may run at the same time."""
-    on_this_machine: bool = True
-    """False: it runs elsewhere, holds nothing here and starts at once; a cluster may queue it."""
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Split:
-    """How a server and the training that streams hidden states from it divide a machine."""
-
-    unit: str
-    """`cores` or `GPUs`."""
-    server: int
-    training: int
-    shared: bool
-    """There are too few for both: they use the same ones."""
+from speculators.runner.execution.placement import Devices, Placement, device_names
+from speculators.runner.hardware import GIB, Machine
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -82,14 +47,14 @@ class ResourcePool:
         self._locks = locks
         self._on_wait = on_wait
         self._waiting: set[str] = set()
-        self._running: dict[str, tuple[Need, Devices]] = {}
+        self._running: dict[str, tuple[Placement, Devices]] = {}
 
     def is_running(self, name: str) -> bool:
         """Whether this stage has acquired its resources and not released them."""
         return name in self._running
 
     def acquire(
-        self, name: str, need: Need, *, prefer: Collection[int] = (), avoid: Collection[int] = ()
+        self, name: str, need: Placement, *, prefer: Collection[int] = (), avoid: Collection[int] = ()
     ) -> Devices | None:
         """Acquire a stage's resources; return its devices, or None while something is missing.
 
@@ -133,90 +98,17 @@ class ResourcePool:
         self._locks.release_except(())
 
 
-def resource_pool(config: Config, locks: Path, events: Events) -> ResourcePool:
+def resource_pool(config: Config, machine: Machine, locks: Path, events: Events) -> ResourcePool:
     """The resources that the recipe allows and the machine has; `locks` is the directory shared with other runs."""
     reason = "another run with this store has its devices"
+    names = device_names(config, machine)
     return ResourcePool(
-        devices=max(1, config.hardware.gpus),
-        memory=int(config.run.memory_gib * GIB) or _machine_memory(),
+        devices=len(names),
+        memory=int(config.run.memory_gib * GIB) or machine.memory,
         slots=config.run.parallel or max(2, os.cpu_count() or 1),
-        locks=DeviceLocks(locks, _device_names(config) or ["cpu"]),
+        locks=DeviceLocks(locks, names),
         on_wait=lambda name: events.emit("stage.waiting", node=name, reason=reason),
     )
-
-
-def need(node: Node, config: Config, target: Path | None) -> Need:
-    """The resources of one stage. `target` is the checkpoint's directory; None before it is fetched.
-
-    Memory is that of the machine, not of the devices; weights count once for each server, at their size on disk.
-    """
-    if executors.is_remote(config, node.kind):
-        return Need(on_this_machine=False)
-    servers = 0 if config.serve.url else max(len(phase) for phase in graph.phases(node, config))
-    if not node.spec.trains and not servers:
-        return Need()
-    on_cpu = vllm.device(config) == "cpu"
-    weights = sum(file.stat().st_size for file in target.glob("*.safetensors")) if target else 0
-    cache = int(config.serve.kv_cache_gib * GIB) if on_cpu and servers else 0
-    divided = split(node, config)
-    extra = divided.training if divided is not None and divided.unit == "GPUs" and not divided.shared else 0
-    streamed = int(config.train.states_memory_gib * GIB) + (weights if servers else 0) if node.draws else 0
-    return Need(
-        devices=(vllm.ranks(config) if servers else 1 if on_cpu else config.train.num_processes) + extra,
-        memory=BASE_MEMORY_BYTES + max(1, servers) * (weights + cache) + streamed,
-        exclusive=on_cpu and node.spec.measures,
-    )
-
-
-def split(node: Node, config: Config) -> Split | None:
-    """How a stage that streams hidden states divides this machine with its server; None without a server here.
-
-    Raises:
-        RecipeError: both share a GPU and the server would use too much of its memory.
-    """
-    if not node.draws or config.serve.url:
-        return None
-    if vllm.device(config) == "cpu":
-        cores = len(vllm.usable_cores())
-        training = max(1, min(config.hardware.train_cores or cores // 2, cores - 1))
-        return Split(unit="cores", server=max(1, cores - training), training=training, shared=cores == 1)
-    ranks, share = vllm.ranks(config), config.serve.gpu_memory_utilization
-    shared = max(1, config.hardware.gpus) <= ranks
-    if shared and share > MAX_SERVER_SHARE:
-        raise RecipeError(
-            f"{node.name} trains on the GPUs of the server that it streams from, and "
-            f"serve.gpu_memory_utilization={share:g} leaves it too little memory",
-            f"give training its own GPU, hardware.gpus={ranks + 1} or more; or set serve.gpu_memory_utilization=0.5",
-        )
-    return Split(unit="GPUs", server=ranks, training=config.train.num_processes, shared=shared)
-
-
-def parts(node: Node, config: Config, devices: Devices, prefer: Collection[int] = ()) -> tuple[Devices, Devices]:
-    """Split a stage's devices into those of its servers, preferred ones first, and those of its worker."""
-    divided = split(node, config)
-    if divided is None or divided.shared or divided.unit == "cores" or len(devices) <= divided.server:
-        return devices, devices
-    ordered = sorted(devices, key=lambda device: (device not in prefer, device))
-    return tuple(sorted(ordered[: divided.server])), tuple(sorted(ordered[divided.server :]))
-
-
-def threads(node: Node, config: Config) -> Mapping[str, str]:
-    """Environment variables that limit a stage's worker to the cores that its server does not use."""
-    divided = split(node, config)
-    return {"OMP_NUM_THREADS": str(divided.training)} if divided is not None and divided.unit == "cores" else {}
-
-
-def device_environment(config: Config, devices: Devices) -> Mapping[str, str]:
-    """Environment variables that limit a process to these devices; {} for a light stage and on a CPU."""
-    names = _device_names(config)
-    return {"CUDA_VISIBLE_DEVICES": ",".join(names[device] for device in devices)} if devices and names else {}
-
-
-def _device_names(config: Config) -> list[str]:
-    """Names of the recipe's GPUs: the first ones of CUDA_VISIBLE_DEVICES if it has enough, else 0, 1, ..."""
-    visible = [name for name in os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",") if name]
-    count = config.hardware.gpus
-    return visible[:count] if len(visible) >= count else [str(n) for n in range(count)]
 
 
 def limits(config: Config, name: str) -> Limits:
@@ -238,12 +130,3 @@ def check_limits(config: Config) -> None:
             if not value >= 0:
                 hint = f"leave run.stages.{name}.{option} out for the default"
                 raise RecipeError(f"run.stages.{name}.{option}={value}: must not be negative", hint)
-
-
-def _machine_memory() -> int:
-    """Memory in bytes of this machine, or of this process's control group if that allows less."""
-    total = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    try:
-        return min(total, int(CGROUP.read_text()))
-    except (OSError, ValueError):
-        return total

@@ -10,7 +10,8 @@ from typing import Any
 from speculators.config.schema import ExecutorOptions
 from speculators.errors import StageError
 from speculators.runner.executors.local import worker_environment
-from speculators.runner.executors.remote import DEVICES, RemoteHandle, job_directory, run_job
+from speculators.runner.executors.remote import RemoteHandle, job_directory, run_job
+from speculators.runner.hardware import VISIBLE
 
 _CONNECTING = threading.Lock()
 
@@ -34,7 +35,7 @@ class RayExecutor:
         # The whole environment, because a running cluster does not have this run's.
         variables = worker_environment(env)
         if not here or options.gpus:
-            variables.pop(DEVICES, None)
+            variables.pop(VISIBLE, None)
         resources: dict[str, Any] = {"num_cpus": options.cpus, "num_gpus": options.gpus, "max_retries": 0}
         task = ray.remote(run_job).options(name=request.stem, **resources)
         directory = job_directory(request)

@@ -24,6 +24,7 @@ from speculators.config.schema import from_builtins
 from speculators.job import Request, write_json
 from speculators.runner.execution.lease import Lease, LeaseReader, read_note, write_note
 from speculators.runner.executors.local import LocalExecutor, LocalHandle
+from speculators.runner.hardware import VISIBLE
 from speculators.runner.servers import guard, vllm
 from speculators.runner.servers.server import find_dead
 from speculators.timeouts import (
@@ -36,7 +37,6 @@ from speculators.timeouts import (
 
 STOPPED = 128 + signal.SIGTERM
 """Exit code of a worker that stopped because it was asked to."""
-DEVICES = "CUDA_VISIBLE_DEVICES"
 
 
 class ClusterJob(Protocol):
@@ -140,7 +140,7 @@ class JobServers:
     def __init__(self, request: Path, env: Mapping[str, str]) -> None:
         self._path, self._request = request, Request.read(request)
         orders = {name: from_builtins(vllm.ServerOrder, order) for name, order in self._request.orders.items()}
-        self._servers = {name: vllm.make_server(order, env) for name, order in orders.items()}
+        self._servers = {name: vllm.make_server(order, {**env, **job_devices(order)}) for name, order in orders.items()}
 
     def start(self) -> None:
         """Start all servers and return at once."""
@@ -257,7 +257,7 @@ def run_job(directory: Path, request: Path, log: Path, env: dict[str, str], use_
     counts instead.
     """
     if use_env_devices:
-        os.environ.pop(DEVICES, None)
+        os.environ.pop(VISIBLE, None)
     WorkerJob(directory).run(request, log, env)
 
 
@@ -266,10 +266,17 @@ def job_directory(request: Path) -> Path:
     return Path(tempfile.mkdtemp(prefix=f"{request.stem}-", dir=request.parent))
 
 
+def job_devices(order: vllm.ServerOrder) -> dict[str, str]:
+    """The CUDA_VISIBLE_DEVICES of a server in a job: its numbers among the GPUs that the cluster gave the job."""
+    visible = os.environ.get(VISIBLE, "").split(",")
+    names = [visible[n] if n < len(visible) and visible[n] else str(n) for n in order.devices]
+    return {VISIBLE: ",".join(names)} if names else {}
+
+
 def seen_devices(env: Mapping[str, str]) -> dict[str, str]:
     """The CUDA_VISIBLE_DEVICES that a stage of this runner would see, as {name: value}; {} if it is not set."""
-    devices = {**os.environ, **env}.get(DEVICES)
-    return {} if devices is None else {DEVICES: devices}
+    devices = {**os.environ, **env}.get(VISIBLE)
+    return {} if devices is None else {VISIBLE: devices}
 
 
 def _worker_lives(state: Mapping[str, Any]) -> bool:

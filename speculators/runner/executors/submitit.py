@@ -19,7 +19,8 @@ from typing import Any
 from speculators.config.schema import ExecutorOptions
 from speculators.errors import StageError
 from speculators.runner.executors.local import python_path
-from speculators.runner.executors.remote import DEVICES, RemoteHandle, WorkerJob, job_directory, seen_devices
+from speculators.runner.executors.remote import RemoteHandle, WorkerJob, job_directory, seen_devices
+from speculators.runner.hardware import VISIBLE
 
 _SUBMITTING = threading.Lock()
 """Held while this process has the environment of a job."""
@@ -72,7 +73,7 @@ class Task:
             with contextlib.suppress(PermissionError):
                 os.setsid()
             signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
-            os.environ.pop(DEVICES, None)
+            os.environ.pop(VISIBLE, None)
         self._worker_job = WorkerJob(directory)
         self._worker_job.run(request, log, env)
 

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import errno
 import json
-import os
-import shutil
 import socket
 from collections.abc import Mapping
 from pathlib import Path
@@ -14,10 +12,11 @@ from typing import Any
 from speculators.config.choices import Device
 from speculators.config.schema import Config
 from speculators.errors import ContractError, RecipeError
-from speculators.runner import executors
+from speculators.runner import executors, hardware
 from speculators.runner.planning import graph
 from speculators.runner.planning.derive import Facts
 from speculators.runner.planning.graph import Node
+from speculators.runner.servers import vllm
 
 CHATTING = {"regenerate", "tokenize", "evaluate"}
 """Kinds of stages that need the chat template."""
@@ -54,16 +53,19 @@ def _check_device(config: Config, nodes: Mapping[str, Node]) -> None:
         "train.device": any(node.spec.trains for node in local) and config.train.device is Device.cuda,
         "hardware.device": starts_server and config.hardware.device is Device.cuda,
     }
-    for option, needed in needs_gpu.items():
-        if needed and not has_gpu():
-            raise RecipeError(f"{option}=cuda: this machine has no NVIDIA GPU", f"{option}=cpu, or {option}=auto")
-
-
-def has_gpu() -> bool:
-    """Whether this machine seems to have an NVIDIA GPU, by its device files and nvidia-smi, without importing torch."""
-    if os.environ.get("CUDA_VISIBLE_DEVICES") in ("", "-1"):
-        return False
-    return any(Path("/dev").glob("nvidia[0-9]*")) or shutil.which("nvidia-smi") is not None
+    options = [option for option, needed in needs_gpu.items() if needed]
+    requested = config.hardware.gpus
+    if config.hardware.gpu_memory_gib is not None or not (options or (requested and vllm.device(config) == "cuda")):
+        return  # described GPUs need not be here for a plan
+    count = len(hardware.find_machine().gpus)
+    if options and not count:
+        hint = f"{options[0]}=cpu, or {options[0]}=auto"
+        raise RecipeError(f"{options[0]}=cuda: this machine has no NVIDIA GPU", hint)
+    if requested and local and requested > count:
+        raise RecipeError(
+            f"hardware.gpus={requested}: this machine has {count}",
+            f"hardware.gpus={count or 'null'}, or describe the GPUs to plan for others: hardware.gpu_memory_gib=N",
+        )
 
 
 def _check_port(config: Config, nodes: Mapping[str, Node]) -> None:

@@ -30,6 +30,12 @@ class Facts:
     key_value_heads: int | None = None
     positions: int | None = None
     """Longest sequence of the target, in tokens; None if unknown, or extended by rotary scaling."""
+    head_dim: int | None = None
+    """Width of a head, and width inside the MLPs; None without a checkpoint."""
+    intermediate_size: int | None = None
+    sliding_window: int | None = None
+    """Tokens that the attention of `windowed_layers` layers reaches back."""
+    windowed_layers: int = 0
 
 
 def facts(config: Config, checkpoint: Path | None) -> Facts | None:
@@ -64,7 +70,16 @@ def facts(config: Config, checkpoint: Path | None) -> Facts | None:
             )
     heads = text.get("num_attention_heads")
     groups = text.get("num_key_value_heads") or heads
-    return Facts(**actual, heads=heads, key_value_heads=groups, positions=_positions(text))
+    return Facts(
+        **actual,
+        heads=heads,
+        key_value_heads=groups,
+        positions=_positions(text),
+        head_dim=text.get("head_dim") or (text["hidden_size"] // heads if heads else None),
+        intermediate_size=text.get("intermediate_size"),
+        sliding_window=text.get("sliding_window"),
+        windowed_layers=(text.get("layer_types") or []).count("sliding_attention"),
+    )
 
 
 def _positions(text: Mapping[str, Any]) -> int | None:

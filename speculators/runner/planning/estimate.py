@@ -11,11 +11,12 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from speculators.errors import StoreError
-from speculators.runner.execution import schedule
-from speculators.runner.execution.schedule import GIB, Split
+from speculators.runner.execution.placement import PlacedServer, Placement, Split, counted
+from speculators.runner.hardware import GIB
 from speculators.runner.planning import derive, graph
 from speculators.runner.planning.graph import TARGET
 from speculators.runner.planning.plan import Planner, State, Step
+from speculators.runner.planning.serving import server_order
 from speculators.runner.servers import vllm
 from speculators.runner.store import upkeep
 from speculators.runner.store.artifacts import Store, existing, free_bytes
@@ -34,6 +35,10 @@ class ServerNeed:
     stage: str
     mode: str
     command: str
+    phase: int = 0
+    """Phases of a stage follow each other; the servers of one phase run at the same time."""
+    devices: list[int] = field(default_factory=list)
+    """Numbers of its GPUs among those of the stage, from 0; empty on a CPU."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -60,6 +65,14 @@ class Needs:
     """Whether the speed is that of generation, so that the duration is an upper bound."""
     splits: dict[str, Split] = field(default_factory=dict)
     """How each training from a live server shares the machine with it."""
+    stages: dict[str, str] = field(default_factory=dict)
+    """GPUs of each stage that uses some: `2 servers of 4 GPUs (tensor 4), one after the other`."""
+    machine: str = ""
+    """GPUs, or cores and memory, that the plan is made for."""
+    described: bool = False
+    """The recipe describes these GPUs, and this machine does not have them."""
+    notes: list[str] = field(default_factory=list)
+    """What could not be derived or checked, and why."""
     store: str = ""
     """Path of the store."""
     free_bytes: int = 0
@@ -79,24 +92,23 @@ def estimate(planner: Planner, steps: Mapping[str, Step]) -> Needs:
     """
     config = planner.config
     open_steps = [s for s in steps.values() if s.state in (State.run, State.waits)]
-    servers = [
-        ServerNeed(stage=_server_user(step.node), mode=serving.mode, command=shlex.join(_argv(planner, serving, steps)))
-        for step in _first_workers(open_steps)
-        for phase in graph.phases(step.node, config)
-        for serving in phase
-        if not config.serve.url
-    ]
+    placements = {step.node.name: planner.placement(step.node) for step in open_steps}
+    uses_devices = any(placement.devices and placement.on_this_machine for placement in placements.values())
     root, quota = planner.store.root, int(config.run.quota_gib * 2**30)
     needs = Needs(
-        servers=servers,
+        servers=_servers(planner, steps, open_steps),
+        splits={name: placement.split for name, placement in placements.items() if placement.split is not None},
+        stages={name: used for name, placement in placements.items() if (used := _devices_used(placement))},
+        machine=str(planner.machine) if uses_devices else "",
+        described=uses_devices and planner.machine.described,
+        notes=sorted({note for placement in placements.values() for note in placement.notes}),
         store=str(root),
         free_bytes=free_bytes(root),
         writable=_writable(root),
         store_bytes=upkeep.store_bytes(planner.store) if quota else 0,
         quota_bytes=quota,
+        stage_seconds={s.node.name: None for s in open_steps},
     )
-    splits = {s.node.name: split for s in open_steps if (split := schedule.split(s.node, config)) is not None}
-    needs = replace(needs, splits=splits, stage_seconds={s.node.name: None for s in open_steps})
     extracting = [s for s in open_steps if ("features" in s.node.spec.gives or s.node.draws) and not s.node.parts]
     if not extracting or planner.facts is None:
         return needs
@@ -126,6 +138,23 @@ def estimate(planner: Planner, steps: Mapping[str, Step]) -> Needs:
         prefill_seconds=prefilled / speed if speed else 0.0,
         prefill_at_most=bool(speed and not measured),
     )
+
+
+def _servers(planner: Planner, steps: Mapping[str, Step], open_steps: list[Step]) -> list[ServerNeed]:
+    """The servers that are started for these steps, in the order in which they are needed."""
+    return [
+        ServerNeed(
+            stage=_server_user(step.node),
+            mode=placed.serving.mode,
+            command=shlex.join(_argv(planner, step.node, placed, steps)),
+            phase=phase,
+            devices=list(placed.devices) if placed.utilization is not None else [],
+        )
+        for step in _first_workers(open_steps)
+        for phase, servers in enumerate(planner.placement(step.node).phases)
+        for placed in servers
+        if not planner.config.serve.url
+    ]
 
 
 def refuse_if_too_large(needs: Needs) -> None:
@@ -194,6 +223,24 @@ def _device(path: Path) -> int:
     return existing(path).stat().st_dev
 
 
+def _devices_used(placement: Placement) -> str:
+    """The GPUs of a stage's servers and training, in words; empty without any."""
+    phases: list[str] = []
+    for servers in placement.phases:
+        if not servers or servers[0].utilization is None:
+            continue
+        names = " and ".join(server.serving.name for server in servers if server.serving.name != TARGET) or "server"
+        sizes = f" ({servers[0]})" if str(servers[0]) else ""
+        phases.append(f"{names} on {counted(servers[0].ranks)}{' each' if len(servers) > 1 else ''}{sizes}")
+    text = ", then ".join(phases)
+    if not placement.gpus or not placement.worker:
+        return text
+    training = f"training on {counted(placement.processes)}" + (" (fsdp)" if placement.fsdp else "")
+    if placement.split is not None and placement.split.shared:
+        training += f" of them, which leaves the server {placement.phases[0][0].utilization:.0%} of their memory"
+    return ", ".join(filter(None, [text, training]))
+
+
 def _first_workers(steps: list[Step]) -> list[Step]:
     """The steps without further workers of the same stage, whose servers are alike."""
     firsts: dict[str, Step] = {}
@@ -239,17 +286,6 @@ def _speed(planner: Planner, steps: Mapping[str, Step], fields: Mapping[str, str
     return max(speeds, default=("", 0.0))[1]
 
 
-def _argv(planner: Planner, serving: graph.Serving, steps: Mapping[str, Step]) -> list[str]:
-    target = steps[TARGET].path or Path("TARGET")
-    return vllm.argv(
-        planner.config,
-        mode=serving.mode,
-        dtype=serving.dtype.name,
-        target=target,
-        draft=Path("DRAFT") if serving.mode == "speculative" else None,
-        capture_layer_ids=planner.derived.get("capture_layer_ids", []) if serving.mode == "extract" else None,
-        max_model_len=derive.max_model_len(planner.config, planner.facts),
-        model="target-NONCE",
-        port=planner.config.serve.port,
-        hidden_states_dir=Path("STATES"),
-    )
+def _argv(planner: Planner, node: graph.Node, placed: PlacedServer, steps: Mapping[str, Step]) -> list[str]:
+    order = server_order(planner, node, placed, steps, Path("DIRECTORIES"), Path("LOGS"))
+    return vllm.command(order, model="target-NONCE", port=order.config.serve.port, hidden_states_dir=Path("STATES"))

@@ -8,6 +8,7 @@ process or writes a file.
 from __future__ import annotations
 
 import enum
+import functools
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -17,9 +18,12 @@ from speculators.config.fields import identity
 from speculators.config.schema import Config
 from speculators.errors import ServiceError
 from speculators.packages import installed_version
+from speculators.runner import hardware
 from speculators.runner.execution import schedule
+from speculators.runner.execution.placement import Placement, placement_for
 from speculators.runner.planning import checks, derive, graph, key, sources
 from speculators.runner.planning.graph import TARGET, Node
+from speculators.runner.planning.sizes import Sizes, sizes_of
 from speculators.runner.servers import vllm
 from speculators.runner.store.artifact import Artifact
 from speculators.runner.store.artifacts import Store
@@ -82,17 +86,38 @@ class Planner:
         self.packages = {p: installed_version(p) or "" for n in self.graph.values() for p in n.spec.packages}
         self.derived: dict[str, Any] = {}
         self.facts: derive.Facts | None = None
+        self._placements: dict[str, Placement] = {}
         self.learn_target()
 
     def learn_target(self) -> None:
         """Compute derived values if the target's config.json is available; called again after it is fetched."""
         if TARGET not in self.graph:
             return
+        self._placements.clear()
         checkpoint = self.step(TARGET, {}).path
         self.facts = derive.facts(self.config, checkpoint)
         if self.facts is not None:
             checks.check_target(self.config, self.graph, checkpoint, self.facts)
             self.derived = derive.derive(self.config, self.facts)
+
+    @functools.cached_property
+    def machine(self) -> hardware.Machine:
+        """The machine that the recipe is planned for. GPUs are not looked for where vLLM runs on the CPU."""
+        if vllm.device(self.config) == "cpu":
+            return hardware.find_machine(look_for_gpus=False)
+        return hardware.machine_of(self.config.hardware)
+
+    def placement(self, node: Node) -> Placement:
+        """Where the servers and the process of a stage run; as `placement_for` raises for what does not fit."""
+        if node.name not in self._placements:
+            self._placements[node.name] = placement_for(node, self.config, self.machine, self._sizes())
+        return self._placements[node.name]
+
+    def _sizes(self) -> Sizes:
+        if TARGET not in self.graph:
+            return Sizes()
+        longest = derive.max_model_len(self.config, self.facts)
+        return sizes_of(self.config, self.facts, self.step(TARGET, {}).path, longest)
 
     def plan(self) -> list[Step]:
         """Plan every node, in data-flow order, from the content of the store; leaves out workers of cached nodes."""

@@ -1,4 +1,4 @@
-"""The servers of one run: one for each mode, dtype and draft, started when a stage needs it and shared by stages.
+"""The servers of one run: one for each mode, dtype, draft and size, started when a stage needs it, shared by stages.
 
 A server is in use while a stage has a lease on it. Afterwards it stays up as long as an upcoming stage needs it and no
 other stage needs its devices. A dead server is replaced at the next lease; the stages that used it are retried.
@@ -11,25 +11,37 @@ from __future__ import annotations
 
 import secrets
 import time
-from collections.abc import Collection, Generator, Iterable, Mapping
-from dataclasses import replace
+from collections.abc import Collection, Generator, Mapping, Sequence
 from pathlib import Path
+from typing import NamedTuple
 
-from speculators.config.choices import Connector
 from speculators.runner import executors
-from speculators.runner.execution import schedule
 from speculators.runner.execution.endings import TransientError
 from speculators.runner.execution.events import Events
-from speculators.runner.execution.schedule import Devices
-from speculators.runner.planning import derive
-from speculators.runner.planning.graph import TARGET, Node, Serving
+from speculators.runner.execution.placement import Devices, PlacedServer, device_environment
+from speculators.runner.planning.graph import Node
 from speculators.runner.planning.plan import Planner, Step
+from speculators.runner.planning.serving import cores_of, server_order
 from speculators.runner.servers import vllm
 from speculators.runner.servers.server import Server, external
 from speculators.timeouts import SERVER_STOP_POLL_SECONDS
 
-Key = tuple[str, str, str, int]
-"""Mode, dtype, digest of the draft, and number of cores (0: all)."""
+
+class Key(NamedTuple):
+    """What stages must need alike to share a server."""
+
+    mode: str
+    dtype: str
+    draft: str
+    """Digest of the draft, for `speculative`."""
+    cores: int
+    """CPU cores; 0: all."""
+    sizes: tuple[int, int, int]
+    """Tensor, pipeline and data parallel size."""
+    utilization: float | None
+
+
+Phase = Sequence[PlacedServer]
 
 
 class ServerPool:
@@ -48,19 +60,22 @@ class ServerPool:
         """Servers that start in the jobs of workers on other machines, by node."""
         self._stopping: list[tuple[Devices, Server]] = []
 
-    def key(self, serving: Serving, node: Node, upcoming: Iterable[Node]) -> Key:
-        """The key of the server that a stage needs. `upcoming` are the other stages that may still run."""
-        draft = self._steps[node.inputs["speculator"]].digest if serving.mode == "speculative" else ""
-        mode = serving.mode
-        native = self.planner.config.extract.connector is Connector.native
-        if mode == "generate" and native and any(n.mode == "extract" and not self._cores(n) for n in upcoming):
-            # One server does both: the native connector exports hidden states only for requests that ask for them.
-            mode = "extract"
-        return mode, serving.dtype.name, draft, self._cores(node)
+    def key(self, placed: PlacedServer, node: Node) -> Key:
+        """The key of a server that a stage needs."""
+        serving = placed.serving
+        return Key(
+            mode=serving.mode,
+            dtype=serving.dtype.name,
+            draft=self._steps[node.inputs["speculator"]].digest if serving.mode == "speculative" else "",
+            cores=cores_of(self.planner.placement(node)),
+            sizes=(placed.tensor, placed.pipeline, placed.data),
+            utilization=placed.utilization,
+        )
 
-    def devices_of(self, keys: Collection[Key]) -> Devices:
-        """Devices of the first of these servers that is up; () if none is."""
-        return next((devices for key, devices in self._running if key in keys), ())
+    def devices_of(self, phase: Phase, node: Node) -> set[int]:
+        """Devices of the servers of this phase that are up."""
+        keys = {self.key(placed, node) for placed in phase}
+        return {device for key, devices in self._running if key in keys for device in devices}
 
     def idle_devices(self) -> set[int]:
         """Devices with a server that no stage uses at the moment."""
@@ -71,25 +86,20 @@ class ServerPool:
         in_use = [*(devices for _, devices in self._running), *(devices for devices, _ in self._stopping)]
         return {device for devices in in_use for device in devices}
 
-    def lease(
-        self, node: Node, servings: Mapping[Key, Serving], devices: Devices
-    ) -> Generator[None, None, dict[str, Server]]:
+    def lease(self, node: Node, phase: Phase, devices: Devices) -> Generator[None, None, dict[str, Server]]:
         """Start or reuse the servers of one phase; return them by the stage's names for them once all are ready.
 
-        Other servers on these devices, and dead ones, are stopped first. A stage that streams hidden states while it
-        trains shares its devices with the server. For a stage with remote servers nothing starts here.
+        Other servers on these devices, and dead ones, are stopped first. For a stage with remote servers nothing starts
+        here.
 
         Raises:
             ServiceError: a server does not start.
             TransientError: a server does not start, but another attempt may succeed.
         """
         if executors.has_remote_servers(self.planner.config, node.kind):
-            self._orders[node.name] = {serving.name: self._order(key, node) for key, serving in servings.items()}
+            self._orders[node.name] = {placed.serving.name: self._order(placed, node) for placed in phase}
             return {}
-        server_devices, self._worker_devices[node.name] = schedule.parts(
-            node, self.planner.config, devices, self.devices_of(servings)
-        )
-        needed = {(key, server_devices) for key in servings}
+        needed = self._assign(node, phase, devices)
         self._leases[node.name] = []
         for entry in list(self._running):
             if set(entry[1]) & set(devices) and (entry not in needed or self._running[entry].poll() == "dead"):
@@ -97,11 +107,10 @@ class ServerPool:
         while any(set(used) & set(devices) for used, _ in self._stopping):
             yield
         leased = {}
-        for key, serving in servings.items():
-            entry = key, server_devices
+        for entry, placed in needed.items():
             if entry not in self._running:
-                self._running[entry] = self._start(key, node, server_devices)
-            leased[serving.name] = self._running[entry]
+                self._running[entry] = self._start(placed, node, entry[1])
+            leased[placed.serving.name] = self._running[entry]
             self._leases[node.name].append(self._running[entry])
         began = time.monotonic()
         waiting = [server for server in leased.values() if server.state != "ready"]
@@ -118,9 +127,12 @@ class ServerPool:
 
     def worker_environment(self, node: Node) -> Mapping[str, str]:
         """Environment variables that keep a worker off its servers' devices and cores; call it after `lease`."""
-        config = self.planner.config
-        devices = self._worker_devices.get(node.name, ())
-        return {**schedule.device_environment(config, devices), **schedule.threads(node, config)}
+        planner, placement = self.planner, self.planner.placement(node)
+        if not placement.devices or not placement.on_this_machine:
+            return {}
+        split = placement.split
+        threads = {"OMP_NUM_THREADS": str(split.training)} if split is not None and split.unit == "cores" else {}
+        return {**device_environment(planner.config, planner.machine, self._worker_devices[node.name]), **threads}
 
     def orders(self, node: Node) -> Mapping[str, vllm.ServerOrder]:
         """Servers that the stage's job has to start on its machine, by its names for them; call it after `lease`."""
@@ -157,9 +169,25 @@ class ServerPool:
         for server in [*self._running.values(), *(server for _, server in self._stopping)]:
             server.kill()
 
-    def _cores(self, node: Node) -> int:
-        divided = schedule.split(node, self.planner.config)
-        return divided.server if divided is not None and divided.unit == "cores" else 0
+    def _assign(self, node: Node, phase: Phase, devices: Devices) -> dict[tuple[Key, Devices], PlacedServer]:
+        """Assign a stage's devices to the servers of a phase, which keep those that they run on, and to its worker."""
+        placement = self.planner.placement(node)
+        numbered: dict[int, int] = {}  # numbers within the placement -> devices
+        for placed in phase:
+            key = self.key(placed, node)
+            running = (used for other, used in self._running if other == key and set(used) <= set(devices))
+            used = next((used for used in running if not set(used) & set(numbered.values())), ())
+            numbered |= dict(zip(placed.devices, used, strict=False))
+        others = (device for device in devices if device not in set(numbered.values()))
+        for number in range(placement.devices):
+            if number not in numbered and (device := next(others, None)) is not None:
+                numbered[number] = device
+
+        def assigned(numbers: Devices) -> Devices:
+            return tuple(sorted(numbered[number] for number in numbers))
+
+        self._worker_devices[node.name] = assigned(placement.worker)
+        return {(self.key(placed, node), assigned(placed.devices)): placed for placed in phase}
 
     def _in_use(self, server: Server) -> bool:
         return any(server is used for lease in self._leases.values() for used in lease)
@@ -169,33 +197,18 @@ class ServerPool:
         server.close()
         self._stopping.append((entry[1], server))
 
-    def _start(self, key: Key, node: Node, devices: Devices) -> Server:
-        config, (mode, dtype, _, _) = self.planner.config, key
-        if config.serve.url:
-            nonce = secrets.token_hex(4)
-            server = external(config, mode, self._directories / nonce, self._logs / f"vllm-{mode}-{dtype}-{nonce}.log")
+    def _start(self, placed: PlacedServer, node: Node, devices: Devices) -> Server:
+        planner, mode = self.planner, placed.serving.mode
+        if planner.config.serve.url:
+            nonce, log = secrets.token_hex(4), f"vllm-{mode}-{placed.serving.dtype.name}"
+            directory = self._directories / nonce
+            server = external(planner.config, mode, directory, self._logs / f"{log}-{nonce}.log")
         else:
-            server = vllm.make_server(self._order(key, node), schedule.device_environment(config, devices))
+            environment = device_environment(planner.config, planner.machine, devices)
+            server = vllm.make_server(self._order(placed, node), environment)
         server.start()
         self.events.emit("service.starting", service=server.name, mode=mode, log=str(server.spec.log))
         return server
 
-    def _order(self, key: Key, node: Node) -> vllm.ServerOrder:
-        config, (mode, dtype, _, cores) = self.planner.config, key
-        draft = self._steps[node.inputs["speculator"]].path if mode == "speculative" else None
-        target = self._steps[TARGET].path
-        assert target is not None, "the target is fetched before a server is started for it"
-        if executors.has_remote_servers(config, node.kind):  # another job on that machine may use the configured port
-            config = replace(config, serve=replace(config.serve, port=0))
-        return vllm.ServerOrder(
-            config=config,
-            mode=mode,
-            dtype=dtype,
-            target=str(target.absolute()),
-            draft=str(draft / "best") if draft else "",
-            capture_layer_ids=self.planner.derived["capture_layer_ids"] if mode == "extract" else None,
-            max_model_len=derive.max_model_len(config, self.planner.facts),
-            cores=cores,
-            directories=str(self._directories),
-            logs=str(self._logs),
-        )
+    def _order(self, placed: PlacedServer, node: Node) -> vllm.ServerOrder:
+        return server_order(self.planner, node, placed, self._steps, self._directories, self._logs)

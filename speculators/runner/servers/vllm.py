@@ -14,7 +14,7 @@ import secrets
 import shutil
 import sys
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +22,7 @@ from speculators.config.choices import Connector
 from speculators.config.schema import Config
 from speculators.errors import RecipeError
 from speculators.packages import installed_version, is_installed
+from speculators.runner.hardware import usable_cores
 from speculators.runner.servers import threads
 from speculators.runner.servers.server import Server, ServerSpec, free_port, mooncake_store
 
@@ -68,6 +69,8 @@ class ServerOrder:
     max_model_len: int
     cores: int = 0
     """CPU cores that it uses, the first ones; 0: all."""
+    devices: list[int] = field(default_factory=list)
+    """Numbers of its GPUs among those that are visible where it starts; empty on a CPU."""
     directories: str
     """Parent of the server's own directory."""
     logs: str
@@ -83,8 +86,20 @@ def make_server(order: ServerOrder, environment: Mapping[str, str]) -> Server:
     # A speculative and a baseline server run together, so a configured port is the first of two.
     port = config.serve.port + (order.mode == "speculative") if config.serve.port else free_port()
     directory, model = Path(order.directories) / nonce, f"target-{nonce}"
-    arguments = argv(
-        config,
+    arguments = command(order, model=model, port=port, hidden_states_dir=directory / "states")
+    variables = {**environment, **server_environment(config, api_key=key, cores=order.cores)}
+    spec = ServerSpec(
+        name=nonce, mode=order.mode, argv=arguments, env=variables, url=f"http://{HOST}:{port}", model=model,
+        api_key=key, log=Path(order.logs) / f"vllm-{order.mode}-{order.dtype}-{nonce}.log",
+        mooncake=mooncake_store(config),
+    )  # fmt: skip
+    return Server(spec, directory)
+
+
+def command(order: ServerOrder, *, model: str, port: int, hidden_states_dir: Path) -> list[str]:
+    """The command line of an order, which `plan` prints and `make_server` starts."""
+    return argv(
+        order.config,
         mode=order.mode,
         dtype=order.dtype,
         target=Path(order.target),
@@ -93,15 +108,8 @@ def make_server(order: ServerOrder, environment: Mapping[str, str]) -> Server:
         max_model_len=order.max_model_len,
         model=model,
         port=port,
-        hidden_states_dir=directory / "states",
+        hidden_states_dir=hidden_states_dir,
     )
-    variables = {**environment, **server_environment(config, api_key=key, cores=order.cores)}
-    spec = ServerSpec(
-        name=nonce, mode=order.mode, argv=arguments, env=variables, url=f"http://{HOST}:{port}", model=model,
-        api_key=key, log=Path(order.logs) / f"vllm-{order.mode}-{order.dtype}-{nonce}.log",
-        mooncake=mooncake_store(config),
-    )  # fmt: skip
-    return Server(spec, directory)
 
 
 def argv(
@@ -119,9 +127,10 @@ def argv(
 ) -> list[str]:
     """vLLM's command line. `extract` needs `capture_layer_ids`, `speculative` needs `draft`.
 
+    Sizes that are null in `config.serve` are left to vLLM; `PlacedServer.resolve` gives them values.
     It runs the module and not `vllm serve`, because the wheel for CPUs has no such command.
     """
-    serve = config.serve
+    serve, on_cpu = config.serve, device(config) == "cpu"
     arguments = [_interpreter(serve.python), "-m", "vllm.entrypoints.openai.api_server"]
     arguments += ["--host", HOST, "--port", str(port)]
     arguments += ["--model", str(target.absolute()), "--served-model-name", model]
@@ -130,19 +139,19 @@ def argv(
     arguments += ["--generation-config", "vllm"]
     arguments += ["--no-enable-log-requests", "--uvicorn-log-level", "warning"]
     arguments += [_prefix_caching(mode)]
-    if serve.enforce_eager:
+    if on_cpu if serve.enforce_eager is None else serve.enforce_eager:
         arguments += ["--enforce-eager"]
     for kind in PARALLEL:
-        if (size := getattr(serve, f"{kind}_parallel")) > 1:
+        if (size := getattr(serve, f"{kind}_parallel") or 1) > 1:
             arguments += [f"--{kind}-parallel-size", str(size)]
     if config.target.trust_remote_code:
         arguments += ["--trust-remote-code"]
-    if device(config) == "cpu":
+    if on_cpu:
         arguments += ["--kv-cache-memory-bytes", str(int(serve.kv_cache_gib * 2**30))]
         if _one_process(config):
             arguments += ["--distributed-executor-backend", ONE_PROCESS]
-    else:
-        arguments += ["--gpu-memory-utilization", str(serve.gpu_memory_utilization)]
+    elif serve.gpu_memory_utilization is not None:
+        arguments += ["--gpu-memory-utilization", f"{serve.gpu_memory_utilization:g}"]
     if mode == "speculative":
         assert draft is not None
         arguments += ["--speculative_config", json.dumps(_speculative(config, draft.absolute()))]
@@ -150,7 +159,7 @@ def argv(
         assert capture_layer_ids is not None
         arguments += ["--speculative_config", json.dumps(_extraction(capture_layer_ids))]
         arguments += ["--kv_transfer_config", json.dumps(_connector(config, dtype, hidden_states_dir.absolute()))]
-        if device(config) == "cpu" and config.extract.connector is Connector.native:
+        if on_cpu and config.extract.connector is Connector.native:
             arguments += ["--scheduler-cls", "speculators.engine.connector.ExtractionScheduler"]
     return [*arguments, *serve.extra_args]
 
@@ -176,7 +185,7 @@ def server_environment(config: Config, *, api_key: str, cores: int = 0) -> dict[
 
 def ranks(config: Config) -> int:
     """Number of devices that one server uses."""
-    return math.prod(getattr(config.serve, f"{kind}_parallel") for kind in PARALLEL)
+    return math.prod(getattr(config.serve, f"{kind}_parallel") or 1 for kind in PARALLEL)
 
 
 def check_extraction(config: Config) -> None:
@@ -344,13 +353,6 @@ def _mooncake(config: Config) -> dict[str, Any]:
         "protocol": options.protocol,
         "device_name": options.device,
     }
-
-
-def usable_cores() -> list[int]:
-    """The cores that this process may run on."""
-    if hasattr(os, "sched_getaffinity"):
-        return sorted(os.sched_getaffinity(0))
-    return list(range(os.cpu_count() or 1))
 
 
 def _one_process(config: Config) -> bool:

@@ -17,7 +17,7 @@ from typing import Any
 
 import pytest
 
-from speculators.config.choices import Dtype
+from speculators.config.choices import Device, Dtype
 from speculators.config.schema import Config
 from speculators.errors import ContractError, RecipeError, RunError, ServiceError, StageError, StoreError
 from speculators.runner import executors
@@ -33,6 +33,7 @@ from speculators.runner.servers import vllm
 from speculators.runner.servers.server import ServerSpec
 from speculators.runner.store import upkeep
 from speculators.runner.store.artifacts import Store
+from tests.runner.machines import machine, pretend
 
 KINDS = {
     "seed": Kind(version=1, gives=("grain",), target=False),
@@ -55,11 +56,14 @@ TWO_BRANCHES = {
 class World:
     """One recipe with played workers and servers, and what happened in it."""
 
-    def __init__(self, tmp_path: Path, checkpoint: Path, pipeline: dict[str, dict[str, str]]) -> None:
+    def __init__(
+        self, tmp_path: Path, checkpoint: Path, pipeline: dict[str, dict[str, str]], monkeypatch: pytest.MonkeyPatch
+    ) -> None:
         self.config = Config(recipe="mill", pipeline=pipeline)
         self.config.target.source = str(checkpoint)
         self.config.vocab.size = None
-        self.config.hardware.device = type(self.config.hardware.device).cpu
+        self.config.hardware.device = Device.cpu
+        self.monkeypatch = monkeypatch
         self.config.run.retry_wait = 0.01
         self.config.run.parallel = 4
         self.store = Store(tmp_path / "store")
@@ -73,6 +77,11 @@ class World:
         self.servers: list[PlayedServer] = []
         self.when: dict[tuple[str, int], Callable[[], None]] = {}
         """(node, look) -> what happens at that look at its worker."""
+
+    def has_gpus(self, count: int, gib: float = 80.0) -> None:
+        """Let it be on a machine with so many GPUs."""
+        pretend(self.monkeypatch, machine(count, gib))
+        self.config.hardware.device, self.config.train.batch_tokens = Device.cuda, 8192
 
     def run(self, *words: str) -> Execution:
         """Carry it out once more."""
@@ -202,7 +211,7 @@ def mill(tmp_path: Path, checkpoint: Path, monkeypatch: pytest.MonkeyPatch) -> C
         monkeypatch.setitem(graph.KINDS, name, kind)
 
     def make(pipeline: dict[str, dict[str, str]]) -> World:
-        made.append(World(tmp_path, checkpoint, pipeline))
+        made.append(World(tmp_path, checkpoint, pipeline, monkeypatch))
         return made[0]
 
     class PlayedExecutor:
@@ -247,8 +256,8 @@ def test_one_stage_a_device_and_light_ones_beside_it(mill: Callable[..., World])
     branches = {"seed": {}, "other": {"uses": "grind", "grain": "seed"}}
     world = mill({**branches, "a": {"uses": "press", "grain": "seed"}, "b": {"uses": "weigh", "grain": "seed"}})
     world.lasts = {"a": 20, "b": 20, "other": 5}
-    world.config.hardware.gpus = 2
-    world.config.hardware.device = type(world.config.hardware.device).cuda
+    world.has_gpus(2)
+    world.config.train.num_processes = 1
     world.run()
     assert world.together() == 3
     assert {world.env[n]["CUDA_VISIBLE_DEVICES"] for n in "ab"} == {"0", "1"}
@@ -283,8 +292,8 @@ def shared_out(mill: Callable[..., World], monkeypatch: pytest.MonkeyPatch) -> W
     served = Kind(version=1, gives=("features",), takes={"tokens": "grain"}, serve="extract", derived=("layer_ids",))
     monkeypatch.setitem(graph.KINDS, "extract", served)
     world = mill({"serve": {}, "seed": {}, "extract": {"tokens": "seed", "target": "serve"}})
-    world.config.extract.workers, world.config.hardware.gpus = 2, 2
-    world.config.hardware.device = type(world.config.hardware.device).cuda
+    world.config.extract.workers = 2
+    world.has_gpus(2)
     world.lasts = {"extract.1": 10, "extract.2": 10}
     return world
 
@@ -293,7 +302,8 @@ def test_workers_of_one_stage_run_beside_each_other_each_with_a_server_and_are_j
     steps = shared_out.run().steps
     assert shared_out.together() == 2
     assert len(shared_out.servers) == 2
-    assert {shared_out.env[f"extract.{i}"]["CUDA_VISIBLE_DEVICES"] for i in (1, 2)} == {"0", "1"}
+    assert {server.spec.env["CUDA_VISIBLE_DEVICES"] for server in shared_out.servers} == {"0", "1"}
+    assert {shared_out.env[f"extract.{i}"]["CUDA_VISIBLE_DEVICES"] for i in (1, 2)} == {""}, "it computes nothing"
     assert shared_out.of("stage.started")[-1] == "started extract"
     assert sorted(steps) == ["extract", "seed", "target"], "the parts are in the whole now"
     assert [a.key for a in shared_out.store.artifacts("extract")] == [steps["extract"].key]
@@ -508,15 +518,17 @@ def test_a_server_is_shared_and_given_back_before_its_device_is_needed(mill: Cal
 DRAWING = {"serve": {}, "ask": {"target": "serve"}, "brew": {"tokens": "ask", "target": "serve"}}
 
 
-def test_a_training_that_draws_runs_on_a_gpu_beside_the_server_that_is_already_up(mill: Callable[..., World]) -> None:
+def test_a_training_that_draws_runs_on_a_gpu_beside_its_server(mill: Callable[..., World]) -> None:
     world = mill(DRAWING)
-    world.config.hardware.gpus = 2
-    world.config.hardware.device = type(world.config.hardware.device).cuda
+    world.has_gpus(2)
+    world.config.serve.data_parallel = 1
     world.run()
-    assert world.of("service.starting", "stage.started") == ["starting extract", "started ask", "started brew"]
-    served = world.servers[0].spec.env["CUDA_VISIBLE_DEVICES"]
-    assert {served, world.env["brew"]["CUDA_VISIBLE_DEVICES"]} == {"0", "1"}
-    assert world.env["brew"]["KEY"] == world.servers[0].name
+    order = ["starting generate", "started ask", "starting extract", "started brew"]
+    assert world.of("service.starting", "stage.started") == order, "answers come from a server with prefix caching"
+    generating, extracting = world.servers
+    assert generating.spec.env["CUDA_VISIBLE_DEVICES"] == "0"
+    assert {extracting.spec.env["CUDA_VISIBLE_DEVICES"], world.env["brew"]["CUDA_VISIBLE_DEVICES"]} == {"0", "1"}
+    assert world.env["brew"]["KEY"] == extracting.name
 
 
 def test_on_a_cpu_a_training_that_draws_has_a_server_that_leaves_it_cores(

@@ -102,7 +102,8 @@ def test_states_that_are_stored_in_float8_leave_the_engine_so() -> None:
 def test_a_gpu_is_shared_by_its_memory_and_over_ranks() -> None:
     config = recipe()
     config.hardware.device = Device.cuda
-    config.serve.tensor_parallel, config.serve.enforce_eager, config.target.trust_remote_code = 2, False, True
+    config.serve.tensor_parallel, config.serve.gpu_memory_utilization = 2, 0.9
+    config.target.trust_remote_code = True
     config.serve.extra_args = ["--kv-cache-dtype", "fp8"]
     argv = words(config)
     assert value(argv, "--gpu-memory-utilization") == "0.9"
@@ -111,6 +112,8 @@ def test_a_gpu_is_shared_by_its_memory_and_over_ranks() -> None:
     assert "--enforce-eager" not in argv
     assert "--kv-cache-memory-bytes" not in argv
     assert argv[-2:] == ["--kv-cache-dtype", "fp8"]
+    config.serve.enforce_eager = True
+    assert "--enforce-eager" in words(config), "as the recipe says"
     assert "VLLM_CPU_OMP_THREADS_BIND" not in vllm.server_environment(config, api_key="k")
 
 

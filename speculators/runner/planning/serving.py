@@ -1,0 +1,60 @@
+"""The servers that a plan needs: what `plan` prints and a run starts."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import replace
+from pathlib import Path
+
+from speculators.errors import RecipeError
+from speculators.runner import executors, hardware
+from speculators.runner.execution.placement import PlacedServer, Placement
+from speculators.runner.planning import derive
+from speculators.runner.planning.graph import TARGET, Node
+from speculators.runner.planning.plan import Planner, Step
+from speculators.runner.servers import vllm
+
+
+def check_placements(planner: Planner, nodes: Iterable[Node]) -> None:
+    """Place the stages of a run that starts.
+
+    Raises:
+        RecipeError: one of them fits nowhere, or this machine does not have the GPUs that the recipe describes.
+    """
+    placements = [planner.placement(node) for node in nodes]
+    if planner.machine.described and any(p.gpus and p.on_this_machine for p in placements):
+        raise RecipeError(
+            f"hardware.gpu_memory_gib={planner.config.hardware.gpu_memory_gib:g}: the recipe is made for "
+            f"{planner.machine}, and this machine has {hardware.find_machine()}",
+            "hardware=auto, to use the GPUs of this machine",
+        )
+
+
+def cores_of(placement: Placement) -> int:
+    """CPU cores that a stage's server gets; 0: all."""
+    split = placement.split
+    return split.server if split is not None and split.unit == "cores" else 0
+
+
+def server_order(
+    planner: Planner, node: Node, placed: PlacedServer, steps: Mapping[str, Step], directories: Path, logs: Path
+) -> vllm.ServerOrder:
+    """The order of one server of a stage. Checkpoints that do not exist yet are called `TARGET` and `DRAFT`."""
+    config, mode = placed.resolve(planner.config), placed.serving.mode
+    target = steps[TARGET].path
+    draft = steps[node.inputs["speculator"]].path if mode == "speculative" else None
+    if executors.has_remote_servers(config, node.kind):  # another job on that machine may use the configured port
+        config = replace(config, serve=replace(config.serve, port=0))
+    return vllm.ServerOrder(
+        config=config,
+        mode=mode,
+        dtype=placed.serving.dtype.name,
+        target=str(target.absolute()) if target else "TARGET",
+        draft="" if mode != "speculative" else str(draft / "best") if draft else "DRAFT",
+        capture_layer_ids=planner.derived.get("capture_layer_ids", []) if mode == "extract" else None,
+        max_model_len=derive.max_model_len(config, planner.facts),
+        cores=cores_of(planner.placement(node)),
+        devices=list(placed.devices) if placed.utilization is not None else [],
+        directories=str(directories),
+        logs=str(logs),
+    )
