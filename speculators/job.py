@@ -163,7 +163,7 @@ def phase_marker(index: int, services: Iterable[str]) -> str:
 
     It has their names, since an attempt on another machine may divide servers among phases otherwise.
     """
-    return f"phase-{index}-{'+'.join(sorted(set(services)))}.done"
+    return "-".join(filter(None, ["phase", str(index), *sorted(set(services))])) + ".done"
 
 
 def _endpoint(values: Mapping[str, Any]) -> Endpoint:

@@ -15,8 +15,8 @@ FUNCTION_LINES = 60
 RUNNER_LINES = 7_900
 # 600 more: constraints beside the fields, and the names that other tools have for options.
 # 550 more: the reference of each operation in ops/; shapes, formats and papers in the docstrings; typed rows.
-# 800 more: what fits on which GPUs (see the runner).
-PACKAGE_LINES = 23_750
+# 950 more: what fits on which GPUs (see the runner).
+PACKAGE_LINES = 23_900
 
 
 def lines(path: Path) -> int:
