@@ -192,7 +192,7 @@ class _Placing:
         self._check_explicit_sizes()
         if self.node.draws:
             return self._with_training(phases[0][0])
-        placed = tuple(servers for phase in phases for servers in self._phase(phase))
+        placed = tuple(servers for group in _by_dtype(phases) for servers in self._group(group))
         return Placement(
             phases=placed,
             gpus=True,
@@ -246,18 +246,18 @@ class _Placing:
 
         placed: list[tuple[PlacedServer, ...]] = []
         available = self.machine.memory or math.inf
-        for phase in phases:
-            servers = tuple(self._server(serving, serve.tensor_parallel or 1, None) for serving in phase)
-            one_by_one = [(server,) for server in _baseline_last(servers)]
-            if need(phase[:1]) > available:
-                if self._optional(phase):
+        for group in _by_dtype(phases):
+            if need(group[0][:1]) > available:
+                if self._optional(group):
                     continue
                 raise RecipeError(
-                    f"{self.node.name}: the target's {_gib(self.weights)} in {phase[0].dtype.name} and "
+                    f"{self.node.name}: the target's {_gib(self.weights)} in {group[0][0].dtype.name} and "
                     f"serve.kv_cache_gib={serve.kv_cache_gib:g} do not fit into this machine's memory ({self.machine})",
                     "run it on GPUs: `plan hardware=h100x8` shows what runs there; or choose a smaller target",
                 )
-            placed += [servers] if need(phase) <= available else one_by_one
+            servers = {s: self._server(s, serve.tensor_parallel or 1, None) for phase in group for s in phase}
+            side_by_side = all(need(phase) <= available for phase in group)
+            placed += [tuple(servers[s] for s in phase) for phase in (group if side_by_side else _in_turn(group))]
         streamed = int(train.states_memory_gib * GIB) + self.weights if self.node.draws else 0
         return Placement(
             phases=tuple(placed),
@@ -275,21 +275,28 @@ class _Placing:
         training = max(1, min(self.config.hardware.train_cores or cores // 2, cores - 1))
         return Split(unit="cores", server=max(1, cores - training), training=training, shared=cores == 1)
 
-    def _phase(self, phase: Sequence[Serving]) -> list[tuple[PlacedServer, ...]]:
-        """Place the servers of one phase side by side, or else one after the other; none if it can be left out."""
+    def _group(self, group: Phases) -> list[tuple[PlacedServer, ...]]:
+        """Place the servers of each phase side by side, or else all one after the other; [] if they can be left out."""
+        servings = tuple(dict.fromkeys(serving for phase in group for serving in phase))
         share = max(1, self.gpus // (self.node.part[1] if self.node.part else 1))
-        tensor = self._tensor(phase, share) or self._tensor(phase, self.gpus)
+        tensor = self._tensor(servings, share) or self._tensor(servings, self.gpus)
         if tensor is None:
-            if self._optional(phase):
+            if self._optional(group):
                 return []
-            raise self._too_large(phase)
+            raise self._too_large(servings)
         copies = 1 if self.node.spec.measures else max(1, share // (tensor * self.pipeline))
-        servers = [self._server(serving, tensor, self.utilization, copies) for serving in phase]
-        ranks = servers[0].ranks
-        if len(servers) * ranks > self.gpus:
-            return [(server,) for server in _baseline_last(servers)]
-        numbered = enumerate(servers)
-        return [tuple(replace(s, devices=tuple(range(n * ranks, (n + 1) * ranks))) for n, s in numbered)]
+        ranks = self._server(servings[0], tensor, self.utilization, copies).ranks
+        side_by_side = max(map(len, group)) * ranks <= self.gpus
+        return [
+            tuple(
+                replace(
+                    self._server(serving, tensor, self.utilization, copies),
+                    devices=tuple(range(number * ranks, (number + 1) * ranks)),
+                )
+                for number, serving in enumerate(phase)
+            )
+            for phase in (group if side_by_side else _in_turn(group))
+        ]
 
     def _with_training(self, serving: Serving) -> Placement:
         """Place a server and the training that streams from it: on disjoint GPUs, or else on the same ones."""
@@ -389,9 +396,9 @@ class _Placing:
                 return processes, fsdp
         return None
 
-    def _optional(self, phase: Sequence[Serving]) -> bool:
-        """Whether a phase can be left out: losslessness is checked in float32 where that fits."""
-        return self.node.spec.measures and phase[0].dtype is not self.config.target.dtype
+    def _optional(self, group: Phases) -> bool:
+        """Whether phases can be left out: losslessness is checked in float32 where that fits."""
+        return self.node.spec.measures and group[0][0].dtype is not self.config.target.dtype
 
     def _check_explicit_sizes(self) -> None:
         """Raise RecipeError if a server of the recipe's sizes needs more GPUs than there are, or splits heads."""
@@ -456,9 +463,15 @@ class _Placing:
         return tuple(unknown)
 
 
-def _baseline_last(servers: Sequence[PlacedServer]) -> list[PlacedServer]:
-    """The order of servers that do not fit side by side. The baseline is last: it is asked about tokens that differ."""
-    return sorted(servers, key=lambda server: server.serving.mode == "baseline")
+def _by_dtype(phases: Phases) -> list[Phases]:
+    """Consecutive phases whose servers compute in the same format."""
+    return [tuple(group) for _, group in itertools.groupby(phases, key=lambda phase: phase[0].dtype)]
+
+
+def _in_turn(group: Phases) -> Phases:
+    """A phase for each server. The baseline is last: it is queried about tokens in which the answers differ."""
+    servings = dict.fromkeys(serving for phase in group for serving in phase)
+    return tuple((serving,) for serving in sorted(servings, key=lambda serving: serving.mode == "baseline"))
 
 
 def _gib(count: int) -> str:

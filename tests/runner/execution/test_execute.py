@@ -26,9 +26,11 @@ from speculators.runner.execution.device_locks import DeviceLocks
 from speculators.runner.execution.events import Events
 from speculators.runner.execution.execute import Execution
 from speculators.runner.execution.signals import Interrupted
+from speculators.runner.hardware import GIB
 from speculators.runner.planning import estimate, graph
 from speculators.runner.planning.graph import Kind
 from speculators.runner.planning.plan import Planner
+from speculators.runner.planning.sizes import Sizes
 from speculators.runner.servers import vllm
 from speculators.runner.servers.server import ServerSpec
 from speculators.runner.store import upkeep
@@ -74,6 +76,8 @@ class World:
         """Node -> how often its worker is looked at before it ends."""
         self.seen: list[dict[str, Any]] = []
         self.env: dict[str, dict[str, str]] = {}
+        self.workers: list[str] = []
+        """Nodes whose worker runs."""
         self.servers: list[PlayedServer] = []
         self.when: dict[tuple[str, int], Callable[[], None]] = {}
         """(node, look) -> what happens at that look at its worker."""
@@ -82,6 +86,10 @@ class World:
         """Let it be on a machine with so many GPUs."""
         pretend(self.monkeypatch, machine(count, gib))
         self.config.hardware.device, self.config.train.batch_tokens = Device.cuda, 8192
+
+    def visible(self, node: str) -> set[str]:
+        """The GPUs that a node's worker sees."""
+        return set(filter(None, self.env[node].get("CUDA_VISIBLE_DEVICES", "").split(",")))
 
     def run(self, *words: str) -> Execution:
         """Carry it out once more."""
@@ -129,6 +137,12 @@ class PlayedWorker:
     pid = 0
 
     def poll(self) -> int | None:
+        code = self.look()
+        if code is not None and self.node in self.world.workers:
+            self.world.workers.remove(self.node)
+        return code
+
+    def look(self) -> int | None:
         self.looks += 1
         self.world.when.get((self.node, self.looks), lambda: None)()
         if "kill" in self.asked or ("terminate" in self.asked and self.outcome != "stubborn"):
@@ -169,6 +183,10 @@ class PlayedWorker:
         self.outcome = 0
 
 
+OWNERS: dict[str, PlayedServer] = {}
+"""The servers that are up, or not yet gone."""
+
+
 class PlayedServer:
     """See `server.Server`: ready at the second look."""
 
@@ -178,7 +196,8 @@ class PlayedServer:
         self.spec, self.name, self.mode = spec, spec.name, spec.mode
         self.state, self.looks = "starting", 0
 
-    def start(self) -> None: ...
+    def start(self) -> None:
+        OWNERS[self.name] = self
 
     def poll(self) -> str:
         self.looks += 1
@@ -199,6 +218,7 @@ class PlayedServer:
         self.state = "dead"
 
     def gone(self) -> bool:
+        OWNERS.pop(self.name, None)
         return True
 
     def kill(self) -> None: ...
@@ -218,6 +238,7 @@ def mill(tmp_path: Path, checkpoint: Path, monkeypatch: pytest.MonkeyPatch) -> C
         def submit(self, request: Path, log: Path, env: dict[str, str]) -> PlayedWorker:
             worker = PlayedWorker(made[0], request, log)
             made[0].env[worker.node] = env
+            made[0].workers.append(worker.node)
             return worker
 
     def served(spec: ServerSpec, home: Path) -> PlayedServer:
@@ -515,7 +536,64 @@ def test_a_server_is_shared_and_given_back_before_its_device_is_needed(mill: Cal
     assert "KEY" in world.env["ask"]
 
 
+KNOWN = Sizes(parameters=8_000_000_000, heads=32, key_value_heads=8, cache_values=200_000_000, trained=400_000_000)
+
+
+@pytest.mark.parametrize(("gpus", "gib"), [(1, 80), (2, 80), (2, 24), (3, 80), (8, 80), (8, 24)])
+def test_no_gpu_is_overfull_at_any_time_of_a_run_whatever_the_machine(
+    mill: Callable[..., World], monkeypatch: pytest.MonkeyPatch, gpus: int, gib: float
+) -> None:
+    measuring = Kind(version=1, gives=("note",), takes={"speculator": "beer"}, measures=True)
+    monkeypatch.setitem(graph.KINDS, "evaluate", measuring)
+    monkeypatch.setattr(Planner, "_sizes", lambda self: KNOWN)
+    world = mill({**DRAWING, "press": {"grain": "ask"}, "evaluate": {"speculator": "brew"}})
+    world.has_gpus(gpus, gib)
+    world.lasts = dict.fromkeys(world.config.pipeline, 6)
+    workers: dict[str, set[str]] = {}
+
+    def look() -> None:
+        load = dict.fromkeys(map(str, range(gpus)), 0.0)
+        for server in OWNERS.values():
+            share = float(server.spec.argv[server.spec.argv.index("--gpu-memory-utilization") + 1])
+            load |= {device: load[device] + share for device in server.spec.env["CUDA_VISIBLE_DEVICES"].split(",")}
+        for node in world.workers:
+            training = KNOWN.training_bytes(world.config, max(1, len(world.visible(node))), fsdp=False) / (gib * GIB)
+            load |= {device: load[device] + training for device in world.visible(node)}
+            workers[node] = world.visible(node)
+        assert max(load.values()) <= 1, (load, world.workers)
+
+    world.when |= {(node, number): look for node in world.config.pipeline for number in (1, 3, 5)}
+    world.run()
+    sizes = {server.mode: server.spec.argv for server in world.servers}
+    parallel = {mode: [a for a in argv if a.endswith("-parallel-size")] for mode, argv in sizes.items()}
+    assert parallel["baseline"] == parallel["speculative"]
+    assert "--enable-prefix-caching" in sizes["generate"]
+    assert not any("--enforce-eager" in argv for argv in sizes.values())
+    assert workers["ask"] == workers["evaluate"] == set()
+    assert workers["brew"]
+    assert workers["press"]
+    starts = world.of("service.starting")
+    assert len(starts) == len(set(map(id, world.servers)))
+    assert starts[:2] == ["starting generate", "starting extract"]
+    in_turn = ["starting speculative", "starting baseline"]
+    assert [s for s in starts[2:] if s in in_turn][:2] == (in_turn if gpus == 1 else in_turn[::-1])
+
+
 DRAWING = {"serve": {}, "ask": {"target": "serve"}, "brew": {"tokens": "ask", "target": "serve"}}
+
+
+def test_a_recipe_made_for_other_gpus_is_planned_anywhere_and_runs_where_they_are(mill: Callable[..., World]) -> None:
+    world = mill(SERVED)
+    world.has_gpus(1, 80)
+    world.config.hardware.gpus, world.config.hardware.gpu_memory_gib = 8, 141.0
+    message = r"gpu_memory_gib=141: the recipe is made for 8 x GPU \(141 GiB\), and this machine has 1 x NVIDIA H100"
+    with pytest.raises(RecipeError, match=message) as caught:
+        world.run()
+    assert caught.value.hint == "hardware=auto, to use the GPUs of this machine"
+    assert world.servers == []
+    world.has_gpus(8, 141)
+    world.run()
+    assert world.servers
 
 
 def test_a_training_that_draws_runs_on_a_gpu_beside_its_server(mill: Callable[..., World]) -> None:
