@@ -39,5 +39,6 @@ def test_code_moves_a_digest_and_words_about_it_do_not() -> None:
     assert digest(code) == digest(said)
     for old, new in (("0.95", "0.5"), ("x * 2", "x + 2"), ("None", "False"), ('"a"', '"b"'), ("if x", "if not x")):
         assert digest(code) != digest(code.replace(old, new)), new
+    assert digest("b[a[1:]:2]") != digest("b[a[1:2]:]"), "the end of a node counts"
     assert digest_of_cpp("int a = 1;  // one\n") == digest_of_cpp("int a =\n  1; /* it\nis */")
     assert digest_of_cpp("int a = 1;") != digest_of_cpp("int a = 2;")

@@ -104,7 +104,7 @@ def orthogonalize(matrices: Sequence[Tensor], dtype: torch.dtype, block: int = 0
         shapes = [matrices[index].shape for index in indices]
         x = _wide_buffer(shapes, dtype, matrices[indices[0]].device)
         for index, view in zip(indices, _in_own_shapes(x, shapes), strict=True):
-            view.copy_(matrices[index])
+            view.copy_(_unit_norm(matrices[index]) if dtype is torch.float16 else matrices[index])
         for index, update in zip(indices, _orthogonalize(x, shapes, block), strict=True):
             updates[index] = update.to(matrices[index].dtype).contiguous()
     return updates
@@ -147,7 +147,7 @@ def _orthogonalize(x: Tensor, shapes: Sequence[Sequence[int]], block: int) -> li
         x = nn.functional.pad(x, (0, 0, 0, groups * size - rows))
     x = x.reshape(count * groups, size, columns)
     if x.dtype is torch.float16:  # others have the exponents for products of small numbers (`_rescale`)
-        x.mul_(1.0 / (torch.linalg.vector_norm(x, dim=(1, 2), keepdim=True, dtype=torch.float32) + 1e-30).to(x.dtype))
+        x = _unit_norm(x)
     x, factor = _rational(x) if x.dtype is torch.float32 else _quintics(x)
     if groups > 1:
         return _in_own_shapes((factor @ x).reshape(count, groups * size, columns)[:, :rows], shapes)
@@ -157,6 +157,12 @@ def _orthogonalize(x: Tensor, shapes: Sequence[Sequence[int]], block: int) -> li
         # The factor is symmetric: for a tall matrix the transposed product needs no copy.
         updates += (x[part].mT @ factor[part] if tall else factor[part] @ x[part]).unbind()
     return updates
+
+
+def _unit_norm(x: Tensor) -> Tensor:
+    """Divide matrices [..., k, n] by their Frobenius norms, within the range of their format; zeros stay zeros."""
+    norm = torch.linalg.vector_norm(x, dim=(-2, -1), keepdim=True, dtype=torch.float32)
+    return x * (1.0 / norm).clamp(max=torch.finfo(x.dtype).max).to(x.dtype)
 
 
 def _rational(x: Tensor) -> tuple[Tensor, Tensor]:
@@ -181,6 +187,7 @@ def _quintics(x: Tensor) -> tuple[Tensor, Tensor]:
     """Return [B, k, n] after all quintics but the last, and the factors [B, k, k] of the last."""
     gram = _gram(x)
     length = _rescale(gram)
+    smallest = 1e-6 if x.dtype is torch.float16 else 1e-7  # the factors of a matrix of zeros have to be finite
     for step, coefficients in enumerate(QUINTICS):
         if step:
             x = gram @ x
@@ -189,7 +196,7 @@ def _quintics(x: Tensor) -> tuple[Tensor, Tensor]:
         factors = torch.tensor(coefficients, device=x.device).expand(len(x), 3)
         if not step:
             # The Schatten 8-norm, from the square that is needed anyway.
-            norm = torch.linalg.vector_norm(square, dim=(1, 2), dtype=torch.float32).sqrt().add_(1e-7)[:, None]
+            norm = torch.linalg.vector_norm(square, dim=(1, 2), dtype=torch.float32).sqrt().add_(smallest)[:, None]
             factors = factors * norm ** torch.tensor([-0.5, -1.5, -2.5], device=x.device) / length[:, None]
         _polynomial(gram, square, factors.contiguous())
     return x, gram
@@ -201,6 +208,8 @@ def _rescale(gram: Tensor) -> Tensor:
     Returns: float32 [B], what the matrices themselves would be divided by. Powers of two, so that nothing is rounded.
     """
     squares = gram.diagonal(dim1=-2, dim2=-1).sum(-1, dtype=torch.float32)
+    if gram.dtype is torch.float16:  # of unit norm, or of zeros, whose factors have to be finite
+        squares.clamp_(min=0.25)
     squares = torch.exp2(torch.frexp(squares.add_(1e-30)).exponent)
     for matrix, square in zip(gram, squares, strict=True):
         matrix.div_(square)

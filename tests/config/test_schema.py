@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
 
 import pytest
 
@@ -13,6 +14,8 @@ from speculators.config.fields import identity, iter_options, select, to_builtin
 from speculators.config.foreign_names import CHANGED_MEANING, RENAMED, hint
 from speculators.config.schema import Config, Train, from_builtins
 from speculators.runner.planning.graph import KINDS
+
+NEUTRALS = Path(__file__).parents[1] / "goldens" / "neutrals.json"
 
 
 def test_a_recipe_survives_json(config: Config) -> None:
@@ -49,6 +52,18 @@ def test_an_if_set_field_enters_only_when_set(monkeypatch: pytest.MonkeyPatch) -
     monkeypatch.setattr(field, "metadata", {"policy": "if_set"})
     assert "train.max_grad_norm" not in identity(Config(), ("train.max_grad_norm",))
     assert identity(Config(train=Train(max_grad_norm=2.0)), ("train.max_grad_norm",)) == {"train.max_grad_norm": 2.0}
+
+
+def neutral_values() -> dict[str, object]:
+    """Of every `if_set` option, in each algorithm, the value with which it is left out of keys."""
+    configs = [Config(speculator=speculator()) for speculator in SPECULATORS.values()]
+    options = [option for config in configs for option in iter_options(config)]
+    return {name: to_builtins(default) for name, _, policy, default in options if policy == "if_set"}
+
+
+def test_a_neutral_value_does_not_change_or_old_keys_would_stand_for_it() -> None:
+    changed = "raise the version of the stages that read it, then: python -m tests.goldens.update neutrals"
+    assert neutral_values() == json.loads(NEUTRALS.read_text()), changed
 
 
 def test_no_path_and_no_secret_is_semantic() -> None:

@@ -53,6 +53,7 @@ def _dump(node: object) -> Iterator[str]:
             if name != "ctx" and value is not None and value != []:
                 yield f".{name}"
                 yield from _dump(value)
+        yield ")"
     else:
         yield repr(node)
 

@@ -12,6 +12,7 @@ from pathlib import Path
 from speculators.config import compose
 from speculators.runner.planning.plan import Planner
 from speculators.runner.store.artifacts import Store
+from tests.config.test_schema import NEUTRALS, neutral_values
 from tests.data import test_golden_packs
 from tests.features import test_golden_encoding
 from tests.goldens import stages
@@ -35,8 +36,14 @@ def write_losses() -> None:
     test_golden_losses.update()
 
 
+def write_neutrals() -> None:
+    """The values with which `if_set` options are left out of keys."""
+    NEUTRALS.write_text(json.dumps(neutral_values(), indent=1) + "\n")
+
+
 GOLDENS: dict[str, Callable[[], None]] = {
     "keys": write_keys,
+    "neutrals": write_neutrals,
     "losses": write_losses,
     "encodings": test_golden_encoding.update,
     "packs": test_golden_packs.update,

@@ -69,6 +69,16 @@ def test_directions_that_hardly_move_are_not_blown_up_and_none_is_not_a_number(d
     assert torch.equal(orthogonal(torch.zeros(8, 9), dtype=dtype)[0], torch.zeros(8, 9))
 
 
+@pytest.mark.parametrize("block", [0, 16])
+@pytest.mark.parametrize("dtype", [*TOLERANCE, torch.float16])
+def test_small_matrices_stay_numbers_in_every_format(dtype: torch.dtype, block: int) -> None:
+    draw = torch.Generator().manual_seed(0)
+    for size in (0.0, 1e-12, 1e-7, 1e6):
+        update = orthogonal(size * torch.randn(32, 48, generator=draw), dtype=dtype, block=block)[0]
+        assert update.isfinite().all()
+        assert torch.linalg.matrix_norm(update.float(), 2) < 1.5 * max(1, block and 32 // block)
+
+
 @pytest.mark.parametrize("tall", [False, True])
 def test_blocks_are_orthogonalised_each_by_itself_down_to_a_last_short_one(tall: bool) -> None:
     matrix = torch.randn(20, 40, generator=torch.Generator().manual_seed(0))
