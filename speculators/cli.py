@@ -1,31 +1,6 @@
-"""speculators-run: train and evaluate a draft model for speculative decoding.
+"""The entry point: sends the command line to its verb, and converts every error to a message and an exit code.
 
-usage: speculators-run [VERB] [ARGUMENT ...]
-
-  recipe=NAME [OPTION=VALUE ...]   run all stages without a cached artifact
-    until=STAGE                      stop after this stage
-    only=STAGE                       run only this stage
-    force=STAGE                      run this stage although it is cached
-    from=STAGE                       the same, with all later stages
-    --cfg job                        print the composed recipe
-  -m recipe=NAME OPTION=A,B        run the recipe for each value
-  plan recipe=NAME ...             print what would run, and why
-  explain STAGE recipe=NAME ...    explain the cache hit or miss of a stage
-  lock recipe=NAME ...             record what run.locked=true compares with
-  runs                             list earlier runs
-  show RUN|last                    show a run, stage by stage
-  compare RUN RUN ...|DIRECTORY    compare options and metrics of runs
-  ls [STAGE ...]                   list the artifacts of the store
-  verify [STAGE ...] [--quarantine]
-                                   re-hash artifacts and report damage
-  gc [days=N] [--delete]           delete artifacts unused for N days
-                                   (dry run by default; N=30)
-  export STAGE[:KEY] ... FILE      write artifacts into one file
-  import FILE                      add the artifacts of such a file
-  doctor                           check this machine
-
-Exit codes: 0 success, 1 error with a hint, 2 defect of this program,
-128 + number of the signal that stopped it.
+Exit codes: 0 success, 1 error with a hint, 2 defect of this program, 128 + number of the signal that stopped it.
 """
 
 from __future__ import annotations
@@ -36,30 +11,11 @@ import os
 import sys
 import traceback
 from collections.abc import Sequence
-from pathlib import Path
 
 from speculators import ui
-from speculators.errors import RecipeError, RunError, closest
+from speculators.errors import RecipeError, RunError
 from speculators.packages import installed_version
-
-VERBS = {
-    "run": "run.run",
-    "plan": "query.plan",
-    "explain": "query.explain",
-    "lock": "lock.lock",
-    "runs": "history.runs",
-    "show": "history.show",
-    "compare": "history.compare",
-    "doctor": "doctor.doctor",
-    "ls": "store.ls",
-    "verify": "store.verify",
-    "gc": "store.gc",
-    "export": "store.export",
-    "import": "store.import_",
-}
-"""Functions in `speculators.verbs` by verb, imported on use; without a verb, `run`."""
-
-_HELP = ("--help", "-h", "help")
+from speculators.verbs import usage
 
 
 def main() -> None:
@@ -97,32 +53,23 @@ def _guarded(argv: Sequence[str]) -> int:
 
 
 def _dispatch(argv: list[str]) -> int:
-    if not argv or argv[0] in _HELP or (argv[0] in VERBS and argv[0] != "run" and {*argv[1:]} & {*_HELP}):
-        return _help()
-    if argv[0] == "--version":
-        print(installed_version("speculators-run"))
+    verb = argv[0] if argv else "help"
+    if verb in (*usage.HELP, "help"):
+        print(usage.verb_help(argv[1]) if argv[1:] and argv[1] in usage.VERBS else usage.program_help())
         return 0
-    verb = argv[0]
-    if verb.startswith("-") or "=" in verb:
+    if verb == "--version":
+        print(installed_version(usage.PROGRAM))
+        return 0
+    if verb not in usage.VERBS:
+        if not verb.startswith("-") and "=" not in verb:
+            raise usage.unknown_verb(verb)
         verb, argv = "run", ["run", *argv]
-    if verb not in VERBS:
-        raise RecipeError(f"there is no verb `{verb}`", closest(verb, VERBS))
-    module, _, function = VERBS[verb].partition(".")
+    if {*argv[1:]} & {*usage.HELP}:
+        print(usage.verb_help(verb))
+        return 0
+    module, _, function = usage.VERBS[verb].function.partition(".")
     code: int = getattr(importlib.import_module(f"speculators.verbs.{module}"), function)(argv[1:])
     return code
-
-
-def _help() -> int:
-    from speculators.config import shipped
-
-    rows = [("  " + name, _first_comment(path)) for name, path in sorted(shipped.available().items())]
-    print(f"{__doc__}\nRecipes, shipped and in ./recipes:\n\n{ui.columns(rows)}")
-    return 0
-
-
-def _first_comment(path: Path) -> str:
-    comments = [line.lstrip("# ").rstrip() for line in path.read_text().splitlines() if line.startswith("#")]
-    return next((c for c in comments if not c.startswith("@")), "")
 
 
 def _refuse_foreign_package() -> None:

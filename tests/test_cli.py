@@ -42,7 +42,7 @@ def main(*words: str) -> int:
 def test_help_lists_verbs_and_recipes(capsys: pytest.CaptureFixture[str]) -> None:
     assert main("--help") == 0
     out = capsys.readouterr().out
-    assert "  plan recipe=NAME" in out
+    assert "  plan        print what would run, and why" in out
     assert "  smollm2_eagle3  The demo: EAGLE-3" in out
     assert max(len(line) for line in out.splitlines()) <= 80
 

@@ -40,7 +40,10 @@ LEFT = [
     {"speculators.runner.servers.pool"},
     {"speculators.runner.execution.execute"},
     {f"speculators.runner.{name}" for name in ("doctor", "environment", "history")},
-    {f"speculators.config.{name}" for name in ("shipped", "checks", "foreign_names", "compose", "composed")},
+    {
+        f"speculators.config.{name}"
+        for name in ("shipped", "checks", "foreign_names", "documentation", "compose", "composed")
+    },
     {"speculators.ui"},
     {"speculators.verbs"},
     {"speculators.verbs.run"},

@@ -82,29 +82,26 @@ def compose(overrides: Sequence[str]) -> Config:
         raise _translated(error) from None
 
 
-def run_as_hydra_app(arguments: Sequence[str], task: Callable[[Config], Any]) -> Any:
-    """Let Hydra handle the command line: `--cfg`, `--info`, `--help`, tab completion.
+def show_by_hydra(arguments: Sequence[str]) -> None:
+    """Let Hydra print what one of its flags asks for: `--cfg job`, `--info`, `--hydra-help`; runs nothing.
 
-    Hydra calls `task` with the typed recipe; its exceptions are raised unchanged.
+    Raises:
+        RecipeError: as `compose`.
     """
-    arguments, known = _register(arguments)
-    _check_overrides([a for a in arguments if "=" in a and not a.startswith("-")], known)
+    if "--hydra-help" in arguments:
+        arguments = ["--hydra-help"]  # about Hydra itself; an override would be one without a use
+    else:
+        arguments, known = _register(arguments)
+        _check_overrides([a for a in arguments if "=" in a and not a.startswith("-")], known)
+    if any(argument.startswith(("--info", "-i")) for argument in arguments):
+        logging.getLogger("hydra").setLevel(logging.DEBUG)  # by which it prints
     sys.argv = [sys.argv[0], *arguments]
-    failure: list[BaseException] = []
-
-    def job(composed: DictConfig) -> Any:
-        try:
-            return task(typed(composed))
-        except BaseException as error:
-            # Hydra would print the error in its own format and exit; the caller reports it.
-            failure.append(error)
-            return None
-
-    app = hydra.main(version_base=_VERSION_BASE, config_path=str(CONF), config_name="config")(job)
-    result = app()
-    if failure:
-        raise failure[0]
-    return result
+    # Otherwise Hydra prints errors in its own format, and exits.
+    os.environ["HYDRA_FULL_ERROR"] = "1"
+    try:
+        hydra.main(version_base=_VERSION_BASE, config_path=str(CONF), config_name="config")(lambda composed: None)()
+    except (HydraException, omegaconf.errors.OmegaConfBaseException) as error:
+        raise _translated(error) from None
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -21,3 +21,9 @@ def available() -> dict[str, Path]:
     """All recipes by name; one in `./recipes` takes precedence over a shipped one."""
     folders = (RECIPES, Path.cwd() / "recipes")
     return {path.stem: path for folder in folders for path in sorted(folder.glob("*.yaml"))}
+
+
+def first_comment(path: Path) -> str:
+    """The first comment line of a recipe, which describes it; empty if there is none."""
+    comments = [line.lstrip("# ").rstrip() for line in path.read_text().splitlines() if line.startswith("#")]
+    return next((comment for comment in comments if not comment.startswith("@")), "")

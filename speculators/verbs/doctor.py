@@ -6,24 +6,17 @@ import dataclasses
 import json
 from pathlib import Path
 
-from speculators.errors import RecipeError
 from speculators.runner import doctor as examiner
 from speculators.runner.store.artifacts import store_root
+from speculators.verbs import usage
 
 
 def doctor(argv: list[str]) -> int:
     """Check everything; exit code 1 if something is broken."""
-    options = {"run.store": "", "serve.python": ""}
-    for argument in argv:
-        name, _, value = argument.partition("=")
-        if name in options:
-            options[name] = value
-        elif argument != "--json":
-            raise RecipeError(
-                f"there is no option `{argument}` here", "there is: run.store=PATH, serve.python=PATH, --json"
-            )
-    findings = examiner.examine(store_root(options["run.store"]), options["serve.python"])
-    if "--json" in argv:
+    arguments = usage.parse("doctor", argv)
+    store, python = (arguments.options.get(name, "") for name in ("run.store", "serve.python"))
+    findings = examiner.examine(store_root(store), python)
+    if arguments.as_json:
         print(json.dumps([dataclasses.asdict(finding) for finding in findings], indent=1))
     else:
         print(format_findings(findings))

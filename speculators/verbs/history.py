@@ -13,13 +13,12 @@ from speculators.config.schema import RunOptions
 from speculators.errors import RecipeError
 from speculators.runner import history
 from speculators.runner.history import Run, Stage
+from speculators.verbs import usage
 
 
 def runs(argv: list[str]) -> int:
     """List the runs of a directory, oldest first."""
-    directory, names, as_data = _parse(argv)
-    if names:
-        raise RecipeError(f"runs takes no argument `{names[0]}`", "speculators-run runs run.dir=PATH")
+    directory, _, as_data = _parse("runs", argv)
     all_runs = history.list_runs(directory)
     if as_data:
         print(json.dumps([_as_json(run) for run in all_runs], indent=1))
@@ -36,7 +35,7 @@ def runs(argv: list[str]) -> int:
 
 def show(argv: list[str]) -> int:
     """Show a run, stage by stage."""
-    directory, names, as_data = _parse(argv)
+    directory, names, as_data = _parse("show", argv)
     if len(names) != 1:
         raise RecipeError("show needs the name of one run", "speculators-run show last")
     run = history.find(directory, names[0])
@@ -60,7 +59,7 @@ def show(argv: list[str]) -> int:
 
 def compare(argv: list[str]) -> int:
     """Compare runs, or all runs of a directory: the options in which they differ, and their metrics."""
-    directory, names, as_data = _parse(argv)
+    directory, names, as_data = _parse("compare", argv)
     compared = [run for name in names for run in _find_runs(directory, name)]
     if len(compared) < 2:
         raise RecipeError("compare needs two runs or more", "speculators-run compare RUN RUN, or compare DIRECTORY")
@@ -114,17 +113,10 @@ def _blocks(numbers: Sequence[str], cells: Mapping[str, Sequence[str]], width: i
     return blocks
 
 
-def _parse(argv: list[str]) -> tuple[Path, list[str], bool]:
+def _parse(verb: str, argv: list[str]) -> tuple[Path, list[str], bool]:
     """The directory of runs, the names of runs, and whether to print JSON."""
-    directory, names = RunOptions().dir, []
-    for argument in argv:
-        if argument.startswith("run.dir="):
-            directory = argument.partition("=")[2]
-        elif "=" in argument or (argument.startswith("-") and argument != "--json"):
-            raise RecipeError(f"there is no option `{argument}` here", "there is: run.dir=PATH, --json")
-        elif argument != "--json":
-            names.append(argument)
-    return Path(directory).expanduser(), names, "--json" in argv
+    arguments = usage.parse(verb, argv)
+    return Path(arguments.options.get("run.dir") or RunOptions().dir).expanduser(), arguments.names, arguments.as_json
 
 
 def _find_runs(directory: Path, name: str) -> list[Run]:

@@ -12,11 +12,13 @@ from speculators.job import write_json
 from speculators.runner.planning import lockfile as locks
 from speculators.runner.planning.plan import Planner
 from speculators.runner.store.artifacts import open_store
+from speculators.verbs import usage
 
 
 def lock(argv: list[str]) -> int:
     """Write `<recipe>.lock.json` in the working directory; starts nothing."""
-    config = composed.compose_cached([argument for argument in argv if argument != "--json"])
+    arguments = usage.parse("lock", argv)
+    config = composed.compose_cached(arguments.overrides)
     # The lock covers all stages, whichever of them these options select.
     config = dataclasses.replace(config, force=[], from_="", until="", only="")
     contents = locks.lock_contents(Planner(config, open_store(config.run)))
@@ -26,7 +28,7 @@ def lock(argv: list[str]) -> int:
     except OSError as error:
         hint = "run the command in a writable directory"
         raise RecipeError(f"{path} cannot be written: {error.strerror}", hint) from None
-    if "--json" in argv:
+    if arguments.as_json:
         print(json.dumps(contents, indent=1))
     known = sum(stage["key"] is not None for stage in contents["stages"].values())
     ui.narrate("locked", str(path), f"{known} of {len(contents['stages'])} keys known")

@@ -14,12 +14,13 @@ from speculators.runner.planning import checks, estimate, lockfile
 from speculators.runner.planning.explain import changes_outside_key, explain_stage, to_json
 from speculators.runner.planning.plan import Planner, Step
 from speculators.runner.store.artifacts import open_store
+from speculators.verbs import usage
 
 
 def plan(argv: list[str]) -> int:
     """Print what would run, and why; starts and writes nothing."""
-    as_data = "--json" in argv
-    config = composed.compose_cached([argument for argument in argv if argument != "--json"])
+    arguments = usage.parse("plan", argv)
+    config = composed.compose_cached(arguments.overrides)
     planner = Planner(config, open_store(config.run))
     checks.check_machine(config, planner.graph)
     if config.run.locked:
@@ -28,7 +29,7 @@ def plan(argv: list[str]) -> int:
     differing = lockfile.lock_differences(locked, planner) if locked else []
     steps = {step.node.name: step for step in planner.plan()}
     needs = estimate.estimate(planner, steps)
-    if as_data:
+    if arguments.as_json:
         values = {"steps": steps_as_json(steps), "derived": planner.derived, **dataclasses.asdict(needs)}
         values["held_bytes"] = values.pop("store_bytes")
         artifacts = {name: step.artifact for name, step in steps.items() if step.artifact}
@@ -93,11 +94,10 @@ def _outside(steps: Mapping[str, Step]) -> list[str]:
 
 def explain(argv: list[str]) -> int:
     """Explain the cache hit or miss of a stage."""
-    as_data = "--json" in argv
-    argv = [argument for argument in argv if argument != "--json"]
-    if not argv or "=" in argv[0]:
+    arguments = usage.parse("explain", argv)
+    if len(arguments.names) != 1:
         raise RecipeError("explain needs a stage", "speculators-run explain train recipe=NAME")
-    config = composed.compose_cached(argv[1:])
-    explained = explain_stage(Planner(config, open_store(config.run)), argv[0])
-    print(json.dumps(to_json(explained), indent=1) if as_data else ui.explanation(explained))
+    config = composed.compose_cached(arguments.overrides)
+    explained = explain_stage(Planner(config, open_store(config.run)), arguments.names[0])
+    print(json.dumps(to_json(explained), indent=1) if arguments.as_json else ui.explanation(explained))
     return 0

@@ -13,7 +13,7 @@ from speculators import ui
 from speculators.config import composed
 from speculators.config.fields import to_builtins
 from speculators.config.schema import Config
-from speculators.errors import StoreError
+from speculators.errors import RecipeError, StoreError
 from speculators.job import write_json
 from speculators.runner.execution.events import Events
 from speculators.runner.execution.execute import Execution, steps_as_json
@@ -22,20 +22,27 @@ from speculators.runner.planning import checks, lockfile
 from speculators.runner.planning.plan import Planner
 from speculators.runner.servers import guard
 from speculators.runner.store.artifacts import open_store
+from speculators.verbs import usage
 
-_FLAGS = ("--cfg", "-c", "--info", "-i", "--hydra-help", "--shell-completion", "-sc", "--resolve", "-p", "--package")
+_HYDRA = ("--cfg", "--info", "--hydra-help")
+"""Flags that Hydra carries out."""
 
 
 def run(argv: list[str]) -> int:
     """`run recipe=NAME ...`; Hydra handles the command line if it contains one of Hydra's flags."""
-    if "-m" in argv or "--multirun" in argv:
+    arguments = usage.parse("run", argv)
+    if len(actions := [flag for flag in ("--multirun", *_HYDRA) if flag in arguments.flags]) > 1:
+        raise RecipeError(f"{' and '.join(actions)} exclude each other", f"leave all but one out: {actions[0]}")
+    if "--cfg" not in arguments.flags and arguments.flags.keys() & {"--resolve", "--package"}:
+        raise RecipeError("--resolve and --package need --cfg", "add --cfg job")
+    if "--multirun" in arguments.flags:
         from speculators.verbs.sweep import sweep
 
         return sweep(argv, run_recipe, _fresh_directory)
-    if any(argument in _FLAGS or argument.startswith("--") for argument in argv):
+    if actions:
         from speculators.config import compose
 
-        compose.run_as_hydra_app(argv, lambda config: run_recipe(config, argv))
+        compose.show_by_hydra(argv)
     else:
         run_recipe(composed.compose_cached(argv, write=True), argv)
     return 0

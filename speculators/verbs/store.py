@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from collections.abc import Sequence
+import re
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from speculators import ui
@@ -16,25 +17,47 @@ from speculators.runner.planning.plan import Planner
 from speculators.runner.store import archive, upkeep
 from speculators.runner.store.artifact import Artifact
 from speculators.runner.store.artifacts import Store, free_bytes, open_store
+from speculators.verbs import usage
 
-_STORE_OPTIONS = ("run.store", "run.stores_read", "--json")
-"""Options that all verbs here take."""
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Selection:
+    """Artifacts selected by `STAGE` or `STAGE:KEY-PREFIX`, STAGE being a kind or a node's name; empty: all."""
+
+    kinds: list[tuple[str, str]]
+    """(kind, beginning of the key)."""
+    keys: set[tuple[str, str]]
+    """(kind, key) of those made by a node of the selected name."""
+
+    def has(self, stage: str, key: str) -> bool:
+        """Whether an artifact, or another directory of a stage, is selected."""
+        if not self.kinds:
+            return True
+        return (stage, key) in self.keys or any(stage == kind and key.startswith(start) for kind, start in self.kinds)
+
+    @property
+    def stages(self) -> set[str]:
+        """The kinds of what is selected; empty: all."""
+        return {kind for kind, _ in (*self.kinds, *self.keys)}
 
 
 def ls(argv: list[str]) -> int:
     """List the artifacts in the store and its read-only stores."""
-    store, selectors, as_data = _parse(argv)
-    stages = dict.fromkeys(selector.partition(":")[0] for selector in selectors) or KINDS
+    arguments = usage.parse("ls", argv)
+    store = _store(arguments.options)
+    selection = _selection(store, arguments.names)
     rows = [
-        {"stage": a.stage, "key": a.key, "bytes": a.bytes, "finished": a.provenance.get("finished", ""),
-         "run": a.provenance.get("run", ""), "store": str(a.path.parents[3])}
-        for stage in stages for a in store.artifacts(stage) if _selected(selectors, a.stage, a.key)
+        {"stage": a.stage, "node": a.provenance.get("node", ""), "key": a.key, "bytes": a.bytes,
+         "finished": a.provenance.get("finished", ""), "run": a.provenance.get("run", ""),
+         "store": str(a.path.parents[3]), "path": str(a.data)}
+        for stage in KINDS if not selection.stages or stage in selection.stages
+        for a in store.artifacts(stage) if selection.has(a.stage, a.key)
     ]  # fmt: skip
-    if as_data:
+    if arguments.as_json:
         print(json.dumps(rows, indent=1))
     elif rows:
-        shown = [(r["stage"], r["key"][:8], ui.size(r["bytes"]), r["finished"][:16], r["run"]) for r in rows]
-        print(ui.columns([("stage", "key", "size", "finished", "run"), *shown], right=[2]))
+        shown = [(_label(r["stage"], r["node"]), r["key"][:8], ui.size(r["bytes"]), r["run"]) for r in rows]
+        print(ui.columns([("stage", "key", "size", "run"), *shown], right=[2]))
         roots = ", ".join(str(s.root) for s in (store, *store.layers))
         print(f"\n{len(rows)} artifacts, {ui.size(sum(r['bytes'] for r in rows))} in {roots}")
     else:
@@ -44,55 +67,49 @@ def ls(argv: list[str]) -> int:
 
 def verify(argv: list[str]) -> int:
     """Re-hash artifacts and report damage; `--quarantine` moves damaged ones to quarantine."""
-    store, selectors, as_data = _parse([argument for argument in argv if argument != "--quarantine"], "--quarantine")
+    arguments = usage.parse("verify", argv)
+    store, quarantine = _store(arguments.options), "--quarantine" in arguments.flags
+    selection = _selection(store, arguments.names)
     broken, num_left = {}, 0
-    for entry in upkeep.entries(store, {selector.partition(":")[0] for selector in selectors}):
-        if not _selected(selectors, entry.stage, entry.key):
+    for entry in upkeep.entries(store, selection.stages):
+        if not selection.has(entry.stage, entry.key):
             continue
         ui.narrate("broken" if entry.damage else "intact", entry.stage, f"{entry.key[:8]}  {entry.damage}")
         if not entry.damage:
             continue
         name = entry.key or entry.stage
         broken[name] = {"stage": entry.stage, "trouble": entry.damage}
-        moved_to = upkeep.quarantine(store, entry) if "--quarantine" in argv else None
+        moved_to = upkeep.quarantine(store, entry) if quarantine else None
         num_left += moved_to is None
         if moved_to is not None:
             ui.narrate("moved", entry.stage, str(moved_to))
-    if as_data:
+    if arguments.as_json:
         print(json.dumps(broken, indent=1))
     if num_left:
         hint = "`speculators-run verify --quarantine` moves them to quarantine; the next run makes them again"
         raise StoreError(
             f"{num_left} artifacts are damaged",
-            "they are in use: try again later" if "--quarantine" in argv else hint,
+            "they are in use: try again later" if quarantine else hint,
         )
     return 0
 
 
 def gc(argv: list[str]) -> int:
     """Delete what has been unused for `days`; without `--delete` only list it."""
-    days, runs, rest = 30.0, None, []
-    for argument in argv:
-        name, _, value = argument.partition("=")
-        if name == "days":
-            try:
-                days = float(value)
-            except ValueError:
-                raise RecipeError(f"days={value} is not a number", "for example days=30") from None
-        elif name == "run.dir":
-            runs = _listed(value)
-        elif argument != "--delete":
-            rest.append(argument)
-    store, selectors, as_data = _parse(rest, "days", "run.dir", "--delete")
-    unused = upkeep.find_unused(store, _keys_of_runs(runs), days)
-    unused = [item for item in unused if _selected(selectors, item.stage, item.key)]
-    delete, kept = "--delete" in argv, []
+    arguments = usage.parse("gc", argv)
+    store, days, runs = _store(arguments.options), arguments.options.get("days", "30"), arguments.options.get("run.dir")
+    if re.fullmatch(r"\d+(\.\d*)?", days) is None:
+        raise RecipeError(f"days={days} is not a number of days", "for example days=30")
+    selection = _selection(store, arguments.names)
+    unused = upkeep.find_unused(store, _keys_of_runs(None if runs is None else _listed(runs)), float(days))
+    unused = [item for item in unused if selection.has(item.stage, item.key)]
+    delete, kept = "--delete" in arguments.flags, []
     for item in unused:
         if delete and not upkeep.remove(store, item):
             kept.append(item)
         verb = "in use" if item in kept else "deleted" if delete else "unused"
         ui.narrate(verb, f"{item.what} {item.stage}", f"{item.key[:8]}  {ui.size(item.bytes)}  {item.days:.0f} days")
-    if as_data:
+    if arguments.as_json:
         print(json.dumps([{**dataclasses.asdict(item), "path": str(item.path)} for item in unused], indent=1))
     total = ui.size(sum(item.bytes for item in unused if item not in kept))
     how = "" if delete or not unused else "; nothing was deleted: add --delete"
@@ -102,20 +119,22 @@ def gc(argv: list[str]) -> int:
 
 def export(argv: list[str]) -> int:
     """Write artifacts into one file: those of `STAGE` or `STAGE:KEY`, or all existing ones of a recipe."""
-    *selectors, file = [argument for argument in argv if argument != "--json"] or [""]
-    if not selectors or "=" in file or not file:
+    arguments = usage.parse("export", argv)
+    of_recipe = any(override.startswith("recipe=") for override in arguments.overrides)
+    *selectors, file = arguments.names or [""]
+    if not file or bool(selectors) == of_recipe:
         hint = "speculators-run export train:0123abcd FILE, or export recipe=NAME FILE"
         raise RecipeError("export needs artifacts and, last, a file", hint)
-    if any(selector.startswith("recipe=") for selector in selectors):
-        artifacts = _of_recipe(selectors)
+    if of_recipe:
+        artifacts = _of_recipe(arguments.overrides)
     else:
-        store, selectors, _ = _parse(selectors)
+        store = _store(usage.parse("ls", arguments.overrides).options)
         artifacts = [artifact for selector in selectors for artifact in _select(store, selector)]
     artifacts = list({(artifact.stage, artifact.key): artifact for artifact in artifacts}.values())
     archive.export_artifacts(artifacts, Path(file).expanduser())
     for artifact in artifacts:
         ui.narrate("exported", artifact.stage, f"{artifact.key[:8]}  {ui.size(artifact.bytes)}")
-    if "--json" in argv:
+    if arguments.as_json:
         print(json.dumps([{"stage": a.stage, "key": a.key, "bytes": a.bytes} for a in artifacts], indent=1))
     ui.narrate("export", f"{len(artifacts)} artifacts", f"{ui.size(sum(a.bytes for a in artifacts))}  {file}")
     return 0
@@ -123,11 +142,10 @@ def export(argv: list[str]) -> int:
 
 def import_(argv: list[str]) -> int:
     """Check a file that `export` wrote, and add its artifacts to the store."""
-    files = [argument for argument in argv if "=" not in argument and argument != "--json"]
-    if len(files) != 1:
+    arguments = usage.parse("import", argv)
+    if len(arguments.names) != 1:
         raise RecipeError("import needs one file", "speculators-run import FILE")
-    store, _, as_data = _parse([argument for argument in argv if argument != files[0]])
-    path = Path(files[0]).expanduser()
+    path, store = Path(arguments.names[0]).expanduser(), _store(arguments.options)
     target = Store(store.root)
     need = sum(item.bytes for item in archive.contents(path) if target.find(item.stage, item.key) is None)
     if need > (free := free_bytes(target.root)):
@@ -137,7 +155,7 @@ def import_(argv: list[str]) -> int:
     for item, new in archive.import_artifacts(path, target, lambda holder: ui.narrate("waits", holder)):
         ui.narrate("imported" if new else "cached", item.stage, f"{item.key[:8]}  {ui.size(item.bytes)}")
         rows.append({"stage": item.stage, "key": item.key, "bytes": item.bytes, "new": new})
-    if as_data:
+    if arguments.as_json:
         print(json.dumps(rows, indent=1))
     return 0
 
@@ -174,9 +192,11 @@ def _of_recipe(overrides: Sequence[str]) -> list[Artifact]:
 def _select(store: Store, selector: str) -> list[Artifact]:
     """The artifacts of `STAGE`, or the one of `STAGE:KEY-PREFIX`; all must be intact."""
     stage, _, prefix = selector.partition(":")
-    artifacts = [artifact for artifact in store.artifacts(stage) if artifact.key.startswith(prefix)]
+    of_stage, selection = _selection(store, [stage]), _selection(store, [selector])
+    candidates = [a for kind in KINDS if kind in of_stage.stages for a in store.artifacts(kind)]
+    artifacts = [artifact for artifact in candidates if selection.has(artifact.stage, artifact.key)]
     if not artifacts or (prefix and len(artifacts) > 1):
-        keys = [artifact.key[: max(8, len(prefix) + 4)] for artifact in store.artifacts(stage)]
+        keys = [a.key[: max(8, len(prefix) + 4)] for a in candidates if of_stage.has(a.stage, a.key)]
         many = f"{len(artifacts)} artifacts match" if artifacts else "no artifact matches"
         raise StoreError(f"{many} `{selector}`", f"there is: {', '.join(keys) or 'nothing'}")
     for artifact in artifacts:
@@ -191,25 +211,32 @@ def _listed(value: str) -> list[str]:
     return [item.strip() for item in value.removeprefix("[").removesuffix("]").split(",") if item.strip()]
 
 
-def _selected(selectors: Sequence[str], stage: str, key: str) -> bool:
-    """Whether a `STAGE` or `STAGE:KEY-PREFIX` selects the artifact; without selectors, all are selected."""
-    parts = [selector.partition(":") for selector in selectors]
-    return not parts or any(stage == name and key.startswith(prefix) for name, _, prefix in parts)
+def _selection(store: Store, selectors: Sequence[str]) -> Selection:
+    """Resolve selectors of artifacts.
+
+    Raises:
+        RecipeError: a selector names neither a kind nor a node that has made an artifact of this store.
+    """
+    parts = [(stage, prefix) for stage, _, prefix in (selector.partition(":") for selector in selectors)]
+    nodes = [(a.provenance.get("node", ""), a) for kind in KINDS for a in store.artifacts(kind)] if parts else []
+    known = {*KINDS, *(node for node, _ in nodes if node)}
+    for stage, _ in parts:
+        if stage not in known:
+            raise RecipeError(f"there is no stage `{stage}`", closest(stage, known))
+    keys = {
+        (a.stage, a.key) for name, prefix in parts for node, a in nodes if node == name and a.key.startswith(prefix)
+    }
+    return Selection(parts, keys)
 
 
-def _parse(argv: Sequence[str], *others: str) -> tuple[Store, list[str], bool]:
-    """The store, the selectors of artifacts, and whether to print JSON; `others` are further options, for hints."""
-    run, selectors = RunOptions(), []
-    for argument in argv:
-        name, _, value = argument.partition("=")
-        if name == "run.store":
-            run.store = value
-        elif name == "run.stores_read":
-            run.stores_read = _listed(value)
-        elif argument != "--json":
-            if "=" in argument or argument.startswith("-"):
-                raise RecipeError(f"there is no option `{name}` here", closest(name, [*others, *_STORE_OPTIONS]))
-            if (stage := argument.partition(":")[0]) not in KINDS:
-                raise RecipeError(f"there is no stage `{stage}`", closest(stage, KINDS))
-            selectors.append(argument)
-    return open_store(run), selectors, "--json" in argv
+def _label(kind: str, node: str) -> str:
+    """`extract (collect)`: a node's name, with its kind if that differs; without a node, the kind."""
+    return f"{node} ({kind})" if node not in ("", kind) else kind
+
+
+def _store(options: Mapping[str, str]) -> Store:
+    """The store of `run.store` and `run.stores_read`."""
+    run = RunOptions()
+    run.store = options.get("run.store", run.store)
+    run.stores_read = _listed(options["run.stores_read"]) if "run.stores_read" in options else run.stores_read
+    return open_store(run)

@@ -102,8 +102,8 @@ def test_a_comparison_never_gets_wider_than_it_may() -> None:
     [
         (["show"], "show needs the name of one run"),
         (["compare", A], "compare needs two runs"),
-        (["runs", "last"], "runs takes no argument `last`"),
-        (["show", "last", "--verbose"], "there is no option `--verbose` here"),
+        (["runs", "last"], "`runs` takes no argument `last`"),
+        (["show", "last", "--verbose"], "`show` has no flag `--verbose`"),
         (["show", "last"], "there is no run in `runs`"),
     ],
 )

@@ -410,6 +410,7 @@ class Execution:
             forced=node.name in self.planner.forced,
             provenance={
                 "run": self.name,
+                "node": node.name,
                 "recipe": self.config.recipe,
                 "words": self.argv,
                 "attempt": attempt,

@@ -15,9 +15,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from speculators.errors import RecipeError, closest
 from speculators.packages import installed_version
-from speculators.runner.planning import key
+from speculators.runner.planning import graph, key
 from speculators.runner.planning.plan import Planner, State, Step
 from speculators.runner.store.artifact import Artifact
 
@@ -66,14 +65,13 @@ def to_json(value: Change | Explanation) -> dict[str, Any]:
 
 
 def explain_stage(planner: Planner, name: str) -> Explanation:
-    """Explain a node of the plan.
+    """Explain a node of the plan, by its name or kind.
 
     Raises:
-        RecipeError: the recipe has no such stage.
+        RecipeError: as `graph.find_node`.
     """
     steps = {step.node.name: step for step in planner.plan()}
-    if name not in steps:
-        raise RecipeError(f"the recipe has no stage `{name}`", closest(name, steps))
+    name = graph.find_node({node: step.node for node, step in steps.items()}, name)
     step = steps[name]
     key_values = key.flatten_preimage(step.preimage) if step.preimage else {}
     common: dict[str, Any] = {"node": name, "state": step.state.name, "reason": step.reason, "key": step.key}

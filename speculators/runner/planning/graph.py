@@ -292,6 +292,22 @@ def select_nodes(nodes: dict[str, Node], config: Config) -> dict[str, Node]:
     return {name: node for name, node in nodes.items() if name in needed}
 
 
+def find_node(nodes: Mapping[str, Node], name: str) -> str:
+    """Name of the node of this name, else of the only one of this kind.
+
+    Raises:
+        RecipeError: there is none, or there are several of the kind.
+    """
+    if name in nodes:
+        return name
+    of_kind = [node.name for node in nodes.values() if node.kind == name]
+    if len(of_kind) == 1:
+        return of_kind[0]
+    if of_kind:
+        raise RecipeError(f"several stages are of kind `{name}`", f"name one: {', '.join(of_kind)}")
+    raise RecipeError(f"the recipe has no stage `{name}`", closest(name, nodes))
+
+
 def forced_nodes(nodes: Mapping[str, Node], config: Config) -> set[str]:
     """Names of the stages of `force`, and of `from` with all later ones; workers included."""
     follows = {config.from_} if config.from_ else set()

@@ -110,7 +110,7 @@ def test_gc_ls_and_verify_look_at_what_is_named_and_at_nothing_else(
         assert [row["key"] for row in json.loads(capsys.readouterr().out)] == [made["train"].key]
         assert cli._guarded(["verify", word]) == 0
         assert len(capsys.readouterr().err.splitlines()) == 1
-    for words in (["dasy=1", "--delete"], ["--delte"], ["trian", "--delete"]):
+    for words in (["dasy=1", "--delete"], ["trian", "--delete"]):
         assert cli._guarded(["gc", *words]) == 1
         assert "hint: did you mean" in capsys.readouterr().err
     assert cli._guarded(["gc", one, "--delete"]) == 0
