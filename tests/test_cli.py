@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -91,13 +92,56 @@ def test_an_unexpected_error_is_exit_code_2_with_a_traceback(
     assert "ZeroDivisionError" in capsys.readouterr().err
 
 
-def test_plan_prints_reasons_servers_and_bytes(capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_first_plan_of_the_demo_fits_a_screen(capsys: pytest.CaptureFixture[str]) -> None:
     assert main("plan", DEMO) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert len(lines) <= 23
+    assert max(map(len, lines)) <= 80
+    rows = [line.split() for line in lines]
+    assert rows[0][:2] == ["state", "stage"]
+    assert rows[10] == ["waits", "evaluate", "upstream:", "train"]
+    assert lines[12].startswith("4 to run, 6 waiting")
+    assert "derived: layer_ids=[0,2,15,27] " in lines[13]
+    assert lines[15].startswith("servers: regenerate (extract), evaluate (baseline, speculative); --servers")
+    assert "hidden states: at most 393,216 tokens, 2.1 GiB" in lines[17]
+
+
+def test_plan_prints_command_lines_of_servers_on_demand(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main("plan", DEMO, "--servers") == 0
     out = capsys.readouterr().out
-    assert "waits  evaluate            -         upstream: train" in out
-    assert "server for regenerate (extract):" in out
+    assert "server for regenerate (extract):\n  " in out
     assert "eagle_aux_hidden_state_layer_ids" in out
-    assert "hidden states: at most 393,216 tokens, 2.1 GiB" in out
+
+
+def test_a_stage_of_a_plan_is_a_line_with_time_and_size_and_long_reasons_wrap() -> None:
+    rows = [
+        ("cached", "prompts", "", "", "made by 20261130-160935-smollm2_eagle3"),
+        ("run", "regenerate", "3m22s", "1.1 GiB", "16 of 400 rows new"),
+        ("run", "train", "12m40s", "", "changed: train.epochs 2 -> 7, train.lr 0.0005 -> 3.0, train.seed 0 -> 4"),
+    ]
+    text = ui.stage_table(("state", "stage", "time", "size", "why"), rows, right=[2, 3])
+    assert text.splitlines() == [
+        "state   stage         time     size  why",
+        "cached  prompts                      made by 20261130-160935-smollm2_eagle3",
+        "run     regenerate   3m22s  1.1 GiB  16 of 400 rows new",
+        "run     train       12m40s           changed: train.epochs 2 -> 7, train.lr",
+        "                                     0.0005 -> 3.0, train.seed 0 -> 4",
+    ]
+
+
+def test_a_plan_has_colours_on_a_terminal_that_has_them(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("sys.stdout.isatty", lambda: True)
+    monkeypatch.setenv("TERM", "xterm")
+    monkeypatch.delenv("NO_COLOR", raising=False)
+    rows = [("run", "train", "new"), ("waits", "evaluate", "upstream: train")]
+    colored = ui.stage_table(("state", "stage", "why"), rows)
+    assert "\x1b[33mrun\x1b[0m    train     new" in colored
+    monkeypatch.setenv("NO_COLOR", "1")
+    plain = ui.stage_table(("state", "stage", "why"), rows)
+    assert "\x1b" not in plain
+    assert re.sub(r"\x1b\[\d+m", "", colored) == plain
 
 
 def test_plan_as_json_is_data_alone(capsys: pytest.CaptureFixture[str]) -> None:
@@ -167,7 +211,7 @@ def test_ls_lists_what_the_store_holds(store: Store, config: Config, capsys: pyt
     publish_all(store, Planner(config, store))
     assert main("ls", "train", "vocab") == 0
     lines = capsys.readouterr().out.splitlines()
-    assert [line.split()[0] for line in lines[1:3]] == ["train", "vocab"]
+    assert [line.split()[0] for line in lines[1:3]] == ["vocab", "train"]
     assert lines[-1].startswith("2 artifacts, ")
     assert main("ls", "--json") == 0
     assert len(json.loads(capsys.readouterr().out)) == len(Planner(config, store).graph)

@@ -45,6 +45,7 @@ LEFT = [
         for name in ("shipped", "checks", "foreign_names", "documentation", "compose", "composed")
     },
     {"speculators.ui"},
+    {"speculators.live"},
     {"speculators.verbs"},
     {"speculators.verbs.run"},
     {"speculators.cli"},
@@ -65,7 +66,7 @@ WORKERS = {f"speculators.runner{name}" for name in ("", ".store", ".store.artifa
 DOORS = {
     "hydra": {"speculators.config.compose"},
     "omegaconf": {"speculators.config.compose"},
-    "rich": {"speculators.ui"},
+    "rich": {"speculators.live"},
     "vllm": {"speculators.engine.connector"},
     "mooncake": {"speculators.engine.mooncake"},
     "submitit": {"speculators.runner.executors.submitit"},

@@ -274,7 +274,7 @@ def store(root: Path) -> Iterator[Finding]:
         yield Finding(name="store", state="ok", message=f"{root}{'' if root.exists() else ' (will be created)'}")
     free = free_bytes(root)
     state = "broken" if free < NO_DISK else "warn" if free < LOW_DISK else "ok"
-    fix = "" if state == "ok" else "speculators-run gc --delete, or a larger disk: run.store=DIRECTORY"
+    fix = "" if state == "ok" else "speculators-run gc, or a larger disk: run.store=DIRECTORY"
     yield Finding(name="disk", state=state, message=f"{_gib(free)} free for the store", fix=fix)
 
 
@@ -315,7 +315,7 @@ def stale(root: Path) -> Iterator[Finding]:
     old = [path for path in root.glob("work/*/*") if path.is_dir() and _days(path) > STALE_DAYS]
     if old:
         message = f"{_counted_bytes(old)} of attempts not resumed for {STALE_DAYS:.0f} days"
-        fix = f"speculators-run gc days={STALE_DAYS:.0f} --delete run.store={shlex.quote(str(root))}"
+        fix = f"speculators-run gc days={STALE_DAYS:.0f} run.store={shlex.quote(str(root))}"
         yield Finding(name="work", state="warn", message=message, fix=fix)
     if quarantined := list(root.glob("quarantine/*")):
         message = f"{_counted_bytes(quarantined)} that failed their check"

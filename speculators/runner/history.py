@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import datetime
 import json
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -30,6 +31,7 @@ class Stage:
     """One node of one run."""
 
     node: str
+    kind: str = ""
     state: str = ""
     """`cached`, `done`, `failed`, `running`, `stopped`, or the planned state if it never started."""
     reason: str = ""
@@ -40,6 +42,13 @@ class Stage:
     message: str = ""
     """The full error message of a failed stage."""
     record: dict[str, Any] = field(default_factory=dict)
+    path: str = ""
+    """Its output in the store; empty if there is none, or the run was killed."""
+
+    @property
+    def label(self) -> str:
+        """`train`, or `extract (collect)` if the node is not named after its kind."""
+        return f"{self.node} ({self.kind})" if self.kind not in ("", self.node) else self.node
 
 
 @dataclass(kw_only=True, slots=True)
@@ -101,8 +110,8 @@ def read_run(path: Path) -> Run | None:
     first: Mapping[str, Any] = next((e for e in events if e.get("event") == "run.started"), {})
     status = report.get("status") or ("running" if _alive(first.get("process", {})) else "killed")
     stages = _stages(events, report.get("steps", {}), over=status != "running")
-    kinds = {name: step.get("stage", name) for name, step in report.get("steps", {}).items()}
-    kinds = {name: wiring.get("uses", name) for name, wiring in config.get("pipeline", {}).items()} | kinds
+    for name, stage in stages.items():
+        stage.kind = stage.kind or config.get("pipeline", {}).get(name, {}).get("uses", name)
     return Run(
         name=path.resolve().name,
         path=path.resolve(),
@@ -113,8 +122,44 @@ def read_run(path: Path) -> Run | None:
         argv=list(first.get("words", ())),
         config=config,
         stages=stages,
-        metrics=_metrics(stages, kinds),
+        metrics=_metrics(stages),
     )
+
+
+def find_stage(run: Run, name: str) -> Stage:
+    """Find a stage of a run by its name, or by its kind if the run has one stage of it.
+
+    Raises:
+        RecipeError: there is no such stage, or there are several of the kind.
+    """
+    of_kind = [stage for stage in run.stages.values() if stage.kind == name]
+    if name in run.stages or len(of_kind) == 1:
+        return run.stages.get(name) or of_kind[0]
+    if of_kind:
+        names = ", ".join(stage.node for stage in of_kind)
+        raise RecipeError(f"several stages of {run.name} are of kind `{name}`", f"name one: {names}")
+    raise RecipeError(f"{run.name} has no stage `{name}`", closest(name, run.stages))
+
+
+def dropped(record: Mapping[str, Any]) -> dict[str, int]:
+    """What a stage dropped, from its record: the reason -> how many, largest first.
+
+    A record has them in sections `dropped` ({reason: count}, also by dataset), or as counts `dropped rows: REASON`.
+    """
+    counts = {}
+    for name, count in _flatten(record):
+        match = re.fullmatch(r"(?:(?P<of>.+)\.)?dropped(?:\.| (?P<what>\w+): )(?P<reason>.+)", name)
+        if match and isinstance(count, int) and count:
+            prefix = match["what"] or (match["of"] or "").rpartition(".")[2]
+            counts[f"{prefix}: {match['reason']}" if prefix else match["reason"]] = count
+    return dict(sorted(counts.items(), key=lambda item: -item[1]))
+
+
+def values(record: Mapping[str, Any]) -> dict[str, Any]:
+    """The other values of a record, by dotted name."""
+    return {
+        name: value for name, value in _flatten(record) if name != "notes" and re.search(r"\bdropped\b", name) is None
+    }
 
 
 def differing_options(runs: Sequence[Run]) -> dict[str, list[Any]]:
@@ -176,6 +221,7 @@ def _stages(
     for name, step in steps.items():
         stage = stages.setdefault(name, Stage(node=name, state=step.get("state", ""), reason=step.get("reason", "")))
         stage.key = stage.key or step.get("key", "")
+        stage.kind, stage.path = step.get("stage", ""), step.get("path") or ""
         if not stage.record and step.get("path"):
             stage.record = _record(Path(step["path"]))
     for stage in stages.values():
@@ -207,11 +253,11 @@ def _record(path: Path) -> dict[str, Any]:
     return record if isinstance(record, dict) else {}
 
 
-def _metrics(stages: Mapping[str, Stage], kinds: Mapping[str, str]) -> dict[str, float]:
+def _metrics(stages: Mapping[str, Stage]) -> dict[str, float]:
     metrics: dict[str, float] = {}
     for name, stage in stages.items():
         numbers = dict(_flatten(stage.record))
-        for prefix in METRICS.get(kinds.get(name, name), ()):
+        for prefix in METRICS.get(stage.kind, ()):
             for metric, value in numbers.items():
                 if f"{metric}.".startswith(f"{prefix}.") and isinstance(value, (int, float)):
                     metrics[f"{name}.{metric}"] = value

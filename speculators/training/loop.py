@@ -268,14 +268,14 @@ class Loop:
         progress.metric_sums.add(metric_sums)
         self.seconds += time.monotonic() - start_time
         self.attempt_tokens += tokens
-        note: dict[str, Any] = {
-            # Over the steps since the last metrics line: a single one may have trained on a few dozen tokens.
-            "loss": round(progress.metric_sums.metrics(self.step_decay)["loss"], 2),
-            "tokens_per_second": round(self.attempt_tokens / self.seconds),
-            "waiting": f"{self.wait_seconds / self.seconds:.1%}",
-        }
+        # Of a prediction of the first position, so that it does not jump with the number of unrolled steps. Over the
+        # steps since the last metrics line: a single one may have trained on a few dozen tokens.
+        note: dict[str, Any] = {"loss": round(progress.metric_sums.metrics().get("loss_0", 0.0), 2)}
         if progress.best:
             note["acceptance_length"] = round(progress.best["acceptance_length"], 3)
+        note["tokens_per_second"] = round(self.attempt_tokens / self.seconds)
+        if (waited := self.wait_seconds / self.seconds) >= 0.01:
+            note["waiting"] = f"{waited:.0%}"
         if progress.step % train.log_every_steps == 0 or progress.step == total_steps:
             self._log(lr_factor)
         self.spec.report(progress.step, total_steps, note)

@@ -80,9 +80,9 @@ def completion(argv: list[str]) -> int:
     return 0
 
 
-def candidates(words: Sequence[str]) -> list[tuple[str, str]]:
-    """Completions of the last of these words, which follow the program's name, each with its meaning."""
-    *before, current = words
+def candidates(argv: Sequence[str]) -> list[tuple[str, str]]:
+    """Completions of the last of these arguments, which follow the program's name, each with its meaning."""
+    *before, current = argv
     name = before[0] if before and before[0] in VERBS else "run"
     everything = dict(_flag_values(VERBS[name], before, current) or _arguments(name, before, current))
     return [(each, meaning) for each, meaning in everything.items() if each.startswith(current)]
@@ -108,7 +108,7 @@ def _arguments(name: str, before: Sequence[str], current: str) -> Iterator[tuple
         yield from ((verb_name, verb.summary) for verb_name, verb in VERBS.items())
     if before == ["help"]:
         yield from ((verb_name, verb.summary) for verb_name, verb in VERBS.items())
-    yield from _positional(verb, len([word for word in before[1:] if "=" not in word and word[:1] != "-"]))
+    yield from _positional(verb, len([each for each in before[1:] if "=" not in each and each[:1] != "-"]))
     if verb.composes:
         yield from _options(current)
     yield from ((row.split("=")[0] + "=", meaning) for row, meaning in verb.takes.items()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import textwrap
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -34,27 +35,59 @@ def runs(argv: list[str]) -> int:
 
 
 def show(argv: list[str]) -> int:
-    """Show a run, stage by stage."""
+    """Show a run, stage by stage, or one of its stages."""
     directory, names, as_data = _parse("show", argv)
-    if len(names) != 1:
-        raise RecipeError("show needs the name of one run", "speculators-run show last")
+    if not 1 <= len(names) <= 2:
+        raise RecipeError("show needs the name of one run", "speculators-run show last, or show last train")
     run = history.find(directory, names[0])
+    stage = history.find_stage(run, names[1]) if names[1:] else None
     if as_data:
         stages = {name: dataclasses.asdict(stage) for name, stage in run.stages.items()}
-        print(json.dumps({**_as_json(run), "stages": stages, "config": run.config}, indent=1))
-        return 0
-    print(f"{run.name}  {run.status}  {ui.duration(run.seconds)}\n{run.path}")
-    print(f"arguments: {' '.join(run.argv)}\n" if run.argv else "")
-    stages_shown = [stage for stage in run.stages.values() if stage.attempts or stage.state not in ("unneeded", "")]
-    print(ui.columns(_stage_row(stage) for stage in stages_shown))
-    for stage in stages_shown:
-        if stage.message and stage.state != "done":
-            print(f"\n{stage.node} {stage.state}: {stage.message.splitlines()[0]}")
-    if logs := [(stage.node, _log(run, stage)) for stage in stages_shown if stage.log]:
-        print("\nlogs\n" + ui.columns((f"  {name}", log) for name, log in logs))
-    if run.metrics:
-        print("\nmetrics\n" + ui.columns([(f"  {n}", _number(v)) for n, v in run.metrics.items()], right=[1]))
+        values = dataclasses.asdict(stage) if stage else {**_as_json(run), "stages": stages, "config": run.config}
+        print(json.dumps(values, indent=1))
+    else:
+        print(_one_stage(run, stage) if stage else _whole_run(run))
     return 0
+
+
+def _whole_run(run: Run) -> str:
+    """A run: its stages, what they dropped, their artifacts and logs, and the metrics."""
+    stages = [stage for stage in run.stages.values() if stage.attempts or stage.state not in ("unneeded", "")]
+    rows = [_stage_row(stage) for stage in stages]
+    paragraphs = [
+        f"{run.name}  {run.status}  {ui.duration(run.seconds)}\n{run.path}"
+        + (f"\narguments: {' '.join(run.argv)}" if run.argv else ""),
+        ui.stage_table(("state", "stage", "time", "key", "why"), rows, right=[2]) if rows else "",
+        *(f"{stage.node} {stage.state}: {stage.message.splitlines()[0]}"
+          for stage in stages if stage.message and stage.state != "done"),
+        _section("dropped", [(str(count), stage.node, reason) for stage in stages
+                             for reason, count in history.dropped(stage.record).items()], right=[0]),
+        _section("artifacts", [(stage.node, stage.path) for stage in stages if stage.path]),
+        _section("logs", [(stage.node, _log(run, stage)) for stage in stages if stage.log]),
+        _section("metrics", [(name, _number(value)) for name, value in run.metrics.items()], right=[1]),
+    ]  # fmt: skip
+    return "\n\n".join(filter(None, paragraphs))
+
+
+def _one_stage(run: Run, stage: Stage) -> str:
+    """A stage of a run: all that is known of it."""
+    state, _, time, key, reason = _stage_row(stage)
+    facts = [("run", run.name), ("time", time), ("why", reason), ("key", stage.key), ("artifact", stage.path)]
+    facts += [("log", _log(run, stage))] if stage.log else []
+    values = [(name, _value(value)) for name, value in history.values(stage.record).items()]
+    paragraphs = [
+        f"{stage.label}  {state}  {key}".rstrip() + "\n" + ui.columns((f"  {n}", v) for n, v in facts if v),
+        stage.message if stage.state != "done" else "",
+        _section("dropped", [(str(count), reason) for reason, count in history.dropped(stage.record).items()], [0]),
+        _section("notes", [(note,) for note in stage.record.get("notes", ())]),
+        _section("record", values),
+    ]
+    return "\n\n".join(filter(None, paragraphs))
+
+
+def _section(title: str, rows: Sequence[Sequence[str]], right: Sequence[int] = ()) -> str:
+    """Indented columns under a title; empty without rows."""
+    return "\n".join([title, textwrap.indent(ui.columns(rows, right), "  ")]) if rows else ""
 
 
 def compare(argv: list[str]) -> int:
@@ -146,7 +179,7 @@ def _mean(run: Run, name: str) -> float | None:
 def _stage_row(stage: Stage) -> tuple[str, ...]:
     took = ui.duration(stage.seconds) if stage.seconds is not None else ""
     tries = f"  (attempt {stage.attempts})" if stage.attempts > 1 else ""
-    return stage.state, stage.node, took, stage.key[:8], stage.reason + tries
+    return stage.state, stage.label, took, stage.key[:8], stage.reason + tries
 
 
 def _log(run: Run, stage: Stage) -> str:

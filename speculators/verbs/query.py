@@ -4,10 +4,14 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import textwrap
+from collections import Counter
 from collections.abc import Mapping
+from typing import Any
 
 from speculators import ui
 from speculators.config import composed
+from speculators.config.fields import as_override
 from speculators.errors import RecipeError
 from speculators.runner.execution.execute import steps_as_json
 from speculators.runner.planning import checks, estimate, lockfile
@@ -41,14 +45,10 @@ def plan(argv: list[str]) -> int:
         }
         print(json.dumps(values, indent=1))
         return 0
-    print(ui.columns((s.state.name, name, s.key[:8] or "-", s.reason) for name, s in steps.items()))
-    print("\n" + ui.columns((name, json.dumps(value)) for name, value in planner.derived.items()))
-    if needs.machine:
-        print("\n" + "\n".join(_devices(needs)))
-    for server in needs.servers:
-        print(f"\nserver for {server.stage} ({server.mode}):\n  {server.command}")
-    if lines := _hidden_states(needs):
-        print("\n" + "\n".join(lines))
+    print(_stages(steps, needs))
+    servers = _servers(needs, "--servers" in arguments.flags)
+    for line in filter(None, [_derived(planner.derived), servers, *_devices(needs), *_hidden_states(needs)]):
+        print(line)
     if outside_lines := _outside(steps):
         print("\n" + ui.dim("\n".join(outside_lines)))
     if locked:
@@ -59,10 +59,50 @@ def plan(argv: list[str]) -> int:
 
 def _devices(needs: estimate.Needs) -> list[str]:
     """Lines about the machine, and what runs on which of its GPUs."""
+    if not needs.machine:
+        return []
     absent = ", which this machine does not have: `run` will refuse" if needs.described else ""
-    lines = [f"machine: {needs.machine}{absent}"]
-    lines += ui.columns(needs.stages.items()).splitlines()
-    return [*lines, *(f"note: {note}" for note in needs.notes)]
+    lines = [f"machine: {needs.machine}{absent}", *(f"  {name}: {used}" for name, used in needs.stages.items())]
+    return [_filled(line) for line in [*lines, *(f"note: {note}" for note in needs.notes)]]
+
+
+def _stages(steps: Mapping[str, Step], needs: estimate.Needs) -> str:
+    """A line for each stage: state, expected time and size, and the reason; then their number and total time."""
+    rows = []
+    for name, step in steps.items():
+        seconds, size = needs.stage_seconds.get(name), needs.stage_bytes.get(name)
+        time = "" if seconds is None else ui.duration(seconds)
+        rows.append((step.state.name, name, time, ui.size(size) if size else "", step.reason))
+    counts = Counter(step.state.name for step in steps.values())
+    known = [seconds for seconds in needs.stage_seconds.values() if seconds is not None]
+    total = f"; about {ui.duration(sum(known))}" if known and len(known) == len(needs.stage_seconds) else ""
+    labels = {"run": "to run", "waits": "waiting"}
+    summary = ", ".join(f"{count} {labels.get(state, state)}" for state, count in counts.items())
+    return ui.stage_table(("state", "stage", "time", "size", "why"), rows, right=[2, 3]) + f"\n\n{summary}{total}"
+
+
+def _derived(derived: Mapping[str, Any]) -> str:
+    """Derived values in as few lines as they take: `layer_ids=[0,2,15,27] last_state=everywhere`."""
+    values = [f"{name}={as_override(value).replace(' ', '')}" for name, value in derived.items()]
+    if not values:
+        return ""
+    return _filled(" ".join(["derived:", *values]))
+
+
+def _servers(needs: estimate.Needs, commands: bool) -> str:
+    """The stages with servers and the servers' modes, or their command lines."""
+    if commands:
+        return "\n".join(f"server for {s.stage} ({s.mode}):\n  {s.command}" for s in needs.servers)
+    modes: dict[str, list[str]] = {}
+    for server in needs.servers:
+        modes.setdefault(server.stage, []).append(server.mode)
+    listed = ", ".join(f"{stage} ({', '.join(dict.fromkeys(each))})" for stage, each in modes.items())
+    return _filled(f"servers: {listed}; --servers prints their command lines") if modes else ""
+
+
+def _filled(text: str) -> str:
+    """Wrap a text to the width of stdout."""
+    return textwrap.fill(text, ui.width(), subsequent_indent="  ", break_on_hyphens=False)
 
 
 def _hidden_states(needs: estimate.Needs) -> list[str]:

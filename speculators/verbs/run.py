@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import contextlib
 import datetime
+import errno
 import json
 import os
+import shutil
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
-from speculators import ui
+from speculators import live, ui
 from speculators.config import composed
 from speculators.config.fields import to_builtins
 from speculators.config.schema import Config
@@ -21,7 +25,7 @@ from speculators.runner.execution.signals import Interrupted
 from speculators.runner.planning import checks, lockfile
 from speculators.runner.planning.plan import Planner
 from speculators.runner.servers import guard
-from speculators.runner.store.artifacts import open_store
+from speculators.runner.store.artifacts import no_space, open_store
 from speculators.verbs import usage
 
 _HYDRA = ("--cfg", "--info", "--hydra-help")
@@ -62,14 +66,15 @@ def run_recipe(
     if config.run.locked:
         lockfile.refuse_if_different(planner)
     directory = _fresh_directory(Path(config.run.dir).expanduser().resolve(), config.recipe)
-    (directory / "logs").mkdir()
     if announce is not None:
         announce(directory)
-    write_json(directory / "config.json", to_builtins(config))
     status = "failed"
-    stages = [name for name, node in planner.graph.items() if not node.lazy]
-    with ui.watcher(stages, lines_only) as watch:
-        events = Events(directory / "events.jsonl", [watch])
+    lazy = {name for name, node in planner.graph.items() if node.lazy}
+    started: list[str] = []
+    with _full_disk_reported(directory), live.watcher(planner.graph, lines_only, lazy) as watch:
+        (directory / "logs").mkdir()
+        write_json(directory / "config.json", to_builtins(config))
+        events = Events(directory / "events.jsonl", [watch, lambda event: _note_start(event, started)])
         process = {"pid": os.getpid(), "start": guard.start_time(os.getpid()), "machine": guard.machine()}
         events.emit("run.started", recipe=config.recipe, run=directory.name, words=list(argv), process=process)
         execution = Execution(planner=planner, directory=directory, events=events, argv=list(argv))
@@ -83,13 +88,37 @@ def run_recipe(
             seconds = time.monotonic() - began
             overrides = [argument for argument in argv if "=" in argument and not argument.startswith("-")]
             ended = {"status": status, "seconds": seconds, "overrides": overrides}
-            write_json(directory / "run.json", {**ended, "steps": steps_as_json(execution.steps)})
-            events.emit("run.finished", status=status, seconds=seconds)
-            events.close()
+            # A full disk must not hide what ended the run.
+            with contextlib.nullcontext() if status == "done" else contextlib.suppress(OSError):
+                events.emit("run.finished", status=status, seconds=seconds)
+                events.close()
+                write_json(directory / "run.json", {**ended, "steps": steps_as_json(execution.steps)})
     for name, step in execution.steps.items():
         if step.node.kind == "evaluate" and step.path:
             print(f"{name}: {step.path}\n\n{ui.evaluation(json.loads((step.path / 'evaluation.json').read_text()))}")
-    ui.narrate("done", config.recipe, f"{ui.duration(seconds)}  {directory}")
+    if started or announce is not None:
+        ui.narrate("done", config.recipe, f"{ui.duration(seconds)}  {directory}")
+    else:
+        shutil.rmtree(directory)  # a list of runs shows what ran
+        ui.narrate("done", config.recipe, f"{ui.duration(seconds)}  all stages were cached, nothing ran")
+        ui.narrate("", "", f"artifacts: {planner.store.root}")
+
+
+def _note_start(event: Mapping[str, Any], started: list[str]) -> None:
+    """Add the node of an event that starts a worker."""
+    if event["event"] == "stage.started":
+        started.append(event["node"])
+
+
+@contextlib.contextmanager
+def _full_disk_reported(directory: Path) -> Iterator[None]:
+    """Convert the error of a full disk of the run directory to that of a full store."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+            raise
+        raise no_space(error, error.filename or directory) from error
 
 
 def _fresh_directory(parent: Path, name: str) -> Path:
@@ -103,6 +132,8 @@ def _fresh_directory(parent: Path, name: str) -> Path:
         except FileExistsError:
             continue
         except OSError as error:
+            if error.errno in (errno.ENOSPC, errno.EDQUOT):
+                raise no_space(error, directory) from error
             raise StoreError(
                 f"run.dir: cannot create `{directory}` ({error.strerror})",
                 "name a writable directory: run.dir=PATH",

@@ -170,7 +170,7 @@ def test_a_store_of_another_layout_and_one_without_room_are_broken(
     monkeypatch.setattr(doctor, "free_bytes", lambda root: 1 << 20)
     full = of(doctor.store(tmp_path))["disk"]
     assert full.state == "broken"
-    assert "gc --delete" in full.fix
+    assert "speculators-run gc, or" in full.fix
     (tmp_path / "format").write_text("99\n")
     foreign = of(doctor.store(tmp_path))["store"]
     assert foreign.state == "broken"
@@ -228,7 +228,7 @@ def test_work_that_nobody_resumed_is_told_with_its_size(tmp_path: Path) -> None:
     (tmp_path / "quarantine/train-cc-1").mkdir(parents=True)
     found = of(doctor.stale(tmp_path))
     assert found["work"].message.startswith("1 directories, 0.0 GiB")
-    assert "gc days=7 --delete" in found["work"].fix
+    assert "gc days=7 run.store" in found["work"].fix
     assert found["quarantine"].state == "warn"
 
 

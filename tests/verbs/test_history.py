@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 from pathlib import Path
@@ -10,14 +11,17 @@ import pytest
 
 from speculators import cli
 from speculators.config.schema import Config
+from speculators.job import write_json
+from speculators.runner.execution.events import Events
 from speculators.runner.execution.execute import Execution
 from speculators.runner.execution.signals import Interrupted
 from speculators.runner.planning.plan import Planner
 from speculators.runner.servers import guard, vllm
 from speculators.runner.store.artifacts import Store
+from speculators.verbs import run
 from speculators.verbs.history import comparison
 from tests.conftest import publish_all
-from tests.runner.pasts import past
+from tests.runner.pasts import KEY, past
 
 A, B = "20260101-100000-tiny", "20260101-110000-tiny"
 
@@ -116,26 +120,95 @@ def test_a_word_too_many_or_too_few_is_one_error(
     assert f"error: {message}" in capsys.readouterr().err
 
 
-def test_what_a_run_writes_down_is_what_is_read(
+def test_show_knows_a_stage_by_name_and_kind_and_tells_what_it_dropped(capsys: pytest.CaptureFixture[str]) -> None:
+    path = past(Path("runs"), A)
+    record = {"rows": 7, "notes": ["the file is cut"], "dropped": {"too long": 2, "empty": 0},
+              "datasets": {"chat": {"dropped": {"not ASCII": 3}}}, "dropped rows: no answer": 4}  # fmt: skip
+    data = Path("store/artifacts/collect/ab/abcd/data").resolve()
+    data.mkdir(parents=True)
+    write_json(data.parent / "artifact.json", {"record": record})
+    report = json.loads((path / "run.json").read_text())
+    report["steps"]["extract"] = {"stage": "collect", "state": "cached", "key": KEY, "path": str(data)}
+    write_json(path / "run.json", report)
+    assert main("show", A, "extract") == 0
+    by_name = capsys.readouterr().out
+    assert main("show", A, "collect") == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert lines == by_name.splitlines()
+    assert lines[0] == "extract (collect)  cached  abababab"
+    assert f"  artifact  {data}" in lines
+    dropped = lines.index("dropped")
+    assert lines[dropped + 1 : dropped + 4] == ["  4  rows: no answer", "  3  chat: not ASCII", "  2  too long"]
+    assert lines[lines.index("notes") + 1] == "  the file is cut"
+    assert [line.split() for line in lines[lines.index("record") + 1 :]] == [["rows", "7"]]
+    assert main("show", A) == 0
+    out = capsys.readouterr().out
+    assert "  3  extract  chat: not ASCII" in out
+    assert f"artifacts\n  extract  {data}" in out
+    assert main("show", A, "train", "--json") == 0
+    assert json.loads(capsys.readouterr().out)["kind"] == "train"
+    assert main("show", A, "trian") == 1
+    assert "hint: did you mean `train`?" in capsys.readouterr().err
+
+
+def test_a_run_that_finds_everything_leaves_no_entry(
     store: Store, config: Config, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr(vllm, "engine_version", lambda python: "1.2.3")
     publish_all(store, Planner(config, store))
     assert main("recipe=smollm2_eagle3") == 0
+    captured = capsys.readouterr().err
+    assert "all stages were cached, nothing ran" in captured
+    assert f"artifacts: {store.root}" in captured
+    assert list(Path("runs").iterdir()) == []
+
+
+def test_what_a_run_writes_down_is_what_is_read(
+    store: Store, config: Config, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(vllm, "engine_version", lambda python: "1.2.3")
+    publish_all(store, Planner(config, store))
+    finish = Execution.run
+
+    def stopped(self: Execution) -> None:
+        finish(self)
+        raise Interrupted(2)
+
+    monkeypatch.setattr(Execution, "run", stopped)
+    assert main("recipe=smollm2_eagle3") == 130
     events = next(Path("runs").glob("*/events.jsonl")).read_text().splitlines()
     process = json.loads(events[0])["process"]
     assert process == {"pid": os.getpid(), "start": guard.start_time(os.getpid()), "machine": guard.machine()}
     capsys.readouterr()
     assert main("show", "last", "--json") == 0
-    told = json.loads(capsys.readouterr().out)
-    assert told["status"] == "done"
-    assert {stage["state"] for stage in told["stages"].values()} == {"cached"}
-
-    def stopped(self: Execution) -> None:
-        raise Interrupted(2)
-
-    monkeypatch.setattr(Execution, "run", stopped)
-    assert main("recipe=smollm2_eagle3") == 130
-    capsys.readouterr()
+    shown = json.loads(capsys.readouterr().out)
+    assert shown["status"] == "interrupted"
+    assert {stage["state"] for stage in shown["stages"].values()} == {"cached"}
     assert main("show", "last") == 0
     assert "  interrupted  " in capsys.readouterr().out.splitlines()[0]
+
+
+@pytest.mark.parametrize("full", ["config.json", "events.jsonl", "run.json", "the run directory"])
+def test_a_full_disk_of_the_run_directory_is_an_error_as_that_of_the_store(
+    full: str, store: Store, config: Config, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(vllm, "engine_version", lambda python: "1.2.3")
+    publish_all(store, Planner(config, store))
+
+    def write(path: Path, value: object) -> None:
+        if path.name == full:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        write_json(path, value)
+
+    def mkdir(path: Path, **options: bool) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device", str(path))
+
+    monkeypatch.setattr(run, "write_json", write)
+    if full == "events.jsonl":
+        monkeypatch.setattr(run, "Events", lambda path, listeners: Events(Path("/dev/full"), listeners))
+    if full == "the run directory":
+        monkeypatch.setattr(Path, "mkdir", mkdir)
+    assert main("recipe=smollm2_eagle3") == 1
+    first, _, hint = capsys.readouterr().err.strip().splitlines()[-3:]
+    assert first.startswith(f"error: no space is left for {'/dev/full' if full == 'events.jsonl' else Path.cwd()}")
+    assert hint.startswith("hint: free space")

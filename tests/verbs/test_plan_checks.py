@@ -225,5 +225,5 @@ def test_plan_checks_no_data_set_to_measure_on_where_nothing_is_measured(
 def test_a_server_never_takes_more_tokens_than_the_target_has_positions(
     world: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert cli._guarded(["plan", "recipe=eagle3.yaml", "max_seq_len=4095", "evaluate.max_tokens=128"]) == 0
+    assert cli._guarded(["plan", "recipe=eagle3.yaml", "--servers", "max_seq_len=4095", "evaluate.max_tokens=128"]) == 0
     assert set(re.findall(r"--max-model-len (\d+)", capsys.readouterr().out)) == {"4096"}

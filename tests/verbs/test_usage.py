@@ -113,7 +113,7 @@ def test_no_hint_suggests_a_destructive_flag(verb: str, capsys: pytest.CaptureFi
 
 @pytest.mark.parametrize("name", OF_OTHER_TOOLS)
 def test_names_of_other_tools_lead_to_an_option_that_exists(name: str) -> None:
-    for written in (name, f"train.{name}", name.replace("_", "-")):
+    for written in (name, f"training.{name}", name.replace("_", "-")):
         assert any(f"`{option}`" in str(foreign_names.hint(written)) for option in all_options())
 
 

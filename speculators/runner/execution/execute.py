@@ -309,7 +309,9 @@ class Execution:
         if quota or not self._disk_estimated or "features" in node.spec.gives or node.keeps_states:
             self._disk_estimated = True
             open_steps = {s.node.name: s for s in self.planner.plan()}
-            estimate.refuse_if_too_large(estimate.estimate(self.planner, open_steps))
+            needs = estimate.estimate(self.planner, open_steps)
+            self.events.emit("run.estimated", seconds=needs.stage_seconds)
+            estimate.refuse_if_too_large(needs)
 
     # Attempts at one stage.
 

@@ -171,7 +171,7 @@ def refuse_if_too_large(needs: Needs) -> None:
         features = f" and the hidden states need up to {_gib(needs.feature_bytes)}" if needs.feature_bytes else ""
         raise StoreError(
             f"the store holds {_gib(needs.store_bytes)}{features}, run.quota_gib allows {_gib(needs.quota_bytes)}",
-            "`speculators-run gc --delete` deletes unused artifacts; or raise run.quota_gib",
+            "`speculators-run gc` finds unused artifacts; or raise run.quota_gib",
         )
     if needs.feature_bytes > needs.free_bytes:
         raise StoreError(

@@ -165,7 +165,7 @@ def test_without_a_quota_nothing_is_counted_and_with_one_the_states_must_fit_bes
     said = r"the store holds 0\.0 GiB and the hidden states need up to 2\.1 GiB, run\.quota_gib allows 1\.0 GiB"
     with pytest.raises(StoreError, match=said) as caught:
         refuse_if_too_large(dataclasses.replace(now, free_bytes=100 * GIB))
-    assert "gc --delete" in caught.value.hint
+    assert "speculators-run gc` finds" in caught.value.hint
 
 
 @pytest.mark.parametrize(
