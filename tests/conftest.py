@@ -72,7 +72,7 @@ def publish(store: Store, planner: Planner, name: str, digests: dict[str, str], 
     (work / "data" / file).write_text(text)
     if name == "target":
         (work / "data" / "chat_template.jinja").write_text("{{ messages }}")
-    made = {"preimage": step.preimage, "record": {}, "provenance": {"run": "earlier", "finished": "2026"}}
+    made = {"preimage": step.preimage, "record": {}, "provenance": {"run": "earlier", "node": name, "finished": "2026"}}
     artifact = store.publish(step.node.kind, step.key, **made, digest=step.digest or None)
     return artifact.digest
 

@@ -218,6 +218,27 @@ def test_ls_lists_what_the_store_holds(store: Store, config: Config, capsys: pyt
     assert main("ls", "trian") == 1
 
 
+def test_verbs_know_a_stage_by_its_name_and_by_its_kind(
+    store: Store, config: Config, capsys: pytest.CaptureFixture[str]
+) -> None:
+    publish_all(store, Planner(config, store))
+    rows = {}
+    for name in ("extract", "collect"):
+        assert main("ls", name, "--json") == 0
+        (rows[name],) = json.loads(capsys.readouterr().out)
+        assert main("verify", name) == 0
+        assert capsys.readouterr().err.split()[:2] == ["intact", "collect"]
+        assert main("explain", name, DEMO) == 0
+        assert capsys.readouterr().out.startswith("extract  cached  ")
+    assert rows["extract"] == rows["collect"]
+    assert main("ls", f"extract:{rows['extract']['key'][:6]}") == 0
+    assert capsys.readouterr().out.splitlines()[1].startswith("extract (collect)  ")
+    assert main("gc", "extract", "days=0", "--delete") == 0
+    assert "deleted  artifact collect" in capsys.readouterr().err
+    assert list(store.artifacts("collect")) == []
+    assert list(store.artifacts("train")) != []
+
+
 def test_verify_finds_bytes_that_changed_in_place(
     store: Store, config: Config, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -8,6 +8,7 @@ own completion takes, which composes a recipe at every key press, and it knows v
 from __future__ import annotations
 
 import sys
+import textwrap
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
@@ -20,6 +21,8 @@ from speculators.verbs import usage
 from speculators.verbs.usage import VERBS, Verb
 
 CANDIDATES = "candidates"
+MEANING_WIDTH = 56
+"""Columns of a meaning, so that most candidates with it take one line."""
 _BASH = """\
 _speculators_run() {
     local line=${COMP_LINE:0:COMP_POINT} words=() candidate part head
@@ -69,7 +72,7 @@ def completion(argv: list[str]) -> int:
     """Print a shell's script, or the candidates for the last word of a command line."""
     if argv[:1] == [CANDIDATES]:
         for candidate, meaning in candidates(argv[1:] or [""]):
-            print(f"{candidate}\t{meaning}")
+            print(f"{candidate}\t{textwrap.shorten(meaning, MEANING_WIDTH, placeholder='...')}")
         return 0
     arguments = usage.parse("completion", argv)
     shell = arguments.names[0] if len(arguments.names) == 1 else ""

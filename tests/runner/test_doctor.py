@@ -250,7 +250,7 @@ def test_the_verb_prints_a_line_each_or_data_and_exits_1_only_if_something_is_br
     assert cli._guarded(["doctor", "--json"]) == 1
     assert [finding["state"] for finding in json.loads(capsys.readouterr().out)] == ["warn", "broken"]
     assert cli._guarded(["doctor", "disk"]) == 1
-    assert "error: there is no option `disk` here" in capsys.readouterr().err
+    assert "error: `doctor` takes no argument `disk`" in capsys.readouterr().err
 
 
 def failure(code: str, name: str = "__console__") -> tuple[str, str] | None:
