@@ -170,7 +170,7 @@ def _values(option: str, value: str) -> Iterator[tuple[str, str]]:
     elif option in ("until", "only", "from", "force"):
         yield from _stages()
     elif known := documentation.all_options().get(option):
-        if known.type == "true or false":
+        if known.type.startswith("true or false"):
             yield from (("true", ""), ("false", ""))
         brackets = known.type.startswith("list")
         yield from ((f"[{name}]" if brackets else name, meaning) for name, meaning in known.choices.items())

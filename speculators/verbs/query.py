@@ -13,10 +13,9 @@ from speculators import ui
 from speculators.config import composed
 from speculators.config.fields import as_override
 from speculators.errors import RecipeError
-from speculators.runner.execution.execute import steps_as_json
 from speculators.runner.planning import checks, estimate, lockfile
 from speculators.runner.planning.explain import changes_outside_key, explain_stage, to_json
-from speculators.runner.planning.plan import Planner, Step
+from speculators.runner.planning.plan import Planner, Step, steps_as_json
 from speculators.runner.store.artifacts import open_store
 from speculators.verbs import usage
 

@@ -20,10 +20,10 @@ from speculators.config.schema import Config
 from speculators.errors import RecipeError, StoreError
 from speculators.job import write_json
 from speculators.runner.execution.events import Events
-from speculators.runner.execution.execute import Execution, steps_as_json
+from speculators.runner.execution.execute import Execution
 from speculators.runner.execution.signals import Interrupted
 from speculators.runner.planning import checks, lockfile
-from speculators.runner.planning.plan import Planner
+from speculators.runner.planning.plan import Planner, steps_as_json
 from speculators.runner.servers import guard
 from speculators.runner.store.artifacts import no_space, open_store
 from speculators.verbs import usage

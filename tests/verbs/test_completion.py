@@ -29,7 +29,7 @@ DEMO = "recipe=smollm2_eagle3"
         (["recipe=smo"], {"recipe=smollm2_eagle3", "recipe=smollm2_dflash"}, {"recipe=gemma4_dflash"}),
         (["pipeline="], {"pipeline=fused", "pipeline=offline"}, set()),
         (["train.optimizer="], {"train.optimizer=adamw", "train.optimizer=muon"}, set()),
-        (["train.fsdp=t"], {"train.fsdp=true"}, {"train.fsdp=false"}),
+        (["train.train_on_prompts=t"], {"train.train_on_prompts=true"}, {"train.train_on_prompts=false"}),
         (["train.lr="], {"train.lr=0.001"}, set()),
         (["train.trackers=["], {"train.trackers=[wandb]"}, set()),
         (["until=r"], {"until=regenerate"}, {"until=train"}),

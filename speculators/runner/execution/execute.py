@@ -29,7 +29,6 @@ import time
 from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
 
 from speculators.config.fields import select, to_builtins
 from speculators.config.schema import Config
@@ -492,12 +491,3 @@ def _pause(seconds: float, unless: Callable[[], bool] = lambda: False) -> Waitin
     deadline = time.monotonic() + seconds
     while time.monotonic() < deadline and not unless():
         yield
-
-
-def steps_as_json(steps: Mapping[str, Step]) -> dict[str, Any]:
-    """The steps of a run as JSON values, for `run.json` and `--json`."""
-    return {
-        name: {"stage": s.node.kind, "state": s.state.name, "reason": s.reason, "key": s.key, "digest": s.digest,
-               "inputs": dict(s.node.inputs), "path": str(s.path) if s.path else None}
-        for name, s in steps.items()
-    }  # fmt: skip

@@ -236,6 +236,15 @@ class Planner:
         return Step(node=step.node, state=State.unneeded, reason="no stage reads it", key=step.key, digest=step.digest)
 
 
+def steps_as_json(steps: Mapping[str, Step]) -> dict[str, Any]:
+    """The steps of a run as JSON values, for `run.json` and `--json`."""
+    return {
+        name: {"stage": s.node.kind, "state": s.state.name, "reason": s.reason, "key": s.key, "digest": s.digest,
+               "inputs": dict(s.node.inputs), "path": str(s.path) if s.path else None}
+        for name, s in steps.items()
+    }  # fmt: skip
+
+
 def describe(changes: list[tuple[str, Any, Any]]) -> str:
     """Describe a cache miss by the differences from the nearest earlier artifact: inputs, options, versions."""
     inputs = [name.removeprefix("input ") for name, _, _ in changes if name.startswith("input ")]
