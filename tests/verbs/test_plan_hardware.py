@@ -106,7 +106,7 @@ def test_gpus_that_a_recipe_describes_are_planned_for_on_a_machine_without_any(
 ) -> None:
     pretend(monkeypatch, machine(0))
     assert cli._guarded(["plan", "recipe=gemma4_dflash", "hardware=h100x8", COMMIT]) == 0
-    text = capsys.readouterr().out
+    text = " ".join(capsys.readouterr().out.split())
     assert "machine: 8 x NVIDIA H100 80GB HBM3 (80 GiB), which this machine does not have: `run` will refuse" in text
     assert TABLE[8, 79.6]["evaluate"] in text
     assert cli._guarded(["recipe=gemma4_dflash", "hardware=h100x8", COMMIT]) == 1
