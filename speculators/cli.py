@@ -55,7 +55,7 @@ def _guarded(argv: Sequence[str]) -> int:
 def _dispatch(argv: list[str]) -> int:
     verb = argv[0] if argv else "help"
     if verb in (*usage.HELP, "help"):
-        print(usage.verb_help(argv[1]) if argv[1:] and argv[1] in usage.VERBS else usage.program_help())
+        print(usage.verb_help(argv[1]) if argv[1:] else usage.program_help())
         return 0
     if verb == "--version":
         print(installed_version(usage.PROGRAM))

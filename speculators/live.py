@@ -308,11 +308,13 @@ def watcher(nodes: Iterable[str], lines_only: bool = False, lazy: Collection[str
 
 def notes_of(event: Mapping[str, Any]) -> list[str]:
     """The figures of an event `stage.progress`: `loss 2.71`, `acceptance length 1.52`, `140 tokens/s`."""
+    note = dict(event["note"])
+    first = {name: note.pop(name) for name in ("loss", "acceptance_length") if name in note}
     return [
-        f"{value} {name.removesuffix('_per_second')}/s" if name.endswith("_per_second") else f"{name} {value}"
-        for name, value in (
-            (name.replace("acceptance_length", "acceptance length"), v) for name, v in event["note"].items()
-        )
+        f"{value} {name.removesuffix('_per_second')}/s"
+        if name.endswith("_per_second")
+        else f"{name.replace('_', ' ')} {value}"
+        for name, value in (first | note).items()
     ]
 
 

@@ -88,7 +88,7 @@ def test_the_table_shows_stages_with_bar_rate_time_left_and_figures(screen: Any,
     told(watch, "stage.decided", node="train", state="run", reason="changed: train.lr 1 -> 2", key=KEY)
     told(watch, "stage.started", node="train", log="", phase=0, phases=1, attempt=2)
     assert lines()[3] == "running   train         0.0s  started, no progress yet  attempt 2"
-    note = {"loss": 2.71, "acceptance_length": 1.523, "tokens_per_second": 1140}
+    note = {"acceptance_length": 1.523, "loss": 2.71, "tokens_per_second": 1140}  # sorted by name, in a file
     for done in range(0, 800, 40):
         clock.now += 4
         told(watch, "stage.progress", node="train", done=done, total=2000, unit="steps", note=note)

@@ -258,7 +258,13 @@ def program_help() -> str:
 
 
 def verb_help(name: str) -> str:
-    """The help of a verb: usage, arguments, flags, examples; within 80 columns."""
+    """The help of a verb: usage, arguments, flags, examples; within 80 columns.
+
+    Raises:
+        RecipeError: there is no such verb.
+    """
+    if name not in VERBS:
+        raise unknown_verb(name)
     verb = VERBS[name]
     usage = textwrap.fill(
         f"{PROGRAM} {name} {verb.usage}", 78, initial_indent="usage: ", subsequent_indent=" " * 11,
@@ -354,6 +360,8 @@ def _flag_hint(name: str, verb: Verb, flag: str, value: str) -> str:
 
 
 def _no_argument_hint(name: str, verb: Verb, argument: str) -> str:
+    if name == "run" and argument in VERBS:
+        return f"the verb comes first: {PROGRAM} {argument} ..."
     if verb.composes and (argument in shipped.available() or argument.endswith((".yaml", ".yml"))):
         return f"name the recipe: recipe={argument}"
     return f"`{PROGRAM} {name} --help` lists its arguments"

@@ -63,6 +63,8 @@ def test_the_usage_line_names_only_what_the_table_explains(verb: str) -> None:
         (["paln", DEMO], "there is no verb `paln`", "did you mean `plan`?"),
         (["smollm2_eagle3"], "there is no verb `smollm2_eagle3`", "speculators-run recipe=smollm2_eagle3"),
         (["smollm2_eagl3"], "there is no verb `smollm2_eagl3`", "did you mean `recipe=smollm2_eagle3`?"),
+        (["help", "paln"], "there is no verb `paln`", "did you mean `plan`?"),
+        ([DEMO, "plan"], "`run` takes no argument `plan`", "the verb comes first: speculators-run plan ..."),
         (["mine.yaml"], "there is no verb `mine.yaml`", "recipe=mine.yaml"),
         (["plan", "smollm2_eagle3"], "`plan` takes no argument `smollm2_eagle3`", "recipe=smollm2_eagle3"),
         (["plan", DEMO, "--jsno"], "`plan` has no flag `--jsno`", "did you mean `--json`?"),
