@@ -106,6 +106,18 @@ def test_the_first_plan_of_the_demo_fits_a_screen(capsys: pytest.CaptureFixture[
     assert any(line.startswith("hidden states: at most 393,216 tokens, 2.1 GiB") for line in lines[16:])
 
 
+def test_a_plan_for_gpus_has_their_number_by_stage(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main("plan", DEMO, "hardware=h100x8") == 0
+    lines = capsys.readouterr().out.splitlines()
+    rows = {line.split()[1]: line for line in lines[1:11]}
+    column = lines[0].index("GPUs")
+    assert {name: row[column : column + 4].strip() for name, row in rows.items() if name in ("train", "vocab")} == {
+        "train": "1",
+        "vocab": "",
+    }
+    assert "machine: 8 x NVIDIA H100" in "".join(lines)
+
+
 def test_plan_prints_command_lines_of_servers_on_demand(capsys: pytest.CaptureFixture[str]) -> None:
     assert main("plan", DEMO, "--servers") == 0
     out = capsys.readouterr().out

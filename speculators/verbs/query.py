@@ -66,18 +66,22 @@ def _devices(needs: estimate.Needs) -> list[str]:
 
 
 def _stages(steps: Mapping[str, Step], needs: estimate.Needs) -> str:
-    """A line for each stage: state, expected time and size, and the reason; then their number and total time."""
+    """A line for each stage: state, expected time and size, GPUs and the reason; then their number and total time."""
     rows = []
     for name, step in steps.items():
         seconds, size = needs.stage_seconds.get(name), needs.stage_bytes.get(name)
         time = "" if seconds is None else ui.duration(seconds)
-        rows.append((step.state.name, name, time, ui.size(size) if size else "", step.reason))
+        gpus = str(needs.stage_gpus.get(name) or "")
+        rows.append((step.state.name, name, time, ui.size(size) if size else "", gpus, step.reason))
     counts = Counter(step.state.name for step in steps.values())
     known = [seconds for seconds in needs.stage_seconds.values() if seconds is not None]
     total = f"; about {ui.duration(sum(known))}" if known and len(known) == len(needs.stage_seconds) else ""
     labels = {"run": "to run", "waits": "waiting"}
     summary = ", ".join(f"{count} {labels.get(state, state)}" for state, count in counts.items())
-    return ui.stage_table(("state", "stage", "time", "size", "why"), rows, right=[2, 3]) + f"\n\n{summary}{total}"
+    return (
+        ui.stage_table(("state", "stage", "time", "size", "GPUs", "why"), rows, right=[2, 3, 4])
+        + f"\n\n{summary}{total}"
+    )
 
 
 def _derived(derived: Mapping[str, Any]) -> str:

@@ -66,7 +66,9 @@ class Needs:
     splits: dict[str, Split] = field(default_factory=dict)
     """How each training from a live server shares the machine with it."""
     stages: dict[str, str] = field(default_factory=dict)
-    """GPUs of each stage that uses some: `2 servers of 4 GPUs (tensor 4), one after the other`."""
+    """GPUs of each stage that uses some, in words: `2 servers of 4 GPUs (tensor 4), one after the other`."""
+    stage_gpus: dict[str, int] = field(default_factory=dict)
+    """Number of GPUs that each of these stages holds."""
     machine: str = ""
     """GPUs, or cores and memory, that the plan is made for."""
     described: bool = False
@@ -98,6 +100,7 @@ def estimate(planner: Planner, steps: Mapping[str, Step]) -> Needs:
     needs = Needs(
         servers=_servers(planner, steps, open_steps),
         splits={name: placement.split for name, placement in placements.items() if placement.split is not None},
+        stage_gpus={name: placement.devices for name, placement in placements.items() if placement.gpus},
         stages={name: used for name, placement in placements.items() if (used := _devices_used(placement))},
         machine=str(planner.machine) if uses_devices else "",
         described=uses_devices and planner.machine.described,
