@@ -118,7 +118,7 @@ def read_run(path: Path) -> Run | None:
         recipe=str(config.get("recipe") or first.get("recipe", "")),
         started=str(first.get("time", "")),
         status=status,
-        seconds=float(report.get("seconds") or _span(events)),
+        seconds=float(report.get("seconds") or _span(events, running=status == "running")),
         argv=list(first.get("words", ())),
         config=config,
         stages=stages,
@@ -205,10 +205,12 @@ def _json(path: Path) -> dict[str, Any]:
     return content if isinstance(content, dict) else {}
 
 
-def _span(events: Sequence[Mapping[str, Any]]) -> float:
-    """Seconds from the first to the last event."""
+def _span(events: Sequence[Mapping[str, Any]], *, running: bool) -> float:
+    """Seconds from the first event to the last, or to now while the run goes on."""
     times = [datetime.datetime.fromisoformat(e["time"]) for e in events if "time" in e]
-    return (times[-1] - times[0]).total_seconds() if times else 0.0
+    if not times:
+        return 0.0
+    return ((datetime.datetime.now(datetime.UTC) if running else times[-1]) - times[0]).total_seconds()
 
 
 def _stages(

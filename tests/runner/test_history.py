@@ -121,6 +121,7 @@ def test_a_killed_run_is_told_from_one_that_is_at_work(tmp_path: Path) -> None:
     assert dead is not None
     assert (alive.status, alive.stages["evaluate"].state) == ("running", "running")
     assert (dead.status, dead.stages["evaluate"].state) == ("killed", "stopped")
+    assert alive.seconds > dead.seconds, "that of a run at work goes on"
 
 
 def test_a_process_of_another_machine_is_not_ours(tmp_path: Path) -> None:
