@@ -160,8 +160,8 @@ def _unit(name: str, hint: Any, meaning: str) -> str:
         return ""
     if match := re.search(rf"\bin ({'|'.join(_UNITS)})\b", meaning):
         return match[1]
-    first = meaning.partition(" ")[0]
-    if first == "Share" or name.endswith("_ratio"):
+    first, sentence = meaning.partition(" ")[0], meaning.partition(". ")[0].lower()
+    if name.endswith("_ratio") or (float in (hint, *typing.get_args(hint)) and "share of" in sentence):
         return "share, 0 to 1"
     return next((u for u in _UNITS if first.lower() == u), "") or _UNIT_SUFFIXES.get(name.rpartition("_")[2], "")
 

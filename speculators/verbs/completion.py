@@ -1,8 +1,8 @@
 """completion: tab completion for bash, zsh and fish.
 
 Each shell's script calls `speculators-run completion candidates WORD ...` with the words before the cursor, and gets
-the completions of the last one, a line each: the whole word, a tab, its meaning. That takes a tenth of what Hydra's
-own completion takes, which composes a recipe at every key press, and it knows verbs, flags, runs and stages.
+the completions of the last one, a line each: the whole word, a tab, its meaning. Hydra's own completion would compose
+the recipe at every key press, and knows no verbs, flags, runs or stages.
 """
 
 from __future__ import annotations

@@ -237,7 +237,11 @@ VERBS = {
         summary="print the script that switches tab completion on",
         usage="bash|zsh|fish",
         takes={"bash|zsh|fish": "the shell"},
-        examples=['eval "$(speculators-run completion bash)"   # in ~/.bashrc'],
+        examples=[
+            'eval "$(speculators-run completion bash)"          # in ~/.bashrc',
+            'eval "$(speculators-run completion zsh)"           # in ~/.zshrc',
+            "speculators-run completion fish | source           # in config.fish",
+        ],
     ),
 }
 """Every verb by name, in the order of the help."""

@@ -1,9 +1,9 @@
 """What it costs to say nothing new, and to plan a lot. `python -m tests.benchmarks.startup [STORE [KEY=VALUE ...]]`.
 
-Wall time of `--help`, of `plan` where Hydra has to compose, and, with a store in which the demo is finished with these
-overrides, of a run that finds everything and of `plan` after it; next to importing hydra in a bare interpreter. Then
-what an executed stage costs next to an interpreter that does nothing, and planning 1 000 stages side by side and 10 000
-in a chain.
+Wall time of `--help`, of a tab completion, of `plan` where Hydra has to compose, and, with a store in which the demo is
+finished with these overrides, of a run that finds everything and of `plan` after it; next to importing hydra in a bare
+interpreter. Then what an executed stage costs next to an interpreter that does nothing, and planning 1 000 stages side
+by side and 10 000 in a chain.
 """
 
 from __future__ import annotations
@@ -90,6 +90,7 @@ def main(store: str = "", *overrides: str) -> None:
     cli = ("-m", "speculators.cli")
     print("import hydra ", told(wall("-c", "import hydra")))
     print("--help       ", told(wall(*cli, "--help")))
+    print("tab completion", told(wall(*cli, "completion", "candidates", RECIPE, "train.")))
     with tempfile.TemporaryDirectory() as own, mock.patch.dict(os.environ, SPECULATORS_STORE=f"{own}/store"):
         print("plan, of what no run has composed", told(wall(*cli, "plan", RECIPE, f"run.store={store}")))
         if store:

@@ -97,6 +97,18 @@ def test_bash_completes_words_that_readline_splits(program: Path, capsys: pytest
     assert done.stderr == ""
 
 
+def test_completion_and_help_load_what_they_need_and_no_more(tmp_path: Path) -> None:
+    code = (
+        "import sys; from speculators import cli\n"
+        "assert cli._guarded(['completion', 'candidates', 'recipe=x', 'train.']) == 0\n"
+        "assert cli._guarded(['plan', '--help']) == 0\n"
+        "print(sorted({'hydra', 'omegaconf', 'yaml', 'rich', 'torch', 'speculators.runner.planning'} & {*sys.modules}))"
+    )
+    command = [sys.executable, "-c", code]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=True)
+    assert done.stdout.splitlines()[-1] == "[]"
+
+
 @pytest.mark.parametrize("shell", ["zsh", "fish"])
 def test_scripts_of_other_shells_parse(shell: str, capsys: pytest.CaptureFixture[str]) -> None:
     text = script(shell, capsys)
