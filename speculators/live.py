@@ -99,7 +99,7 @@ class Lines:
         elif kind == "stage.started":
             self._logs[name] = event["log"]
             self._paces[name] = Pace()
-            narrate("started", name, _attempt(event))
+            narrate("started", name, _part(event))
         elif kind == "stage.progress":
             self._progress(name, event)
         elif kind == "stage.retried":
@@ -118,6 +118,8 @@ class Lines:
             narrate(kind.removeprefix("service."), f"vllm {event['mode']}", _took(event))
         elif kind == "run.stopping":
             narrate("stopping", stopping(event))
+        elif kind == "run.estimated" and not self._paces and None not in event["seconds"].values():
+            narrate("expected", "run", f"about {duration(sum(event['seconds'].values()))}")
 
     def _progress(self, name: str, event: Mapping[str, Any]) -> None:
         now, pace = self._clock(), self._paces.setdefault(name, Pace())
@@ -184,7 +186,8 @@ class Live:
         elif kind == "run.finished":
             self._over = True
             for row in self._rows.values():
-                row["state"] = "stopped" if row["state"] in ("running", "again") else row["state"]
+                if row["state"] in ("running", "again"):
+                    row.update(state="stopped", detail=_count(row["progress"]) if row.get("progress") else "")
         elif "node" in event:
             self._update_stage(kind, self._rows.setdefault(event["node"], {"state": "", "detail": ""}), event)
 
@@ -201,7 +204,7 @@ class Live:
         elif kind == "stage.started":
             row.setdefault("began", self._clock())
             row.update(state="running", pace=Pace(), log=event["log"], started=self._clock(), progress=None)
-            row["detail"] = "  ".join(filter(None, ["started, no progress yet", _attempt(event)]))
+            row["detail"] = "  ".join(filter(None, ["started, no progress yet", _part(event)]))
         elif kind == "stage.progress":
             pace = row.setdefault("pace", Pace())
             pace.update(event, self._clock())
@@ -333,10 +336,11 @@ def _percent(event: Mapping[str, Any]) -> str:
     return f"{int(100 * _share(event)):3}%"
 
 
-def _attempt(event: Mapping[str, Any]) -> str:
-    """`attempt 2`, from the second one on."""
-    attempt = event.get("attempt", 1)
-    return f"attempt {attempt}" if attempt > 1 else ""
+def _part(event: Mapping[str, Any]) -> str:
+    """`phase 1 of 2  attempt 2`, as far as there are several phases and it is not the first attempt."""
+    attempt = f"attempt {event['attempt']}" if event.get("attempt", 1) > 1 else ""
+    phase = f"phase {event['phase'] + 1} of {event['phases']}" if event.get("phases", 1) > 1 else ""
+    return "  ".join(filter(None, [phase, attempt]))
 
 
 def retried(event: Mapping[str, Any]) -> str:

@@ -121,10 +121,10 @@ def test_a_stage_that_starts_says_so_and_shows_its_log_only_after_a_while(
     watch, lines = screen("train")
     log = tmp_path / "t.log"
     log.write_text("--- train: attempt 1, phase 1 of 1\nreading the target\n")
-    told(watch, "stage.started", node="train", log=str(log), phase=0, phases=1)
-    assert lines()[0] == "running   train    0.0s  started, no progress yet"
+    told(watch, "stage.started", node="train", log=str(log), phase=0, phases=2)
+    assert lines()[0] == "running   train    0.0s  started, no progress yet  phase 1 of 2"
     clock.now += 11
-    assert lines()[:2] == ["running   train     11s  started, no progress yet", "          reading the target"]
+    assert lines()[1] == "          reading the target"
 
 
 def test_servers_are_shown_while_they_are_up_and_a_starting_one_with_its_log(
@@ -184,8 +184,10 @@ def test_a_run_that_is_asked_to_stop_says_what_goes_on_and_what_a_second_signal_
     assert seen()[-1] == "stopping  stages have 30 s for a checkpoint; Ctrl-C again ends them at once"
     assert len(seen()[-1] + "^C") < 80, "which the terminal writes behind it"
     assert "stopping stages have 30 s for a checkpoint" in capsys.readouterr().err
+    assert seen()[1].endswith("started, no progress yet")
+    told(table, "stage.progress", node="train", done=7, total=9, unit="steps", note={})
     told(table, "run.finished", status="interrupted", seconds=3.0)
-    assert "stopped   train" in seen()[1]
+    assert seen()[1:] == ["stopped   train       0.0s  7/9 steps", seen()[-1]]
 
 
 def test_on_a_low_screen_only_what_goes_on_is_listed_and_the_rest_is_counted(screen: Any) -> None:
@@ -241,6 +243,7 @@ def test_in_a_file_a_run_is_plain_lines(capsys: pytest.CaptureFixture[str], cloc
     with live.Lines(clock) as watch:
         told(watch, "stage.decided", node="prompts", state="cached", reason="made by r", key=KEY)
         told(watch, "stage.decided", node="train", state="run", reason="changed: train.lr 1 -> 2", key=KEY)
+        told(watch, "run.estimated", seconds={"train": 70.0, "evaluate": 20.0})
         told(watch, "service.starting", service="ab", mode="extract", log="")
         told(watch, "service.ready", service="ab", mode="extract", seconds=36.2)
         told(watch, "stage.started", node="train", log=str(log), phase=0, phases=1, attempt=1)
@@ -253,6 +256,7 @@ def test_in_a_file_a_run_is_plain_lines(capsys: pytest.CaptureFixture[str], cloc
     assert said.err.splitlines() == [
         "cached   prompts             0123abcd",
         "run      train               changed: train.lr 1 -> 2",
+        "expected run                 about 1m30s",
         "starting vllm extract",
         "ready    vllm extract        36s",
         "started  train",
