@@ -121,8 +121,9 @@ def _hidden_states(needs: estimate.Needs) -> list[str]:
             time = f", {bound}{ui.duration(needs.prefill_seconds)}"
         lines.append(f"prefill for them: about {needs.prefill_tokens:,} tokens{time}")
     for stage, split in needs.splits.items():
-        lines.append(f"{stage} and its server: {split.training} and {split.server} {split.unit}"
-                    f"{', the same ones' if split.shared else ''}")  # fmt: skip
+        if split.unit == "cores":  # GPUs are listed with the machine
+            same = ", the same one" if split.shared else ""
+            lines.append(f"{stage} and its server: {split.training} and {split.server} cores{same}")
     return lines
 
 

@@ -227,6 +227,7 @@ class PlayedServer:
 @pytest.fixture
 def mill(tmp_path: Path, checkpoint: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., World]:
     made: list[World] = []
+    OWNERS.clear()
     for name, kind in KINDS.items():
         monkeypatch.setitem(graph.KINDS, name, kind)
 
