@@ -58,10 +58,9 @@ def plan(argv: list[str]) -> int:
 
 def _devices(needs: estimate.Needs) -> list[str]:
     """Lines about the machine, and what runs on which of its GPUs."""
-    if not needs.machine:
-        return []
     absent = ", which this machine does not have: `run` will refuse" if needs.described else ""
-    lines = [f"machine: {needs.machine}{absent}", *(f"  {name}: {used}" for name, used in needs.stages.items())]
+    lines = [f"machine: {needs.machine}{absent}"] if needs.machine else []
+    lines += [f"  {name}: {used}" for name, used in needs.stages.items()]
     return [_filled(line) for line in [*lines, *(f"note: {note}" for note in needs.notes)]]
 
 

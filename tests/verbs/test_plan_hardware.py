@@ -113,6 +113,25 @@ def test_gpus_that_a_recipe_describes_are_planned_for_on_a_machine_without_any(
     assert "the recipe is made for 8 x NVIDIA H100 80GB HBM3" in capsys.readouterr().err
 
 
+def test_jobs_of_a_cluster_have_the_described_gpus_and_need_none_here(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    pretend(monkeypatch, machine(0))
+    monkeypatch.setattr(executors, "EXTRAS", {})
+    cluster = ["hardware=h100x8", "executor=slurm", "executor.gpus=4", "pipeline=offline", "extract.workers=2"]
+    assert cli._guarded(["plan", "recipe=gemma4_dflash", COMMIT, *cluster, "--json"]) == 0
+    plan = json.loads(capsys.readouterr().out)
+    assert (plan["machine"], plan["described"]) == ("", False)
+    assert plan["stages"] == {
+        "regenerate": "in its job, server on 4 GPUs (tensor 2 x data 2)",
+        "extract.1": "in its job, server on 4 GPUs (tensor 2 x data 2)",
+        "extract.2": "in its job, server on 4 GPUs (tensor 2 x data 2)",
+        "train": "in its job, training on 4 GPUs",
+        "evaluate": "in its job, baseline and speculative on 2 GPUs each (tensor 2), then speculative_float32 on 4 "
+        "GPUs (tensor 4), then baseline_float32 on 4 GPUs (tensor 4)",
+    }
+
+
 def test_a_target_of_unknown_size_is_planned_and_said_to_be_unknown(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

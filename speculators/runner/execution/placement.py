@@ -143,6 +143,7 @@ def placement_for(node: Node, config: Config, machine: Machine, sizes: Sizes) ->
         if not node.spec.trains:
             return replace(placed, on_this_machine=not remote)
     used = _job(config, machine) if remote else machine
+    node = replace(node, part=None) if remote else node  # workers of one stage have a job each
     placing = _Placing(node, config, used, sizes)
     placement = placing.training_only() if external else placing.with_servers(phases)
     return replace(placement, phases=placed.phases if external else placement.phases, on_this_machine=not remote)

@@ -101,7 +101,11 @@ def estimate(planner: Planner, steps: Mapping[str, Step]) -> Needs:
         servers=_servers(planner, steps, open_steps),
         splits={name: placement.split for name, placement in placements.items() if placement.split is not None},
         stage_gpus={name: placement.devices for name, placement in placements.items() if placement.gpus},
-        stages={name: used for name, placement in placements.items() if (used := _devices_used(placement))},
+        stages={
+            name: used if placement.on_this_machine else f"in its job, {used}"
+            for name, placement in placements.items()
+            if (used := _devices_used(placement))
+        },
         machine=str(planner.machine) if uses_devices else "",
         described=uses_devices and planner.machine.described,
         notes=sorted({note for placement in placements.values() for note in placement.notes}),
