@@ -22,7 +22,7 @@ SHARED = [
         "speculators.config.fields",
         "speculators.config.choices",
     },
-    {"speculators.config", "speculators.config.algorithms"},
+    {"speculators.config", "speculators.config.algorithms", "speculators.config.execution"},
     {"speculators.config.schema"},
     {"speculators.job"},
 ]

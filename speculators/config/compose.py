@@ -30,8 +30,9 @@ from omegaconf import DictConfig, OmegaConf
 from speculators.config import foreign_names
 from speculators.config.algorithms import SPECULATORS
 from speculators.config.checks import check_config
+from speculators.config.execution import ExecutorOptions
 from speculators.config.fields import MISSING, iter_options
-from speculators.config.schema import Config, Dataset, Evaluate, ExecutorOptions, from_builtins
+from speculators.config.schema import Config, Dataset, Evaluate, from_builtins
 from speculators.config.shipped import CONF, available
 from speculators.errors import RecipeError, closest
 from speculators.packages import installed_version

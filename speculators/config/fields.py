@@ -18,9 +18,11 @@ import dataclasses
 import enum
 import json
 import math
+import re
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
+from urllib.parse import urlsplit
 
 MISSING: Any = "???"
 """Default of an option without which a recipe is incomplete; equal to OmegaConf's, which is not imported here."""
@@ -96,7 +98,32 @@ def of_length(length: int) -> Constraint:
     return Constraint(f"must have {length} values", lambda values: len(values) == length)
 
 
+def matches(pattern: str, text: str) -> Constraint:
+    """A string that `pattern` matches completely; `text` describes it: `must be HOST:PORT`."""
+    return Constraint(text, lambda value: re.fullmatch(pattern, value) is not None)
+
+
+def seed() -> Constraint:
+    """A seed of random numbers, as torch and vLLM take it."""
+    return Constraint(f"must be between 0 and {_LARGEST}", lambda value: 0 <= value <= _LARGEST)
+
+
+def http_url() -> Constraint:
+    """Empty, or the URL of a server."""
+    return Constraint("must be http://HOST:PORT", lambda value: not value or _is_http_url(value))
+
+
+def _is_http_url(value: str) -> bool:
+    try:
+        parts = urlsplit(value)
+        return parts.scheme in ("http", "https") and bool(parts.hostname) and parts.port != 0
+    except ValueError:  # a port that is no number, or too large
+        return False
+
+
+_LARGEST = 2**63 - 1
 _FINITE = Constraint("must be a finite number", lambda value: math.isfinite(value))
+_SIXTY_FOUR_BITS = Constraint("must be an integer of 64 bits", lambda value: -_LARGEST <= value <= _LARGEST)
 
 
 def semantic(default: Any, *constraints: Constraint) -> Any:
@@ -207,19 +234,19 @@ def violations(value: Any, prefix: str = "") -> Iterator[tuple[str, Any, str, An
     for name, child, f in _options(value, prefix):
         if child is None:
             continue
-        constraints = [*f.metadata.get("constraints", ())]
-        if isinstance(child, float):
-            constraints.insert(0, _FINITE)
-        elif isinstance(child, list) and any(isinstance(item, float) for item in child):
-            constraints.insert(0, each(_FINITE))
-        for constraint in constraints:
+        items = child if isinstance(child, list) else [child]
+        general = [c for t, c in ((float, _FINITE), (int, _SIXTY_FOUR_BITS)) if any(isinstance(i, t) for i in items)]
+        general = [each(constraint) for constraint in general] if items is child else general
+        for constraint in (*general, *f.metadata.get("constraints", ())):
             if not constraint.holds(child):
                 yield name, child, constraint.text, _default(f)
 
 
 def as_override(value: Any) -> str:
     """Format a value for the command line."""
-    return "null" if value is None else value if isinstance(value, str) else json.dumps(to_builtins(value))
+    if isinstance(value, str):
+        return value or "''"
+    return "null" if value is None else json.dumps(to_builtins(value))
 
 
 def _options(value: Any, prefix: str) -> Iterator[tuple[str, Any, dataclasses.Field[Any]]]:

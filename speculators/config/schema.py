@@ -30,14 +30,17 @@ from speculators.config.choices import (
     Packing,
     Tracker,
 )
+from speculators.config.execution import ExecutorOptions, Hardware, RunOptions
 from speculators.config.fields import (
     MISSING,
     Options,
     at_least,
     between,
     each,
+    http_url,
     if_set,
     inside_ratio,
+    matches,
     non_negative,
     not_empty,
     of_length,
@@ -47,6 +50,7 @@ from speculators.config.fields import (
     ratio_above_zero,
     ratio_below_one,
     secret,
+    seed,
     semantic,
     zero_or_above,
 )
@@ -124,7 +128,7 @@ class Prompts(StageOptions):
     eval_holdout_ratio: float = semantic(0.05, ratio_below_one())
     """Evaluation hold-out: share of the conversations, selected by digest, that is evaluated on and never trained
     on."""
-    seed: int = 0
+    seed: int = semantic(0, seed())
     """Seed of the order in which conversations are drawn."""
 
 
@@ -138,7 +142,7 @@ class Regenerate(StageOptions):
     """Sampling temperature; 0 is greedy."""
     top_p: float = semantic(1.0, ratio_above_zero())
     """Nucleus sampling: probability mass that tokens are sampled from; 1: no limit."""
-    seed: int = 0
+    seed: int = semantic(0, seed())
     """Sampling seed of every request; has an effect only with a temperature above 0."""
     concurrency: int = operational(64, positive())
     """Requests in flight."""
@@ -247,7 +251,7 @@ class Train(StageOptions):
     validation_ratio: float = semantic(0.1, ratio_below_one())
     """Share of the conversations, selected by the digest of their id, that only measures the loss (validation split);
     with 0 the last epoch's checkpoint counts as the best."""
-    seed: int = 0
+    seed: int = semantic(0, seed())
     """Seed of the initial weights, of the order of the rows, and of all other random numbers."""
     device: Device = operational(Device.auto)
     """Device of the training; `auto`: the accelerator, if there is one."""
@@ -329,9 +333,9 @@ class Serve(Options):
 
     python: str = operational("")
     """Python interpreter of the environment that has vLLM; empty: the one that runs this command."""
-    url: str = operational("")
+    url: str = operational("", http_url())
     """URL of an OpenAI-compatible server that already runs, `http://HOST:PORT`; it is never stopped."""
-    extra_urls: list[str] = operational([])
+    extra_urls: list[str] = operational([], each(http_url()))
     """Further servers that share the requests with the one at `url`. They must serve the same model under the same name
     and key, and write hidden states into the same directory."""
     hidden_states_dir: str = operational("")
@@ -349,7 +353,7 @@ class Serve(Options):
     """Memory for the KV cache on a CPU, in GiB."""
     gpu_memory_utilization: float | None = operational(None, ratio_above_zero())
     """Share of a GPU's memory that vLLM uses. Null: 0.9, or what a training on the same GPU leaves."""
-    cpu_threads: str = operational("auto")
+    cpu_threads: str = operational("auto", matches(r"auto|nobind|[\d,|-]+", "must be auto, nobind, or cores, as 0-1"))
     """CPU cores of the server, as VLLM_CPU_OMP_THREADS_BIND takes them (`0-1`, `nobind`); `auto`: every core."""
     enforce_eager: bool | None = operational(None)
     """Run without compilation and CUDA graphs: slower steps, faster start. Null: only on a CPU."""
@@ -361,71 +365,6 @@ class Serve(Options):
     """Copies of the target behind one server, each on its own GPUs. Null: as many as fit; 1 where speed is measured."""
     extra_args: list[str] = operational([])
     """Further command-line arguments for vLLM, passed unchanged."""
-
-
-@dataclass(kw_only=True, slots=True, repr=False)
-class Hardware(Options):
-    """The devices that a run may use. They are found, unless the recipe describes them."""
-
-    device: Device = operational(Device.auto)
-    """Device that vLLM runs on; `auto`: that of the installed vLLM."""
-    gpus: int | None = operational(None, positive())
-    """GPUs that the run may use, the first ones; null: all that CUDA_VISIBLE_DEVICES leaves visible."""
-    gpu_name: str = operational("")
-    """Product name of GPUs that the recipe describes, for `plan`."""
-    gpu_memory_gib: float | None = operational(None, positive())
-    """Memory of each GPU in GiB, with which the recipe describes `gpus` GPUs: `plan` then plans for these on any
-    machine, and `run` needs a machine that has them. Null: the GPUs of this machine."""
-    train_cores: int = operational(0, non_negative())
-    """CPU cores of a training that shares the CPU with a live server, which gets the others; 0: half of them."""
-
-
-@dataclass(kw_only=True, slots=True, repr=False)
-class ExecutorOptions(Options):
-    """What starts the workers."""
-
-    name: ExecutorName = operational(ExecutorName.local)
-    """Executor; see `ExecutorName`. A stage's section may name another one: `train.executor=slurm`. On a cluster, every
-    machine must see the store and the run directory under the same path."""
-    partition: str = operational("")
-    """Slurm: partition; empty: the cluster's default."""
-    time_limit: int = operational(1440, positive())
-    """submitit and Slurm: longest duration of a job, in minutes. Slurm then requeues the job, and it resumes."""
-    gpus: int = operational(0, non_negative())
-    """Slurm and Ray: GPUs requested for each stage, its server included. 0: a stage on this machine sees the GPUs that
-    the run sees."""
-    cpus: int = operational(1, positive())
-    """Slurm and Ray: CPU cores requested for each stage, its server included."""
-    address: str = operational("")
-    """Ray: cluster address for `ray.init`; empty, without RAY_ADDRESS: a local cluster that ends with the run."""
-
-
-@dataclass(kw_only=True, slots=True, repr=False)
-class RunOptions(Options):
-    """How this run is carried out. Nothing here enters a key."""
-
-    store: str = operational("")
-    """Directory of the artifact store; empty: $SPECULATORS_STORE, or ~/.cache/speculators-run."""
-    stores_read: list[str] = operational([])
-    """Read-only stores searched for what `store` lacks; empty: $SPECULATORS_STORE_READ, separated by `:`."""
-    quota_gib: float = operational(0.0, non_negative())
-    """Largest size of the store, in GiB, checked before every stage; 0: no limit but the disk."""
-    dir: str = operational("runs", not_empty())
-    """Directory for run directories, relative to the working directory."""
-    locked: bool = operational(False)
-    """Refuse to start if anything differs from `<recipe>.lock.json`, which `speculators-run lock` writes."""
-    parallel: int = operational(0, non_negative())
-    """Most stages at the same time on this machine; 0: one per core, and at least two."""
-    memory_gib: float = operational(0.0, non_negative())
-    """Memory for stages at the same time on this machine, in GiB, by estimate; 0: the machine's memory."""
-    retries: int = operational(2, non_negative())
-    """Further attempts for a stage that was killed, lost its server or ran out of time; each attempt resumes."""
-    retry_wait: float = operational(5.0, non_negative())
-    """Seconds before the second attempt; doubles with each further one."""
-    time_limit: float = operational(0.0, non_negative())
-    """Longest duration of a stage's worker, in seconds; 0: no limit."""
-    stages: dict[str, dict[str, float]] = operational({})
-    """`retries`, `retry_wait` and `time_limit` of single stages: `{train: {time_limit: 7200}}`."""
 
 
 @dataclass(kw_only=True, slots=True, repr=False)

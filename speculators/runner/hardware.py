@@ -14,7 +14,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from speculators.config.schema import Hardware
+from speculators.config.execution import Hardware
 from speculators.timeouts import NVIDIA_SMI_SECONDS
 
 GIB = 2**30

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from speculators import ui
-from speculators.config.schema import RunOptions
+from speculators.config.execution import RunOptions
 from speculators.errors import RecipeError
 from speculators.runner import history
 from speculators.runner.history import Run, Stage

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from speculators import ui
 from speculators.config import composed
-from speculators.config.schema import RunOptions
+from speculators.config.execution import RunOptions
 from speculators.errors import RecipeError, StoreError, closest
 from speculators.runner.planning.graph import KINDS
 from speculators.runner.planning.plan import Planner

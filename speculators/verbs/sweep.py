@@ -20,7 +20,7 @@ from typing import Any
 
 from speculators import ui
 from speculators.config import compose
-from speculators.config.schema import RunOptions
+from speculators.config.execution import RunOptions
 from speculators.errors import RunError, StageError
 from speculators.job import write_json
 from speculators.runner.execution.lease import Lease, LeaseReader

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from speculators.config import compose
-from speculators.config.schema import Hardware
+from speculators.config.execution import Hardware
 from speculators.runner import hardware
 from speculators.runner.hardware import GIB, Gpu, visible_gpus
 from tests.runner.machines import machine, pretend

@@ -86,6 +86,9 @@ VALUES = [
     "serve.gpu_memory_utilization=0", "serve.tensor_parallel=0", "serve.mooncake.segment_gib=0", "executor.cpus=0",
     "executor.time_limit=0", "run.retries=-1", "run.quota_gib=nan", "target.min_greedy_agreement=2",
     "target.max_reference_gib=-1", "data.mine.max_chars=0", "data.mine.min_chars=-1",
+    "train.seed=-1", "train.seed=9223372036854775808", "prompts.seed=-1", "regenerate.seed=99999999999999999999",
+    "speculator.num_layers=99999999999999999999", "train.adamw_betas=[nan,0.9]", "serve.url=foo", "serve.url=ftp://x",
+    "serve.url=http://x:99999", "serve.extra_urls=[http://]", "serve.cpu_threads=foo",
 ]  # fmt: skip
 """Overrides that cannot work; what the hint says instead does."""
 

@@ -14,7 +14,9 @@ import os
 from collections.abc import Callable, Collection
 from dataclasses import dataclass, fields
 from pathlib import Path
+from typing import Any
 
+from speculators.config.execution import StageLimits
 from speculators.config.schema import Config
 from speculators.errors import RecipeError, closest
 from speculators.runner.execution.device_locks import DeviceLocks
@@ -27,7 +29,7 @@ from speculators.runner.hardware import GIB, Machine
 class Limits:
     """Retries and time limit of one stage."""
 
-    retries: float
+    retries: int
     retry_wait: float
     """Seconds before the second attempt; twice as many before each further one."""
     time_limit: float
@@ -114,19 +116,17 @@ def resource_pool(config: Config, machine: Machine, locks: Path, events: Events)
 def limits(config: Config, name: str) -> Limits:
     """A stage's limits: those of `run.stages` for it, or for the stage that it is a part of; else those of `run`."""
     run = config.run
-    defaults = {"retries": run.retries, "retry_wait": run.retry_wait, "time_limit": run.time_limit}
-    return Limits(**{**defaults, **run.stages.get(name, run.stages.get(name.rpartition(".")[0], {}))})
+    own = run.stages.get(name) or run.stages.get(name.rpartition(".")[0]) or StageLimits()
+
+    def limit(option: str) -> Any:
+        value = getattr(own, option)
+        return getattr(run, option) if value is None else value
+
+    return Limits(**{f.name: limit(f.name) for f in fields(Limits)})
 
 
 def check_limits(config: Config) -> None:
-    """Raise RecipeError if `run.stages` names an unknown stage or option, or has a negative value."""
-    options = [f.name for f in fields(Limits)]
-    for name, limits in config.run.stages.items():
+    """Raise RecipeError if `run.stages` names an unknown stage."""
+    for name in config.run.stages:
         if name not in config.pipeline:
             raise RecipeError(f"run.stages: the recipe has no stage `{name}`", closest(name, config.pipeline))
-        for option in limits.keys() - options:
-            raise RecipeError(f"run.stages.{name}: there is no option `{option}`", closest(option, options))
-        for option, value in limits.items():
-            if not value >= 0:
-                hint = f"leave run.stages.{name}.{option} out for the default"
-                raise RecipeError(f"run.stages.{name}.{option}={value}: must not be negative", hint)

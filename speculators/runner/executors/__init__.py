@@ -13,7 +13,8 @@ from pathlib import Path
 from typing import Protocol
 
 from speculators.config.choices import ExecutorName
-from speculators.config.schema import Config, ExecutorOptions
+from speculators.config.execution import ExecutorOptions
+from speculators.config.schema import Config
 from speculators.errors import RecipeError
 from speculators.runner.planning.graph import Node
 

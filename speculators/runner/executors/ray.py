@@ -7,7 +7,7 @@ import threading
 from pathlib import Path
 from typing import Any
 
-from speculators.config.schema import ExecutorOptions
+from speculators.config.execution import ExecutorOptions
 from speculators.errors import StageError
 from speculators.runner.executors.local import worker_environment
 from speculators.runner.executors.remote import RemoteHandle, job_directory, run_job

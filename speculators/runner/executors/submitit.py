@@ -16,7 +16,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from speculators.config.schema import ExecutorOptions
+from speculators.config.execution import ExecutorOptions
 from speculators.errors import StageError
 from speculators.runner.executors.local import python_path
 from speculators.runner.executors.remote import RemoteHandle, WorkerJob, job_directory, seen_devices

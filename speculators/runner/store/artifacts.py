@@ -30,7 +30,7 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
-from speculators.config.schema import RunOptions
+from speculators.config.execution import RunOptions
 from speculators.errors import StoreError
 from speculators.job import write_json
 from speculators.runner.planning import key as keys

@@ -16,7 +16,7 @@ import pytest
 
 from speculators.config import compose
 from speculators.config.choices import ExecutorName
-from speculators.config.schema import ExecutorOptions
+from speculators.config.execution import ExecutorOptions
 from speculators.errors import RecipeError, StageError
 from speculators.runner import executors
 from speculators.runner.execution import lease

@@ -15,8 +15,9 @@ import pytest
 
 from speculators.config.algorithms import Eagle3
 from speculators.config.choices import Device
+from speculators.config.execution import ExecutorOptions
 from speculators.config.fields import to_builtins
-from speculators.config.schema import Config, ExecutorOptions
+from speculators.config.schema import Config
 from speculators.errors import ServiceError
 from speculators.runner import executors
 from speculators.runner.execution import execute

@@ -15,7 +15,8 @@ from pathlib import Path
 import pytest
 
 from speculators import cli
-from speculators.config.schema import Config, RunOptions
+from speculators.config.execution import RunOptions
+from speculators.config.schema import Config
 from speculators.errors import StageError, StoreError
 from speculators.runner.planning import key as keys
 from speculators.runner.planning.plan import Planner
