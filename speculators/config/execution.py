@@ -50,11 +50,11 @@ class StageLimits(Options):
     """Limits of one stage; null: those of `run`."""
 
     retries: int | None = operational(None, non_negative())
-    """As `run.retries`."""
+    """`run.retries` of this stage."""
     retry_wait: float | None = operational(None, non_negative())
-    """As `run.retry_wait`."""
+    """`run.retry_wait` of this stage, in seconds."""
     time_limit: float | None = operational(None, non_negative())
-    """As `run.time_limit`."""
+    """`run.time_limit` of this stage, in seconds."""
 
 
 @dataclass(kw_only=True, slots=True, repr=False)

@@ -14,8 +14,8 @@ from pathlib import Path
 
 from speculators.config import documentation
 from speculators.config.documentation import GROUPS, KEYED, OptionInfo
+from speculators.config.execution import RunOptions
 from speculators.config.fields import MISSING, as_override
-from speculators.config.schema import RunOptions
 from speculators.errors import RecipeError, closest
 from speculators.verbs import usage
 from speculators.verbs.usage import VERBS, Verb

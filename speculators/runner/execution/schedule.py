@@ -116,10 +116,10 @@ def resource_pool(config: Config, machine: Machine, locks: Path, events: Events)
 def limits(config: Config, name: str) -> Limits:
     """A stage's limits: those of `run.stages` for it, or for the stage that it is a part of; else those of `run`."""
     run = config.run
-    own = run.stages.get(name) or run.stages.get(name.rpartition(".")[0]) or StageLimits()
+    stage_limits = run.stages.get(name) or run.stages.get(name.rpartition(".")[0]) or StageLimits()
 
     def limit(option: str) -> Any:
-        value = getattr(own, option)
+        value = getattr(stage_limits, option)
         return getattr(run, option) if value is None else value
 
     return Limits(**{f.name: limit(f.name) for f in fields(Limits)})
