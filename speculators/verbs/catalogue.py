@@ -93,7 +93,7 @@ def _algorithms(option: OptionInfo) -> str:
 def _default(option: OptionInfo) -> str:
     if option.default == MISSING:
         return "???"
-    return as_override(option.default).replace(" ", "") or "''"
+    return as_override(option.default).replace(" ", "")
 
 
 def _full(option: OptionInfo) -> str:
