@@ -13,6 +13,7 @@ from collections import Counter, deque
 from collections.abc import Callable, Collection, Iterable, Mapping
 from typing import TYPE_CHECKING, Any
 
+from speculators.runner.execution.endings import ATTEMPT
 from speculators.ui import NO_CURSOR, STATE_STYLES, duration, narrate
 
 if TYPE_CHECKING:
@@ -237,8 +238,9 @@ class Live:
                 lines += [self._bar(line, row), self._line("", "", "", self._figures(row))]
                 continue
             lines.append(line.append(row["detail"]))
-            if row["state"] == "running" and self._clock() - row["started"] > self.LOG_AFTER:
-                lines.append(self._line("", "", "", last_line(row["log"]).removeprefix("--- ")))
+            log = last_line(row["log"]) if row["state"] == "running" else ""
+            if log and not log.startswith(ATTEMPT) and self._clock() - row["started"] > self.LOG_AFTER:
+                lines.append(self._line("", "", "", log))
         lines += [self._server(server, wide) for server in servers]
         if not self._over:
             lines.append(self._line("", f"{'run':<{wide}}", duration(self._clock() - self._began), self._left()))
@@ -267,18 +269,20 @@ class Live:
         return "  ".join([_count(row["progress"]), *notes_of(row["progress"])])
 
     def _left(self) -> str:
-        """`about 9m12s left`, by estimates and the rates of running stages; `at least` if some are unknown."""
+        """`about 9m12s left`, by the stages' estimates; `at least` if one is unknown.
+
+        A running stage's progress counts too, but it may be that of a part: `evaluate` counts each dataset anew.
+        """
         left, known = 0.0, True
         for name, expected in self._expected.items():
             row = self._rows.get(name, {"state": "waits"})
             if row["state"] in ("done", "cached", "failed", "unneeded"):
                 continue
             pace = row["pace"].seconds_left if row["state"] == "running" else None
+            known = known and expected is not None
             if expected is not None:
                 expected = max(0.0, expected - (self._clock() - row["began"] if "began" in row else 0.0))
-            seconds = max((each for each in (pace, expected) if each is not None), default=None)
-            known = known and seconds is not None
-            left += seconds or 0.0
+            left += max(pace or 0.0, expected or 0.0)
         return f"{'about' if known else 'at least'} {duration(left)} left" if left else ""
 
     def _shown(self) -> list[tuple[str, dict[str, Any]]]:

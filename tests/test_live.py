@@ -104,6 +104,8 @@ def test_an_expectation_without_a_stage_is_a_lower_bound_and_no_duration_is_nega
     told(watch, "run.estimated", seconds={"train": 10.0, "evaluate": None})
     told(watch, "stage.started", node="train", log="", phase=0, phases=1, attempt=1)
     assert lines()[-1].endswith("at least 10s left")
+    told(watch, "stage.finished", node="evaluate", seconds=1.0, record={}, key=KEY)
+    assert lines()[-1].endswith("about 10s left")
     clock.now += 60
     stepped(watch, clock, "train", 0, 380)
     stepped(watch, clock, "train", 10, 400)  # more than there were to do

@@ -12,6 +12,7 @@ import pytest
 from speculators import cli
 from speculators.config import foreign_names
 from speculators.config.documentation import all_options
+from speculators.packages import installed_version
 from speculators.verbs import usage
 from speculators.verbs.usage import VERBS
 
@@ -119,8 +120,9 @@ def test_names_of_other_tools_lead_to_an_option_that_exists(name: str) -> None:
         assert any(f"`{option}`" in str(foreign_names.hint(written)) for option in all_options())
 
 
-def test_every_name_of_another_tool_leads_to_an_option_that_exists() -> None:
-    assert set(foreign_names.RENAMED.values()) <= {*all_options(), "evaluate.datasets"}
+def test_version(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main("--version") == 0
+    assert capsys.readouterr().out == f"{installed_version('speculators-run')}\n"
 
 
 def test_flags_of_hydra_print_and_run_nothing(tmp_path: Path) -> None:
