@@ -79,26 +79,26 @@ def test_the_same_command_ends_in_a_measured_draft(world: World) -> None:
 
 
 def test_the_same_command_again_finds_everything_cached_and_starts_nothing(world: World) -> None:
+    runs = sorted((world.root / "runs").iterdir())
     began = time.monotonic()
     code, _, err = world.run()
     seconds = time.monotonic() - began
     assert code == 0
-    events = world.last_run()["events"]
-    assert {e["state"] for e in events if e["event"] == "stage.decided"} == {"cached"}
-    assert not [e for e in events if e["event"].startswith("service.")]
     assert [line.split()[1] for line in err.splitlines() if line.startswith("cached")] == list(STAGES)
+    assert not [line for line in err.splitlines() if line.startswith(("started", "starting", "run "))]
+    assert "all stages were cached, nothing ran" in err
+    assert sorted((world.root / "runs").iterdir()) == runs
     assert seconds < 10
 
 
 def test_a_changed_learning_rate_marks_train_and_what_follows(world: World) -> None:
     before = sorted(p for p in world.root.rglob("*"))
-    code, out, _ = world.run("train.lr=5e-4", verb="plan")
+    code, out, _ = world.run("train.lr=5e-4", "--json", verb="plan")
     assert code == 0
-    table = {words[1]: words for line in out.splitlines() if len(words := line.split(maxsplit=3)) == 4}
-    assert table["train"][0] == "run"
-    assert table["train"][3] == "changed: train.lr 0.001 -> 0.0005"
-    assert table["evaluate"][0] == "waits"
-    assert {table[name][0] for name in STAGES[:5]} == {"cached"}
+    steps = json.loads(out)["steps"]
+    assert (steps["train"]["state"], steps["train"]["reason"]) == ("run", "changed: train.lr 0.001 -> 0.0005")
+    assert steps["evaluate"]["state"] == "waits"
+    assert {steps[name]["state"] for name in STAGES[:5]} == {"cached"}
     assert sorted(p for p in world.root.rglob("*")) == before
 
 
