@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import gc
 import importlib
+import itertools
 import os
 import sys
 import traceback
@@ -64,7 +65,8 @@ def _dispatch(argv: list[str]) -> int:
         if not verb.startswith("-") and "=" not in verb:
             raise usage.unknown_verb(verb)
         verb, argv = "run", ["run", *argv]
-    if {*argv[1:]} & {*usage.HELP}:
+    # What follows `--` is for another program.
+    if {*itertools.takewhile(lambda argument: argument != "--", argv[1:])} & {*usage.HELP}:
         print(usage.verb_help(verb))
         return 0
     module, _, function = usage.VERBS[verb].function.partition(".")

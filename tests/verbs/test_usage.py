@@ -79,6 +79,7 @@ def test_the_usage_line_names_only_what_the_table_explains(verb: str) -> None:
         ([DEMO, "--lr=3e-4"], "`run` has no flag `--lr`", "options have no dashes: train.lr=3e-4"),
         (["plan", DEMO, "--learning-rate", "1"], "`plan` has no flag `--learning-rate`", "the option is `train.lr`"),
         ([DEMO, "--bf16"], "`run` has no flag `--bf16`", "the option is `train.precision` (bfloat16, float16 or"),
+        (["plan", DEMO, "--", "--help"], "`plan` has no flag `--`", "did you mean `--json`?"),
         (["verify", "--quarantin"], "`verify` has no flag `--quarantin`", "did you mean `--quarantine`?"),
         (["gc", "--delte"], "`gc` has no flag `--delte`", "`speculators-run gc --help` lists its arguments"),
         (["gc", "dyas=3"], "`gc` has no option `dyas`", "did you mean `days`?"),
