@@ -14,6 +14,7 @@ import sys
 from pathlib import Path
 from typing import Any, Self
 
+from speculators.machine import describe_machine
 from speculators.timeouts import GIT_SECONDS
 
 
@@ -42,10 +43,7 @@ class Provenance:
             "directory": str(Path.cwd()),
             "python": platform.python_version(),
             "platform": platform.platform(),
-            "cpu": _cpu(),
-            "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
-            "memory_bytes": os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"),
-            "gpus": _gpus(),
+            **describe_machine(),
             "versions": _versions(),
             "environment": sorted(os.environ),
             "git": {name: state for name, process in self._git.items() if (state := _read_git(process))},
@@ -99,19 +97,3 @@ def _user() -> str:
         return getpass.getuser()
     except (OSError, KeyError):  # in a container the user may have no name
         return str(os.getuid())
-
-
-def _cpu() -> str:
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-    except OSError:
-        return platform.processor()
-    return next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), platform.machine())
-
-
-def _gpus() -> list[str]:
-    """Names of NVIDIA GPUs, from the driver."""
-    names = []
-    for file in sorted(Path("/proc/driver/nvidia/gpus").glob("*/information")):
-        names += [line.partition(":")[2].strip() for line in file.read_text().splitlines() if line.startswith("Model")]
-    return names

@@ -18,12 +18,14 @@ import contextlib
 import datetime
 import errno
 import importlib
+import json
 import os
 import signal
 import sys
 import threading
 import time
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from types import FrameType
 
@@ -94,6 +96,8 @@ def _run_and_publish(request: Request, job: Job, store: Store, surroundings: Pro
     """Run a phase of the stage; the last one publishes."""
     started, clock = _now(), time.monotonic()
     with _Heartbeat(job.work, started):
+        importlib.import_module(_module(job))
+        import_seconds = round(time.monotonic() - clock, 3)
         _stage(job)
     seconds = round(time.monotonic() - clock, 3)
     if request.phase + 1 < request.phases:
@@ -103,11 +107,12 @@ def _run_and_publish(request: Request, job: Job, store: Store, surroundings: Pro
         job.stage,
         job.key,
         preimage=request.preimage,
-        record={**job.record, "seconds": seconds},
+        record={**job.record, "seconds": seconds + _seconds_of_earlier_phases(request, job)},
         provenance={
             **request.provenance,
             **surroundings.facts(),
             "options": request.config,
+            "import_seconds": import_seconds,
             "started": started,
             "finished": _now(),
         },
@@ -118,7 +123,11 @@ def _run_and_publish(request: Request, job: Job, store: Store, surroundings: Pro
 
 
 def _stage(job: Job) -> None:
-    importlib.import_module(f"speculators.stages.{job.stage}").main(job)
+    importlib.import_module(_module(job)).main(job)
+
+
+def _module(job: Job) -> str:
+    return f"speculators.stages.{job.stage}"
 
 
 def _follows() -> bool:
@@ -128,6 +137,13 @@ def _follows() -> bool:
 
 def _phase_done(request: Request, job: Job) -> Path:
     return job.scratch / phase_marker(request.phase, [*request.services, *request.orders])
+
+
+def _seconds_of_earlier_phases(request: Request, job: Job) -> float:
+    reports = [
+        json.loads(_phase_done(replace(request, phase=phase), job).read_text()) for phase in range(request.phase)
+    ]
+    return sum(float(report["seconds"]) for report in reports)
 
 
 def _make_directories(job: Job) -> None:

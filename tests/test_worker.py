@@ -230,12 +230,14 @@ def test_only_the_last_phase_publishes_and_a_finished_phase_is_not_repeated(worl
     for _ in range(2):
         assert ended(submit(world, first)) == 0
     assert artifact(first) is None
-    assert (work(first) / "scratch/phase-0.done").exists()
+    report = work(first) / "scratch/phase-0.done"
+    report.write_text(json.dumps({**json.loads(report.read_text()), "seconds": 100.0}))
     assert (work(first) / "scratch/attempts").read_text() == "x"
     assert ended(submit(world, request(world, phase=1, phases=2))) == 0
     made = artifact(first)
     assert made is not None
     assert made.record["attempts"] == 2
+    assert made.record["seconds"] >= 100.0 > made.provenance["import_seconds"] >= 0.0
 
 
 def test_two_workers_of_one_key_make_it_once_and_the_loser_says_for_whom_it_waits(world: Path) -> None:

@@ -67,6 +67,8 @@ class RunOptions(Options):
     """Read-only stores searched for what `store` lacks; empty: $SPECULATORS_STORE_READ, separated by `:`."""
     quota_gib: float = operational(0.0, non_negative())
     """Largest size of the store, in GiB, checked before every stage; 0: no limit but the disk."""
+    ignore_disk_estimate: bool = operational(False)
+    """Start although the hidden states are expected to need more space than the store has."""
     dir: str = operational("runs", not_empty())
     """Directory for run directories, relative to the working directory."""
     locked: bool = operational(False)

@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from datasets import load_from_disk
 from safetensors.torch import save_file
 
 from speculators.checkpoint_files import text_config
@@ -56,8 +57,6 @@ def count_supervised(tokens: Path, target_size: int) -> np.ndarray[Any, np.dtype
     Raises:
         ContractError: no token is supervised, or a token id is outside the target's vocabulary.
     """
-    from datasets import load_from_disk
-
     counts = np.zeros(target_size, dtype=np.int64)
     columns = load_from_disk(tokens).select_columns(["input_ids", "loss_mask"])
     for table in columns.with_format("arrow").iter(batch_size=1024):

@@ -112,7 +112,14 @@ def _hidden_states(needs: estimate.Needs) -> list[str]:
     lines = []
     if needs.feature_tokens:
         bytes_, free = ui.size(needs.feature_bytes), ui.size(needs.free_bytes)
-        lines.append(f"hidden states: at most {needs.feature_tokens:,} tokens, {bytes_}; {free} free in the store")
+        count = f"{needs.feature_tokens:,} tokens"
+        if needs.tokens_from == "options":
+            lines.append(f"hidden states: at most {count}, {bytes_}; {free} free in the store")
+        else:
+            most = f" (at most {ui.size(needs.max_feature_bytes)})" if needs.max_tokens > needs.tokens else ""
+            lines.append(
+                f"hidden states: about {count}, {bytes_}{most}, by {needs.tokens_from}; {free} free in the store"
+            )
     if needs.prefill_tokens:
         time = "; duration unknown until this target has run"
         if needs.prefill_seconds:

@@ -39,7 +39,7 @@ from speculators.runner.execution.endings import TransientError
 from speculators.runner.execution.events import Events, now
 from speculators.runner.execution.placement import Devices, PlacedServer, Placement
 from speculators.runner.execution.signals import Interrupted, Signals
-from speculators.runner.executors import Handle, executor_of, has_remote_servers
+from speculators.runner.executors import Handle, executor_of, has_remote_servers, is_remote
 from speculators.runner.planning import estimate
 from speculators.runner.planning.graph import TARGET, Node
 from speculators.runner.planning.plan import Planner, State, Step
@@ -73,6 +73,8 @@ class Execution:
     _workers: dict[str, Handle] = field(default_factory=dict)
     _eager: set[str] = field(default_factory=set)
     """Stages that wait for a device on which their server runs: they go first, or it would be started twice."""
+    _began: dict[str, str] = field(default_factory=dict)
+    """When each stage got its devices, for its provenance: before its servers and its worker started."""
     _disk_estimated: bool = False
     _placed_for: tuple[Path | None, ...] = ()
     """The target's checkpoint, None before it is fetched, for which stages have been placed."""
@@ -254,7 +256,7 @@ class Execution:
         placement = self.planner.placement(node)
         while (devices := self._acquire(node, placement)) is None:
             yield
-        began = time.monotonic()
+        began, self._began[node.name] = time.monotonic(), now()
         try:
             current = self._step(node)
             if current.state is State.cached:  # another run published it in the meantime
@@ -310,7 +312,7 @@ class Execution:
             open_steps = {s.node.name: s for s in self.planner.plan()}
             needs = estimate.estimate(self.planner, open_steps)
             self.events.emit("run.estimated", seconds=needs.stage_seconds)
-            estimate.refuse_if_too_large(needs)
+            estimate.refuse_if_too_large(needs, ignore_estimate=self.config.run.ignore_disk_estimate)
 
     # Attempts at one stage.
 
@@ -415,6 +417,7 @@ class Execution:
                 "recipe": self.config.recipe,
                 "words": self.argv,
                 "attempt": attempt,
+                **({} if is_remote(self.config, node.kind) else {"began": self._began[node.name]}),
                 "inputs": {slot: self.steps[upstream].key for slot, upstream in node.inputs.items()},
             },
             phase=index,

@@ -13,10 +13,11 @@ from pathlib import Path
 from speculators.errors import StoreError
 from speculators.runner.execution.placement import PlacedServer, Placement, Split, counted
 from speculators.runner.hardware import GIB
-from speculators.runner.planning import derive, graph
+from speculators.runner.planning import derive, durations, graph
 from speculators.runner.planning.graph import TARGET
 from speculators.runner.planning.plan import Planner, State, Step
 from speculators.runner.planning.serving import server_order
+from speculators.runner.planning.workload import Workload, workload
 from speculators.runner.servers import vllm
 from speculators.runner.store import upkeep
 from speculators.runner.store.artifacts import Store, existing, free_bytes
@@ -51,10 +52,22 @@ class Needs:
     that run at the same time count one by one."""
     stage_bytes: dict[str, int] = field(default_factory=dict)
     """Expected size of the artifacts of the stages that run, by node, without those whose size is unknown."""
+    seconds: float = 0.0
+    """Sum of `stage_seconds` over the stages whose duration is known."""
+    gpu_hours: float = 0.0
+    """The same, times the GPUs that each stage holds."""
+    tokens: int = 0
+    """Expected number of tokens, those of prompts included."""
+    tokens_from: str = ""
+    """Where it comes from: `artifact`, `earlier run`, `sample` (of the data files) or `options`, which is the bound."""
+    max_tokens: int = 0
+    """Upper bound of `tokens`: every conversation is as long as the options allow."""
     feature_tokens: int = 0
-    """Upper bound of the tokens whose hidden states are stored."""
+    """Expected number of tokens whose hidden states are stored."""
     feature_bytes: int = 0
-    """Size of these hidden states, without those that an earlier attempt has written."""
+    """Expected size of these hidden states, without those that an earlier attempt has written."""
+    max_feature_bytes: int = 0
+    """The same for `max_tokens`."""
     prefill_tokens: int = 0
     """Approximate number of tokens that the target prefills for their hidden states, over all epochs if training draws
     them from a live server; hidden states stored while answers are generated do not count."""
@@ -114,33 +127,65 @@ def estimate(planner: Planner, steps: Mapping[str, Step]) -> Needs:
         writable=_writable(root),
         store_bytes=upkeep.store_bytes(planner.store) if quota else 0,
         quota_bytes=quota,
-        stage_seconds={s.node.name: None for s in open_steps},
     )
+    table = next((s for s in steps.values() if "tokens" in s.node.spec.gives), None)
+    work = workload(planner, table, steps) if table is not None and open_steps else None
+    if work is not None:
+        needs = replace(needs, tokens=work.tokens, tokens_from=work.source, max_tokens=work.max_tokens)
+        needs = _with_hidden_states(planner, steps, needs)
+    return _with_durations(planner, steps, needs, work)
+
+
+def _with_durations(planner: Planner, steps: Mapping[str, Step], needs: Needs, work: Workload | None) -> Needs:
+    """Add the expected duration and size of each stage."""
+    expected = durations.expected(planner, steps, work)
+    seconds = {name: stage.seconds for name, stage in expected.items()}
+    sizes = {name: stage.bytes for name, stage in expected.items() if stage.bytes is not None}
+    placements = {name: planner.placement(steps[name].node) for name in seconds}
+    gpus = {name: placement.devices if placement.gpus else 0 for name, placement in placements.items()}
+    return replace(
+        needs,
+        stage_seconds=seconds,
+        stage_bytes=sizes | needs.stage_bytes,
+        seconds=sum(filter(None, seconds.values())),
+        gpu_hours=sum(gpus[name] * (duration or 0.0) for name, duration in seconds.items()) / 3600,
+    )
+
+
+def _with_hidden_states(planner: Planner, steps: Mapping[str, Step], needs: Needs) -> Needs:
+    """Add what the hidden states need, if some are still to be computed."""
+    config, root = planner.config, planner.store.root
+    open_steps = [s for s in steps.values() if s.state in (State.run, State.waits)]
     extracting = [s for s in open_steps if ("features" in s.node.spec.gives or s.node.draws) and not s.node.parts]
     if not extracting or planner.facts is None:
         return needs
     first = extracting[0]
-    tokens = _tokens(planner, steps[first.node.inputs["tokens"]])
+    share = 1.0
     if first.node.part is not None:  # other workers may have finished their part
         extracting = [s for s in extracting if s.node.part is not None]
-        tokens = math.ceil(tokens * len(extracting) / first.node.part[1])
+        share = len(extracting) / first.node.part[1]
+    tokens, most = math.ceil(needs.tokens * share), math.ceil(needs.max_tokens * share)
     each = derive.feature_bytes_per_token(config, planner.facts)
-    stored, prefilled = tokens, tokens if first.node.mode else 0
+    stored, most_stored, prefilled = tokens, most, tokens if first.node.mode else 0
     if first.node.draws:
-        stored = min(tokens, int(config.train.states_disk_gib * GIB) // each)
+        on_disk = int(config.train.states_disk_gib * GIB) // each
+        stored, most_stored = min(tokens, on_disk), min(most, on_disk)
         in_memory = int(config.train.states_memory_gib * GIB) // each
         prefilled += (config.train.epochs - 1) * max(0, tokens - stored - in_memory)
     keeping = [s for s in open_steps if s.node.keeps_states]
     storing = [*(extracting if first.node.part is not None else [first]), *keeping]
     written = sum(upkeep.total_bytes(planner.store.work(s.node.kind, s.key)) for s in storing if s.key)
+    linked = _linked(first, steps, root)
+    feature_bytes, most_bytes = (0 if linked else max(0, n * each - written) for n in (stored, most_stored))
     measured = _speed(planner, steps, PREFILLING)
     speed = measured or _speed(planner, steps, GENERATING)
-    feature_bytes = 0 if _linked(first, steps, root) else max(0, stored * each - written)
+    writers = keeping or storing  # the hidden states of answers are linked
     return replace(
         needs,
-        stage_bytes={step.node.name: feature_bytes // len(storing) for step in storing},
+        stage_bytes={step.node.name: feature_bytes // len(writers) for step in writers},
         feature_tokens=stored,
         feature_bytes=feature_bytes,
+        max_feature_bytes=most_bytes,
         prefill_tokens=prefilled,
         prefill_seconds=prefilled / speed if speed else 0.0,
         prefill_at_most=bool(speed and not measured),
@@ -164,8 +209,11 @@ def _servers(planner: Planner, steps: Mapping[str, Step], open_steps: list[Step]
     ]
 
 
-def refuse_if_too_large(needs: Needs) -> None:
-    """Check that the store is writable and has space for the hidden states.
+def refuse_if_too_large(needs: Needs, *, ignore_estimate: bool = False) -> None:
+    """Check that the store is writable and has space for the hidden states that are expected.
+
+    A bound by the options does not count: it is many times too large, and there is an expectation before the stage that
+    stores hidden states begins. With `ignore_estimate`, no estimate counts.
 
     Raises:
         StoreError: it is not writable, or too small.
@@ -173,18 +221,21 @@ def refuse_if_too_large(needs: Needs) -> None:
     if not needs.writable:
         hint = "fix its permissions, or write elsewhere and only read this one: run.store=PATH run.stores_read=[PATH]"
         raise StoreError(f"stages have to run, and the store {needs.store} is not writable", hint)
-    needed = needs.store_bytes + needs.feature_bytes
+    feature_bytes = 0 if ignore_estimate or needs.tokens_from == "options" else needs.feature_bytes
+    override = "run.ignore_disk_estimate=true starts anyway"
+    needed = needs.store_bytes + feature_bytes
     if needs.quota_bytes and needed > needs.quota_bytes:
-        features = f" and the hidden states need up to {_gib(needs.feature_bytes)}" if needs.feature_bytes else ""
+        features = f" and the hidden states need about {_gib(feature_bytes)}" if feature_bytes else ""
         raise StoreError(
             f"the store holds {_gib(needs.store_bytes)}{features}, run.quota_gib allows {_gib(needs.quota_bytes)}",
-            "`speculators-run gc` finds unused artifacts; or raise run.quota_gib",
+            "`speculators-run gc` finds unused artifacts; or raise run.quota_gib"
+            + (f"; {override}" if feature_bytes else ""),
         )
-    if needs.feature_bytes > needs.free_bytes:
+    if feature_bytes > needs.free_bytes:
         raise StoreError(
-            f"the hidden states need up to {_gib(needs.feature_bytes)}, the store has {_gib(needs.free_bytes)} free",
+            f"the hidden states need about {_gib(feature_bytes)}, the store has {_gib(needs.free_bytes)} free",
             "lower prompts.num_conversations, max_seq_len or, if training keeps them, train.states_disk_gib; or use a "
-            "larger disk: run.store=PATH",
+            f"larger disk: run.store=PATH; {override}",
         )
 
 
@@ -268,13 +319,6 @@ def _writable(root: Path) -> bool:
 
 def _gib(count: int) -> str:
     return f"{count / 2**30:.1f} GiB"
-
-
-def _tokens(planner: Planner, tokens: Step) -> int:
-    """Number of tokens: exact if the artifact exists, else every conversation at its longest."""
-    if tokens.artifact is not None and "tokens" in tokens.artifact.record:
-        return int(tokens.artifact.record["tokens"])
-    return (planner.config.prompts.num_conversations or 0) * planner.config.max_seq_len
 
 
 def _speed(planner: Planner, steps: Mapping[str, Step], fields: Mapping[str, str]) -> float:

@@ -107,11 +107,16 @@ def test_what_is_stored_and_what_is_prefilled_follow_from_where_states_are_kept(
 
 
 def test_a_budget_that_the_disk_does_not_hold_is_refused_and_one_that_is_never_used_up_is_not(store: Store) -> None:
-    now = needs(demo("hybrid", "train.states_disk_gib=10000"), store)
+    bound = needs(demo("hybrid", "train.states_disk_gib=10000"), store)
+    now = dataclasses.replace(bound, tokens_from="sample")
     refuse_if_too_large(dataclasses.replace(now, free_bytes=TOKENS * EACH))
-    with pytest.raises(StoreError, match=r"need up to 2\.1 GiB") as caught:
-        refuse_if_too_large(dataclasses.replace(now, free_bytes=TOKENS * EACH - 1))
+    small = dataclasses.replace(now, free_bytes=TOKENS * EACH - 1)
+    with pytest.raises(StoreError, match=r"need about 2\.1 GiB") as caught:
+        refuse_if_too_large(small)
     assert "train.states_disk_gib" in caught.value.hint
+    assert "run.ignore_disk_estimate=true" in caught.value.hint
+    refuse_if_too_large(small, ignore_estimate=True)
+    refuse_if_too_large(dataclasses.replace(bound, free_bytes=1))
 
 
 @pytest.mark.parametrize(
@@ -162,9 +167,9 @@ def test_without_a_quota_nothing_is_counted_and_with_one_the_states_must_fit_bes
     now = needs(config, store)
     assert now.store_bytes > 0
     assert now.quota_bytes == GIB
-    said = r"the store holds 0\.0 GiB and the hidden states need up to 2\.1 GiB, run\.quota_gib allows 1\.0 GiB"
+    said = r"the store holds 0\.0 GiB and the hidden states need about 2\.1 GiB, run\.quota_gib allows 1\.0 GiB"
     with pytest.raises(StoreError, match=said) as caught:
-        refuse_if_too_large(dataclasses.replace(now, free_bytes=100 * GIB))
+        refuse_if_too_large(dataclasses.replace(now, free_bytes=100 * GIB, tokens_from="sample"))
     assert "speculators-run gc` finds" in caught.value.hint
 
 
@@ -172,7 +177,7 @@ def test_without_a_quota_nothing_is_counted_and_with_one_the_states_must_fit_bes
     ("change", "said"),
     [
         ({"store_bytes": 3 * GIB, "quota_bytes": 2 * GIB}, "the store holds 3.0 GiB, run.quota_gib allows 2.0 GiB"),
-        ({"feature_bytes": 11 * GIB}, "the hidden states need up to 11.0 GiB, the store has 10.0 GiB free"),
+        ({"feature_bytes": 11 * GIB}, "the hidden states need about 11.0 GiB, the store has 10.0 GiB free"),
         ({"writable": False}, "stages have to run, and the store /s is not writable"),
     ],
 )

@@ -1,0 +1,249 @@
+"""Expected number of tokens of a plan, with the bound that its options set.
+
+The expectation comes from the plan's own artifacts; else from the newest ones of the same data files, adjusted to
+another length of answers; else from the first rows of the data files; else it is the bound.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import itertools
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from speculators.data.conversations import Message, RowCounts, usable
+from speculators.errors import RunError
+from speculators.runner.planning import key
+from speculators.runner.planning.graph import KINDS
+from speculators.runner.planning.plan import Planner, Step
+from speculators.runner.store.artifact import Artifact
+from speculators.runner.store.artifacts import Store
+
+SAMPLED_CONVERSATIONS = 200
+"""Conversations of a data file that are read for an estimate."""
+BYTES_PER_TOKEN = 4
+"""UTF-8 bytes of a token of text; between 3 and 5 for most languages, and below 3 for code and numbers."""
+TOKENS_PER_MESSAGE, TOKENS_PER_CONVERSATION = 5, 20
+"""Tokens that chat templates add to a message, and to a conversation (a default system prompt)."""
+BYTES_PER_ROW = 1.3
+"""Bytes of a row in a data file per byte of its texts."""
+SIZE_ONLY = {"prompts.num_conversations", "prompts.seed", "prompts.eval_holdout_ratio", "regenerate.seed"}
+"""Options that change how many conversations there are, or which of the same data, but not how long they are."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Workload:
+    """Tokens that a plan produces and trains on."""
+
+    conversations: int
+    answer_tokens: int
+    """Tokens that the target generates, or that are supervised."""
+    tokens: int
+    """All tokens, those of prompts included."""
+    max_tokens: int
+    """Upper bound of `tokens`: every conversation is as long as the options allow."""
+    source: str
+    """Where the expectation comes from: `artifact`, `earlier run`, `sample` or `options`."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class _Lengths:
+    """Mean number of tokens of a conversation."""
+
+    tokens: float
+    answer_tokens: float
+    conversations: int = 0
+    """Conversations of the data file that these were sampled from, estimated."""
+
+
+def workload(planner: Planner, tokens: Step, steps: Mapping[str, Step]) -> Workload:
+    """Estimate the tokens of a plan; `tokens` is the step of its token table."""
+    if tokens.artifact is not None and "tokens" in tokens.artifact.record:
+        record = tokens.artifact.record
+        count = int(record["tokens"])
+        return Workload(
+            conversations=int(record.get("conversations", record.get("rows", 0))),
+            answer_tokens=int(record.get("supervised tokens", count)),
+            tokens=count,
+            max_tokens=count,
+            source="artifact",
+        )
+    lineage, longest = _lineage(tokens, steps), planner.config.max_seq_len
+    conversations = _known_conversations(planner, lineage)
+    source, lengths = "earlier run", _earlier(planner, lineage, steps)
+    if lengths is None or not conversations:
+        files = _sample(planner, lineage["prompts"], steps) if "prompts" in lineage else []
+        conversations = conversations or sum(file.conversations for file in files)
+        if lengths is None:
+            source, lengths = "sample", _mean(files)
+    if lengths is None:
+        answers = planner.config.regenerate.max_tokens * planner.config.prompts.max_turns
+        source = "options"
+        lengths = _Lengths(tokens=longest, answer_tokens=min(longest, answers) if "regenerate" in lineage else longest)
+    return Workload(
+        conversations=conversations,
+        answer_tokens=round(conversations * lengths.answer_tokens),
+        tokens=round(conversations * min(longest, lengths.tokens)),
+        max_tokens=conversations * longest,
+        source=source,
+    )
+
+
+def ancestors(store: Store, artifact: Artifact) -> dict[str, Artifact]:
+    """The artifacts that an artifact was made from, and itself, by kind of stage, as far as the store has them."""
+    by_kind, pending = {artifact.stage: artifact}, [artifact]
+    while pending:
+        current = pending.pop()
+        takes = KINDS[current.stage].takes if current.stage in KINDS else {}
+        for slot, upstream in current.provenance.get("inputs", {}).items():
+            for kind in (name for name, spec in KINDS.items() if takes.get(slot) in spec.gives and name not in by_kind):
+                if (earlier := store.find(kind, upstream)) is not None:
+                    by_kind[kind] = earlier
+                    pending.append(earlier)
+    return by_kind
+
+
+def _lineage(tokens: Step, steps: Mapping[str, Step]) -> dict[str, Step]:
+    """The steps that lead to the token table, which comes first, by kind of stage; without those that fetch."""
+    by_kind, pending = {tokens.node.kind: tokens}, [tokens]
+    while pending:
+        for upstream in pending.pop().node.inputs.values():
+            step = steps[upstream]
+            if step.node.kind != "fetch" and step.node.kind not in by_kind:
+                by_kind[step.node.kind] = step
+                pending.append(step)
+    return by_kind
+
+
+def _known_conversations(planner: Planner, lineage: Mapping[str, Step]) -> int:
+    """Number of conversations that are answered; 0 if neither an artifact nor the recipe gives it."""
+    prompts = lineage["prompts"].artifact if "prompts" in lineage else None
+    kept = prompts.record.get("kept") if prompts is not None else None
+    return int(kept or planner.config.prompts.num_conversations or 0)
+
+
+def _earlier(planner: Planner, lineage: Mapping[str, Step], steps: Mapping[str, Step]) -> _Lengths | None:
+    """Lengths of the nearest earlier token table that was made of the same data files by the same stages."""
+    digests = {name: step.digest for name, step in steps.items() if step.digest}
+    images = {kind: planner.known(step.node.name, digests) for kind, step in lineage.items()}
+    best: tuple[tuple[int, str], dict[str, Artifact]] | None = None
+    for table in planner.store.artifacts(next(iter(lineage))):
+        if "tokens" not in table.record:
+            continue
+        origins = ancestors(planner.store, table)
+        if origins.keys() != lineage.keys() or not _same_prompts(origins, images):
+            continue
+        differences = sum(len(_differences(origins[kind].preimage, images[kind])) for kind in lineage)
+        rank = (-differences, str(table.provenance.get("finished", "")))
+        if best is None or rank > best[0]:
+            best = rank, origins
+    return _lengths(planner, best[1], next(iter(lineage))) if best is not None else None
+
+
+def _same_prompts(origins: Mapping[str, Artifact], images: Mapping[str, Mapping[str, Any]]) -> bool:
+    """Whether two token tables begin with the same kind of prompts: same data files, filters and number of turns."""
+    data = [{n: d for n, d in image["inputs"].items() if n.startswith("dataset.")} for image in images.values()]
+    earlier = [origins[kind].preimage["inputs"] for kind in images]
+    if any(not new.items() <= old.items() for new, old in zip(data, earlier, strict=True)):
+        return False
+    return "prompts" not in images or not _differences(origins["prompts"].preimage, images["prompts"])
+
+
+def _differences(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:
+    """Options that may change the lengths of conversations, and the target, if they differ between two preimages."""
+    names = [name for name, *_ in key.preimage_differences(old, new)]
+    other = ("input ", "package ", "service ", "version")
+    return [n for n in names if n not in SIZE_ONLY and (n == "input target" or not n.startswith(other))]
+
+
+def _lengths(planner: Planner, origins: Mapping[str, Artifact], table: str) -> _Lengths | None:
+    """Lengths of earlier conversations, with answers of the length that the recipe allows."""
+    record = origins[table].record
+    answered = origins["regenerate"].record if "regenerate" in origins else record
+    conversations = int(answered.get("conversations") or record.get("rows") or 0)
+    if not conversations:
+        return None
+    supervised = record.get("supervised tokens", record["tokens"])
+    change = _answer_growth(planner, origins["regenerate"]) if "regenerate" in origins else 1.0
+    return _Lengths(
+        tokens=(record["tokens"] + (change - 1) * supervised) / conversations,
+        answer_tokens=change * supervised / conversations,
+    )
+
+
+def _answer_growth(planner: Planner, answers: Artifact) -> float:
+    """Length of answers under the recipe's `regenerate.max_tokens` over that of earlier ones.
+
+    Answers that the old limit cut are expected to reach the new one.
+    """
+    old, new = answers.preimage["config"].get("regenerate.max_tokens"), planner.config.regenerate.max_tokens
+    turns, tokens = answers.record.get("turns"), answers.record.get("answer_tokens")
+    if not old or old == new or not turns or not tokens:
+        return 1.0
+    cut = answers.record.get("finish_reasons", {}).get("length", 0) / turns
+    mean = tokens / turns
+    uncut = (mean - cut * old) / (1 - cut) if cut < 1 else 0.0
+    return float((cut * new + (1 - cut) * min(uncut, new)) / mean)
+
+
+def _sample(planner: Planner, prompts: Step, steps: Mapping[str, Step]) -> list[_Lengths]:
+    """Lengths of the conversations at the beginning of each data file that is on this machine."""
+    sampled = []
+    for slot in prompts.node.inputs.values():
+        name, path = slot.removeprefix("dataset."), steps[slot].path
+        if slot != name and path is not None:
+            # A file that cannot be read is reported by the stage that needs it.
+            with contextlib.suppress(RunError, OSError):
+                sampled.append(_read(planner, path, name))
+    return sampled
+
+
+def _read(planner: Planner, path: Path, name: str) -> _Lengths:
+    spec, counts = planner.config.data[name], RowCounts()
+    rows = itertools.islice(usable(path, name, spec, counts, set()), SAMPLED_CONVERSATIONS)
+    conversations = [row.with_instruction(spec.instruction) for row in rows]
+    total = len(conversations)
+    if total == SAMPLED_CONVERSATIONS:  # the file has more
+        text_bytes = sum(len(message["content"].encode()) for messages in conversations for message in messages)
+        total = int(path.stat().st_size * total**2 / (text_bytes * BYTES_PER_ROW * counts.rows))
+    pairs = [_estimated(planner, messages) for messages in conversations]
+    answers = sum(answer for _, answer in pairs)
+    tokens = sum(prompt for prompt, _ in pairs) + answers
+    count = max(1, len(pairs))
+    return _Lengths(tokens=tokens / count, answer_tokens=answers / count, conversations=total)
+
+
+def _estimated(planner: Planner, messages: Sequence[Message]) -> tuple[int, int]:
+    """Tokens of the prompts and of the answers of a conversation, whose first turns the target answers.
+
+    An answer of the target is expected to be as long as that of the data; a data file without answers gives no hint.
+    """
+    prompts, answers, turns = TOKENS_PER_CONVERSATION, 0, 0
+    for index, message in enumerate(messages):
+        if message["role"] == "assistant":
+            continue
+        turns += message["role"] == "user"
+        if turns > planner.config.prompts.max_turns:
+            break
+        prompts += TOKENS_PER_MESSAGE + _text_tokens(message)
+        if message["role"] == "user":
+            limit = planner.config.regenerate.max_tokens
+            answers += min(limit, _text_tokens(messages[index + 1])) if index + 1 < len(messages) else limit
+    return prompts, answers
+
+
+def _text_tokens(message: Message) -> int:
+    return len(message["content"].encode()) // BYTES_PER_TOKEN
+
+
+def _mean(files: Sequence[_Lengths]) -> _Lengths | None:
+    """Mean lengths over the data files, each weighted by its number of conversations."""
+    total = sum(file.conversations for file in files)
+    if not total:
+        return None
+    return _Lengths(
+        tokens=sum(file.conversations * file.tokens for file in files) / total,
+        answer_tokens=sum(file.conversations * file.answer_tokens for file in files) / total,
+    )
