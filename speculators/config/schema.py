@@ -276,7 +276,8 @@ class Train(StageOptions):
     log_every_steps: int = operational(10, positive())
     """Optimizer steps between lines of metrics."""
     trackers: list[Tracker] = operational([])
-    """Experiment trackers that get the metrics, in addition to `metrics.jsonl`; see `Tracker`."""
+    """Experiment trackers that get the metrics, in addition to `metrics.jsonl`; see `Tracker`. W&B stays offline with
+    WANDB_MODE=offline."""
     tracker_project: str = operational("speculators-run", not_empty())
     """Name of the project, or experiment, in the trackers."""
     tracker_dir: str = operational("trackers", not_empty())
