@@ -98,8 +98,8 @@ def _check_cores(config: Config, nodes: Mapping[str, Node]) -> None:
 def _check_directories(config: Config, nodes: Mapping[str, Node]) -> None:
     """Check that directories can exist where the recipe names them."""
     for option, name in (("run.dir", config.run.dir), ("run.store", config.run.store)):
-        if name and not (found := existing(Path(name).expanduser().absolute())).is_dir():
-            raise RecipeError(f"{option}={name}: {found} is not a directory", f"{option}=DIRECTORY")
+        if name and not (parent := existing(Path(name).expanduser().absolute())).is_dir():
+            raise RecipeError(f"{option}={name}: {parent} is not a directory", f"{option}=DIRECTORY")
     hidden_states = config.serve.hidden_states_dir
     here = any(n.mode == "extract" and not executors.is_remote(config, n.kind) for n in nodes.values())
     if here and config.serve.url and hidden_states and not Path(hidden_states).expanduser().is_dir():
