@@ -19,8 +19,8 @@ def text_config(config: Mapping[str, Any]) -> Mapping[str, Any]:
     return nested if isinstance(nested, Mapping) and nested else config
 
 
-def check_checkpoint(directory: Path, option: str = "") -> None:
-    """Check that a directory has a configuration, all weights in safetensors and a tokenizer.
+def check_checkpoint(directory: Path, option: str = "", draft: bool = False) -> None:
+    """Check that a directory has a configuration, all weights in safetensors and, unless it is a `draft`, a tokenizer.
 
     `option` is the recipe's option that names the directory, for messages.
 
@@ -29,7 +29,9 @@ def check_checkpoint(directory: Path, option: str = "") -> None:
     """
     name = f"{option}: `{directory}`" if option else str(directory)
     if not (directory / "config.json").is_file():
-        raise SourceError(f"{name} has no config.json", "name the directory of a Hugging Face checkpoint")
+        inner = next(iter(sorted(directory.glob("*best/config.json"))), None) if draft else None
+        hint = f"{option}={inner.parent}" if inner else "name the directory of a Hugging Face checkpoint"
+        raise SourceError(f"{name} has no config.json", hint)
     if not any(directory.glob("*.safetensors")):
         raise SourceError(
             f"{name} has no *.safetensors", "save the weights with `save_pretrained`; pickled weights are not loaded"
@@ -39,7 +41,7 @@ def check_checkpoint(directory: Path, option: str = "") -> None:
         listed = set(json.loads(index.read_text())["weight_map"].values())
         if missing := sorted(file for file in listed if not (directory / file).is_file()):
             raise SourceError(f"{name} lacks {', '.join(missing)}, which its index lists", "fetch or save it again")
-    if not any((directory / file).is_file() for file in TOKENIZER_FILES):
+    if not draft and not any((directory / file).is_file() for file in TOKENIZER_FILES):
         raise SourceError(
             f"{name} has no tokenizer ({', '.join(TOKENIZER_FILES)})",
             "save the tokenizer next to the weights: AutoTokenizer.from_pretrained(ID).save_pretrained(DIRECTORY)",

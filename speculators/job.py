@@ -14,6 +14,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
+from urllib.parse import quote
 
 from speculators.config.schema import Config, Mooncake, from_builtins
 
@@ -41,6 +42,8 @@ class Endpoint:
     """URLs of further servers, with the same model, name, key and directory."""
     mooncake: Mooncake | None = None
     """Mooncake store that transfers hidden states, if the recipe uses one."""
+    num_speculative_tokens: int = 0
+    """Tokens that its draft proposes in one step; 0 without a draft."""
 
 
 @dataclass(kw_only=True, slots=True)
@@ -177,7 +180,17 @@ def _endpoint(values: Mapping[str, Any]) -> Endpoint:
         log=Path(values["log"]),
         also=values.get("also", []),
         mooncake=from_builtins(Mooncake, values["mooncake"]) if values.get("mooncake") else None,
+        num_speculative_tokens=values.get("num_speculative_tokens", 0),
     )
+
+
+def file_name(name: str) -> str:
+    """A file name for a name that a user chose, such as `acme/short-lines`: `acme%2Fshort-lines`.
+
+    Different names have different file names, and none begins with a dot.
+    """
+    quoted = quote(name, safe=" ")
+    return f"%2E{quoted[1:]}" if quoted.startswith(".") else quoted
 
 
 def write_json(path: Path, value: Any) -> None:

@@ -141,19 +141,28 @@ def _cell(value: Any) -> str:
 
 
 def evaluation(results: Mapping[str, Any]) -> str:
-    """Format `evaluation.json`: a table with one row per dataset, then the result of the losslessness check."""
-    k = results["num_speculative_tokens"]
+    """Format `evaluation.json`: a table with one row per measurement, then the result of the losslessness check.
+
+    Rows are grouped by the number of speculative tokens, and have a column for the requests in flight, if there are
+    several.
+    """
+    measured = [(name, row) for name, dataset in results["datasets"].items() for row in dataset["measurements"]]
+    counts = list(dict.fromkeys(row["num_speculative_tokens"] for _, row in measured))
+    longest, several = max(counts), len({row["concurrency"] for _, row in measured}) > 1
     # Names of two words take two lines, so that the table fits 80 columns with up to four positions.
-    above = ["", "acceptance", *([""] * k), "baseline", "speculative", ""]
-    head = ["dataset", "length", *(f"pos {i + 1}" for i in range(k)), "tok/s", "tok/s", "speed-up"]
+    above = ["", *(["in"] if several else []), "acceptance", *([""] * longest), "baseline", "speculative", ""]
+    head = ["dataset", *(["flight"] if several else []), "length"]
+    head += [*(f"pos {i + 1}" for i in range(longest)), "tok/s", "tok/s", "speed-up"]
     rows = [above, head]
-    for name, row in results["datasets"].items():
-        positions = [f"{p:.3f}" for p in row["per_position"]]
-        length = f"{row['acceptance_length']:.3f}"
-        baseline, speculative = row["baseline"]["tokens_per_second"], row["speculative"]["tokens_per_second"]
-        rows.append([name, length, *positions, f"{baseline:.1f}", f"{speculative:.1f}", f"{row['speed_up']:.2f}x"])
+    for count in counts:
+        rows += [[f"{count} tokens", *([""] * (len(head) - 1))]] if len(counts) > 1 else []
+        for name, row in measured:
+            if row["num_speculative_tokens"] == count:
+                in_flight = [str(row["concurrency"])] if several else []
+                rows.append([name, *in_flight, *_measurement(row, longest)])
+    proposed = f" ({counts[0]} proposed)" if len(counts) == 1 else ""
     notes = [
-        f"acceptance length: tokens per step with the bonus token ({k} proposed)\n"
+        f"acceptance length: tokens per step with the bonus token{proposed}\n"
         "pos i: share of steps that accept at least i tokens"
     ]
     if lossless := results.get("lossless"):
@@ -162,3 +171,11 @@ def evaluation(results: Mapping[str, Any]) -> str:
             f"({lossless['ties']} differ at numeric ties, {lossless['faults']} differ otherwise)"
         )
     return columns(rows, right=range(1, len(head))) + "\n\n" + "\n".join(notes)
+
+
+def _measurement(row: Mapping[str, Any], positions: int) -> list[str]:
+    """The cells of a measurement, with so many positions."""
+    shares = [f"{share:.3f}" for share in row["per_position"]]
+    speeds = [f"{row[side]['tokens_per_second']:.1f}" for side in ("baseline", "speculative")]
+    blank = [""] * (positions - len(shares))
+    return [f"{row['acceptance_length']:.3f}", *shares, *blank, *speeds, f"{row['speed_up']:.2f}x"]

@@ -46,7 +46,9 @@ def config() -> Config:
 
 
 SIDE = {"tokens_per_second": 31.25, "ms_per_token": 32.0}
-ROW = {
+ROW: dict[str, object] = {
+    "num_speculative_tokens": 3,
+    "concurrency": 1,
     "acceptance_length": 1.5,
     "per_position": [0.3, 0.15, 0.05],
     "baseline": SIDE,
@@ -55,7 +57,7 @@ ROW = {
 }
 EVALUATION = {
     "num_speculative_tokens": 3,
-    "datasets": {"human_eval": ROW, "sharegpt": ROW},
+    "datasets": {name: {**ROW, "measurements": [ROW]} for name in ("human_eval", "sharegpt")},
     "lossless": {"prompts": 64, "identical": 64, "ties": 0, "faults": 0},
 }
 """What `evaluate` leaves, as far as the runner looks into it."""

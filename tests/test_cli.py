@@ -19,7 +19,7 @@ from speculators.runner.planning.plan import Planner
 from speculators.runner.servers import vllm
 from speculators.runner.store.artifacts import Store
 from speculators.verbs import query
-from tests.conftest import EVALUATION, OF_CHECKPOINT, publish_all
+from tests.conftest import EVALUATION, OF_CHECKPOINT, ROW, publish_all
 from tests.runner.fake_server import distribution
 
 DEMO = "recipe=smollm2_eagle3"
@@ -213,8 +213,8 @@ def test_only_refuses_when_what_the_stage_needs_is_not_there(
     monkeypatch.chdir(tmp_path)
     assert main(DEMO, "only=train") == 1
     err = capsys.readouterr().err
-    assert "only=train: needs `prompts`, which has no artifact" in err
-    assert "hint: until=train instead" in err
+    assert "only=train needs `prompts`, which has no artifact" in err
+    assert "hint: run it first: until=prompts" in err
 
 
 def test_ls_lists_what_the_store_holds(store: Store, config: Config, capsys: pytest.CaptureFixture[str]) -> None:
@@ -339,3 +339,22 @@ def test_plan_and_explain_tell_what_differs_outside_of_the_key(
     monkeypatch.setenv("NO_COLOR", "1")
     assert main("explain", "train", DEMO) == 0
     assert "\x1b" not in capsys.readouterr().out
+
+
+def test_measurements_are_grouped_by_tokens_and_have_their_requests_in_flight_where_there_are_several() -> None:
+    rows = [
+        ROW | {"num_speculative_tokens": tokens, "per_position": [0.5] * tokens, "concurrency": concurrency}
+        for tokens in (1, 2)
+        for concurrency in (1, 8)
+    ]
+    table = ui.evaluation({"num_speculative_tokens": 1, "datasets": {"quiz": {"measurements": rows}}})
+    assert table.splitlines()[:8] == [
+        "              in  acceptance                baseline  speculative",
+        "dataset   flight      length  pos 1  pos 2     tok/s        tok/s  speed-up",
+        "1 tokens",
+        "quiz           1       1.500  0.500             31.2         31.2     1.00x",
+        "quiz           8       1.500  0.500             31.2         31.2     1.00x",
+        "2 tokens",
+        "quiz           1       1.500  0.500  0.500      31.2         31.2     1.00x",
+        "quiz           8       1.500  0.500  0.500      31.2         31.2     1.00x",
+    ]

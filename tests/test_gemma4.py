@@ -88,7 +88,7 @@ def test_a_draft_of_the_recipe_learns_from_its_states(gemma: tuple[Path, Any], t
     target, ids = TargetCheckpoint(directory), [2, 4, 6]
     full = Vocabulary(d2t=torch.zeros(V, dtype=torch.int64), t2d=torch.ones(V, dtype=torch.bool))
     parts = target.parts()
-    options = DFlash(num_layers=2, num_speculative_tokens=3, mask_token_id=target.mask_token_id())
+    options = DFlash(num_layers=2, block_size=4, mask_token_id=target.mask_token_id())
     draft = DFlashDraft.from_target(parts, options, full, ids, seed=1)
     assert draft.mask_token_id == MASK
     norm = target.final_norm()

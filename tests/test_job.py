@@ -9,7 +9,7 @@ import pytest
 
 from speculators.config.fields import select
 from speculators.config.schema import Config
-from speculators.job import Request
+from speculators.job import Request, file_name
 from tests.requests import make_request
 
 
@@ -48,3 +48,11 @@ def test_a_jobs_config_has_the_declared_options_alone(tmp_path: Path) -> None:
     assert config.train.seed == Config().train.seed
     with pytest.raises(AttributeError):
         _ = config.train.epochs
+
+
+def test_names_that_a_user_chose_are_file_names_and_stay_different() -> None:
+    names = ["plain_name-1.5", "acme/short-lines", "acme%2Fshort-lines", ".", "..", "%2E", "a b", "ß\n"]
+    files = [file_name(name) for name in names]
+    assert len(set(files)) == len(names)
+    assert files[:2] == ["plain_name-1.5", "acme%2Fshort-lines"]
+    assert not [file for file in files if "/" in file or "\n" in file or file.startswith(".")]

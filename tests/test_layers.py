@@ -33,7 +33,10 @@ SHARED = [
 LEFT = [
     *SHARED,
     {"speculators.runner"},
-    {f"speculators.runner.planning{name}" for name in ("", ".graph", ".key", ".derive", ".sizes", ".sources")},
+    {
+        f"speculators.runner.planning{name}"
+        for name in ("", ".graph", ".key", ".derive", ".draft", ".sizes", ".sources")
+    },
     {f"speculators.runner.{wing}" for wing in ("store", "servers", "execution", "executors")},
     # What plans are made of looks into the store and at the machine (docs/concepts/decisions.md).
     {

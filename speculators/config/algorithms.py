@@ -6,16 +6,18 @@ import enum
 import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Self
 
 from speculators.config.fields import (
     MISSING,
     Options,
     as_override,
+    at_least,
     each,
     if_set,
     non_negative,
     not_empty,
+    operational,
     positive,
     ratio,
     semantic,
@@ -48,19 +50,14 @@ def loss_weights(loss_fn: Any) -> dict[Loss, float]:
     """Parse `speculator.loss_fn`, a name or {name: weight}, into the weight of each loss.
 
     Raises:
-        RecipeError: no such loss, a weight that is not positive, or neither a name nor a mapping.
+        RecipeError: no such loss, or a weight that is not positive.
     """
-    if isinstance(loss_fn, (list, tuple)):
-        raise RecipeError(
-            f"speculator.loss_fn={as_override(loss_fn)}: must be the name of a loss, or {{NAME: WEIGHT}}",
-            "'speculator.loss_fn={kl:0.7,tv:0.3}', with a weight for each",
-        )
     weights: dict[Loss, float] = {}
     for name, weight in (loss_fn if isinstance(loss_fn, Mapping) else {loss_fn: 1.0}).items():
         known = name if isinstance(name, Loss) else Loss.__members__.get(str(name))
         if known is None:
             raise RecipeError(f"speculator.loss_fn: there is no loss `{name}`", closest(str(name), Loss.__members__))
-        if isinstance(weight, bool) or not isinstance(weight, (int, float)) or not 0.0 < weight < math.inf:
+        if not isinstance(weight, (int, float)) or not 0.0 < weight < math.inf:
             raise RecipeError(
                 f"speculator.loss_fn: the weight of {known.name} is {weight}",
                 "give positive numbers: {kl: 0.7, tv: 0.3}",
@@ -116,8 +113,9 @@ class Speculator(Options):
     """Width inside the draft's MLPs; null: the target's, or 3 * hidden size if the target has experts."""
     init: Init = if_set(Init.random)
     """How the draft's weights are initialized."""
-    num_speculative_tokens: int = semantic(3, positive())
-    """Tokens proposed in one step. Written into the checkpoint, and used for evaluation."""
+    num_speculative_tokens: int | None = operational(None, positive())
+    """Tokens that the trained draft proposes in one step where it is used; null: as many as the training supervises.
+    Operational, because the training does not depend on it, and the key of `evaluate` holds the resolved value."""
     loss_fn: Any = if_set("kl")
     """Loss: a name of `Loss`, or several with their weights: `{kl: 0.7, tv: 0.3}`."""
     hidden_loss_weight: float = if_set(0.0, non_negative())
@@ -143,6 +141,24 @@ class Speculator(Options):
         """Ratio of the loss weights of one proposed token and the one before."""
         return 1.0
 
+    @classmethod
+    def of_checkpoint(cls, config: Mapping[str, Any]) -> Self:
+        """The options of a checkpoint with this config.json: those that it determines, else defaults."""
+        return cls()
+
+    @classmethod
+    def is_native(cls, config: Mapping[str, Any]) -> bool:
+        """Whether a config.json outside the speculators format is that of a draft of this algorithm for vLLM."""
+        return False
+
+    def trained_tokens(self) -> int:
+        """Tokens of a proposal that the training supervises; the checkpoint names this number."""
+        return 1
+
+    def max_tokens(self) -> int | None:
+        """Most tokens that the trained draft can propose in one step; None: any number."""
+        return None
+
     def vllm_method(self) -> str:
         """The `method` of vLLM's speculative config for the checkpoint."""
         return self.algorithm
@@ -153,6 +169,14 @@ class Speculator(Options):
 
     def check(self) -> Iterator[tuple[bool, str, str]]:
         """Check options against each other: (whether they fit, the error, the options to set instead)."""
+        longest = self.max_tokens()
+        tokens = self.num_speculative_tokens
+        yield (
+            longest is None or tokens is None or tokens <= longest,
+            f"speculator.num_speculative_tokens={tokens}: must be at most {longest}, what a step of "
+            f"speculator={self.algorithm} proposes",
+            f"speculator.num_speculative_tokens={longest}",
+        )
         yield (
             self.init in self.initializers(),
             f"speculator.init={self.init.name}: not available for speculator={self.algorithm}",
@@ -189,9 +213,22 @@ class Eagle3(Speculator):
         """A low, a middle and a high layer, as in the paper."""
         return sorted({min(2, depth - 1), depth // 2, max(0, depth - 3)})
 
+    @classmethod
+    def of_checkpoint(cls, config: Mapping[str, Any]) -> Self:
+        return cls(ttt_steps=proposed_tokens(config) or cls().ttt_steps)
+
+    @classmethod
+    def is_native(cls, config: Mapping[str, Any]) -> bool:
+        """By its architecture, or by a draft vocabulary: some have the plain name of their layers' architecture."""
+        has_own_vocabulary = "draft_vocab_size" in config and "block_size" not in config
+        return has_own_vocabulary or any("Eagle3" in name for name in config.get("architectures") or [])
+
     def step_decay(self) -> float:
         """See `ttt_step_decay`."""
         return self.ttt_step_decay
+
+    def trained_tokens(self) -> int:
+        return self.ttt_steps
 
     def initializers(self) -> tuple[Init, ...]:
         return tuple(Init)
@@ -208,13 +245,16 @@ class Eagle3(Speculator):
 
 @dataclass(kw_only=True, slots=True, repr=False)
 class DFlash(Speculator):
-    """DFlash (block diffusion): a block is the last token and one mask token for each proposed token."""
+    """DFlash (block diffusion): a block is the last token and one mask token for each proposed token.
+
+    Fewer tokens than a block's can be served, more cannot.
+    """
 
     algorithm: str = "dflash"
     num_layers: int = semantic(5, positive())
     """Decoder layers of the draft."""
-    num_speculative_tokens: int = semantic(15, positive())
-    """Tokens proposed in one step; a block has one position more."""
+    block_size: int = semantic(16, at_least(2))
+    """Positions of a block: one more than the tokens proposed in one step."""
     target_layers: int = semantic(5, positive())
     """Number of target layers that the draft reads, spread over its depth, if `target_layer_ids` is null."""
     mask_token_id: int | None = semantic(None, non_negative())
@@ -246,9 +286,25 @@ class DFlash(Speculator):
         distance = (max(lowest, depth - 3) - lowest) / (self.target_layers - 1)
         return inputs_after(sorted({round(lowest + i * distance) for i in range(self.target_layers)}))
 
+    @classmethod
+    def of_checkpoint(cls, config: Mapping[str, Any]) -> Self:
+        # An anchor that proposes a token itself adds one to the mask tokens' proposals.
+        return cls(block_size=config["block_size"] + bool(config.get("sample_from_anchor")))
+
+    @classmethod
+    def is_native(cls, config: Mapping[str, Any]) -> bool:
+        return "block_size" in config and any("DFlash" in name for name in config.get("architectures") or [])
+
     def needs_mask_token(self) -> bool:
         """See `mask_token_id`."""
         return self.mask_token_id is None
+
+    def trained_tokens(self) -> int:
+        return self.block_size - 1
+
+    def max_tokens(self) -> int | None:
+        """See `block_size`."""
+        return self.block_size - 1
 
     def initializers(self) -> tuple[Init, ...]:
         return tuple(Init)
@@ -277,5 +333,19 @@ def inputs_after(outputs: list[int]) -> list[int]:
     return [layer + 1 for layer in outputs]
 
 
+def proposed_tokens(config: Mapping[str, Any]) -> int | None:
+    """Tokens of a proposal that a config.json in the speculators format names; None if it names no number."""
+    methods = (config.get("speculators_config") or {}).get("proposal_methods") or [{}]
+    tokens = methods[0].get("speculative_tokens")
+    return tokens if isinstance(tokens, int) else None
+
+
 SPECULATORS: dict[str, type[Speculator]] = {"eagle3": Eagle3, "dflash": DFlash}
 """Schemas by algorithm. A test checks that `drafts.DRAFTS` and `conf/speculator/` have the same names."""
+SERVED_ONLY: dict[str, dict[str, Any]] = {
+    "peagle": {"method": "eagle3", "parallel_drafting": True},
+    "dflash2": {"method": "dflash"},
+    "dspark": {"method": "dspark"},
+}
+"""Algorithms of the PyPI package speculators that vLLM serves and this package does not train: vLLM's speculative
+config of each, but for draft and number of tokens."""

@@ -6,34 +6,16 @@ files or on this machine are in `runner.planning.checks`.
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Iterator
 
 from speculators.config.algorithms import SPECULATORS, Speculator, loss_weights
 from speculators.config.fields import as_override, violations
 from speculators.config.schema import Config
 from speculators.errors import RecipeError
+from speculators.job import file_name
 
-SET_BY_RECIPE = {
-    "model": "target.source",
-    "dtype": "target.dtype",
-    "trust-remote-code": "target.trust_remote_code",
-    "max-model-len": "max_seq_len",
-    "port": "serve.port",
-    "max-num-seqs": "serve.max_num_seqs",
-    "enforce-eager": "serve.enforce_eager",
-    "kv-cache-memory-bytes": "serve.kv_cache_gib",
-    "gpu-memory-utilization": "serve.gpu_memory_utilization",
-    "tensor-parallel-size": "serve.tensor_parallel",
-    "pipeline-parallel-size": "serve.pipeline_parallel",
-    "data-parallel-size": "serve.data_parallel",
-    "kv-transfer-config": "extract.connector",
-    "speculative-config": "speculator.num_speculative_tokens",
-    **dict.fromkeys(("host", "served-model-name", "generation-config", "enable-log-requests", "uvicorn-log-level",
-                     "enable-prefix-caching", "distributed-executor-backend", "scheduler-cls"), ""),
-}  # fmt: skip
-"""Arguments of vLLM that the recipe determines, each with its option, empty if none has it alone. As a further argument
-it would replace the recipe's, which keys hold."""
+MAX_NAME = 200
+"""Most bytes of a dataset's name in the name of a file; file systems allow 255 with what is added to it."""
 
 
 def check_config(config: Config) -> None:
@@ -47,12 +29,6 @@ def check_config(config: Config) -> None:
             f"speculator.algorithm={config.speculator.algorithm}: there is no such algorithm",
             f"one of {', '.join(SPECULATORS)}",
         )
-    chosen = config.speculator
-    if not all(hasattr(chosen, f.name) for f in dataclasses.fields(chosen)):
-        raise RecipeError(
-            f"speculator.algorithm={chosen.algorithm}: the section has the options of another algorithm",
-            f"choose the algorithm by speculator={chosen.algorithm}, or `override /speculator: {chosen.algorithm}`",
-        )
     for name, value, text, default in violations(config):
         hint = f"{name}={as_override(default)}"
         raise RecipeError(f"{name}={as_override(value)}: {text}", f"for example {hint}, which is the default")
@@ -61,7 +37,6 @@ def check_config(config: Config) -> None:
         if not valid:
             raise RecipeError(error, hint)
     _refuse_secrets(config)
-    _check_extra_args(config)
 
 
 def _combinations(config: Config) -> Iterator[tuple[bool, str, str]]:
@@ -72,23 +47,6 @@ def _combinations(config: Config) -> Iterator[tuple[bool, str, str]]:
         f"regenerate.max_tokens={answer}: leaves no room for a prompt in max_seq_len={longest}",
         f"regenerate.max_tokens={longest // 2}, or max_seq_len={2 * answer}",
     )
-    supervised = config.tokenize.min_supervised
-    yield (
-        supervised <= longest,
-        f"tokenize.min_supervised={supervised}: no row has more tokens than max_seq_len={longest}",
-        "tokenize.min_supervised=1",
-    )
-    yield (
-        bool(config.serve.url) or not config.serve.extra_urls,
-        f"serve.extra_urls={as_override(config.serve.extra_urls)}: there is no serve.url that they share the work with",
-        f"serve.url={next(iter(config.serve.extra_urls), '')} serve.extra_urls=[]",
-    )
-    for name, dataset in config.evaluate.datasets.items():
-        yield (
-            dataset == config.data.get(name, dataset),
-            f"evaluate.datasets.{name}: differs from data.{name}, and stages know a dataset by its name",
-            f"give it another name; or evaluate.datasets=[{name}], for the evaluation hold-out of data.{name}",
-        )
     if not config.prompts.eval_holdout_ratio:
         both = [name for name in config.evaluate.datasets if name in config.data]
         yield (
@@ -105,6 +63,19 @@ def _combinations(config: Config) -> Iterator[tuple[bool, str, str]]:
             f"{name}.max_chars={dataset.max_chars}: is below {name}.min_chars={dataset.min_chars}",
             f"{name}.max_chars=null, or {name}.min_chars=1",
         )
+    tokens, max_tokens = config.evaluate.num_speculative_tokens, config.speculator.max_tokens()
+    yield (
+        bool(config.evaluate.draft) or max_tokens is None or max(tokens, default=0) <= max_tokens,
+        f"evaluate.num_speculative_tokens={tokens}: must be at most {max_tokens}, what a step of "
+        f"speculator={config.speculator.algorithm} proposes",
+        f"evaluate.num_speculative_tokens=[{max_tokens}]",
+    )
+    for name in {**config.data, **config.evaluate.datasets}:
+        yield (
+            0 < len(file_name(name)) <= MAX_NAME,
+            f"dataset `{name[:40]}`: its name, which names files, must have 1 to {MAX_NAME} bytes",
+            "give the dataset a short name",
+        )
     yield from config.speculator.check()
 
 
@@ -119,15 +90,3 @@ def _refuse_secrets(config: Config) -> None:
         if contains:
             hint = "export the key, and name its variable: serve.api_key_env=NAME; for the Hugging Face hub, HF_TOKEN"
             raise RecipeError(f"{name} contains a secret, and recipes are written into run directories", hint)
-
-
-def _check_extra_args(config: Config) -> None:
-    """Refuse arguments of vLLM that the recipe determines."""
-    for argument in config.serve.extra_args:
-        name = argument.partition("=")[0].replace("_", "-").removeprefix("--").removeprefix("no-")
-        if argument.startswith("--") and name in SET_BY_RECIPE:
-            option = SET_BY_RECIPE[name]
-            raise RecipeError(
-                f"serve.extra_args={as_override(config.serve.extra_args)}: {argument} is set by the recipe",
-                f"remove it; set the option {option}" if option else "remove it",
-            )

@@ -100,7 +100,7 @@ RENAMED: dict[str, str] = {
     "train_head": "speculator.train_lm_head",
     "train_embeddings": "speculator.embed_requires_grad",
     "anchors": "speculator.max_anchors",
-    "block_size": "speculator.num_speculative_tokens",
+    "block_size": "speculator.block_size",
     # data and evaluation
     "max_samples": "prompts.num_conversations",
     "count": "prompts.num_conversations",

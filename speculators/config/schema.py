@@ -299,6 +299,13 @@ class Evaluate(StageOptions):
     """Requests in flight; each value is a measurement of its own, and the first one is reported as the result."""
     temperature: float = semantic(0.0, non_negative())
     """Sampling temperature; 0 is greedy."""
+    draft: str = operational("")
+    """Draft to measure under `pipeline=evaluate`, which trains none: the directory of a checkpoint, or
+    `hub:ID@REVISION`. Operational, because keys hold the digest of its content."""
+    num_speculative_tokens: list[int] = operational([], each(positive()))
+    """Tokens that the draft proposes in one step; each value is a measurement of its own, and the first one is reported
+    as the result. Empty: `speculator.num_speculative_tokens`, or of `draft` the number in its config.json. Operational,
+    because keys hold the resolved values."""
     lossless_prompts: int = semantic(8, non_negative())
     """Prompts of each dataset whose greedy outputs, with and without the draft, are compared in float32; 0: none."""
     timeout: float = operational(600.0, positive())

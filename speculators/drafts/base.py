@@ -158,12 +158,6 @@ class Draft(nn.Module, ABC):
     def describe(cls, parts: TargetParts, options: Speculator, layer_ids: list[int]) -> dict[str, Any]:
         """The algorithm's own fields of config.json, `transformer_layer_config` among them."""
 
-    @classmethod
-    def options_of(cls, config: Mapping[str, Any]) -> Speculator:
-        """The options of a checkpoint that is loaded without a recipe: those that its config holds, else defaults."""
-        steps = config["speculators_config"]["proposal_methods"][0]["speculative_tokens"]
-        return SPECULATORS[cls.algorithm](num_speculative_tokens=steps)
-
     @abstractmethod
     def forward(self, batch: PackedBatch, state: TrainState | None = None) -> Predictions:
         """Predict from the batch's supervised positions.
@@ -203,7 +197,7 @@ class Draft(nn.Module, ABC):
         """A draft for a target, its weights drawn at random."""
         proposal = {
             "proposal_type": "greedy",
-            "speculative_tokens": options.num_speculative_tokens,
+            "speculative_tokens": options.trained_tokens(),
             "verifier_accept_k": 1,
             "accept_tolerance": 0.0,
         }
@@ -257,7 +251,7 @@ class Draft(nn.Module, ABC):
             directory: with `config.json` and `model.safetensors`.
             embeddings: the target's [V, H], for a checkpoint without them.
             head: the target's rows of the draft vocabulary [Vd, H], for a checkpoint without them.
-            options: to continue training with; `options_of` the checkpoint if None.
+            options: to continue training with; those `of_checkpoint` if None.
 
         Raises:
             ContractError: the checkpoint is of another algorithm, or its tensors do not fit its config.
@@ -282,7 +276,7 @@ class Draft(nn.Module, ABC):
             d2t=tensors.pop("d2t", torch.zeros(vocab_size, dtype=torch.int64)),
             t2d=tensors.pop("t2d", torch.ones(vocab_size, dtype=torch.bool)),
         )
-        options = options or cls.options_of(config)
+        options = options or SPECULATORS[cls.algorithm].of_checkpoint(config)
         draft = cls(config, options, tensors[EMBEDDINGS], tensors[LM_HEAD], vocabulary, stored)
         keys = draft.load_state_dict(tensors, strict=False)
         if keys.missing_keys or keys.unexpected_keys:

@@ -149,7 +149,7 @@ class DFlashDraft(Draft):
             layer_dict["use_sliding_window"] = True
         return {
             "aux_hidden_state_layer_ids": layer_ids,
-            "block_size": options.num_speculative_tokens + 1,
+            "block_size": options.block_size,
             "mask_token_id": options.mask_token_id,
             "sample_from_anchor": False,
             "sliding_window_non_causal": not options.causal,

@@ -147,11 +147,6 @@ class Eagle3Draft(Draft):
             "transformer_layer_config": layer_dict,
         }
 
-    @classmethod
-    def options_of(cls, config: Mapping[str, Any]) -> Speculator:
-        num_tokens = super().options_of(config).num_speculative_tokens
-        return Eagle3(num_speculative_tokens=num_tokens, ttt_steps=num_tokens)
-
     def forward(self, batch: PackedBatch, state: TrainState | None = None) -> Predictions:
         steps = self.unrolled_steps(state)
         layout = self.layout(batch, steps)

@@ -91,7 +91,7 @@ async def read_counters(endpoint: Endpoint) -> DraftCounters:
     Raises:
         ServiceError: the page cannot be read, or the counters keep changing.
     """
-    auth = {"Authorization": f"Bearer {endpoint.api_key}"}
+    auth = {"Authorization": f"Bearer {endpoint.api_key}"} if endpoint.api_key else {}
     async with httpx.AsyncClient(base_url=endpoint.url, headers=auth, timeout=METRICS_SECONDS, trust_env=False) as http:
         previous = None
         for _ in range(_MAX_POLLS):

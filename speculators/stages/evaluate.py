@@ -22,7 +22,7 @@ from speculators.engine.client import Client, Completion
 from speculators.engine.metrics import DraftCounters, read_counters
 from speculators.errors import SourceError, StageError
 from speculators.evaluation.lossless import TOLERANCE, compare_answers
-from speculators.job import Job, write_json
+from speculators.job import Job, file_name, write_json
 
 SIDES = ("baseline", "speculative")
 COUNTS = ("prompts", "tokens", "identical", "ties", "faults")
@@ -45,8 +45,8 @@ class Prompt:
 def main(job: Job) -> None:
     """Run the measurements of this phase's servers; in the last phase, write `evaluation.json` and `DATASET.jsonl`.
 
-    A target that does not compute in float32 takes two invocations on one work directory, since four servers at
-    once would be too many: first the pair that is timed, then the float32 pair that is compared.
+    Each number of speculative tokens takes a phase of its own, on one work directory, since a server proposes one
+    number. So does the comparison in float32 of a target that does not compute in it.
     """
     prompts: dict[str, list[Prompt]] = {}
     tallies: dict[str, RowCounts] = {}
@@ -92,16 +92,17 @@ def _question(messages: list[Message]) -> list[Message]:
 async def _work(job: Job, prompts: dict[str, list[Prompt]]) -> None:
     options = job.config.evaluate
     if "baseline" in job.services:
+        tokens = job.services["speculative"].num_speculative_tokens
         for name in options.datasets:
             for concurrency in options.concurrency:
-                path = _measured(job, name, concurrency)
+                path = _measured(job, name, tokens, concurrency)
                 if not path.exists():
-                    write_json(path, await _measure(job, name, prompts[name], concurrency))
+                    write_json(path, await _measure(job, name, prompts[name], tokens, concurrency))
     pair = lossless_pair(job)
     if pair is None or pair[0] not in job.services:
         return
     for name in options.datasets:
-        path = _compared(job, name)
+        path = _compared(job, name, job.services[pair[1]].num_speculative_tokens)
         if not path.exists():
             write_json(path, await _compare(job, name, prompts[name][: options.lossless_prompts], pair))
 
@@ -115,12 +116,14 @@ def lossless_pair(job: Job) -> tuple[str, str] | None:
     return "baseline_float32", "speculative_float32"
 
 
-def _measured(job: Job, name: str, concurrency: int) -> Path:
-    return job.scratch / f"measured-{name}-{concurrency}.json"
+def _measured(job: Job, name: str, tokens: int, concurrency: int) -> Path:
+    """File of the measurement with so many speculative tokens and requests in flight."""
+    return job.scratch / f"measured-{file_name(name)}-{tokens}-{concurrency}.json"
 
 
-def _compared(job: Job, name: str) -> Path:
-    return job.scratch / f"lossless-{name}.json"
+def _compared(job: Job, name: str, tokens: int) -> Path:
+    """File of the comparison with so many speculative tokens."""
+    return job.scratch / f"lossless-{file_name(name)}-{tokens}.json"
 
 
 def _client(job: Job, service: str, concurrency: int, retries: int) -> Client:
@@ -128,15 +131,19 @@ def _client(job: Job, service: str, concurrency: int, retries: int) -> Client:
     return Client(job.services[service], concurrency=concurrency, retries=retries, timeout=timeout)
 
 
-async def _measure(job: Job, name: str, prompts: list[Prompt], concurrency: int) -> dict[str, Any]:
-    """Time both servers on the same prompts; return {"summary", "records"}."""
+async def _measure(job: Job, name: str, prompts: list[Prompt], tokens: int, concurrency: int) -> dict[str, Any]:
+    """Time both servers on the same prompts; return {"summary", "records"}.
+
+    `tokens`: number that the draft proposes in one step.
+    """
+    setting = {"num_speculative_tokens": tokens, "concurrency": concurrency}
     async with AsyncExitStack() as stack:
         # No retries: the server would count a repeated request twice.
         clients = {side: await stack.enter_async_context(_client(job, side, concurrency, retries=0)) for side in SIDES}
         for client in clients.values():
             await _ask(job, client, prompts[0], f"warm-up for {name} at {concurrency}", WARM_UP_TOKENS)
         before = await read_counters(job.services["speculative"])
-        records = [{"id": prompt.id, "concurrency": concurrency} for prompt in prompts]
+        records = [{"id": prompt.id, **setting} for prompt in prompts]
         if concurrency == 1:
             seconds = await _in_turn(job, name, prompts, clients, records)
         else:
@@ -147,8 +154,7 @@ async def _measure(job: Job, name: str, prompts: list[Prompt], concurrency: int)
             f"the speculative server proposed nothing in {len(prompts)} answers of {name}",
             f"see its log: {job.services['speculative'].log}",
         )
-    summary = summarise(records, seconds, counted, job.config.speculator.num_speculative_tokens)
-    return {"summary": summary, "records": records}
+    return {"summary": {**setting, **summarise(records, seconds, counted, tokens)}, "records": records}
 
 
 async def _in_turn(
@@ -258,7 +264,9 @@ async def _compare(job: Job, name: str, prompts: list[Prompt], pair: tuple[str, 
         if (
             job.config.target.dtype is Dtype.float32 and job.config.evaluate.temperature == 0
         ):  # so are the timed answers
-            records = json.loads(_measured(job, name, job.config.evaluate.concurrency[0]).read_text())["records"]
+            tokens = job.services[pair[1]].num_speculative_tokens
+            path = _measured(job, name, tokens, job.config.evaluate.concurrency[0])
+            records = json.loads(path.read_text())["records"]
         else:
             records = await _greedy_answers(job, name, prompts, clients)
         differences: list[dict[str, Any]] = []
@@ -299,20 +307,21 @@ async def _greedy_answers(
 
 
 def _publish(job: Job, prompts: dict[str, list[Prompt]], tallies: dict[str, RowCounts]) -> None:
-    options = job.config.evaluate
+    options, counts = job.config.evaluate, job.derived["num_speculative_tokens"]
     datasets: dict[str, Any] = {}
     for name in options.datasets:
-        measured = {str(c): json.loads(_measured(job, name, c).read_text()) for c in options.concurrency}
-        summaries = {concurrency: measurement["summary"] for concurrency, measurement in measured.items()}
-        datasets[name] = {**summaries[str(options.concurrency[0])], "by_concurrency": summaries}
-        with (job.output / f"{name}.jsonl").open("w", encoding="utf-8") as file:
-            for measurement in measured.values():
+        paths = [_measured(job, name, t, c) for t in counts for c in dict.fromkeys(options.concurrency)]
+        measured = [json.loads(path.read_text()) for path in paths]
+        summaries = [measurement["summary"] for measurement in measured]
+        datasets[name] = {**summaries[0], "measurements": summaries}
+        with (job.output / f"{file_name(name)}.jsonl").open("w", encoding="utf-8") as file:
+            for measurement in measured:
                 file.writelines(json.dumps(record, ensure_ascii=False) + "\n" for record in measurement["records"])
     lossless = _lossless(job)
     evaluation = {
         "datasets": datasets,
         "lossless": lossless,
-        "num_speculative_tokens": job.config.speculator.num_speculative_tokens,
+        "num_speculative_tokens": counts[0],
         "max_tokens": options.max_tokens,
         "temperature": options.temperature,
         "dtype": job.config.target.dtype.value,
@@ -329,9 +338,13 @@ def _publish(job: Job, prompts: dict[str, list[Prompt]], tallies: dict[str, RowC
 
 
 def _lossless(job: Job) -> dict[str, Any] | None:
-    """Read the comparisons by dataset and sum them; None if the recipe requests none."""
+    """Read the comparisons and sum them; None if the recipe requests none."""
     if lossless_pair(job) is None:
         return None
-    by_dataset = {name: json.loads(_compared(job, name).read_text()) for name in job.config.evaluate.datasets}
-    totals = {key: sum(comparison[key] for comparison in by_dataset.values()) for key in COUNTS}
-    return {"dtype": "float32", "tolerance_nats": TOLERANCE, **totals, "datasets": by_dataset}
+    comparisons = [
+        {"dataset": name, "num_speculative_tokens": tokens, **json.loads(_compared(job, name, tokens).read_text())}
+        for name in job.config.evaluate.datasets
+        for tokens in job.derived["num_speculative_tokens"]
+    ]
+    totals = {key: sum(comparison[key] for comparison in comparisons) for key in COUNTS}
+    return {"dtype": "float32", "tolerance_nats": TOLERANCE, **totals, "comparisons": comparisons}

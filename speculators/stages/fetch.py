@@ -20,7 +20,7 @@ def main(job: Job) -> None:
         sources.fetch(source, job.output, job.scratch)
     else:
         _fetch_gguf(job)
-    check_checkpoint(job.output)
+    check_checkpoint(job.output, draft=job.derived["as"] == "draft")
 
 
 def _fetch_gguf(job: Job) -> None:

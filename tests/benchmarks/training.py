@@ -62,7 +62,7 @@ SAME = [
 OURS = {
     "eagle3": ["speculator.init=random", "speculator.ttt_warmup_ratio=0.0"],
     "dflash": [
-        "speculator.num_layers=2", "speculator.num_speculative_tokens=7", "speculator.max_anchors=64",
+        "speculator.num_layers=2", "speculator.block_size=8", "speculator.max_anchors=64",
         "speculator.init=random", "prompts.max_turns=1", "regenerate.max_tokens=160",
     ],
 }  # fmt: skip

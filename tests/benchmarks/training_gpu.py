@@ -77,7 +77,7 @@ SIZES = {
         layer_ids={"eagle3": [2, 18, 33], "dflash": [1, 9, 17, 25, 33]},
         speculators={
             "eagle3": Eagle3(),
-            "dflash": DFlash(num_layers=5, num_speculative_tokens=15, max_anchors=512, mask_token_id=151_000),
+            "dflash": DFlash(num_layers=5, block_size=16, max_anchors=512, mask_token_id=151_000),
         },
     ),
     "tiny": Size(
@@ -86,7 +86,7 @@ SIZES = {
         layer_ids={"eagle3": [1, 3, 4], "dflash": [1, 2, 3, 4, 5]},
         speculators={
             "eagle3": Eagle3(),
-            "dflash": DFlash(num_layers=5, num_speculative_tokens=15, max_anchors=16, mask_token_id=500),
+            "dflash": DFlash(num_layers=5, block_size=16, max_anchors=16, mask_token_id=500),
         },
     ),
 }  # fmt: skip

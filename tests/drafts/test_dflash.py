@@ -301,7 +301,7 @@ def test_an_untrained_draft_copies_what_followed_the_last_time(
     options: dict[str, Any], least: float, most: float
 ) -> None:
     parts, full = tiny.copying_target()
-    given = {"num_layers": 2, "num_speculative_tokens": 3, "mask_token_id": 7, "init": Init.induction, **options}
+    given = {"num_layers": 2, "block_size": 4, "mask_token_id": 7, "init": Init.induction, **options}
     draft = DFlashDraft.from_target(parts, DFlash(**given), full, [0, 1, 3], seed=3)
     packs = tiny.repeating_packs(parts.embeddings, 40)
     if draft.options.init is Init.induction:
@@ -311,7 +311,7 @@ def test_an_untrained_draft_copies_what_followed_the_last_time(
 
 def test_a_checkpoint_reads_states_as_they_are_where_the_draft_was_trained_on_unit_sizes(tmp_path: Path) -> None:
     parts, full = tiny.copying_target()
-    options = DFlash(num_layers=2, num_speculative_tokens=3, mask_token_id=7, init=Init.induction)
+    options = DFlash(num_layers=2, block_size=4, mask_token_id=7, init=Init.induction)
     draft = DFlashDraft.from_target(parts, options, full, [0, 1, 3], seed=3)
     packs = tiny.repeating_packs(parts.embeddings, 12)
     induction.initialise(draft, packs[:10], seed=3)

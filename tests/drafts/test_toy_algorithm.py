@@ -46,6 +46,10 @@ class Toy(Speculator):
     scale: float = semantic(1.0, positive())
     """What the states are multiplied by."""
 
+    @classmethod
+    def of_checkpoint(cls, config: Mapping[str, Any]) -> Toy:
+        return cls(scale=config["scale"])
+
     def default_target_layer_ids(self, depth: int) -> list[int]:
         return [1, 3, 4]
 
@@ -62,10 +66,6 @@ class ToyDraft(Draft):
         width = embeddings.shape[1]
         self.mix = Linear(2 * width, width)
         self.norm = RMSNorm(width, 1e-5)
-
-    @classmethod
-    def options_of(cls, config: Mapping[str, Any]) -> Speculator:
-        return Toy(scale=config["scale"])
 
     @classmethod
     def describe(cls, parts: TargetParts, options: Speculator, layer_ids: list[int]) -> dict[str, Any]:

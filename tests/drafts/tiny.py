@@ -83,7 +83,7 @@ def make_draft(directory: Path, kept: int = 40, **options: object) -> tuple[Eagl
 def make_dflash(directory: Path, kept: int = 40, **options: object) -> tuple[DFlashDraft, TargetHead]:
     """A fresh DFlash draft of two layers and blocks of four for the target in `directory`, and its teacher."""
     parts, vocab = make_parts(directory, kept)
-    chosen = DFlash(**{"num_layers": 2, "num_speculative_tokens": 3, "mask_token_id": 7, **options})  # type: ignore[arg-type]
+    chosen = DFlash(**{"num_layers": 2, "block_size": 4, "mask_token_id": 7, **options})  # type: ignore[arg-type]
     draft = DFlashDraft.from_target(parts, chosen, vocab, [1, 3, 4], seed=3)
     return draft, make_teacher(directory, draft)
 

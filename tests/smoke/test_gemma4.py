@@ -14,7 +14,7 @@ from tests.smoke.world import ONE_ROW, QUESTION, World, gone
 
 pytestmark = [pytest.mark.smoke, pytest.mark.timeout(900)]
 SMALL = (
-    "target.dtype=float32", "vocab.size=null", "speculator.num_layers=2", "speculator.num_speculative_tokens=7",
+    "target.dtype=float32", "vocab.size=null", "speculator.num_layers=2", "speculator.block_size=8",
     "hardware=cpu", "serve.max_num_seqs=16", "serve.kv_cache_gib=0.5", "target.num_hidden_layers=null",
     "target.hidden_size=null", "target.vocab_size=null",
 )  # fmt: skip

@@ -209,7 +209,7 @@ def test_hybrid_loses_its_server_on_the_way_goes_on_and_prefills_no_row_again(wo
 
 
 DRAFTS = {
-    "dflash": ("speculator=dflash", "speculator.num_layers=2", "speculator.num_speculative_tokens=7"),
+    "dflash": ("speculator=dflash", "speculator.num_layers=2", "speculator.block_size=8"),
     "eagle3": ("speculator=eagle3",),
 }
 

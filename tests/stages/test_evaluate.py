@@ -12,9 +12,10 @@ from speculators.config.choices import DataFormat, Dtype
 from speculators.config.schema import Config, Dataset
 from speculators.data.conversations import RowCounts, in_evaluation_holdout
 from speculators.engine.metrics import DraftCounters
-from speculators.job import Job, write_json
+from speculators.job import Endpoint, Job, write_json
 from speculators.stages import evaluate
 from speculators.stages.evaluate import choose, lossless_pair, summarise
+from tests.loopback import JsonHandler, serving
 from tests.stages.jobs import lines, make_job
 
 
@@ -29,8 +30,9 @@ def job_of(tmp_path: Path, *, trained: bool = False, count: int = 5, **changes: 
     config.evaluate.num_prompts = count
     for name, value in changes.items():
         setattr(config.evaluate, name, value)
-    job = make_job("evaluate", tmp_path / "work", config, dataset__quiz=path)
-    job.derived = {"phase": 0, "phases": 1}
+    inputs = {f"dataset__{name}": path for name in config.evaluate.datasets}
+    job = make_job("evaluate", tmp_path / "work", config, **inputs)
+    job.derived = {"phase": 0, "phases": 1, "num_speculative_tokens": [3]}
     return job
 
 
@@ -96,22 +98,84 @@ def test_the_last_phase_publishes_what_the_earlier_ones_left_and_asks_no_server_
     for concurrency, seconds in ((1, 2.0), (4, 1.0)):
         records = [record("quiz/1", ([1, 2], seconds), ([1, 2], seconds / 2))]
         summary = summarise(records, {"baseline": seconds, "speculative": seconds / 2}, counted, 3)
-        write_json(job.scratch / f"measured-quiz-{concurrency}.json", {"summary": summary, "records": records})
+        summary |= {"num_speculative_tokens": 3, "concurrency": concurrency}
+        write_json(job.scratch / f"measured-quiz-3-{concurrency}.json", {"summary": summary, "records": records})
     difference = {"id": "quiz/2", "position": 4, "baseline": 1, "speculative": 2, "gap": None, "verdict": "fault"}
     compared = {"prompts": 2, "tokens": 9, "identical": 1, "ties": 0, "faults": 1, "differences": [difference]}
-    write_json(job.scratch / "lossless-quiz.json", compared)
+    write_json(job.scratch / "lossless-quiz-3.json", compared)
 
-    job.derived = {"phase": 0, "phases": 2}
+    job.derived |= {"phase": 0, "phases": 2}
     evaluate.main(job)
     assert not list(job.output.iterdir())
 
-    job.derived = {"phase": 1, "phases": 2}
+    job.derived |= {"phase": 1, "phases": 2}
     evaluate.main(job)
     found = json.loads((job.output / "evaluation.json").read_text())
     assert found["datasets"]["quiz"]["acceptance_length"] == 2.0
-    assert found["datasets"]["quiz"]["by_concurrency"]["4"]["baseline"]["tokens_per_second"] == 2.0
+    assert found["datasets"]["quiz"]["measurements"][1]["concurrency"] == 4
+    assert found["datasets"]["quiz"]["measurements"][1]["baseline"]["tokens_per_second"] == 2.0
     assert found["lossless"]["faults"] == 1
-    assert found["lossless"]["datasets"]["quiz"]["differences"] == [difference]
+    assert found["lossless"]["comparisons"][0]["differences"] == [difference]
     assert job.record["lossless"]["faults"] == 1
     assert job.record["datasets"]["quiz"]["read"] == 100
     assert len(lines(job.output / "quiz.jsonl")) == 2
+
+
+class Engine:
+    """A server whose draft proposes so many tokens in each answer, all of which are accepted; 0: a baseline."""
+
+    def __init__(self, tokens: int) -> None:
+        self.answers = 0
+        outer = self
+
+        class Handler(JsonHandler):
+            def get(self) -> None:
+                each = [f'num_accepted_tokens_per_pos_total{{position="{i}"}} {outer.answers}' for i in range(tokens)]
+                counts = [f"num_drafts_total {outer.answers}", f"num_accepted_tokens_total {tokens * outer.answers}"]
+                page = "".join(f"vllm:spec_decode_{line}\n" for line in (*counts, *each)).encode()
+                self.send_response(200)
+                self.send_header("Content-Length", str(len(page)))
+                self.end_headers()
+                self.wfile.write(page)
+
+            def post(self, body: dict[str, Any]) -> None:
+                outer.answers += 1
+                choice = {"message": {"content": "a"}, "token_ids": [7] * body["max_tokens"], "finish_reason": "length"}
+                self.reply(200, {"prompt_token_ids": [1], "choices": [choice]})
+
+        self.http = serving(Handler)
+        url, mode = f"http://127.0.0.1:{self.http.server_port}", "speculative" if tokens else "baseline"
+        self.endpoint = Endpoint(url=url, model="m", api_key="", mode=mode, directory=Path("/none"), log=Path("/none"),
+                                 num_speculative_tokens=tokens)  # fmt: skip
+
+
+def test_each_number_of_tokens_is_measured_on_its_own_server_and_none_twice(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """And a dataset may have the name that the hub gives it."""
+    monkeypatch.setattr("speculators.engine.metrics.METRICS_POLL_SECONDS", 0.0)
+    name, engines = "acme/short-lines", {tokens: Engine(tokens) for tokens in (0, 2, 5)}
+    quiz = Dataset(source="x", format=DataFormat.prompts)
+    job = job_of(
+        tmp_path, count=3, datasets={name: quiz}, concurrency=[1, 2], max_tokens=9, num_speculative_tokens=[2, 5]
+    )
+    job.config.target.dtype = Dtype.float32  # so that the timed answers are compared
+    job.derived |= {"num_speculative_tokens": [2, 5], "phases": 2}
+    for phase, tokens in enumerate((2, 5)):
+        job.derived["phase"] = phase
+        job.services = {"baseline": engines[0].endpoint, "speculative": engines[tokens].endpoint}
+        evaluate.main(job)
+        answers = [engine.answers for engine in engines.values()]
+        evaluate.main(job)  # as an attempt after the end of this phase
+        assert [engine.answers for engine in engines.values()] == answers
+    found = json.loads((job.output / "evaluation.json").read_text())
+    measured = found["datasets"][name]["measurements"]
+    assert [(m["num_speculative_tokens"], m["concurrency"]) for m in measured] == [(2, 1), (2, 2), (5, 1), (5, 2)]
+    assert [m["acceptance_length"] for m in measured] == [3, 3, 6, 6]
+    assert [len(m["per_position"]) for m in measured] == [2, 2, 5, 5]
+    assert found["lossless"]["prompts"] == found["lossless"]["identical"] == 6
+    assert {path.name for path in job.output.iterdir()} == {"evaluation.json", "acme%2Fshort-lines.jsonl"}
+    assert len(lines(job.output / "acme%2Fshort-lines.jsonl")) == 12
+    for engine in engines.values():
+        engine.http.shutdown()
+        engine.http.server_close()

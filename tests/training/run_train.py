@@ -24,7 +24,7 @@ from speculators.stages.train import main
 
 SPECULATORS: dict[str, Speculator] = {
     "eagle3": Eagle3(init=Init.induction),
-    "dflash": DFlash(num_layers=2, num_speculative_tokens=3, mask_token_id=7, max_anchors=12, init=Init.induction),
+    "dflash": DFlash(num_layers=2, block_size=4, mask_token_id=7, max_anchors=12, init=Init.induction),
 }
 
 

@@ -56,7 +56,7 @@ def planned(capsys: pytest.CaptureFixture[str], *words: str, recipe: str = "eagl
 
 def mended(words: tuple[str, ...], hint: str) -> tuple[str, ...]:
     """The overrides with the first `NAME=VALUE` of the hint in place of the one of that name."""
-    found = re.search(r"([\w.]+)=(\[[^\]]*\]|\{[^}]*\}|[^\s,]+)", hint)
+    found = re.search(r"([\w.]+)=(\[[^\]]*\]|[^\s,]+)", hint)
     assert found, hint
     return (*(word for word in words if word.partition("=")[0] != found[1]), found[0])
 
@@ -74,7 +74,8 @@ VALUES = [
     "evaluate.concurrency=[0]", "evaluate.concurrency=[]", "regenerate.temperature=-1", "evaluate.temperature=-0.5",
     "regenerate.top_p=0", "regenerate.max_tokens=0", "regenerate.max_tokens=2048", "regenerate.timeout=0",
     "regenerate.retries=-1", "extract.workers=0", "extract.shard_tokens=0", "evaluate.datasets=[]",
-    "evaluate.num_prompts=0", "evaluate.max_tokens=0", "evaluate.max_tokens=5000", "evaluate.lossless_prompts=-1",
+    "evaluate.num_prompts=0", "evaluate.num_speculative_tokens=[0]", "evaluate.max_tokens=0",
+    "evaluate.max_tokens=5000", "evaluate.lossless_prompts=-1",
     "prompts.num_conversations=0", "prompts.max_turns=0", "prompts.eval_holdout_ratio=1",
     "prompts.eval_holdout_ratio=-1",
     "vocab.size=0", "vocab.size=40001", "tokenize.min_supervised=-1", "max_seq_len=1", "max_seq_len=4096",
@@ -89,7 +90,6 @@ VALUES = [
     "train.seed=-1", "train.seed=9223372036854775808", "prompts.seed=-1", "regenerate.seed=99999999999999999999",
     "speculator.num_layers=99999999999999999999", "train.adamw_betas=[nan,0.9]", "serve.url=foo", "serve.url=ftp://x",
     "serve.url=http://x:99999", "serve.extra_urls=[http://]", "serve.cpu_threads=foo",
-    "tokenize.min_supervised=100000", "train.num_processes=1000", "speculator.loss_fn=[]", "speculator.loss_fn=[kl,tv]",
 ]  # fmt: skip
 """Overrides that cannot work; what the hint says instead does."""
 
@@ -110,13 +110,64 @@ def test_plan_checks_name_the_option_and_its_value_and_their_hint_works(
         "speculator.decay_gamma=0", "speculator.dpace_alpha=1.5", "speculator.target_layers=0",
         "speculator.sliding_window=0", "speculator.max_anchors=0", "speculator.mask_token_id=-1",
         "speculator.mask_token_id=40000",
-        "speculator.loss_fn=kl",
+        "speculator.loss_fn=kl", "speculator.block_size=1", "speculator.num_speculative_tokens=16",
+        "evaluate.num_speculative_tokens=[3,16]",
     ],
 )  # fmt: skip
 def test_plan_checks_of_a_block_draft(world: Path, capsys: pytest.CaptureFixture[str], word: str) -> None:
     code, error, hint = planned(capsys, word, recipe="dflash")
     assert (code, word.partition("=")[0] in error) == (1, True), error
     assert planned(capsys, *mended((word,), hint), recipe="dflash")[0] == 0
+
+
+def given(world: Path, **fields: object) -> str:
+    """A draft as far as planning looks into one; returns the override that names it."""
+    directory = world / "given" / "checkpoint_best"
+    directory.mkdir(parents=True, exist_ok=True)
+    layer = {"hidden_size": 8, "vocab_size": 40_000}
+    methods = {"proposal_methods": [{"speculative_tokens": 7}]}
+    config = {"speculators_model_type": "dflash", "block_size": 8, "speculators_config": methods}
+    (directory / "config.json").write_text(json.dumps({**config, "transformer_layer_config": layer, **fields}))
+    (directory / "model.safetensors").write_bytes(b"weights")
+    return "evaluate.draft=given/checkpoint_best"
+
+
+def test_plan_checks_a_draft_that_is_only_measured_and_asks_for_no_other_stage(
+    world: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = ["plan", "recipe=eagle3.yaml", "pipeline=evaluate", given(world), "evaluate.num_speculative_tokens=[2,5]"]
+    assert cli._guarded(words) == 0
+    output = capsys.readouterr().out
+    assert [line.split()[:2] for line in output.splitlines() if line.startswith(("run", "waits"))] == [
+        ["run", "evaluate"]
+    ]
+    served = [json.loads(text) for text in re.findall(r"--speculative_config '(.*?)'", output)]
+    assert [(s["method"], s["num_speculative_tokens"]) for s in served] == [("dflash", 2), ("dflash", 5)] * 2
+    assert {s["model"] for s in served} == {str(world / "given" / "checkpoint_best")}
+
+
+@pytest.mark.parametrize(
+    ("words", "fields", "named"),
+    [
+        (("evaluate.draft=given/checkpoint_best",), {}, "no stage of the recipe measures it"),
+        (("pipeline=evaluate", "evaluate.draft=given"), {}, "evaluate.draft: `given` has no config.json"),
+        (("pipeline=evaluate", "evaluate.draft=given/checkpoint_best", "evaluate.num_speculative_tokens=[8]"), {},
+         "evaluate.num_speculative_tokens=[8]: must be at most 7"),
+        (("pipeline=evaluate",), {}, "evaluate.draft: names no draft"),
+        (("pipeline=evaluate", "evaluate.draft=nowhere"), {}, "evaluate.draft: `nowhere` does not exist"),
+        (("pipeline=evaluate", f"evaluate.draft='pypi:a==1/b@sha256:{64 * '0'}'"), {}, "evaluate.draft: `pypi:a==1"),
+        (("pipeline=evaluate", "evaluate.draft=given/checkpoint_best"), {"target_hidden_size": 9},
+         "evaluate.draft=given/checkpoint_best: the draft reads hidden states of width 9"),
+    ],
+)  # fmt: skip
+def test_plan_checks_what_a_draft_does_not_fit(
+    world: Path, capsys: pytest.CaptureFixture[str], words: tuple[str, ...], fields: dict[str, object], named: str
+) -> None:
+    given(world, **fields)
+    code, error, hint = planned(capsys, *words)
+    assert (code, named in error, bool(hint)) == (1, True, True), error
+    if "[8]" in words[-1] or words[-1] == "evaluate.draft=given" or (len(words) == 1 and "draft" in words[0]):
+        assert planned(capsys, *mended(words, hint))[0] == 0
 
 
 COMBINED = [
@@ -131,18 +182,7 @@ COMBINED = [
     (("data.mine.source=gone.jsonl",), "data.mine.source"),
     (("pipeline=online", "executor=slurm"), "executor=slurm"),
     (("learning_rate=1e-3",), "learning_rate"),
-    (("evaluate.datasets=[{mine: {source: rows.jsonl, format: prompts}}]",), "evaluate.datasets.mine"),
-    (("speculator.algorithm=dflash",), "speculator.algorithm=dflash"),
-    (("speculator=dflash", "speculator.algorithm=eagle3"), "speculator.algorithm=eagle3"),
-    (("until=extract", "only=train"), "until=extract"),
-    (("only=train",), "only=train"),
-    (("hardware.train_cores=100", "pipeline=online"), "hardware.train_cores=100"),
-    (("serve.extra_urls=[http://x]",), "serve.extra_urls"),
-    (("serve.extra_args=[--port,1]",), "serve.extra_args"),
-    (("serve.extra_args=[--no_enable-prefix-caching]",), "serve.extra_args"),
-    (("run.dir=rows.jsonl",), "run.dir=rows.jsonl"),
-    (("run.store=rows.jsonl",), "rows.jsonl"),
-    (("serve.url=http://x", "serve.hidden_states_dir=nowhere", "until=extract"), "serve.hidden_states_dir=nowhere"),
+    ((f"evaluate.datasets=[{{{'n' * 201}: {{source: rows.jsonl, format: prompts}}}}]",), "dataset `nnn"),
 ]
 
 
@@ -152,8 +192,8 @@ def test_plan_checks_of_options_that_do_not_fit(
 ) -> None:
     code, error, hint = planned(capsys, *words)
     assert (code, named in error, bool(hint)) == (1, True, True), error
-    if words[0].startswith(("prompts.", "until=train", "data.mine.max", "speculator", "only=", "hardware.")):
-        kept = tuple(word for word in words if not word.startswith(("until=", "only=")))
+    if words[0].startswith(("prompts.", "until=", "data.mine.max", "speculator.")):
+        kept = tuple(word for word in words if not word.startswith("until="))
         assert planned(capsys, *mended(kept, hint))[0] == 0
 
 

@@ -33,7 +33,7 @@ from pathlib import Path
 from speculators.config.fields import select, to_builtins
 from speculators.config.schema import Config
 from speculators.errors import ContractError, RecipeError, RunError, ServiceError, SourceError, StageError, StoreError
-from speculators.job import Request, phase_marker
+from speculators.job import Request, file_name, phase_marker
 from speculators.runner.execution import endings, schedule
 from speculators.runner.execution.endings import TransientError
 from speculators.runner.execution.events import Events, now
@@ -41,7 +41,7 @@ from speculators.runner.execution.placement import Devices, PlacedServer, Placem
 from speculators.runner.execution.signals import Interrupted, Signals
 from speculators.runner.executors import Handle, executor_of, has_remote_servers, is_remote
 from speculators.runner.planning import estimate
-from speculators.runner.planning.graph import TARGET, Node, missing_for_only
+from speculators.runner.planning.graph import DRAFT, TARGET, Node
 from speculators.runner.planning.plan import Planner, State, Step
 from speculators.runner.planning.serving import check_placements
 from speculators.runner.servers.pool import ServerPool
@@ -199,14 +199,15 @@ class Execution:
         """Reuse the node's artifact, or run the stage, lazy inputs first."""
         step = self._step(node)
         if step.state is State.waits:
-            # The key is unknown until the target's config.json is fetched, from which derived values come.
-            yield from self._fetched([TARGET])
-            self.planner.learn_target()
+            # The key is unknown until the config.json of target and draft are fetched: derived values come from there.
+            yield from self._fetched([name for name in (TARGET, DRAFT) if name in node.inputs.values()])
+            self.planner.learn_checkpoints()
             step = self._step(node)
         self._decided(step)
         if step.state is State.run:
             if self.config.only not in ("", node.name):
-                raise missing_for_only(self.config.only, node.name)
+                hint = f"run it first: until={node.name}"
+                raise RecipeError(f"only={self.config.only} needs `{node.name}`, which has no artifact", hint)
             yield from self._fetched(node.needs)
             step = yield from self._build(step)
         self._drop_parts(node)
@@ -224,12 +225,12 @@ class Execution:
     def _fetch(self, step: Step) -> Waiting:
         yield from self._fetched(step.node.inputs.values())
         if step.state is State.waits:  # a part of a stage that began before the target was fetched
-            self.planner.learn_target()
+            self.planner.learn_checkpoints()
         step = self._step(step.node)
         self._decided(step)
         self._done((yield from self._build(step)))
         if step.node.name == TARGET:
-            self.planner.learn_target()
+            self.planner.learn_checkpoints()
 
     def _drop_parts(self, node: Node) -> None:
         """Discard the artifacts of a stage's parts: the stage has joined them."""
@@ -393,7 +394,7 @@ class Execution:
     def _request(self, step: Step, index: int, count: int, attempt: int, servers: Mapping[str, Server]) -> Path:
         """Write the worker's request for phase `index` of `count`; return its path."""
         node, placement = step.node, self.planner.placement(step.node)
-        path = self.directory / "requests" / f"{node.name}-{index}.json"
+        path = self.directory / "requests" / f"{file_name(node.name)}-{index}.json"
         path.parent.mkdir(exist_ok=True)
         Request(
             node=node.name,
@@ -454,7 +455,7 @@ class Execution:
         return type(failure)(message, endings.hint_with_log(failure.hint, log, command))
 
     def _log(self, node: Node) -> Path:
-        return self.directory / "logs" / f"{node.name}.log"
+        return self.directory / "logs" / f"{file_name(node.name)}.log"
 
     # Stopping workers: in order, or at once.
 

@@ -8,7 +8,6 @@ adds the nodes that fetch models and datasets. The graph alone determines the or
 from __future__ import annotations
 
 import graphlib
-import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from operator import attrgetter
@@ -25,6 +24,9 @@ FIDELITY_OPTIONS = ("target.min_greedy_agreement", "target.max_reference_gib")
 
 TARGET = "target"
 """The node that fetches the target, and the input name under which stages get it."""
+
+DRAFT = "draft"
+"""The node that fetches `evaluate.draft`, a speculator that the recipe does not train."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -119,10 +121,11 @@ KINDS: dict[str, Kind] = {
         trains=True,
     ),
     "evaluate": Kind(
-        version=3,
+        version=4,
         gives=("evaluation",),
         takes={"speculator": "speculator"},
-        reads=("evaluate", "data", "prompts.eval_holdout_ratio", "target.dtype", "speculator.num_speculative_tokens"),
+        reads=("evaluate", "data", "prompts.eval_holdout_ratio", "target.dtype"),
+        derived=("num_speculative_tokens",),
         datasets="evaluate.datasets",
         measures=True,
     ),
@@ -148,7 +151,7 @@ class Node:
     source: str = ""
     """Source of a `fetch` node, as written in the recipe."""
     fetch_as: str = ""
-    """What a `fetch` node fetches: `checkpoint`, `file` or `directory`."""
+    """What a `fetch` node fetches: `checkpoint`, `draft`, `file` or `directory`."""
     keeps_states: bool = False
     """Whether it stores the hidden states of the answers that it generates, for another node."""
     part: tuple[int, int] | None = None
@@ -203,22 +206,33 @@ class Serving:
     """`generate`, `extract`, `baseline` or `speculative`."""
     dtype: Dtype
     """Format in which the target computes."""
+    num_speculative_tokens: int | None = None
+    """Tokens that the draft proposes in one step, for `speculative`; None: as many as the draft does by default."""
 
 
 def phases(node: Node, config: Config) -> list[list[Serving]]:
     """Servers that a node needs, by phase: those of a phase run at the same time, and phases follow each other.
 
-    Only `evaluate` has two phases: speed and acceptance in the target's dtype, then losslessness in float32 (unless it
-    is the target's dtype), because rounding could hide a defect.
+    Only `evaluate` has several phases: speed and acceptance in the target's dtype, then losslessness in float32 (unless
+    it is the target's dtype), because rounding could hide a defect; both with each number of speculative tokens. The
+    baseline is in every phase, since it is measured in turns with the draft; its server stays up in between.
     """
     if node.mode:
         return [[Serving(name=TARGET, mode=node.mode, dtype=config.target.dtype)]]
     if node.kind != "evaluate":
         return [[]]
-    pair = [Serving(name=mode, mode=mode, dtype=config.target.dtype) for mode in ("baseline", "speculative")]
-    if config.target.dtype is Dtype.float32 or not config.evaluate.lossless_prompts:
-        return [pair]
-    return [pair, [Serving(name=f"{s.name}_float32", mode=s.mode, dtype=Dtype.float32) for s in pair]]
+    dtype = config.target.dtype
+    counts: list[int | None] = [*config.evaluate.num_speculative_tokens] or [None]
+    pairs = [
+        [
+            Serving(name="baseline", mode="baseline", dtype=dtype),
+            Serving(name="speculative", mode="speculative", dtype=dtype, num_speculative_tokens=count),
+        ]
+        for count in dict.fromkeys(counts)
+    ]
+    if dtype is Dtype.float32 or not config.evaluate.lossless_prompts:
+        return pairs
+    return [*pairs, *([replace(s, name=f"{s.name}_float32", dtype=Dtype.float32) for s in pair] for pair in pairs)]
 
 
 def build(config: Config) -> dict[str, Node]:
@@ -235,6 +249,8 @@ def build(config: Config) -> dict[str, Node]:
             continue
         inputs = _wire(name, kinds, {k: v for k, v in wiring.items() if k != "uses"})
         spec = KINDS[kinds[name]]
+        if DRAFT in inputs.values():
+            nodes[DRAFT] = Node(name=DRAFT, kind="fetch", inputs={}, source=config.evaluate.draft, fetch_as=DRAFT)
         if spec.target:
             inputs[TARGET] = TARGET
             nodes[TARGET] = Node(
@@ -267,17 +283,13 @@ def select_nodes(nodes: dict[str, Node], config: Config) -> dict[str, Node]:
     """Restrict the graph to the stage of `until` or `only` and all that it depends on.
 
     Raises:
-        RecipeError: `force`, `from`, `until` or `only` names no stage, or a stage that is left out; or there is none.
+        RecipeError: `force`, `from`, `until` or `only` names no stage, or a stage that is left out.
     """
-    if not nodes:
-        raise RecipeError("pipeline={}: the recipe has no stages", "pipeline=offline, or another choice")
     for option, names in (("force", config.force), ("from", [config.from_]), ("until", [config.until]),
                           ("only", [config.only])):  # fmt: skip
         for name in filter(None, names):
             if name not in nodes:
                 raise RecipeError(f"{option}={name}: the recipe has no stage `{name}`", closest(name, nodes))
-    if config.only and config.until:
-        raise RecipeError(f"until={config.until}: only={config.only} runs a single stage", "remove one of them")
     last = config.only or config.until
     if not last:
         return nodes
@@ -313,13 +325,6 @@ def find_node(nodes: Mapping[str, Node], name: str) -> str:
     raise RecipeError(f"the recipe has no stage `{name}`", closest(name, nodes))
 
 
-def missing_for_only(only: str, name: str) -> RecipeError:
-    """The error for `only` if another stage that it needs has no artifact."""
-    return RecipeError(
-        f"only={only}: needs `{name}`, which has no artifact", f"until={only} instead, which also runs what it needs"
-    )
-
-
 def forced_nodes(nodes: Mapping[str, Node], config: Config) -> set[str]:
     """Names of the stages of `force`, and of `from` with all later ones; workers included."""
     follows = {config.from_} if config.from_ else set()
@@ -336,10 +341,7 @@ def _check_kinds(kinds: Mapping[str, str]) -> None:
         if kind not in known:
             hint = closest(kind, known) + "; a second node of a kind has `uses: KIND`"
             raise RecipeError(f"pipeline.{name}: there is no stage `{kind}`", hint)
-        if not re.fullmatch(r"\w[\w-]*", name):
-            hint = "name the node by letters, digits, _ and -"
-            raise RecipeError(f"pipeline: `{name}` cannot name a node, which names files", hint)
-        if name == TARGET:
+        if name in (TARGET, DRAFT) or name.startswith("dataset."):
             raise RecipeError(f"pipeline.{name}: this name is reserved", "choose another name for the node")
 
 
@@ -362,6 +364,9 @@ def _wire(name: str, kinds: Mapping[str, str], wiring: Mapping[str, str]) -> dic
             or_draw = f", or `{TARGET}: {SERVE}` to draw them from the server" if slot == spec.drawn else ""
             hint = f"add `{slot}: NODE` of type {gives}{or_draw}"
             raise RecipeError(f"pipeline.{name}: the input `{slot}` is not wired", hint)
+        if upstream == DRAFT and gives == "speculator":
+            inputs[slot] = DRAFT
+            continue
         if upstream not in kinds:
             raise RecipeError(f"pipeline.{name}.{slot}: there is no node `{upstream}`", closest(upstream, kinds))
         outputs = _gives(kinds[upstream])

@@ -21,8 +21,8 @@ from speculators.packages import installed_version
 from speculators.runner import hardware
 from speculators.runner.execution import schedule
 from speculators.runner.execution.placement import Placement, placement_for
-from speculators.runner.planning import checks, derive, graph, key, sources
-from speculators.runner.planning.graph import TARGET, Node
+from speculators.runner.planning import checks, derive, draft, graph, key, sources
+from speculators.runner.planning.graph import DRAFT, TARGET, Node, Serving
 from speculators.runner.planning.sizes import Sizes, sizes_of
 from speculators.runner.servers import vllm
 from speculators.runner.store.artifact import Artifact
@@ -87,10 +87,11 @@ class Planner:
         self.derived: dict[str, Any] = {}
         self.facts: derive.Facts | None = None
         self._placements: dict[str, Placement] = {}
-        self.learn_target()
+        self._draft: draft.DraftFacts | None = None
+        self.learn_checkpoints()
 
-    def learn_target(self) -> None:
-        """Compute derived values if the target's config.json is available; called again after it is fetched."""
+    def learn_checkpoints(self) -> None:
+        """Compute derived values from the config.json of target and draft; called again after they are fetched."""
         if TARGET not in self.graph:
             return
         self._placements.clear()
@@ -99,6 +100,24 @@ class Planner:
         if self.facts is not None:
             checks.check_target(self.config, self.graph, checkpoint, self.facts)
             self.derived = derive.derive(self.config, self.facts)
+        if DRAFT in self.graph and (directory := self.step(DRAFT, {}).path) is not None:
+            self._draft = draft.of_checkpoint(directory)
+            if self.facts is not None:
+                draft.check_fits(self.config, self._draft, self.facts)
+
+    def draft_of(self, node: Node) -> draft.DraftFacts | None:
+        """The facts of the draft that a node measures; None while a given draft is not fetched."""
+        return self._draft if node.inputs["speculator"] == DRAFT else draft.of_recipe(self.config.speculator)
+
+    def proposal(self, node: Node, serving: Serving) -> dict[str, Any]:
+        """vLLM's speculative config for a server that a node needs, but for the draft's path; {} without a draft."""
+        if serving.mode != "speculative":
+            return {}
+        facts = self.draft_of(node)
+        if facts is None:
+            return {"method": "METHOD", "num_speculative_tokens": serving.num_speculative_tokens or "NUMBER"}
+        tokens = serving.num_speculative_tokens or draft.tokens_to_measure(self.config, facts)[0]
+        return {**facts.method, "num_speculative_tokens": tokens}
 
     @functools.cached_property
     def machine(self) -> hardware.Machine:
@@ -120,11 +139,7 @@ class Planner:
         return sizes_of(self.config, self.facts, self.step(TARGET, {}).path, longest)
 
     def plan(self) -> list[Step]:
-        """Plan every node, in data-flow order, from the content of the store; leaves out workers of cached nodes.
-
-        Raises:
-            RecipeError: `only` names a stage that needs another one without an artifact.
-        """
+        """Plan every node, in data-flow order, from the content of the store; leaves out workers of cached nodes."""
         steps: dict[str, Step] = {}
         for name in self.graph:
             known = {n: s.digest for n, s in steps.items() if s.digest}
@@ -132,19 +147,14 @@ class Planner:
         joined = {part for s in steps.values() if s.state is State.cached for part in s.node.parts}
         kept = [step for name, step in steps.items() if name not in joined]
         needed = {name for s in kept if s.state in (State.run, State.waits) for name in s.node.needs}
-        only = self.config.only
-        for step in kept:
-            if only not in ("", step.node.name) and step.state in (State.run, State.waits) and not step.node.lazy:
-                raise graph.missing_for_only(only, step.node.name)
-        needed |= {only, self.config.until}
+        needed |= {self.config.only, self.config.until}
         return [self._unneeded(s) if s.node.lazy and s.node.name not in needed else s for s in kept]
 
     def step(self, name: str, digests: Mapping[str, str]) -> Step:
         """Plan one node; `digests` are the known digests of outputs, by node."""
         node = self.graph[name]
         missing = [i for i in node.inputs.values() if i not in digests]
-        if not self._derivable(node):
-            missing.append(TARGET)
+        missing += self._unread(node)
         if missing:
             return Step(node=node, state=State.waits, reason=f"upstream: {missing[0]}")
         derived = self._derived(node)
@@ -185,13 +195,13 @@ class Planner:
     def known(self, name: str, digests: Mapping[str, str]) -> dict[str, Any]:
         """A node's preimage without the inputs that do not exist yet."""
         node = self.graph[name]
-        return self._preimage(node, self._derived(node) if self._derivable(node) else {}, digests)
+        return self._preimage(node, {} if self._unread(node) else self._derived(node), digests)
 
     def _resolve(self, node: Node) -> sources.Source:
         name = node.name.removeprefix("dataset.")
         section = f"data.{name}" if name in self.config.data else f"evaluate.datasets.{name}"
-        option = "target.source" if node.name == TARGET else f"{section}.source"
-        return sources.resolve(option, node.source, node.fetch_as)
+        options = {TARGET: "target.source", DRAFT: draft.OPTION}
+        return sources.resolve(options.get(node.name, f"{section}.source"), node.source, node.fetch_as)
 
     def _engine(self) -> str:
         """Version of vLLM in the keys of stages with servers; `external` with `serve.url`, empty without servers."""
@@ -209,12 +219,19 @@ class Planner:
             )
         return version
 
-    def _derivable(self, node: Node) -> bool:
-        return node.kind == "fetch" or not node.derived or bool(self.derived)
+    def _unread(self, node: Node) -> list[str]:
+        """The source whose config.json is needed for a node's derived values and is not fetched; at most one."""
+        if node.kind == "fetch" or not node.derived:
+            return []
+        if "num_speculative_tokens" in node.derived:
+            return [] if self.draft_of(node) is not None else [DRAFT]
+        return [] if self.derived else [TARGET]
 
     def _derived(self, node: Node) -> dict[str, Any]:
         if node.kind == "fetch":
             return {"source": self._sources[node.name].identity, "as": node.fetch_as}
+        if "num_speculative_tokens" in node.derived and (facts := self.draft_of(node)) is not None:
+            return {"num_speculative_tokens": draft.tokens_to_measure(self.config, facts)}
         part = {"part": list(node.part)} if node.part else {}
         return {name: self.derived[name] for name in node.derived} | part
 
@@ -272,6 +289,13 @@ def describe(changes: list[tuple[str, Any, Any]]) -> str:
 def _short(value: Any) -> str:
     text = key.canonical(value).strip('"')
     return text if len(text) <= 40 else f"{text[:37]}..."
+
+
+def draft_directory(step: Step) -> Path | None:
+    """The directory of the draft's checkpoint, from the step that trains or fetches it; None until it exists."""
+    if step.path is None or step.node.kind == "fetch":
+        return step.path
+    return step.path / "best"
 
 
 def _content(node: Node, artifact: Artifact) -> Path:

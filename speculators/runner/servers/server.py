@@ -74,6 +74,8 @@ class ServerSpec:
     """Directory into which an external server writes hidden states, as its clients see it."""
     mooncake: Mooncake | None = None
     """The Mooncake store into which it writes hidden states; None: into files."""
+    num_speculative_tokens: int = 0
+    """Tokens that its draft proposes in one step; 0 without a draft."""
 
 
 class Server:
@@ -140,6 +142,7 @@ class Server:
             "directory": str(self.spec.hidden_states_dir or self.directory / "states"),
             "log": str(self.spec.log),
             "mooncake": to_builtins(self.spec.mooncake),
+            "num_speculative_tokens": self.spec.num_speculative_tokens,
         }
 
     def worker_env(self) -> dict[str, str]:

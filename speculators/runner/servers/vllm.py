@@ -64,6 +64,8 @@ class ServerOrder:
     """Directory of the target's checkpoint."""
     draft: str = ""
     """Directory of the draft's checkpoint, for `speculative`."""
+    proposal: dict[str, Any] = field(default_factory=dict)
+    """The rest of vLLM's speculative config for the draft: method and number of tokens."""
     capture_layer_ids: list[int] | None = None
     """Layers whose hidden states are exported, for `extract`."""
     max_model_len: int
@@ -92,6 +94,7 @@ def make_server(order: ServerOrder, environment: Mapping[str, str]) -> Server:
         name=nonce, mode=order.mode, argv=arguments, env=variables, url=f"http://{HOST}:{port}", model=model,
         api_key=key, log=Path(order.logs) / f"vllm-{order.mode}-{order.dtype}-{nonce}.log",
         mooncake=mooncake_store(config),
+        num_speculative_tokens=order.proposal.get("num_speculative_tokens", 0),
     )  # fmt: skip
     return Server(spec, directory)
 
@@ -104,6 +107,7 @@ def command(order: ServerOrder, *, model: str, port: int, hidden_states_dir: Pat
         dtype=order.dtype,
         target=Path(order.target),
         draft=Path(order.draft) if order.draft else None,
+        proposal=order.proposal,
         capture_layer_ids=order.capture_layer_ids,
         max_model_len=order.max_model_len,
         model=model,
@@ -119,13 +123,14 @@ def argv(
     dtype: str,
     target: Path,
     draft: Path | None,
+    proposal: Mapping[str, Any],
     capture_layer_ids: list[int] | None,
     max_model_len: int,
     model: str,
     port: int,
     hidden_states_dir: Path,
 ) -> list[str]:
-    """vLLM's command line. `extract` needs `capture_layer_ids`, `speculative` needs `draft`.
+    """vLLM's command line. `extract` needs `capture_layer_ids`, `speculative` needs `draft` and `proposal`.
 
     Sizes that are null in `config.serve` are left to vLLM; `PlacedServer.resolve` gives them values.
     It runs the module and not `vllm serve`, because the wheel for CPUs has no such command.
@@ -154,7 +159,7 @@ def argv(
         arguments += ["--gpu-memory-utilization", f"{serve.gpu_memory_utilization:g}"]
     if mode == "speculative":
         assert draft is not None
-        arguments += ["--speculative_config", json.dumps(_speculative(config, draft.absolute()))]
+        arguments += ["--speculative_config", json.dumps({"model": str(draft.absolute()), **proposal})]
     if mode == "extract":
         assert capture_layer_ids is not None
         arguments += ["--speculative_config", json.dumps(_extraction(capture_layer_ids))]
@@ -310,14 +315,6 @@ def _prefix_caching(mode: str) -> str:
     depend on earlier requests; a repeated measurement would find its own prompts cached.
     """
     return "--enable-prefix-caching" if mode == "generate" else "--no-enable-prefix-caching"
-
-
-def _speculative(config: Config, draft: Path) -> dict[str, Any]:
-    return {
-        "model": str(draft),
-        "method": config.speculator.vllm_method(),
-        "num_speculative_tokens": config.speculator.num_speculative_tokens,
-    }
 
 
 def _extraction(capture_layer_ids: list[int]) -> dict[str, Any]:

@@ -51,7 +51,6 @@ def test_a_second_node_of_a_kind_names_it(config: Config) -> None:
         ("vocab", {"tokens": "train"}, "`train` gives speculator, this input takes tokens", "`tokenize`"),
         ("extract", {"tokens": "tokenize", "target": "train"}, "`train` gives speculator", "`serve`"),
         ("target", {"uses": "prompts"}, "this name is reserved", "another name"),
-        *((name, {"uses": "prompts"}, f"`{name}` cannot name a node", "letters") for name in ("", "..", "a/b", "a.1")),
         ("train", {"tokens": "tokenize", "vocab": "vocab"}, "the input `features` is not wired", "`target: serve`"),
         (
             "train",
@@ -131,6 +130,18 @@ def test_evaluation_in_float32_needs_one_phase_and_in_bfloat16_two(config: Confi
     ]
     config.evaluate.lossless_prompts = 0
     assert len(graph.phases(node, config)) == 1
+
+
+def test_each_number_of_speculative_tokens_is_a_phase_beside_the_baseline(config: Config) -> None:
+    node, config.evaluate.num_speculative_tokens = graph.build(config)["evaluate"], [3, 5, 3]
+    config.target.dtype = Dtype.bfloat16
+    found = [[(s.name, s.num_speculative_tokens) for s in phase] for phase in graph.phases(node, config)]
+    assert found == [
+        [("baseline", None), ("speculative", 3)],
+        [("baseline", None), ("speculative", 5)],
+        [("baseline_float32", None), ("speculative_float32", 3)],
+        [("baseline_float32", None), ("speculative_float32", 5)],
+    ]
 
 
 def offline() -> Config:

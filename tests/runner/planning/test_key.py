@@ -183,6 +183,27 @@ def test_every_operational_field_moves_no_key_and_every_semantic_one_moves_some(
         assert moved == (policy in ("semantic", "if_set")), name
 
 
+@pytest.mark.parametrize(
+    ("recipe", "words", "moved"),
+    [
+        ("smollm2_eagle3", ["speculator.num_speculative_tokens=5"], {"evaluate"}),
+        ("smollm2_eagle3", ["evaluate.num_speculative_tokens=[3,5]"], {"evaluate"}),
+        ("smollm2_eagle3", ["speculator.num_speculative_tokens=3"], set()),
+        ("smollm2_eagle3", ["evaluate.num_speculative_tokens=[3,3]"], set()),
+        ("smollm2_eagle3", ["speculator.ttt_steps=5"], {"train", "evaluate"}),
+        ("smollm2_dflash", ["speculator.num_speculative_tokens=5"], {"evaluate"}),
+        ("smollm2_dflash", ["evaluate.num_speculative_tokens=[7]"], set()),
+        ("smollm2_dflash", ["speculator.block_size=9", "evaluate.num_speculative_tokens=[7]"], {"train"}),
+    ],
+)
+def test_tokens_that_are_served_move_no_key_but_that_of_evaluate(
+    recipe: str, words: list[str], moved: set[str], store: Store
+) -> None:
+    before = keys(Planner(compose.compose([f"recipe={recipe}"]), store))
+    after = keys(Planner(compose.compose([f"recipe={recipe}", *words]), store))
+    assert {name for name in before if before[name] != after[name]} == moved
+
+
 def test_no_semantic_field_is_read_by_nobody() -> None:
     config = compose.compose(["recipe=smollm2_eagle3"])
     read = tuple(f"{name}." for kind in KINDS.values() for name in kind.reads)

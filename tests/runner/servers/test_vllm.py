@@ -12,8 +12,7 @@ from typing import Any
 import pytest
 
 from speculators import packages as packages_module
-from speculators.config.algorithms import DFlash, Eagle3
-from speculators.config.checks import check_config
+from speculators.config.algorithms import Eagle3
 from speculators.config.choices import Connector, Device, Dtype, HiddenStatesDtype
 from speculators.config.fields import to_builtins
 from speculators.config.schema import Config, from_builtins
@@ -31,7 +30,7 @@ def recipe() -> Config:
 
 
 def words(config: Config, mode: str = "baseline", **changes: Any) -> list[str]:
-    options: dict[str, Any] = {"draft": None, "capture_layer_ids": None, "dtype": "float32", **changes}
+    options: dict[str, Any] = {"draft": None, "proposal": {}, "capture_layer_ids": None, "dtype": "float32", **changes}
     return vllm.argv(
         config,
         mode=mode,
@@ -67,17 +66,9 @@ def test_only_answering_keeps_beginnings_of_prompts() -> None:
 
 
 def test_a_speculative_server_gets_the_draft_and_how_many_tokens_it_proposes() -> None:
-    config = recipe()
-    config.speculator.num_speculative_tokens = 5
-    given = json.loads(value(words(config, "speculative", draft=Path("/draft")), "--speculative_config"))
-    assert given == {"model": "/draft", "method": "eagle3", "num_speculative_tokens": 5}
-
-
-def test_a_block_draft_is_served_by_its_own_method_and_one_token_less_than_its_block() -> None:
-    config = recipe()
-    config.speculator = DFlash(num_speculative_tokens=7)
-    given = json.loads(value(words(config, "speculative", draft=Path("/draft")), "--speculative_config"))
-    assert given == {"model": "/draft", "method": "dflash", "num_speculative_tokens": 7}
+    proposal = {"method": "eagle3", "num_speculative_tokens": 5}
+    argv = words(recipe(), "speculative", draft=Path("/draft"), proposal=proposal)
+    assert json.loads(value(argv, "--speculative_config")) == {"model": "/draft", **proposal}
 
 
 def test_an_extracting_server_gets_the_layers_and_our_connector() -> None:
@@ -116,20 +107,6 @@ def test_a_gpu_is_shared_by_its_memory_and_over_ranks() -> None:
     config.serve.enforce_eager = True
     assert "--enforce-eager" in words(config), "as the recipe says"
     assert "VLLM_CPU_OMP_THREADS_BIND" not in vllm.server_environment(config, api_key="k")
-
-
-def test_no_argument_of_the_recipe_can_be_given_again() -> None:
-    on_gpus = recipe()
-    on_gpus.hardware.device, on_gpus.target.trust_remote_code = Device.cuda, True
-    on_gpus.serve.gpu_memory_utilization, on_gpus.serve.tensor_parallel, on_gpus.serve.data_parallel = 0.9, 2, 2
-    commands = [words(on_gpus), words(recipe(), "speculative", draft=Path("/d"))]
-    commands += [words(recipe(), "extract", capture_layer_ids=[2]), words(recipe(), "generate")]
-    given = {word for command in commands for word in command if word.startswith("--")}
-    for word in given:
-        config = recipe()
-        config.serve.extra_args = [word]
-        with pytest.raises(RecipeError, match="is set by the recipe"):
-            check_config(config)
 
 
 def order(config: Config, tmp_path: Path) -> vllm.ServerOrder:
