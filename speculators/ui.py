@@ -165,9 +165,9 @@ def evaluation(results: Mapping[str, Any]) -> str:
         f"acceptance length: tokens per step with the bonus token{proposed}\n"
         "pos i: share of steps that accept at least i tokens"
     ]
-    if lossless := results.get("lossless"):
+    for lossless in filter(None, map(results.get, ("lossless_served", "lossless"))):
         notes.append(
-            f"greedy in float32: {lossless['identical']} of {lossless['prompts']} outputs identical\n"
+            f"greedy in {lossless['dtype']}: {lossless['identical']} of {lossless['prompts']} outputs identical\n"
             f"({lossless['ties']} differ at numeric ties, {lossless['faults']} differ otherwise)"
         )
     return columns(rows, right=range(1, len(head))) + "\n\n" + "\n".join(notes)

@@ -58,7 +58,7 @@ ROW: dict[str, object] = {
 EVALUATION = {
     "num_speculative_tokens": 3,
     "datasets": {name: {**ROW, "measurements": [ROW]} for name in ("human_eval", "sharegpt")},
-    "lossless": {"prompts": 64, "identical": 64, "ties": 0, "faults": 0},
+    "lossless": {"dtype": "float32", "prompts": 64, "identical": 64, "ties": 0, "faults": 0},
 }
 """What `evaluate` leaves, as far as the runner looks into it."""
 

@@ -9,19 +9,19 @@ import json
 import statistics
 import time
 import uuid
-from collections.abc import Sequence
+from collections import ChainMap
+from collections.abc import Mapping, Sequence
 from contextlib import AsyncExitStack
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-from speculators.config.choices import Dtype
 from speculators.data.conversations import Conversation, Message, RowCounts, data_file, in_evaluation_holdout, usable
 from speculators.engine.client import Client, Completion
 from speculators.engine.metrics import DraftCounters, read_counters
 from speculators.errors import SourceError, StageError
-from speculators.evaluation.lossless import TOLERANCE, compare_answers
+from speculators.evaluation.lossless import TOLERANCES, compare_answers
 from speculators.job import Job, file_name, write_json
 
 SIDES = ("baseline", "speculative")
@@ -31,7 +31,7 @@ WARM_UP_TOKENS = 8
 BLOCK = 4
 """Prompts per request in flight that one server answers before the servers alternate."""
 LOSSLESS_CONCURRENCY = 8
-"""Requests in flight on each side of the float32 pair, which is not timed."""
+"""Requests in flight to each server where answers are compared and not timed."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,7 +46,8 @@ def main(job: Job) -> None:
     """Run the measurements of this phase's servers; in the last phase, write `evaluation.json` and `DATASET.jsonl`.
 
     Each number of speculative tokens takes a phase of its own, on one work directory, since a server proposes one
-    number. So does the comparison in float32 of a target that does not compute in it.
+    number. So does the comparison in float32 of a target that does not compute in it. Servers that do not fit on the
+    GPUs side by side have a phase each, the baseline the last; what they answered is joined there.
     """
     prompts: dict[str, list[Prompt]] = {}
     tallies: dict[str, RowCounts] = {}
@@ -91,29 +92,33 @@ def _question(messages: list[Message]) -> list[Message]:
 
 async def _work(job: Job, prompts: dict[str, list[Prompt]]) -> None:
     options = job.config.evaluate
-    if "baseline" in job.services:
-        tokens = job.services["speculative"].num_speculative_tokens
+    if any(side in job.services for side in SIDES):
         for name in options.datasets:
             for concurrency in options.concurrency:
-                path = _measured(job, name, tokens, concurrency)
-                if not path.exists():
-                    write_json(path, await _measure(job, name, prompts[name], tokens, concurrency))
-    pair = lossless_pair(job)
-    if pair is None or pair[0] not in job.services:
-        return
-    for name in options.datasets:
-        path = _compared(job, name, job.services[pair[1]].num_speculative_tokens)
-        if not path.exists():
-            write_json(path, await _compare(job, name, prompts[name][: options.lossless_prompts], pair))
+                await _time(job, name, prompts[name], concurrency)
+    for dtype, pair in lossless_pairs(job).items():
+        if any(service in job.services for service in pair):
+            for name in options.datasets:
+                await _check(job, name, prompts[name][: options.lossless_prompts], dtype, pair)
 
 
-def lossless_pair(job: Job) -> tuple[str, str] | None:
-    """The two services whose answers are compared; None if the recipe requests no comparison."""
+def lossless_pairs(job: Job) -> dict[str, tuple[str, str]]:
+    """The two services whose answers are compared, by the format that they compute in: the served one, and float32 if
+    the servers fit in it. {} if the recipe requests no comparison."""
     if not job.config.evaluate.lossless_prompts:
-        return None
-    if job.config.target.dtype is Dtype.float32:
-        return "baseline", "speculative"
-    return "baseline_float32", "speculative_float32"
+        return {}
+    pairs = {job.config.target.dtype.name: ("baseline", "speculative")}
+    if "float32" in job.derived["served_dtypes"]:
+        pairs.setdefault("float32", ("baseline_float32", "speculative_float32"))
+    return pairs
+
+
+def _counts(job: Job, speculative: str) -> tuple[int, list[int]]:
+    """Number of tokens that this phase's draft proposes, 0 without one; and the numbers whose results it completes."""
+    if speculative not in job.services:
+        return 0, job.derived["num_speculative_tokens"]
+    tokens = job.services[speculative].num_speculative_tokens
+    return tokens, [tokens]
 
 
 def _measured(job: Job, name: str, tokens: int, concurrency: int) -> Path:
@@ -121,9 +126,14 @@ def _measured(job: Job, name: str, tokens: int, concurrency: int) -> Path:
     return job.scratch / f"measured-{file_name(name)}-{tokens}-{concurrency}.json"
 
 
-def _compared(job: Job, name: str, tokens: int) -> Path:
+def _compared(job: Job, name: str, dtype: str, tokens: int) -> Path:
     """File of the comparison with so many speculative tokens."""
-    return job.scratch / f"lossless-{file_name(name)}-{tokens}.json"
+    return job.scratch / f"lossless-{dtype}-{file_name(name)}-{tokens}.json"
+
+
+def _part(job: Job, kind: str, name: str, clients: Sequence[str], tokens: int) -> Path:
+    """File of what one phase's servers answered, with so many speculative tokens."""
+    return job.scratch / f"{kind}-{file_name(name)}-{'+'.join(clients)}-{tokens}.json"
 
 
 def _client(job: Job, service: str, concurrency: int, retries: int) -> Client:
@@ -131,42 +141,68 @@ def _client(job: Job, service: str, concurrency: int, retries: int) -> Client:
     return Client(job.services[service], concurrency=concurrency, retries=retries, timeout=timeout)
 
 
-async def _measure(job: Job, name: str, prompts: list[Prompt], tokens: int, concurrency: int) -> dict[str, Any]:
-    """Time both servers on the same prompts; return {"summary", "records"}.
+async def _time(job: Job, name: str, prompts: list[Prompt], concurrency: int) -> None:
+    """Time this phase's servers; complete the measurements whose other server was timed before, or now."""
+    sides = [side for side in SIDES if side in job.services]
+    tokens, counts = _counts(job, "speculative")
+    missing = [count for count in counts if not _measured(job, name, count, concurrency).exists()]
+    timed = _part(job, f"timed-{concurrency}", name, sides, tokens)
+    if missing and not timed.exists():
+        write_json(timed, await _measure(job, name, prompts, concurrency, sides))
+    if "baseline" not in sides:
+        return
+    for count in missing:
+        parts = [timed] if tokens else [_part(job, f"timed-{concurrency}", name, SIDES[1:], count), timed]
+        write_json(_measured(job, name, count, concurrency), _joined(parts, count, concurrency))
+
+
+async def _measure(job: Job, name: str, prompts: list[Prompt], concurrency: int, sides: list[str]) -> dict[str, Any]:
+    """Time one or both servers on the same prompts; return {"records", "seconds", "counted"}, the last of the draft."""
+    counted = DraftCounters()
+    async with AsyncExitStack() as stack:
+        # No retries: the server would count a repeated request twice.
+        clients = {side: await stack.enter_async_context(_client(job, side, concurrency, retries=0)) for side in sides}
+        for client in clients.values():
+            await _ask(job, client, prompts[0], f"warm-up for {name} at {concurrency}", WARM_UP_TOKENS)
+        before = await read_counters(job.services["speculative"]) if "speculative" in sides else counted
+        records = [{"id": prompt.id} for prompt in prompts]
+        timing = _one_by_one if concurrency == 1 else _at_once
+        seconds = await timing(job, name, prompts, clients, records)
+        if "speculative" in sides:
+            counted = await read_counters(job.services["speculative"]) - before
+            if not counted.drafts:
+                raise StageError(
+                    f"the speculative server proposed nothing in {len(prompts)} answers of {name}",
+                    f"see its log: {job.services['speculative'].log}",
+                )
+    return {"records": records, "seconds": seconds, "counted": asdict(counted)}
+
+
+def _joined(parts: Sequence[Path], tokens: int, concurrency: int) -> dict[str, Any]:
+    """Join what was timed of both servers; return {"summary", "records"}. The draft's counters are in the first part.
 
     `tokens`: number that the draft proposes in one step.
     """
+    timed = [json.loads(path.read_text()) for path in parts]
     setting = {"num_speculative_tokens": tokens, "concurrency": concurrency}
-    async with AsyncExitStack() as stack:
-        # No retries: the server would count a repeated request twice.
-        clients = {side: await stack.enter_async_context(_client(job, side, concurrency, retries=0)) for side in SIDES}
-        for client in clients.values():
-            await _ask(job, client, prompts[0], f"warm-up for {name} at {concurrency}", WARM_UP_TOKENS)
-        before = await read_counters(job.services["speculative"])
-        records = [{"id": prompt.id, **setting} for prompt in prompts]
-        if concurrency == 1:
-            seconds = await _in_turn(job, name, prompts, clients, records)
-        else:
-            seconds = await _at_once(job, name, prompts, clients, records)
-        counted = await read_counters(job.services["speculative"]) - before
-    if not counted.drafts:
-        raise StageError(
-            f"the speculative server proposed nothing in {len(prompts)} answers of {name}",
-            f"see its log: {job.services['speculative'].log}",
-        )
-    return {"summary": {**setting, **summarise(records, seconds, counted, tokens)}, "records": records}
+    records = [dict(ChainMap(setting, *same)) for same in zip(*(part["records"] for part in timed), strict=True)]
+    seconds = dict(ChainMap(*(part["seconds"] for part in timed)))
+    counted = timed[0]["counted"]
+    per_position = {int(position): count for position, count in counted["accepted_per_position"].items()}
+    counters = DraftCounters(**{**counted, "accepted_per_position": per_position})
+    return {"summary": {**setting, **summarise(records, seconds, counters, tokens)}, "records": records}
 
 
-async def _in_turn(
+async def _one_by_one(
     job: Job, name: str, prompts: list[Prompt], clients: dict[str, Client], records: list[dict[str, Any]]
 ) -> dict[str, float]:
     """Fill `records` with one request at a time, alternating servers so that a slow period affects both equally."""
     for i, (prompt, record) in enumerate(zip(prompts, records, strict=True)):
-        for side in SIDES if i % 2 == 0 else SIDES[::-1]:
+        for side in list(clients)[:: 1 if i % 2 == 0 else -1]:
             answer = await _ask(job, clients[side], prompt, f"{prompt.id} one at a time")
             _keep(record, side, answer)
         job.progress(i + 1, len(prompts), f"prompts of {name}", concurrency=1)
-    return {side: sum(record[side]["seconds"] for record in records) for side in SIDES}
+    return {side: sum(record[side]["seconds"] for record in records) for side in clients}
 
 
 async def _at_once(
@@ -177,7 +213,7 @@ async def _at_once(
     So a slow period affects both servers equally. Fewer requests are in flight at the end of a block; blocks are long
     enough that this has little weight, and it is the same for both servers.
     """
-    seconds = dict.fromkeys(SIDES, 0.0)
+    seconds = dict.fromkeys(clients, 0.0)
     done = 0
 
     async def one(i: int, side: str) -> None:
@@ -185,15 +221,17 @@ async def _at_once(
         answer = await _ask(job, client, prompts[i], f"{prompts[i].id}, {client.concurrency} at a time")
         _keep(records[i], side, answer)
 
-    concurrency = clients[SIDES[0]].concurrency
+    concurrency = next(iter(clients.values())).concurrency
     size = BLOCK * concurrency
     for number, begin in enumerate(range(0, len(prompts), size)):
         block = range(begin, min(begin + size, len(prompts)))
-        for side in SIDES if number % 2 == 0 else SIDES[::-1]:
+        for side in list(clients)[:: 1 if number % 2 == 0 else -1]:
             start = time.perf_counter()
             async for _ in clients[side].map(partial(one, side=side), block):
                 done += 1
-                job.progress(done, 2 * len(prompts), f"answers of {name}", concurrency=concurrency, server=side)
+                job.progress(
+                    done, len(clients) * len(prompts), f"answers of {name}", concurrency=concurrency, server=side
+                )
             seconds[side] += time.perf_counter() - start
     return seconds
 
@@ -257,27 +295,44 @@ def summarise(
     }
 
 
-async def _compare(job: Job, name: str, prompts: list[Prompt], pair: tuple[str, str]) -> dict[str, Any]:
-    """Compare the greedy answers of one dataset with and without the draft; returns `COUNTS` and all differences."""
+async def _check(job: Job, name: str, prompts: list[Prompt], dtype: str, pair: tuple[str, str]) -> None:
+    """Collect greedy answers of this phase's servers; compare them once both have answered and the baseline is up."""
+    tokens, counts = _counts(job, pair[1])
+    missing = [count for count in counts if not _compared(job, name, dtype, count).exists()]
+    timed = pair[0] == "baseline" and job.config.evaluate.temperature == 0  # then the timed answers are greedy
     async with AsyncExitStack() as stack:
-        clients = [await stack.enter_async_context(_client(job, s, LOSSLESS_CONCURRENCY, retries=2)) for s in pair]
-        if (
-            job.config.target.dtype is Dtype.float32 and job.config.evaluate.temperature == 0
-        ):  # so are the timed answers
-            tokens = job.services[pair[1]].num_speculative_tokens
-            path = _measured(job, name, tokens, job.config.evaluate.concurrency[0])
-            records = json.loads(path.read_text())["records"]
-        else:
-            records = await _greedy_answers(job, name, prompts, clients)
-        differences: list[dict[str, Any]] = []
-        tokens = 0
-        for record in records:
-            baseline, speculative = (record[side]["token_ids"] for side in SIDES)
-            item = f"{record['id']} where its answers differ"
-            comparison = await compare_answers(clients[0], record["prompt_ids"], baseline, speculative, item=item)
-            tokens += comparison.tokens
-            if comparison.difference:
-                differences.append({"id": record["id"], **comparison.difference})
+        clients = {
+            side: await stack.enter_async_context(_client(job, service, LOSSLESS_CONCURRENCY, retries=2))
+            for side, service in zip(SIDES, pair, strict=True)
+            if service in job.services
+        }
+        answers = _part(job, f"greedy-{dtype}", name, list(clients), tokens)
+        if missing and not timed and not answers.exists():
+            write_json(answers, await _greedy_answers(job, name, prompts, clients, dtype))
+        for count in missing if "baseline" in clients else ():
+            if timed:
+                path = _measured(job, name, count, job.config.evaluate.concurrency[0])
+                records = json.loads(path.read_text())["records"]
+            else:
+                parts = [answers] if tokens else [_part(job, f"greedy-{dtype}", name, SIDES[1:], count), answers]
+                same = zip(*(json.loads(part.read_text()) for part in parts), strict=True)
+                records = [dict(ChainMap(*each)) for each in same]
+            write_json(_compared(job, name, dtype, count), await _compare(clients["baseline"], records, dtype))
+
+
+async def _compare(baseline: Client, records: list[dict[str, Any]], dtype: str) -> dict[str, Any]:
+    """Compare the greedy answers of one dataset with and without the draft; returns `COUNTS` and all differences."""
+    differences: list[dict[str, Any]] = []
+    tokens = 0
+    for record in records:
+        sides = (record[side]["token_ids"] for side in SIDES)
+        item = f"{record['id']} where its answers differ"
+        comparison = await compare_answers(
+            baseline, record["prompt_ids"], *sides, tolerance=TOLERANCES[dtype], item=item
+        )
+        tokens += comparison.tokens
+        if comparison.difference:
+            differences.append({"id": record["id"], **comparison.difference})
     verdicts = [difference["verdict"] for difference in differences]
     return {
         "prompts": len(records),
@@ -290,19 +345,19 @@ async def _compare(job: Job, name: str, prompts: list[Prompt], pair: tuple[str, 
 
 
 async def _greedy_answers(
-    job: Job, name: str, prompts: list[Prompt], clients: Sequence[Client]
+    job: Job, name: str, prompts: list[Prompt], clients: Mapping[str, Client], dtype: str
 ) -> list[dict[str, Any]]:
     records: list[dict[str, Any]] = [{"id": prompt.id} for prompt in prompts]
     done = 0
 
     async def one(i: int) -> None:
-        for side, client in zip(SIDES, clients, strict=True):
-            answer = await _ask(job, client, prompts[i], f"{prompts[i].id} in float32", temperature=0.0)
+        for side, client in clients.items():
+            answer = await _ask(job, client, prompts[i], f"{prompts[i].id} in {dtype}", temperature=0.0)
             _keep(records[i], side, answer)
 
-    async for _ in clients[0].map(one, range(len(prompts))):
+    async for _ in next(iter(clients.values())).map(one, range(len(prompts))):
         done += 1
-        job.progress(done, len(prompts), f"prompts of {name}", comparing="float32")
+        job.progress(done, len(prompts), f"prompts of {name}", comparing=dtype)
     return records
 
 
@@ -317,10 +372,13 @@ def _publish(job: Job, prompts: dict[str, list[Prompt]], tallies: dict[str, RowC
         with (job.output / f"{file_name(name)}.jsonl").open("w", encoding="utf-8") as file:
             for measurement in measured:
                 file.writelines(json.dumps(record, ensure_ascii=False) + "\n" for record in measurement["records"])
-    lossless = _lossless(job)
+    checks = {dtype: _lossless(job, dtype) for dtype in lossless_pairs(job)}
+    target_dtype = job.config.target.dtype.name
+    lossless = checks.get("float32") or checks.get(target_dtype)
     evaluation = {
         "datasets": datasets,
         "lossless": lossless,
+        "lossless_served": checks.get(target_dtype) if len(checks) > 1 else None,
         "num_speculative_tokens": counts[0],
         "max_tokens": options.max_tokens,
         "temperature": options.temperature,
@@ -337,14 +395,16 @@ def _publish(job: Job, prompts: dict[str, list[Prompt]], tallies: dict[str, RowC
         job.record["lossless"] = {key: lossless[key] for key in COUNTS}
 
 
-def _lossless(job: Job) -> dict[str, Any] | None:
-    """Read the comparisons and sum them; None if the recipe requests none."""
-    if lossless_pair(job) is None:
-        return None
+def _lossless(job: Job, dtype: str) -> dict[str, Any]:
+    """Read the comparisons in one format and sum them."""
     comparisons = [
-        {"dataset": name, "num_speculative_tokens": tokens, **json.loads(_compared(job, name, tokens).read_text())}
+        {
+            "dataset": name,
+            "num_speculative_tokens": tokens,
+            **json.loads(_compared(job, name, dtype, tokens).read_text()),
+        }
         for name in job.config.evaluate.datasets
         for tokens in job.derived["num_speculative_tokens"]
     ]
     totals = {key: sum(comparison[key] for comparison in comparisons) for key in COUNTS}
-    return {"dtype": "float32", "tolerance_nats": TOLERANCE, **totals, "comparisons": comparisons}
+    return {"dtype": dtype, "tolerance_nats": TOLERANCES[dtype], **totals, "comparisons": comparisons}

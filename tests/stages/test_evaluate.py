@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -11,10 +13,11 @@ import pytest
 from speculators.config.choices import DataFormat, Dtype
 from speculators.config.schema import Config, Dataset
 from speculators.data.conversations import RowCounts, in_evaluation_holdout
+from speculators.engine.client import Client
 from speculators.engine.metrics import DraftCounters
 from speculators.job import Endpoint, Job, write_json
 from speculators.stages import evaluate
-from speculators.stages.evaluate import choose, lossless_pair, summarise
+from speculators.stages.evaluate import SIDES, choose, lossless_pairs, summarise
 from tests.loopback import JsonHandler, serving
 from tests.stages.jobs import lines, make_job
 
@@ -32,7 +35,7 @@ def job_of(tmp_path: Path, *, trained: bool = False, count: int = 5, **changes: 
         setattr(config.evaluate, name, value)
     inputs = {f"dataset__{name}": path for name in config.evaluate.datasets}
     job = make_job("evaluate", tmp_path / "work", config, **inputs)
-    job.derived = {"phase": 0, "phases": 1, "num_speculative_tokens": [3]}
+    job.derived = {"phase": 0, "phases": 1, "num_speculative_tokens": [3], "served_dtypes": ["bfloat16"]}
     return job
 
 
@@ -83,13 +86,15 @@ def test_the_instruction_of_a_set_comes_before_its_prompts(tmp_path: Path) -> No
     assert choose(job, "quiz", RowCounts())[0].messages[0]["content"].startswith("Go on:\n\nquestion ")
 
 
-def test_answers_are_compared_in_float32_whatever_the_target_is_served_in(tmp_path: Path) -> None:
+def test_answers_are_compared_as_the_target_is_served_and_in_float32_where_that_fits(tmp_path: Path) -> None:
     job = job_of(tmp_path)
-    assert lossless_pair(job) == ("baseline_float32", "speculative_float32")
-    job.config.target.dtype = Dtype.float32
-    assert lossless_pair(job) == ("baseline", "speculative")
+    assert lossless_pairs(job) == {"bfloat16": SIDES}
+    job.derived["served_dtypes"] = ["bfloat16", "float32"]
+    assert lossless_pairs(job) == {"bfloat16": SIDES, "float32": ("baseline_float32", "speculative_float32")}
+    job.config.target.dtype, job.derived["served_dtypes"] = Dtype.float32, ["float32"]
+    assert lossless_pairs(job) == {"float32": SIDES}
     job.config.evaluate.lossless_prompts = 0
-    assert lossless_pair(job) is None
+    assert lossless_pairs(job) == {}
 
 
 def test_the_last_phase_publishes_what_the_earlier_ones_left_and_asks_no_server_again(tmp_path: Path) -> None:
@@ -102,7 +107,7 @@ def test_the_last_phase_publishes_what_the_earlier_ones_left_and_asks_no_server_
         write_json(job.scratch / f"measured-quiz-3-{concurrency}.json", {"summary": summary, "records": records})
     difference = {"id": "quiz/2", "position": 4, "baseline": 1, "speculative": 2, "gap": None, "verdict": "fault"}
     compared = {"prompts": 2, "tokens": 9, "identical": 1, "ties": 0, "faults": 1, "differences": [difference]}
-    write_json(job.scratch / "lossless-quiz-3.json", compared)
+    write_json(job.scratch / "lossless-bfloat16-quiz-3.json", compared)
 
     job.derived |= {"phase": 0, "phases": 2}
     evaluate.main(job)
@@ -124,7 +129,7 @@ def test_the_last_phase_publishes_what_the_earlier_ones_left_and_asks_no_server_
 class Engine:
     """A server whose draft proposes so many tokens in each answer, all of which are accepted; 0: a baseline."""
 
-    def __init__(self, tokens: int) -> None:
+    def __init__(self, tokens: int, logprobs: dict[str, float] | None = None) -> None:
         self.answers = 0
         outer = self
 
@@ -139,6 +144,11 @@ class Engine:
                 self.wfile.write(page)
 
             def post(self, body: dict[str, Any]) -> None:
+                if logprobs:
+                    shown = {"tokens": ["token_id:7"], "top_logprobs": [logprobs]}
+                    choice = {"text": "", "prompt_token_ids": [1], "token_ids": [7], "finish_reason": "length"}
+                    self.reply(200, {"choices": [{**choice, "logprobs": shown}]})
+                    return
                 outer.answers += 1
                 choice = {"message": {"content": "a"}, "token_ids": [7] * body["max_tokens"], "finish_reason": "length"}
                 self.reply(200, {"prompt_token_ids": [1], "choices": [choice]})
@@ -147,6 +157,10 @@ class Engine:
         url, mode = f"http://127.0.0.1:{self.http.server_port}", "speculative" if tokens else "baseline"
         self.endpoint = Endpoint(url=url, model="m", api_key="", mode=mode, directory=Path("/none"), log=Path("/none"),
                                  num_speculative_tokens=tokens)  # fmt: skip
+
+    def close(self) -> None:
+        self.http.shutdown()
+        self.http.server_close()
 
 
 def test_each_number_of_tokens_is_measured_on_its_own_server_and_none_twice(
@@ -177,5 +191,55 @@ def test_each_number_of_tokens_is_measured_on_its_own_server_and_none_twice(
     assert {path.name for path in job.output.iterdir()} == {"evaluation.json", "acme%2Fshort-lines.jsonl"}
     assert len(lines(job.output / "acme%2Fshort-lines.jsonl")) == 12
     for engine in engines.values():
-        engine.http.shutdown()
-        engine.http.server_close()
+        engine.close()
+
+
+def test_servers_that_have_a_phase_each_give_the_result_that_they_give_together(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("speculators.engine.metrics.METRICS_POLL_SECONDS", 0.0)
+    results = []
+    for turns in ([(0, 2), (0, 5)], [(2,), (5,), (0,)]):
+        engines = {tokens: Engine(tokens) for tokens in (0, 2, 5)}
+        where = tmp_path / f"{len(turns)}"
+        where.mkdir()
+        job = job_of(where, count=3, concurrency=[1, 2], max_tokens=9, num_speculative_tokens=[2, 5])
+        job.config.evaluate.temperature = 0.5  # so that greedy answers are others than the timed ones
+        job.derived |= {"num_speculative_tokens": [2, 5], "phases": 2 * len(turns)}
+        job.derived["served_dtypes"] = ["bfloat16", "float32"]
+        for phase, up in enumerate([*turns, *turns]):
+            suffix = "" if phase < len(turns) else "_float32"
+            job.derived["phase"] = phase
+            endpoints = [engines[tokens].endpoint for tokens in up]
+            job.services = {f"{endpoint.mode}{suffix}": endpoint for endpoint in endpoints}
+            evaluate.main(job)
+            answers = [engine.answers for engine in engines.values()]
+            evaluate.main(job)  # as an attempt after the end of this phase
+            assert [engine.answers for engine in engines.values()] == answers
+        text = (job.output / "evaluation.json").read_text()
+        results.append(
+            json.loads(re.sub(r'"(seconds|tokens_per_second|ms_per_token|speed_up)": [\d.e+-]+', '"t": 0', text))
+        )
+        assert len(lines(job.output / "quiz.jsonl")) == 12
+        for engine in engines.values():
+            engine.close()
+    assert results[0] == results[1]
+    assert results[0]["lossless"]["dtype"] == "float32"
+    assert results[0]["lossless_served"]["dtype"] == "bfloat16"
+    assert results[0]["lossless"]["identical"] == results[0]["lossless_served"]["identical"] == 6
+    assert [m["acceptance_length"] for m in results[0]["datasets"]["quiz"]["measurements"]] == [3, 3, 6, 6]
+
+
+def test_in_a_coarser_format_a_tie_is_wider(tmp_path: Path) -> None:
+    """The baseline prefers 7 to 8 by 0.3 nats, and the answers differ there."""
+    engine = Engine(0, logprobs={"token_id:7": -0.5, "token_id:8": -0.8})
+    records = [{"id": "a", "prompt_ids": [1], "baseline": {"token_ids": [7]}, "speculative": {"token_ids": [8]}}]
+
+    async def verdicts(dtype: str) -> tuple[int, int]:
+        async with Client(engine.endpoint, concurrency=1, retries=0, timeout=9.0) as client:
+            found = await evaluate._compare(client, records, dtype)
+        return found["ties"], found["faults"]
+
+    assert asyncio.run(verdicts("bfloat16")) == (1, 0)
+    assert asyncio.run(verdicts("float32")) == (0, 1)
+    engine.close()
