@@ -252,7 +252,7 @@ class Execution:
         target = self.steps[TARGET].path if TARGET in self.steps else None
         if self._placed_for != (target,):
             self._placed_for = (target,)
-            check_placements(self.planner, [n for n in self.planner.graph.values() if n.name not in self.steps])
+            check_placements(self.planner)
         placement = self.planner.placement(node)
         while (devices := self._acquire(node, placement)) is None:
             yield

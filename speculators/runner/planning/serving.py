@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 
@@ -11,17 +11,18 @@ from speculators.runner import executors, hardware
 from speculators.runner.execution.placement import PlacedServer, Placement
 from speculators.runner.planning import derive
 from speculators.runner.planning.graph import TARGET, Node
-from speculators.runner.planning.plan import Planner, Step, draft_directory
+from speculators.runner.planning.plan import Planner, State, Step, draft_directory
 from speculators.runner.servers import vllm
 
 
-def check_placements(planner: Planner, nodes: Iterable[Node]) -> None:
-    """Place the stages of a run that starts.
+def check_placements(planner: Planner) -> None:
+    """Place the stages that are not cached, before the first of them runs.
 
     Raises:
         RecipeError: one of them fits nowhere, or this machine does not have the GPUs that the recipe describes.
     """
-    placements = [planner.placement(node) for node in nodes]
+    open_steps = [step for step in planner.plan() if step.state in (State.run, State.waits)]
+    placements = [planner.placement(step.node) for step in open_steps]
     if planner.machine.described and any(p.gpus and p.on_this_machine for p in placements):
         raise RecipeError(
             f"hardware.gpu_memory_gib={planner.config.hardware.gpu_memory_gib:g}: the recipe is made for "
