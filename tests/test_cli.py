@@ -213,8 +213,8 @@ def test_only_refuses_when_what_the_stage_needs_is_not_there(
     monkeypatch.chdir(tmp_path)
     assert main(DEMO, "only=train") == 1
     err = capsys.readouterr().err
-    assert "only=train needs `prompts`, which has no artifact" in err
-    assert "hint: run it first: until=prompts" in err
+    assert "only=train: needs `prompts`, which has no artifact" in err
+    assert "hint: until=train instead" in err
 
 
 def test_ls_lists_what_the_store_holds(store: Store, config: Config, capsys: pytest.CaptureFixture[str]) -> None:

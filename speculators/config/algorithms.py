@@ -50,14 +50,19 @@ def loss_weights(loss_fn: Any) -> dict[Loss, float]:
     """Parse `speculator.loss_fn`, a name or {name: weight}, into the weight of each loss.
 
     Raises:
-        RecipeError: no such loss, or a weight that is not positive.
+        RecipeError: no such loss, a weight that is not positive, or neither a name nor a mapping.
     """
+    if isinstance(loss_fn, (list, tuple)):
+        raise RecipeError(
+            f"speculator.loss_fn={as_override(loss_fn)}: must be the name of a loss, or {{NAME: WEIGHT}}",
+            "'speculator.loss_fn={kl:0.7,tv:0.3}', with a weight for each",
+        )
     weights: dict[Loss, float] = {}
     for name, weight in (loss_fn if isinstance(loss_fn, Mapping) else {loss_fn: 1.0}).items():
         known = name if isinstance(name, Loss) else Loss.__members__.get(str(name))
         if known is None:
             raise RecipeError(f"speculator.loss_fn: there is no loss `{name}`", closest(str(name), Loss.__members__))
-        if not isinstance(weight, (int, float)) or not 0.0 < weight < math.inf:
+        if isinstance(weight, bool) or not isinstance(weight, (int, float)) or not 0.0 < weight < math.inf:
             raise RecipeError(
                 f"speculator.loss_fn: the weight of {known.name} is {weight}",
                 "give positive numbers: {kl: 0.7, tv: 0.3}",

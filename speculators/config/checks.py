@@ -6,6 +6,7 @@ files or on this machine are in `runner.planning.checks`.
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Iterator
 
 from speculators.config.algorithms import SPECULATORS, Speculator, loss_weights
@@ -16,6 +17,27 @@ from speculators.job import file_name
 
 MAX_NAME = 200
 """Most bytes of a dataset's name in the name of a file; file systems allow 255 with what is added to it."""
+
+SET_BY_RECIPE = {
+    "model": "target.source",
+    "dtype": "target.dtype",
+    "trust-remote-code": "target.trust_remote_code",
+    "max-model-len": "max_seq_len",
+    "port": "serve.port",
+    "max-num-seqs": "serve.max_num_seqs",
+    "enforce-eager": "serve.enforce_eager",
+    "kv-cache-memory-bytes": "serve.kv_cache_gib",
+    "gpu-memory-utilization": "serve.gpu_memory_utilization",
+    "tensor-parallel-size": "serve.tensor_parallel",
+    "pipeline-parallel-size": "serve.pipeline_parallel",
+    "data-parallel-size": "serve.data_parallel",
+    "kv-transfer-config": "extract.connector",
+    "speculative-config": "speculator.num_speculative_tokens",
+    **dict.fromkeys(("host", "served-model-name", "generation-config", "enable-log-requests", "uvicorn-log-level",
+                     "enable-prefix-caching", "distributed-executor-backend", "scheduler-cls"), ""),
+}  # fmt: skip
+"""Arguments of vLLM that the recipe determines, each with its option, empty if none has it alone. As a further argument
+it would replace the recipe's, which keys hold."""
 
 
 def check_config(config: Config) -> None:
@@ -29,6 +51,12 @@ def check_config(config: Config) -> None:
             f"speculator.algorithm={config.speculator.algorithm}: there is no such algorithm",
             f"one of {', '.join(SPECULATORS)}",
         )
+    chosen = config.speculator
+    if not all(hasattr(chosen, f.name) for f in dataclasses.fields(chosen)):
+        raise RecipeError(
+            f"speculator.algorithm={chosen.algorithm}: the section has the options of another algorithm",
+            f"choose the algorithm by speculator={chosen.algorithm}, or `override /speculator: {chosen.algorithm}`",
+        )
     for name, value, text, default in violations(config):
         hint = f"{name}={as_override(default)}"
         raise RecipeError(f"{name}={as_override(value)}: {text}", f"for example {hint}, which is the default")
@@ -37,6 +65,7 @@ def check_config(config: Config) -> None:
         if not valid:
             raise RecipeError(error, hint)
     _refuse_secrets(config)
+    _check_extra_args(config)
 
 
 def _combinations(config: Config) -> Iterator[tuple[bool, str, str]]:
@@ -47,6 +76,23 @@ def _combinations(config: Config) -> Iterator[tuple[bool, str, str]]:
         f"regenerate.max_tokens={answer}: leaves no room for a prompt in max_seq_len={longest}",
         f"regenerate.max_tokens={longest // 2}, or max_seq_len={2 * answer}",
     )
+    supervised = config.tokenize.min_supervised
+    yield (
+        supervised <= longest,
+        f"tokenize.min_supervised={supervised}: no row has more tokens than max_seq_len={longest}",
+        "tokenize.min_supervised=1",
+    )
+    yield (
+        bool(config.serve.url) or not config.serve.extra_urls,
+        f"serve.extra_urls={as_override(config.serve.extra_urls)}: there is no serve.url that they share the work with",
+        f"serve.url={next(iter(config.serve.extra_urls), '')} serve.extra_urls=[]",
+    )
+    for name, dataset in config.evaluate.datasets.items():
+        yield (
+            dataset == config.data.get(name, dataset),
+            f"evaluate.datasets.{name}: differs from data.{name}, and stages know a dataset by its name",
+            f"give it another name; or evaluate.datasets=[{name}], for the evaluation hold-out of data.{name}",
+        )
     if not config.prompts.eval_holdout_ratio:
         both = [name for name in config.evaluate.datasets if name in config.data]
         yield (
@@ -90,3 +136,15 @@ def _refuse_secrets(config: Config) -> None:
         if contains:
             hint = "export the key, and name its variable: serve.api_key_env=NAME; for the Hugging Face hub, HF_TOKEN"
             raise RecipeError(f"{name} contains a secret, and recipes are written into run directories", hint)
+
+
+def _check_extra_args(config: Config) -> None:
+    """Refuse arguments of vLLM that the recipe determines."""
+    for argument in config.serve.extra_args:
+        name = argument.partition("=")[0].replace("_", "-").removeprefix("--").removeprefix("no-")
+        if argument.startswith("--") and name in SET_BY_RECIPE:
+            option = SET_BY_RECIPE[name]
+            raise RecipeError(
+                f"serve.extra_args={as_override(config.serve.extra_args)}: {argument} is set by the recipe",
+                f"remove it; set the option {option}" if option else "remove it",
+            )

@@ -56,7 +56,7 @@ def planned(capsys: pytest.CaptureFixture[str], *words: str, recipe: str = "eagl
 
 def mended(words: tuple[str, ...], hint: str) -> tuple[str, ...]:
     """The overrides with the first `NAME=VALUE` of the hint in place of the one of that name."""
-    found = re.search(r"([\w.]+)=(\[[^\]]*\]|[^\s,]+)", hint)
+    found = re.search(r"([\w.]+)=(\[[^\]]*\]|\{[^}]*\}|[^\s,]+)", hint)
     assert found, hint
     return (*(word for word in words if word.partition("=")[0] != found[1]), found[0])
 
@@ -90,6 +90,7 @@ VALUES = [
     "train.seed=-1", "train.seed=9223372036854775808", "prompts.seed=-1", "regenerate.seed=99999999999999999999",
     "speculator.num_layers=99999999999999999999", "train.adamw_betas=[nan,0.9]", "serve.url=foo", "serve.url=ftp://x",
     "serve.url=http://x:99999", "serve.extra_urls=[http://]", "serve.cpu_threads=foo",
+    "tokenize.min_supervised=100000", "train.num_processes=1000", "speculator.loss_fn=[]", "speculator.loss_fn=[kl,tv]",
 ]  # fmt: skip
 """Overrides that cannot work; what the hint says instead does."""
 
@@ -182,6 +183,18 @@ COMBINED = [
     (("data.mine.source=gone.jsonl",), "data.mine.source"),
     (("pipeline=online", "executor=slurm"), "executor=slurm"),
     (("learning_rate=1e-3",), "learning_rate"),
+    (("evaluate.datasets=[{mine: {source: rows.jsonl, format: prompts}}]",), "evaluate.datasets.mine"),
+    (("speculator.algorithm=dflash",), "speculator.algorithm=dflash"),
+    (("speculator=dflash", "speculator.algorithm=eagle3"), "speculator.algorithm=eagle3"),
+    (("until=extract", "only=train"), "until=extract"),
+    (("only=train",), "only=train"),
+    (("hardware.train_cores=100", "pipeline=online"), "hardware.train_cores=100"),
+    (("serve.extra_urls=[http://x]",), "serve.extra_urls"),
+    (("serve.extra_args=[--port,1]",), "serve.extra_args"),
+    (("serve.extra_args=[--no_enable-prefix-caching]",), "serve.extra_args"),
+    (("run.dir=rows.jsonl",), "run.dir=rows.jsonl"),
+    (("run.store=rows.jsonl",), "rows.jsonl"),
+    (("serve.url=http://x", "serve.hidden_states_dir=nowhere", "until=extract"), "serve.hidden_states_dir=nowhere"),
     ((f"evaluate.datasets=[{{{'n' * 201}: {{source: rows.jsonl, format: prompts}}}}]",), "dataset `nnn"),
 ]
 
@@ -192,8 +205,8 @@ def test_plan_checks_of_options_that_do_not_fit(
 ) -> None:
     code, error, hint = planned(capsys, *words)
     assert (code, named in error, bool(hint)) == (1, True, True), error
-    if words[0].startswith(("prompts.", "until=", "data.mine.max", "speculator.")):
-        kept = tuple(word for word in words if not word.startswith("until="))
+    if words[0].startswith(("prompts.", "until=train", "data.mine.max", "speculator", "only=", "hardware.")):
+        kept = tuple(word for word in words if not word.startswith(("until=", "only=")))
         assert planned(capsys, *mended(kept, hint))[0] == 0
 
 

@@ -41,7 +41,7 @@ from speculators.runner.execution.placement import Devices, PlacedServer, Placem
 from speculators.runner.execution.signals import Interrupted, Signals
 from speculators.runner.executors import Handle, executor_of, has_remote_servers, is_remote
 from speculators.runner.planning import estimate
-from speculators.runner.planning.graph import DRAFT, TARGET, Node
+from speculators.runner.planning.graph import DRAFT, TARGET, Node, missing_for_only
 from speculators.runner.planning.plan import Planner, State, Step
 from speculators.runner.planning.serving import check_placements
 from speculators.runner.servers.pool import ServerPool
@@ -206,8 +206,7 @@ class Execution:
         self._decided(step)
         if step.state is State.run:
             if self.config.only not in ("", node.name):
-                hint = f"run it first: until={node.name}"
-                raise RecipeError(f"only={self.config.only} needs `{node.name}`, which has no artifact", hint)
+                raise missing_for_only(self.config.only, node.name)
             yield from self._fetched(node.needs)
             step = yield from self._build(step)
         self._drop_parts(node)

@@ -254,7 +254,8 @@ class _Placing:
                 raise RecipeError(
                     f"{self.node.name}: the target's {_gib(self.weights)} in {group[0][0].dtype.name} and "
                     f"serve.kv_cache_gib={serve.kv_cache_gib:g} do not fit into this machine's memory ({self.machine})",
-                    "run it on GPUs: `plan hardware=h100x8` shows what runs there; or choose a smaller target",
+                    "run it on GPUs: `plan hardware=h100x8` shows what runs there; or choose a smaller target, or a "
+                    "smaller serve.kv_cache_gib",
                 )
             servers = {s: self._server(s, serve.tensor_parallel or 1, None) for phase in group for s in phase}
             side_by_side = all(need(phase) <= available for phase in group)

@@ -17,6 +17,7 @@ from speculators.runner.planning import graph
 from speculators.runner.planning.derive import Facts
 from speculators.runner.planning.graph import Node
 from speculators.runner.servers import vllm
+from speculators.runner.store.artifacts import existing
 
 CHATTING = {"regenerate", "tokenize", "evaluate"}
 """Kinds of stages that need the chat template."""
@@ -46,11 +47,13 @@ def check_machine(config: Config, nodes: Mapping[str, Node]) -> None:
     """Check that this machine can run the stages of the recipe.
 
     Raises:
-        RecipeError: an executor cannot run a stage, or a device or port is not available.
+        RecipeError: an executor cannot run a stage, or a device, a port or a directory is not available.
     """
     executors.check_executors(config, nodes)
     _check_device(config, nodes)
+    _check_cores(config, nodes)
     _check_port(config, nodes)
+    _check_directories(config, nodes)
 
 
 def _check_device(config: Config, nodes: Mapping[str, Node]) -> None:
@@ -77,6 +80,39 @@ def _check_device(config: Config, nodes: Mapping[str, Node]) -> None:
         raise RecipeError(
             f"hardware.gpus={requested}: this machine has {count}",
             f"hardware.gpus={count or 'null'}, or describe the GPUs to plan for others: hardware.gpu_memory_gib=N",
+        )
+
+
+def _check_cores(config: Config, nodes: Mapping[str, Node]) -> None:
+    """Check the processes and cores of a training on this machine's cores."""
+    processes, train_cores = config.train.num_processes or 1, config.hardware.train_cores
+    local = [n for n in nodes.values() if n.spec.trains and not executors.is_remote(config, n.kind)]
+    if not local or max(processes, train_cores) == 1 or config.hardware.gpu_memory_gib is not None:
+        return
+    cores = hardware.find_machine(look_for_gpus=False).cores
+    if processes > cores and not hardware.find_machine().gpus:
+        raise RecipeError(
+            f"train.num_processes={processes}: this machine has {cores} cores and no GPU",
+            f"train.num_processes={cores}, or null for one process",
+        )
+    if train_cores >= cores and any(n.draws for n in local) and not config.serve.url and vllm.device(config) == "cpu":
+        raise RecipeError(
+            f"hardware.train_cores={train_cores}: leaves none of this machine's {cores} cores for the server",
+            "hardware.train_cores=0, for half of them",
+        )
+
+
+def _check_directories(config: Config, nodes: Mapping[str, Node]) -> None:
+    """Check that directories can exist where the recipe names them."""
+    for option, name in (("run.dir", config.run.dir), ("run.store", config.run.store)):
+        if name and not (parent := existing(Path(name).expanduser().absolute())).is_dir():
+            raise RecipeError(f"{option}={name}: {parent} is not a directory", f"{option}=DIRECTORY")
+    hidden_states = config.serve.hidden_states_dir
+    here = any(n.mode == "extract" and not executors.is_remote(config, n.kind) for n in nodes.values())
+    if here and config.serve.url and hidden_states and not Path(hidden_states).expanduser().is_dir():
+        raise RecipeError(
+            f"serve.hidden_states_dir={hidden_states}: this machine has no such directory",
+            "serve.hidden_states_dir=DIRECTORY, the server's shared_storage_path as this machine sees it",
         )
 
 

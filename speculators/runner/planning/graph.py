@@ -8,6 +8,7 @@ adds the nodes that fetch models and datasets. The graph alone determines the or
 from __future__ import annotations
 
 import graphlib
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from operator import attrgetter
@@ -283,13 +284,17 @@ def select_nodes(nodes: dict[str, Node], config: Config) -> dict[str, Node]:
     """Restrict the graph to the stage of `until` or `only` and all that it depends on.
 
     Raises:
-        RecipeError: `force`, `from`, `until` or `only` names no stage, or a stage that is left out.
+        RecipeError: `force`, `from`, `until` or `only` names no stage, or a stage that is left out; or there is none.
     """
+    if not nodes:
+        raise RecipeError("pipeline={}: the recipe has no stages", "pipeline=offline, or another choice")
     for option, names in (("force", config.force), ("from", [config.from_]), ("until", [config.until]),
                           ("only", [config.only])):  # fmt: skip
         for name in filter(None, names):
             if name not in nodes:
                 raise RecipeError(f"{option}={name}: the recipe has no stage `{name}`", closest(name, nodes))
+    if config.only and config.until:
+        raise RecipeError(f"until={config.until}: only={config.only} runs a single stage", "remove one of them")
     last = config.only or config.until
     if not last:
         return nodes
@@ -325,6 +330,13 @@ def find_node(nodes: Mapping[str, Node], name: str) -> str:
     raise RecipeError(f"the recipe has no stage `{name}`", closest(name, nodes))
 
 
+def missing_for_only(only: str, name: str) -> RecipeError:
+    """The error for `only` if another stage that it needs has no artifact."""
+    return RecipeError(
+        f"only={only}: needs `{name}`, which has no artifact", f"until={only} instead, which also runs what it needs"
+    )
+
+
 def forced_nodes(nodes: Mapping[str, Node], config: Config) -> set[str]:
     """Names of the stages of `force`, and of `from` with all later ones; workers included."""
     follows = {config.from_} if config.from_ else set()
@@ -341,6 +353,9 @@ def _check_kinds(kinds: Mapping[str, str]) -> None:
         if kind not in known:
             hint = closest(kind, known) + "; a second node of a kind has `uses: KIND`"
             raise RecipeError(f"pipeline.{name}: there is no stage `{kind}`", hint)
+        if not re.fullmatch(r"\w[\w-]*", name):
+            hint = "name the node by letters, digits, _ and -"
+            raise RecipeError(f"pipeline: `{name}` cannot name a node, which names files", hint)
         if name in (TARGET, DRAFT) or name.startswith("dataset."):
             raise RecipeError(f"pipeline.{name}: this name is reserved", "choose another name for the node")
 

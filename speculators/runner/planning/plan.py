@@ -139,7 +139,11 @@ class Planner:
         return sizes_of(self.config, self.facts, self.step(TARGET, {}).path, longest)
 
     def plan(self) -> list[Step]:
-        """Plan every node, in data-flow order, from the content of the store; leaves out workers of cached nodes."""
+        """Plan every node, in data-flow order, from the content of the store; leaves out workers of cached nodes.
+
+        Raises:
+            RecipeError: `only` names a stage that needs another one without an artifact.
+        """
         steps: dict[str, Step] = {}
         for name in self.graph:
             known = {n: s.digest for n, s in steps.items() if s.digest}
@@ -147,7 +151,11 @@ class Planner:
         joined = {part for s in steps.values() if s.state is State.cached for part in s.node.parts}
         kept = [step for name, step in steps.items() if name not in joined]
         needed = {name for s in kept if s.state in (State.run, State.waits) for name in s.node.needs}
-        needed |= {self.config.only, self.config.until}
+        only = self.config.only
+        for step in kept:
+            if only not in ("", step.node.name) and step.state in (State.run, State.waits) and not step.node.lazy:
+                raise graph.missing_for_only(only, step.node.name)
+        needed |= {only, self.config.until}
         return [self._unneeded(s) if s.node.lazy and s.node.name not in needed else s for s in kept]
 
     def step(self, name: str, digests: Mapping[str, str]) -> Step:

@@ -51,6 +51,7 @@ def test_a_second_node_of_a_kind_names_it(config: Config) -> None:
         ("vocab", {"tokens": "train"}, "`train` gives speculator, this input takes tokens", "`tokenize`"),
         ("extract", {"tokens": "tokenize", "target": "train"}, "`train` gives speculator", "`serve`"),
         ("target", {"uses": "prompts"}, "this name is reserved", "another name"),
+        *((name, {"uses": "prompts"}, f"`{name}` cannot name a node", "letters") for name in ("", "..", "a/b", "a.1")),
         ("train", {"tokens": "tokenize", "vocab": "vocab"}, "the input `features` is not wired", "`target: serve`"),
         (
             "train",

@@ -13,6 +13,7 @@ import pytest
 
 from speculators import packages as packages_module
 from speculators.config.algorithms import Eagle3
+from speculators.config.checks import check_config
 from speculators.config.choices import Connector, Device, Dtype, HiddenStatesDtype
 from speculators.config.fields import to_builtins
 from speculators.config.schema import Config, from_builtins
@@ -107,6 +108,20 @@ def test_a_gpu_is_shared_by_its_memory_and_over_ranks() -> None:
     config.serve.enforce_eager = True
     assert "--enforce-eager" in words(config), "as the recipe says"
     assert "VLLM_CPU_OMP_THREADS_BIND" not in vllm.server_environment(config, api_key="k")
+
+
+def test_no_argument_of_the_recipe_can_be_given_again() -> None:
+    on_gpus = recipe()
+    on_gpus.hardware.device, on_gpus.target.trust_remote_code = Device.cuda, True
+    on_gpus.serve.gpu_memory_utilization, on_gpus.serve.tensor_parallel, on_gpus.serve.data_parallel = 0.9, 2, 2
+    commands = [words(on_gpus), words(recipe(), "speculative", draft=Path("/d"))]
+    commands += [words(recipe(), "extract", capture_layer_ids=[2]), words(recipe(), "generate")]
+    given = {word for command in commands for word in command if word.startswith("--")}
+    for word in given:
+        config = recipe()
+        config.serve.extra_args = [word]
+        with pytest.raises(RecipeError, match="is set by the recipe"):
+            check_config(config)
 
 
 def order(config: Config, tmp_path: Path) -> vllm.ServerOrder:
