@@ -35,6 +35,8 @@ NVIDIA_SMI_SECONDS = 30.0
 """Time that nvidia-smi may take: without its persistence daemon it first initializes every GPU."""
 HUB_SECONDS = 20.0
 """Time in which the Hugging Face hub has to answer which commit a revision is: a small request, on a slow network."""
+TRACKER_SECONDS = 3.0
+"""Time in which the server of a tracker has to accept a connection while a run is planned."""
 DISK_CHECK_SECONDS = 5.0
 """Shortest interval between two checks of the store's free space; measuring the store takes at most 1 % of the time."""
 SWEEP_POLL_SECONDS = 0.5

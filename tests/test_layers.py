@@ -41,8 +41,9 @@ LEFT = [
     # What plans are made of looks into the store and at the machine (docs/concepts/decisions.md).
     {
         f"speculators.runner.planning.{name}"
-        for name in ("checks", "plan", "serving", "explain", "workload", "durations", "estimate", "lockfile")
+        for name in ("checks", "plan", "serving", "trackers", "explain", "workload", "durations", "estimate")
     },
+    {"speculators.runner.planning.lockfile"},
     {"speculators.runner.servers.pool"},
     {"speculators.runner.execution.execute"},
     {f"speculators.runner.{name}" for name in ("doctor", "environment", "history")},

@@ -22,7 +22,7 @@ from speculators.job import write_json
 from speculators.runner.execution.events import Events
 from speculators.runner.execution.execute import Execution
 from speculators.runner.execution.signals import Interrupted
-from speculators.runner.planning import checks, lockfile
+from speculators.runner.planning import checks, lockfile, trackers
 from speculators.runner.planning.plan import Planner, steps_as_json
 from speculators.runner.servers import guard
 from speculators.runner.store.artifacts import no_space, open_store
@@ -63,6 +63,8 @@ def run_recipe(
     began = time.monotonic()
     planner = Planner(config, open_store(config.run))
     checks.check_machine(config, planner.graph)
+    if config.train.trackers:
+        trackers.check_trackers(config, planner.plan())
     if config.run.locked:
         lockfile.refuse_if_different(planner)
     directory = _fresh_directory(Path(config.run.dir).expanduser().resolve(), config.recipe)
