@@ -35,7 +35,7 @@ LEFT = [
     {"speculators.runner"},
     {
         f"speculators.runner.planning{name}"
-        for name in ("", ".graph", ".key", ".derive", ".draft", ".sizes", ".sources")
+        for name in ("", ".digest_memo", ".graph", ".key", ".derive", ".draft", ".sizes", ".sources")
     },
     {f"speculators.runner.{wing}" for wing in ("store", "servers", "execution", "executors")},
     # What plans are made of looks into the store and at the machine (docs/concepts/decisions.md).

@@ -9,7 +9,6 @@ Nothing is downloaded here: the stage `fetch` downloads a source when another st
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 import re
@@ -19,6 +18,7 @@ from typing import Any
 
 from speculators.checkpoint_files import check_checkpoint
 from speculators.errors import SourceError
+from speculators.runner.planning.digest_memo import file_digest
 from speculators.runner.planning.key import digest
 from speculators.timeouts import HUB_SECONDS
 
@@ -119,7 +119,6 @@ def _commit(option: str, repo: str, revision: str, repo_type: str) -> str:
 def _content(path: Path) -> str:
     """Digest of a file, or of a directory's files by relative name."""
     if path.is_file():
-        with path.open("rb") as stream:
-            return hashlib.file_digest(stream, "sha256").hexdigest()
+        return file_digest(path)
     files = sorted(p for p in path.rglob("*") if p.is_file() and not p.name.startswith("."))
     return digest([[p.relative_to(path).as_posix(), _content(p)] for p in files])
