@@ -228,7 +228,7 @@ class _Placing:
         if fitting is None:
             need = self.sizes.training_bytes(self.config, processes, fsdp=train.fsdp is not False)
             raise RecipeError(
-                f"{self.node.name} needs about {_gib(need)} on each of {counted(processes)}, and a GPU has "
+                f"{self.node.name} needs about {_gib(need)} on {_each(processes)}, and a GPU has "
                 f"{_gib(self.gpu_memory)}",
                 f"train.gradient_accumulation_steps={2 * train.gradient_accumulation_steps}, "
                 "train.activation_checkpointing=true, or larger GPUs",
@@ -436,14 +436,14 @@ class _Placing:
         training = self.sizes.training_bytes(self.config, processes, fsdp=self.config.train.fsdp is not False)
         return RecipeError(
             f"{self.node.name} streams from a server while it trains: {self._server_need(serving, tensor)}, training "
-            f"about {_gib(training)} on each of {counted(processes)}, which do not fit ({self.machine})",
+            f"about {_gib(training)} on {_each(processes)}, which do not fit ({self.machine})",
             f"{self._explicit_hint()}pipeline=offline, which extracts before it trains; or more GPUs",
         )
 
     def _server_need(self, serving: Serving, tensor: int) -> str:
         weights, ranks = self.sizes.weight_bytes(serving.dtype.name), tensor * self.pipeline
         need = self._need([serving], tensor)
-        return f"the target's {_gib(weights)} in {serving.dtype.name} need {_gib(need)} on each of {counted(ranks)}"
+        return f"the target's {_gib(weights)} in {serving.dtype.name} need {_gib(need)} on {_each(ranks)}"
 
     def _explicit_hint(self) -> str:
         """The options of sizes that the recipe sets, to be derived instead."""
@@ -478,6 +478,10 @@ def _in_turn(group: Phases) -> Phases:
 
 def _gib(count: int) -> str:
     return f"{count / GIB:.1f} GiB"
+
+
+def _each(gpus: int) -> str:
+    return "a GPU" if gpus == 1 else f"each of {gpus} GPUs"
 
 
 def counted(gpus: int) -> str:

@@ -147,7 +147,7 @@ def test_training_gets_gpus_beside_the_server_it_streams_from_or_what_the_server
     assert (shared.phases[0][0].devices, shared.worker) == ((0,), (0,))
     assert shared.split == Split(unit="GPUs", server=1, training=1, shared=True)
     assert 0.4 < (shared.phases[0][0].utilization or 0) < 0.9
-    with pytest.raises(RecipeError, match=r"training about \d+\.\d GiB on each of 1 GPU, which do not fit") as caught:
+    with pytest.raises(RecipeError, match=r"training about \d+\.\d GiB on a GPU, which do not fit") as caught:
         placement_for(stage, config, machine(1, 80), sizes(31_000_000_000))
     assert "pipeline=offline" in caught.value.hint
     config.serve.gpu_memory_utilization = 0.9
