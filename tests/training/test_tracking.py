@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib.util
 import json
+import os
+import sqlite3
+import subprocess
 import sys
 import types
 from pathlib import Path
@@ -133,3 +137,44 @@ def test_tensorboard_reads_what_it_was_told(tmp_path: Path) -> None:
     (point,) = read.Scalars("validation/acceptance_length")
     assert (point.step, point.value) == (20, 1.25)
     assert read.Scalars("train/loss")[0].value == 1.5
+
+
+TWO_ATTEMPTS = """
+import sys
+from pathlib import Path
+from speculators.config.choices import Tracker
+from speculators.training.tracking import RunInfo, Trackers
+name, directory = sys.argv[1], Path(sys.argv[2])
+options = {"train.lr": 0.1, "train.adamw_betas": [0.9, 0.95], "train.muon_lr": None}
+info = RunInfo(project="p", name="train-01234567", options=options, directory=directory / "shown", scratch=directory)
+for step in (10, 20):
+    trackers = Trackers([Tracker[name]], info)
+    trackers.log({"step": step, "loss": 1.5})
+    trackers.close()
+    assert trackers.failed == [], trackers.failed
+"""
+LEFT_BEHIND = {
+    "tensorboard": "shown/train-01234567/events.out.tfevents.*",
+    "wandb": "shown/wandb/offline-run-*/run-train-01234567.wandb",
+    "trackio": "trackio/p.db",
+    "mlflow": "m.db",
+}
+STEPS = {"trackio": "SELECT step FROM metrics ORDER BY step", "mlflow": "SELECT step FROM metrics ORDER BY step"}
+
+
+@pytest.mark.parametrize("name", LEFT_BEHIND)
+def test_two_attempts_with_the_real_package_are_one_run(tmp_path: Path, name: str) -> None:
+    if importlib.util.find_spec(name) is None:
+        pytest.skip(f"{name} is not installed: pip install 'speculators-run[{name}]'")
+    environment = {**os.environ, "WANDB_MODE": "offline", "TRACKIO_DIR": str(tmp_path / "trackio")}
+    environment |= {"MLFLOW_TRACKING_URI": f"sqlite:///{tmp_path}/m.db", "HOME": str(tmp_path)}
+    # A process of its own: these packages start services, and warn.
+    command = [sys.executable, "-c", TWO_ATTEMPTS, name, str(tmp_path)]
+    done = subprocess.run(command, env=environment, cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert list(tmp_path.glob(LEFT_BEHIND[name]))
+    if name in STEPS:
+        with contextlib.closing(sqlite3.connect(tmp_path / LEFT_BEHIND[name])) as database:
+            assert [step for (step,) in database.execute(STEPS[name])] == [10, 20]
+            if name == "mlflow":
+                assert database.execute("SELECT COUNT(*) FROM runs").fetchone() == (1,)

@@ -85,8 +85,13 @@ def _netrc_has(file: Path, host: str) -> bool:
 
 
 def _check_mlflow(config: Config, uri: str) -> None:
-    """Raise RecipeError if `uri` names a server that does not accept a connection."""
+    """Raise RecipeError if `uri` names a server that does not accept a connection, or a database without its driver."""
     address = urlsplit(uri)
+    if (not uri or address.scheme == "sqlite") and importlib.util.find_spec("sqlalchemy") is None:
+        raise RecipeError(
+            "train.trackers: mlflow needs the package sqlalchemy for a database on this machine",
+            f"pip install 'speculators-run[mlflow]'; or set MLFLOW_TRACKING_URI; or {_without(config, ['mlflow'])}",
+        )
     if address.scheme not in ("http", "https") or not address.hostname:
         return
     try:
@@ -95,7 +100,8 @@ def _check_mlflow(config: Config, uri: str) -> None:
     except (OSError, ValueError) as error:
         raise RecipeError(
             f"train.trackers: the MLflow server at MLFLOW_TRACKING_URI={uri} does not answer ({error})",
-            f"start it, or unset MLFLOW_TRACKING_URI for files in this directory; or {_without(config, ['mlflow'])}",
+            "start it; or unset MLFLOW_TRACKING_URI for a database in this directory; or "
+            + _without(config, ["mlflow"]),
         ) from None
 
 

@@ -95,6 +95,15 @@ def test_an_mlflow_server_that_does_not_answer_is_refused(store: Store, monkeypa
     check(store, "train.trackers=[mlflow]")
 
 
+def test_mlflow_without_a_server_needs_its_database(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
+    known: Any = {"mlflow": SimpleNamespace()}
+    monkeypatch.setattr(trackers.importlib.util, "find_spec", known.get)
+    with pytest.raises(RecipeError, match="needs the package sqlalchemy"):
+        check(store, "train.trackers=[mlflow]")
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", "databricks")
+    check(store, "train.trackers=[mlflow]")
+
+
 def test_missing_packages_are_named_together(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
     known: Any = {"tensorboard": SimpleNamespace()}
     monkeypatch.setattr(trackers.importlib.util, "find_spec", known.get)
