@@ -61,7 +61,7 @@ def test_a_draft_that_knows_a_row_of_a_gemma_by_heart_is_served_as_it_was_traine
     answers = (artifact(world, "regenerate")[0] / "conversations.jsonl").read_text()
     assert len(set(json.loads(answers)["turns"][0]["answer_ids"])) > 32  # no loop, which any draft would learn
     results = json.loads((artifact(world, "evaluate")[0] / "evaluation.json").read_text())
-    measured = results["datasets"]["again"]
+    measured = results["datasets"]["hub/again"]
     assert measured["identical_answers"] == 1
     assert measured["acceptance_length"] > 0.9 * (results["num_speculative_tokens"] + 1)
     assert gone(world)

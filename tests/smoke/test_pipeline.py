@@ -221,7 +221,7 @@ def test_a_draft_that_knows_a_row_by_heart_is_served_as_it_was_trained(world: Wo
     code, _, err = world.run(*DRAFTS[algorithm], recipe=ONE_ROW)
     assert code == 0, err
     evaluation = json.loads((Path(world.last_run()["steps"]["evaluate"]["path"]) / "evaluation.json").read_text())
-    measured, longest = evaluation["datasets"]["again"], evaluation["num_speculative_tokens"] + 1
+    measured, longest = evaluation["datasets"]["hub/again"], evaluation["num_speculative_tokens"] + 1
     assert measured["tokens"] == evaluation["max_tokens"]
     assert measured["identical_answers"] == 1
     assert measured["acceptance_length"] > 0.9 * longest

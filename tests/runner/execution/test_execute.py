@@ -17,9 +17,10 @@ from typing import Any
 
 import pytest
 
-from speculators.config.choices import Device, Dtype
+from speculators.config.algorithms import Eagle3
+from speculators.config.choices import DataFormat, Device, Dtype
 from speculators.config.execution import StageLimits
-from speculators.config.schema import Config
+from speculators.config.schema import Config, Dataset
 from speculators.errors import ContractError, RecipeError, RunError, ServiceError, StageError, StoreError
 from speculators.runner import executors
 from speculators.runner.execution import execute
@@ -176,8 +177,8 @@ class PlayedWorker:
         if self.plain["forced"] or self.world.store.find(stage, key) is None:
             data = Path(self.plain["work"]) / "data"
             data.mkdir(parents=True, exist_ok=True)
-            facts = {"num_hidden_layers": 4, "hidden_size": 8, "vocab_size": 32}
-            (data / "config.json").write_text(json.dumps(facts))  # of a target; nobody looks into the others
+            facts = {"num_hidden_layers": 4, "hidden_size": 8, "vocab_size": 32, "architectures": ["Eagle3"]}
+            (data / "config.json").write_text(json.dumps(facts))  # of target and draft; nobody looks into the others
             described = {name: self.plain[name] for name in ("preimage", "provenance", "digest")}
             with self.world.store.claim(stage, key, lambda who: None):
                 self.world.store.publish(stage, key, record={}, **described, replace=self.plain["forced"])
@@ -412,6 +413,21 @@ def test_each_phase_elsewhere_has_servers_of_its_own(
         "float32"
     ] * 2
     assert ordered[1]["speculative_float32"]["draft"].endswith("/best")
+
+
+def test_a_given_draft_is_fetched_and_measured_with_each_number_of_tokens(mill: Callable[..., World]) -> None:
+    """Its config.json says how it is served, and a dataset may have the name that the hub gives it."""
+    world = mill({"evaluate": {"speculator": "draft"}})
+    commit = "0" * 40
+    world.config.evaluate.draft, world.config.speculator = f"hub:org/draft@{commit}", Eagle3()
+    rows = Dataset(source=f"hub:acme/lines@{commit}/rows.jsonl", format=DataFormat.prompts)
+    world.config.evaluate.datasets = {"acme/lines": rows}
+    world.config.evaluate.num_speculative_tokens, world.config.target.dtype = [2, 5], Dtype.float32
+    world.run()
+    assert world.of("stage.started").count("started evaluate") == 2
+    assert [(s.mode, s.spec.num_speculative_tokens) for s in world.servers] == [
+        ("baseline", 0), ("speculative", 2), ("speculative", 5),
+    ]  # fmt: skip
 
 
 def test_a_failure_starts_nothing_more_lets_the_others_end_and_is_raised(mill: Callable[..., World]) -> None:
