@@ -30,19 +30,15 @@ WANDB_LOCAL_MODES = {"offline", "dryrun", "disabled", "shared-offline"}
 def check_trackers(config: Config, steps: Iterable[Step]) -> None:
     """Check the trackers of `train.trackers`, if a stage of this machine that trains will run.
 
+    Their packages are checked with those of the executors.
+
     Raises:
-        RecipeError: a package is missing, W&B has no credentials, or MLflow's server does not answer.
+        RecipeError: W&B has no credentials, or MLflow's server does not answer.
     """
     training = [s.node for s in steps if s.node.spec.trains and s.state in (State.run, State.waits)]
     if all(executors.is_remote(config, node.kind) for node in training):
         return
     trackers = config.train.trackers
-    missing = [tracker.name for tracker in trackers if importlib.util.find_spec(tracker.name) is None]
-    if missing:
-        raise RecipeError(
-            f"train.trackers: {', '.join(missing)} {'is' if len(missing) == 1 else 'are'} not installed",
-            f"pip install 'speculators-run[{','.join(missing)}]'; or {_without(config, missing)}",
-        )
     if Tracker.wandb in trackers and not wandb_can_start(os.environ):
         raise RecipeError(
             "train.trackers: wandb has no API key, so that the training would fail when it starts",

@@ -102,11 +102,3 @@ def test_mlflow_without_a_server_needs_its_database(store: Store, monkeypatch: p
         check(store, "train.trackers=[mlflow]")
     monkeypatch.setenv("MLFLOW_TRACKING_URI", "databricks")
     check(store, "train.trackers=[mlflow]")
-
-
-def test_missing_packages_are_named_together(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
-    known: Any = {"tensorboard": SimpleNamespace()}
-    monkeypatch.setattr(trackers.importlib.util, "find_spec", known.get)
-    with pytest.raises(RecipeError, match="wandb, mlflow are not installed") as caught:
-        check(store, ALL)
-    assert caught.value.hint == "pip install 'speculators-run[wandb,mlflow]'; or train.trackers=[tensorboard]"
