@@ -22,6 +22,10 @@ from speculators.runner.planning.plan import Planner, State, Step
 from speculators.runner.planning.workload import Workload
 from speculators.runner.store.artifact import Artifact
 
+IMPORT_SECONDS = 5.0
+"""First seconds of a stage, in which it imports packages: a stage that took no longer tells nothing of its speed."""
+SIMILAR_AMOUNT = 4.0
+"""Amounts of work that differ by less than this factor count as equal, so that the newest artifact is taken."""
 SHARED_SERVERS = {"generate", "extract"}
 """Modes of servers that stages share, so that only the first of them waits for the start."""
 GROWING = {"regenerate", "tokenize", "extract", "adopt_tokens", "adopt_states"}
@@ -92,7 +96,8 @@ def _nearest(planner: Planner, steps: Mapping[str, Step], work: Workload | None)
             different = sum(
                 not name.startswith(NO_OPTION) for name, *_ in key.preimage_differences(artifact.preimage, image)
             )
-            rank = (-different, -abs(math.log(amount / measured.amount)), str(artifact.provenance.get("finished", "")))
+            distance = abs(math.trunc(math.log(amount / measured.amount, SIMILAR_AMOUNT)))
+            rank = (-different, -distance, str(artifact.provenance.get("finished", "")))
             if best is None or rank > best:
                 best, nearest[name] = rank, measured
     return nearest
@@ -131,7 +136,7 @@ def _measured(artifact: Artifact) -> _Measured | None:
         scaled = amount / speed
         fixed = 0.0 if record.get("resumed") or record.get("reused") else max(0.0, seconds - scaled)
     else:
-        fixed = min(seconds, float(provenance.get("import_seconds", 0.0)))
+        fixed = min(seconds, max(IMPORT_SECONDS, float(provenance.get("import_seconds", 0.0))))
         scaled = seconds - fixed
     return _Measured(start=start, fixed=fixed, scaled=scaled, amount=amount, bytes=artifact.bytes)
 

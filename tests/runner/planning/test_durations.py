@@ -30,13 +30,15 @@ def _engine(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(vllm, "engine_version", lambda python: "1.2.3")
 
 
-def seconds(store: Store, earlier: dict[str, dict[str, Any]], *words: str, **provenance: Any) -> dict[str, Expected]:
+def seconds(
+    store: Store, earlier: dict[str, dict[str, Any]], *words: str, digest: str = "0", **provenance: Any
+) -> dict[str, Expected]:
     """Estimates of a plan whose store has artifacts with these records and the same options."""
     config = compose.compose(
         ["recipe=smollm2_eagle3", "pipeline=offline", "train.max_steps=200", "train.epochs=6", *words]
     )
     planner = Planner(config, store)
-    digests = dict.fromkeys(planner.graph, "0") | {"target": planner.step("target", {}).digest}
+    digests = dict.fromkeys(planner.graph, digest) | {"target": planner.step("target", {}).digest}
     for stage, record in earlier.items():
         step = planner.step(stage, digests)
         data = store.work(stage, step.key) / "data"
@@ -51,10 +53,10 @@ def seconds(store: Store, earlier: dict[str, dict[str, Any]], *words: str, **pro
 def test_each_stage_is_scaled_by_its_work_and_one_of_those_that_share_a_server_waits_for_it(store: Store) -> None:
     found = {name: stage.seconds for name, stage in seconds(store, EARLIER).items()}
     assert found["regenerate"] == 20 + 20 + 2 * 20, "start, what does not depend on the tokens, twice the tokens"
-    assert found["tokenize"] == 54 + 2 + 2 * 4
+    assert found["tokenize"] == 54 + 5 + 2 * 1, "five seconds of imports"
     assert found["extract"] == 2 * 20, "the server is up, and the part that an earlier attempt did is not missing"
     assert found["train"] == 10 + 10 + 2 * 40
-    assert found["evaluate"] == 2 + 2 * 58
+    assert found["evaluate"] == 5 + 2 * 55
     assert found["prompts"] is None, "no artifact of these data files"
 
 
@@ -73,6 +75,15 @@ def test_the_artifact_with_the_fewest_different_options_counts(store: Store) -> 
     assert seconds(store, {"train": EARLIER["train"]})["train"].seconds == 10 + 10 + 2 * 40
     other = seconds(store, {}, "train.ema=0.5")["train"].seconds
     assert other == 50 + 10 + 2 * 40
+
+
+def test_of_equally_near_artifacts_the_newest_counts(store: Store) -> None:
+    """An amount of work within a factor of four is as near as the same."""
+    times = {"4000": ("2026-01-02", 45.0), "2000": ("2026-01-03", 15.0)}
+    for tokens, (day, took) in times.items():
+        record = {"seconds": took, "tokens": int(tokens)}
+        seconds(store, {"tokenize": record}, digest=tokens, finished=f"{day}T00:00:00Z", attempt=2)
+    assert seconds(store, {})["tokenize"].seconds == 5 + 2 * 10
 
 
 def test_another_type_of_the_target_says_nothing(store: Store) -> None:
