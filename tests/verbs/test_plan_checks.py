@@ -155,6 +155,8 @@ def test_plan_checks_a_draft_that_is_only_measured_and_asks_for_no_other_stage(
         (("pipeline=evaluate", "evaluate.draft=given/checkpoint_best", "evaluate.num_speculative_tokens=[8]"), {},
          "evaluate.num_speculative_tokens=[8]: must be at most 7"),
         (("pipeline=evaluate",), {}, "evaluate.draft: names no draft"),
+        (("pipeline=evaluate", "evaluate.draft=given/checkpoint_best", "speculator.num_speculative_tokens=3"), {},
+         "speculator.num_speculative_tokens=3: is of a draft that the recipe trains"),
         (("pipeline=evaluate", "evaluate.draft=nowhere"), {}, "evaluate.draft: `nowhere` does not exist"),
         (("pipeline=evaluate", f"evaluate.draft='pypi:a==1/b@sha256:{64 * '0'}'"), {}, "evaluate.draft: `pypi:a==1"),
         (("pipeline=evaluate", "evaluate.draft=given/checkpoint_best"), {"target_hidden_size": 9},

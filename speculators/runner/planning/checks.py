@@ -36,6 +36,12 @@ def check_graph(config: Config, nodes: Mapping[str, Node]) -> None:
         raise RecipeError(
             "evaluate.draft: names no draft to measure", "evaluate.draft=DIRECTORY, or evaluate.draft=hub:ID@REVISION"
         )
+    tokens = config.speculator.num_speculative_tokens
+    if tokens is not None and draft and not any(node.spec.trains for node in nodes.values()):
+        raise RecipeError(
+            f"speculator.num_speculative_tokens={tokens}: is of a draft that the recipe trains, and it trains none",
+            f"evaluate.num_speculative_tokens=[{tokens}] speculator.num_speculative_tokens=null",
+        )
     if not config.evaluate.datasets and any(node.spec.datasets == "evaluate.datasets" for node in nodes.values()):
         raise RecipeError(
             "evaluate.datasets=[]: names no dataset to measure on",
