@@ -94,18 +94,20 @@ def columns(rows: Iterable[Sequence[str]], right: Sequence[int] = ()) -> str:
 def stage_table(head: Sequence[str], rows: Iterable[Sequence[str]], right: Sequence[int] = ()) -> str:
     """Format stages as columns: the state, in its colour, first; the reason last, wrapped to the width of stdout.
 
-    Columns without a value are left out.
+    Columns without a value are left out. A reason that is too long begins in the columns before it if these are empty.
     """
     table = [list(head), *(list(row) for row in rows)]
     used = [i for i in range(len(head)) if any(row[i] for row in table[1:])]
     lines = columns([[row[i] for i in used[:-1]] for row in table], [used.index(i) for i in right if i in used[:-1]])
     wide = max(map(len, lines.splitlines())) + 2
+    named = sum(max(len(row[i]) for row in table) + 2 for i in (0, 1))
     shown = []
     for line, row in zip(lines.splitlines(), table, strict=True):
-        text = f"{line:<{wide}}"
+        start = named if wide + len(row[-1]) > width() and not any(row[2:-1]) else wide
         wrapped = textwrap.wrap(
-            row[-1], max(width(), wide + 20), initial_indent=text, subsequent_indent=" " * wide, break_on_hyphens=False
-        ) or [line]
+            row[-1], max(width(), start + 20), initial_indent=f"{line:<{start}}", subsequent_indent=" " * start,
+            break_on_hyphens=False,
+        ) or [line]  # fmt: skip
         state = row[0]
         wrapped[0] = (styled(state, STATE_STYLES.get(state, "")) + wrapped[0][len(state) :]).rstrip()
         shown += [dim(line) if row is table[0] else line for line in wrapped]

@@ -127,6 +127,7 @@ def test_plan_prints_command_lines_of_servers_on_demand(capsys: pytest.CaptureFi
 
 def test_a_stage_of_a_plan_is_a_line_with_time_and_size_and_long_reasons_wrap() -> None:
     rows = [
+        ("cached", "dataset", "", "", "made by 20261130-160935-smollm2_eagle3_and_more"),
         ("cached", "prompts", "", "", "made by 20261130-160935-smollm2_eagle3"),
         ("run", "regenerate", "3m22s", "1.1 GiB", "16 of 400 rows new"),
         ("run", "train", "12m40s", "", "changed: train.epochs 2 -> 7, train.lr 0.0005 -> 3.0, train.seed 0 -> 4"),
@@ -134,6 +135,7 @@ def test_a_stage_of_a_plan_is_a_line_with_time_and_size_and_long_reasons_wrap() 
     text = ui.stage_table(("state", "stage", "time", "size", "why"), rows, right=[2, 3])
     assert text.splitlines() == [
         "state   stage         time     size  why",
+        "cached  dataset     made by 20261130-160935-smollm2_eagle3_and_more",
         "cached  prompts                      made by 20261130-160935-smollm2_eagle3",
         "run     regenerate   3m22s  1.1 GiB  16 of 400 rows new",
         "run     train       12m40s           changed: train.epochs 2 -> 7, train.lr",
@@ -272,12 +274,14 @@ def test_a_disk_without_room_is_refused_before_any_worker_starts(
     tmp_path: Path, checkpoint: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     rows = tmp_path / "rows.json"
-    rows.write_text("[]")
+    texts = [f"Tell me all that you know about the number {number}." for number in range(400)]
+    turns = [[{"from": "human", "value": text}, {"from": "gpt", "value": "It is a number."}] for text in texts]
+    rows.write_text(json.dumps([{"id": str(i), "conversations": both} for i, both in enumerate(turns)]))
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(estimate, "free_bytes", lambda root: 1 << 20)
+    monkeypatch.setattr(estimate, "free_bytes", lambda root: 1 << 16)
     sources = [f"target.source={checkpoint}", f"data.sharegpt.source={rows}", "evaluate.datasets=[sharegpt]"]
     assert main(DEMO, *OF_CHECKPOINT, *sources) == 1
-    assert "the hidden states need up to" in capsys.readouterr().err
+    assert "the hidden states need about" in capsys.readouterr().err
     assert not list((tmp_path / "store").glob("work/*/*"))
 
 
