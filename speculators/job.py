@@ -18,7 +18,7 @@ from urllib.parse import quote
 
 from speculators.config.schema import Config, Mooncake, from_builtins
 
-REQUEST_FORMAT = 2
+REQUEST_FORMAT = 3
 """Format version; raised when workers of older releases cannot read the request."""
 
 
@@ -46,6 +46,24 @@ class Endpoint:
     """Tokens that its draft proposes in one step; 0 without a draft."""
 
 
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ReusableRows:
+    """Rows of an earlier artifact, or of an unfinished attempt, that a stage may use instead of computing them again.
+
+    They may have been deleted since the request was written.
+    """
+
+    conversations: Path | None = None
+    """File of answered conversations, one a line, with `rows.jsonl` next to it; None for a stage that answers none."""
+    hidden_states: Path | None = None
+    """Directory with their hidden states, if it has the layers and the format of this stage."""
+
+    def as_json(self) -> dict[str, str | None]:
+        """The entry in a request."""
+        paths = {"conversations": self.conversations, "hidden_states": self.hidden_states}
+        return {name: str(path) if path else None for name, path in paths.items()}
+
+
 @dataclass(kw_only=True, slots=True)
 class Job:
     """An attempt at a stage: the values and paths that the stage gets."""
@@ -68,6 +86,8 @@ class Job:
     """Service name -> a server that is ready."""
     work: Path
     """Work directory of the key. It survives a killed attempt, so that the next one can resume from it."""
+    reuse: list[ReusableRows] = field(default_factory=list)
+    """Where rows of this stage may exist already, preferred ones first."""
 
     record: dict[str, Any] = field(default_factory=dict)
     """Facts about the result (rows read, dropped, seconds) that the stage adds to `artifact.json`. The terminal shows
@@ -112,6 +132,8 @@ class Request:
     """Service name -> an `Endpoint`, whose API key is the name of an environment variable."""
     orders: dict[str, dict[str, Any]]
     """Service name -> a server to start on the worker's machine."""
+    reuse: list[dict[str, str | None]]
+    """`ReusableRows` that the stage may use; outside the key."""
     work: str
     store: str
     """Root of the artifact store into which the worker publishes."""
@@ -158,6 +180,10 @@ class Request:
             digests=self.digests,
             services={name: _endpoint(values) for name, values in self.services.items()},
             work=Path(self.work),
+            reuse=[
+                ReusableRows(**{name: Path(path) if path else None for name, path in rows.items()})
+                for rows in self.reuse
+            ],
         )
 
 

@@ -22,6 +22,11 @@ def installed_version(name: str, path: Sequence[str] | None = None) -> str | Non
     return None if distribution is None else distribution.version
 
 
+def public_version(version: str) -> str:
+    """Return a version without its local part: torch reports `2.13.0+cpu` where its wheel may be `2.13.0`."""
+    return version.partition("+")[0]
+
+
 def is_installed(prefix: str, path: Sequence[str] | None = None) -> bool:
     """Return whether any distribution is installed whose name begins with `prefix`; `path` as above."""
     from importlib.metadata import distributions

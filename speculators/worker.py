@@ -32,7 +32,7 @@ from types import FrameType
 from speculators.errors import RunError
 from speculators.job import Job, Request, phase_marker, write_json
 from speculators.provenance import Provenance
-from speculators.runner.store.artifacts import Store, no_space
+from speculators.runner.store.artifacts import PREIMAGE, Store, no_space
 from speculators.timeouts import WORKER_GRACE_SECONDS, WORKER_HEARTBEAT_SECONDS
 
 PIPE_FLAG = "--held"
@@ -76,7 +76,7 @@ def _attempt(request: Request, job: Job) -> None:
     """Claim the key, check the store again, run the stage and publish."""
     store = Store(Path(request.store))
     provenance = request.provenance
-    reads = provenance.get("inputs", {}).values()
+    reads = [*provenance.get("inputs", {}).values(), *provenance.get("reuse", ())]
     with store.claim(job.stage, job.key, _report_waiting, run=provenance.get("run", ""), uses=reads):
         if store.find(job.stage, job.key) is None:
             moved_to = store.quarantine(job.stage, job.key)
@@ -88,6 +88,7 @@ def _attempt(request: Request, job: Job) -> None:
         if _phase_done(request, job).exists():
             return
         _make_directories(job)
+        write_json(job.work / PREIMAGE, request.preimage)
         with Provenance() as surroundings:
             _run_and_publish(request, job, store, surroundings)
 

@@ -43,3 +43,19 @@ def serving(handler: type[BaseHTTPRequestHandler], port: int = 0) -> ThreadingHT
     http.daemon_threads = True
     threading.Thread(target=http.serve_forever, kwargs={"poll_interval": 0.01}, daemon=True).start()
     return http
+
+
+def reporting(
+    version: Any = "1.2.3", model: str = "target-x", root: str = "", status: int = 200
+) -> ThreadingHTTPServer:
+    """A server that reports of itself what vLLM does, is healthy, and refuses the key of whoever asks for more."""
+    answers = {"/version": {"version": version}, "/v1/models": {"data": [{"id": model, "root": root or model}]}}
+
+    class Handler(JsonHandler):
+        def get(self) -> None:
+            self.reply(status, answers.get(self.path))
+
+        def post(self, body: dict[str, Any]) -> None:
+            self.reply(401)
+
+    return serving(Handler)

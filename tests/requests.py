@@ -16,6 +16,7 @@ def make_request(stage: str, store: Path, *, config: dict[str, Any] | None = Non
     key = keys.digest(preimage)
     request = Request(
         node=stage, stage=stage, key=key, config={}, derived={}, inputs={}, digests={}, services={}, orders={},
+        reuse=[],
         work=str(store / "work" / stage / key), store=str(store), preimage=preimage, digest=None, forced=False,
         provenance={"run": "run-1"}, phase=0, phases=1,
     )  # fmt: skip

@@ -9,7 +9,7 @@ import pytest
 
 from speculators.config.fields import select
 from speculators.config.schema import Config
-from speculators.job import Request, file_name
+from speculators.job import Request, ReusableRows, file_name
 from tests.requests import make_request
 
 
@@ -20,10 +20,19 @@ def test_a_request_is_read_as_it_was_written(tmp_path: Path) -> None:
     assert request.job().inputs == {"tokens": Path("/a")}
 
 
+def test_a_job_has_the_rows_that_it_may_reuse(tmp_path: Path) -> None:
+    rows = [
+        ReusableRows(conversations=tmp_path / "a/conversations.jsonl", hidden_states=tmp_path / "a/states"),
+        ReusableRows(conversations=tmp_path / "b/answers.jsonl"),
+    ]
+    make_request("regenerate", tmp_path, reuse=[each.as_json() for each in rows]).write(tmp_path / "request.json")
+    assert Request.read(tmp_path / "request.json").job().reuse == rows
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"format": 1}, "not a request of format 2"),
+        ({"format": 1}, "not a request of format 3"),
         ({"phase": None}, "missing or unknown fields: phase"),
         ({"more": 1}, "missing or unknown fields: more"),
     ],

@@ -20,6 +20,7 @@ SHARED = [
         "speculators.timeouts",
         "speculators.checkpoint_files",
         "speculators.machine",
+        "speculators.answers",
         "speculators.config.fields",
         "speculators.config.choices",
     },
@@ -41,7 +42,7 @@ LEFT = [
     # What plans are made of looks into the store and at the machine (docs/concepts/decisions.md).
     {
         f"speculators.runner.planning.{name}"
-        for name in ("checks", "plan", "serving", "trackers", "explain", "workload", "durations", "estimate")
+        for name in ("checks", "reuse", "plan", "serving", "trackers", "explain", "workload", "durations", "estimate")
     },
     {"speculators.runner.planning.lockfile"},
     {"speculators.runner.servers.pool"},

@@ -17,6 +17,7 @@ from speculators.errors import RecipeError
 from speculators.provenance import Provenance
 from speculators.runner.servers import vllm
 from speculators.runner.store.artifacts import Store
+from tests.loopback import reporting
 
 DEMO = "recipe=smollm2_eagle3"
 PLANTED = {"HF_TOKEN": "hf_planted0000", "PLANTED_KEY": "sk-planted1111", "AWS_SECRET_ACCESS_KEY": "planted2222"}
@@ -89,12 +90,12 @@ def test_no_file_of_a_run_or_of_the_store_holds_a_secret(
     words += ["target.num_hidden_layers=4", "target.hidden_size=8", "target.vocab_size=32", "vocab.size=16"]
     words += [
         "speculator.target_layer_ids=[0,1,2]",
-        "serve.url=http://127.0.0.1:9",
+        f"serve.url=http://127.0.0.1:{reporting().server_port}",
         "serve.api_key_env=PLANTED_KEY",
         "serve.hidden_states_dir=states",
     ]
     assert cli._guarded(words) == 1
-    assert "no server answers" in capsys.readouterr().err
+    assert "refuses the API key" in capsys.readouterr().err
     (made,) = Store(tmp_path / "store").artifacts("prompts")
     assert "PLANTED_KEY" in made.provenance["environment"]
     assert made.provenance["words"] == words

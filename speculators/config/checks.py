@@ -11,7 +11,7 @@ from collections.abc import Iterator
 
 from speculators.config.algorithms import SPECULATORS, Speculator, loss_weights
 from speculators.config.fields import as_override, violations
-from speculators.config.schema import Config
+from speculators.config.schema import Config, Serve
 from speculators.errors import RecipeError
 from speculators.job import file_name
 
@@ -123,12 +123,38 @@ def _combinations(config: Config) -> Iterator[tuple[bool, str, str]]:
             "give the dataset a short name",
         )
     yield from config.speculator.check()
+    yield from _external_pair(config.serve, config.evaluate.num_speculative_tokens)
+
+
+def _external_pair(serve: Serve, counts: list[int]) -> Iterator[tuple[bool, str, str]]:
+    """Check the running servers of `evaluate`; yields as `_combinations`."""
+    baseline, speculative = serve.baseline_url.rstrip("/"), serve.speculative_url.rstrip("/")
+    one, other = ("baseline", "speculative") if baseline else ("speculative", "baseline")
+    yield (
+        bool(baseline) == bool(speculative),
+        f"serve.{one}_url={baseline or speculative}: `evaluate` compares two servers, and serve.{other}_url is empty",
+        f"serve.{one}_url='', for servers that `evaluate` starts; or name the server of the other side",
+    )
+    yield (
+        not baseline or baseline != speculative,
+        f"serve.speculative_url={speculative}: is the server of serve.baseline_url, which would be compared to itself",
+        "name two servers, with and without the draft; or serve.baseline_url='' serve.speculative_url='', for servers "
+        "that `evaluate` starts",
+    )
+    yield (
+        not speculative or len(counts) < 2,
+        f"evaluate.num_speculative_tokens={counts}: the server of serve.speculative_url proposes one number of tokens",
+        "evaluate.num_speculative_tokens=[]; or serve.baseline_url='' serve.speculative_url='', for servers that "
+        "`evaluate` starts",
+    )
 
 
 def _refuse_secrets(config: Config) -> None:
     """Refuse a secret in a recipe, which is written into run directories; a recipe names the variable that holds it."""
     contains_secret = {
         "serve.url": "@" in config.serve.url,
+        "serve.baseline_url": "@" in config.serve.baseline_url,
+        "serve.speculative_url": "@" in config.serve.speculative_url,
         "serve.extra_urls": any("@" in url for url in config.serve.extra_urls),
         "serve.extra_args": any(a.startswith(("--api-key", "--hf-token")) for a in config.serve.extra_args),
     }

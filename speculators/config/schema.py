@@ -341,17 +341,23 @@ class Serve(Options):
     python: str = operational("")
     """Python interpreter of the environment that has vLLM; empty: the one that runs this command."""
     url: str = operational("", http_url())
-    """URL of an OpenAI-compatible server that already runs, `http://HOST:PORT`; it is never stopped."""
+    """URL of a vLLM server that already runs, `http://HOST:PORT`, for answers and hidden states; it is never stopped.
+    Keys hold the version of vLLM that it reports, as for a server that is started."""
     extra_urls: list[str] = operational([], each(http_url()))
     """Further servers that share the requests with the one at `url`. They must serve the same model under the same name
     and key, and write hidden states into the same directory."""
+    baseline_url: str = operational("", http_url())
+    """URL of a running server without a draft, for `evaluate`; needs `speculative_url`. Both empty: `evaluate` starts
+    its servers. The comparison in float32 always does."""
+    speculative_url: str = operational("", http_url())
+    """URL of a running server of the same target with this recipe's draft, for `evaluate`; see `baseline_url`."""
     hidden_states_dir: str = operational("")
     """Directory into which the server at `url` writes hidden states, as the stages reach it; the server may have
     another path for it."""
     mooncake: Mooncake = field(default_factory=Mooncake)
     """Mooncake store that transfers hidden states under `extract.connector=mooncake`, also with `url`."""
     api_key_env: str = secret("")
-    """Environment variable that holds the API key of the server at `url`."""
+    """Environment variable that holds the API key of the servers that already run."""
     port: int = operational(0, between(0, 65535))
     """Loopback port of the first server; further servers take the following ports. 0: any free port."""
     max_num_seqs: int = operational(64, positive())

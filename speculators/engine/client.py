@@ -153,7 +153,15 @@ class Client:
 
     async def hidden_states(self, token_ids: Sequence[int], *, item: str, affinity_key: str = "") -> Transfer:
         """Run the target over `token_ids` on a server in mode `extract`; returns when its hidden states are written."""
-        answer = await self.complete(
+        return await self.requested_states(
+            await self.prefill(token_ids, item=item, affinity_key=affinity_key), item=item
+        )
+
+    async def prefill(
+        self, token_ids: Sequence[int], *, item: str, affinity_key: str = "", **fields: Any
+    ) -> Completion:
+        """Run the target over `token_ids` and have their hidden states written; the answer is the next greedy token."""
+        return await self.complete(
             token_ids,
             item=item,
             affinity_key=affinity_key,
@@ -162,8 +170,8 @@ class Client:
             kv_transfer_params={"hidden_states": True},
             # Bypass the prefix cache: its entries were computed in other chunks, and differ in the last bits.
             cache_salt=uuid.uuid4().hex,
+            **fields,
         )
-        return await self.requested_states(answer, item=item)
 
     async def requested_states(self, answer: Completion, *, item: str) -> Transfer:
         """The hidden states of an answer whose request asked for them; returns when they are written.

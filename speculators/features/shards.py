@@ -254,11 +254,17 @@ class ShardReader:
 
         The last layer is NaN at the positions where it was not kept.
         """
-        encoded = self._read_row(row, tuple(name for name in self.layout if name != "token_ids"))
-        hidden_states, mask = decode(encoded), torch.from_numpy(self.last_layer_mask(row, self.length(row)))
+        _, encoded, mask = self.encoded_row(row)
+        hidden_states = decode(encoded)
         last = hidden_states.new_full((len(hidden_states), hidden_states.shape[-1]), math.nan)
         last[mask] = decode(last_layer_part(encoded))
         return torch.cat([hidden_states, last[:, None]], 1)
+
+    def encoded_row(self, row: int) -> tuple[torch.Tensor, dict[str, torch.Tensor], torch.Tensor]:
+        """A row as it is stored: token ids [T], tensors of `split_last_layer`, and the mask [T] of its last layer."""
+        encoded = self._read_row(row, tuple(self.layout))
+        mask = torch.from_numpy(self.last_layer_mask(row, self.length(row)))
+        return encoded.pop("token_ids"), encoded, mask
 
     def fill(self, parts: Sequence[tuple[int, int]], into: Mapping[str, torch.Tensor]) -> None:
         """Read the first tokens of several rows into tensors, row after row.

@@ -4,6 +4,8 @@ The server writes the hidden states of each request to a file. This stage checks
 converts them to the stored dtype and appends them to the current shard in row order, in whatever order the answers
 arrive. So shards are the same however often the stage was killed, and a new attempt resumes after the last sealed one.
 
+A row whose tokens an earlier artifact of the same layers and format has (`Job.reuse`) is copied.
+
 A row with unusable hidden states stops the stage, or is skipped and its reason recorded: `extract.on_bad_row`.
 
 With `extract.workers` > 1, each worker is a stage that extracts a range of rows, and one more stage joins their shards.
@@ -18,7 +20,7 @@ import contextlib
 import json
 import shutil
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +31,7 @@ from speculators.engine.client import Client
 from speculators.engine.transfer import Transfer
 from speculators.errors import ContractError, RunError, StageError
 from speculators.features.contract import check_contract
+from speculators.features.reuse import EarlierHiddenStates, token_digest
 from speculators.features.shards import INDEX, RowSpan, ShardWriter, link, shard_name, write_index
 from speculators.features.writer import (
     SKIPPED,
@@ -44,7 +47,7 @@ from speculators.targets import fidelity_check
 
 RECORD = "record.json"
 """File next to the shards of a part, with its record."""
-ADDED = ("rows", "resumed", "tokens", "tokens_per_second", "retried_requests")
+ADDED = ("rows", "resumed", "reused", "tokens", "tokens_per_second", "retried_requests")
 """Fields of a record that are summed over the parts."""
 
 
@@ -87,22 +90,31 @@ async def _run(job: Job, tokens: Dataset, rows: range, writer: ShardWriter) -> i
     compute_dtype = getattr(torch, job.config.target.dtype.name)
     bad_rows = BadRows(job)
     waiting = [row for row in rows if row not in writer.done and row not in bad_rows.reasons]
+    sampled = {row: [position] for row, position in fidelity_check.sample_positions(tokens["seq_len"])}
+    copied = find_copies(job, tokens, waiting, sampled, writer)
     client = Client(
         job.services["target"], concurrency=config.concurrency, retries=config.retries, timeout=config.timeout
     )
     start, tokens_done, rows_seen = time.monotonic(), 0, 0
     async with client:
-        check = await fidelity_check.start_early_check(job, client, tokens, writer.done | set(bad_rows.reasons), rows)
-        sampled = {row: [position] for row, position in fidelity_check.sample_positions(tokens["seq_len"])}
+        done = {*writer.done, *bad_rows.reasons, *copied}
+        check = await fidelity_check.start_early_check(job, client, tokens, done, rows)
 
-        async def request(row: int) -> tuple[int, list[int], Transfer | RunError]:
+        async def request(row: int) -> tuple[int, list[int], Transfer | RunError | None]:
             input_ids, key = list(tokens[row]["input_ids"]), tokens[row]["id"]
+            if row in copied:
+                return row, input_ids, None
             try:
                 return row, input_ids, await client.hidden_states(input_ids, item=f"row {row}", affinity_key=key)
             except StageError as error:  # only this row failed: a failure of the server is a ServiceError
                 return row, input_ids, error
 
-        def write(row: int, input_ids: list[int], transfer: Transfer | RunError) -> None:
+        def write(row: int, input_ids: list[int], transfer: Transfer | RunError | None) -> None:
+            if transfer is None:
+                shards, stored = copied[row]
+                last_mask = last_layer_mask(job, tokens[row]["loss_mask"], sampled.get(row, ()))
+                writer.add_encoded(row, *shards.read(stored, input_ids, last_mask), last_mask)
+                return
             try:
                 if isinstance(transfer, RunError):
                     raise transfer
@@ -122,11 +134,33 @@ async def _run(job: Job, tokens: Dataset, rows: range, writer: ShardWriter) -> i
                 rows_seen += 1
                 # In a thread, so that requests continue while the writer hashes and writes a shard to seal it.
                 await asyncio.to_thread(write, row, input_ids, transfer)
-                tokens_done += len(input_ids)
+                tokens_done += len(input_ids) if transfer is not None else 0
                 tokens_per_second = round(tokens_done / (time.monotonic() - start), 1)
                 job.progress(row + 1 - rows.start, len(rows), "rows", tokens_per_second=tokens_per_second)
-    job.record |= {"retried_requests": client.retried, "fidelity": check.result} | bad_rows.record()
+    counts = {"reused": len(copied), "retried_requests": client.retried}
+    job.record |= {**counts, "fidelity": check.result} | bad_rows.record()
     return tokens_done
+
+
+def find_copies(
+    job: Job, tokens: Dataset, rows: Sequence[int], sampled: Mapping[int, list[int]], writer: ShardWriter
+) -> dict[int, tuple[EarlierHiddenStates, int]]:
+    """Rows that earlier artifacts have, with the last layer wherever it is kept, as row -> (artifact, row there).
+
+    `sampled` are further positions at which a row's last layer is kept.
+    """
+    copies: dict[int, tuple[EarlierHiddenStates, int]] = {}
+    for earlier in job.reuse:
+        if earlier.hidden_states is None or not earlier.hidden_states.is_dir():
+            continue
+        shards = EarlierHiddenStates(earlier.hidden_states, writer.contract)
+        stored_rows = shards.rows()
+        for row in rows:
+            stored = stored_rows.get(token_digest(torch.tensor(tokens[row]["input_ids"])))
+            mask = last_layer_mask(job, tokens[row]["loss_mask"], sampled.get(row, ()))
+            if row not in copies and stored is not None and shards.covers(stored, mask):
+                copies[row] = shards, stored
+    return copies
 
 
 def rows_of_part(lengths: Sequence[int], shard_tokens: int, part: int, parts: int) -> range:

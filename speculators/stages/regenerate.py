@@ -4,12 +4,17 @@ A draft learns to predict the target's output, so the target writes every assist
 are answered in order, many conversations at the same time. Each finished conversation is appended to
 `scratch/answers.jsonl`; a new attempt resumes with those that are not in it.
 
+A conversation that was answered before, in an artifact or an attempt that the request names (`Job.reuse`), is not
+answered again: it is found by the digest of its messages, which `rows.jsonl` lists (see `speculators.answers`). That
+goes for conversations that were dropped, too.
+
 If another stage reads the hidden states of the answers (pipeline `fused`), the server exports those of each turn in the
 same forward pass, for the prompt and all answer tokens but the last, which is never an input. Each turn's file stays in
 scratch/ until every conversation is answered; then the shards in `states/` get one row a conversation, and `states` of
 a turn gives its row, offset and length there. A turn that is the beginning of the next one's prompt has none, so that
 the history of a conversation is stored once. An answer with unusable hidden states stops the stage or ends its
-conversation before that answer: `extract.on_bad_row`.
+conversation before that answer: `extract.on_bad_row`. Hidden states of earlier answers are copied from the artifact
+that has them. If it has other layers or another format, the target prefills prompt and answer.
 """
 
 from __future__ import annotations
@@ -19,19 +24,21 @@ import json
 import os
 import time
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any
 
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from speculators.answers import BAD_STATES, ROWS, AnsweredRow, row_digest, row_line
 from speculators.config.choices import OnBadRow
 from speculators.config.schema import Regenerate
+from speculators.data.answer_log import OF_THE_LOG, AnswerLog, EarlierAnswers, StoredHiddenStates
 from speculators.data.conversations import ConversationRow, Message
 from speculators.data.template import ChatTurn, TokenSequence, merge_turns
-from speculators.engine.client import Client, Completion
+from speculators.engine.client import Client
 from speculators.engine.transfer import Transfer
 from speculators.errors import ContractError, StageError
 from speculators.features.encoding import encode, split_last_layer
@@ -45,12 +52,9 @@ from speculators.features.writer import (
 )
 from speculators.job import Job
 from speculators.targets.fidelity_check import greedy_tokens_in_answer
-from speculators.timeouts import SYNC_SECONDS
 
 STATES = "states"
 """Directory of the turns' hidden states in the scratch directory."""
-BAD_STATES = "bad_states"
-"""`dropped` of a conversation that ends before an answer with unusable hidden states; a new attempt retries it."""
 SAMPLED = 16
 """Number of conversations whose answers include greedy tokens, for the fidelity check of their hidden states."""
 
@@ -59,13 +63,23 @@ def main(job: Job) -> None:
     """Answer the conversations in any order, and write them in the order of the input."""
     with (job.inputs["prompts"] / "conversations.jsonl").open(encoding="utf-8") as lines:
         conversations: list[ConversationRow] = [json.loads(line) for line in lines]
-    log = job.scratch / "answers.jsonl"
+    digests = [row_digest(conversation["messages"]) for conversation in conversations]
     writer = hidden_states_writer(job, "prompts", ANSWER_STATES) if _keeps_hidden_states(job) else None
     sealed = writer.done if writer else set()
-    finished = {i: a for i, a in read_answers(log).items() if a["dropped"] != BAD_STATES or i in sealed}
-    job.record["resumed"] = len(finished)
     start = time.monotonic()
-    asyncio.run(_answer_all(job, conversations, finished, log))
+    with AnswerLog(job.scratch, digests, sealed) as log:
+        finished = log.finished
+        job.record["resumed"] = len(finished)
+        unsealed = [index for index in range(len(conversations)) if index not in sealed]
+        earlier = EarlierAnswers(job.reuse, {digests[index] for index in unsealed}, writer)
+        for i in unsealed:
+            # Answers and hidden states are of one artifact, also if an earlier attempt had the answers of another one.
+            states_only = digests[i] in earlier.hidden_states and i in finished and _lacks_hidden_states(finished[i])
+            if digests[i] in earlier.answers and (i not in finished or states_only):
+                log.append({"index": i, **conversations[i], **earlier.answers[digests[i]], "reused": True})
+        without_states = {i for i in unsealed if writer and i in finished and _lacks_hidden_states(finished[i])}
+        copied = {i: earlier.hidden_states[digests[i]] for i in without_states if digests[i] in earlier.hidden_states}
+        asyncio.run(_request_all(job, conversations, log, without_states - copied.keys()))
     elapsed_seconds = time.monotonic() - start
     kept = [finished[i] for i in range(len(conversations)) if finished[i]["turns"]]
     if not kept:
@@ -74,16 +88,17 @@ def main(job: Job) -> None:
             "raise `max_seq_len`, or choose other prompts",
         )
     if writer:
-        _write_hidden_states(job, kept, writer)
-    with (job.output / "conversations.jsonl").open("w", encoding="utf-8") as file:
-        for answered in kept:
-            published = {key: value for key, value in answered.items() if key not in ("index", "dropped", "why")}
-            file.write(json.dumps(published, ensure_ascii=False) + "\n")
+        _write_hidden_states(job, kept, writer, copied)
+    _publish(job, kept, finished, digests)
     turns = [turn for answered in kept for turn in answered["turns"]]
+    reused = [answered for answered in finished.values() if answered.get("reused")]
     job.record |= {
         "conversations": len(conversations),
         "kept": len(kept),
         "dropped": _dropped(finished),
+        "reused": len(reused),
+        "answered": len(conversations) - len(reused),
+        "prefilled": sum(answered.get("prefilled", False) for answered in finished.values()),
         "turns": len(turns),
         "answer_tokens": sum(len(turn["answer_ids"]) for turn in turns),
         "finish_reasons": dict(Counter(turn["finish_reason"] for turn in turns)),
@@ -95,60 +110,72 @@ def main(job: Job) -> None:
         job.record["notes"] = [note]
 
 
-def read_answers(log: Path) -> dict[int, dict[str, Any]]:
-    """Read the conversations that earlier attempts finished, by index in the input.
-
-    An incomplete last line, which a killed attempt left, is removed so that the next append starts a new line.
-    """
-    if not log.exists():
-        return {}
-    data = log.read_bytes()
-    complete_bytes = data.rfind(b"\n") + 1
-    if complete_bytes < len(data):
-        os.truncate(log, complete_bytes)
-    answers = [json.loads(line) for line in data[:complete_bytes].splitlines()]
-    return {answer["index"]: answer for answer in answers}
+def _publish(job: Job, kept: list[dict[str, Any]], finished: dict[int, dict[str, Any]], digests: list[str]) -> None:
+    """Write the answered conversations in the order of the input, and the index of all of them."""
+    numbers = {answered["index"]: number for number, answered in enumerate(kept)}
+    with (job.output / "conversations.jsonl").open("w", encoding="utf-8") as file:
+        for answered in kept:
+            published = {key: value for key, value in answered.items() if key not in OF_THE_LOG}
+            file.write(json.dumps(published, ensure_ascii=False) + "\n")
+    with (job.output / ROWS).open("w", encoding="utf-8") as file:
+        for index, digest in enumerate(digests):
+            row = AnsweredRow(digest=digest, dropped=finished[index]["dropped"], line=numbers.get(index))
+            file.write(row_line(row))
 
 
-async def _answer_all(
-    job: Job, conversations: list[ConversationRow], finished: dict[int, dict[str, Any]], log: Path
+async def _request_all(
+    job: Job, conversations: list[ConversationRow], log: AnswerLog, without_states: set[int]
 ) -> None:
-    config = job.config.regenerate
-    waiting = in_order(conversations, (i for i in range(len(conversations)) if i not in finished))
+    """Request what is missing: the answers of conversations, and the hidden states of answers without them."""
+    config, finished = job.config.regenerate, log.finished
+    unanswered = in_order(conversations, (i for i in range(len(conversations)) if i not in finished))
+    waiting = [*sorted(without_states), *unanswered]
+    if not waiting:
+        return
+    if "target" not in job.services:
+        raise StageError(
+            f"{len(waiting)} of {len(conversations)} rows are no longer in the store", "run the same command again"
+        )
     client = Client(
         job.services["target"], concurrency=config.concurrency, retries=config.retries, timeout=config.timeout
     )
-    start, tokens, synced = time.monotonic(), 0, 0.0
-    with log.open("a", encoding="utf-8") as file:
-        async with client:
+    start, tokens, done = time.monotonic(), 0, len(conversations) - len(waiting)
+    # The first ones that this attempt requests, too: its server may be another one than that of earlier rows.
+    sampled = {*range(SAMPLED), *sorted(waiting)[:SAMPLED]}
 
-            async def work(index: int) -> dict[str, Any]:
-                files = TurnFiles(job, index) if _keeps_hidden_states(job) else None
-                answered = await answer(client, conversations[index], config, job.config.max_seq_len, files)
-                return {"index": index, **answered}
+    async def work(index: int) -> dict[str, Any]:
+        files = TurnFiles(job, index, sampled=index in sampled) if _keeps_hidden_states(job) else None
+        if index in finished:
+            assert files is not None
+            return await prefill(client, finished[index], files)
+        answered = await answer(client, conversations[index], config, job.config.max_seq_len, files)
+        return {"index": index, **answered}
 
-            async for answered in client.map(work, waiting):
-                synced = _append(file, answered, synced)
-                finished[answered["index"]] = answered
-                if answered["dropped"] == BAD_STATES:
-                    reasons = [each["why"] for each in finished.values() if each["dropped"] == BAD_STATES]
-                    refuse_too_many(reasons, "answers", len(finished))
+    async with client:
+        async for answered in client.map(work, waiting):
+            if answered["index"] not in without_states:
                 tokens += sum(len(turn["answer_ids"]) for turn in answered["turns"])
-                tokens_per_second = round(tokens / (time.monotonic() - start), 1)
-                job.progress(len(finished), len(conversations), "conversations", tokens_per_second=tokens_per_second)
-        os.fsync(file.fileno())
+            log.append(answered)
+            if answered["dropped"] == BAD_STATES:
+                reasons = [each["why"] for each in finished.values() if each["dropped"] == BAD_STATES]
+                refuse_too_many(reasons, "answers", len(finished))
+            done += 1
+            tokens_per_second = round(tokens / (time.monotonic() - start), 1)
+            job.progress(done, len(conversations), "conversations", tokens_per_second=tokens_per_second)
     job.record["retried_requests"] = client.retried
-    if waiting:
+    if not without_states:
         job.record["tokens_per_second"] = round(tokens / (time.monotonic() - start), 1)
 
 
 class TurnFiles:
     """The files with the hidden states of one conversation's turns in the scratch directory."""
 
-    def __init__(self, job: Job, index: int) -> None:
+    def __init__(self, job: Job, index: int, *, sampled: bool) -> None:
         self.request: dict[str, Any] = {"kv_transfer_params": {"hidden_states": True, "include_output_tokens": True}}
         """Parameters with which the server exports the hidden states of a request."""
-        if index < SAMPLED:
+        self.sampled = sampled
+        """Whether greedy tokens of the answers are kept."""
+        if sampled:
             # Two, because the server lists the sampled token first, and the greedy one may be the other.
             self.request["logprobs"] = 2
         self.skips = job.config.extract.on_bad_row is OnBadRow.skip
@@ -158,10 +185,10 @@ class TurnFiles:
         self._stored_dtype = job.config.extract.dtype.name
         self._compute_dtype = getattr(torch, job.config.target.dtype.name)
 
-    def write(self, turn: int, completion: Completion, transfer: Transfer) -> str:
+    def write(self, turn: int, input_ids: Sequence[int], transfer: Transfer) -> str:
         """Check the hidden states of a turn and write them in the stored dtype; returns the name of the file."""
         token_ids, hidden_states = transfer.load()
-        item, input_ids = f"conversation {self._index}", [*completion.prompt_ids, *completion.token_ids[:-1]]
+        item = f"conversation {self._index}"
         check_hidden_states(item, input_ids, token_ids, hidden_states, self._compute_dtype)
         name = f"{self._index:07d}-{turn}.safetensors"
         self._directory.mkdir(exist_ok=True)
@@ -181,32 +208,61 @@ def continues(turn: dict[str, Any], later: dict[str, Any]) -> bool:
     return bool(later["prompt_ids"][: len(token_ids)] == token_ids)
 
 
+def last_turns(turns: list[dict[str, Any]]) -> list[int]:
+    """Indices of the turns that are not the beginning of the next one's prompt: one for each row of `merge_turns`."""
+    return [i for i, turn in enumerate(turns) if turn is turns[-1] or not continues(turn, turns[i + 1])]
+
+
+def _sequences(turns: list[dict[str, Any]]) -> list[TokenSequence]:
+    return merge_turns([ChatTurn(prompt_ids=turn["prompt_ids"], answer_ids=turn["answer_ids"]) for turn in turns])
+
+
+def _lacks_hidden_states(answered: dict[str, Any]) -> bool:
+    """Whether the conversation has answers, and this stage has no file with their hidden states."""
+    return bool(answered["turns"]) and not any("states" in turn for turn in answered["turns"])
+
+
 def _keeps_hidden_states(job: Job) -> bool:
     return "capture_layer_ids" in job.derived
 
 
-def _write_hidden_states(job: Job, kept: list[dict[str, Any]], writer: ShardWriter) -> None:
-    """Write the hidden states of the kept turns into shards, except rows that an earlier attempt sealed."""
+def _write_hidden_states(
+    job: Job, kept: list[dict[str, Any]], writer: ShardWriter, copied: dict[int, StoredHiddenStates]
+) -> None:
+    """Write the hidden states of the kept turns into shards, except rows that an earlier attempt sealed.
+
+    `copied` are those of earlier artifacts, by row; the others are files of this stage.
+    """
     unsealed: dict[int, list[Path]] = {}
     for number, answered in enumerate(kept):
         row, begin = answered["index"], 0
-        turns = [turn for turn in answered["turns"] if "states" in turn]
-        files = [job.scratch / STATES / turn["states"] for turn in turns]
-        sequences = merge_turns(
-            [ChatTurn(prompt_ids=t["prompt_ids"], answer_ids=t["answer_ids"]) for t in answered["turns"]]
-        )
+        turns, sequences = [answered["turns"][i] for i in last_turns(answered["turns"])], _sequences(answered["turns"])
+        files = [job.scratch / STATES / turn["states"] for turn in turns if "states" in turn]
         for turn, sequence in zip(turns, sequences, strict=True):
             turn["states"] = [row, begin, len(sequence.input_ids) - 1]
             begin += len(sequence.input_ids) - 1
         if row not in writer.done:
             unsealed[row] = files
-            writer.add_encoded(row, *_read_turns(job, files, sequences))
+            if row in copied:
+                writer.add_encoded(row, *_copy_turns(job, copied[row], sequences))
+            else:
+                writer.add_encoded(row, *_read_turns(job, files, sequences))
         for sealed_row in unsealed.keys() & writer.done:
             for file in unsealed.pop(sealed_row):
                 file.unlink()
         job.progress(number + 1, len(kept), "conversations")
     writer.close()
     job.digests_written |= {f"{ANSWER_STATES}/{name}": digest for name, digest in writer.digests.items()}
+
+
+def _copy_turns(
+    job: Job, stored: StoredHiddenStates, rows: list[TokenSequence]
+) -> tuple[Tensor, dict[str, Tensor], Tensor]:
+    """Read one conversation from an earlier artifact; returns what `_read_turns` does."""
+    input_ids = [token for row in rows for token in row.input_ids[:-1]]
+    mask = torch.cat([last_layer_mask(job, row.loss_mask)[:-1] for row in rows])
+    token_ids, tensors = stored.shards.read(stored.row, input_ids, mask)
+    return token_ids, tensors, mask
 
 
 def _read_turns(job: Job, files: list[Path], rows: list[TokenSequence]) -> tuple[Tensor, dict[str, Tensor], Tensor]:
@@ -266,7 +322,8 @@ async def answer(
         if files:
             try:
                 transfer = await client.requested_states(completion, item=item)
-                turn["states"] = await asyncio.to_thread(files.write, len(turns), completion, transfer)
+                input_ids = [*completion.prompt_ids, *completion.token_ids[:-1]]
+                turn["states"] = await asyncio.to_thread(files.write, len(turns), input_ids, transfer)
             except (StageError, ContractError) as error:  # only this answer failed, not the server
                 if not files.skips:
                     raise
@@ -282,6 +339,39 @@ async def answer(
     return answered | ({"why": why} if why else {})
 
 
+async def prefill(client: Client, answered: dict[str, Any], files: TurnFiles) -> dict[str, Any]:
+    """Compute the hidden states of a conversation that is answered already; returns it with the names of their files.
+
+    Unusable hidden states end the conversation before the first answer that needs them, if the recipe says so.
+    """
+    turns = [dict(turn) for turn in answered["turns"]]
+    item = f"conversation {answered['id']}"
+    kept = 0
+    for index, sequence in zip(last_turns(turns), _sequences(turns), strict=True):
+        turn, input_ids = turns[index], sequence.input_ids[:-1]
+        logprobs = {"logprobs": 1} if files.sampled and "picks" not in turn else {}
+        try:
+            completion = await client.prefill(input_ids, item=item, affinity_key=item, **logprobs)
+            transfer = await client.requested_states(completion, item=item)
+            turn["states"] = await asyncio.to_thread(files.write, index, input_ids, transfer)
+        except (StageError, ContractError) as error:  # only these hidden states failed, not the server
+            if not files.skips:
+                raise
+            bad = {"dropped": BAD_STATES, "why": error.message, "turns": turns[:kept]}
+            return {**answered, **bad, "messages": _messages_until(answered["messages"], kept)}
+        if logprobs:
+            greedy_tokens = greedy_tokens_in_answer(completion)
+            turn["picks"] = [(len(turn["answer_ids"]) - 1, *rest) for _, *rest in greedy_tokens]
+        kept = index + 1
+    return {**answered, "turns": turns, "prefilled": True}
+
+
+def _messages_until(messages: list[Message], answers: int) -> list[Message]:
+    """The messages up to this number of answers; none for 0."""
+    indices = [index for index, message in enumerate(messages) if message["role"] == "assistant"]
+    return messages[: indices[answers - 1] + 1] if answers else []
+
+
 def in_order(conversations: list[ConversationRow], waiting: Iterable[int]) -> list[int]:
     """Sort the waiting conversations by system prompt, so that the server's prefix cache has it for the next one."""
 
@@ -290,17 +380,6 @@ def in_order(conversations: list[ConversationRow], waiting: Iterable[int]) -> li
         return str(first["content"]) if first["role"] == "system" else ""
 
     return sorted(waiting, key=lambda index: (system_prompt(index), index))
-
-
-def _append(file: TextIO, answered: dict[str, Any], synced: float) -> float:
-    """Append one line; returns the time of the last fsync, on the monotonic clock."""
-    file.write(json.dumps(answered, ensure_ascii=False) + "\n")
-    file.flush()
-    now = time.monotonic()
-    if now - synced < SYNC_SECONDS:
-        return synced
-    os.fsync(file.fileno())
-    return now
 
 
 def _dropped(finished: dict[int, dict[str, Any]]) -> dict[str, int]:

@@ -120,7 +120,8 @@ def test_what_was_killed_and_resumed_has_the_bytes_of_what_was_not(world: World)
 
 def test_states_taken_while_answering_are_those_of_a_prefill_up_to_rounding(world: World) -> None:
     prefilled = ShardReader(Path(world.last_run()["steps"]["extract"]["path"]))
-    code, _, err = world.run("pipeline=fused", "until=extract")
+    # Forced, or the answers of the run before would be prefilled and not answered again.
+    code, _, err = world.run("pipeline=fused", "until=extract", "force=regenerate")
     assert code == 0, err
     run = world.last_run()
     assert len([e for e in run["events"] if e["event"] == "service.starting"]) == 1
@@ -136,6 +137,19 @@ def test_states_taken_while_answering_are_those_of_a_prefill_up_to_rounding(worl
             compared += 1
     assert compared > len(fused) / 2
     assert gone(world)
+
+
+def test_what_was_answered_for_another_recipe_is_neither_asked_nor_prefilled_again(world: World) -> None:
+    code, _, err = world.run("pipeline=fused", "until=regenerate", "speculator.target_layer_ids=[2,15]")
+    assert code == 0, err
+    run = world.last_run()
+    assert [e["reason"][:18] for e in run["events"] if e.get("node") == "regenerate" and "reason" in e] == [
+        "0 of 24 rows new; "
+    ]
+    assert not [e for e in run["events"] if e["event"].startswith("service.")]
+    artifact = Path(run["steps"]["regenerate"]["path"]).parent / "artifact.json"
+    record = json.loads(artifact.read_text())["record"]
+    assert (record["reused"], record["answered"], record["prefilled"]) == (24, 0, 0)
 
 
 def test_every_whole_conversation_of_the_cut_file_is_read_and_the_cut_is_reported(world: World) -> None:

@@ -69,7 +69,7 @@ class StatesServer:
 
         class Handler(JsonHandler):
             def get(self) -> None:
-                self.reply(200, {"data": [{"id": model}]})
+                self.reply(200, {"data": [{"id": model}], "version": "1.2.3"})
 
             def post(self, body: dict[str, Any]) -> None:
                 if len(outer.asked) >= outer.dies_after:

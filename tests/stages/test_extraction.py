@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import errno
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +23,7 @@ from speculators.features.contract import check_contract
 from speculators.features.dataloader import DataLoader, ShardSource
 from speculators.features.shards import ShardReader
 from speculators.features.writer import SKIPPED
-from speculators.job import Endpoint, Job
+from speculators.job import Endpoint, Job, ReusableRows
 from speculators.stages.extract import main
 from speculators.targets.fidelity_check import GREEDY_TOKENS_FILE, read_greedy_tokens
 from tests.stages.jobs import make_job
@@ -54,13 +54,13 @@ def serve(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Start]:
 
 def job_in(
     root: Path, config: Config, server: StatesServer, *, name: str = "work", skip: bool = False,
-    last_state: str = "everywhere",
+    last_state: str = "everywhere", rows: Sequence[list[int]] = ROWS,
 ) -> Job:  # fmt: skip
-    """A job over `ROWS`; a second one in the same directory is the next attempt."""
+    """A job over rows of the length of `ROWS`; a second one in the same directory is the next attempt."""
     if not (root / "tokens").exists():
         table = [
             {"input_ids": ids, "loss_mask": [0] * 7 + [1] * 4, "seq_len": len(ids), "id": f"c{i}"}
-            for i, ids in enumerate(ROWS)
+            for i, ids in enumerate(rows)
         ]
         datasets.Dataset.from_list(table).save_to_disk(root / "tokens")
         (root / "target").mkdir()
@@ -119,6 +119,27 @@ def test_the_last_layer_is_kept_where_an_answer_is_predicted_and_where_the_gate_
     corpus.supervise_all([3])
     with pytest.raises(ContractError, match=r"last layer was not kept where rows 3 \(conversation c3\)"):
         corpus.pack([RowSlice(3, 0, 11)], torch.device("cpu"))
+
+
+@pytest.mark.parametrize(
+    ("stored", "wanted", "requested"),
+    [("everywhere", "everywhere", 1), ("everywhere", "answers", 1), ("answers", "everywhere", 25)],
+)
+def test_rows_with_tokens_of_an_earlier_artifact_are_copied(
+    tmp_path: Path, config: Config, serve: Start, stored: str, wanted: str, requested: int
+) -> None:
+    server, new = serve(), [99, *range(2, 12)]
+    main(earlier := job_in(tmp_path, config, server, last_state=stored))
+    other = tmp_path / "other"
+    rows = [ROWS[4], new, *ROWS[7:]]
+    main(fresh := job_in(other, config, server, name="fresh", rows=rows, last_state=wanted))
+    server.asked.clear()
+    job = job_in(other, config, server, last_state=wanted)
+    job.reuse = [ReusableRows(hidden_states=tmp_path / "gone"), ReusableRows(hidden_states=earlier.output)]
+    main(job)
+    assert (len(server.asked), job.record["reused"]) == (requested, 25 - requested)
+    assert new in server.asked
+    assert files(job.output) == files(fresh.output)
 
 
 @pytest.mark.parametrize("connector", ["example", "fp8"])

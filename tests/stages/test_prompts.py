@@ -52,9 +52,9 @@ def test_every_usable_conversation_is_kept_with_its_first_user_turns_only(tmp_pa
 
 
 def test_a_draw_is_the_same_every_time_and_a_row_more_displaces_at_most_one(tmp_path: Path) -> None:
-    def drawn(name: str, texts: list[str], seed: int = 0) -> list[str]:
+    def drawn(name: str, texts: list[str], seed: int = 0, count: int = 20) -> list[str]:
         config = config_of("a")
-        config.prompts.num_conversations, config.prompts.seed = 20, seed
+        config.prompts.num_conversations, config.prompts.seed = count, seed
         (tmp_path / name).mkdir()
         path = write_set(tmp_path / name / "a.json", texts)
         job = make_job("prompts", tmp_path / name / "w", config, dataset__a=path)
@@ -67,6 +67,7 @@ def test_a_draw_is_the_same_every_time_and_a_row_more_displaces_at_most_one(tmp_
     assert drawn("again", texts) == first
     assert len(set(first) - set(drawn("longer", [*texts, "one more"]))) <= 1
     assert drawn("seed", texts, seed=1) != first
+    assert drawn("more", texts, count=30)[:20] == first, "so that growing a recipe asks for the new ones alone"
 
 
 def test_held_out_conversations_are_left_out_and_counted(tmp_path: Path) -> None:

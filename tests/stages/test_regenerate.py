@@ -14,6 +14,7 @@ from safetensors.torch import load_file, save_file
 from speculators.config.choices import Dtype, HiddenStatesDtype, OnBadRow
 from speculators.config.fields import select
 from speculators.config.schema import Config, Regenerate, from_builtins
+from speculators.data.answer_log import read_answers
 from speculators.engine.client import Completion
 from speculators.engine.transfer import FileTransfer
 from speculators.errors import ContractError, StageError
@@ -25,7 +26,7 @@ from speculators.job import Endpoint, Job
 from speculators.runner.planning.graph import KEEPING, KINDS
 from speculators.runner.store.artifact import sha256
 from speculators.stages import regenerate
-from speculators.stages.regenerate import TurnFiles, answer, continues, in_order, read_answers
+from speculators.stages.regenerate import TurnFiles, answer, continues, in_order
 from tests.stages.jobs import make_job
 
 CONFIG = Regenerate(max_tokens=50)
@@ -115,25 +116,13 @@ def test_an_empty_answer_ends_the_conversation_and_is_named() -> None:
 
 def test_finished_answers_are_read_back_and_a_cut_line_is_taken_off(tmp_path: Path) -> None:
     log = tmp_path / "answers.jsonl"
-    assert read_answers(log) == {}
+    assert read_answers(log) == []
     lines = [json.dumps({"index": i, "id": f"c{i}", "turns": [], "messages": []}) + "\n" for i in (4, 0)]
     log.write_text("".join(lines) + '{"index": 2, "id": "c2", "tur')
-    assert sorted(read_answers(log)) == [0, 4]
+    assert [answer["index"] for answer in read_answers(log)] == [4, 0]
     with log.open("a") as file:  # the next attempt appends
         file.write(json.dumps({"index": 2, "turns": []}) + "\n")
-    assert sorted(read_answers(log)) == [0, 2, 4]
-
-
-def said(prompt: list[int], tokens: list[int]) -> Completion:
-    return Completion(
-        prompt_ids=prompt,
-        token_ids=tokens,
-        text="",
-        finish_reason="stop",
-        logprobs=[],
-        kv_transfer_params={},
-        seconds=0.0,
-    )
+    assert [answer["index"] for answer in read_answers(log)] == [4, 0, 2]
 
 
 def keeping(
@@ -188,7 +177,7 @@ def test_the_states_of_a_history_are_kept_once_where_the_template_keeps_it(
 ) -> None:
     job = keeping(tmp_path, config, "bfloat16")
     words = kind(tmp_path, "one two", "three four", "five six")
-    keeper = TurnFiles(job, 0)
+    keeper = TurnFiles(job, 0, sampled=True)
     made = asyncio.run(answer(words, conversation("a", "b", "c"), CONFIG, 100, keeper))  # type: ignore[arg-type]
     assert [i for i, turn in enumerate(made["turns"]) if "states" in turn] == kept
     files = sorted(path.name for path in (job.scratch / "states").iterdir())
@@ -321,7 +310,7 @@ def test_states_are_kept_in_float8_with_their_scales(tmp_path: Path, config: Con
     job = keeping(tmp_path, config, "float8_e4m3fn")
     states = torch.randn(3, 1, 8)
     save_file({"hidden_states": states, "token_ids": torch.tensor([1, 2, 3])}, tmp_path / "sent")
-    name = TurnFiles(job, 0).write(0, said([1, 2], [3, 4]), FileTransfer(tmp_path / "sent"))
+    name = TurnFiles(job, 0, sampled=True).write(0, [1, 2, 3], FileTransfer(tmp_path / "sent"))
     kept = load_file(job.scratch / "states" / name)
     assert kept["states"].dtype is torch.float8_e4m3fn
     assert torch.equal(decode(kept), decode(encode("row", states, "float8_e4m3fn")))
@@ -338,15 +327,15 @@ def test_states_of_a_turn_are_kept_in_the_stored_type_and_of_other_tokens_refuse
         save_file({"hidden_states": states, "token_ids": torch.tensor([1, 2, 3])}, path)
         return FileTransfer(path)
 
-    name = TurnFiles(job, 12).write(1, said([1, 2], [3, 4]), written())
+    name = TurnFiles(job, 12, sampled=True).write(1, [1, 2, 3], written())
     assert name == "0000012-1.safetensors"
     kept = load_file(job.scratch / "states" / name)
     assert torch.equal(kept["states"], states.bfloat16())
     assert kept["token_ids"].tolist() == [1, 2, 3]
-    assert TurnFiles(job, 0).request["logprobs"] == 2
-    assert "logprobs" not in TurnFiles(job, 16).request
+    assert TurnFiles(job, 0, sampled=True).request["logprobs"] == 2
+    assert "logprobs" not in TurnFiles(job, 16, sampled=False).request
     with pytest.raises(ContractError, match="conversation 12: the server exported the hidden states of other tokens"):
-        TurnFiles(job, 12).write(2, said([1, 2], [9, 4]), written())
+        TurnFiles(job, 12, sampled=True).write(2, [1, 2, 9], written())
 
 
 class Troubled(WordsWithStates):
@@ -365,7 +354,7 @@ def test_an_answer_with_bad_states_stops_or_ends_its_conversation_as_the_recipe_
 ) -> None:
     def made(job: Job) -> dict[str, Any]:
         words = Troubled(tmp_path, "one", "bad", "never")
-        return asyncio.run(answer(words, conversation("a", "b", "c"), CONFIG, 100, TurnFiles(job, 0)))  # type: ignore[arg-type]
+        return asyncio.run(answer(words, conversation("a", "b", "c"), CONFIG, 100, TurnFiles(job, 0, sampled=True)))  # type: ignore[arg-type]
 
     config.target.dtype = Dtype.float32
     with pytest.raises(StageError, match="conversation 0: the target's hidden states are not finite"):

@@ -262,6 +262,8 @@ class Execution:
                 self._decided(current)
                 return current
             self._check_disk(node)
+            for reused in step.reuse.artifacts:
+                self.planner.store.touch(reused)
             yield from self._attempts(step, placement, devices)
             artifact = self.planner.store.find(node.kind, step.key)
             if artifact is None:
@@ -289,9 +291,10 @@ class Execution:
         """Other nodes that may still run and need a server of the pipeline on this machine."""
         unfinished = [n for n in self.planner.graph.values() if n.name not in self.steps or n.name in self._tasks]
         served_here = [
-            n for n in unfinished if n.mode and n is not node and not has_remote_servers(self.config, n.kind)
+            n for n in unfinished if n.mode and n.name != node.name and not has_remote_servers(self.config, n.kind)
         ]
-        return [n for n in served_here if self._step(n).state in (State.run, State.waits)]
+        steps = map(self._step, served_here)
+        return [step.node for step in steps if step.node.mode and step.state in (State.run, State.waits)]
 
     def _stop_unneeded_servers(self, node: Node) -> None:
         """Stop the idle servers that no upcoming stage needs."""
@@ -405,6 +408,7 @@ class Execution:
             digests={slot: self.steps[upstream].digest for slot, upstream in node.inputs.items()},
             services={name: server.request_entry() for name, server in servers.items()},
             orders=to_builtins(self.servers.orders(node)),
+            reuse=[rows.as_json() for rows in step.reuse.sources],
             work=str(self.planner.store.work(node.kind, step.key)),
             store=str(self.planner.store.root),
             preimage=step.preimage,
@@ -418,6 +422,7 @@ class Execution:
                 "attempt": attempt,
                 **({} if is_remote(self.config, node.kind) else {"began": self._began[node.name]}),
                 "inputs": {slot: self.steps[upstream].key for slot, upstream in node.inputs.items()},
+                "reuse": [artifact.key for artifact in step.reuse.artifacts],
             },
             phase=index,
             phases=count,

@@ -137,16 +137,20 @@ def placement_for(node: Node, config: Config, machine: Machine, sizes: Sizes) ->
     """
     phases = tuple(tuple(phase) for phase in graph.phases(node, config))
     remote = executors.is_remote(config, node.kind)
-    external = bool(config.serve.url) or phases == ((),)
-    if external:
-        placed = Placement(phases=tuple(tuple(PlacedServer(serving=s, devices=()) for s in phase) for phase in phases))
-        if not node.spec.trains:
-            return replace(placed, on_this_machine=not remote)
+    started = tuple(phase for phase in phases if any(not serving.url for serving in phase))
+    running = tuple(
+        tuple(PlacedServer(serving=serving, devices=()) for serving in phase)
+        for phase in phases
+        if phase not in started
+    )
+    if not started and not node.spec.trains:
+        return Placement(phases=running, on_this_machine=not remote)
     used = _job(config, machine) if remote else machine
     node = replace(node, part=None) if remote else node  # workers of one stage have a job each
     placing = _Placing(node, config, used, sizes)
-    placement = placing.training_only() if external else placing.with_servers(phases)
-    return replace(placement, phases=placed.phases if external else placement.phases, on_this_machine=not remote)
+    placement = placing.with_servers(started) if started else placing.training_only()
+    placed = placement.phases if started else ()
+    return replace(placement, phases=(*running, *placed), on_this_machine=not remote)
 
 
 def device_names(config: Config, machine: Machine) -> list[str]:
@@ -197,8 +201,8 @@ class _Placing:
         return Placement(
             phases=placed,
             gpus=True,
-            devices=max(1 + max(server.devices) for servers in placed for server in servers),
-            memory=BASE_MEMORY_BYTES + max(map(len, placed)) * self.weights,
+            devices=max((1 + max(server.devices) for servers in placed for server in servers), default=0),
+            memory=BASE_MEMORY_BYTES + max(map(len, placed), default=0) * self.weights,
             notes=self._notes(),
         )
 
@@ -267,7 +271,9 @@ class _Placing:
             worker=(0,),
             processes=train.num_processes or 1,
             fsdp=bool(train.fsdp),
-            memory=BASE_MEMORY_BYTES + max(need([s.serving for s in servers]) for servers in placed) + streamed,
+            memory=BASE_MEMORY_BYTES
+            + max((need([s.serving for s in servers]) for servers in placed), default=0)
+            + streamed,
             exclusive=self.node.spec.measures,
             split=self._split_cores() if self.node.draws else None,
         )

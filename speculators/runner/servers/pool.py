@@ -99,8 +99,11 @@ class ServerPool:
             TransientError: a server does not start, but another attempt may succeed.
         """
         if executors.has_remote_servers(self.planner.config, node.kind):
-            self._orders[node.name] = {placed.serving.name: self._order(placed, node) for placed in phase}
-            return {}
+            ordered = [placed for placed in phase if not placed.serving.url]
+            self._orders[node.name] = {placed.serving.name: self._order(placed, node) for placed in ordered}
+            phase = [placed for placed in phase if placed.serving.url]
+            if not phase:
+                return {}
         needed = self._assign(node, phase, devices)
         self._leases[node.name] = []
         for entry in list(self._running):
@@ -186,7 +189,7 @@ class ServerPool:
                 numbered[number] = device
 
         def assigned(numbers: Devices) -> Devices:
-            return tuple(sorted(numbered[number] for number in numbers))
+            return tuple(sorted(numbered[number] for number in numbers if number in numbered))
 
         self._worker_devices[node.name] = assigned(placement.worker)
         return {(self.key(placed, node), assigned(placed.devices)): placed for placed in phase}
@@ -201,10 +204,10 @@ class ServerPool:
 
     def _start(self, placed: PlacedServer, node: Node, devices: Devices) -> Server:
         planner, mode = self.planner, placed.serving.mode
-        if planner.config.serve.url:
+        if placed.serving.url:
             nonce, log = secrets.token_hex(4), f"vllm-{mode}-{placed.serving.dtype.name}"
             directory = self._directories / nonce
-            server = external(planner.config, mode, directory, self._logs / f"{log}-{nonce}.log")
+            server = external(planner.config, placed.serving.url, mode, directory, self._logs / f"{log}-{nonce}.log")
             proposal = planner.proposal(node, placed.serving)
             server.spec.num_speculative_tokens = proposal.get("num_speculative_tokens", 0)
         else:

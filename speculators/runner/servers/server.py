@@ -253,7 +253,7 @@ class Server:
                     return
             except (OSError, ValueError, LookupError, TypeError) as error:
                 if not self.spec.argv:
-                    hint = "start it, or leave serve.url empty to have one started"
+                    hint = "start it, or leave its option empty to have one started"
                     self._failure = ServiceError(f"no server answers at {url}: {error}", hint)
                     return
             else:
@@ -334,8 +334,8 @@ def cause(lines: list[str]) -> str:
     return message.strip()[:MAX_CAUSE_CHARACTERS]
 
 
-def external(config: Config, mode: str, directory: Path, log: Path) -> Server:
-    """The external server at `serve.url`, which the run uses and never stops.
+def external_api_key(config: Config) -> str:
+    """The API key of external servers; empty if the recipe names none.
 
     Raises:
         ServiceError: `serve.api_key_env` names a variable that is not set.
@@ -343,14 +343,23 @@ def external(config: Config, mode: str, directory: Path, log: Path) -> Server:
     variable = config.serve.api_key_env
     if variable and variable not in os.environ:
         raise ServiceError(f"serve.api_key_env names {variable}, which is not set", f"export {variable}=KEY")
+    return os.environ.get(variable, "") if variable else ""
+
+
+def external(config: Config, url: str, mode: str, directory: Path, log: Path) -> Server:
+    """The external server at `url`, which the run uses and never stops.
+
+    Raises:
+        ServiceError: `serve.api_key_env` names a variable that is not set.
+    """
     spec = ServerSpec(
         name=directory.name,
         mode=mode,
         argv=[],
         env={},
-        url=config.serve.url.rstrip("/"),
+        url=url.rstrip("/"),
         model="",
-        api_key=os.environ.get(variable, "") if variable else "",
+        api_key=external_api_key(config),
         log=log,
         # A measurement uses one server.
         extra_urls=[url.rstrip("/") for url in config.serve.extra_urls] if mode in ("generate", "extract") else [],

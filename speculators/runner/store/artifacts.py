@@ -38,6 +38,8 @@ from speculators.runner.store.artifact import FORMAT, Artifact, is_complete, man
 
 CACHEDIR_TAG = "Signature: 8a477f597d28d172789f06886806bc55\n# Made by speculators-run; backup programs may skip it.\n"
 """See https://bford.info/cachedir/."""
+PREIMAGE = "preimage.json"
+"""File in a work directory with the preimage of its key."""
 KNOWN = {"format", "CACHEDIR.TAG", "artifacts", "work", "locks", "quarantine", "services"}
 """Names in a store's root; any other name means that the directory is not a store."""
 
@@ -138,6 +140,12 @@ class Store:
     def work(self, stage: str, key: str) -> Path:
         """The work directory of this key. Only the holder of the claim may write there."""
         return self.root / "work" / stage / key
+
+    def attempts(self, stage: str) -> Iterator[tuple[Path, dict[str, Any]]]:
+        """The work directories of unfinished attempts at a stage in this store, with the preimages of their keys."""
+        for path in sorted((self.root / "work" / stage).glob("[!.]*")):
+            with contextlib.suppress(OSError, ValueError):
+                yield path, json.loads((path / PREIMAGE).read_text())
 
     @contextlib.contextmanager
     def claim(

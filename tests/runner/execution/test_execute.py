@@ -6,6 +6,7 @@ often as that says. Real processes are in tests/crash.
 
 from __future__ import annotations
 
+import dataclasses
 import inspect
 import itertools
 import json
@@ -22,6 +23,7 @@ from speculators.config.choices import DataFormat, Device, Dtype
 from speculators.config.execution import StageLimits
 from speculators.config.schema import Config, Dataset
 from speculators.errors import ContractError, RecipeError, RunError, ServiceError, StageError, StoreError
+from speculators.job import ReusableRows
 from speculators.runner import executors
 from speculators.runner.execution import execute
 from speculators.runner.execution.device_locks import DeviceLocks
@@ -29,9 +31,10 @@ from speculators.runner.execution.events import Events
 from speculators.runner.execution.execute import Execution
 from speculators.runner.execution.signals import Interrupted
 from speculators.runner.hardware import GIB
-from speculators.runner.planning import estimate, graph
+from speculators.runner.planning import estimate, graph, plan
 from speculators.runner.planning.graph import Kind
 from speculators.runner.planning.plan import Planner
+from speculators.runner.planning.reuse import Reuse
 from speculators.runner.planning.sizes import Sizes
 from speculators.runner.servers import vllm
 from speculators.runner.servers.server import ServerSpec
@@ -308,6 +311,22 @@ def test_speed_is_measured_alone_where_all_share_the_cores(mill: Callable[..., W
     world.lasts = {"b": 10, "c": 10}
     world.run()
     assert world.together() == 1
+
+
+@pytest.mark.parametrize(("new", "prefilled", "servers"), [(0, 0, 0), (1, 0, 1), (0, 1, 1)])
+def test_a_server_is_started_for_what_earlier_artifacts_lack_alone(
+    mill: Callable[..., World], monkeypatch: pytest.MonkeyPatch, tmp_path: Path, new: int, prefilled: int, servers: int
+) -> None:
+    monkeypatch.setitem(
+        graph.KINDS, "reask", dataclasses.replace(KINDS["ask"], takes={"grain": "grain"}, reuses="answers")
+    )
+    rows = ReusableRows(conversations=tmp_path / "rows/conversations.jsonl")
+    reuse = Reuse(sources=(rows,), artifacts=(), rows=3, new=new, prefilled=prefilled)
+    monkeypatch.setattr(plan, "find_reuse", lambda *_: reuse)
+    world = mill({"serve": {}, "seed": {}, "reask": {"grain": "seed", "target": "serve"}})
+    world.run()
+    assert len(world.servers) == servers
+    assert json.loads((world.directory / "requests/reask-0.json").read_text())["reuse"] == [rows.as_json()]
 
 
 @pytest.fixture

@@ -166,9 +166,14 @@ def test_a_stubborn_server_that_never_gets_ready_can_be_stopped(
 def test_the_directory_of_an_external_servers_states_is_the_one_that_the_recipe_names(tmp_path: Path) -> None:
     config = Config()
     config.serve.url, config.serve.hidden_states_dir = "http://gpu-7:8000", "/mnt/states"
-    assert external(config, "extract", tmp_path / "n2", tmp_path / "log").request_entry()["directory"] == "/mnt/states"
+    assert (
+        external(config, config.serve.url, "extract", tmp_path / "n2", tmp_path / "log").request_entry()["directory"]
+        == "/mnt/states"
+    )
     config.serve.hidden_states_dir, config.extract.connector = "", Connector.example
-    assert external(config, "extract", tmp_path / "n2", tmp_path / "log").spec.hidden_states_dir is None
+    assert (
+        external(config, config.serve.url, "extract", tmp_path / "n2", tmp_path / "log").spec.hidden_states_dir is None
+    )
 
 
 def test_a_stage_hears_of_the_mooncake_store_where_the_recipe_puts_states_into_one(tmp_path: Path) -> None:
@@ -176,7 +181,7 @@ def test_a_stage_hears_of_the_mooncake_store_where_the_recipe_puts_states_into_o
     config.serve.url, config.serve.mooncake.master = "http://gpu-7:8000", "10.0.0.1:50052"
     heard = []
     for config.extract.connector in (Connector.example, Connector.mooncake):
-        plain = external(config, "extract", tmp_path / "n2", tmp_path / "log").request_entry()
+        plain = external(config, config.serve.url, "extract", tmp_path / "n2", tmp_path / "log").request_entry()
         make_request("extract", tmp_path, services={"target": plain}).write(tmp_path / "request.json")
         heard.append(Request.read(tmp_path / "request.json").job().services["target"].mooncake)
     assert heard == [None, Mooncake(master="10.0.0.1:50052")]
@@ -189,34 +194,34 @@ def test_an_external_server_is_used_under_its_own_name_and_never_stopped(
     ours.start()
     assert settle(ours) == "ready"
     config = Config()
-    config.serve.url, config.serve.api_key_env = ours.spec.url + "/", "THEIR_KEY"
+    url, config.serve.api_key_env = ours.spec.url + "/", "THEIR_KEY"
     with pytest.raises(ServiceError, match="THEIR_KEY, which is not set"):
-        external(config, "baseline", tmp_path / "n2", tmp_path / "log")
+        external(config, url, "baseline", tmp_path / "n2", tmp_path / "log")
     monkeypatch.setenv("THEIR_KEY", "wrong")
-    refused = external(config, "baseline", tmp_path / "n2", tmp_path / "log")
+    refused = external(config, url, "baseline", tmp_path / "n2", tmp_path / "log")
     refused.start()
     assert settle(refused) == "dead"
     assert "refuses the API key" in refused.failure().message
     monkeypatch.setenv("THEIR_KEY", "secret-of-n1")
-    used = external(config, "baseline", tmp_path / "n2", tmp_path / "log")
+    used = external(config, url, "baseline", tmp_path / "n2", tmp_path / "log")
     used.start()
     assert settle(used) == "ready"
     assert used.request_entry()["model"] == "target-n1"
     used.stop()
     assert ours.poll() == "ready"
     config.serve.extra_urls = [ours.spec.url + "/"]
-    assert external(config, "baseline", tmp_path / "n2", tmp_path / "log").request_entry()["also"] == []
-    several = external(config, "generate", tmp_path / "n2", tmp_path / "log")
+    assert external(config, url, "baseline", tmp_path / "n2", tmp_path / "log").request_entry()["also"] == []
+    several = external(config, url, "generate", tmp_path / "n2", tmp_path / "log")
     several.start()
     assert settle(several) == "ready"
     assert several.request_entry()["also"] == [ours.spec.url]
     config.serve.extra_urls = [f"http://127.0.0.1:{free_port()}"]
-    missing = external(config, "generate", tmp_path / "n2", tmp_path / "log")
+    missing = external(config, url, "generate", tmp_path / "n2", tmp_path / "log")
     missing.start()
     assert settle(missing) == "dead"
     assert f"no server answers at {config.serve.extra_urls[0]}" in missing.failure().message
     ours.stop()
-    gone = external(config, "baseline", tmp_path / "n2", tmp_path / "log")
+    gone = external(config, url, "baseline", tmp_path / "n2", tmp_path / "log")
     gone.start()
     assert settle(gone) == "dead"
     assert "no server answers" in gone.failure().message

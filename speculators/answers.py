@@ -1,0 +1,56 @@
+"""Identity of answered conversations, by which a later run finds them again, and the index of a file that holds them.
+
+What the target answers depends on the target, the engine, the sampling options and the messages of the conversation.
+The first three are equal for all rows of an artifact, and the runner compares them (`runner.planning.reuse`). The
+messages have the digest `row_digest`. `rows.jsonl` lists the digests of a file of conversations, so that nobody has to
+read the conversations to know which ones it holds.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+ANSWER_LOG = "answers.jsonl"
+"""Name of the file of conversations in the scratch directory of an attempt; an artifact has `conversations.jsonl`."""
+ROWS = "rows.jsonl"
+"""Name of the index, in the directory of the conversations."""
+BAD_STATES = "bad_states"
+"""`dropped` of a conversation that ends before an answer with unusable hidden states. It is always requested again."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class AnsweredRow:
+    """A line of `rows.jsonl`: a conversation that the target has answered, or that was dropped."""
+
+    digest: str
+    """`row_digest` of the conversation's messages before it was answered."""
+    dropped: str | None
+    """Why answers are missing; None if there are all."""
+    line: int | None
+    """Number of the line, from 0, of the file of conversations; None if no answer was kept."""
+
+
+def row_digest(messages: Sequence[Mapping[str, Any]]) -> str:
+    """sha256 of the messages of a conversation, in hex."""
+    text = json.dumps(list(messages), sort_keys=True, separators=(",", ":"), ensure_ascii=False)
+    return hashlib.sha256(text.encode(errors="surrogatepass")).hexdigest()
+
+
+def row_line(row: AnsweredRow) -> str:
+    """The line of `rows.jsonl` for a row, with its line break."""
+    return json.dumps(asdict(row)) + "\n"
+
+
+def read_rows(directory: Path) -> Iterator[AnsweredRow]:
+    """Read the index of a directory; nothing if it has none. A line that is cut off ends it."""
+    try:
+        with (directory / ROWS).open(encoding="utf-8") as lines:
+            for line in lines:
+                yield AnsweredRow(**json.loads(line))
+    except (OSError, ValueError, TypeError):
+        return
