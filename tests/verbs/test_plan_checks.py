@@ -136,7 +136,8 @@ def given(world: Path, **fields: object) -> str:
 def test_plan_checks_a_draft_that_is_only_measured_and_asks_for_no_other_stage(
     world: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    words = ["plan", "recipe=eagle3.yaml", "pipeline=evaluate", given(world), "evaluate.num_speculative_tokens=[2,5]"]
+    words = ["plan", "--servers", "recipe=eagle3.yaml", "pipeline=evaluate", given(world)]
+    words += ["evaluate.num_speculative_tokens=[2,5]"]
     assert cli._guarded(words) == 0
     output = capsys.readouterr().out
     assert [line.split()[:2] for line in output.splitlines() if line.startswith(("run", "waits"))] == [
