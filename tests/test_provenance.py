@@ -86,6 +86,7 @@ def test_no_file_of_a_run_or_of_the_store_holds_a_secret(
     rows = tmp_path / "rows.json"
     rows.write_text(json.dumps([{"id": f"r{i}", "conversations": [*turns[:1], turns[1]]} for i in range(3)]))
     monkeypatch.chdir(tmp_path)
+    (tmp_path / "states").mkdir()
     words = [DEMO, f"target.source={checkpoint}", f"data.sharegpt.source={rows}", "evaluate.datasets=[sharegpt]"]
     words += ["target.num_hidden_layers=4", "target.hidden_size=8", "target.vocab_size=32", "vocab.size=16"]
     words += [
