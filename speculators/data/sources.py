@@ -17,8 +17,8 @@ from typing import Any
 
 from speculators.errors import SourceError
 
-MODEL_FILES = ["*.safetensors", "*.json", "*.jinja", "*.model", "vocab.txt", "merges.txt"]
-"""Files of a checkpoint: weights, configuration, tokenizer, chat template. No pickles and no code."""
+MODEL_FILES = ["*.safetensors", "*.json", "*.jinja", "*.model", "vocab.txt", "merges.txt", "README.md"]
+"""Files of a checkpoint: weights, configuration, tokenizer, chat template, model card. No pickles and no code."""
 
 _BLOCK = 1 << 20
 

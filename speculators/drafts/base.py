@@ -42,7 +42,7 @@ class TargetParts:
     """What a draft takes over from its target."""
 
     name: str
-    """The target's name for the checkpoint's config; nothing is loaded by it."""
+    """Hub id or absolute path. The checkpoint's config has it, by which vLLM and upstream load the target."""
     architectures: list[str]
     config: Mapping[str, Any]
     """The target's text config, with its defaults."""

@@ -3,13 +3,15 @@
 Hidden states come from an artifact, or from a server while training runs (pipelines `online` and `hybrid`); those of a
 server are cached in `scratch/states`.
 
-The artifact: `best/` and `last/` (checkpoints in the speculators format), `epochs/N/` (with `train.save_every_epochs`,
-one each), `metrics.jsonl` (a line every `train.log_every_steps` steps and at each validation), `summary.json`.
+The artifact: `best/` (a checkpoint in the speculators format, with a model card), `last/`, `epochs/N/` (checkpoints;
+with `train.save_every_epochs`), `metrics.jsonl` (a line every `train.log_every_steps` steps and at each validation),
+`summary.json`.
 """
 
 from __future__ import annotations
 
 import contextlib
+import json
 import os
 import shutil
 from collections.abc import Iterator
@@ -20,6 +22,7 @@ from typing import Any, cast
 import torch
 from safetensors.torch import load_file
 
+from speculators import model_card
 from speculators.config.choices import Device
 from speculators.config.fields import iter_options, to_builtins
 from speculators.drafts import DRAFTS
@@ -81,7 +84,7 @@ def fit(ranks: Ranks, job: Job) -> Loop:
 
     if options.needs_mask_token():
         options = replace(cast(Any, options), mask_token_id=target.mask_token_id())
-    parts = target.parts(vocabulary.tokens)
+    parts = target.parts(vocabulary.tokens, job.derived["verifier"]["name"])
     draft_class, layer_ids = DRAFTS[options.algorithm], job.derived["layer_ids"]
     draft = draft_class.from_target(parts, options, vocabulary, layer_ids, train.seed).to(device)
     norm = target.final_norm()
@@ -106,7 +109,8 @@ def fit(ranks: Ranks, job: Job) -> Loop:
             target_head=target_head,
             data_loader=data_loader,
             train=train,
-            save_dtype=getattr(torch, job.config.target.dtype.name),
+            # The target's own: servers cast both to one format, and a wider one only takes more space.
+            save_dtype=parts.embeddings.dtype,
             scratch=job.scratch,
             device=device,
             report=report,
@@ -225,6 +229,19 @@ def deterministic_algorithms() -> Iterator[None]:
         deterministic.fill_uninitialized_memory = fill
 
 
+def write_card(job: Job, summary: dict[str, Any]) -> None:
+    """Write the best checkpoint's model card."""
+    best = job.output / BEST
+    card = model_card.model_card(
+        json.loads((best / "config.json").read_text()),
+        model="DIRECTORY",
+        revision=job.derived["verifier"]["revision"],
+        license=model_card.stated_license(job.inputs["target"]),
+        training=summary,
+    )
+    (best / model_card.FILE).write_text(card, encoding="utf-8")
+
+
 def publish(job: Job, loop: Loop) -> None:
     """Copy checkpoints and metrics to the artifact. Times go to the record, so that no file depends on them."""
     for name in (BEST, LAST):
@@ -245,6 +262,7 @@ def publish(job: Job, loop: Loop) -> None:
         "parameters": sum(shape.numel() for shape in loop.optimizers.shapes.values()),
     }
     write_json(job.output / "summary.json", summary)
+    write_card(job, summary)
     tokens_per_second = loop.attempt_tokens / loop.seconds if loop.seconds else 0.0
     job.record |= summary | {
         "seconds_in_steps": round(loop.seconds, 1),

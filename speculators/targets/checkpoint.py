@@ -75,12 +75,6 @@ class TargetCheckpoint:
         """Number V of rows of the embeddings and of the head."""
 
     @property
-    def name(self) -> str:
-        """The name in config.json; the architecture if there is none."""
-        name = self.raw.get("_name_or_path") or self.raw.get("_model_name_or_path")
-        return str(name or next(iter(self.architectures), self.config["model_type"]))
-
-    @property
     def logit_scale(self) -> float:
         """The factor of the head's output: the product of all config fields that name one."""
         scale = float(self.config.get("logits_scaling") or 1.0)
@@ -132,10 +126,13 @@ class TargetCheckpoint:
         head = self._matrix(name)
         return head if rows is None else head.index_select(0, rows)
 
-    def parts(self, rows: Tensor | None = None) -> TargetParts:
-        """What a draft takes over from its target; of the head only `rows` (int64), if given."""
+    def parts(self, rows: Tensor | None = None, name: str = "") -> TargetParts:
+        """What a draft takes over from its target; of the head only `rows` (int64), if given.
+
+        `name` is what other programs load the target by, such as its hub id; empty: this directory.
+        """
         return TargetParts(
-            name=self.name,
+            name=name or str(self.directory.absolute()),
             architectures=self.architectures,
             config=self.config,
             rope_parameters=rope_parameters(self.config),

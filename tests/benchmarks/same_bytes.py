@@ -81,7 +81,7 @@ class Stages:
             stage=stage,
             key="0" * 64,
             config=self.config,
-            derived={**self.derived, "phase": 0, "phases": 1},
+            derived={**self.derived, "phase": 0, "phases": 1, "verifier": {"name": "", "revision": ""}},
             inputs=self.past.inputs(before),
             digests=before["preimage"]["inputs"],
             services={},

@@ -63,7 +63,7 @@ def vocabulary(kept: int = 40) -> Vocabulary:
 def make_parts(directory: Path, kept: int = 40) -> tuple[TargetParts, Vocabulary]:
     """What a draft takes over from the target in `directory`, and its vocabulary."""
     vocab = vocabulary(kept)
-    return replace(TargetCheckpoint(directory).parts(vocab.tokens), name=str(directory)), vocab
+    return TargetCheckpoint(directory).parts(vocab.tokens), vocab
 
 
 def make_teacher(directory: Path, draft: Draft) -> TargetHead:

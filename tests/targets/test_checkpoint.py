@@ -54,7 +54,8 @@ def test_an_untied_head_is_read_by_rows(tmp_path: Path) -> None:
     rows = torch.tensor([3, 5, 20])
     assert torch.equal(target.head(rows), tensors["lm_head.weight"][rows])
     assert torch.equal(target.embeddings(), tensors["model.embed_tokens.weight"])
-    assert (target.hidden_size, target.vocab_size, target.name) == (H, V, "LlamaForCausalLM")
+    assert (target.hidden_size, target.vocab_size, target.parts().name) == (H, V, str(tmp_path))
+    assert target.parts(name="org/model").name == "org/model"
 
 
 def test_a_tied_head_is_the_embeddings(tmp_path: Path) -> None:

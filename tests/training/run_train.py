@@ -53,7 +53,11 @@ def make_job(
         stage="train",
         key="0" * 64,
         config=from_builtins(Config, select(config, reads)),
-        derived={"layer_ids": [1, 3, 4], "capture_layer_ids": [1, 3, 4, 6]},
+        derived={
+            "layer_ids": [1, 3, 4],
+            "capture_layer_ids": [1, 3, 4, 6],
+            "verifier": {"name": "org/target", "revision": "abc"},
+        },
         inputs={name: world / name for name in ("tokens", "vocab", "target", *(() if endpoint else ("features",)))},
         digests={"target": "t" * 64, "tokens": "k" * 64, "features": "f" * 64, "vocab": "v" * 64},
         services={"target": endpoint} if endpoint else {},

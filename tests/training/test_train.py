@@ -218,6 +218,12 @@ def test_training_learns_and_says_what_it_did(world: Path, tmp_path: Path) -> No
     )
     assert job.record["tokens_per_second"] > 0
     assert all(name.removeprefix("validation.") in job.record["validation"] for name in METRICS["train"])
+    config = json.loads((job.output / "best/config.json").read_text())
+    assert config["speculators_config"]["verifier"]["name_or_path"] == "org/target"
+    assert load_file(job.output / "best/model.safetensors")["fc.weight"].dtype is torch.bfloat16, "as the target's"
+    card = (job.output / "best/README.md").read_text()
+    assert "vllm serve DIRECTORY" in card
+    assert f"{summary['validation']['acceptance_length']:.3f}" in card
     best, last = (Eagle3Draft.from_checkpoint(job.output / name) for name in ("best", "last"))
     assert best.fc.weight.isfinite().all()
     assert last.fc.weight.isfinite().all()

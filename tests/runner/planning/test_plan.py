@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from dataclasses import replace
 from pathlib import Path
 
@@ -10,11 +11,11 @@ import pytest
 from speculators.config import compose
 from speculators.config.schema import Config
 from speculators.errors import ContractError, RecipeError, ServiceError
-from speculators.runner.planning import graph, plan
+from speculators.runner.planning import graph, key, plan
 from speculators.runner.planning.plan import Planner, State, describe
 from speculators.runner.servers import vllm
 from speculators.runner.store.artifacts import Store
-from tests.conftest import publish_all
+from tests.conftest import OF_CHECKPOINT, publish_all
 
 
 def states(planner: Planner) -> dict[str, tuple[str, str]]:
@@ -100,6 +101,23 @@ def test_the_same_bytes_upstream_stop_the_rerun(config: Config, store: Store) ->
 
     digests["tokenize"] = publish(store, changed, "tokenize", digests)
     assert {s.state for s in changed.plan()} == {State.cached}
+
+
+def test_the_name_of_the_target_for_other_programs_is_in_no_key(store: Store, checkpoint: Path) -> None:
+    elsewhere = checkpoint.with_name("elsewhere")
+    shutil.copytree(checkpoint, elsewhere)
+    planners = [
+        Planner(compose.compose(["recipe=smollm2_eagle3", f"target.source={path}", *OF_CHECKPOINT]), store)
+        for path in (checkpoint, elsewhere)
+    ]
+    assert [p.verifier() for p in planners] == [{"name": str(p), "revision": ""} for p in (checkpoint, elsewhere)]
+    names = {name: name for name in planners[0].graph}
+    steps = [{name: p.step(name, names) for name in p.graph if name != "target"} for p in planners]
+    assert [s.key for s in steps[0].values()] == [s.key for s in steps[1].values()]
+    assert not [s for s in steps[0].values() if "checkpoint" in key.canonical(s.preimage)]
+    commit = "0" * 40
+    planner = Planner(compose.compose(["recipe=smollm2_eagle3", f"target.source=hub:org/model@{commit}"]), store)
+    assert planner.verifier() == {"name": "org/model", "revision": commit}
 
 
 def test_derived_values_reach_who_declared_them(config: Config, store: Store) -> None:
