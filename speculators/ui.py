@@ -181,3 +181,20 @@ def _measurement(row: Mapping[str, Any], positions: int) -> list[str]:
     speeds = [f"{row[side]['tokens_per_second']:.1f}" for side in ("baseline", "speculative")]
     blank = [""] * (positions - len(shares))
     return [f"{row['acceptance_length']:.3f}", *shares, *blank, *speeds, f"{row['speed_up']:.2f}x"]
+
+
+def training(summary: Mapping[str, Any]) -> str:
+    """Format `summary.json` of a training: what it measured itself."""
+    measured = summary.get("validation") or {}
+    if "acceptance_length" not in measured:
+        return f"{summary['steps']} steps; no validation split (train.validation_ratio=0)"
+    return (
+        f"acceptance length {measured['acceptance_length']:.3f} on the validation split "
+        f"({summary['validation_rows']} conversations),\n"
+        f"simulated from hidden states, after {summary['best_step']} of {summary['steps']} steps"
+    )
+
+
+def labelled(steps: Iterable[tuple[str, str]]) -> str:
+    """Format labels and paths or commands; what does not fit 80 columns starts on a line of its own."""
+    return "\n".join(f"{label:<9}" + (text if len(text) <= 71 else f"\n{text}") for label, text in steps)

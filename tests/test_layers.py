@@ -21,6 +21,7 @@ SHARED = [
         "speculators.checkpoint_files",
         "speculators.machine",
         "speculators.answers",
+        "speculators.model_card",
         "speculators.config.fields",
         "speculators.config.choices",
     },
@@ -48,6 +49,7 @@ LEFT = [
     {"speculators.runner.servers.pool"},
     {"speculators.runner.execution.execute"},
     {f"speculators.runner.{name}" for name in ("doctor", "environment", "history")},
+    {"speculators.runner.products"},
     {
         f"speculators.config.{name}"
         for name in ("shipped", "checks", "foreign_names", "documentation", "compose", "composed")
@@ -77,6 +79,7 @@ DOORS = {
     "rich": {"speculators.live"},
     "vllm": {"speculators.engine.connector"},
     "mooncake": {"speculators.engine.mooncake"},
+    "huggingface_hub": {"speculators.data.sources", "speculators.verbs.publish"},
     "submitit": {"speculators.runner.executors.submitit"},
     "ray": {"speculators.runner.executors.ray"},
     "wandb": {"speculators.training.tracking"},

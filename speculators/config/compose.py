@@ -31,7 +31,7 @@ from speculators.config import foreign_names
 from speculators.config.algorithms import SPECULATORS
 from speculators.config.checks import check_config
 from speculators.config.execution import ExecutorOptions
-from speculators.config.fields import MISSING, iter_options
+from speculators.config.fields import MISSING, iter_options, to_builtins
 from speculators.config.schema import Config, Dataset, Evaluate, from_builtins
 from speculators.config.shipped import CONF, available
 from speculators.errors import RecipeError, closest
@@ -81,6 +81,18 @@ def compose(overrides: Sequence[str]) -> Config:
         return typed(composed)
     except (HydraException, omegaconf.errors.OmegaConfBaseException) as error:
         raise _translated(error) from None
+
+
+def as_recipe(config: Config) -> str:
+    """A recipe in YAML with all options of `config` but those of the machine: `recipe=FILE` composes it anywhere."""
+    values = to_builtins(config)
+    for name in ("recipe", "run", "executor", "force", "from_", "until", "only"):
+        values.pop(name, None)
+    defaults: list[dict[str, Any]] = [{"override /speculator": values["speculator"].pop("algorithm")}]
+    for group in _GROUPS:
+        if group != "speculator":  # the options contain what other groups would choose
+            defaults.append({f"override /{group}": [] if group == "data" else None})
+    return f"# @package _global_\n{OmegaConf.to_yaml(OmegaConf.create({'defaults': defaults, **values}))}"
 
 
 def show_by_hydra(arguments: Sequence[str]) -> None:

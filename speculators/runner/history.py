@@ -41,6 +41,8 @@ class Stage:
     log: str = ""
     message: str = ""
     """The full error message of a failed stage."""
+    inputs: dict[str, str] = field(default_factory=dict)
+    """Nodes by input name."""
     record: dict[str, Any] = field(default_factory=dict)
     path: str = ""
     """Its output in the store; empty if there is none, or the run was killed."""
@@ -223,7 +225,7 @@ def _stages(
     for name, step in steps.items():
         stage = stages.setdefault(name, Stage(node=name, state=step.get("state", ""), reason=step.get("reason", "")))
         stage.key = stage.key or step.get("key", "")
-        stage.kind, stage.path = step.get("stage", ""), step.get("path") or ""
+        stage.kind, stage.path, stage.inputs = step.get("stage", ""), step.get("path") or "", step.get("inputs", {})
         if not stage.record and step.get("path"):
             stage.record = _record(Path(step["path"]))
     for stage in stages.values():

@@ -12,7 +12,7 @@ from typing import Any
 from speculators import ui
 from speculators.config.execution import RunOptions
 from speculators.errors import RecipeError
-from speculators.runner import history
+from speculators.runner import history, products
 from speculators.runner.history import Run, Stage
 from speculators.verbs import usage
 
@@ -65,6 +65,7 @@ def _whole_run(run: Run) -> str:
         _section("artifacts", [(stage.node, stage.path) for stage in stages if stage.path]),
         _section("logs", [(stage.node, _log(run, stage)) for stage in stages if stage.log]),
         _section("metrics", [(name, _number(value)) for name, value in run.metrics.items()], right=[1]),
+        ui.labelled(products.next_steps(run)),
     ]  # fmt: skip
     return "\n\n".join(filter(None, paragraphs))
 

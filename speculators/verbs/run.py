@@ -8,6 +8,7 @@ import errno
 import json
 import os
 import shutil
+import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -19,9 +20,11 @@ from speculators.config.fields import to_builtins
 from speculators.config.schema import Config
 from speculators.errors import RecipeError, StoreError
 from speculators.job import write_json
+from speculators.runner import history, products
 from speculators.runner.execution.events import Events
 from speculators.runner.execution.execute import Execution
 from speculators.runner.execution.signals import Interrupted
+from speculators.runner.history import Run
 from speculators.runner.planning import checks, lockfile, trackers
 from speculators.runner.planning.plan import Planner, steps_as_json
 from speculators.runner.servers import guard
@@ -95,15 +98,20 @@ def run_recipe(
                 events.emit("run.finished", status=status, seconds=seconds)
                 events.close()
                 write_json(directory / "run.json", {**ended, "steps": steps_as_json(execution.steps)})
-    for name, step in execution.steps.items():
-        if step.node.kind == "evaluate" and step.path:
-            print(f"{name}: {step.path}\n\n{ui.evaluation(json.loads((step.path / 'evaluation.json').read_text()))}")
+                if status == "done":
+                    write_json(directory / products.LOCK, lockfile.lock_contents(planner))
+    finished = history.read_run(directory)
+    assert finished is not None
+    _print_results(finished)
     if started or announce is not None:
+        products.link_results(finished)
         ui.narrate("done", config.recipe, f"{ui.duration(seconds)}  {directory}")
     else:
         shutil.rmtree(directory)  # a list of runs shows what ran
         ui.narrate("done", config.recipe, f"{ui.duration(seconds)}  all stages were cached, nothing ran")
         ui.narrate("", "", f"artifacts: {planner.store.root}")
+    if lines := ui.labelled(products.next_steps(finished)):
+        print(f"\n{lines}", file=sys.stderr)
 
 
 def _note_start(event: Mapping[str, Any], started: list[str]) -> None:
@@ -121,6 +129,19 @@ def _full_disk_reported(directory: Path) -> Iterator[None]:
         if error.errno not in (errno.ENOSPC, errno.EDQUOT):
             raise
         raise no_space(error, error.filename or directory) from error
+
+
+def _print_results(run: Run) -> None:
+    """Print the evaluations of a run, and of drafts that it did not evaluate what training measured."""
+    for product in products.of_run(run):
+        if product.evaluation is None:
+            summary = json.loads((product.training / "summary.json").read_text())
+            print(f"{product.node}: {product.training}\n\n{ui.training(summary)}\n")
+    for name, stage in run.stages.items():
+        if stage.kind == "evaluate" and stage.path:
+            results = json.loads((Path(stage.path) / "evaluation.json").read_text())
+            print(f"{name}: {stage.path}\n\n{ui.evaluation(results)}\n")
+    sys.stdout.flush()
 
 
 def _fresh_directory(parent: Path, name: str) -> Path:

@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
+from speculators.config import compose
+from speculators.config.fields import to_builtins
 from speculators.job import write_json
 from speculators.runner.execution.events import Events
+from speculators.runner.store.artifacts import Store
+from tests.conftest import EVALUATION, publish_files
 
 KEY = "ab" * 32
 RESULTS = {"acceptance_length": {"human_eval": 2.0, "sharegpt": 3.0}, "speed_up": {"human_eval": 1.5, "sharegpt": 1.0}}
@@ -45,4 +50,35 @@ def past(
         write_json(path / "run.json", {"status": status, "seconds": 65.0, "steps": steps})
         events.emit("run.finished", status=status, seconds=65.0)
     events.close()
+    return path
+
+
+def trained(runs: Path, name: str, store: Store, *, verifier: str = "org/target", measured: bool = True) -> Path:
+    """A run that ended in a draft for `verifier`, with the options of the demo; `measured`: and evaluated it."""
+    config = to_builtins(compose.compose(["recipe=smollm2_eagle3"]))
+    path = past(runs, name, config={**config, "recipe": "tiny"})
+    checkpoint = {
+        "draft_vocab_size": 12000,
+        "speculators_config": {
+            "algorithm": "eagle3",
+            "proposal_methods": [{"speculative_tokens": 7}],
+            "verifier": {"name_or_path": verifier},
+        },
+    }
+    summary = {"steps": 40, "best_step": 20, "tokens": 1234, "parameters": 99, "validation_rows": 6}
+    files = {
+        "best/config.json": json.dumps(checkpoint),
+        "best/model.safetensors": "weights",
+        "best/README.md": "# As training left it",
+        "metrics.jsonl": "{}\n",
+        "summary.json": json.dumps({**summary, "validation": {"acceptance_length": 1.625}}),
+    }
+    draft = publish_files(store, files, run=name)
+    steps = {"train": {"stage": "train", "path": str(draft.data), "key": draft.key, "inputs": {}}}
+    if measured:
+        results = {**EVALUATION, "dtype": "float32", "temperature": 0.0, "max_tokens": 128}
+        evaluation = publish_files(store, {"evaluation.json": json.dumps(results)}, stage="evaluate", run=name)
+        inputs = {"speculator": "train"}
+        steps["evaluate"] = {"stage": "evaluate", "path": str(evaluation.data), "key": evaluation.key, "inputs": inputs}
+    write_json(path / "run.json", {"status": "done", "seconds": 65.0, "steps": steps})
     return path

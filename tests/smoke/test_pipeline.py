@@ -1,6 +1,6 @@
 """The whole pipeline, small, on the real engine: killed on the way, resumed by the same command, and measured; then
 training from the live engine: the batches of training from files, the same losses but for rounding, over a lost server;
-then, of each algorithm, a draft that knows one row by heart, served.
+then, of each algorithm, a draft that knows one row by heart, served; and a copy of it, served by vLLM alone.
 
 Target, prompts and engine are the demo's. The tests of this module are one story and run in order: each
 starts from the store that the one before left.
@@ -8,17 +8,25 @@ starts from the store that the one before left.
 
 from __future__ import annotations
 
+import asyncio
 import json
 import os
+import shlex
+import shutil
 import signal
+import subprocess
+import sys
 import time
 from pathlib import Path
 from typing import Any
 
+import httpx
 import pytest
 import torch
 
+from speculators.engine.metrics import DraftCounters, parse_counters
 from speculators.features.shards import ShardReader
+from speculators.runner.servers import server as servers
 from tests.smoke.world import ONE_ROW, QUESTION, World, gone, lines, wait_for
 
 pytestmark = [pytest.mark.smoke, pytest.mark.timeout(900)]
@@ -240,3 +248,50 @@ def test_a_draft_that_knows_a_row_by_heart_is_served_as_it_was_trained(world: Wo
     assert measured["identical_answers"] == 1
     assert measured["acceptance_length"] > 0.9 * longest
     assert gone(world)
+
+
+def test_a_copy_of_that_draft_is_served_from_anywhere_by_the_command_that_is_printed(
+    world: World, tmp_path: Path
+) -> None:
+    """The README's way to serve: vLLM finds target, method and number of tokens in the checkpoint alone."""
+    copy = world.root / "copied" / "draft"
+    shutil.copytree(world.last_run()["directory"] / "draft", copy)
+    port = str(servers.free_port())
+    code, out, err = world.run(str(copy), "--print", "--", "--port", port, "--enforce-eager", verb="serve", recipe="")
+    assert code == 0, err
+    command = shlex.split(out)
+    assert {word for word in command if word.startswith("--")} == {"--model", "--host", "--port", "--enforce-eager"}
+    counted, text = asyncio.run(ask_printed(command, tmp_path, f"http://127.0.0.1:{port}"))
+    assert text
+    assert counted.acceptance_length() > 2
+    assert gone(world)
+
+
+async def ask_printed(command: list[str], directory: Path, url: str) -> tuple[DraftCounters, str]:
+    """Start a printed command in `directory`, ask the question, and end the server as Ctrl-C does."""
+    environment = {**os.environ, "VLLM_CPU_KVCACHE_SPACE": "1"}  # by default it takes half of the machine's memory
+    assert command[0] == "python"
+    with (directory / "log").open("w") as log:
+        server = subprocess.Popen(
+            [sys.executable, *command[1:]], cwd=directory, env=environment, stdout=log, stderr=log
+        )
+    try:
+        async with httpx.AsyncClient(base_url=url, timeout=600) as client:
+            while server.poll() is None and not await answers(client):
+                await asyncio.sleep(1)
+            assert server.poll() is None, (directory / "log").read_text()[-3000:]
+            question = {"messages": [{"role": "user", "content": QUESTION["prompt"]}], "temperature": 0}
+            answer = await client.post("/v1/chat/completions", json={**question, "max_tokens": 48})
+            counted = parse_counters((await client.get("/metrics")).text)
+        server.send_signal(signal.SIGINT)
+        server.wait(60)
+    finally:
+        server.kill()
+    return counted, answer.json()["choices"][0]["message"]["content"]
+
+
+async def answers(client: httpx.AsyncClient) -> bool:
+    try:
+        return (await client.get("/health")).status_code == 200
+    except httpx.TransportError:
+        return False

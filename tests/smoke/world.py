@@ -29,7 +29,7 @@ class World:
         self.store = root / "store"
 
     def start(self, *words: str, verb: str = "run", recipe: Path | str = RECIPE) -> subprocess.Popen[str]:
-        command = [sys.executable, "-m", "speculators.cli", verb, f"recipe={recipe}", *words]
+        command = [sys.executable, "-m", "speculators.cli", verb, *([f"recipe={recipe}"] if recipe else []), *words]
         env = {**os.environ, "SPECULATORS_STORE": str(self.store)}
         pipe = subprocess.PIPE
         return subprocess.Popen(command, cwd=self.root, env=env, stdout=pipe, stderr=pipe, text=True)

