@@ -33,7 +33,7 @@ SERVER_DEATH_SECONDS = 3.0
 """Time in which a server that a worker cannot reach may turn out dead: its guard first ends the rest of its tree."""
 NVIDIA_SMI_SECONDS = 30.0
 """Time that nvidia-smi may take: without its persistence daemon it first initializes every GPU."""
-HUB_SECONDS = 20.0
+HUB_SECONDS = 10.0
 """Time in which the Hugging Face hub has to answer which commit a revision is: a small request, on a slow network."""
 TRACKER_SECONDS = 3.0
 """Time in which the server of a tracker has to accept a connection while a run is planned."""

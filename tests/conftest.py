@@ -63,6 +63,17 @@ EVALUATION = {
 """What `evaluate` leaves, as far as the runner looks into it."""
 
 
+def write_header(path: Path, vocab: int, hidden: int, **others: list[int] | None) -> None:
+    """A safetensors file of a tied decoder as far as the runner looks into one: its header, and no weights.
+
+    `others` are further tensors, or None for one of the usual ones that is missing.
+    """
+    shapes = {"model.embed_tokens.weight": [vocab, hidden], "model.norm.weight": [hidden], **others}
+    tensors = {n: {"dtype": "BF16", "shape": s, "data_offsets": [0, 0]} for n, s in shapes.items() if s is not None}
+    header = json.dumps(tensors).encode()
+    path.write_bytes(len(header).to_bytes(8, "little") + header)
+
+
 def publish(store: Store, planner: Planner, name: str, digests: dict[str, str], content: str = "") -> str:
     """Put an artifact in the store as a run would have left it; gives its digest."""
     step = planner.step(name, digests)
@@ -74,6 +85,7 @@ def publish(store: Store, planner: Planner, name: str, digests: dict[str, str], 
     (work / "data" / file).write_text(text)
     if name == "target":
         (work / "data" / "chat_template.jinja").write_text("{{ messages }}")
+        write_header(work / "data" / "model.safetensors", facts["vocab_size"], facts["hidden_size"])
     made = {"preimage": step.preimage, "record": {}, "provenance": {"run": "earlier", "node": name, "finished": "2026"}}
     artifact = store.publish(step.node.kind, step.key, **made, digest=step.digest or None)
     return artifact.digest
@@ -111,7 +123,7 @@ def checkpoint(tmp_path: Path) -> Path:
     path = tmp_path / "checkpoint"
     path.mkdir()
     (path / "config.json").write_text('{"num_hidden_layers": 4, "hidden_size": 8, "vocab_size": 32}')
-    (path / "model.safetensors").write_bytes(b"weights")
+    write_header(path / "model.safetensors", vocab=32, hidden=8)
     (path / "tokenizer.json").write_text("{}")
     (path / "chat_template.jinja").write_text("{{ messages }}")
     return path

@@ -22,6 +22,7 @@ SHARED = [
         "speculators.machine",
         "speculators.answers",
         "speculators.model_card",
+        "speculators.tokenizer_files",
         "speculators.config.fields",
         "speculators.config.choices",
     },

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Iterator
+from typing import Any
 
 from speculators.config.algorithms import SPECULATORS, Speculator, loss_weights
 from speculators.config.fields import as_override, violations
@@ -66,6 +67,25 @@ def check_config(config: Config) -> None:
             raise RecipeError(error, hint)
     _refuse_secrets(config)
     _check_extra_args(config)
+
+
+def pipeline_nodes(nodes: dict[str, Any]) -> dict[str, dict[str, str]]:
+    """Check the types of the pipeline's nodes; leaves out nodes and inputs that are null.
+
+    Raises:
+        RecipeError: a node is not a mapping of inputs to names of nodes.
+    """
+    kept: dict[str, dict[str, str]] = {}
+    for name, inputs in nodes.items():
+        wiring = {} if inputs is None else inputs
+        if not isinstance(wiring, dict) or not all(isinstance(node, str | None) for node in wiring.values()):
+            raise RecipeError(
+                f"pipeline.{name} is {inputs!r}: must be a mapping of its inputs to the names of nodes",
+                f"pipeline.{name}={{INPUT: NODE}}; null removes a node or an input",
+            )
+        if inputs is not None:
+            kept[name] = {slot: node for slot, node in wiring.items() if node is not None}
+    return kept
 
 
 def _combinations(config: Config) -> Iterator[tuple[bool, str, str]]:

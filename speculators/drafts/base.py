@@ -292,15 +292,19 @@ def hash_to_int(label: str) -> int:
     return int.from_bytes(hashlib.sha256(label.encode()).digest()[:7], "big")
 
 
+HEAD_WIDTH, POSITIONS = 128, 32768
+"""Shape of a draft's layers where the target has none: a state-space model has neither heads nor a last position."""
+
+
 def layer_config(parts: TargetParts, options: Speculator, model_type: str = "llama") -> dict[str, Any]:
     """`transformer_layer_config` of Llama or Qwen3 layers with full attention, in the target's shape where the options
     name no other."""
     target = parts.config
-    heads = int(target["num_attention_heads"])
+    heads = int(target.get("num_attention_heads") or max(1, target["hidden_size"] // HEAD_WIDTH))
     groups = options.num_key_value_heads or target.get("num_key_value_heads") or heads
     # A target with experts has no single MLP width.
     is_dense = not any(target.get(name) for name in ("num_experts", "num_local_experts", "n_routed_experts"))
-    mlp_width = target["intermediate_size"] if is_dense else 3 * target["hidden_size"]
+    mlp_width = (target.get("intermediate_size") if is_dense else None) or 3 * target["hidden_size"]
     return {
         "model_type": model_type,
         "hidden_size": target["hidden_size"],
@@ -312,7 +316,7 @@ def layer_config(parts: TargetParts, options: Speculator, model_type: str = "lla
         "hidden_act": "silu",
         "rms_norm_eps": target.get("rms_norm_eps") or 1e-6,
         "initializer_range": target.get("initializer_range") or 0.02,
-        "max_position_embeddings": target["max_position_embeddings"],
+        "max_position_embeddings": target.get("max_position_embeddings") or POSITIONS,
         "rope_parameters": dict(parts.rope_parameters),
         "vocab_size": target["vocab_size"],
         "layer_types": ["full_attention"] * options.num_layers,

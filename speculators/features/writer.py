@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from speculators.checkpoint_files import text_config
+from speculators.checkpoint_files import common_names, text_config
 from speculators.config.choices import OnBadRow
 from speculators.data.token_table import prediction_mask
 from speculators.errors import ContractError, RunError, StageError
@@ -131,4 +131,4 @@ def hidden_states_contract(job: Job, tokens: str = "tokens") -> dict[str, Any]:
 def hidden_size(target: Path) -> int:
     """Read the width of the target's residual stream from its `config.json`."""
     config = json.loads((target / "config.json").read_text())
-    return int(text_config(config)["hidden_size"])
+    return int(common_names(text_config(config))["hidden_size"])

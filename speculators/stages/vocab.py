@@ -11,7 +11,7 @@ import torch
 from datasets import load_from_disk
 from safetensors.torch import save_file
 
-from speculators.checkpoint_files import text_config
+from speculators.checkpoint_files import common_names, text_config
 from speculators.errors import ContractError, RecipeError, SourceError
 from speculators.job import Job, write_json
 
@@ -43,7 +43,7 @@ def main(job: Job) -> None:
 def target_vocabulary(target: Path) -> int:
     """Number of rows of the target's embedding, which may exceed the number of its tokenizer's tokens."""
     config = json.loads((target / "config.json").read_text())
-    size = text_config(config).get("vocab_size") or config.get("vocab_size")
+    size = common_names(text_config(config)).get("vocab_size") or config.get("vocab_size")
     if size is None:
         raise SourceError(
             f"{target / 'config.json'} has no vocab_size", "name a transformers checkpoint of a text model"

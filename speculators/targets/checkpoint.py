@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,16 +16,19 @@ from typing import Any
 from safetensors import safe_open
 from torch import Tensor
 
-from speculators.checkpoint_files import text_config
+from speculators.checkpoint_files import (
+    EMBEDDINGS,
+    FINAL_NORM,
+    HEAD,
+    PREFIXES,
+    common_names,
+    find_tensor,
+    layer_norm,
+    stated_tying,
+)
 from speculators.drafts.base import TargetParts
 from speculators.errors import ContractError, SourceError
-
-PREFIXES = ("", "model.", *("model.language_model.", "language_model.model.", "language_model.", "transformer."))
-"""Prefixes of tensor names, of a text model alone or inside a multimodal one; tried in this order."""
-
-EMBEDDINGS = ("embed_tokens.weight", "wte.weight", "tok_embeddings.weight", "embeddings.weight")
-FINAL_NORM = ("norm.weight", "final_layernorm.weight", "norm_f.weight", "ln_f.weight")
-HEAD = ("lm_head.weight", "output.weight")
+from speculators.tokenizer_files import mask_token
 
 UNIT_OFFSET_NORMS = frozenset(
     (
@@ -35,8 +38,6 @@ UNIT_OFFSET_NORMS = frozenset(
     )
 )
 """Model types whose RMSNorm multiplies by 1 + weight, so that a stored zero means one."""
-LAYER_NORMS = ("cohere",)
-"""Prefixes of the model types whose final norm is a LayerNorm without a bias, which no tensor shows."""
 
 MULTIPLIERS = ("logit_scale", "lm_head_multiplier", "output_multiplier")
 """Config fields that logits are multiplied by: Cohere's, Falcon-H1's, Muse's."""
@@ -65,8 +66,7 @@ class TargetCheckpoint:
     def __init__(self, directory: Path) -> None:
         self.directory = directory
         self.raw: dict[str, Any] = _read_json(directory / "config.json")
-        self.config: Mapping[str, Any] = _text_config(directory)
-        self._parts = (text_config(self.raw), self.raw)
+        self.config: Mapping[str, Any] = common_names(_text_config(directory))
         self._files = _index(directory)
         self.architectures: list[str] = list(self.raw.get("architectures") or [])
         self.hidden_size = int(self.config["hidden_size"])
@@ -100,9 +100,9 @@ class TargetCheckpoint:
         config.json counts before transformers' default, and in it the text config before the multimodal one. Where
         neither has the field and the files hold no head, the head is tied.
         """
-        stated = [part["tie_word_embeddings"] for part in self._parts if "tie_word_embeddings" in part]
-        if stated:
-            return bool(stated[0])
+        stated = stated_tying(self.raw)
+        if stated is not None:
+            return stated
         return bool(self.config.get("tie_word_embeddings", False)) or not self._has(HEAD)
 
     @property
@@ -143,9 +143,7 @@ class TargetCheckpoint:
     def final_norm(self) -> FinalNorm:
         """The norm between the last layer and the head; a ContractError if it is not an RMSNorm."""
         name = self._find(FINAL_NORM, "final norm")
-        subtracts_mean = str(self.config["model_type"]).startswith(LAYER_NORMS)
-        if subtracts_mean or name.removesuffix("weight") + "bias" in self._files:
-            why = "subtracts the mean" if subtracts_mean else "has a bias"
+        if why := layer_norm(str(self.config["model_type"]), name, self._files):
             raise ContractError(
                 f"the final norm of {self.directory} {why}: it is a LayerNorm, and only RMSNorm is supported",
                 "train for a target whose final norm is an RMSNorm",
@@ -154,19 +152,18 @@ class TargetCheckpoint:
         if list(weight.shape) != [self.hidden_size]:
             raise ContractError(f"{name} is {list(weight.shape)}, not [{self.hidden_size}]", "check the checkpoint")
         offset = self.config["model_type"] in UNIT_OFFSET_NORMS
-        eps = self.config.get("rms_norm_eps") or self.config.get("norm_eps") or 1e-6
+        eps = self.config.get("rms_norm_eps") or 1e-6
         return FinalNorm(weight=weight + float(offset), eps=float(eps), unit_offset=offset)
 
     def mask_token_id(self) -> int:
-        """The token that stands for the positions of a block that a draft has yet to fill in.
-
-        The tokenizer's mask token; else the first row of the embeddings that the tokenizer does not use; else its
-        padding or end token, which occurs in no answer before the answer's end.
+        """The token that stands for the positions of a block that a draft has yet to fill in; see `mask_token`.
 
         Raises:
-            ContractError: the tokenizer has none of these.
+            ContractError: the tokenizer has no such token.
         """
-        from transformers import AutoTokenizer
+        if (known := mask_token(self.directory, self.vocab_size)) is not None:
+            return known.id
+        from transformers import AutoTokenizer  # it reads the formats without a tokenizer.json
 
         tokenizer = AutoTokenizer.from_pretrained(str(self.directory), local_files_only=True)
         unused = len(tokenizer) if len(tokenizer) < self.vocab_size else None
@@ -178,14 +175,13 @@ class TargetCheckpoint:
             "set speculator.mask_token_id to a token that answers do not use",
         )
 
-    def _has(self, names: Iterable[str]) -> bool:
-        return any(prefix + name in self._files for name in names for prefix in PREFIXES)
+    def _has(self, names: Collection[str]) -> bool:
+        return find_tensor(self._files, names) is not None
 
-    def _find(self, names: Iterable[str], what: str) -> str:
+    def _find(self, names: Collection[str], what: str) -> str:
+        if name := find_tensor(self._files, names):
+            return name
         tried = [prefix + name for name in names for prefix in PREFIXES]
-        for name in tried:
-            if name in self._files:
-                return name
         raise ContractError(
             f"{self.directory} has no {what}: its safetensors files have none of {', '.join(tried[:3])}, ...",
             "the target has to be a complete decoder checkpoint in the Hugging Face layout",

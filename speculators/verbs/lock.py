@@ -11,6 +11,7 @@ from speculators.errors import RecipeError
 from speculators.job import write_json
 from speculators.runner.planning import lockfile as locks
 from speculators.runner.planning.plan import Planner
+from speculators.runner.planning.sources import Hub, lock_path
 from speculators.runner.store.artifacts import open_store
 from speculators.verbs import usage
 
@@ -21,8 +22,10 @@ def lock(argv: list[str]) -> int:
     config = composed.compose_cached(arguments.overrides)
     # The lock covers all stages, whichever of them these options select.
     config = dataclasses.replace(config, force=[], from_="", until="", only="")
-    contents = locks.lock_contents(Planner(config, open_store(config.run)))
-    path = locks.lock_path(config)
+    planner = Planner(config, open_store(config.run), Hub())  # asks the hub again, whatever the old lock has
+    planner.refuse_unresolved()
+    contents = locks.lock_contents(planner)
+    path = lock_path(config.recipe)
     try:
         write_json(path, contents)
     except OSError as error:

@@ -16,6 +16,7 @@ from speculators.errors import RecipeError
 from speculators.runner.planning import checks, estimate, lockfile, trackers
 from speculators.runner.planning.explain import changes_outside_key, explain_stage, to_json
 from speculators.runner.planning.plan import Planner, Step, steps_as_json
+from speculators.runner.planning.sources import lock_path
 from speculators.runner.store.artifacts import open_store
 from speculators.verbs import usage
 
@@ -32,7 +33,7 @@ def plan(argv: list[str]) -> int:
     differing = lockfile.lock_differences(locked, planner) if locked else []
     steps = {step.node.name: step for step in planner.plan()}
     trackers.check_trackers(config, steps.values())
-    needs = estimate.estimate(planner, steps)
+    needs = _needs(planner, steps)
     if arguments.as_json:
         values = {"steps": steps_as_json(steps), "derived": planner.derived, **dataclasses.asdict(needs)}
         values["held_bytes"] = values.pop("store_bytes")
@@ -40,6 +41,7 @@ def plan(argv: list[str]) -> int:
         outside = {name: [to_json(c) for c in changes_outside_key(a)] for name, a in artifacts.items()}
         values |= {
             "outside_the_key": {name: changes for name, changes in outside.items() if changes},
+            "notes": [*planner.notes, *needs.notes],
             "locked": locked is not None,
             "lock_differs": [dataclasses.asdict(d) for d in differing],
         }
@@ -47,14 +49,26 @@ def plan(argv: list[str]) -> int:
         return 0
     print(_stages(steps, needs))
     servers = _servers(needs, "--servers" in arguments.flags)
-    for line in filter(None, [_derived(planner.derived), servers, *_devices(needs), *_hidden_states(needs)]):
+    notes = [_filled(f"note: {note}") for note in planner.notes]
+    for line in filter(None, [_derived(planner.derived), *notes, servers, *_devices(needs), *_hidden_states(needs)]):
         print(line)
     if outside_lines := _outside(steps):
         print("\n" + ui.dim("\n".join(outside_lines)))
     if locked:
         result = f"differs: {', '.join(d.name for d in differing)}" if differing else "no differences"
-        print(f"\nlocked: {lockfile.lock_path(config)}  {result}")
+        print(f"\nlocked: {lock_path(config.recipe)}  {result}")
     return 0
+
+
+def _needs(planner: Planner, steps: Mapping[str, Step]) -> estimate.Needs:
+    """What the plan needs. What does not fit is a note where a source is not resolved: `run` refuses in any case."""
+    try:
+        return estimate.estimate(planner, steps)
+    except RecipeError as refusal:
+        if not planner.unresolved:
+            raise
+        planner.notes.append(refusal.message)
+        return estimate.Needs()
 
 
 def _devices(needs: estimate.Needs) -> list[str]:

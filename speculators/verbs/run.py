@@ -65,11 +65,14 @@ def run_recipe(
     """
     began = time.monotonic()
     planner = Planner(config, open_store(config.run))
+    planner.refuse_unresolved()
     checks.check_machine(config, planner.graph)
     if config.train.trackers:
         trackers.check_trackers(config, planner.plan())
     if config.run.locked:
         lockfile.refuse_if_different(planner)
+    for note in planner.notes:
+        ui.narrate("note", note)
     directory = _fresh_directory(Path(config.run.dir).expanduser().resolve(), config.recipe)
     if announce is not None:
         announce(directory)

@@ -43,7 +43,7 @@ class Measured:
             dtype=planner.config.target.dtype.name,
             target=str(target),
             capture_layer_ids=planner.derived["capture_layer_ids"] if mode == "extract" else None,
-            max_model_len=derive.max_model_len(planner.config, planner.facts),
+            max_model_len=derive.max_model_len(planner.config, planner.facts, "extract"),
             directories=str(root),
             logs=str(root),
         )

@@ -101,7 +101,8 @@ def test_a_recipe_brings_data_sets_of_its_own_to_be_evaluated_with(tmp_path: Pat
     path.write_text(re.sub(r"\[human_eval, sharegpt\]", written, text))
     config = compose.compose([f"recipe={path}"])
     assert list(config.evaluate.datasets) == ["sharegpt", "mine"]
-    assert config.evaluate.datasets["mine"] == Dataset(source="mine.jsonl", format=DataFormat.prompts)
+    source = str(tmp_path / "mine.jsonl")  # relative to the recipe
+    assert config.evaluate.datasets["mine"] == Dataset(source=source, format=DataFormat.prompts)
     assert config.evaluate.datasets["sharegpt"] == config.data["sharegpt"]
     assert list(compose.compose([f"recipe={path}", "evaluate.datasets=[human_eval]"]).evaluate.datasets) == [
         "human_eval"
@@ -115,7 +116,7 @@ def test_a_recipe_brings_data_sets_of_its_own_to_be_evaluated_with(tmp_path: Pat
         ("{mine: {sourc: x}}", "there is no option `evaluate.datasets.mine.sourc`", "did you mean `source`?"),
         ("{mine: {source: x, format: nope}}", "evaluate.datasets.mine.format: Invalid value 'nope'", "type"),
         ("[{mine: file.jsonl}]", "evaluate.datasets.mine is 'file.jsonl'", "{source: FILE, format: prompts}"),
-        ("{mine: {source: x}}", "`evaluate.datasets.mine.format` has no value", "=VALUE"),
+        ("{mine: {source: x}}", "`evaluate.datasets.mine.format` has no value", "=messages, or another of sharegpt"),
     ],
 )
 def test_a_data_set_that_is_measured_on_is_checked_like_one_that_is_trained_on(
@@ -180,5 +181,110 @@ def test_a_misspelt_key_in_a_recipe_file_names_the_key(tmp_path: Path) -> None:
 def test_a_recipe_without_a_target_says_so(tmp_path: Path) -> None:
     path = tmp_path / "bare.yaml"
     path.write_text("# @package _global_\ndefaults:\n  - override /data: [sharegpt]\n")
-    with pytest.raises(RecipeError, match="makes no choice for `target`"):
+    with pytest.raises(RecipeError, match="names no target") as caught:
+        compose.compose([f"recipe={path}"])
+    assert "ORG/NAME" in caught.value.hint
+    assert "smollm2_135m" in caught.value.hint
+
+
+OWN = """
+target: {source: ./target}
+data: {mine: {source: rows.jsonl, format: messages}}
+evaluate: {datasets: [mine, {ev: {source: ../ev.jsonl, format: prompts}}]}
+"""
+
+
+def test_own_target_and_own_data_need_no_choice_and_lie_relative_to_the_recipe(tmp_path: Path) -> None:
+    (tmp_path / "here").mkdir()
+    path = tmp_path / "here" / "mine.yaml"
+    path.write_text(OWN)
+    config = compose.compose([f"recipe={path}"])
+    assert config.target.source == str(tmp_path / "here" / "target")
+    assert {name: data.source for name, data in config.data.items()} == {"mine": str(tmp_path / "here" / "rows.jsonl")}
+    assert config.evaluate.datasets["mine"] == config.data["mine"]
+    assert config.evaluate.datasets["ev"].source == str(tmp_path / "ev.jsonl")
+    assert config.speculator.algorithm == "eagle3"
+    words = [f"recipe={path}", "target.source=./other", "data.mine.source=x.jsonl"]
+    config = compose.compose(words)
+    assert (config.target.source, config.data["mine"].source) == ("./other", "x.jsonl"), "of the working directory"
+
+
+@pytest.mark.parametrize("source", ["Qwen/Qwen3-8B", "Qwen/Qwen3-8B@main", "hub:Qwen/Qwen3-8B", "/a/b", "~/a"])
+def test_what_is_no_relative_path_stays_as_it_is_written(tmp_path: Path, source: str) -> None:
+    path = tmp_path / "mine.yaml"
+    path.write_text(f"target: {{source: {source}}}")
+    assert compose.compose([f"recipe={path}"]).target.source == source
+
+
+def test_choices_of_the_working_directory_are_found_and_have_names_of_their_own(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    for group, text in (("target", "source: hub:a/b"), ("data", "notes: {source: n.jsonl, format: prompts}")):
+        (tmp_path / "conf" / group).mkdir(parents=True)
+        (tmp_path / "conf" / group / "notes.yaml").write_text(text)
+    (tmp_path / "conf" / "config.yaml").write_text("of: another program")
+    config = compose.compose([DEMO, "target=notes", "data=[sharegpt,notes]", "evaluate.datasets=[notes]"])
+    assert (config.target.source, list(config.data)) == ("hub:a/b", ["sharegpt", "notes"])
+    assert compose.compose([DEMO, "evaluate.datasets=[notes]"]).evaluate.datasets["notes"].source == "n.jsonl"
+    with pytest.raises(RecipeError, match="no choice for target named `note`") as caught:
+        compose.compose([DEMO, "target=note"])
+    assert caught.value.hint == "did you mean `notes`?"
+    (tmp_path / "conf" / "target" / "smollm2_135m.yaml").write_text("source: hub:c/d")
+    with pytest.raises(RecipeError, match=r"conf/target/smollm2_135m\.yaml: there is a shipped choice of this name"):
+        compose.compose([DEMO])
+
+
+@pytest.mark.parametrize("base", ["/recipe/smollm2_eagle3", "smollm2_eagle3", "/recipe/sibling", "sibling"])
+def test_a_recipe_builds_on_another(tmp_path: Path, base: str) -> None:
+    (tmp_path / "sibling.yaml").write_text("defaults: [/recipe/smollm2_eagle3, _self_]\ntrain: {epochs: 7}")
+    path = tmp_path / "mine.yaml"
+    path.write_text(f"defaults: [{base}, override /pipeline: online, _self_]\ntrain: {{lr: 1e-4}}")
+    config = compose.compose([f"recipe={path}"])
+    assert (config.recipe, config.train.lr, config.train.max_steps) == ("mine", 1e-4, 2000)
+    assert config.train.epochs == (7 if "sibling" in base else 2)
+    assert config.pipeline["train"]["target"] == "serve", "its own choice goes before the base's"
+
+
+def test_a_base_that_is_not_there_is_one_error(tmp_path: Path) -> None:
+    path = tmp_path / "mine.yaml"
+    path.write_text("defaults: [/recipe/smollm_eagle3, _self_]")
+    with pytest.raises(RecipeError, match="no choice for recipe named `smollm_eagle3`") as caught:
+        compose.compose([f"recipe={path}"])
+    assert caught.value.hint == "did you mean `smollm2_eagle3`?"
+
+
+@pytest.mark.parametrize(
+    ("written", "node", "inputs"),
+    [
+        ("{tokenize: {conversations: regenerate}}", "tokenize", {"conversations": "regenerate"}),
+        ("{tokenize: {conversations: prompts}}", "tokenize", {"conversations": "prompts"}),
+        ("{train: {states: null, more: vocab}}", "train", {"tokens": "tokenize", "features": "extract",
+                                                            "vocab": "vocab", "more": "vocab"}),
+        ("{evaluate: null}", "evaluate", None),
+        ("{again: {uses: evaluate, speculator: train}}", "again", {"uses": "evaluate", "speculator": "train"}),
+    ],
+)  # fmt: skip
+def test_a_node_of_the_shipped_pipeline_is_restated(
+    tmp_path: Path, written: str, node: str, inputs: dict[str, str] | None
+) -> None:
+    path = tmp_path / "mine.yaml"
+    path.write_text(f"defaults: [/recipe/smollm2_eagle3, _self_]\npipeline: {written}")
+    assert compose.compose([f"recipe={path}"]).pipeline.get(node) == inputs
+    name, _, value = written[1:-1].partition(": ")
+    assert compose.compose([DEMO, f"pipeline.{name}={value}"]).pipeline.get(node) == inputs
+
+
+@pytest.mark.parametrize("written", ["{tokenize: regenerate}", "{tokenize: {conversations: [regenerate]}}"])
+def test_a_node_that_is_no_mapping_of_names_is_one_error(written: str, tmp_path: Path) -> None:
+    path = tmp_path / "mine.yaml"
+    path.write_text(f"defaults: [/recipe/smollm2_eagle3, _self_]\npipeline: {written}")
+    with pytest.raises(RecipeError, match=r"pipeline\.tokenize"):
+        compose.compose([f"recipe={path}"])
+
+
+def test_a_recipe_that_is_no_mapping_is_one_error(tmp_path: Path) -> None:
+    path = tmp_path / "mine.yaml"
+    path.write_text("- a\n- b\n")
+    with pytest.raises(RecipeError, match=r"mine\.yaml is not a YAML mapping"):
         compose.compose([f"recipe={path}"])

@@ -80,11 +80,40 @@ def test_a_changed_recipe_is_composed_wherever_it_lies(
         composed.compose_cached(["recipe=other.yaml"])
 
 
+def test_a_changed_base_and_a_changed_choice_of_the_working_directory_are_composed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, counted: list[list[str]]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("conf/hardware").mkdir(parents=True)
+    Path("mine.yaml").write_text("defaults: [base, _self_]")
+    own, base = Path("conf/hardware/mine.yaml"), Path("base.yaml")
+    lines = ("defaults: [/recipe/smollm2_eagle3, _self_]", "defaults: [/recipe/smollm2_dflash, _self_]")
+    for gpus, line in ((1, lines[0]), (2, lines[0]), (2, lines[1])):
+        own.write_text(f"gpus: {gpus}")
+        base.write_text(line)
+        for _ in range(2):
+            config = composed.compose_cached(["recipe=mine.yaml", "hardware=mine"], write=True)
+            assert (config.hardware.gpus, config.speculator.algorithm) == (gpus, line[26:].split(",")[0][-6:])
+    assert len(counted) == 3
+
+
+def test_the_same_recipe_elsewhere_is_composed_because_its_sources_lie_there(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("a", "b"):
+        (tmp_path / name).mkdir()
+        monkeypatch.chdir(tmp_path / name)
+        Path("mine.yaml").write_text("target: {source: ./target}")
+        config = composed.compose_cached(["recipe=mine.yaml"], write=True)
+        assert config.target.source == str(tmp_path / name / "target")
+
+
 def test_a_changed_choice_and_another_hydra_are_composed(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, counted: list[list[str]]
 ) -> None:
+    monkeypatch.chdir(tmp_path)
     composed.compose_cached(WORDS, write=True)
-    conf = shutil.copytree(shipped.CONF, tmp_path / "conf")
+    conf = shutil.copytree(shipped.CONF, tmp_path / "shipped")
     monkeypatch.setattr(shipped, "CONF", conf)
     composed.compose_cached(WORDS, write=True)
     assert len(counted) == 2, "another place is another choice"

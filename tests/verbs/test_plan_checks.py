@@ -8,10 +8,12 @@ import re
 import socket
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from speculators import cli
+from tests.conftest import write_header
 from tests.runner.machines import machine, pretend
 
 RECIPE = """# @package _global_
@@ -37,7 +39,7 @@ def world(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     target = tmp_path / "target"
     target.mkdir()
     (target / "config.json").write_text(json.dumps(FACTS))
-    (target / "model.safetensors").write_bytes(b"weights")
+    write_header(target / "model.safetensors", FACTS["vocab_size"], FACTS["hidden_size"])
     (target / "tokenizer.json").write_text("{}")
     (target / "tokenizer_config.json").write_text('{"chat_template": "{{ messages }}"}')
     monkeypatch.chdir(tmp_path)
@@ -232,8 +234,9 @@ def test_plan_checks_that_the_targets_config_says_what_is_needed(
     (world / "target" / "config.json").write_text(json.dumps({k: v for k, v in FACTS.items() if k != missing}))
     code, error, hint = planned(capsys)
     assert code == 1
-    assert error == f"target.source=./target: its config.json has no {missing}"
+    assert error == f"target.source={world}/target: its config.json has no {missing}"
     assert "target.source=DIRECTORY" in hint
+    assert planned(capsys, f"target.{missing}={FACTS[missing]}")[0] == 0, "the recipe may say what the file leaves out"
 
 
 def test_plan_checks_that_the_targets_config_is_json(world: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -245,7 +248,7 @@ def test_plan_checks_that_the_targets_config_is_json(world: Path, capsys: pytest
 def test_plan_checks_the_chat_template(world: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (world / "target" / "tokenizer_config.json").write_text("{}")
     code, error, hint = planned(capsys)
-    assert (code, error) == (1, "target.source=./target: its tokenizer has no chat template")
+    assert (code, error) == (1, f"target.source={world}/target: its tokenizer has no chat template")
     assert "chat_template.jinja" in hint
     (world / "target" / "chat_template.jinja").write_text("{{ messages }}")
     assert planned(capsys)[0] == 0
@@ -262,8 +265,8 @@ def test_plan_checks_a_data_set_without_a_format(world: Path, capsys: pytest.Cap
     (world / "bare.yaml").write_text((world / "eagle3.yaml").read_text().replace(", format: messages", ""))
     code, error, hint = planned(capsys, recipe="bare")
     assert (code, error) == (1, "`data.mine.format` has no value")
-    assert planned(capsys, "data.mine.format=messages", recipe="bare")[0] == 0
-    assert "data.mine.format=VALUE" in hint
+    assert "sharegpt" in hint
+    assert planned(capsys, *mended((), hint), recipe="bare")[0] == 0
 
 
 @pytest.fixture
@@ -294,8 +297,78 @@ def test_plan_checks_no_data_set_to_measure_on_where_nothing_is_measured(
     assert planned(capsys, "evaluate.datasets=[]", "until=train")[0] == 0
 
 
-def test_a_server_never_takes_more_tokens_than_the_target_has_positions(
+def test_a_server_takes_what_its_stage_needs_and_never_more_tokens_than_the_target_has_positions(
     world: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert cli._guarded(["plan", "recipe=eagle3.yaml", "--servers", "max_seq_len=4095", "evaluate.max_tokens=128"]) == 0
-    assert set(re.findall(r"--max-model-len (\d+)", capsys.readouterr().out)) == {"4096"}
+    for longest, lengths in ((4095, ["4096"] * 4), (1000, ["1001", "1001", "1128", "1128"])):
+        words = [f"max_seq_len={longest}", "evaluate.max_tokens=128"]
+        _, server = (
+            cli._guarded(["plan", "recipe=eagle3.yaml", "--servers", *words, "target.dtype=float32"]),
+            capsys.readouterr(),
+        )
+        assert re.findall(r"--max-model-len (\d+)", server.out) == lengths
+
+
+def test_a_length_that_the_recipe_leaves_open_follows_the_target(
+    world: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (world / "target" / "config.json").write_text(json.dumps(FACTS | {"max_position_embeddings": 2048}))
+    assert cli._guarded(["plan", "recipe=eagle3.yaml", "--servers"]) == 0
+    out = capsys.readouterr().out
+    assert set(re.findall(r"--max-model-len (\d+)", out)) == {"2048"}
+    assert "note: max_seq_len=2047: the target has 2048 positions" in out
+
+
+def test_plan_checks_rows_and_answers_against_few_positions(world: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (world / "target" / "config.json").write_text(json.dumps(FACTS | {"max_position_embeddings": 512}))
+    code, error, hint = planned(capsys)
+    assert (code, hint) == (1, "max_seq_len=511 regenerate.max_tokens=256")
+    assert "512 positions" in error
+    assert planned(capsys, *hint.split())[0] == 0
+
+
+@pytest.mark.parametrize(
+    ("config", "shapes", "message"),
+    [
+        ({"tie_word_embeddings": False}, {}, "is the output head, such as lm_head.weight"),
+        ({}, {"model.embed_tokens.weight": None}, "is the input embeddings, such as embed_tokens.weight"),
+        ({}, {"model.norm.weight": None}, "is the final norm"),
+        ({}, {"model.norm.bias": [8]}, "is a LayerNorm"),
+        ({"model_type": "cohere2"}, {}, "is a LayerNorm"),
+        ({}, {"model.embed_tokens.weight": [40_064, 8]}, "has the shape [40064, 8], by config.json it is [40000, 8]"),
+        ({"tie_word_embeddings": False}, {"lm_head.weight": [40_000, 8]}, ""),
+        ({}, {"model.embed_tokens.weight": None, "backbone.embeddings.weight": [40_000, 8]}, ""),
+    ],
+)  # fmt: skip
+def test_plan_checks_the_tensors_that_training_reads_before_anything_is_served(
+    world: Path, capsys: pytest.CaptureFixture[str], config: dict[str, Any], shapes: dict[str, Any], message: str
+) -> None:
+    (world / "target" / "config.json").write_text(json.dumps(FACTS | config))
+    write_header(world / "target" / "model.safetensors", FACTS["vocab_size"], FACTS["hidden_size"], **shapes)
+    code, error, hint = planned(capsys)
+    assert (code, message in error, bool(hint)) == (bool(message), True, bool(message)), error
+    if message:
+        assert planned(capsys, "until=regenerate")[0] == 0, "an answer needs none of them"
+
+
+def test_plan_checks_the_data_of_a_recipe_that_names_none(world: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (world / "none.yaml").write_text("target: {source: ./target}\nevaluate: {datasets: [human_eval]}")
+    code, error, hint = planned(capsys, recipe="none")
+    assert (code, error) == (1, "data={}: the recipe names no dataset to train on")
+    assert planned(capsys, *mended((), hint), recipe="none")[0] == 0
+
+
+def test_plan_shows_the_mask_token_and_notes_one_that_answers_contain(
+    world: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    tokens = {"<|end|>": 39_999}
+    (world / "target" / "tokenizer.json").write_text(json.dumps({"model": {"vocab": tokens}}))
+    settings = {"chat_template": "{{ messages }}", "eos_token": "<|end|>"}
+    (world / "target" / "tokenizer_config.json").write_text(json.dumps(settings))
+    assert cli._guarded(["plan", "recipe=dflash.yaml"]) == 0
+    out = capsys.readouterr().out
+    assert "mask_token_id=39999" in out
+    assert "note: speculator.mask_token_id: 39999 is `<|end|>`, which answers contain" in " ".join(out.split())
+    for words in (["recipe=dflash.yaml", "speculator.mask_token_id=5"], ["recipe=eagle3.yaml"]):
+        assert cli._guarded(["plan", *words]) == 0
+        assert "mask_token_id" not in capsys.readouterr().out

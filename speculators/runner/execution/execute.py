@@ -4,8 +4,7 @@ A stage runs as one or more worker processes (`python -m speculators.worker requ
 of servers that it needs at one time (only `evaluate` has two). The worker resumes, computes and publishes the
 artifact; this module starts it, watches it and its servers, retries it, and records events. A lazy node runs only
 when another stage needs it: a fetched model or dataset, or a part of a stage that several workers compute. A killed
-run continues when the same command runs again: artifacts that exist are cache hits, and an unfinished stage resumes
-from its work directory.
+run continues when the same command runs again: artifacts are cache hits, an unfinished stage resumes where it was.
 
 Stages run concurrently without threads. The work on one stage is a generator that yields whenever it has to wait:
 `Execution.run` calls `_loop`, which resumes all generators in turn, and `_ensure` is the life of one stage:
@@ -208,7 +207,8 @@ class Execution:
             if self.config.only not in ("", node.name):
                 raise missing_for_only(self.config.only, node.name)
             yield from self._fetched(node.needs)
-            step = yield from self._build(step)
+            if (step := self._step(node)).state is State.run:  # the target's files may have changed what is derived
+                step = yield from self._build(step)
         self._drop_parts(node)
         self._done(step)
 
@@ -228,7 +228,7 @@ class Execution:
         step = self._step(step.node)
         self._decided(step)
         self._done((yield from self._build(step)))
-        if step.node.name == TARGET:
+        if step.node.name == TARGET:  # checks its files before anything is computed with it
             self.planner.learn_checkpoints()
 
     def _drop_parts(self, node: Node) -> None:

@@ -3,12 +3,20 @@
 from __future__ import annotations
 
 import errno
-import json
 import socket
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
+from speculators.checkpoint_files import (
+    EMBEDDINGS,
+    FINAL_NORM,
+    HEAD,
+    find_tensor,
+    layer_norm,
+    stated_tying,
+    tensor_shapes,
+    text_config,
+)
 from speculators.config.choices import Device
 from speculators.config.schema import Config
 from speculators.errors import ContractError, RecipeError
@@ -18,6 +26,7 @@ from speculators.runner.planning.derive import Facts
 from speculators.runner.planning.graph import Node
 from speculators.runner.servers import vllm
 from speculators.runner.store.artifacts import existing
+from speculators.tokenizer_files import chat_template, read_json
 
 CHATTING = {"regenerate", "tokenize", "evaluate"}
 """Kinds of stages that need the chat template."""
@@ -27,8 +36,13 @@ def check_graph(config: Config, nodes: Mapping[str, Node]) -> None:
     """Check options that depend on the stages of the recipe.
 
     Raises:
-        RecipeError: `evaluate` has no dataset, or no draft, or there is a draft that nothing measures.
+        RecipeError: there is no dataset to train on, or to measure on; `evaluate` has no draft, or nothing measures it.
     """
+    if not config.data and any(node.spec.datasets == "data" for node in nodes.values()):
+        raise RecipeError(
+            "data={}: the recipe names no dataset to train on",
+            "data=[sharegpt], or `data: {NAME: {source: FILE, format: messages}}` in the recipe",
+        )
     draft = config.evaluate.draft
     if bool(draft) != (graph.DRAFT in nodes):
         if draft:
@@ -152,10 +166,45 @@ def check_target(config: Config, nodes: Mapping[str, Node], checkpoint: Path | N
             f"target.trust_remote_code=false: the target contains Python code (`auto_map` in {checkpoint}/config.json)",
             "target.trust_remote_code=true, if you trust the authors of that code",
         )
-    if any(node.kind in CHATTING for node in nodes.values()) and not has_chat_template(checkpoint):
+    if any(node.kind in CHATTING for node in nodes.values()) and chat_template(checkpoint) is None:
         raise ContractError(
             f"target.source={config.target.source}: its tokenizer has no chat template",
             "use the instruction-tuned version of the model, or add a chat_template.jinja to the checkpoint",
+        )
+    if any(node.spec.trains or node.mode == "extract" for node in nodes.values()):
+        _check_tensors(config, checkpoint, known)
+
+
+def _check_tensors(config: Config, checkpoint: Path, known: Facts) -> None:
+    """Check that the checkpoint has the tensors that training reads, before the target is served for hours.
+
+    Raises:
+        ContractError: embeddings, final norm or head are missing, have another shape or are of an unsupported kind.
+    """
+    source, values = f"target.source={config.target.source}", read_json(checkpoint / "config.json")
+    shapes, matrix = tensor_shapes(checkpoint), [known.vocab_size, known.hidden_size]
+    needed = {"input embeddings": (EMBEDDINGS, matrix), "final norm": (FINAL_NORM, matrix[1:])}
+    if stated_tying(values) is False:
+        needed["output head"] = HEAD, matrix
+    tensors = {what: find_tensor(shapes, names) for what, (names, _) in needed.items()}
+    for what, name in tensors.items():
+        names, expected = needed[what]
+        if name is None:
+            untied = " although its config.json has `tie_word_embeddings: false`" if names is HEAD else ""
+            raise ContractError(
+                f"{source}: no tensor is the {what}, such as {names[0]} or {names[1]}{untied}",
+                ("set `tie_word_embeddings` to true if the head is the embeddings; else " if untied else "")
+                + "save the whole model again, in the format of transformers",
+            )
+        if shapes[name] != expected:
+            raise ContractError(
+                f"{source}: {name} has the shape {shapes[name]}, by config.json it is {expected}",
+                "use a config.json and weights of one model",
+            )
+    if why := layer_norm(str(text_config(values).get("model_type")), tensors["final norm"] or "", shapes):
+        raise ContractError(
+            f"{source}: its final norm {why}: it is a LayerNorm, and only RMSNorm is supported",
+            "train for a target whose final norm is an RMSNorm",
         )
 
 
@@ -164,10 +213,11 @@ def _check_lengths(config: Config, nodes: Mapping[str, Node], known: Facts) -> N
     if positions is None or "--hf-overrides" in " ".join(config.serve.extra_args):
         return
     if config.max_seq_len >= positions:
+        answers = config.regenerate.max_tokens >= positions - 1
         raise RecipeError(
             f"max_seq_len={config.max_seq_len}: must be below the {positions} positions of the target, of which a "
             "server keeps one for the token that it generates",
-            f"max_seq_len={positions - 1}",
+            f"max_seq_len={positions - 1}" + (f" regenerate.max_tokens={positions // 2}" if answers else ""),
         )
     if any(node.kind == "evaluate" for node in nodes.values()) and config.evaluate.max_tokens >= positions:
         raise RecipeError(
@@ -175,26 +225,3 @@ def _check_lengths(config: Config, nodes: Mapping[str, Node], known: Facts) -> N
             "positions of the target",
             f"evaluate.max_tokens={positions // 2}",
         )
-
-
-def has_chat_template(checkpoint: Path) -> bool:
-    """Whether a checkpoint has a chat template for transformers: a file, or a field of the tokenizer's config."""
-    if (checkpoint / "chat_template.jinja").is_file():
-        return True
-    files = (checkpoint / "tokenizer_config.json", checkpoint / "chat_template.json")
-    return any(read_json(file).get("chat_template") for file in files if file.is_file())
-
-
-def read_json(path: Path) -> dict[str, Any]:
-    """Read a JSON object from the target's checkpoint.
-
-    Raises:
-        ContractError: the file does not contain one.
-    """
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ContractError(f"target.source: {path} is not JSON ({error})", "fetch or save the target again") from None
-    if not isinstance(content, dict):
-        raise ContractError(f"target.source: {path} contains no JSON object", "fetch or save the target again")
-    return content

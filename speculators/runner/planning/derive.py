@@ -12,10 +12,19 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from speculators.checkpoint_files import text_config
+from speculators.checkpoint_files import common_names, text_config
 from speculators.config.choices import LastLayerPositions
 from speculators.config.schema import Config
 from speculators.errors import ContractError, RecipeError
+
+POSITIONS = (
+    *("max_position_embeddings", "n_positions", "max_seq_len", "seq_length", "model_max_length"),
+    *("max_sequence_length", "max_seq_length", "seq_len"),
+)
+"""Fields of config.json that limit the length of a sequence."""
+SCALED_BEFORE = ("su", "longrope", "llama3", "yarn", "deepseek_yarn", "deepseek_llama_scaling")
+"""Kinds of rotary scaling with which these fields hold the extended length; with other kinds it is `factor` times
+theirs."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -29,7 +38,7 @@ class Facts:
     """Query heads, and key and value heads; None without a checkpoint."""
     key_value_heads: int | None = None
     positions: int | None = None
-    """Longest sequence of the target, in tokens; None if unknown, or extended by rotary scaling."""
+    """Longest sequence of the target, in tokens; None if unknown."""
     head_dim: int | None = None
     """Width of a head, and width inside the MLPs; None without a checkpoint."""
     intermediate_size: int | None = None
@@ -50,24 +59,26 @@ def facts(config: Config, checkpoint: Path | None) -> Facts | None:
         return None if None in expected.values() else Facts(**expected)
     path = checkpoint / "config.json"
     try:
-        text = text_config(json.loads(path.read_text(encoding="utf-8")))
+        text = common_names(text_config(json.loads(path.read_text(encoding="utf-8"))))
     except (ValueError, AttributeError) as error:
         raise ContractError(
             f"target.source: {path} is not a JSON object ({error})", "fetch or save the target again"
         ) from None
-    for name in names:
-        if not isinstance(text.get(name), int):
+    actual = {name: text[name] if isinstance(text.get(name), int) else expected[name] for name in names}
+    for name, value in actual.items():
+        if value is None:
             raise ContractError(
                 f"target.source={config.target.source}: its config.json has no {name}",
-                "name a language model in the format of transformers: target.source=DIRECTORY or hub:ID@REVISION",
+                "name a language model in the format of transformers, target.source=DIRECTORY or ORG/NAME; or give the "
+                f"number that its architecture has: target.{name}=NUMBER",
             )
-    actual = {name: text[name] for name in names}
-    for name in names:
-        if expected[name] is not None and expected[name] != actual[name]:
-            raise ContractError(
-                f"target.{name} is {expected[name]} in the recipe and {actual[name]} in the checkpoint's config.json",
-                f"set target.{name}={actual[name]}, or target.{name}=null to read it from there",
-            )
+    differing = [name for name in names if expected[name] not in (None, actual[name])]
+    if differing:
+        name = differing[0]
+        raise ContractError(
+            f"target.{name} is {expected[name]} in the recipe and {actual[name]} in the checkpoint's config.json",
+            f"{' '.join(f'target.{other}=null' for other in differing)}, to read it from there",
+        )
     heads = text.get("num_attention_heads")
     groups = text.get("num_key_value_heads") or heads
     return Facts(
@@ -75,7 +86,7 @@ def facts(config: Config, checkpoint: Path | None) -> Facts | None:
         heads=heads,
         key_value_heads=groups,
         positions=_positions(text),
-        head_dim=text.get("head_dim") or (text["hidden_size"] // heads if heads else None),
+        head_dim=text.get("head_dim") or (actual["hidden_size"] // heads if heads else None),
         intermediate_size=text.get("intermediate_size"),
         sliding_window=text.get("sliding_window"),
         windowed_layers=(text.get("layer_types") or []).count("sliding_attention"),
@@ -83,9 +94,16 @@ def facts(config: Config, checkpoint: Path | None) -> Facts | None:
 
 
 def _positions(text: Mapping[str, Any]) -> int | None:
-    scaling = text.get("rope_scaling") or text.get("rope_parameters") or {}
-    positions = text.get("max_position_embeddings")
-    return positions if isinstance(positions, int) and "factor" not in json.dumps(scaling) else None
+    """Longest sequence that vLLM serves, in tokens, computed as there; None if nothing limits it."""
+    limits = [text[name] for name in POSITIONS if isinstance(text.get(name), int)]
+    if not limits:
+        return None
+    positions = text["model_max_length"] if isinstance(text.get("model_max_length"), int) else min(limits)
+    rope = text.get("rope_parameters") or text.get("rope_scaling") or {}
+    scalings = [value for value in rope.values() if isinstance(value, Mapping)] or [rope]
+    factors = [s.get("factor") for s in scalings if s.get("rope_type", s.get("type")) not in SCALED_BEFORE]
+    factor = next((factor for factor in factors if isinstance(factor, int | float)), 1.0)
+    return positions if "gemma3" in str(text.get("model_type")) else int(positions * factor)
 
 
 def derive(config: Config, known: Facts) -> dict[str, Any]:
@@ -140,10 +158,23 @@ def derive(config: Config, known: Facts) -> dict[str, Any]:
     }
 
 
-def max_model_len(config: Config, known: Facts | None) -> int:
-    """Longest sequence for which a server is started, in tokens: a row and an answer of evaluation, within the target's
-    positions."""
-    longest = config.max_seq_len + config.evaluate.max_tokens
+def default_length(config: Config, known: Facts) -> int:
+    """`max_seq_len`, or if it has its default one less than the target's positions, where answers fit into that.
+
+    One less, because a server that extracts a row generates a token after it.
+    """
+    positions = known.positions
+    if positions is None or config.max_seq_len != Config().max_seq_len or config.regenerate.max_tokens >= positions - 1:
+        return config.max_seq_len
+    return min(config.max_seq_len, positions - 1)
+
+
+def max_model_len(config: Config, known: Facts | None, mode: str) -> int:
+    """Longest sequence for which a server is started, in tokens, within the target's positions.
+
+    Answering and extracting need a row, and the token that a server generates after it; evaluation a row and an answer.
+    """
+    longest = config.max_seq_len + (1 if mode in ("generate", "extract") else config.evaluate.max_tokens)
     return longest if known is None or known.positions is None else min(longest, known.positions)
 
 

@@ -1,6 +1,7 @@
 """`<recipe>.lock.json`: everything that a recipe resolves to, to detect later changes.
 
-For every node it contains the key and the values in it (options, versions, the resolved source, digests of inputs); a
+It contains the commits of the revisions that the recipe names, which later commands use instead of asking the hub. For
+every node it contains the key and the values in it (options, versions, the resolved source, digests of inputs); a
 stage whose input does not exist yet has no key. A value that only the lock or only the plan knows is no difference, so
 that a lock written with a full store can be compared with an empty one.
 """
@@ -10,7 +11,6 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 from speculators.config.schema import Config
@@ -18,6 +18,7 @@ from speculators.errors import RecipeError
 from speculators.runner.planning import graph, key
 from speculators.runner.planning.explain import libraries
 from speculators.runner.planning.plan import Planner
+from speculators.runner.planning.sources import lock_path
 
 FORMAT = 1
 """Format version; raised when older releases cannot read the file."""
@@ -35,11 +36,6 @@ class Difference:
     """Stages that read it; empty for values of no stage."""
 
 
-def lock_path(config: Config) -> Path:
-    """Path of the recipe's lock, in the working directory."""
-    return Path(f"{config.recipe}.lock.json")
-
-
 def lock_contents(planner: Planner) -> dict[str, Any]:
     """Contents of the lock for the current plan, as JSON types."""
     steps = planner.plan()
@@ -54,7 +50,13 @@ def lock_contents(planner: Planner) -> dict[str, Any]:
         for step in steps
         if step.node.part is None  # the number of workers does not affect the output
     }
-    return {"format": FORMAT, "recipe": planner.config.recipe, "packages": libraries(), "stages": stages}
+    return {
+        "format": FORMAT,
+        "recipe": planner.config.recipe,
+        "packages": libraries(),
+        "revisions": planner.hub.resolved,
+        "stages": stages,
+    }
 
 
 def load_lock(config: Config) -> dict[str, Any] | None:
@@ -63,7 +65,7 @@ def load_lock(config: Config) -> dict[str, Any] | None:
     Raises:
         RecipeError: the file cannot be read.
     """
-    path, hint = lock_path(config), f"write it again: speculators-run lock recipe={config.recipe}"
+    path, hint = lock_path(config.recipe), f"write it again: speculators-run lock recipe={config.recipe}"
     try:
         contents: dict[str, Any] = json.loads(path.read_text())
         if contents["format"] != FORMAT:
@@ -97,13 +99,13 @@ def refuse_if_different(planner: Planner) -> None:
     locked = load_lock(config)
     if locked is None:
         raise RecipeError(
-            f"run.locked: there is no {lock_path(config)} in the working directory",
+            f"run.locked: there is no {lock_path(config.recipe)} in the working directory",
             f"write it: speculators-run lock recipe={config.recipe}",
         )
     if differences := lock_differences(locked, planner):
         lines = [f"  {d.name}  {_short(d.old)} -> {_short(d.new)}{_where(d)}" for d in differences]
         raise RecipeError(
-            f"run.locked: the recipe differs from {lock_path(config)}\n\n" + "\n".join(lines),
+            f"run.locked: the recipe differs from {lock_path(config.recipe)}\n\n" + "\n".join(lines),
             f"undo the change, or lock it: speculators-run lock recipe={config.recipe}",
         )
 

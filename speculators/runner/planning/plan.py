@@ -16,6 +16,7 @@ from typing import Any
 
 from speculators.config.fields import identity
 from speculators.config.schema import Config
+from speculators.errors import SourceError
 from speculators.packages import installed_version, public_version
 from speculators.runner import hardware
 from speculators.runner.execution import schedule
@@ -27,6 +28,7 @@ from speculators.runner.planning.sizes import Sizes, sizes_of
 from speculators.runner.servers import external, vllm
 from speculators.runner.store.artifact import Artifact
 from speculators.runner.store.artifacts import Store
+from speculators.tokenizer_files import mask_token
 
 MAX_CHANGES_SHOWN = 8
 """Changed options that a reason names; an artifact with more changes is hardly related."""
@@ -52,8 +54,9 @@ class Step:
     node: Node
     state: State
     reason: str
-    """`made by RUN`, `local`, `new`, `changed: ...`, `version A -> B`, `upstream: NODE`, `forced`, `incomplete`; before
-    the reason, `16 of 400 rows new; ` for a stage that reuses the others."""
+    """`made by RUN`, `local`, `new`, `changed: ...`, `version A -> B`, `upstream: NODE`, `forced`, `incomplete`; of a
+    source on the hub also `sources.NOT_RESOLVED`; before the reason, `16 of 400 rows new; ` for a stage that reuses the
+    others."""
     key: str = ""
     """Empty while the node waits."""
     preimage: dict[str, Any] = field(default_factory=dict)
@@ -74,9 +77,10 @@ class Planner:
         RecipeError, SourceError, ServiceError, ContractError: see `graph.build`, `sources.resolve`, `derive`.
     """
 
-    def __init__(self, config: Config, store: Store) -> None:
+    def __init__(self, config: Config, store: Store, hub: sources.Hub | None = None) -> None:
         self.config = config
         self.store = store
+        self.hub = hub or sources.Hub(locked=sources.locked_revisions(config.recipe))
         self.graph = graph.select_nodes(graph.build(config), config)
         schedule.check_limits(config)
         checks.check_graph(config, self.graph)
@@ -85,6 +89,8 @@ class Planner:
         self.forced = graph.forced_nodes(self.graph, config)
         """Stages that run although their artifact exists; execution removes a stage once it has run."""
         self._sources = {n.name: self._resolve(n) for n in self.graph.values() if n.kind == "fetch"}
+        self.notes = [source.note for source in self._sources.values() if source.note]
+        """What the recipe leaves open and how it was understood, for the terminal."""
         self.engine = self._engine()
         self.packages = {p: installed_version(p) or "" for n in self.graph.values() for p in n.spec.packages}
         self._external: dict[tuple[str, ...], dict[str, str]] = {}
@@ -102,8 +108,11 @@ class Planner:
         checkpoint = self.step(TARGET, {}).path
         self.facts = derive.facts(self.config, checkpoint)
         if self.facts is not None:
+            self._fit_length(self.facts)
             checks.check_target(self.config, self.graph, checkpoint, self.facts)
             self.derived = derive.derive(self.config, self.facts)
+            if checkpoint is not None:
+                self._choose_mask_token(checkpoint, self.facts.vocab_size)
         if DRAFT in self.graph and (directory := self.step(DRAFT, {}).path) is not None:
             self._draft = draft.of_checkpoint(directory)
             if self.facts is not None:
@@ -123,6 +132,39 @@ class Planner:
         tokens = serving.num_speculative_tokens or draft.tokens_to_measure(self.config, facts)[0]
         return {**facts.method, "num_speculative_tokens": tokens}
 
+    def _fit_length(self, known: derive.Facts) -> None:
+        """Lower `max_seq_len` to what the target can, where the recipe leaves it at its default."""
+        longest = derive.default_length(self.config, known)
+        if longest != self.config.max_seq_len:
+            self.config = replace(self.config, max_seq_len=longest)
+            self.notes.append(f"max_seq_len={longest}: the target has {known.positions} positions")
+
+    def _choose_mask_token(self, checkpoint: Path, vocab_size: int) -> None:
+        """Show the mask token that training will choose; it is in no key, because the target's files determine it."""
+        if not any(node.spec.trains for node in self.graph.values()) or not self.config.speculator.needs_mask_token():
+            return
+        token = mask_token(checkpoint, vocab_size)
+        if token is None:  # known when training starts
+            return
+        self.derived["mask_token_id"] = token.id
+        note = f"speculator.mask_token_id: {token.id} is `{token.text}`, which answers contain; the target has no other"
+        if token.in_answers and note not in self.notes:
+            self.notes.append(note)
+
+    def refuse_unresolved(self) -> None:
+        """Check that every source is resolved, without which no stage can run.
+
+        Raises:
+            SourceError: one of the hub is not.
+        """
+        if self.unresolved:
+            raise self.unresolved[0]
+
+    @property
+    def unresolved(self) -> list[SourceError]:
+        """Why the commits of sources on the hub are unknown."""
+        return [source.unresolved for source in self._sources.values() if source.unresolved is not None]
+
     @functools.cached_property
     def machine(self) -> hardware.Machine:
         """The machine that the recipe is planned for. GPUs are not looked for where vLLM runs on the CPU."""
@@ -140,7 +182,7 @@ class Planner:
     def _sizes(self) -> Sizes:
         if TARGET not in self.graph:
             return Sizes()
-        longest = derive.max_model_len(self.config, self.facts)
+        longest = derive.max_model_len(self.config, self.facts, "speculative")
         return sizes_of(self.config, self.facts, self.step(TARGET, {}).path, longest)
 
     def plan(self) -> list[Step]:
@@ -170,10 +212,12 @@ class Planner:
         missing += self._unread(node)
         if missing:
             return Step(node=node, state=State.waits, reason=f"upstream: {missing[0]}{self._in_store(node, digests)}")
+        source = self._sources.get(name)
+        if source is not None and source.unresolved is not None:
+            return Step(node=node, state=State.waits, reason=sources.NOT_RESOLVED)
         derived = self._derived(node)
         image = self._preimage(node, derived, digests)
         own_key = key.digest(image)
-        source = self._sources.get(name)
         fixed = source.digest if source else ""
         if source and source.path:
             return Step(
@@ -234,7 +278,8 @@ class Planner:
         name = node.name.removeprefix("dataset.")
         section = f"data.{name}" if name in self.config.data else f"evaluate.datasets.{name}"
         options = {TARGET: "target.source", DRAFT: draft.OPTION}
-        return sources.resolve(options.get(node.name, f"{section}.source"), node.source, node.fetch_as)
+        option = options.get(node.name, f"{section}.source")
+        return sources.resolve(option, node.source, node.fetch_as, self.hub)
 
     def _engine(self) -> str:
         """Version of vLLM in the keys of stages for which servers are started; empty if none is."""

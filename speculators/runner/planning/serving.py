@@ -54,7 +54,7 @@ def server_order(
         draft="" if mode != "speculative" else str(draft) if draft else "DRAFT",
         proposal=planner.proposal(node, placed.serving),
         capture_layer_ids=planner.derived.get("capture_layer_ids", []) if mode == "extract" else None,
-        max_model_len=derive.max_model_len(config, planner.facts),
+        max_model_len=derive.max_model_len(config, planner.facts, mode),
         cores=cores_of(planner.placement(node)),
         devices=list(placed.devices) if placed.utilization is not None else [],
         directories=str(directories),

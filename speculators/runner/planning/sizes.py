@@ -6,12 +6,13 @@ shape. Everything else is a rough formula, made to refuse only what cannot work.
 
 from __future__ import annotations
 
-import json
 import math
 from dataclasses import dataclass
 from pathlib import Path
 
+from speculators.checkpoint_files import read_header
 from speculators.config.schema import Config
+from speculators.errors import SourceError
 from speculators.runner.planning.derive import Facts
 
 GIB = 2**30
@@ -115,13 +116,11 @@ def stored_weights(checkpoint: Path) -> tuple[int, int]:
     parameters = other = 0
     for file in sorted(checkpoint.glob("*.safetensors")):
         try:
-            tensors = _header(file)
-        except (OSError, ValueError):
+            tensors = read_header(file)
+        except SourceError:
             parameters += file.stat().st_size // 2
             continue
         for tensor in tensors.values():
-            if not isinstance(tensor, dict) or "dtype" not in tensor:
-                continue
             count = math.prod(tensor["shape"])
             if tensor["dtype"] in ("F32", "F16", "BF16"):
                 parameters += count
@@ -129,16 +128,6 @@ def stored_weights(checkpoint: Path) -> tuple[int, int]:
                 begin, end = tensor["data_offsets"]
                 other += end - begin
     return parameters, other
-
-
-def _header(file: Path) -> dict[str, object]:
-    """The JSON header of a safetensors file: its length as 8 bytes, little endian, then the text."""
-    with file.open("rb") as stream:
-        length = int.from_bytes(stream.read(8), "little")
-        if length > file.stat().st_size:
-            raise ValueError("not a safetensors file")
-        header: dict[str, object] = json.loads(stream.read(length))
-    return header
 
 
 def heads_divide(sizes: Sizes, tensor: int) -> bool:

