@@ -53,7 +53,7 @@ LEFT = [
     {"speculators.runner.products"},
     {
         f"speculators.config.{name}"
-        for name in ("shipped", "checks", "foreign_names", "documentation", "compose", "composed")
+        for name in ("shipped", "checks", "foreign_names", "translation", "documentation", "compose", "composed")
     },
     {"speculators.ui"},
     {"speculators.live"},
@@ -76,7 +76,7 @@ WORKERS = {f"speculators.runner{name}" for name in ("", ".store", ".store.artifa
 """The worker stands on the line: it claims, publishes, and asks the doctor about imports that fail."""
 DOORS = {
     "hydra": {"speculators.config.compose"},
-    "omegaconf": {"speculators.config.compose"},
+    "omegaconf": {"speculators.config.compose", "speculators.config.translation"},
     "rich": {"speculators.live"},
     "vllm": {"speculators.engine.connector"},
     "mooncake": {"speculators.engine.mooncake"},

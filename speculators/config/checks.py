@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from speculators.config.algorithms import SPECULATORS, Speculator, loss_weights
-from speculators.config.fields import as_override, violations
+from speculators.config.fields import MISSING, as_override, violations
 from speculators.config.schema import Config, Serve
 from speculators.errors import RecipeError
 from speculators.job import file_name
@@ -59,8 +59,10 @@ def check_config(config: Config) -> None:
             f"choose the algorithm by speculator={chosen.algorithm}, or `override /speculator: {chosen.algorithm}`",
         )
     for name, value, text, default in violations(config):
-        hint = f"{name}={as_override(default)}"
-        raise RecipeError(f"{name}={as_override(value)}: {text}", f"for example {hint}, which is the default")
+        hint = f"for example {name}={as_override(default)}, which is the default"
+        if default == MISSING:
+            hint = f"{name}=PATH, or a source on the hub"
+        raise RecipeError(f"{name}={as_override(value)}: {text}", hint)
     loss_weights(config.speculator.loss_fn)
     for valid, error, hint in _combinations(config):
         if not valid:

@@ -9,8 +9,8 @@ the working directory is on Hydra's search path, after the shipped one. Hydra me
 
 from __future__ import annotations
 
+import itertools
 import logging
-import math
 import os
 import re
 import sys
@@ -29,7 +29,6 @@ from hydra.core.override_parser.types import Override
 from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf
 
-from speculators.config import foreign_names
 from speculators.config.algorithms import SPECULATORS
 from speculators.config.checks import check_config, pipeline_nodes
 from speculators.config.choices import DataFormat
@@ -37,13 +36,12 @@ from speculators.config.execution import ExecutorOptions
 from speculators.config.fields import MISSING, iter_options, to_builtins
 from speculators.config.schema import Config, Dataset, Evaluate, from_builtins
 from speculators.config.shipped import CONF, available, choices, own_conf
+from speculators.config.translation import OPEN, closest_option, first_line, known_options, translated
 from speculators.errors import RecipeError, closest
 from speculators.packages import installed_version
 from speculators.runner.planning.sources import relative_to
 
 _VERSION_BASE = "1.3"
-_OPEN = ("data.", "pipeline.")
-"""Sections whose keys are defined by the recipe."""
 _GROUPS = ("target", "data", "speculator", "pipeline", "hardware", "executor")
 _HYDRA_GROUPS = ("output", "launcher", "sweeper", "help", "hydra_help", "hydra_logging", "job_logging", "env")
 """Hydra's config groups for itself, which composing does not need; reading them takes a tenth of its time."""
@@ -68,6 +66,8 @@ class _Written(Config):
     """`Config` in the form that recipes have, for Hydra."""
 
     evaluate: Evaluate = field(default_factory=_EvaluateAsWritten)
+    data: dict[str, Dataset | None] = field(default_factory=dict)  # type: ignore[assignment]
+    """Null removes a dataset, as of a recipe that this one builds on."""
     pipeline: dict[str, Any] = field(default_factory=dict)
     """Untyped, since OmegaConf merges nothing into an item with a type of its own; see `checks.pipeline_nodes`."""
 
@@ -80,15 +80,22 @@ def compose(overrides: Sequence[str]) -> Config:
     """
     overrides, known = _register(overrides)
     _check_overrides(overrides, known)
+    return _composed(overrides)
+
+
+def _composed(overrides: Sequence[str]) -> Config:
+    """Compose checked overrides of registered recipes."""
     try:
         with _initialized():
             without_hydra = [f"~hydra/{group}" for group in _HYDRA_GROUPS]
             composed = hydra.compose(
                 config_name="config", overrides=[*overrides, *without_hydra, *_search_path(overrides)]
             )
-        return typed(composed)
-    except (HydraException, omegaconf.errors.OmegaConfBaseException) as error:
-        raise _translated(error) from None
+    except RecipeError:
+        raise
+    except Exception as error:  # of what is written, of whatever type: nothing of this package runs here
+        raise translated(error) from None
+    return typed(composed)
 
 
 def as_recipe(config: Config) -> str:
@@ -123,7 +130,7 @@ def show_by_hydra(arguments: Sequence[str]) -> None:
     try:
         hydra.main(version_base=_VERSION_BASE, config_path=str(CONF), config_name="config")(lambda composed: None)()
     except (HydraException, omegaconf.errors.OmegaConfBaseException) as error:
-        raise _translated(error) from None
+        raise translated(error) from None
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -156,6 +163,8 @@ def multirun(arguments: Sequence[str], directory: Path, task: Callable[[SweepJob
     overrides = [a for a in rewritten if a not in ("-m", "--multirun")]
     _check_overrides([o for o in overrides if not o.startswith("-")], known, sweep=True)
     overrides += _launcher_settings(overrides)
+    for job_overrides in _jobs(overrides):
+        _composed(job_overrides)
     recipes = [name for a in arguments if a.startswith("recipe=") for name in a.removeprefix("recipe=").split(",")]
     path_by_name = {Path(recipe).stem: recipe for recipe in recipes}
 
@@ -163,6 +172,7 @@ def multirun(arguments: Sequence[str], directory: Path, task: Callable[[SweepJob
         hydra_config, own_overrides = HydraConfig.get(), []
         for override in hydra_config.overrides.task:
             name, _, value = override.partition("=")
+            value = value.strip("'")
             own_overrides.append(f"recipe={path_by_name.get(value, value)}" if name == "recipe" else override)
         task(SweepJob(number=int(hydra_config.job.num), overrides=own_overrides, composed=composed))
 
@@ -173,7 +183,7 @@ def multirun(arguments: Sequence[str], directory: Path, task: Callable[[SweepJob
     try:
         hydra.main(version_base=_VERSION_BASE, config_path=str(CONF), config_name="config")(job)()
     except (HydraException, omegaconf.errors.OmegaConfBaseException) as error:
-        raise _translated(error) from None
+        raise translated(error) from None
 
 
 def _launcher_settings(overrides: Sequence[str]) -> list[str]:
@@ -190,8 +200,17 @@ def _launcher_settings(overrides: Sequence[str]) -> list[str]:
 
 def _count(overrides: Sequence[str]) -> int:
     """The number of jobs of a sweep."""
-    parsed = OverridesParser.create().parse_overrides(overrides=[o for o in overrides if not o.startswith("-")])
-    return math.prod(sum(1 for _ in o.sweep_string_iterator()) for o in parsed if o.is_discrete_sweep())
+    return sum(1 for _ in _jobs(overrides))
+
+
+def _jobs(overrides: Sequence[str]) -> Iterator[list[str]]:
+    """The overrides of each job of a sweep, without those of Hydra itself."""
+    written = [o for o in overrides if not o.startswith(("-", "hydra.", "hydra/"))]
+    values = [
+        [f"{o.get_key_element()}={value}" for value in o.sweep_string_iterator()] if o.is_discrete_sweep() else [line]
+        for o, line in zip(OverridesParser.create().parse_overrides(overrides=written), written, strict=True)
+    ]
+    yield from map(list, itertools.product(*values))
 
 
 def _search_path(overrides: Sequence[str]) -> list[str]:
@@ -219,7 +238,11 @@ def typed(composed: DictConfig) -> Config:
 
     Hydra has already checked names and types when it merged the recipe into the schema.
     """
-    values: Any = OmegaConf.to_container(composed, resolve=True, enum_to_str=True)
+    try:
+        values: Any = OmegaConf.to_container(composed, resolve=True, enum_to_str=True)
+    except omegaconf.errors.OmegaConfBaseException as error:
+        raise translated(error) from None
+    values["data"] = {name: dataset for name, dataset in values["data"].items() if dataset is not None}
     values["evaluate"]["datasets"] = _evaluation_datasets(values["evaluate"]["datasets"], values["data"])
     values["pipeline"] = pipeline_nodes(values["pipeline"])
     for name in sorted(_missing(values)):
@@ -238,7 +261,10 @@ def _without_value(name: str) -> RecipeError:
             f"target.source=ORG/NAME (on the hub) or DIRECTORY; or target=NAME, one of {', '.join(choices('target'))}"
         )
     elif name.endswith(".format"):
-        hint = f"{name}=messages, or another of {', '.join(format.name for format in DataFormat)}"
+        formats = f"or another of {', '.join(format.name for format in DataFormat)}"
+        hint = f"{name}=messages, {formats}"
+        if name.startswith("evaluate."):  # a list, whose items have no names of their own on the command line
+            hint = f"add `format: prompts` to it, {formats}"
     return RecipeError(message, hint)
 
 
@@ -271,7 +297,7 @@ def _register(arguments: Sequence[str]) -> tuple[list[str], dict[str, Path]]:
         if key == "recipe":
             names = [_by_name(name, known) for name in value.split(",")]
             named |= set(names) & set(known)
-            argument = f"recipe={','.join(names)}"
+            argument = f"recipe={','.join(map(_quoted, names))}"
         elif key in ("force", "evaluate.datasets") and not value.startswith("["):
             argument = f"{key}=[{value}]"
         elif key == "from":
@@ -300,20 +326,34 @@ def _read_recipe(path: Path) -> dict[str, Any]:
     except Exception as error:
         mark = getattr(error, "problem_mark", None)
         hint = f"fix the YAML at line {mark.line + 1}" if mark else "fix the YAML"
-        raise RecipeError(f"{path.name} is not YAML: {_first_line(error)}", hint) from None
+        raise RecipeError(f"{path.name} is not YAML: {first_line(error)}", hint) from None
     if not isinstance(node, dict):
         raise RecipeError(f"{path.name} is not a YAML mapping", "write options as `train: {lr: 1e-3}`")
-    datasets = (node.get("evaluate") or {}).get("datasets")
+    if not isinstance(node.get("defaults") or [], list):
+        raise RecipeError(f"{path.name}: `defaults` is not a list", "defaults: [override /speculator: eagle3]")
+    if isinstance(node.get("force"), str):
+        node["force"] = [node["force"]]
+    if "from" in node:
+        node["from_"] = node.pop("from")  # `from` cannot be the name of a field
+    evaluate = node["evaluate"] if isinstance(node.get("evaluate"), dict) else {}  # Hydra reports another type
+    datasets = evaluate.get("datasets")
     if isinstance(datasets, dict):  # a mapping, as `data` is one
-        node["evaluate"]["datasets"] = datasets = [datasets]
-    definitions = [*(item.values() for item in [node.get("data"), *(datasets or [])] if isinstance(item, dict))]
+        evaluate["datasets"] = datasets = [datasets]
+    items = datasets if isinstance(datasets, list) else []
+    definitions = [*(item.values() for item in [node.get("data"), *items] if isinstance(item, dict))]
     for section in (node.get("target"), *(section for group in definitions for section in group)):
         if isinstance(section, dict) and isinstance(section.get("source"), str):
             model = section is node.get("target")
             section["source"] = relative_to(path.absolute().parent, section["source"], model=model)
-    if isinstance(draft := (node.get("evaluate") or {}).get("draft"), str) and draft:
-        node["evaluate"]["draft"] = relative_to(path.absolute().parent, draft, model=True)
+    if isinstance(draft := evaluate.get("draft"), str) and draft:
+        evaluate["draft"] = relative_to(path.absolute().parent, draft, model=True)
     return node
+
+
+def _quoted(recipe: str) -> str:
+    """The name of a recipe as an override: one that Hydra's grammar would not read as a name is quoted."""
+    is_name = re.fullmatch(r"[A-Za-z_][\w.-]*", recipe, re.ASCII) and recipe.lower() not in ("null", "true", "false")
+    return recipe if is_name else f"'{recipe}'"
 
 
 def _bases(node: Mapping[str, Any], path: Path, known: dict[str, Path]) -> Iterator[str]:
@@ -378,28 +418,8 @@ def _dataset(name: str, options: Any) -> Any:
         try:
             schema[option] = value
         except omegaconf.errors.ValidationError as error:
-            raise RecipeError(f"{full}.{option}: {_first_line(error)}", "give a value of the option's type") from None
+            raise RecipeError(f"{full}.{option}: {first_line(error)}", "give a value of the option's type") from None
     return OmegaConf.to_container(schema, enum_to_str=True)
-
-
-def _options(near: str = "") -> set[str]:
-    """Dotted names that may be overridden, sections included; if `near` is a dataset's option, the dataset's."""
-    if near.startswith("data.") and near.count(".") == 2:
-        return {f"{near.rpartition('.')[0]}.{name}" for name, *_ in iter_options(Dataset())}
-    names = {name for name, *_ in iter_options(Config())}
-    for schema in SPECULATORS.values():
-        names |= {f"speculator.{name}" for name, *_ in iter_options(schema())}
-    return names | {name.rsplit(".", 1)[0] for name in names if "." in name} | {"data", "pipeline"}
-
-
-def _closest_option(name: str, options: set[str]) -> str:
-    """Hint for an unknown option: our name for another tool's option, the closest match, or the section's options."""
-    if hint := foreign_names.hint(name):
-        return hint
-    names = {option.rstrip("_") for option in options}  # `from`
-    section = name.rpartition(".")[0]
-    siblings = [option for option in names if option.rpartition(".")[0] == section]
-    return closest(name, names, siblings or [option for option in names if "." not in option])
 
 
 def _check_overrides(arguments: Sequence[str], known: Mapping[str, Path], sweep: bool = False) -> None:
@@ -408,10 +428,10 @@ def _check_overrides(arguments: Sequence[str], known: Mapping[str, Path], sweep:
         overrides = OverridesParser.create().parse_overrides(overrides=list(arguments))
     except HydraException as error:
         raise RecipeError(
-            f"cannot read an override: {_first_line(error)}",
+            f"cannot read an override: {first_line(error)}",
             "write KEY=VALUE; quote a value that has = , # or blanks: 'target.source=\"a b\"'",
         ) from None
-    options = _options()
+    options = known_options()
     if not any(o.key_or_group == "recipe" for o in overrides):
         raise RecipeError("no recipe is named", f"add recipe=NAME; there is: {', '.join(sorted(known))}")
     for override in overrides:
@@ -424,16 +444,18 @@ def _check_override(override: Override, options: set[str], known: Mapping[str, P
         _check_launcher(str(override.value()))
     if name.startswith(("hydra.", "hydra/")):
         return
-    if override.is_add() or (override.is_force_add() and not name.startswith("pipeline.")):
-        raise RecipeError(f"`+{name}`: options cannot be added", _closest_option(name, options))
+    section = next((s for s in OPEN if name.startswith(f"{s}.")), "")
+    if override.is_add() or (override.is_force_add() and section != "pipeline"):
+        raise RecipeError(f"`+{name}`: options cannot be added", closest_option(name, options))
     if override.is_delete():
-        raise RecipeError(f"`~{name}`: options cannot be removed", "set the option to null, or to its default")
+        hint = f"{name}=null" if name.count(".") == 1 and section else "set the option to null, or to its default"
+        raise RecipeError(f"`~{name}`: options cannot be removed", hint)
     if override.is_sweep_override() and not sweep:
         raise RecipeError(f"`{name}` has several values", "add -m to run one job for each value")
     if name in (*_GROUPS, "recipe"):
         _check_choice(name, override, known)
-    elif name not in options and not name.startswith(_OPEN):
-        raise RecipeError(f"there is no option `{name}`", _closest_option(name, options))
+    elif name not in options and not section:
+        raise RecipeError(f"there is no option `{name}`", closest_option(name, options))
 
 
 def _check_choice(name: str, override: Override, known: Mapping[str, Path]) -> None:
@@ -444,7 +466,10 @@ def _check_choice(name: str, override: Override, known: Mapping[str, Path]) -> N
         selected = override.value()
     all_choices = known if name == "recipe" else choices(name)
     for choice in selected if isinstance(selected, list) else [selected]:
-        if isinstance(choice, str) and choice not in all_choices:
+        if choice is None:
+            raise RecipeError(f"{name}=null: names no choice", f"leave {name} out, or {closest('', all_choices)}")
+        choice = str(choice).strip("'")
+        if choice not in all_choices:
             kind = "recipe" if name == "recipe" else f"choice for {name}"
             raise RecipeError(f"no {kind} named `{choice}`", closest(choice, all_choices))
 
@@ -460,40 +485,3 @@ def _check_launcher(name: str) -> None:
             f"hydra/launcher={name} needs `{distribution}`, which is not installed",
             f"pip install 'speculators-run[{extra}]'",
         )
-
-
-def _translated(error: Exception) -> RecipeError:
-    """Translate an exception of Hydra or OmegaConf into a message with the option and a hint."""
-    chain = list(_chain(error))
-    text, cause = "\n".join(str(e) for e in chain), chain[-1]
-    name = next((key for e in chain if (key := getattr(e, "full_key", None))), None)
-    if match := re.search(r"Could not (?:find|load) '(?:(\w+)/)?([^']+)'", text):
-        group, choice = match[1] or "recipe", match[2]
-        return RecipeError(
-            f"no choice for {group} named `{choice}`",
-            closest(choice, available() if group == "recipe" else choices(group)),
-        )
-    if match := re.search(r"Key '([^']+)' (?:not in|is not in)", text):
-        unknown = str(name or match[1])
-        return RecipeError(f"there is no option `{unknown}`", _closest_option(unknown, _options(unknown)))
-    invalid = next((e for e in chain if isinstance(e, omegaconf.errors.ValidationError)), None)
-    if invalid is not None and name:
-        return RecipeError(
-            f"{name}: {_first_line(invalid)}", "give a value of the option's type; `--cfg job` shows them all"
-        )
-    if isinstance(cause, omegaconf.errors.MissingMandatoryValue) or MISSING in text:
-        return RecipeError(f"`{name}` has no value", f"set it in the recipe, or add {name}=VALUE")
-    return RecipeError(
-        _first_line(cause), "`--cfg job` shows the composed recipe, `--info defaults` its defaults lists"
-    )
-
-
-def _chain(error: BaseException | None) -> Iterator[BaseException]:
-    """An exception and its causes, the original one last."""
-    while error is not None:
-        yield error
-        error = error.__cause__ or error.__context__
-
-
-def _first_line(error: BaseException) -> str:
-    return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)

@@ -188,6 +188,17 @@ COMBINED = [
     (("data.mine.source=gone.jsonl",), "data.mine.source"),
     (("pipeline=online", "executor=slurm"), "executor=slurm"),
     (("learning_rate=1e-3",), "learning_rate"),
+    *(((f"{group}=null",), f"{group}=null") for group in ("target", "data", "speculator", "pipeline", "hardware")),
+    (("speculator=5",), "speculator"),
+    (("from=null",), "from: "),
+    (("+data.target.source=X",), "data.target.source"),
+    (("data.x.source=X",), "data.x"),
+    (("~data.mine",), "data.mine"),
+    (("target.source=''",), "target.source=''"),
+    (("evaluate.datasets=[{a: {source: rows.jsonl}}]",), "evaluate.datasets.a.format"),
+    (("train.lr=${oc.env:NOPE}",), "train.lr"),
+    (("max_seq_len=${nope}",), "max_seq_len"),
+    (("run.stages={train: {time_limit: 1}}",), "run.stages.train"),
     (("evaluate.datasets=[{mine: {source: rows.jsonl, format: prompts}}]",), "evaluate.datasets.mine"),
     (("speculator.algorithm=dflash",), "speculator.algorithm=dflash"),
     (("speculator=dflash", "speculator.algorithm=eagle3"), "speculator.algorithm=eagle3"),
@@ -210,7 +221,7 @@ def test_plan_checks_of_options_that_do_not_fit(
 ) -> None:
     code, error, hint = planned(capsys, *words)
     assert (code, named in error, bool(hint)) == (1, True, True), error
-    if words[0].startswith(("prompts.", "until=train", "data.mine.max", "speculator", "only=", "hardware.")):
+    if words[0].startswith(("prompts.", "until=train", "data.mine.max", "speculator.", "only=", "hardware.t")):
         kept = tuple(word for word in words if not word.startswith(("until=", "only=")))
         assert planned(capsys, *mended(kept, hint))[0] == 0
 
@@ -372,3 +383,34 @@ def test_plan_shows_the_mask_token_and_notes_one_that_answers_contain(
     for words in (["recipe=dflash.yaml", "speculator.mask_token_id=5"], ["recipe=eagle3.yaml"]):
         assert cli._guarded(["plan", *words]) == 0
         assert "mask_token_id" not in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("text", "named"),
+    [
+        ("[1]", "own.yaml"), ("defaults: 5", "own.yaml: `defaults`"), ("train: 5", "own.yaml"), ("evaluate: 5", "own"),
+        ("train: {lr: [1]}", "own.yaml: train.lr"),
+        ("run: {stages: {train: {timelimit: 1}}}", "run.stages.train.timelimit"),
+        ("evaluate: {datasets: 5}", "own.yaml: evaluate.datasets"), ("speculator: null", "speculator"),
+    ],
+)  # fmt: skip
+def test_plan_checks_name_the_recipe_that_cannot_be_composed(
+    world: Path, capsys: pytest.CaptureFixture[str], text: str, named: str
+) -> None:
+    (world / "own.yaml").write_text(text)
+    code, error, hint = planned(capsys, recipe="own")
+    assert (code, named in error, bool(hint)) == (1, True, True), error
+
+
+def test_plan_takes_what_a_recipe_may_say(world: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    more = "force: train\nfrom: tokenize\nrun: {stages: {train: {time_limit: 7200}}}\n"
+    (world / "null.yaml").write_text((world / "eagle3.yaml").read_text() + more)
+    (world / "n\u00e9.yaml").write_text((world / "eagle3.yaml").read_text())
+    assert planned(capsys, recipe="null")[0] == 0
+    assert planned(capsys, recipe="n\u00e9")[0] == 0
+
+
+def test_a_sweep_is_checked_before_its_first_job(world: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli._guarded(["-m", "recipe=eagle3.yaml", "train.lr=1e-3,nan"]) == 1
+    assert "train.lr=NaN" in capsys.readouterr().err
+    assert not [path for path in world.glob("runs/*") if "sweep" not in path.name], "no job has begun"

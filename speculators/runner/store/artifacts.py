@@ -99,7 +99,8 @@ class Store:
         except FileNotFoundError:
             return
         except OSError as error:
-            raise StoreError(f"the store {root} cannot be read: {error.strerror}", "set run.store=DIRECTORY") from None
+            hint = "name another directory: run.store, or run.stores_read for one that is only read"
+            raise StoreError(f"the store {root} cannot be read: {error.strerror}", hint) from None
         if layout != FORMAT:
             hint = "use the release that created it, or another directory: run.store=DIRECTORY"
             raise StoreError(f"the store {root} has layout `{layout}`, this release reads `{FORMAT}`", hint)
