@@ -84,7 +84,7 @@ def read_json(path: Path) -> dict[str, Any]:
     """
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise ContractError(f"target.source: {path} is not JSON ({error})", "fetch or save the target again") from None
     if not isinstance(content, dict):
         raise ContractError(f"target.source: {path} contains no JSON object", "fetch or save the target again")

@@ -414,3 +414,13 @@ def test_a_sweep_is_checked_before_its_first_job(world: Path, capsys: pytest.Cap
     assert cli._guarded(["-m", "recipe=eagle3.yaml", "train.lr=1e-3,nan"]) == 1
     assert "train.lr=NaN" in capsys.readouterr().err
     assert not [path for path in world.glob("runs/*") if "sweep" not in path.name], "no job has begun"
+
+
+@pytest.mark.parametrize("value", [0, -1, True, "8"])
+@pytest.mark.parametrize("name", ["num_hidden_layers", "vocab_size", "num_attention_heads", "max_position_embeddings"])
+def test_plan_checks_that_sizes_of_the_target_are_positive(
+    world: Path, capsys: pytest.CaptureFixture[str], name: str, value: object
+) -> None:
+    (world / "target" / "config.json").write_text(json.dumps(FACTS | {name: value}))
+    code, error, _ = planned(capsys)
+    assert (code, f"its config.json has {name}={value!r}" in error) == (1, True), error

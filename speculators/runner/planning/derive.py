@@ -27,6 +27,13 @@ SCALED_BEFORE = ("su", "longrope", "llama3", "yarn", "deepseek_yarn", "deepseek_
 theirs."""
 
 
+SIZES = (
+    *("num_hidden_layers", "hidden_size", "vocab_size", "num_attention_heads", "num_key_value_heads", "head_dim"),
+    *("intermediate_size", "max_position_embeddings"),
+)
+"""Fields of a config.json that are positive integers, or lists of them by layer, where they are present."""
+
+
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Facts:
     """Shape of the target, from its config.json or from the recipe."""
@@ -60,10 +67,17 @@ def facts(config: Config, checkpoint: Path | None) -> Facts | None:
     path = checkpoint / "config.json"
     try:
         text = common_names(text_config(json.loads(path.read_text(encoding="utf-8"))))
-    except (ValueError, AttributeError) as error:
+    except (ValueError, AttributeError, RecursionError) as error:
         raise ContractError(
             f"target.source: {path} is not a JSON object ({error})", "fetch or save the target again"
         ) from None
+    for name in SIZES:
+        size = text.get(name)
+        if not isinstance(size, list | None) and (isinstance(size, bool) or not isinstance(size, int) or size < 1):
+            raise ContractError(
+                f"target.source={config.target.source}: its config.json has {name}={size!r}, which must be positive",
+                "fetch or save the target again",
+            )
     actual = {name: text[name] if isinstance(text.get(name), int) else expected[name] for name in names}
     for name, value in actual.items():
         if value is None:
