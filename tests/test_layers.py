@@ -80,7 +80,7 @@ DOORS = {
     "rich": {"speculators.live"},
     "vllm": {"speculators.engine.connector"},
     "mooncake": {"speculators.engine.mooncake"},
-    "huggingface_hub": {"speculators.data.sources", "speculators.verbs.publish"},
+    "huggingface_hub": {"speculators.data.sources", "speculators.runner.planning.sources", "speculators.verbs.publish"},
     "submitit": {"speculators.runner.executors.submitit"},
     "ray": {"speculators.runner.executors.ray"},
     "wandb": {"speculators.training.tracking"},
