@@ -58,7 +58,11 @@ def test_no_words_print_help(capsys: pytest.CaptureFixture[str]) -> None:
     [
         (["paln", DEMO], "there is no verb `paln`", "did you mean `plan`?"),
         ([DEMO, "train.lrr=1"], "there is no option `train.lrr`", "did you mean `train.lr`?"),
-        (["plan", DEMO, "target.source=/no/such/model"], "target.source: `/no/such/model` does not exist", "hub:"),
+        (
+            ["plan", DEMO, "target.source=/no/such/model"],
+            "target.source: `/no/such/model` does not exist",
+            "on the hub",
+        ),
         (["plan", "recipe=nope"], "no recipe named `nope`", "smollm2_eagle3"),
     ],
 )

@@ -13,8 +13,8 @@ TIMEOUTS = ast.parse((PACKAGE / "timeouts.py").read_text())
 # interpreter that must start in a few ms. Both import the standard library only, so they have constants of their own.
 EXEMPT = ("timeouts.py", "runner/environment.py", "runner/servers/guard.py")
 NAMES = re.compile("_SECONDS|TIMEOUT|GRACE|INTERVAL|DEADLINE|HEARTBEAT|POLL|PATIENCE|PROBE|BACKOFF")
-COUNTS = ("TOKENS_PER_TIMEOUT", "_MAX_POLLS")
-"""Numbers of something else than seconds."""
+COUNTS = ("TOKENS_PER_TIMEOUT", "_MAX_POLLS", "IMPORT_SECONDS")
+"""Numbers of something else than seconds, or seconds that nobody waits."""
 WAITS = ("sleep", "wait", "join", "poll", "timeout", "wait_for")
 """Functions whose first or last argument is a time."""
 

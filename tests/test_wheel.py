@@ -34,7 +34,7 @@ def test_a_wheel_in_an_empty_environment_plans_a_recipe_from_another_directory(t
     assert "smollm2_eagle3" in run(command, "--help")
     # The environment is empty, so the engines have to be somebody else's.
     url, other = (f"http://127.0.0.1:{reporting().server_port}" for _ in range(2))
-    elsewhere = (f"serve.url={url}", "serve.hidden_states_dir=states")
+    elsewhere = (f"serve.url={url}", f"serve.hidden_states_dir={tmp_path}")
     elsewhere += (f"serve.baseline_url={url}", f"serve.speculative_url={other}")
     out = run(command, "plan", "recipe=smollm2_eagle3", *elsewhere, f"run.store={tmp_path}/store")
     assert "upstream: train" in out

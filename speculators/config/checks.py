@@ -58,6 +58,7 @@ def check_config(config: Config) -> None:
             f"speculator.algorithm={chosen.algorithm}: the section has the options of another algorithm",
             f"choose the algorithm by speculator={chosen.algorithm}, or `override /speculator: {chosen.algorithm}`",
         )
+    _refuse_secrets(config)  # first, since the other errors repeat values
     for name, value, text, default in violations(config):
         hint = f"for example {name}={as_override(default)}, which is the default"
         if default == MISSING:
@@ -67,7 +68,6 @@ def check_config(config: Config) -> None:
     for valid, error, hint in _combinations(config):
         if not valid:
             raise RecipeError(error, hint)
-    _refuse_secrets(config)
     _check_extra_args(config)
 
 

@@ -118,7 +118,7 @@ def job(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Job:
         stage="train",
         key="0" * 64,
         config=from_builtins(Config, select(config, KINDS["train"].reads)),
-        derived=derived,
+        derived=derived | {"verifier": {"name": "org/target", "revision": "abc"}},
         inputs={name: tmp_path / name for name in names},
         digests={name: name[0] * 64 for name in ("target", "features", "vocab")} | {"tokens": "k" * 64},
         services={},

@@ -40,6 +40,7 @@ from speculators.runner.servers import vllm
 from speculators.runner.servers.server import ServerSpec
 from speculators.runner.store import upkeep
 from speculators.runner.store.artifacts import Store
+from tests.conftest import write_header
 from tests.runner.machines import machine, pretend
 
 KINDS = {
@@ -180,8 +181,11 @@ class PlayedWorker:
         if self.plain["forced"] or self.world.store.find(stage, key) is None:
             data = Path(self.plain["work"]) / "data"
             data.mkdir(parents=True, exist_ok=True)
-            facts = {"num_hidden_layers": 4, "hidden_size": 8, "vocab_size": 32, "architectures": ["Eagle3"]}
+            facts: dict[str, Any] = {"num_hidden_layers": 4, "hidden_size": 8, "vocab_size": 32}
+            facts["architectures"] = ["Eagle3"]
             (data / "config.json").write_text(json.dumps(facts))  # of target and draft; nobody looks into the others
+            (data / "chat_template.jinja").write_text("{{ messages }}")
+            write_header(data / "model.safetensors", facts["vocab_size"], facts["hidden_size"])
             described = {name: self.plain[name] for name in ("preimage", "provenance", "digest")}
             with self.world.store.claim(stage, key, lambda who: None):
                 self.world.store.publish(stage, key, record={}, **described, replace=self.plain["forced"])
