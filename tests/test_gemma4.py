@@ -74,16 +74,8 @@ def states_of(model: Any, tokens: torch.Tensor, layer_ids: list[int]) -> tuple[t
 
 def test_the_recipe_plans_with_layers_spread_over_the_targets_depth(gemma: tuple[Path, Any], store: Store) -> None:
     shape = [f"target.{name}=null" for name in ("num_hidden_layers", "hidden_size", "vocab_size")]
-    config = compose.compose(
-        [
-            "recipe=gemma4_dflash",
-            f"target.source={gemma[0]}",
-            "vocab.size=null",
-            "max_seq_len=128",
-            "regenerate.max_tokens=64",
-            *shape,
-        ]
-    )
+    short = ["max_seq_len=128", "regenerate.max_tokens=64", "evaluate.max_tokens=64", "vocab.size=null"]
+    config = compose.compose(["recipe=gemma4_dflash", f"target.source={gemma[0]}", *short, *shape])
     planner = Planner(config, store)
     assert planner.derived["layer_ids"] == [2, 3, 4, 5, 6]
     assert planner.derived["capture_layer_ids"] == [2, 3, 4, 5, 6, DEPTH]
