@@ -62,6 +62,8 @@ def translated(error: Exception) -> RecipeError:
         unknown = str(name or match[1])
         return RecipeError(f"there is no option `{unknown}`", closest_option(unknown, known_options(unknown)))
     invalid = next((e for e in chain if isinstance(e, omegaconf.errors.ValidationError)), None)
+    if invalid is not None and name and "is not a ListConfig" in str(invalid):
+        return RecipeError(f"{where}{name}: must be a list", f"put it into brackets: '{name}=[VALUE]'")
     if invalid is not None and name:
         return RecipeError(
             f"{where}{name}: {first_line(invalid)}", "give a value of the option's type; `--cfg job` shows them all"

@@ -108,6 +108,18 @@ class RowCounts:
         """The counts for an artifact's record."""
         return {"read": self.rows, "dropped": dict(sorted(self.dropped.items())), "damage": self.damage}
 
+    def why_unusable(self, name: str) -> SourceError:
+        """The error for a file without a usable row, with the reasons for which its rows were dropped."""
+        reasons = ", ".join(f"{count} {reason}" for reason, count in self.dropped.most_common()) or "it is empty"
+        filtered = any(option in reason for reason in self.dropped for option in ("min_chars", "max_chars", "ASCII"))
+        return SourceError(
+            f"data set `{name}` has no usable row among {self.rows}: {reasons}",
+            f"lower min_chars, raise max_chars or unset ascii_only of `{name}`"
+            if filtered
+            else f"check the file, and format, id_field and prompt_field of `{name}`: speculators-run options "
+            "data.NAME.format",
+        )
+
     def note(self, name: str) -> str:
         """A note about a file that is cut off or damaged; empty for others."""
         if self.damage is None:

@@ -16,7 +16,6 @@ from speculators.data.conversations import (
     in_evaluation_holdout,
     usable,
 )
-from speculators.errors import SourceError
 from speculators.job import Job
 
 
@@ -38,10 +37,8 @@ def main(job: Job) -> None:
     job.record["notes"] = [note for name, tally in tallies.items() if (note := tally.note(name))]
     job.record["kept_by_dataset"] = {name: sum(c.dataset == name for c in sampled) for name in tallies}
     if not sampled:
-        raise SourceError(
-            f"no usable conversation among {sum(t.rows for t in tallies.values())}: {job.record['datasets']}",
-            "lower min_chars, raise max_chars or unset ascii_only of the data sets",
-        )
+        name, tally = max(tallies.items(), key=lambda pair: pair[1].rows)
+        raise tally.why_unusable(name)
     with (job.output / "conversations.jsonl").open("w", encoding="utf-8") as file:
         for conversation in sampled:
             file.write(json.dumps(_line(job, conversation), ensure_ascii=False) + "\n")

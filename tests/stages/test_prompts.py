@@ -118,5 +118,5 @@ def test_filters_that_leave_nothing_are_an_error_with_the_counts(tmp_path: Path)
     config = config_of("a")
     config.data["a"].min_chars = 100
     job = make_job("prompts", tmp_path / "w", config, dataset__a=write_set(tmp_path / "a.json", ["one", "two"]))
-    with pytest.raises(SourceError, match=r"no usable conversation among 2: .*shorter than min_chars': 2"):
+    with pytest.raises(SourceError, match=r"no usable row among 2: 2 first message shorter than min_chars"):
         prompts.main(job)

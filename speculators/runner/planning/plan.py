@@ -108,7 +108,7 @@ class Planner:
         checkpoint = self.step(TARGET, {}).path
         self.facts = derive.facts(self.config, checkpoint)
         if self.facts is not None:
-            self._fit_length(self.facts)
+            self._fit_defaults(self.facts)
             checks.check_target(self.config, self.graph, checkpoint, self.facts)
             self.derived = derive.derive(self.config, self.facts)
             if checkpoint is not None:
@@ -132,8 +132,12 @@ class Planner:
         tokens = serving.num_speculative_tokens or draft.tokens_to_measure(self.config, facts)[0]
         return {**facts.method, "num_speculative_tokens": tokens}
 
-    def _fit_length(self, known: derive.Facts) -> None:
-        """Lower `max_seq_len` to what the target can, where the recipe leaves it at its default."""
+    def _fit_defaults(self, known: derive.Facts) -> None:
+        """Lower `max_seq_len` and `vocab.size` to what the target has, where the recipe leaves their defaults."""
+        size = self.config.vocab.size
+        if size == Config().vocab.size and size is not None and size > known.vocab_size:
+            self.config = replace(self.config, vocab=replace(self.config.vocab, size=None))
+            self.notes.append(f"vocab.size=null: the target has {known.vocab_size} tokens")
         longest = derive.default_length(self.config, known)
         if longest != self.config.max_seq_len:
             self.config = replace(self.config, max_seq_len=longest)
