@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from tests.smoke import tiny_gemma
-from tests.smoke.world import ONE_ROW, QUESTION, World, gone
+from tests.smoke.world import ONE_ROW, World, gone
 
 pytestmark = [pytest.mark.smoke, pytest.mark.timeout(900)]
 SMALL = (
@@ -53,7 +53,6 @@ def test_the_recipe_ends_in_numbers_measured_on_a_gemma(world: World, gemma: str
 
 
 def test_a_draft_that_knows_a_row_of_a_gemma_by_heart_is_served_as_it_was_trained(world: World, gemma: str) -> None:
-    (world.root / "row.jsonl").write_text(json.dumps(QUESTION) + "\n")
     code, _, err = world.run(
         "target=gemma4_31b_it", gemma, *SMALL, "speculator=dflash", "train.epochs=120", recipe=ONE_ROW
     )

@@ -178,7 +178,7 @@ def test_a_recipe_may_demand_that_the_cut_be_an_error(world: World) -> None:
 
 def trained(world: World) -> tuple[dict[str, Any], list[dict[str, Any]], dict[str, Any]]:
     """What the last run's training says at its end, its metrics, and its record."""
-    path = Path(world.last_run()["steps"]["train"]["path"])
+    path = Path(world.last_run("train")["steps"]["train"]["path"])
     metrics = [json.loads(line) for line in (path / "metrics.jsonl").read_text().splitlines()]
     record = json.loads((path.parent / "artifact.json").read_text())["record"]
     return json.loads((path / "summary.json").read_text()), metrics, record
@@ -239,7 +239,6 @@ DRAFTS = {
 @pytest.mark.parametrize("algorithm", sorted(DRAFTS))
 def test_a_draft_that_knows_a_row_by_heart_is_served_as_it_was_trained(world: World, algorithm: str) -> None:
     """Wherever training and the engine differ, in a layout, a position, a layer or the template, tokens are refused."""
-    (world.root / "row.jsonl").write_text(json.dumps(QUESTION) + "\n")
     code, _, err = world.run(*DRAFTS[algorithm], recipe=ONE_ROW)
     assert code == 0, err
     evaluation = json.loads((Path(world.last_run()["steps"]["evaluate"]["path"]) / "evaluation.json").read_text())

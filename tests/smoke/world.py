@@ -17,7 +17,7 @@ import pytest
 
 RECIPE = Path(__file__).parent / "small.yaml"
 ONE_ROW = Path(__file__).parent / "one_row.yaml"
-QUESTION = {"id": "row", "prompt": "Tell me how a letter travels from one town to another, step by step."}
+QUESTION = json.loads(ONE_ROW.with_name("row.jsonl").read_text())
 """The row of `ONE_ROW`."""
 
 
@@ -39,8 +39,12 @@ class World:
         out, err = process.communicate()
         return process.returncode, out, err
 
-    def last_run(self) -> dict[str, Any]:
-        directory = max((self.root / "runs").iterdir())
+    def last_run(self, stage: str = "") -> dict[str, Any]:
+        """The newest run; with a stage, the newest that has it, as a run that finds everything leaves none."""
+        runs = (path for path in sorted((self.root / "runs").iterdir(), reverse=True) if path.is_dir())
+        directory = next(
+            path for path in runs if not stage or stage in json.loads((path / "run.json").read_text())["steps"]
+        )
         events = [json.loads(line) for line in (directory / "events.jsonl").read_text().splitlines()]
         return {"directory": directory, "events": events, **json.loads((directory / "run.json").read_text())}
 
