@@ -67,7 +67,7 @@ def check_verifier(product: Product) -> None:
     if product.run is not None:
         named = f"verifier={product.target or 'PATH'}"
         copy = shlex.join(["speculators-run", "publish", product.run.name, "DIRECTORY", named])
-        hint = f"make a copy that names the target's place, and serve that: {copy}"
+        hint = f"make a copy that names the target's directory, and serve that: {copy}"
     raise StageError(f"the draft's target is not at `{name}`, where its config.json says", hint)
 
 
