@@ -76,6 +76,9 @@ class Target(Options):
     """Floating-point format in which the target is served, for answers, hidden states and evaluation."""
     trust_remote_code: bool = False
     """Run Python code that the model's repository contains."""
+    chat_template_kwargs: dict[str, Any] = if_set({})
+    """Options of the target's chat template, such as `{enable_thinking: false}`: every prompt is rendered with them, by
+    the server and by `tokenize` alike. A conversation's own `chat_template_kwargs` count before them."""
     min_greedy_agreement: float = operational(0.98, ratio())
     """Smallest share of the server's greedy tokens, in a sample, that the target's norm and head must reproduce from
     the stored hidden states (fidelity check), 0 to 1; 0 accepts everything."""

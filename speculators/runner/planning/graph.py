@@ -79,7 +79,7 @@ KINDS: dict[str, Kind] = {
         version=1,
         gives=("tokens",),
         takes={"conversations": "conversations"},
-        reads=("tokenize", "max_seq_len"),
+        reads=("tokenize", "max_seq_len", "target.chat_template_kwargs"),
         packages=("transformers", "tokenizers"),
     ),
     "vocab": Kind(version=1, gives=("vocabulary",), takes={"tokens": "tokens"}, reads=("vocab",)),
