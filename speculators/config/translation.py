@@ -60,6 +60,11 @@ def translated(error: Exception) -> RecipeError:
         )
     if match := re.search(r"Key '([^']+)' (?:not in|is not in)", text):
         unknown = str(name or match[1])
+        if unknown in known_options(unknown):  # of another algorithm: the recipe and the command line choose two
+            return RecipeError(
+                f"the chosen `speculator` has no option `{unknown}`, which the recipe or the command line sets",
+                "choose the algorithm that has it, or a recipe that does not set it",
+            )
         return RecipeError(f"there is no option `{unknown}`", closest_option(unknown, known_options(unknown)))
     invalid = next((e for e in chain if isinstance(e, omegaconf.errors.ValidationError)), None)
     if invalid is not None and name and "is not a ListConfig" in str(invalid):

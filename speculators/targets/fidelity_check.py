@@ -162,7 +162,10 @@ class FidelityCheck:
         """Run the beginnings of the first few rows in transformers."""
         first = itertools.islice(samples, reference.ROWS)
         short = [(token_ids[:MAX_TOKENS], hidden_states[:MAX_TOKENS]) for token_ids, hidden_states in first]
-        return reference.compare_layers(target, short, self.layer_ids, self._drift(target), self.max_reference_gib)
+        drift = self._drift(target)
+        return reference.compare_layers(
+            target, short, self.layer_ids, drift, self.compute_dtype, self.max_reference_gib
+        )
 
     def _drift(self, target: TargetCheckpoint) -> float:
         """Standard deviation of the rounding error of a hidden state, relative to its norm."""

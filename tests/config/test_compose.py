@@ -145,6 +145,11 @@ def test_schemas_choices_and_algorithms_are_one_list() -> None:
         (["recipe=smollm_eagle3"], "no recipe named `smollm_eagle3`", "did you mean `smollm2_eagle3`?"),
         ([], "no recipe is named", "smollm2_eagle3"),
         ([DEMO, "train.lrr=3"], "there is no option `train.lrr`", "did you mean `train.lr`?"),
+        (
+            [DEMO, "speculator=dflash"],
+            "the chosen `speculator` has no option `speculator.ttt_warmup_ratio`, which the recipe or the command line",
+            "choose the algorithm that has it, or a recipe that does not set it",
+        ),
         ([DEMO, "qq=3"], "there is no option `qq`", "evaluate, executor, extract, force, from, hardware"),
         ([DEMO, "train.lr=abc"], "train.lr: Value 'abc' of type 'str' could not be converted to Float", "type"),
         ([DEMO, "train.precision=fp4"], "train.precision: Invalid value 'fp4'", "type"),

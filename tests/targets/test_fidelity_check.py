@@ -37,6 +37,7 @@ from speculators.targets.fidelity_check import (
     write_greedy_tokens,
 )
 from speculators.targets.readings import GreedyToken
+from tests.smoke import tiny_gemma
 
 LAYERS, CAPTURED = 6, [1, 3, 4, 6]
 SHAPE: dict[str, Any] = {
@@ -125,7 +126,7 @@ def run(model: Any, ids: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     hook = model.model.norm.register_forward_pre_hook(lambda module, args: last.append(args[0]))
     said = model(ids[None], output_hidden_states=True, use_cache=False)
     hook.remove()
-    return said.logits[0], torch.stack([*(s[0] for s in said.hidden_states[:LAYERS]), last[0][0]], 1)
+    return said.logits[0], torch.stack([*(s[0] for s in said.hidden_states[:-1]), last[0][0]], 1)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -136,6 +137,24 @@ def test_what_the_target_computes_passes(tmp_path: Path, family: str, dtype: tor
     assert found["agree"] == found["picks"] == len(world.tokens)
     assert found["logprob_off"] < (1e-3 if dtype is torch.float32 else 0.1)
     assert found["states_off"] < (1e-3 if dtype is torch.float32 else 0.05)
+
+
+def test_a_target_that_amplifies_rounding_passes_and_another_one_does_not(tmp_path: Path) -> None:
+    tiny_gemma.write(tmp_path)
+    model: Any = AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.bfloat16).eval()
+    samples = []
+    for seed in range(2):
+        ids = torch.randint(10, 250, (96,), generator=torch.Generator().manual_seed(seed))
+        samples.append((ids, run(model, ids)[1][:, CAPTURED]))
+    check = FidelityCheck(
+        checkpoint=tmp_path, layer_ids=CAPTURED, compute_dtype=torch.bfloat16, stored_dtype=torch.bfloat16,
+        min_agreement=0.98, max_reference_gib=1.0,
+    )  # fmt: skip
+    assert check.check_layers(samples)["states_off"] > 0.1  # more than eight roundings explain
+    others = [(ids, states + 0.5 * states.norm(dim=-1, keepdim=True) * torch.randn(states.shape[-1]) / 11)
+              for ids, states in samples]  # fmt: skip
+    with pytest.raises(ContractError, match="come from other weights"):
+        check.check_layers(others)
 
 
 def test_states_stored_in_float8_pass(tmp_path: Path) -> None:
