@@ -35,14 +35,21 @@ class LastLayerPositions(enum.Enum):
 
 
 class DataFormat(enum.Enum):
-    """Formats of a dataset's files."""
+    """Forms of a dataset's rows. Lists of messages may be in any column that `messages_field` names, or in one of the
+    usual ones, with either pair of names; the file may be JSON (a list or lines), CSV, Parquet or Arrow."""
 
     sharegpt = "sharegpt"
-    """A JSON list of `{"id", "conversations": [{"from", "value"}]}`; may be truncated."""
+    """`{"conversations": [{"from", "value"}]}`."""
     messages = "messages"
-    """JSON lines of `{"id", "messages": [{"role", "content"}]}`."""
+    """`{"messages": [{"role", "content"}]}`, as OpenAI's API has them: with `tool_calls`, `reasoning_content`."""
     prompts = "prompts"
-    """JSON lines, optionally gzip, with the prompt in `prompt_field` and the id in `id_field`."""
+    """A prompt in `prompt_field`: a text, or a list of messages. Answers are not read."""
+    question_answer = "question_answer"
+    """A prompt in `prompt_field`, and its answer in `answer_field`."""
+    alpaca = "alpaca"
+    """`{"instruction", "input", "output"}`; `input` follows the instruction after an empty line."""
+    tokens = "tokens"
+    """`{"input_ids", "loss_mask"}`: rows of this target's token ids, for `pipeline=off_policy`."""
     upstream = "upstream"
     """A directory that the PyPI package speculators 0.9 wrote: rows and hidden states, for `pipeline=upstream`."""
 
@@ -119,10 +126,23 @@ class Tracker(enum.Enum):
     mlflow = "mlflow"
 
 
-class OnDamage(enum.Enum):
-    """Handling of a data file that ends within a row."""
+class LeadingAnswer(enum.Enum):
+    """Handling of a conversation that opens with the assistant."""
 
+    trim = "trim"
+    """Begin with the first message of the user; system messages stay."""
+    keep = "keep"
+    """Keep the answer as context, which is not supervised. Many chat templates refuse such a conversation."""
+    drop = "drop"
+
+
+class OnDamage(enum.Enum):
+    """Handling of a data file of which more is lost than single rows, since the next row cannot be found."""
+
+    auto = "auto"
+    """`report` for a file that only lacks the end of its last row, else `error`."""
     report = "report"
+    """Use the rows that can be read, and report how many bytes were not."""
     error = "error"
 
 

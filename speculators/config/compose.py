@@ -31,7 +31,6 @@ from omegaconf import DictConfig, OmegaConf
 
 from speculators.config.algorithms import SPECULATORS
 from speculators.config.checks import check_config, pipeline_nodes
-from speculators.config.choices import DataFormat
 from speculators.config.execution import ExecutorOptions
 from speculators.config.fields import MISSING, iter_options, to_builtins
 from speculators.config.schema import Config, Dataset, Evaluate, from_builtins
@@ -260,11 +259,6 @@ def _without_value(name: str) -> RecipeError:
         hint = (
             f"target.source=ORG/NAME (on the hub) or DIRECTORY; or target=NAME, one of {', '.join(choices('target'))}"
         )
-    elif name.endswith(".format"):
-        formats = f"or another of {', '.join(format.name for format in DataFormat)}"
-        hint = f"{name}=messages, {formats}"
-        if name.startswith("evaluate."):  # a list, whose items have no names of their own on the command line
-            hint = f"add `format: prompts` to it, {formats}"
     return RecipeError(message, hint)
 
 

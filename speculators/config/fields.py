@@ -98,6 +98,12 @@ def of_length(length: int) -> Constraint:
     return Constraint(f"must have {length} values", lambda values: len(values) == length)
 
 
+def chat_roles() -> Constraint:
+    """A mapping to roles of chat templates."""
+    roles = ("system", "developer", "user", "assistant", "tool")
+    return Constraint(f"roles are {', '.join(roles)}", lambda value: set(value.values()) <= set(roles))
+
+
 def matches(pattern: str, text: str) -> Constraint:
     """A string that `pattern` matches completely; `text` describes it: `must be HOST:PORT`."""
     return Constraint(text, lambda value: re.fullmatch(pattern, value) is not None)

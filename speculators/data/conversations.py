@@ -1,48 +1,25 @@
-"""Reads conversations from data files in three formats, row by row; every row that is dropped is counted.
+"""Conversations: what a usable row of a dataset becomes; every row that is dropped is counted by reason.
 
-A file is never loaded whole, and a file that was cut off gives every row before the cut. Training and evaluation use
-the same rules here: which rows are usable (`Conversation`), and which are kept for evaluation
-(`in_evaluation_holdout`). `ConversationRow` is a line of `conversations.jsonl`, which the stages pass on.
+Training and evaluation use the same rules here: which rows are usable (`Conversation`), and which are kept for
+evaluation (`in_evaluation_holdout`). `ConversationRow` is a line of `conversations.jsonl`, which the stages pass on.
 """
 
 from __future__ import annotations
 
-import codecs
 import hashlib
 import json
-import re
-import zlib
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NotRequired, TypedDict
 
-from speculators.config.choices import DataFormat, OnDamage
+from speculators.config.choices import OnDamage
 from speculators.config.schema import Dataset
+from speculators.data.messages import BadRowError, RowContent, row_content, row_form
+from speculators.data.messages import Message as Message
+from speculators.data.reading import DamageError, data_rows
 from speculators.errors import SourceError
-
-ROLES = {
-    **dict.fromkeys(("human", "user"), "user"),
-    **dict.fromkeys(("gpt", "chatgpt", "bing", "bard", "assistant"), "assistant"),
-    "system": "system",
-}
-"""Speaker in a data file -> role in chat templates."""
-
-_BLOCK = 1 << 20
-_GZIP = b"\x1f\x8b"
-_SEPARATORS = re.compile(r"[\s,]*")
-_DECODER = json.JSONDecoder()
-_LONGEST_TOKEN = 16
-"""A JSON literal or escape that lacks its end is an error at most this many characters before the end of the text."""
-
-
-class Message(TypedDict):
-    """One chat turn."""
-
-    role: str
-    """`system`, `user` or `assistant`."""
-    content: str
 
 
 class Answer(TypedDict):
@@ -59,23 +36,32 @@ class Answer(TypedDict):
 
 
 class ConversationRow(TypedDict):
-    """A line of `conversations.jsonl`."""
+    """A line of `conversations.jsonl`. An optional key is absent rather than null."""
 
     id: str
     """`DATASET/ID`, unique in the file."""
     source: str  # name of the data set
     messages: list[Message]
+    """Without answers of the target, and to be answered by it: what it gets, and of conversations with tools also the
+    recorded calls and results. If they are to be trained on: all messages."""
+    tools: NotRequired[list[Any]]
+    """Functions that are offered, in OpenAI's form."""
+    chat_template_kwargs: NotRequired[dict[str, Any]]
+    """Options of the chat template for this conversation."""
     turns: NotRequired[list[Answer]]
     """One for each answer of the target; without it, the data's own answers are used."""
+    input_ids: NotRequired[list[int]]
+    """Token ids and loss mask of a conversation that was tokenised already; it has no messages."""
+    loss_mask: NotRequired[list[int]]
 
 
 @dataclass(slots=True)
 class Conversation:
-    """A usable row of a data file: an optional system message, then user and assistant alternating, user first."""
+    """A usable row of a data file, with at least one message of a user; or token ids."""
 
     dataset: str
     row_id: str
-    messages: list[Message]
+    content: RowContent
 
     @property
     def id(self) -> str:
@@ -83,13 +69,41 @@ class Conversation:
         return f"{self.dataset}/{self.row_id}"
 
     @property
+    def messages(self) -> list[Message]:
+        """All messages of the row; none of one that has token ids."""
+        return self.content.messages
+
+    @property
     def first(self) -> str:
-        """The first user message."""
+        """The first user message; of a row of token ids, these."""
+        if self.content.tokens is not None:
+            return " ".join(map(str, self.content.tokens[0]))
         return next(message["content"] for message in self.messages if message["role"] == "user")
+
+    @property
+    def prompt(self) -> str:
+        """All that the first answer is an answer to, as one text: tools, system messages and first user message."""
+        before = [] if self.content.tools is None else [json.dumps(self.content.tools, sort_keys=True)]
+        for message in self.messages:
+            if message["role"] == "user":
+                break
+            before.append(f"{message['role']}: {message['content']}")
+        return "\n".join([*before, self.first])
+
+    def row(self, messages: list[Message]) -> ConversationRow:
+        """The line of `conversations.jsonl` with these messages."""
+        row: ConversationRow = {"id": self.id, "source": self.dataset, "messages": messages}
+        if self.content.tools is not None:
+            row["tools"] = self.content.tools
+        if self.content.chat_template_kwargs is not None:
+            row["chat_template_kwargs"] = self.content.chat_template_kwargs
+        if self.content.tokens is not None:
+            row["input_ids"], row["loss_mask"] = self.content.tokens
+        return row
 
     def with_instruction(self, instruction: str) -> list[Message]:
         """Return the messages; an instruction and an empty line come before the first user message."""
-        if not instruction:
+        if not instruction or not self.messages:
             return self.messages
         index = next(i for i, message in enumerate(self.messages) if message["role"] == "user")
         prompt: Message = {"role": "user", "content": f"{instruction}\n\n{self.first}"}
@@ -98,15 +112,20 @@ class Conversation:
 
 @dataclass(slots=True)
 class RowCounts:
-    """Counts of the rows of one file; `rows` is the number of dropped and of usable rows."""
+    """Counts of the rows of a dataset; `rows` is the number of dropped and of usable rows."""
 
     rows: int = 0
     dropped: Counter[str] = field(default_factory=Counter)
+    forms: Counter[str] = field(default_factory=Counter)
+    """Rows by their form, a `DataFormat`."""
     damage: dict[str, Any] | None = None
+    columns: list[str] = field(default_factory=list)
+    """Those of the first row."""
 
     def record(self) -> dict[str, Any]:
         """The counts for an artifact's record."""
-        return {"read": self.rows, "dropped": dict(sorted(self.dropped.items())), "damage": self.damage}
+        dropped, forms = dict(sorted(self.dropped.items())), dict(sorted(self.forms.items()))
+        return {"read": self.rows, "dropped": dropped, "forms": forms, "damage": self.damage}
 
     def why_unusable(self, name: str) -> SourceError:
         """The error for a file without a usable row, with the reasons for which its rows were dropped."""
@@ -138,23 +157,26 @@ def data_file(path: Path) -> Path:
     return files[0]
 
 
-def usable(path: Path, name: str, spec: Dataset, counts: RowCounts, seen: set[bytes]) -> Iterator[Conversation]:
-    """Read the conversations of data set `name` that pass its filters, each first user message once.
+def usable(
+    path: Path, name: str, spec: Dataset, counts: RowCounts, seen: set[bytes], *, answers: bool = False
+) -> Iterator[Conversation]:
+    """Read the conversations of data set `name` that pass its filters, each prompt once; with `answers`, each
+    conversation once.
 
-    `seen` collects the digests of first messages over several data sets. The filters see the text as it is in the
-    file, before `Conversation.with_instruction`.
+    `seen` collects the digests of prompts over several data sets. The filters see the text as it is in the file, before
+    `Conversation.with_instruction`.
 
     Raises:
         SourceError: the file is not in the format that `spec` says, or is damaged and `spec.on_damage` is `error`.
     """
     ids: set[str] = set()
     for conversation in read_conversations(path, name, spec, counts):
-        first = conversation.first
-        digest = text_digest(first)
-        if reason := _filtered(first, spec):
+        text = json.dumps(conversation.row(conversation.messages)["messages"]) if answers else conversation.prompt
+        digest = text_digest(text if conversation.messages else conversation.first)
+        if reason := _filtered(conversation.first, spec) if conversation.messages else None:
             counts.dropped[reason] += 1
         elif digest in seen:
-            counts.dropped["same first message as another"] += 1
+            counts.dropped["same conversation as another" if answers else "same prompt as another"] += 1
         elif conversation.row_id in ids:
             counts.dropped["same id as another"] += 1
         else:
@@ -168,26 +190,25 @@ def text_digest(text: str) -> bytes:
     return hashlib.sha256(" ".join(text.split()).casefold().encode()).digest()
 
 
-def in_evaluation_holdout(first_message: str, ratio: float) -> bool:
+def in_evaluation_holdout(prompt: str, ratio: float) -> bool:
     """Whether a conversation is kept from training, for evaluation.
 
-    The text of the first user message alone decides: a copy under another id or in another data set falls on the same
-    side, and rows that are added to a file change nothing for the others.
+    The text of the prompt (`Conversation.prompt`) determines it, and nothing else: a copy under another id or in
+    another data set falls on the same side, and rows that are added to a file change nothing for the others.
     """
-    return int.from_bytes(text_digest(first_message)[:8], "big") < ratio * 2**64
+    return int.from_bytes(text_digest(prompt)[:8], "big") < ratio * 2**64
 
 
 def read_conversations(path: Path, name: str, spec: Dataset, counts: RowCounts) -> Iterator[Conversation]:
     """Read every well-formed row of a file, in order; `counts` grows with the iteration."""
-    rows = _list_rows(path) if spec.format is DataFormat.sharegpt else _line_rows(path)
     try:
-        for row in rows:
+        for row in data_rows(path):
             counts.rows += 1
             try:
-                yield _conversation(row, name, spec)
-            except _BadRowError as bad:
+                yield _conversation(row, name, spec, counts)
+            except BadRowError as bad:
                 counts.dropped[str(bad)] += 1
-    except _DamageError as error:
+    except DamageError as error:
         where = {"file": path.name, "byte": error.byte, "row_starts_at_byte": error.row}
         counts.damage = {**where, "reason": str(error)}
         if spec.on_damage is OnDamage.error:
@@ -195,19 +216,6 @@ def read_conversations(path: Path, name: str, spec: Dataset, counts: RowCounts) 
                 f"{path.name} of data set `{name}`: {error} at byte {error.byte}, after {counts.rows} whole rows",
                 f"get a whole file, or set `on_damage: report` for `{name}` to use the rows before the damage",
             ) from None
-
-
-class _BadRowError(Exception):
-    """The row is complete, but is not a conversation; the text is the reason under which it is counted."""
-
-
-class _DamageError(Exception):
-    """The file ends early or is damaged at `byte`, in the row that starts at byte `row`."""
-
-    def __init__(self, reason: str, byte: int, row: int) -> None:
-        super().__init__(reason)
-        self.byte = byte
-        self.row = row
 
 
 def _filtered(first: str, spec: Dataset) -> str | None:
@@ -220,168 +228,32 @@ def _filtered(first: str, spec: Dataset) -> str | None:
     return None
 
 
-def _conversation(row: Any, name: str, spec: Dataset) -> Conversation:
+def _conversation(row: Any, name: str, spec: Dataset, counts: RowCounts) -> Conversation:
     if not isinstance(row, dict):
-        raise _BadRowError("not a JSON object")
-    row_id = row.get(spec.id_field)
-    if not isinstance(row_id, (str, int)) or row_id == "":
-        raise _BadRowError("no id")
-    if spec.format is DataFormat.prompts:
-        turns: Any = [{"from": "user", "value": row.get(spec.prompt_field)}]
-    else:
-        turns = row.get("conversations" if spec.format is DataFormat.sharegpt else "messages")
-    if not isinstance(turns, list) or not turns:
-        raise _BadRowError("no messages")
-    speaker, text = ("role", "content") if spec.format is DataFormat.messages else ("from", "value")
-    messages = [_message(turn, speaker, text) for turn in turns]
-    roles = [message["role"] for message in messages]
-    if roles[0] == "system":
-        roles = roles[1:]
-    if not roles or roles[0] != "user":
-        raise _BadRowError("first turn is not the user's")
-    if roles != ["user" if i % 2 == 0 else "assistant" for i in range(len(roles))]:
-        raise _BadRowError("turns do not alternate")
-    return Conversation(name, str(row_id), messages)
+        raise BadRowError("not a JSON object")
+    counts.columns = counts.columns or list(row)
+    form = row_form(row, spec)
+    if form is None:
+        raise BadRowError("no messages")
+    content = row_content(row, form, spec)
+    row_id = row.get(form.id) if form.id is not None else None
+    if isinstance(row_id, bool) or not isinstance(row_id, (str, int)) or row_id == "":
+        row_id = f"row-{counts.rows}"
+    _check_text(str(row_id), content)
+    counts.forms[form.format.name] += 1
+    return Conversation(name, str(row_id), content)
 
 
-def _message(turn: Any, speaker: str, text: str) -> Message:
-    role = ROLES.get(str(turn.get(speaker))) if isinstance(turn, dict) else None
-    if role is None:
-        raise _BadRowError("unknown role")
-    content = turn.get(text)
-    if not isinstance(content, str):
-        raise _BadRowError("message is not text")
-    if not content.strip():
-        raise _BadRowError("empty message")
-    return {"role": role, "content": content}
-
-
-def _file_blocks(path: Path) -> Iterator[bytes]:
-    """Read a file in blocks, decompressed if it is gzip (by its first bytes). A cut gzip file ends in EOFError."""
-    with path.open("rb") as file:
-        if file.read(len(_GZIP)) != _GZIP:
-            file.seek(0)
-            yield from iter(lambda: file.read(_BLOCK), b"")
-            return
-        file.seek(0)
-        inflate, incomplete = zlib.decompressobj(wbits=31), False
-        for block in iter(lambda: file.read(_BLOCK), b""):
-            while block:
-                yield inflate.decompress(block)
-                block, incomplete = inflate.unused_data, not inflate.eof
-                if inflate.eof:
-                    inflate = zlib.decompressobj(wbits=31)
-        if incomplete:
-            raise EOFError
-
-
-def _line_rows(path: Path) -> Iterator[Any]:
-    """Read the rows of a JSON-lines file; a line that is not JSON gives None, unless the file ends in it."""
-    rest, passed = b"", 0
+def _check_text(row_id: str, content: RowContent) -> None:
+    """Raise BadRowError for text that no file can hold."""
     try:
-        for block in _file_blocks(path):
-            *lines, rest = (rest + block).split(b"\n")
-            for line in lines:
-                passed += len(line) + 1
-                if line.strip():
-                    yield _parsed(line)
-    except EOFError:
-        raise _DamageError("the compressed file ends too early", passed + len(rest), passed) from None
-    except zlib.error as error:
-        raise _DamageError(f"the compressed file is broken ({error})", passed + len(rest), passed) from None
-    if rest.strip():
-        row = _parsed(rest)
-        if row is None:
-            raise _DamageError("the file ends in the middle of a row", passed + len(rest), passed)
-        yield row
-
-
-def _parsed(line: bytes) -> Any:
-    try:
-        return json.loads(line)
-    except ValueError:
-        return None
-
-
-def _list_rows(path: Path) -> Iterator[Any]:
-    """Read the items of a file that is one JSON list, without loading the whole list."""
-    text, passed, opened, min_length = "", 0, False, 0
-    for block in _texts(path):
-        text += block
-        if not opened and text.lstrip():
-            passed, text, opened = len(text) - len(text.lstrip()) + 1, _after_bracket(text.lstrip(), path), True
-        if len(text) < min_length:
-            continue
-        rows, end, error = _whole_values(text)
-        yield from rows
-        passed, text = passed + len(text[:end].encode()), text[end:]
-        if text.startswith("]"):
-            return
-        if error is not None and not _unfinished(error):
-            raise _DamageError(f"broken JSON ({error.msg})", passed + len(text[: error.pos - end].encode()), passed)
-        min_length = 2 * len(text)  # a row longer than a block is parsed again when there is twice as much of it
-    rows, end, _ = _whole_values(text)
-    yield from rows
-    if not text.startswith("]", end):
-        row = passed + len(text[:end].encode())
-        reason = "the file ends in the middle of a row" if end < len(text) else "the file ends before the list does"
-        raise _DamageError(reason, _content_size(path), row)
-
-
-def _texts(path: Path) -> Iterator[str]:
-    decoder, passed = codecs.getincrementaldecoder("utf-8")(), 0
-    try:
-        for block in _file_blocks(path):
-            yield decoder.decode(block)
-            passed += len(block)
-    except UnicodeDecodeError as error:
-        pending = len(error.object) - len(block)  # bytes of a character that the block before began
-        raise _DamageError("not UTF-8", passed - pending + error.start, passed) from None
-    except EOFError:
-        return  # `_list_rows` reports the list that is not closed
-    except zlib.error as error:
-        raise _DamageError(f"the compressed file is broken ({error})", passed, passed) from None
-
-
-def _content_size(path: Path) -> int:
-    """Count the bytes of the content, decompressed."""
-    total = 0
-    try:
-        for block in _file_blocks(path):
-            total += len(block)
-    except EOFError:
-        pass
-    return total
-
-
-def _after_bracket(text: str, path: Path) -> str:
-    if not text.startswith("["):
-        raise SourceError(
-            f"{path.name} is not a JSON list, which `format: sharegpt` reads",
-            "use `format: messages` or `format: prompts` for JSON lines",
-        )
-    return text[1:]
-
-
-def _whole_values(text: str) -> tuple[list[Any], int, json.JSONDecodeError | None]:
-    """Parse the complete JSON values; also the index after them, and the parser's error there."""
-    values: list[Any] = []
-    index = 0
-    while True:
-        match = _SEPARATORS.match(text, index)
-        index = match.end() if match else index
-        if index == len(text) or text[index] == "]":
-            return values, index, None
-        try:
-            value, index = _DECODER.raw_decode(text, index)
-        except json.JSONDecodeError as error:
-            return values, index, error
-        values.append(value)
-
-
-def _unfinished(error: json.JSONDecodeError) -> bool:
-    """Whether more text could complete the value: a string without its end, or an error at the very end."""
-    return error.msg.startswith("Unterminated string") or error.pos >= len(error.doc) - _LONGEST_TOKEN
+        row_id.encode()
+        for message in content.messages:
+            message["content"].encode()
+        rest = [{**message, "content": ""} for message in content.messages if len(message) > 2]
+        json.dumps([rest, content.tools, content.chat_template_kwargs], ensure_ascii=False).encode()
+    except UnicodeEncodeError:
+        raise BadRowError("text with half a character (a lone surrogate)") from None
 
 
 def counts_record(counts: dict[str, RowCounts]) -> dict[str, Any]:

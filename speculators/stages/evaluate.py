@@ -67,7 +67,7 @@ def choose(job: Job, name: str, tally: RowCounts) -> list[Prompt]:
 
     def candidates() -> Any:
         for row in usable(data_file(job.inputs[f"dataset.{name}"]), name, spec, tally, set()):
-            if trained and not in_evaluation_holdout(row.first, job.config.prompts.eval_holdout_ratio):
+            if trained and not in_evaluation_holdout(row.prompt, job.config.prompts.eval_holdout_ratio):
                 tally.dropped["trained on"] += 1
             else:
                 yield row

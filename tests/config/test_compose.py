@@ -116,7 +116,7 @@ def test_a_recipe_brings_data_sets_of_its_own_to_be_evaluated_with(tmp_path: Pat
         ("{mine: {sourc: x}}", "there is no option `evaluate.datasets.mine.sourc`", "did you mean `source`?"),
         ("{mine: {source: x, format: nope}}", "evaluate.datasets.mine.format: Invalid value 'nope'", "type"),
         ("[{mine: file.jsonl}]", "evaluate.datasets.mine is 'file.jsonl'", "{source: FILE, format: prompts}"),
-        ("{mine: {source: x}}", "`evaluate.datasets.mine.format` has no value", "add `format: prompts` to it"),
+        ("{mine: {format: prompts}}", "`evaluate.datasets.mine.source` has no value", "set it in the recipe"),
     ],
 )
 def test_a_data_set_that_is_measured_on_is_checked_like_one_that_is_trained_on(

@@ -10,9 +10,9 @@ from typing import Any
 
 import pytest
 
-from speculators.config.choices import DataFormat, OnDamage
+from speculators.config.choices import DataFormat, LeadingAnswer, OnDamage
 from speculators.config.schema import Dataset
-from speculators.data import conversations
+from speculators.data import reading
 from speculators.data.conversations import (
     Conversation,
     RowCounts,
@@ -24,6 +24,7 @@ from speculators.data.conversations import (
 from speculators.errors import SourceError
 
 SHAREGPT = Dataset(source="x", format=DataFormat.sharegpt)
+AUTO = Dataset(source="x")
 
 
 def row(name: str, *values: str) -> dict[str, Any]:
@@ -46,11 +47,11 @@ def test_a_sharegpt_list_gives_its_conversations_in_order(tmp_path: Path) -> Non
     assert [c.id for c in found] == ["set/a", "set/b"]
     assert found[0].messages == [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "ho"}]
     assert found[1].first == "na\u00efve?"
-    assert counts.record() == {"read": 2, "dropped": {}, "damage": None}
+    assert counts.record() == {"read": 2, "dropped": {}, "forms": {"sharegpt": 2}, "damage": None}
 
 
 def test_rows_that_cross_the_blocks_of_a_read_are_whole(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(conversations, "_BLOCK", 7)
+    monkeypatch.setattr(reading, "_BLOCK", 7)
     rows = [row(str(i), "\u20ac\U0001f600"[: 1 + i % 2] * i + "x", 'y \\ " [ ] { } \n') for i in range(12)]
     text = json.dumps(rows, ensure_ascii=True, indent=2)
     found, counts = read(write(tmp_path / "a.json", text))
@@ -62,7 +63,7 @@ def test_rows_that_cross_the_blocks_of_a_read_are_whole(tmp_path: Path, monkeypa
 def test_a_file_cut_in_the_middle_of_a_row_gives_every_row_before_the_cut_and_says_where(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, block: int
 ) -> None:
-    monkeypatch.setattr(conversations, "_BLOCK", block)
+    monkeypatch.setattr(reading, "_BLOCK", block)
     rows = [row(str(i), f"caf\u00e9 {i}", "oui") for i in range(5)]
     whole = json.dumps(rows, ensure_ascii=False).encode()
     last = json.dumps(rows[4], ensure_ascii=False).encode()
@@ -111,27 +112,160 @@ def test_bad_rows_are_counted_by_reason_and_the_sum_is_what_was_read(tmp_path: P
     turn = {"from": "human", "value": "hi"}
     rows = [
         row("good", "hi"),
-        {"conversations": [turn]},
         {"id": "none", "conversations": []},
         {"id": "robot", "conversations": [{"from": "robot", "value": "hi"}]},
-        {"id": "gpt first", "conversations": [{"from": "gpt", "value": "hi"}]},
-        {"id": "twice", "conversations": [turn, turn]},
+        {"id": "gpt", "conversations": [{"from": "gpt", "value": "hi"}]},
         {"id": "blank", "conversations": [{"from": "human", "value": "  "}]},
         {"id": "number", "conversations": [{"from": "human", "value": 3}]},
+        {"id": "image", "image": "a.png", "conversations": [turn]},
+        {"id": "half", "conversations": [{"from": "human", "value": "\ud800"}]},
+        {"id": "\ud800", "conversations": [turn]},
+        {"id": "call", "messages": [{"role": "user", "content": "hi"}, {"role": "assistant", "tool_calls": [{}]}]},
+        {"id": "text", "messages": "[not JSON"},
+        {"id": "other", "words": "hi"},
         "text",
     ]
-    found, counts = read(write(tmp_path / "a.json", rows))
+    conversations, counts = read(write(tmp_path / "a.json", json.dumps(rows)), AUTO)
     assert counts.dropped == {
-        "no id": 1,
-        "no messages": 1,
+        "no messages": 2,
         "unknown role": 1,
-        "first turn is not the user's": 1,
-        "turns do not alternate": 1,
+        "no message of a user": 1,
         "empty message": 1,
         "message is not text": 1,
+        "images": 1,
+        "text with half a character (a lone surrogate)": 2,
+        "a tool call names no function": 1,
+        "messages that are no JSON": 1,
         "not a JSON object": 1,
     }
-    assert counts.rows == len(rows) == len(found) + counts.dropped.total()
+    assert counts.rows == len(rows) == len(conversations) + counts.dropped.total()
+
+
+QA = "question_answer"
+CALL = {"type": "function", "function": {"name": "look_up", "arguments": {"word": "x"}}}
+TOOL = {"type": "function", "function": {"name": "look_up", "parameters": {}}}
+
+
+@pytest.mark.parametrize(
+    ("content", "messages"),
+    [
+        ([{"type": "text", "text": "one"}, {"type": "text", "text": "two"}], [("user", {"content": "one\ntwo"})]),
+        ("hi", [("developer", {"content": "Be brief."}), ("user", {"content": "hi"})]),
+        (
+            "hi",
+            [
+                ("user", {"content": "hi"}),
+                ("assistant", {"content": "", "tool_calls": [{"id": "c1", **CALL}]}),
+                ("tool", {"content": "it is x", "tool_call_id": "c1"}),
+                ("assistant", {"content": "x", "reasoning_content": "so"}),
+            ],
+        ),
+    ],
+)
+def test_messages_keep_what_a_template_can_render(tmp_path: Path, content: Any, messages: list[Any]) -> None:
+    """Arguments of a call become an object; what is null, as in a column of Parquet, is absent."""
+    written = [{"role": role, "name": None, "tool_calls": None, **fields} for role, fields in messages]
+    for message in written:
+        if message["role"] == "user":
+            message["content"] = content
+        if message["tool_calls"]:
+            text = json.dumps(CALL["function"]["arguments"])  # type: ignore[index]
+            call = {"id": "c1", "type": "function", "function": {"name": "look_up", "arguments": text}}
+            message |= {"content": None, "tool_calls": [call]}
+    line = {"messages": written, "tools": json.dumps([TOOL]), "chat_template_kwargs": {"enable_thinking": False}}
+    (conversation,), _ = read(write(tmp_path / "a.jsonl", line), AUTO)
+    assert conversation.row(conversation.messages) == {
+        "id": "set/row-1",
+        "source": "set",
+        "messages": [{"role": role, **fields} for role, fields in messages],
+        "tools": [TOOL],
+        "chat_template_kwargs": {"enable_thinking": False},
+    }
+
+
+@pytest.mark.parametrize(
+    ("line", "form", "texts"),
+    [
+        ({"conversations": [{"role": "user", "content": "hi"}]}, "messages", ["user: hi"]),
+        ({"messages": '[{"role": "user", "content": "hi"}]'}, "messages", ["user: hi"]),
+        ({"turns": ["one", "two"]}, "messages", ["user: one", "user: two"]),
+        ({"prompt": "old", "messages": [{"from": "human", "value": "hi"}]}, "sharegpt", ["user: hi"]),
+        ({"prompt": [{"role": "user", "content": "hi"}]}, "prompts", ["user: hi"]),
+        ({"prompt": ["one", "two"]}, "prompts", ["user: one", "user: two"]),
+        ({"instruction": "do", "input": "it", "output": "ok"}, "alpaca", ["user: do\n\nit", "assistant: ok"]),
+        ({"instruction": "do", "input": "", "output": "ok"}, "alpaca", ["user: do", "assistant: ok"]),
+        ({"question": "why", "answer": "so", "system": "S"}, QA, ["system: S", "user: why", "assistant: so"]),
+        ({"problem": "why", "solution": "so", "answer": "s"}, QA, ["user: why", "assistant: so"]),
+        ({"input": [{"role": "user", "content": "why"}], "output": "so"}, QA, ["user: why", "assistant: so"]),
+    ],
+)  # fmt: skip
+def test_the_form_of_a_row_is_known_by_its_columns(tmp_path: Path, line: Any, form: str, texts: list[str]) -> None:
+    (conversation,), counts = read(write(tmp_path / "a.jsonl", line), AUTO)
+    assert [f"{m['role']}: {m['content']}" for m in conversation.messages] == texts
+    assert counts.record()["forms"] == {form: 1}
+
+
+def test_columns_and_speakers_are_those_that_the_recipe_names(tmp_path: Path) -> None:
+    line = {"id": 1, "key": "k", "ask": "why", "say": "so", "rules": "R", "can": [{"name": "f"}], "messages": []}
+    columns = {"id_field": "key", "prompt_field": "ask", "answer_field": "say", "system_field": "rules"}
+    spec = Dataset(source="x", tools_field="can", **columns)
+    (conversation,), _ = read(write(tmp_path / "a.jsonl", line), spec)
+    assert [m["content"] for m in conversation.messages] == ["R", "why", "so"]
+    assert conversation.id == "set/k"
+    assert conversation.row([])["tools"] == [{"type": "function", "function": {"name": "f"}}]
+    spec = Dataset(source="x", messages_field="talk", roles={"Alice": "user", "Bob": "assistant"})
+    talk = [{"role": "Alice", "content": "hi"}, {"role": "Bob", "content": "ho"}]
+    (conversation,), _ = read(write(tmp_path / "b.jsonl", {"talk": talk}), spec)
+    assert [m["role"] for m in conversation.messages] == ["user", "assistant"]
+
+
+def test_a_row_of_token_ids_has_them_and_no_messages(tmp_path: Path) -> None:
+    lines = [{"input_ids": [5, 6, 7], "loss_mask": [0, 1, 1]}, {"input_ids": [5], "loss_mask": [0, 1]}]
+    path = write(tmp_path / "a.jsonl", "\n".join(map(json.dumps, lines)))
+    (conversation,), counts = read(path, AUTO)
+    expected = {"id": "set/row-1", "source": "set", "messages": [], "input_ids": [5, 6, 7], "loss_mask": [0, 1, 1]}
+    assert conversation.row([]) == expected
+    assert counts.dropped == {"loss_mask is not a 0 or 1 for each of input_ids": 1}
+
+
+def test_calls_in_the_text_before_a_result_are_calls(tmp_path: Path) -> None:
+    turns = [
+        {"from": "human", "value": "hi"},
+        {"from": "gpt", "value": 'I look.\n<tool_call>\n{"name": "look_up", "arguments": {"word": "x"}}\n</tool_call>'},
+        {"from": "tool", "value": "<tool_response>\nit is x\n</tool_response>"},
+    ]
+    (conversation,), _ = read(write(tmp_path / "a.json", [{"id": "a", "conversations": turns}]))
+    assert conversation.messages[1:] == [
+        {"role": "assistant", "content": "I look.", "tool_calls": [CALL]},
+        {"role": "tool", "content": "it is x"},
+    ]
+
+
+@pytest.mark.parametrize(("leading", "texts"), [("trim", ["S", "hi"]), ("keep", ["S", "Hello!", "hi"]), ("drop", None)])
+def test_a_conversation_that_opens_with_the_assistant_is_handled_as_the_recipe_says(
+    tmp_path: Path, leading: str, texts: list[str] | None
+) -> None:
+    turns = [("system", "S"), ("assistant", "Hello!"), ("user", "hi")]
+    line = {"messages": [{"role": role, "content": text} for role, text in turns]}
+    spec = Dataset(source="x", leading_answer=LeadingAnswer[leading])
+    conversations, counts = read(write(tmp_path / "a.jsonl", line), spec)
+    assert [m["content"] for c in conversations for m in c.messages] == (texts or [])
+    assert counts.dropped == ({} if texts else {"first turn is not the user's": 1})
+
+
+@pytest.mark.parametrize("row_id", [None, True, 2.5, {}, ""])
+def test_a_row_without_an_id_gets_one_from_its_position(tmp_path: Path, row_id: Any) -> None:
+    lines = [{"id": 0, "prompt": "zero"}, {"id": row_id, "prompt": "one"}, {"prompt": "two"}]
+    conversations, _ = read(write(tmp_path / "a.jsonl", "\n".join(map(json.dumps, lines))), AUTO)
+    assert [c.id for c in conversations] == ["set/0", "set/row-2", "set/row-3"]
+
+
+def test_the_same_first_message_under_another_system_prompt_is_another_prompt(tmp_path: Path) -> None:
+    lines = [{"system": f"You are {i % 12}.", "prompt": "Begin."} for i in range(13)]
+    path = write(tmp_path / "a.jsonl", "\n".join(map(json.dumps, lines)))
+    counts = RowCounts()
+    assert len(list(usable(path, "set", AUTO, counts, set()))) == 12
+    assert counts.dropped == {"same prompt as another": 1}
 
 
 def test_a_leading_system_message_is_kept(tmp_path: Path) -> None:
@@ -139,12 +273,6 @@ def test_a_leading_system_message_is_kept(tmp_path: Path) -> None:
     found, _ = read(write(tmp_path / "a.json", [{"id": "a", "conversations": turns}]))
     assert [m["role"] for m in found[0].messages] == ["system", "user"]
     assert found[0].first == "hi"
-
-
-def test_something_other_than_a_list_is_refused_with_the_format_that_would_fit(tmp_path: Path) -> None:
-    with pytest.raises(SourceError, match="not a JSON list") as caught:
-        read(write(tmp_path / "a.json", json.dumps(row("a", "hi"))))
-    assert "format: messages" in caught.value.hint
 
 
 def test_message_lines_are_read_and_a_cut_last_line_is_damage(tmp_path: Path) -> None:
@@ -186,7 +314,7 @@ def test_filters_look_at_the_first_message_and_copies_of_it_count_as_one(tmp_pat
     assert [c.id for c in found] == ["set/a"]
     assert counts.dropped == Counter(
         {
-            "same first message as another": 1,
+            "same prompt as another": 1,
             "first message shorter than min_chars": 1,
             "first message longer than max_chars": 1,
             "first message not ASCII": 1,

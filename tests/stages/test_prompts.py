@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -9,6 +10,7 @@ from speculators.config.choices import DataFormat
 from speculators.config.schema import Config, Dataset
 from speculators.data.conversations import in_evaluation_holdout
 from speculators.errors import SourceError
+from speculators.job import Job
 from speculators.stages import prompts
 from tests.stages.jobs import lines, make_job
 
@@ -48,7 +50,8 @@ def test_every_usable_conversation_is_kept_with_its_first_user_turns_only(tmp_pa
         "messages": [{"role": "user", "content": "one"}, {"role": "user", "content": "second question"}],
     }
     assert [row["messages"][0]["content"] for row in found] == ["one", "two"]
-    assert job.record["datasets"]["a"] == {"read": 2, "dropped": {}, "damage": None}
+    assert job.record["datasets"]["a"] == {"read": 2, "dropped": {}, "forms": {"sharegpt": 2}, "damage": None}
+    assert not list(job.scratch.iterdir())
 
 
 def test_a_draw_is_the_same_every_time_and_a_row_more_displaces_at_most_one(tmp_path: Path) -> None:
@@ -90,7 +93,7 @@ def test_the_order_of_data_sets_in_a_recipe_does_not_matter_and_copies_across_th
         job = make_job("prompts", tmp_path / "".join(names), config, dataset__a=a, dataset__b=b)
         prompts.main(job)
         outputs.append((job.output / "conversations.jsonl").read_bytes())
-        assert job.record["datasets"]["b"]["dropped"] == {"same first message as another": 1}
+        assert job.record["datasets"]["b"]["dropped"] == {"same prompt as another": 1}
         assert job.record["kept_by_dataset"] == {"a": 2, "b": 1}
     assert outputs[0] == outputs[1]
 
@@ -120,3 +123,62 @@ def test_filters_that_leave_nothing_are_an_error_with_the_counts(tmp_path: Path)
     job = make_job("prompts", tmp_path / "w", config, dataset__a=write_set(tmp_path / "a.json", ["one", "two"]))
     with pytest.raises(SourceError, match=r"no usable row among 2: 2 first message shorter than min_chars"):
         prompts.main(job)
+
+
+CALL = {"type": "function", "function": {"name": "look_up", "arguments": {"word": "x"}}}
+TALK = [
+    {"role": "system", "content": "S"},
+    {"role": "user", "content": "one"},
+    {"role": "user", "content": "more"},
+    {"role": "assistant", "content": "", "tool_calls": [CALL]},
+    {"role": "tool", "content": "it is x"},
+    {"role": "assistant", "content": "x"},
+    {"role": "system", "content": "S2"},
+    {"role": "user", "content": "two"},
+    {"role": "assistant", "content": "y", "reasoning_content": "so"},
+    {"role": "user", "content": "three"},
+    {"role": "assistant", "content": " "},
+    {"role": "user", "content": "four"},
+    {"role": "assistant", "content": "z"},
+]
+
+
+def talk(tmp_path: Path, rows: list[dict[str, Any]], max_turns: int | None, *, answers: bool) -> Job:
+    path = tmp_path / "a.jsonl"
+    path.write_text("\n".join(map(json.dumps, rows)))
+    config = config_of("a")
+    config.data["a"] = Dataset(source="x")
+    config.prompts.max_turns = max_turns
+    job = make_job("prompts", tmp_path / "w", config, dataset__a=path)
+    job.derived |= {"keeps_answers": True} if answers else {}
+    prompts.main(job)
+    return job
+
+
+@pytest.mark.parametrize(("max_turns", "texts"), [(1, "S one|more  x"), (2, "S one|more  x S2 two")])
+def test_the_target_gets_calls_and_results_as_recorded_and_no_other_answer(
+    tmp_path: Path, max_turns: int, texts: str
+) -> None:
+    job = talk(tmp_path, [{"messages": TALK, "tools": [CALL]}], max_turns, answers=False)
+    (row,) = lines(job.output / "conversations.jsonl")
+    contents = [m["content"].replace("\n\n", "|").replace("it is ", "") for m in row["messages"]]
+    assert " ".join(contents) == texts
+    assert row["messages"][2] == TALK[3]
+    assert row["tools"] == [CALL]
+
+
+def test_answers_are_kept_where_they_are_trained_on_up_to_the_first_empty_one(tmp_path: Path) -> None:
+    unanswered = {"messages": [{"role": "user", "content": "hi"}, {"role": "assistant", "content": ""}]}
+    tokens = {"input_ids": [1, 2], "loss_mask": [0, 1]}
+    same_prompt = {"messages": [*TALK[:3], {"role": "assistant", "content": "another"}]}
+    job = talk(tmp_path, [{"messages": TALK}, unanswered, tokens, same_prompt], None, answers=True)
+    rows = sorted(lines(job.output / "conversations.jsonl"), key=lambda row: row["id"])
+    assert [row["messages"] for row in rows] == [TALK[:9], [], same_prompt["messages"]]
+    assert (rows[1]["input_ids"], rows[1]["loss_mask"]) == ([1, 2], [0, 1])
+    assert job.record["datasets"]["a"]["dropped"] == {"no answer": 1}
+
+
+def test_token_ids_cannot_be_answered(tmp_path: Path) -> None:
+    tokens = {"input_ids": [1, 2], "loss_mask": [0, 1]}
+    job = talk(tmp_path, [tokens, {"prompt": "hi"}], 1, answers=False)
+    assert job.record["datasets"]["a"]["dropped"] == {"token ids, which pipeline=off_policy uses": 1}

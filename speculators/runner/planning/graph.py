@@ -66,7 +66,9 @@ class Kind:
 
 KINDS: dict[str, Kind] = {
     "fetch": Kind(version=1, gives=("source",), derived=("source", "as"), target=False),
-    "prompts": Kind(version=1, gives=("prompts",), reads=("prompts", "data"), target=False, datasets="data"),
+    "prompts": Kind(
+        version=2, gives=("prompts", "conversations"), reads=("prompts", "data"), target=False, datasets="data"
+    ),
     "regenerate": Kind(
         version=1,
         gives=("conversations", "states"),
@@ -126,7 +128,7 @@ KINDS: dict[str, Kind] = {
         trains=True,
     ),
     "evaluate": Kind(
-        version=4,
+        version=5,
         gives=("evaluation",),
         takes={"speculator": "speculator"},
         reads=("evaluate", "data", "prompts.eval_holdout_ratio", "target.dtype"),
@@ -159,6 +161,8 @@ class Node:
     """What a `fetch` node fetches: `checkpoint`, `draft`, `file` or `directory`."""
     keeps_states: bool = False
     """Whether it stores the hidden states of the answers that it generates, for another node."""
+    keeps_answers: bool = False
+    """Whether its conversations keep the data's own answers, because another node tokenises them as they are."""
     reuses_all: bool = False
     """Whether earlier artifacts have all that its server would compute."""
     part: tuple[int, int] | None = None
@@ -297,7 +301,13 @@ def build(config: Config) -> dict[str, Node]:
             nodes[fetch] = Node(name=fetch, kind="fetch", inputs={}, source=options.source, fetch_as=fetch_as)
         nodes[name] = Node(name=name, kind=kinds[name], inputs=inputs)
     stores_states = {node.inputs["states"] for node in nodes.values() if "states" in node.inputs}
-    nodes = {name: replace(node, keeps_states=name in stores_states) for name, node in nodes.items()}
+    answered = {node.inputs.get("conversations") for node in nodes.values()}
+    nodes = {
+        name: replace(
+            node, keeps_states=name in stores_states, keeps_answers="prompts" in node.spec.gives and name in answered
+        )
+        for name, node in nodes.items()
+    }
     return _ordered(_with_workers(nodes, config.extract.workers))
 
 
@@ -438,8 +448,9 @@ def _dataset_as(name: str, kind: str, dataset: str, options: Dataset) -> str:
     adopts = options.format is DataFormat.upstream
     if adopts != KINDS[kind].adopts:
         expected = "format upstream" if KINDS[kind].adopts else "a file of conversations"
+        format_name = options.format.name if options.format else "null"
         raise RecipeError(
-            f"pipeline.{name}: `{kind}` reads datasets of {expected}, {dataset} has format {options.format.name}",
+            f"pipeline.{name}: `{kind}` reads datasets of {expected}, {dataset} has format {format_name}",
             "pipeline=upstream is for directories of rows and hidden states, every other pipeline for conversations",
         )
     return "directory" if adopts else "file"

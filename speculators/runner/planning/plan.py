@@ -318,7 +318,8 @@ class Planner:
         if "num_speculative_tokens" in node.derived and (facts := self.draft_of(node)) is not None:
             return {"num_speculative_tokens": draft.tokens_to_measure(self.config, facts)}
         part = {"part": list(node.part)} if node.part else {}
-        return {name: self.derived[name] for name in node.derived} | part
+        answers = {"keeps_answers": True} if node.keeps_answers else {}
+        return {name: self.derived[name] for name in node.derived} | part | answers
 
     def _preimage(self, node: Node, derived: Mapping[str, Any], digests: Mapping[str, str]) -> dict[str, Any]:
         return key.preimage(

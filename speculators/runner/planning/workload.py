@@ -79,7 +79,7 @@ def workload(planner: Planner, tokens: Step, steps: Mapping[str, Step]) -> Workl
         if lengths is None:
             source, lengths = "sample", _mean(files)
     if lengths is None:
-        answers = planner.config.regenerate.max_tokens * planner.config.prompts.max_turns
+        answers = planner.config.regenerate.max_tokens * (planner.config.prompts.max_turns or 1)
         source = "options"
         lengths = _Lengths(tokens=longest, answer_tokens=min(longest, answers) if "regenerate" in lineage else longest)
     return Workload(
@@ -225,7 +225,7 @@ def _estimated(planner: Planner, messages: Sequence[Message]) -> tuple[int, int]
         if message["role"] == "assistant":
             continue
         turns += message["role"] == "user"
-        if turns > planner.config.prompts.max_turns:
+        if turns > (planner.config.prompts.max_turns or turns):
             break
         prompts += TOKENS_PER_MESSAGE + _text_tokens(message)
         if message["role"] == "user":
