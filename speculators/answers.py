@@ -1,16 +1,16 @@
 """Identity of answered conversations, by which a later run finds them again, and the index of a file that holds them.
 
-What the target answers depends on the target, the engine, the sampling options and the messages of the conversation.
-The first three are equal for all rows of an artifact, and the runner compares them (`runner.planning.reuse`). The
-messages have the digest `row_digest`. `rows.jsonl` lists the digests of a file of conversations, so that nobody has to
-read the conversations to know which ones it holds.
+What the target answers depends on the target, the engine, the sampling options and the conversation: its messages, the
+tools that it offers and its own variables of the chat template. The first three are equal for all rows of an artifact,
+and the runner compares them (`runner.planning.reuse`). The conversation has the digest `row_digest`. `rows.jsonl` lists
+the digests of a file of conversations, so that nobody has to read the conversations to know which ones it holds.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -22,22 +22,28 @@ ROWS = "rows.jsonl"
 BAD_STATES = "bad_states"
 """`dropped` of a conversation that ends before an answer with unusable hidden states. It is always requested again."""
 
+OF_THE_PROMPT = ("tools", "chat_template_kwargs")
+"""Optional fields of a conversation that the chat template gets with the messages."""
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class AnsweredRow:
     """A line of `rows.jsonl`: a conversation that the target has answered, or that was dropped."""
 
     digest: str
-    """`row_digest` of the conversation's messages before it was answered."""
+    """`row_digest` of the conversation before it was answered."""
     dropped: str | None
     """Why answers are missing; None if there are all."""
     line: int | None
     """Number of the line, from 0, of the file of conversations; None if no answer was kept."""
 
 
-def row_digest(messages: Sequence[Mapping[str, Any]]) -> str:
-    """sha256 of the messages of a conversation, in hex."""
-    text = json.dumps(list(messages), sort_keys=True, separators=(",", ":"), ensure_ascii=False)
+def row_digest(conversation: Mapping[str, Any]) -> str:
+    """sha256, in hex, of what a line of `conversations.jsonl` requests of the target."""
+    request: Any = conversation["messages"]
+    if fields := {name: conversation[name] for name in OF_THE_PROMPT if conversation.get(name)}:
+        request = {"messages": request, **fields}
+    text = json.dumps(request, sort_keys=True, separators=(",", ":"), ensure_ascii=False)
     return hashlib.sha256(text.encode(errors="surrogatepass")).hexdigest()
 
 

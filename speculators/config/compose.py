@@ -35,7 +35,7 @@ from speculators.config.execution import ExecutorOptions
 from speculators.config.fields import MISSING, iter_options, to_builtins
 from speculators.config.schema import Config, Dataset, Evaluate, from_builtins
 from speculators.config.shipped import CONF, available, choices, own_conf
-from speculators.config.translation import OPEN, closest_option, first_line, known_options, translated
+from speculators.config.translation import FREE, OPEN, closest_option, first_line, known_options, translated
 from speculators.errors import RecipeError, closest
 from speculators.packages import installed_version
 from speculators.runner.planning.sources import relative_to
@@ -296,8 +296,8 @@ def _register(arguments: Sequence[str]) -> tuple[list[str], dict[str, Path]]:
             argument = f"{key}=[{value}]"
         elif key == "from":
             argument = f"from_={value}"  # `from` cannot be the name of a field
-        elif key.startswith("pipeline."):
-            argument = f"++{argument}"  # adds a node or an input, too; its mappings have no fixed names
+        elif _is_in(key, FREE) and key not in _GROUPS:
+            argument = f"++{argument}"  # adds a name, too
         rewritten.append(argument)
     registered: set[str] = set()
     while pending := sorted(named - registered):
@@ -439,7 +439,7 @@ def _check_override(override: Override, options: set[str], known: Mapping[str, P
     if name.startswith(("hydra.", "hydra/")):
         return
     section = next((s for s in OPEN if name.startswith(f"{s}.")), "")
-    if override.is_add() or (override.is_force_add() and section != "pipeline"):
+    if override.is_add() or (override.is_force_add() and not _is_in(name, FREE)):
         raise RecipeError(f"`+{name}`: options cannot be added", closest_option(name, options))
     if override.is_delete():
         hint = f"{name}=null" if name.count(".") == 1 and section else "set the option to null, or to its default"
@@ -450,6 +450,11 @@ def _check_override(override: Override, options: set[str], known: Mapping[str, P
         _check_choice(name, override, known)
     elif name not in options and not section:
         raise RecipeError(f"there is no option `{name}`", closest_option(name, options))
+
+
+def _is_in(name: str, sections: Sequence[str]) -> bool:
+    """Whether an option is one of the sections, or in one of them."""
+    return f"{name}.".startswith(tuple(f"{section}." for section in sections))
 
 
 def _check_choice(name: str, override: Override, known: Mapping[str, Path]) -> None:

@@ -79,8 +79,9 @@ class Target(Options):
     trust_remote_code: bool = False
     """Run Python code that the model's repository contains."""
     chat_template_kwargs: dict[str, Any] = if_set({})
-    """Options of the target's chat template, such as `{enable_thinking: false}`: every prompt is rendered with them, by
-    the server and by `tokenize` alike. A conversation's own `chat_template_kwargs` count before them."""
+    """Variables of the chat template, for answers, training data and evaluation alike: `{enable_thinking: false}`,
+    `{reasoning_effort: low}`, `{date_string: 01 Jan 2026}`. A conversation's own `chat_template_kwargs` override
+    them."""
     min_greedy_agreement: float = operational(0.98, ratio())
     """Smallest share of the server's greedy tokens, in a sample, that the target's norm and head must reproduce from
     the stored hidden states (fidelity check), 0 to 1; 0 accepts everything."""
@@ -159,8 +160,17 @@ class Regenerate(StageOptions):
     """Sampling temperature; 0 is greedy."""
     top_p: float = semantic(1.0, ratio_above_zero())
     """Nucleus sampling: probability mass that tokens are sampled from; 1: no limit."""
+    top_k: int = if_set(0, non_negative())
+    """Number of most probable tokens that are sampled from; 0: no limit."""
+    min_p: float = if_set(0.0, ratio())
+    """Smallest probability of a sampled token, as a share of the most probable token's; 0: no limit."""
+    presence_penalty: float = if_set(0.0, between(-2, 2))
+    """Subtracted from the logits of tokens that the answer already has."""
+    repetition_penalty: float = if_set(1.0, positive())
+    """Divides the logits of tokens that the prompt or the answer already has; 1: none."""
     seed: int = semantic(0, seed())
-    """Sampling seed of every request; has an effect only with a temperature above 0."""
+    """Seed from which each request's own seed is derived, with the conversation's content and the turn. Has an effect
+    only with a temperature above 0."""
     concurrency: int = operational(64, positive())
     """Requests in flight."""
     retries: int = operational(3, non_negative())

@@ -14,7 +14,9 @@ from speculators.config.schema import Config, Dataset
 from speculators.config.shipped import available, choices
 from speculators.errors import RecipeError, closest
 
-OPEN = ("data", "pipeline", "run.stages")
+FREE = ("pipeline", "target.chat_template_kwargs")
+"""Sections of mappings whose names nothing fixes: an override may add one."""
+OPEN = ("data", "run.stages", *FREE)
 """Sections whose keys are defined by the recipe."""
 
 

@@ -144,11 +144,15 @@ class Client:
         )
         return answer if fields.get("kv_transfer_params") else await self._delete_unrequested(answer, item)
 
-    async def tokenize(self, messages: Sequence[Mapping[str, Any]], *, item: str, affinity_key: str = "") -> list[int]:
-        """The prompt token ids of `messages` in `chat`: the chat template with the generation prompt."""
-        body, _ = await self._post(
-            "/tokenize", {"messages": list(messages), "add_generation_prompt": True}, item, affinity_key
-        )
+    async def tokenize(
+        self, messages: Sequence[Mapping[str, Any]], *, item: str, affinity_key: str = "", **fields: Any
+    ) -> list[int]:
+        """The prompt token ids of `messages` in `chat`: the chat template with the generation prompt.
+
+        `fields` are those of the request that the chat template gets: `tools`, `chat_template_kwargs`.
+        """
+        payload = {"messages": list(messages), "add_generation_prompt": True, **fields}
+        body, _ = await self._post("/tokenize", payload, item, affinity_key)
         return list(body["tokens"])
 
     async def hidden_states(self, token_ids: Sequence[int], *, item: str, affinity_key: str = "") -> Transfer:

@@ -20,6 +20,7 @@ from typing import Any
 from speculators.data.conversations import Conversation, Message, RowCounts, data_file, in_evaluation_holdout, usable
 from speculators.engine.client import Client, Completion
 from speculators.engine.metrics import DraftCounters, read_counters
+from speculators.engine.sampling import template_fields
 from speculators.errors import SourceError, StageError
 from speculators.evaluation.lossless import TOLERANCES, compare_answers
 from speculators.job import Job, file_name, write_json
@@ -247,6 +248,7 @@ async def _ask(
         temperature=options.temperature if temperature is None else temperature,
         # A prefix cache, which an external server may have, must not speed up any answer.
         cache_salt=uuid.uuid4().hex,
+        **template_fields(job.config.target, {}),
     )
 
 

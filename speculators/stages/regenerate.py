@@ -34,11 +34,12 @@ from torch import Tensor
 
 from speculators.answers import BAD_STATES, ROWS, AnsweredRow, row_digest, row_line
 from speculators.config.choices import OnBadRow
-from speculators.config.schema import Regenerate
+from speculators.config.schema import Config
 from speculators.data.answer_log import OF_THE_LOG, AnswerLog, EarlierAnswers, StoredHiddenStates
 from speculators.data.conversations import ConversationRow, Message
 from speculators.data.template import ChatTurn, TokenSequence, merge_turns
 from speculators.engine.client import Client
+from speculators.engine.sampling import request_seed, sampling_fields, template_fields
 from speculators.engine.transfer import Transfer
 from speculators.errors import ContractError, StageError
 from speculators.features.encoding import encode, split_last_layer
@@ -63,7 +64,7 @@ def main(job: Job) -> None:
     """Answer the conversations in any order, and write them in the order of the input."""
     with (job.inputs["prompts"] / "conversations.jsonl").open(encoding="utf-8") as lines:
         conversations: list[ConversationRow] = [json.loads(line) for line in lines]
-    digests = [row_digest(conversation["messages"]) for conversation in conversations]
+    digests = [row_digest(conversation) for conversation in conversations]
     writer = hidden_states_writer(job, "prompts", ANSWER_STATES) if _keeps_hidden_states(job) else None
     sealed = writer.done if writer else set()
     start = time.monotonic()
@@ -148,7 +149,7 @@ async def _request_all(
         if index in finished:
             assert files is not None
             return await prefill(client, finished[index], files)
-        answered = await answer(client, conversations[index], config, job.config.max_seq_len, files)
+        answered = await answer(client, conversations[index], job.config, files)
         return {"index": index, **answered}
 
     async with client:
@@ -282,7 +283,7 @@ def _read_turns(job: Job, files: list[Path], rows: list[TokenSequence]) -> tuple
 
 
 async def answer(
-    client: Client, conversation: ConversationRow, config: Regenerate, max_seq_len: int, files: TurnFiles | None = None
+    client: Client, conversation: ConversationRow, config: Config, files: TurnFiles | None = None
 ) -> dict[str, Any]:
     """Answer the user messages of a conversation; `dropped` is the reason if turns are missing, else None.
 
@@ -294,12 +295,14 @@ async def answer(
     dropped, why = None, ""
     kept = 0
     item = affinity_key = f"conversation {conversation['id']}"
+    prompt_fields = template_fields(config.target, conversation)
+    sampling, digest = sampling_fields(config.regenerate), row_digest(conversation)
     for message in conversation["messages"]:
         messages.append(message)
         if message["role"] != "user":
             continue
-        prompt_ids = await client.tokenize(messages, item=item, affinity_key=affinity_key)
-        available_tokens = max_seq_len - len(prompt_ids)
+        prompt_ids = await client.tokenize(messages, item=item, affinity_key=affinity_key, **prompt_fields)
+        available_tokens = config.max_seq_len - len(prompt_ids)
         if available_tokens <= 0:
             dropped = "prompt_too_long"
             break
@@ -307,10 +310,10 @@ async def answer(
             messages,
             item=item,
             affinity_key=affinity_key,
-            max_tokens=min(config.max_tokens, available_tokens),
-            temperature=config.temperature,
-            top_p=config.top_p,
-            seed=config.seed,
+            max_tokens=min(config.regenerate.max_tokens, available_tokens),
+            seed=request_seed(config.regenerate.seed, digest, len(turns)),
+            **sampling,
+            **prompt_fields,
             **(files.request if files else {}),
         )
         if not completion.text.strip():

@@ -293,3 +293,15 @@ def test_a_recipe_that_is_no_mapping_is_one_error(tmp_path: Path) -> None:
     path.write_text("- a\n- b\n")
     with pytest.raises(RecipeError, match=r"mine\.yaml is not a YAML mapping"):
         compose.compose([f"recipe={path}"])
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ["target.chat_template_kwargs={enable_thinking: false}"],
+        ["target.chat_template_kwargs.enable_thinking=false"],
+        ["target.chat_template_kwargs={}", "target.chat_template_kwargs.enable_thinking=false"],
+    ],
+)
+def test_variables_of_the_chat_template_have_any_name(words: list[str]) -> None:
+    assert compose.compose([DEMO, *words]).target.chat_template_kwargs == {"enable_thinking": False}

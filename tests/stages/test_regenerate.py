@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,7 @@ from safetensors.torch import load_file, save_file
 
 from speculators.config.choices import Dtype, HiddenStatesDtype, OnBadRow
 from speculators.config.fields import select
-from speculators.config.schema import Config, Regenerate, from_builtins
+from speculators.config.schema import Config, Regenerate, Target, from_builtins
 from speculators.data.answer_log import read_answers
 from speculators.engine.client import Completion
 from speculators.engine.transfer import FileTransfer
@@ -29,7 +30,7 @@ from speculators.stages import regenerate
 from speculators.stages.regenerate import TurnFiles, answer, continues, in_order
 from tests.stages.jobs import make_job
 
-CONFIG = Regenerate(max_tokens=50)
+CONFIG = Config(max_seq_len=100, regenerate=Regenerate(max_tokens=50))
 
 
 class Words:
@@ -38,8 +39,12 @@ class Words:
     def __init__(self, *answers: str) -> None:
         self.answers = list(answers)
         self.asked: list[dict[str, Any]] = []
+        self.rendered: list[dict[str, Any]] = []
 
-    async def tokenize(self, messages: list[dict[str, str]], *, item: str, affinity_key: str = "") -> list[int]:
+    async def tokenize(
+        self, messages: list[dict[str, str]], *, item: str, affinity_key: str = "", **fields: Any
+    ) -> list[int]:
+        self.rendered.append(fields)
         return list(range(sum(len(message["content"].split()) for message in messages)))
 
     async def chat(self, messages: list[dict[str, str]], *, item: str, **fields: Any) -> Completion:
@@ -61,7 +66,7 @@ def conversation(*users: str) -> dict[str, Any]:
 
 
 def answered(words: Words, made: dict[str, Any], longest: int = 100) -> dict[str, Any]:
-    return asyncio.run(answer(words, made, CONFIG, longest))  # type: ignore[arg-type]
+    return asyncio.run(answer(words, made, replace(CONFIG, max_seq_len=longest)))  # type: ignore[arg-type]
 
 
 def test_every_turn_is_answered_with_what_was_said_before_it() -> None:
@@ -107,6 +112,44 @@ def test_the_turns_of_a_conversation_go_to_one_server() -> None:
     words = Words("first answer", "second")
     answered(words, conversation("one two", "three"))
     assert [asked["affinity_key"] for asked in words.asked] == ["conversation c1"] * 2
+
+
+def test_each_request_has_a_seed_of_its_own_that_is_the_same_in_the_next_attempt() -> None:
+    def seeds(*users: str, name: str = "c1") -> list[int]:
+        words = Words("first answer", "second")
+        answered(words, {**conversation(*users), "id": name})
+        return [asked["seed"] for asked in words.asked]
+
+    first = seeds("one two", "three")
+    assert len(set(first)) == 2
+    assert first == seeds("one two", "three", name="in another data set")
+    others = {seed for number in range(48) for seed in seeds(f"ticket {number}")}
+    assert len(others) == 48
+    assert all(0 <= seed < 2**63 for seed in others)
+
+
+def test_every_sampling_option_is_in_the_request() -> None:
+    words = Words("yes")
+    options = Regenerate(
+        max_tokens=50, temperature=0.7, top_p=0.9, top_k=20, min_p=0.1, presence_penalty=0.5, repetition_penalty=1.1
+    )
+    asyncio.run(answer(words, conversation("a"), replace(CONFIG, regenerate=options)))  # type: ignore[arg-type]
+    expected = ("temperature", 0.7), ("top_p", 0.9), ("top_k", 20), ("min_p", 0.1), ("presence_penalty", 0.5)
+    assert {*expected, ("repetition_penalty", 1.1)} <= {(k, v) for k, v in words.asked[0].items() if k != "messages"}
+
+
+def test_variables_of_the_template_are_the_recipes_and_before_them_the_conversations() -> None:
+    config = replace(CONFIG, target=Target(chat_template_kwargs={"enable_thinking": False, "date_string": "1 May"}))
+    words = Words("yes", "no")
+    own = {"chat_template_kwargs": {"enable_thinking": True}}
+    for made in (conversation("a"), {**conversation("a"), **own}):
+        asyncio.run(answer(words, made, config))  # type: ignore[arg-type]
+    sent = [asked["chat_template_kwargs"] for asked in words.asked]
+    assert [each["enable_thinking"] for each in sent] == [False, True]
+    assert {each["date_string"] for each in sent} == {"1 May"}
+    assert [fields["chat_template_kwargs"] for fields in words.rendered[::2]] == sent
+    answered(words := Words("yes"), conversation("a"))
+    assert "chat_template_kwargs" not in words.asked[0]
 
 
 def test_an_empty_answer_ends_the_conversation_and_is_named() -> None:
@@ -162,7 +205,9 @@ class Remembering(WordsWithStates):
 
     said: Completion | None = None
 
-    async def tokenize(self, messages: list[dict[str, str]], *, item: str, affinity_key: str = "") -> list[int]:
+    async def tokenize(
+        self, messages: list[dict[str, str]], *, item: str, affinity_key: str = "", **fields: Any
+    ) -> list[int]:
         whole = [*self.said.prompt_ids, *self.said.token_ids] if self.said else []
         return [*whole, 7, 7]
 
@@ -178,7 +223,7 @@ def test_the_states_of_a_history_are_kept_once_where_the_template_keeps_it(
     job = keeping(tmp_path, config, "bfloat16")
     words = kind(tmp_path, "one two", "three four", "five six")
     keeper = TurnFiles(job, 0, sampled=True)
-    made = asyncio.run(answer(words, conversation("a", "b", "c"), CONFIG, 100, keeper))  # type: ignore[arg-type]
+    made = asyncio.run(answer(words, conversation("a", "b", "c"), CONFIG, keeper))  # type: ignore[arg-type]
     assert [i for i, turn in enumerate(made["turns"]) if "states" in turn] == kept
     files = sorted(path.name for path in (job.scratch / "states").iterdir())
     assert files == [f"0000000-{i}.safetensors" for i in kept]
@@ -354,7 +399,7 @@ def test_an_answer_with_bad_states_stops_or_ends_its_conversation_as_the_recipe_
 ) -> None:
     def made(job: Job) -> dict[str, Any]:
         words = Troubled(tmp_path, "one", "bad", "never")
-        return asyncio.run(answer(words, conversation("a", "b", "c"), CONFIG, 100, TurnFiles(job, 0, sampled=True)))  # type: ignore[arg-type]
+        return asyncio.run(answer(words, conversation("a", "b", "c"), CONFIG, TurnFiles(job, 0, sampled=True)))  # type: ignore[arg-type]
 
     config.target.dtype = Dtype.float32
     with pytest.raises(StageError, match="conversation 0: the target's hidden states are not finite"):

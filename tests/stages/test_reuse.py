@@ -38,7 +38,7 @@ class Target(Client):
     dies_after: ClassVar[int] = 1 << 30
     bad: ClassVar[str] = ""
 
-    async def tokenize(self, messages: Any, *, item: str, affinity_key: str = "") -> list[int]:
+    async def tokenize(self, messages: Any, *, item: str, affinity_key: str = "", **fields: Any) -> list[int]:
         return [
             sum(word.encode()) % 97 for message in messages for word in [message["role"], *message["content"].split()]
         ]

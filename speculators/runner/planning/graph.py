@@ -23,6 +23,9 @@ SERVE = "serve"
 FIDELITY_OPTIONS = ("target.min_greedy_agreement", "target.max_reference_gib")
 """Options of the fidelity check (`targets.fidelity_check`)."""
 
+TEMPLATE_OPTION = "target.chat_template_kwargs"
+"""Option of every stage that renders conversations, or has the server render them."""
+
 TARGET = "target"
 """The node that fetches the target, and the input name under which stages get it."""
 
@@ -70,10 +73,10 @@ KINDS: dict[str, Kind] = {
         version=2, gives=("prompts", "conversations"), reads=("prompts", "data"), target=False, datasets="data"
     ),
     "regenerate": Kind(
-        version=1,
+        version=2,
         gives=("conversations", "states"),
         takes={"prompts": "prompts"},
-        reads=("regenerate", "max_seq_len", "target.dtype"),
+        reads=("regenerate", "max_seq_len", "target.dtype", TEMPLATE_OPTION),
         serve="generate",
         reuses="answers",
     ),
@@ -81,7 +84,7 @@ KINDS: dict[str, Kind] = {
         version=1,
         gives=("tokens",),
         takes={"conversations": "conversations"},
-        reads=("tokenize", "max_seq_len", "target.chat_template_kwargs"),
+        reads=("tokenize", "max_seq_len", TEMPLATE_OPTION),
         packages=("transformers", "tokenizers"),
     ),
     "vocab": Kind(version=1, gives=("vocabulary",), takes={"tokens": "tokens"}, reads=("vocab",)),
@@ -131,7 +134,7 @@ KINDS: dict[str, Kind] = {
         version=5,
         gives=("evaluation",),
         takes={"speculator": "speculator"},
-        reads=("evaluate", "data", "prompts.eval_holdout_ratio", "target.dtype"),
+        reads=("evaluate", "data", "prompts.eval_holdout_ratio", "target.dtype", TEMPLATE_OPTION),
         derived=("num_speculative_tokens",),
         datasets="evaluate.datasets",
         measures=True,

@@ -26,6 +26,8 @@ from speculators.runner.store.artifacts import Store
 
 TAG = "speculators-run/answers/1"
 """Name and version of the identity of answers. A new version has every conversation answered again."""
+SEEDS = "conversation and turn"
+"""What the seed of a request is derived from, part of the identity of sampled answers; greedy ones have no seed."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -69,10 +71,10 @@ def find_reuse(store: Store, stage: str, preimage: Mapping[str, Any], own_key: s
     `preimage` may lack the input `prompts`; `prompts` is that artifact's data. The work directory of `own_key` does not
     count: the stage resumes from it.
     """
-    identity = _identity(preimage)
+    identity = answers_identity(preimage)
     if identity is None:
         return NO_REUSE
-    same = [a for a in store.artifacts(stage) if _identity(a.preimage) == identity and _is_complete(a)]
+    same = [a for a in store.artifacts(stage) if answers_identity(a.preimage) == identity and _is_complete(a)]
     fitting = {a.key for a in same if _has_hidden_states(a.preimage["config"], preimage["config"])}
     same.sort(key=lambda a: (a.key in fitting, str(a.provenance.get("finished", ""))), reverse=True)
     sources = [
@@ -82,7 +84,7 @@ def find_reuse(store: Store, stage: str, preimage: Mapping[str, Any], own_key: s
         for a in same
     ]
     for work, of_attempt in store.attempts(stage):
-        if work.name != own_key and _identity(of_attempt) == identity:
+        if work.name != own_key and answers_identity(of_attempt) == identity:
             sources.append(ReusableRows(conversations=work / "scratch" / ANSWER_LOG))
     reuse = Reuse(sources=tuple(sources), artifacts=tuple(same))
     if prompts is None or not sources:
@@ -112,7 +114,7 @@ def _counted(reuse: Reuse, prompts: Path, *, keeps_states: bool) -> Reuse:
     """Count the conversations in `prompts` that have to be answered or prefilled."""
     try:
         with (prompts / "conversations.jsonl").open(encoding="utf-8") as lines:
-            digests = [row_digest(json.loads(line)["messages"]) for line in lines]
+            digests = [row_digest(json.loads(line)) for line in lines]
     except (OSError, ValueError, LookupError):
         return reuse  # the stage reports a damaged input
     rows = _first_rows(reuse.sources)
@@ -130,15 +132,14 @@ def _first_rows(sources: Iterable[ReusableRows]) -> dict[str, bool]:
     return rows
 
 
-def _identity(preimage: Mapping[str, Any]) -> str | None:
+def answers_identity(preimage: Mapping[str, Any]) -> str | None:
     """Digest of all but the conversation that its answers depend on; None while the target is unknown."""
     prefixes = tuple(f"{name}." for name in KINDS["regenerate"].reads)
     options = {name: value for name, value in preimage["config"].items() if f"{name}.".startswith(prefixes)}
     if TARGET not in preimage["inputs"]:
         return None
-    return key.digest(
-        {"tag": TAG, "target": preimage["inputs"][TARGET], "service": preimage["service"], "config": options}
-    )
+    identity = {"tag": TAG, "target": preimage["inputs"][TARGET], "service": preimage["service"], "config": options}
+    return key.digest(identity | ({"seeds": SEEDS} if options.get("regenerate.temperature") else {}))
 
 
 def _has_hidden_states(stored: Mapping[str, Any], required: Mapping[str, Any]) -> bool:

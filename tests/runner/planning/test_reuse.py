@@ -9,8 +9,10 @@ import pytest
 
 from speculators.answers import AnsweredRow, row_digest, row_line
 from speculators.config import compose
+from speculators.runner.planning import key
 from speculators.runner.planning.explain import explain_stage
 from speculators.runner.planning.plan import Planner, Step
+from speculators.runner.planning.reuse import TAG, answers_identity
 from speculators.runner.servers import vllm
 from speculators.runner.store.artifacts import PREIMAGE, Store
 from tests.conftest import publish
@@ -35,9 +37,9 @@ def index(texts: Sequence[str]) -> str:
     """`rows.jsonl`; to `nothing` there is no answer."""
     kept = [text for text in texts if text != "nothing"]
     rows = [
-        AnsweredRow(digest=row_digest(messages(text)), dropped=None, line=kept.index(text))
+        AnsweredRow(digest=row_digest({"messages": messages(text)}), dropped=None, line=kept.index(text))
         if text in kept
-        else AnsweredRow(digest=row_digest(messages(text)), dropped="empty_answer", line=None)
+        else AnsweredRow(digest=row_digest({"messages": messages(text)}), dropped="empty_answer", line=None)
         for text in texts
     ]
     return "".join(map(row_line, rows))
@@ -81,6 +83,7 @@ CASES: dict[tuple[str, ...], tuple[str, bool]] = {
     ("regenerate.max_tokens=100",): ("changed: regenerate.max_tokens 160 -> 100", True),
     ("target.dtype=bfloat16",): ("changed: target.dtype", True),
     ("max_seq_len=512",): ("changed: max_seq_len", True),
+    ("target.chat_template_kwargs.enable_thinking=false",): ("changed: target.chat_template_kwargs", True),
     ("pipeline=offline", "force=regenerate"): ("forced", True),
 }
 """Changes after a fused run over three conversations: the reason of `regenerate`, and whether it needs a server."""
@@ -153,3 +156,14 @@ def test_explain_says_the_same_and_follows_a_wait_to_its_root(store: Store) -> N
     assert explained.reason == f"{PREFILLED}changed: extract.dtype bfloat16 -> float32"
     waiting = explain_stage(planner_of(store, "prompts.num_conversations=385"), "tokenize")
     assert waiting.because.startswith("prompts: changed: ")
+
+
+@pytest.mark.parametrize(("temperature", "same"), [(0.0, True), (0.7, False)])
+def test_greedy_answers_of_version_1_are_found_and_sampled_ones_are_not(
+    store: Store, temperature: float, same: bool
+) -> None:
+    """There, every request had the same seed, on which greedy answers do not depend."""
+    words = ("pipeline=offline", f"regenerate.temperature={temperature}")
+    image = planner_of(store, *words).known("regenerate", {"target": "t"})
+    of_version_1 = {"tag": TAG, "target": "t", "service": image["service"], "config": dict(image["config"])}
+    assert (answers_identity(image) == key.digest(of_version_1)) == same
