@@ -11,7 +11,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 from speculators.config.schema import Config
-from speculators.data.template import ChatTurn, TemplateError, chat_turns, merge_turns
+from speculators.data.template import ChatTurn, merge_turns
 from speculators.errors import SourceError
 from speculators.stages import tokenize
 from speculators.stages.tokenize import cut
@@ -21,13 +21,6 @@ CHAT = (
     "{% for m in messages %}<|{{ m['role'] }}|>{{ m['content'] }}<end>\n{% endfor %}"
     "{% if add_generation_prompt %}<|assistant|>{% endif %}"
 )
-FORGETFUL = (
-    "{% for m in messages %}<|{{ m['role'] }}|>"
-    "{% if m['role'] == 'user' or loop.last %}{{ m['content'] }}{% endif %}<end>\n{% endfor %}"
-    "{% if add_generation_prompt %}<|assistant|>{% endif %}"
-)
-"""A template that drops what was answered before."""
-
 TALK = [
     {"role": "user", "content": "ab"},
     {"role": "assistant", "content": "cd"},
@@ -80,29 +73,6 @@ def test_a_turn_that_does_not_continue_the_one_before_starts_a_row_of_its_own() 
     assert cut(second, 3).input_ids == [1, 2, 9]
 
 
-def test_answers_of_the_data_are_found_by_rendering_with_and_without_them(tokenizer: PreTrainedTokenizerFast) -> None:
-    user, assistant = tokenizer.convert_tokens_to_ids(["<|user|>", "<|assistant|>"])
-    end = tokenizer.eos_token_id
-    first, second = chat_turns(tokenizer, TALK)
-    assert first.prompt_ids == [user, 0, 1, end, 4, assistant]
-    assert first.answer_ids == [2, 3, end]  # the template's line break after it is nobody's token
-    assert second.prompt_ids == [*first.prompt_ids, *first.answer_ids, 4, user, 0, end, 4, assistant]
-    assert second.answer_ids == [1, end]
-    (row,) = merge_turns([first, second])
-    assert sum(row.loss_mask) == 5
-
-
-def test_a_template_that_rewrites_the_past_gives_a_row_a_turn(tokenizer: PreTrainedTokenizerFast) -> None:
-    tokenizer.chat_template = FORGETFUL
-    assert len(merge_turns(chat_turns(tokenizer, TALK))) == 2
-
-
-def test_a_template_that_refuses_a_conversation_says_why(tokenizer: PreTrainedTokenizerFast) -> None:
-    tokenizer.chat_template = "{{ raise_exception('no system role') }}"
-    with pytest.raises(TemplateError, match="no system role"):
-        chat_turns(tokenizer, TALK)
-
-
 def test_rows_keep_the_ids_of_the_server_and_the_order_of_the_conversations(tmp_path: Path) -> None:
     rows = [
         {"id": "long", "turns": [turn([1, 2], [3] * 9)]},
@@ -146,11 +116,77 @@ def test_conversations_with_their_own_answers_go_through_the_target_s_template(
     tmp_path: Path, tokenizer: PreTrainedTokenizerFast
 ) -> None:
     tokenizer.save_pretrained(tmp_path / "target")
-    conversations = write_conversations(tmp_path / "in", [{"id": "a", "messages": TALK}])
+    user, assistant = tokenizer.convert_tokens_to_ids(["<|user|>", "<|assistant|>"])
+    end = tokenizer.eos_token_id
+    conversations = write_conversations(
+        tmp_path / "in", [{"id": "a", "messages": TALK}, {"id": "b", "messages": [TALK[0]]}]
+    )
     job = make_job("tokenize", tmp_path / "w", config_of(), conversations=conversations, target=tmp_path / "target")
     tokenize.main(job)
-    (row,) = merge_turns(chat_turns(tokenizer, TALK))
-    assert load_from_disk(job.output)["input_ids"][:] == [row.input_ids]
+    (row,) = load_from_disk(job.output)
+    first = [user, 0, 1, end, 4, assistant]
+    assert row["input_ids"] == [*first, 2, 3, end, 4, user, 0, end, 4, assistant, 1, end]
+    assert row["loss_mask"] == [0] * 6 + [1] * 3 + [0] * 6 + [1] * 2  # the line break after the end is nobody's token
+    assert job.record["masks"] == {"difference of renderings": 2}
+    assert job.record["dropped conversations: no answer"] == 1
+
+
+def test_conversations_that_are_tokens_already_are_rows_as_they_are(tmp_path: Path) -> None:
+    rows = [{"id": "a", "input_ids": [1, 2, 3], "loss_mask": [0, 1, 1]}]
+    conversations = write_conversations(tmp_path / "in", rows)
+    job = make_job("tokenize", tmp_path / "w", config_of(), conversations=conversations, target=tmp_path)
+    tokenize.main(job)
+    assert load_from_disk(job.output)["loss_mask"][:] == [[0, 1, 1]]
+
+
+def test_options_of_the_chat_template_come_from_the_recipe_and_from_the_row(
+    tmp_path: Path, tokenizer: PreTrainedTokenizerFast
+) -> None:
+    tokenizer.chat_template = "{{ style }}{{ tone }}" + CHAT
+    tokenizer.save_pretrained(tmp_path / "target")
+    rows = [{"id": "a", "messages": TALK}, {"id": "b", "messages": TALK, "chat_template_kwargs": {"tone": "c"}}]
+    conversations = write_conversations(tmp_path / "in", rows)
+    config = config_of()
+    config.target.chat_template_kwargs = {"style": "a", "tone": "b"}
+    job = make_job("tokenize", tmp_path / "w", config, conversations=conversations, target=tmp_path / "target")
+    tokenize.main(job)
+    assert [ids[:2] for ids in load_from_disk(job.output)["input_ids"][:]] == [[0, 1], [0, 2]]
+
+
+def test_conversations_that_the_template_refuses_are_dropped_with_the_reason(
+    tmp_path: Path, tokenizer: PreTrainedTokenizerFast
+) -> None:
+    tokenizer.chat_template = "{{ messages[0].content + ('' if messages[0].role == 'user' else 1) }}" + CHAT
+    tokenizer.save_pretrained(tmp_path / "target")
+    rows = [{"id": "a", "messages": TALK}, {"id": "b", "messages": [{"role": "system", "content": "a"}, *TALK]}]
+    conversations = write_conversations(tmp_path / "in", rows)
+    job = make_job("tokenize", tmp_path / "w", config_of(), conversations=conversations, target=tmp_path / "target")
+    tokenize.main(job)
+    assert load_from_disk(job.output)["id"][:] == ["a"]
+    (reason,) = [name for name in job.record if name.startswith("dropped")]
+    assert "TypeError" in reason
+    assert job.record["masks"]["dropped conversations"] == 1
+
+
+def test_all_cores_give_the_rows_of_one(
+    tmp_path: Path, tokenizer: PreTrainedTokenizerFast, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tokenizer.save_pretrained(tmp_path / "target")
+    rows = [{"id": str(i), "messages": TALK * (1 + i % 3)} for i in range(40)]
+    conversations = write_conversations(tmp_path / "in", rows)
+    monkeypatch.setattr(tokenize, "_CHUNK_BYTES", 1000)
+    found = []
+    for name, cores in (("one", {0}), ("all", {0, 1})):
+        monkeypatch.setattr("os.sched_getaffinity", lambda _, cores=cores: cores)
+        monkeypatch.setattr(tokenize, "_WORTH_PROCESSES", 1)
+        job = make_job(
+            "tokenize", tmp_path / name, config_of(), conversations=conversations, target=tmp_path / "target"
+        )
+        tokenize.main(job)
+        digests = {p.name: hashlib.sha256(p.read_bytes()).hexdigest() for p in job.output.iterdir()}
+        found.append((digests, job.record))
+    assert found[0] == found[1]
+    assert found[0][1]["rows"] == 40
 
 
 def test_a_target_without_chat_template_is_refused_where_one_is_needed(
