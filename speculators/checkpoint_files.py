@@ -165,6 +165,9 @@ def _index(directory: Path) -> dict[str, str]:
     """File names by tensor, from the index of a checkpoint in several files; empty for one without an index."""
     index = directory / "model.safetensors.index.json"
     try:
-        return dict(json.loads(index.read_text(encoding="utf-8"))["weight_map"]) if index.is_file() else {}
+        files = dict(json.loads(index.read_text(encoding="utf-8"))["weight_map"]) if index.is_file() else None
+        if files is not None and not (files and all(isinstance(file, str) for file in files.values())):
+            raise ValueError("its weight_map names no files")
     except (ValueError, LookupError, TypeError) as error:
         raise SourceError(f"{index} is no index of safetensors files ({error})", "fetch or save it again") from None
+    return files or {}

@@ -47,10 +47,22 @@ def _guarded(argv: Sequence[str]) -> int:
         # The reader of stdout has closed the pipe, which is no error.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
-    except Exception:
+    except Exception as failure:
+        if (explained := _of_this_machine(failure)) is not None:
+            ui.error(explained)
+            return 1
         traceback.print_exc()
         print("\nerror: unexpected, a defect of speculators-run\n\nhint: report the traceback above", file=sys.stderr)
         return 2
+
+
+def _of_this_machine(failure: Exception) -> RunError | None:
+    """The error for a file that the user may not read or write, or a home that is unknown; None for another failure."""
+    if isinstance(failure, PermissionError | IsADirectoryError | NotADirectoryError) and failure.filename:
+        return RunError(f"{failure.filename}: {failure.strerror}", "check the path, and who may read and write it")
+    if isinstance(failure, RuntimeError) and "home directory" in str(failure):  # of pathlib
+        return RunError("~ names a home directory, and there is none", "export HOME=DIRECTORY, or write the whole path")
+    return None
 
 
 def _dispatch(argv: list[str]) -> int:

@@ -12,6 +12,9 @@ from typing import Any
 from speculators.errors import ContractError
 
 CONFIG = "tokenizer_config.json"
+GENERATION_CONFIG = "generation_config.json"
+SPECIAL_TOKENS = "special_tokens_map.json"
+AGAIN = "fetch or save the target again"
 _SPARE = re.compile(r"reserved|unused", re.IGNORECASE)
 """Names of tokens that a vocabulary has in reserve, such as `<|reserved_special_token_0|>` and `<unused0>`."""
 
@@ -31,11 +34,14 @@ def chat_template(directory: Path) -> str | None:
     """The chat template that transformers uses by default: a file, or a field that may be a list of named templates.
 
     Raises:
-        ContractError: a file is not JSON.
+        ContractError: a file is not JSON, or not UTF-8.
     """
     file = directory / "chat_template.jinja"
-    if file.is_file() and (text := file.read_text(encoding="utf-8")).strip():
-        return text
+    try:
+        if file.is_file() and (text := file.read_text(encoding="utf-8")).strip():
+            return text
+    except UnicodeDecodeError as error:
+        raise ContractError(f"target.source: {file} is not UTF-8 ({error})", AGAIN) from None
     for name in (CONFIG, "chat_template.json"):
         template = read_json(directory / name).get("chat_template") if (directory / name).is_file() else None
         if isinstance(template, list):
@@ -45,6 +51,38 @@ def chat_template(directory: Path) -> str | None:
         if isinstance(template, str) and template.strip():
             return template
     return None
+
+
+def check_tokenizer(directory: Path) -> None:
+    """Parse the files of a checkpoint's tokenizer, and its chat template if jinja2 is installed, with transformers.
+
+    Raises:
+        ContractError: a file is not JSON, or the template has a syntax error.
+    """
+    for name in ("tokenizer.json", CONFIG, GENERATION_CONFIG, SPECIAL_TOKENS):
+        _config(directory, name)
+    template = chat_template(directory)
+    try:
+        import jinja2.ext  # it takes a tenth of `plan`
+    except ImportError:
+        return
+
+    class Generation(jinja2.ext.Extension):
+        """The tag `{% generation %}` of transformers."""
+
+        tags = {"generation"}  # noqa: RUF012
+
+        def parse(self, parser: Any) -> Any:
+            next(parser.stream)
+            return parser.parse_statements(("name:endgeneration",), drop_needle=True)
+
+    try:
+        jinja2.Environment(extensions=[Generation, jinja2.ext.loopcontrols]).parse(template or "")
+    except jinja2.TemplateSyntaxError as error:
+        raise ContractError(
+            f"target.source: line {error.lineno} of the chat template of {directory} is no Jinja ({error.message})",
+            f"correct it in chat_template.jinja or tokenizer_config.json; or {AGAIN}",
+        ) from None
 
 
 def mask_token(directory: Path, vocab_size: int) -> MaskToken | None:
@@ -85,27 +123,36 @@ def read_json(path: Path) -> dict[str, Any]:
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
     except (ValueError, RecursionError) as error:
-        raise ContractError(f"target.source: {path} is not JSON ({error})", "fetch or save the target again") from None
+        raise ContractError(f"target.source: {path} is not JSON ({error})", AGAIN) from None
     if not isinstance(content, dict):
-        raise ContractError(f"target.source: {path} contains no JSON object", "fetch or save the target again")
+        raise ContractError(f"target.source: {path} contains no JSON object", AGAIN)
     return content
 
 
 def _token_ids(directory: Path) -> dict[str, int]:
-    """Ids of all tokens, added ones included, by text."""
-    tokenizer = read_json(directory / "tokenizer.json")
-    vocabulary = (tokenizer.get("model") or {}).get("vocab") or {}
-    if isinstance(vocabulary, list):  # of a unigram model: pairs of token and score
-        vocabulary = {token: token_id for token_id, (token, _) in enumerate(vocabulary)}
-    added = {token["content"]: int(token["id"]) for token in tokenizer.get("added_tokens") or []}
-    configured = _config(directory, CONFIG).get("added_tokens_decoder") or {}
-    added |= {token["content"]: int(token_id) for token_id, token in configured.items()}
-    return {**vocabulary, **added}
+    """Ids of all tokens, added ones included, by text.
+
+    Raises:
+        ContractError: the files have another structure than a tokenizer's.
+    """
+    tokenizer, configured = read_json(directory / "tokenizer.json"), _config(directory, CONFIG)
+    try:
+        vocabulary = (tokenizer.get("model") or {}).get("vocab") or {}
+        if isinstance(vocabulary, list):  # of a unigram model: pairs of token and score
+            vocabulary = {token: token_id for token_id, (token, _) in enumerate(vocabulary)}
+        added = {token["content"]: int(token["id"]) for token in tokenizer.get("added_tokens") or []}
+        decoder = configured.get("added_tokens_decoder") or {}
+        added |= {token["content"]: int(token_id) for token_id, token in decoder.items()}
+        return {**vocabulary, **added}
+    except (AttributeError, LookupError, TypeError, ValueError) as error:
+        raise ContractError(
+            f"target.source: {directory} has no tokens in its tokenizer.json ({error})", AGAIN
+        ) from None
 
 
 def _special(directory: Path, name: str) -> str:
     """Text of a special token; empty if the tokenizer has none."""
-    for file in (CONFIG, "special_tokens_map.json"):
+    for file in (CONFIG, SPECIAL_TOKENS):
         token = _config(directory, file).get(f"{name}_token")
         if isinstance(token, dict):
             token = token.get("content")
@@ -116,7 +163,7 @@ def _special(directory: Path, name: str) -> str:
 
 def _end_tokens(directory: Path) -> Iterator[int]:
     """Ids of the tokens that end an answer."""
-    for file in ("generation_config.json", "config.json"):
+    for file in (GENERATION_CONFIG, "config.json"):
         ids = _config(directory, file).get("eos_token_id")
         yield from ids if isinstance(ids, list) else [ids] if ids is not None else []
 

@@ -45,7 +45,18 @@ LEFT = [
     # What plans are made of looks into the store and at the machine (docs/concepts/decisions.md).
     {
         f"speculators.runner.planning.{name}"
-        for name in ("checks", "reuse", "plan", "serving", "trackers", "explain", "workload", "durations", "estimate")
+        for name in (
+            "checks",
+            "reuse",
+            "plan",
+            "serving",
+            "trackers",
+            "datasets",
+            "explain",
+            "workload",
+            "durations",
+            "estimate",
+        )
     },
     {"speculators.runner.planning.lockfile"},
     {"speculators.runner.servers.pool"},
@@ -54,7 +65,16 @@ LEFT = [
     {"speculators.runner.products"},
     {
         f"speculators.config.{name}"
-        for name in ("shipped", "checks", "foreign_names", "translation", "documentation", "compose", "composed")
+        for name in (
+            "shipped",
+            "checks",
+            "foreign_names",
+            "translation",
+            "documentation",
+            "recipe_files",
+            "compose",
+            "composed",
+        )
     },
     {"speculators.ui"},
     {"speculators.live"},
@@ -77,7 +97,7 @@ WORKERS = {f"speculators.runner{name}" for name in ("", ".store", ".store.artifa
 """The worker stands on the line: it claims, publishes, and asks the doctor about imports that fail."""
 DOORS = {
     "hydra": {"speculators.config.compose"},
-    "omegaconf": {"speculators.config.compose", "speculators.config.translation"},
+    "omegaconf": {f"speculators.config.{name}" for name in ("compose", "recipe_files", "translation")},
     "rich": {"speculators.live"},
     "vllm": {"speculators.engine.connector"},
     "mooncake": {"speculators.engine.mooncake"},

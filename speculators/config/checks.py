@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from speculators.config.algorithms import SPECULATORS, Speculator, loss_weights
-from speculators.config.fields import MISSING, as_override, violations
+from speculators.config.fields import MISSING, as_override, server_address, violations
 from speculators.config.schema import Config, Serve
 from speculators.errors import RecipeError
 from speculators.job import file_name
@@ -104,11 +104,6 @@ def _combinations(config: Config) -> Iterator[tuple[bool, str, str]]:
         f"tokenize.min_supervised={supervised}: no row has more tokens than max_seq_len={longest}",
         "tokenize.min_supervised=1",
     )
-    yield (
-        bool(config.serve.url) or not config.serve.extra_urls,
-        f"serve.extra_urls={as_override(config.serve.extra_urls)}: there is no serve.url that they share the work with",
-        f"serve.url={next(iter(config.serve.extra_urls), '')} serve.extra_urls=[]",
-    )
     for name, dataset in config.evaluate.datasets.items():
         yield (
             dataset == config.data.get(name, dataset),
@@ -145,7 +140,25 @@ def _combinations(config: Config) -> Iterator[tuple[bool, str, str]]:
             "give the dataset a short name",
         )
     yield from config.speculator.check()
+    yield from _sharing_servers(config.serve)
     yield from _external_pair(config.serve, config.evaluate.num_speculative_tokens)
+
+
+def _sharing_servers(serve: Serve) -> Iterator[tuple[bool, str, str]]:
+    """Check the running servers that share the work; yields as `_combinations`."""
+    others = serve.extra_urls
+    yield (
+        bool(serve.url) or not others,
+        f"serve.extra_urls={as_override(others)}: there is no serve.url that they share the work with",
+        f"serve.url={next(iter(others), '')} serve.extra_urls=[]",
+    )
+    first = {server_address(url): url for url in reversed([serve.url, *others])}
+    different = [url for url in reversed(first.values()) if url != serve.url]
+    yield (
+        len(different) == len(others),
+        f"serve.extra_urls={as_override(others)}: names a server twice, or that of serve.url",
+        f"serve.extra_urls={as_override(different)}",
+    )
 
 
 def _external_pair(serve: Serve, counts: list[int]) -> Iterator[tuple[bool, str, str]]:
@@ -158,7 +171,7 @@ def _external_pair(serve: Serve, counts: list[int]) -> Iterator[tuple[bool, str,
         f"serve.{one}_url='', for servers that `evaluate` starts; or name the server of the other side",
     )
     yield (
-        not baseline or baseline != speculative,
+        not baseline or server_address(baseline) != server_address(speculative),
         f"serve.speculative_url={speculative}: is the server of serve.baseline_url, which would be compared to itself",
         "name two servers, with and without the draft; or serve.baseline_url='' serve.speculative_url='', for servers "
         "that `evaluate` starts",

@@ -14,7 +14,7 @@ import logging
 import os
 import re
 import sys
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -31,19 +31,30 @@ from omegaconf import DictConfig, OmegaConf
 
 from speculators.config.algorithms import SPECULATORS
 from speculators.config.checks import check_config, pipeline_nodes
-from speculators.config.execution import ExecutorOptions
+from speculators.config.execution import ExecutorOptions, RunOptions, StageLimits
 from speculators.config.fields import MISSING, iter_options, to_builtins
+from speculators.config.recipe_files import bases, by_name, quoted, read_recipe, refuse_circles
 from speculators.config.schema import Config, Dataset, Evaluate, from_builtins
 from speculators.config.shipped import CONF, available, choices, own_conf
-from speculators.config.translation import FREE, OPEN, closest_option, first_line, known_options, translated
+from speculators.config.translation import (
+    ITEMS,
+    OPEN,
+    closest_option,
+    first_line,
+    known_options,
+    sections,
+    translated,
+    wrong_section,
+)
 from speculators.errors import RecipeError, closest
 from speculators.packages import installed_version
-from speculators.runner.planning.sources import relative_to
 
 _VERSION_BASE = "1.3"
 _GROUPS = ("target", "data", "speculator", "pipeline", "hardware", "executor")
 _HYDRA_GROUPS = ("output", "launcher", "sweeper", "help", "hydra_help", "hydra_logging", "job_logging", "env")
 """Hydra's config groups for itself, which composing does not need; reading them takes a tenth of its time."""
+_REMOVED = re.compile(r"(data|run\.stages)\.[^.]+=null")
+"""Removes an item, which must exist."""
 _LAUNCHERS = {
     "joblib": ("hydra-joblib-launcher", "joblib"),
     "submitit_local": ("hydra-submitit-launcher", "sweep-slurm"),
@@ -61,14 +72,23 @@ class _EvaluateAsWritten(Evaluate):
 
 
 @dataclass(kw_only=True, slots=True)
+class _RunAsWritten(RunOptions):
+    """`stages` untyped, as in `_Written`."""
+
+    stages: dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass(kw_only=True, slots=True)
 class _Written(Config):
     """`Config` in the form that recipes have, for Hydra."""
 
     evaluate: Evaluate = field(default_factory=_EvaluateAsWritten)
-    data: dict[str, Dataset | None] = field(default_factory=dict)  # type: ignore[assignment]
-    """Null removes a dataset, as of a recipe that this one builds on."""
+    data: dict[str, Any] = field(default_factory=dict)
+    """Untyped, as the next two, since OmegaConf adds no item with a type of its own; see `_item`. Null removes a
+    dataset, as of a recipe that this one builds on."""
+    run: RunOptions = field(default_factory=_RunAsWritten)
     pipeline: dict[str, Any] = field(default_factory=dict)
-    """Untyped, since OmegaConf merges nothing into an item with a type of its own; see `checks.pipeline_nodes`."""
+    """See `checks.pipeline_nodes`."""
 
 
 def compose(overrides: Sequence[str]) -> Config:
@@ -241,24 +261,32 @@ def typed(composed: DictConfig) -> Config:
         values: Any = OmegaConf.to_container(composed, resolve=True, enum_to_str=True)
     except omegaconf.errors.OmegaConfBaseException as error:
         raise translated(error) from None
-    values["data"] = {name: dataset for name, dataset in values["data"].items() if dataset is not None}
+    for section, items in (("data", values["data"]), ("run.stages", values["run"]["stages"])):
+        for name in list(items):
+            if items[name] is None:
+                del items[name]
+            else:
+                items[name] = _item(f"{section}.{name}", ITEMS[section], items[name])
     values["evaluate"]["datasets"] = _evaluation_datasets(values["evaluate"]["datasets"], values["data"])
     values["pipeline"] = pipeline_nodes(values["pipeline"])
     for name in sorted(_missing(values)):
-        raise _without_value(name)
+        raise _without_value(name, values["data"])
     config = from_builtins(Config, values)
     check_config(config)
     return config
 
 
-def _without_value(name: str) -> RecipeError:
-    """The error for an option that a recipe has to set."""
+def _without_value(name: str, datasets: Mapping[str, Any]) -> RecipeError:
+    """The error for an option that a recipe has to set; `datasets` are all that it names."""
     message, hint = f"`{name}` has no value", f"set it in the recipe, or add {name}=VALUE"
     if name == "target.source":
         message = "the recipe names no target: `target.source` has no value"
         hint = (
             f"target.source=ORG/NAME (on the hub) or DIRECTORY; or target=NAME, one of {', '.join(choices('target'))}"
         )
+    elif name.startswith("data.") and name.endswith(".source"):
+        others = {f"data.{other}" for other in datasets} - {name.rpartition(".")[0]}
+        hint = f"{name}=FILE" + (f", if it is new; {closest(name.rpartition('.')[0], others)}" if others else "")
     return RecipeError(message, hint)
 
 
@@ -289,87 +317,25 @@ def _register(arguments: Sequence[str]) -> tuple[list[str], dict[str, Path]]:
     for argument in arguments:
         key, _, value = argument.partition("=")
         if key == "recipe":
-            names = [_by_name(name, known) for name in value.split(",")]
+            names = [by_name(name, known) for name in value.split(",")]
             named |= set(names) & set(known)
-            argument = f"recipe={','.join(map(_quoted, names))}"
+            argument = f"recipe={','.join(map(quoted, names))}"
         elif key in ("force", "evaluate.datasets") and not value.startswith("["):
             argument = f"{key}=[{value}]"
         elif key == "from":
             argument = f"from_={value}"  # `from` cannot be the name of a field
-        elif _is_in(key, FREE) and key not in _GROUPS:
-            argument = f"++{argument}"  # adds a name, too
+        elif _is_in(key, OPEN) and key not in _GROUPS and not _REMOVED.fullmatch(argument):
+            argument = f"++{argument}"  # adds an item, too; these mappings have no fixed names
         rewritten.append(argument)
-    registered: set[str] = set()
-    while pending := sorted(named - registered):
+    registered: dict[str, list[str]] = {}
+    while pending := sorted(named - registered.keys()):
         for name in pending:
-            node = _read_recipe(known[name])
+            node = read_recipe(known[name])
             store.store(group="recipe", name=name, node={**node, "recipe": name}, package="_global_")
-            named |= set(_bases(node, known[name], known))
-        registered |= set(pending)
+            registered[name] = list(bases(node, known[name], known))
+            named |= set(registered[name])
+    refuse_circles(registered)
     return rewritten, known
-
-
-def _read_recipe(path: Path) -> dict[str, Any]:
-    """Read a recipe's file; relative paths in it are relative to the file's directory.
-
-    Raises:
-        RecipeError: it is not a YAML mapping.
-    """
-    try:
-        node: Any = OmegaConf.to_container(OmegaConf.load(path))
-    except Exception as error:
-        mark = getattr(error, "problem_mark", None)
-        hint = f"fix the YAML at line {mark.line + 1}" if mark else "fix the YAML"
-        raise RecipeError(f"{path.name} is not YAML: {first_line(error)}", hint) from None
-    if not isinstance(node, dict):
-        raise RecipeError(f"{path.name} is not a YAML mapping", "write options as `train: {lr: 1e-3}`")
-    if not isinstance(node.get("defaults") or [], list):
-        raise RecipeError(f"{path.name}: `defaults` is not a list", "defaults: [override /speculator: eagle3]")
-    if isinstance(node.get("force"), str):
-        node["force"] = [node["force"]]
-    if "from" in node:
-        node["from_"] = node.pop("from")  # `from` cannot be the name of a field
-    evaluate = node["evaluate"] if isinstance(node.get("evaluate"), dict) else {}  # Hydra reports another type
-    datasets = evaluate.get("datasets")
-    if isinstance(datasets, dict):  # a mapping, as `data` is one
-        evaluate["datasets"] = datasets = [datasets]
-    items = datasets if isinstance(datasets, list) else []
-    definitions = [*(item.values() for item in [node.get("data"), *items] if isinstance(item, dict))]
-    for section in (node.get("target"), *(section for group in definitions for section in group)):
-        if isinstance(section, dict) and isinstance(section.get("source"), str):
-            model = section is node.get("target")
-            section["source"] = relative_to(path.absolute().parent, section["source"], model=model)
-    if isinstance(draft := evaluate.get("draft"), str) and draft:
-        evaluate["draft"] = relative_to(path.absolute().parent, draft, model=True)
-    return node
-
-
-def _quoted(recipe: str) -> str:
-    """The name of a recipe as an override: one that Hydra's grammar would not read as a name is quoted."""
-    is_name = re.fullmatch(r"[A-Za-z_][\w.-]*", recipe, re.ASCII) and recipe.lower() not in ("null", "true", "false")
-    return recipe if is_name else f"'{recipe}'"
-
-
-def _bases(node: Mapping[str, Any], path: Path, known: dict[str, Path]) -> Iterator[str]:
-    """The names of the recipes that a recipe's defaults list names; those in its own directory are added to `known`."""
-    for entry in node.get("defaults") or []:
-        name = entry.removeprefix("/recipe/") if isinstance(entry, str) else ""
-        sibling = path.parent / f"{name}.yaml"
-        if name and name not in known and sibling.is_file():
-            known[name] = sibling
-        if name in known:
-            yield name
-
-
-def _by_name(recipe: str, known: dict[str, Path]) -> str:
-    """The name of a recipe given by name or by path; a path is added to `known`."""
-    if not recipe.endswith((".yaml", ".yml")):
-        return recipe
-    path = Path(recipe).expanduser()
-    if not path.is_file():
-        raise RecipeError(f"no recipe at `{recipe}`", closest(path.stem, known))
-    known[path.stem] = path
-    return path.stem
 
 
 def _initialized() -> Any:
@@ -386,7 +352,10 @@ def _evaluation_datasets(items: list[Any], trained_on: dict[str, Any]) -> dict[s
     datasets: dict[str, Any] = {}
     for item in items:
         for name, options in item.items() if isinstance(item, dict) else [(str(item), None)]:
-            datasets[name] = _dataset(name, options) if options else trained_on.get(name) or _shipped_dataset(name)
+            full = f"evaluate.datasets.{name}"
+            datasets[name] = (
+                _item(full, Dataset, options) if options else trained_on.get(name) or _shipped_dataset(name)
+            )
     return datasets
 
 
@@ -395,25 +364,23 @@ def _shipped_dataset(name: str) -> Any:
     if path is None:
         raise RecipeError(f"evaluate.datasets: there is no dataset `{name}`", closest(name, choices("data")))
     loaded: Any = OmegaConf.load(path)
-    return _dataset(name, loaded[name])
+    return _item(f"evaluate.datasets.{name}", Dataset, loaded[name])
 
 
-def _dataset(name: str, options: Any) -> Any:
-    """Fill the defaults of a dataset in."""
-    full = f"evaluate.datasets.{name}"
+def _item(full: str, schema: type[Dataset] | type[StageLimits], options: Any) -> Any:
+    """Fill the defaults of an item of an open section in; `full` is its dotted name."""
     if not isinstance(options, Mapping):
-        raise RecipeError(
-            f"{full} is {options!r}", "define the dataset by its options: {source: FILE, format: prompts}"
-        )
-    schema, known = OmegaConf.structured(Dataset), [name for name, *_ in iter_options(Dataset())]
+        example = "{source: FILE, format: prompts}" if schema is Dataset else "{time_limit: 7200}"
+        raise RecipeError(f"{full} is {options!r}", f"define it by its options: {example}")
+    typed_item, known = OmegaConf.structured(schema), [name for name, *_ in iter_options(schema())]
     for option, value in options.items():
         if option not in known:
             raise RecipeError(f"there is no option `{full}.{option}`", closest(str(option), known))
         try:
-            schema[option] = value
+            typed_item[option] = value
         except omegaconf.errors.ValidationError as error:
             raise RecipeError(f"{full}.{option}: {first_line(error)}", "give a value of the option's type") from None
-    return OmegaConf.to_container(schema, enum_to_str=True)
+    return OmegaConf.to_container(typed_item, enum_to_str=True)
 
 
 def _check_overrides(arguments: Sequence[str], known: Mapping[str, Path], sweep: bool = False) -> None:
@@ -439,8 +406,11 @@ def _check_override(override: Override, options: set[str], known: Mapping[str, P
     if name.startswith(("hydra.", "hydra/")):
         return
     section = next((s for s in OPEN if name.startswith(f"{s}.")), "")
-    if override.is_add() or (override.is_force_add() and not _is_in(name, FREE)):
-        raise RecipeError(f"`+{name}`: options cannot be added", closest_option(name, options))
+    if section in ITEMS:
+        options = known_options(name)
+    if override.is_add() or (override.is_force_add() and not _is_in(name, OPEN)):
+        hint = f"without the `+`: {name}=VALUE" if section and name in options else closest_option(name, options)
+        raise RecipeError(f"`+{name}`: options cannot be added", hint)
     if override.is_delete():
         hint = f"{name}=null" if name.count(".") == 1 and section else "set the option to null, or to its default"
         raise RecipeError(f"`~{name}`: options cannot be removed", hint)
@@ -448,11 +418,13 @@ def _check_override(override: Override, options: set[str], known: Mapping[str, P
         raise RecipeError(f"`{name}` has several values", "add -m to run one job for each value")
     if name in (*_GROUPS, "recipe"):
         _check_choice(name, override, known)
-    elif name not in options and not section:
+    elif name not in options and (not section or (section in ITEMS and name.count(".") > section.count(".") + 1)):
         raise RecipeError(f"there is no option `{name}`", closest_option(name, options))
+    elif name in sections() and not override.is_sweep_override() and not isinstance(override.value(), dict):
+        raise wrong_section(name, override.value())
 
 
-def _is_in(name: str, sections: Sequence[str]) -> bool:
+def _is_in(name: str, sections: Iterable[str]) -> bool:
     """Whether an option is one of the sections, or in one of them."""
     return f"{name}.".startswith(tuple(f"{section}." for section in sections))
 
@@ -467,6 +439,9 @@ def _check_choice(name: str, override: Override, known: Mapping[str, Path]) -> N
     for choice in selected if isinstance(selected, list) else [selected]:
         if choice is None:
             raise RecipeError(f"{name}=null: names no choice", f"leave {name} out, or {closest('', all_choices)}")
+        if isinstance(choice, dict):
+            example = "data.NAME.source=FILE data.NAME.format=messages" if name == "data" else f"{name}.OPTION=VALUE"
+            raise RecipeError(f"{name}={choice}: names no choice", f"options have full names: {example}")
         choice = str(choice).strip("'")
         if choice not in all_choices:
             kind = "recipe" if name == "recipe" else f"choice for {name}"

@@ -122,9 +122,17 @@ def http_url() -> Constraint:
 def _is_http_url(value: str) -> bool:
     try:
         parts = urlsplit(value)
-        return parts.scheme in ("http", "https") and bool(parts.hostname) and parts.port != 0
+        bare = not (parts.query or parts.fragment or re.search(r"\s", value))
+        return parts.scheme in ("http", "https") and bool(parts.hostname) and parts.port != 0 and bare
     except ValueError:  # a port that is no number, or too large
         return False
+
+
+def server_address(url: str) -> tuple[str, int, str]:
+    """Host, port and path of a checked URL, by which equal servers are recognized however they are written."""
+    parts = urlsplit(url)
+    host = "127.0.0.1" if parts.hostname in ("localhost", "::1") else parts.hostname or ""
+    return host, parts.port or (443 if parts.scheme == "https" else 80), parts.path.rstrip("/")
 
 
 _LARGEST = 2**63 - 1

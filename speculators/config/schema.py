@@ -418,7 +418,7 @@ class Config(Options):
     rows are truncated, and counted."""
     target: Target = field(default_factory=Target)
     data: dict[str, Dataset] = field(default_factory=dict)
-    """Datasets to train on, by name."""
+    """Datasets to train on, by name. `data.mine.source=FILE data.mine.format=messages` adds one."""
     pipeline: dict[str, dict[str, str]] = field(default_factory=dict)
     """Nodes of the pipeline, each with its inputs; see `runner.planning.graph`."""
     speculator: Speculator = field(default_factory=Speculator)

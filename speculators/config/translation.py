@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import re
 from collections.abc import Iterator
 
@@ -9,35 +10,54 @@ import omegaconf
 
 from speculators.config import foreign_names
 from speculators.config.algorithms import SPECULATORS
-from speculators.config.fields import MISSING, iter_options
+from speculators.config.execution import StageLimits
+from speculators.config.fields import MISSING, as_override, iter_options
 from speculators.config.schema import Config, Dataset
 from speculators.config.shipped import available, choices
 from speculators.errors import RecipeError, closest
 
-FREE = ("pipeline", "target.chat_template_kwargs")
-"""Sections of mappings whose names nothing fixes: an override may add one."""
-OPEN = ("data", "run.stages", *FREE)
-"""Sections whose keys are defined by the recipe."""
+OPEN = {
+    "data": "data: {NAME: {source: FILE, format: messages}}",
+    "pipeline": "pipeline: {NODE: {INPUT: NODE}}",
+    "target.chat_template_kwargs": "target: {chat_template_kwargs: {NAME: VALUE}}",
+    "run.stages": "run: {stages: {train: {time_limit: 7200}}}",
+}
+"""Sections whose keys are defined by the recipe, with an example of each."""
+ITEMS = {"data": Dataset, "run.stages": StageLimits}
+"""What the keys of an open section stand for."""
 
 
 def known_options(near: str = "") -> set[str]:
-    """Dotted names that may be overridden, sections included; if `near` is a dataset's option, the dataset's."""
-    if near.startswith("data.") and near.count(".") == 2:
-        return {f"{near.rpartition('.')[0]}.{name}" for name, *_ in iter_options(Dataset())}
+    """Dotted names that may be overridden, sections included; those of one item if `near` is an option of `ITEMS`."""
+    for section, schema in ITEMS.items():
+        if near.startswith(f"{section}.") and near.count(".") == section.count(".") + 2:
+            return {f"{near.rpartition('.')[0]}.{name}" for name, *_ in iter_options(schema())}
     names = {name for name, *_ in iter_options(Config())}
     for schema in SPECULATORS.values():
         names |= {f"speculator.{name}" for name, *_ in iter_options(schema())}
     return names | {name.rsplit(".", 1)[0] for name in names if "." in name} | {"data", "pipeline"}
 
 
+@functools.cache
+def sections() -> set[str]:
+    """Dotted names of the options that are mappings."""
+    return {name.rsplit(".", 1)[0] for name in known_options() if "." in name} | {*OPEN, "hydra"}
+
+
+def wrong_section(name: str, value: object, file: str = "") -> RecipeError:
+    """The error for a section that is no mapping."""
+    listed = f"`speculators-run options {name.partition('.')[0]}` lists them"
+    hint = f"`{OPEN[name]}`" if name in OPEN else f"set its options: {name}.OPTION=VALUE; {listed}"
+    if choices(name) and name not in OPEN:
+        hint = f"choose by `override /{name}: {next(iter(choices(name)))}` in `defaults`; or {hint}"
+    where = f"{file}: " if file else ""
+    return RecipeError(f"{where}{name}={as_override(value)}: must be a mapping of options", hint)
+
+
 def closest_option(name: str, options: set[str]) -> str:
     """Hint for an unknown option: our name for another tool's option, the closest match, or the section's options."""
-    if section := next((s for s in OPEN if name.startswith(f"{s}.") and name not in options), ""):
-        key, _, option = name.removeprefix(f"{section}.").partition(".")
-        if not any(each.startswith(f"{section}.{key}.") for each in options):
-            parents = section.split(".")
-            nested = "".join(f"{part}: {{" for part in (*parents, key)) + f"{option or 'OPTION'}: VALUE"
-            return f"names are added in the recipe: `{nested}{'}' * (len(parents) + 1)}`"
+    if any(name.startswith(f"{s}.") and name.count(".") == s.count(".") + 1 for s in ITEMS):
+        return f"`{name}.OPTION=VALUE` adds it"
     if hint := foreign_names.hint(name):
         return hint
     names = {option.rstrip("_") for option in options}  # `from`
@@ -60,7 +80,7 @@ def translated(error: Exception) -> RecipeError:
             f"no choice for {group} named `{choice}`",
             closest(choice, available() if group == "recipe" else choices(group)),
         )
-    if match := re.search(r"Key '([^']+)' (?:not in|is not in)", text):
+    if match := re.search(r"Key '([^']*)' (?:not in|is not in)", text):
         unknown = str(name or match[1])
         if unknown in known_options(unknown):  # of another algorithm: the recipe and the command line choose two
             return RecipeError(

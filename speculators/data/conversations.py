@@ -129,7 +129,8 @@ class RowCounts:
 
     def why_unusable(self, name: str) -> SourceError:
         """The error for a file without a usable row, with the reasons for which its rows were dropped."""
-        reasons = ", ".join(f"{count} {reason}" for reason, count in self.dropped.most_common()) or "it is empty"
+        whole_rows = ", ".join(f"{count} {reason}" for reason, count in self.dropped.most_common())
+        reasons = whole_rows or (self.damage["reason"] if self.damage else "it is empty")
         filtered = any(option in reason for reason in self.dropped for option in ("min_chars", "max_chars", "ASCII"))
         return SourceError(
             f"data set `{name}` has no usable row among {self.rows}: {reasons}",

@@ -35,6 +35,7 @@ X86_FLAGS = ["-mprefer-vector-width=512"]
 """Without it, compilers use half of an x86 processor's vector width."""
 SHORT = torch.bfloat16
 FORMATS = (torch.float32, SHORT)
+FLOAT32, INT64 = (torch.float32,), (torch.int64,)
 LOSSES = ({"kl": 1.0}, {"ce": 1.0})
 """Mixtures of losses that `Kernels.losses` computes."""
 
@@ -52,7 +53,11 @@ class KeyRanges:
 
 
 class Kernels:
-    """The compiled kernels. Tensors are contiguous and in CPU memory."""
+    """The compiled kernels. Tensors are contiguous and in CPU memory.
+
+    Every method raises a ValueError for a tensor of another shape, format or layout, behind whose end a kernel would
+    read; the values of indices and ranges are not checked.
+    """
 
     def __init__(self, library: ctypes.CDLL) -> None:
         self.library = library
@@ -66,6 +71,12 @@ class Kernels:
 
         Logits have any of `FORMATS`, and stay as they are without `with_grad`. Of equal logits the first counts.
         """
+        width = logits.shape[-1]
+        _check(
+            "losses", logits=(logits, (len(logits), width)), target_logits=(target_logits, (len(target_logits), width))
+        )
+        _check("losses", INT64, target_rows=(target_rows, (len(logits),)))
+        _check("losses", FLOAT32, weight=(weight, (len(logits),)))
         loss, correct = torch.empty(len(logits)), torch.empty(len(logits), dtype=torch.bool)
         self._call(
             "losses", name == "ce", logits, logits.dtype is SHORT, target_logits, target_logits.dtype is SHORT,
@@ -78,6 +89,8 @@ class Kernels:
 
         Returns: the normed rows, and 1 / sqrt(mean square + eps) of each, float32 [...].
         """
+        _check("rms_norm", x=(x, x.shape))
+        _check("rms_norm", FLOAT32, weight=(weight, x.shape[-1:]))
         out, inverse = torch.empty_like(x, dtype=dtype), x.new_empty(x.shape[:-1], dtype=torch.float32)
         self._call(
             "rms_norm", x, x.dtype is SHORT, weight, out, dtype is SHORT, inverse, inverse.numel(), x.shape[-1], eps
@@ -86,6 +99,8 @@ class Kernels:
 
     def rms_norm_backward(self, grad: Tensor, x: Tensor, weight: Tensor, inverse: Tensor) -> tuple[Tensor, Tensor]:
         """Gradients of x, in its format, and of the weight, from that of the output, `FORMATS` [..., W]."""
+        _check("rms_norm", x=(x, x.shape), grad=(grad, x.shape))
+        _check("rms_norm", FLOAT32, weight=(weight, x.shape[-1:]), inverse=(inverse, x.shape[:-1]))
         grad_x, grad_weight = torch.empty_like(x), torch.empty_like(weight)
         self._call(
             "rms_norm_backward", grad, grad.dtype is SHORT, x, x.dtype is SHORT, weight, inverse, grad_x, grad_weight,
@@ -95,18 +110,25 @@ class Kernels:
 
     def silu_mul(self, gate: Tensor, up: Tensor) -> Tensor:
         """Compute `functional.silu_mul`; all tensors have one shape and one of `FORMATS`."""
+        _check("silu_mul", gate=(gate, up.shape), up=(up, up.shape))
+        _check("silu_mul", (up.dtype,), gate=(gate, up.shape))
         out = torch.empty_like(up)
         self._call("silu_mul", gate, up, out, out.dtype is SHORT, out.numel())
         return out
 
     def silu_mul_backward(self, grad: Tensor, gate: Tensor, up: Tensor) -> tuple[Tensor, Tensor]:
         """Gradients of `gate` and `up` from that of the output, of the same format and shape."""
+        _check("silu_mul", grad=(grad, up.shape), gate=(gate, up.shape), up=(up, up.shape))
+        _check("silu_mul", (up.dtype,), grad=(grad, up.shape), gate=(gate, up.shape))
         grad_gate, grad_up = torch.empty_like(gate), torch.empty_like(up)
         self._call("silu_mul_backward", grad, gate, up, grad_gate, grad_up, up.dtype is SHORT, up.numel())
         return grad_gate, grad_up
 
     def apply_rotary(self, x: Tensor, cos: Tensor, sin: Tensor, dtype: torch.dtype) -> Tensor:
         """Compute `functional.apply_rotary` from and to any of `FORMATS`; with -sin it is the backward pass."""
+        rotated = (*x.shape[:-2], 1, x.shape[-1])
+        _check("apply_rotary", x=(x, x.shape))
+        _check("apply_rotary", FLOAT32, cos=(cos, rotated), sin=(sin, rotated))
         out = torch.empty_like(x, dtype=dtype)
         rows = cos.numel() // x.shape[-1]
         self._call("apply_rotary", x, x.dtype is SHORT, cos, sin, out, dtype is SHORT, rows, *x.shape[-2:])
@@ -122,6 +144,7 @@ class Kernels:
 
         Returns: the output [M, L, Q, D], and the logsumexp of each query's scores [M, L, Q].
         """
+        _check_attention(ranges, q, *key_values)
         out, logsumexp = torch.empty_like(q), q.new_empty(q.shape[:-1])
         self._call(
             "attention", q, *key_values, ranges.first, ranges.end, out, logsumexp, *_sizes(ranges, q, key_values)
@@ -132,6 +155,8 @@ class Kernels:
         self, grad: Tensor, out: Tensor, logsumexp: Tensor, ranges: KeyRanges, q: Tensor, *key_values: Tensor
     ) -> list[Tensor]:
         """Gradients of queries and of all keys and values, from that of the output [M, L, Q, D]."""
+        _check_attention(ranges, q, *key_values)
+        _check("attention", FLOAT32, grad=(grad, q.shape), out=(out, q.shape), logsumexp=(logsumexp, q.shape[:-1]))
         grads = [torch.empty_like(tensor) for tensor in (q, *key_values)]
         self._call(
             "attention_backward", grad, out, logsumexp, q, *key_values, ranges.first, ranges.end, *grads,
@@ -150,6 +175,10 @@ class Kernels:
         transposed, short = False, direction is not None and direction.dtype is SHORT
         if direction is not None and not direction.is_contiguous():
             direction, transposed = direction.mT, True
+        rows, columns = momentum.shape
+        _check("nesterov_momentum", FLOAT32, momentum=(momentum, momentum.shape))
+        _check("nesterov_momentum", grad=(grad, momentum.shape))
+        _check("nesterov_momentum", direction=(direction, (columns, rows) if transposed else (rows, columns)))
         self._call(
             "nesterov_momentum", momentum, grad, grad.dtype is SHORT, direction, short, *momentum.shape, transposed,
             beta, grad_factor, lookahead_factor,
@@ -157,6 +186,8 @@ class Kernels:
 
     def polynomial(self, x: Tensor, square: Tensor, factors: Tensor) -> None:
         """Set symmetric matrices, bfloat16 [B, k, k], to a I + b x + c x^2; `factors` a, b, c: float32 [B, 3]."""
+        _check("polynomial", (SHORT,), x=(x, (len(x), *x.shape[-1:] * 2)), square=(square, x.shape))
+        _check("polynomial", FLOAT32, factors=(factors, (len(x), 3)))
         self._call("polynomial", x, square, factors, *x.shape[:2])
 
     def apply_update(self, weight: Tensor, rounded: Tensor | None, update: Tensor, keep: float, size: float) -> None:
@@ -164,16 +195,52 @@ class Kernels:
 
         `update` has one of `FORMATS`. The weight's version counter stays as it is.
         """
+        _check("apply_update", FLOAT32, weight=(weight, weight.shape))
+        _check("apply_update", (SHORT,), rounded=(rounded, weight.shape))
+        _check("apply_update", update=(update, weight.shape))
         self._call("apply_update", weight, rounded, update, update.dtype is SHORT, weight.numel(), keep, size)
 
     def sum_of_squares(self, x: Tensor) -> float:
         """Sum the squares of a tensor of one of `FORMATS`."""
+        _check("sum_of_squares", x=(x, x.shape))
         total: float = self._call("sum_of_squares", x, x.dtype is SHORT, x.numel())
         return total
 
     def _call(self, name: str, *arguments: Tensor | float | None) -> Any:
         function = getattr(self.library, f"speculators_{name}")
         return function(*map(_c_argument, arguments), ctypes.c_int(torch.get_num_threads()))
+
+
+def _check(
+    kernel: str, formats: Sequence[torch.dtype] = FORMATS, **tensors: tuple[Tensor | None, Sequence[int]]
+) -> None:
+    """Check format, layout and shape of tensors, given as (tensor, its shape); None is left out.
+
+    Raises:
+        ValueError: one differs.
+    """
+    for name, (tensor, shape) in tensors.items():
+        if tensor is None or (
+            tensor.shape == shape and tensor.dtype in formats and tensor.is_contiguous() and tensor.is_cpu
+        ):
+            continue
+        layout = f"{'' if tensor.is_contiguous() else 'non-contiguous '}{tensor.device.type}"
+        raise ValueError(
+            f"{kernel}: {name} is {layout} {tensor.dtype} {list(tensor.shape)}, must be contiguous cpu "
+            f"{' or '.join(map(str, formats))} {list(shape)}"
+        )
+
+
+def _check_attention(ranges: KeyRanges, q: Tensor, *key_values: Tensor) -> None:
+    """Check the tensors of `Kernels.attention`."""
+    blocks, length, heads, width = q.shape
+    context, groups, slots = len(key_values[0]), key_values[0].shape[1], key_values[2].shape[1]
+    shapes = [(context, groups, width)] * 2 + [(blocks, slots, groups, width)] * 2
+    names = ("keys", "values", "block_keys", "block_values")
+    _check("attention", FLOAT32, q=(q, q.shape), **dict(zip(names, zip(key_values, shapes, strict=True), strict=True)))
+    _check("attention", INT64, first=(ranges.first, (blocks,)), end=(ranges.end, (blocks,)))
+    if heads % groups or (ranges.is_causal and slots < length):
+        raise ValueError(f"attention: {heads} query heads on {groups} groups, {length} queries in {slots} slots")
 
 
 def _sizes(ranges: KeyRanges, q: Tensor, key_values: Sequence[Tensor]) -> tuple[int, ...]:

@@ -13,7 +13,7 @@ from speculators import ui
 from speculators.config import composed
 from speculators.config.fields import as_override
 from speculators.errors import RecipeError
-from speculators.runner.planning import checks, estimate, lockfile, trackers
+from speculators.runner.planning import checks, datasets, estimate, lockfile, trackers
 from speculators.runner.planning.explain import changes_outside_key, explain_stage, to_json
 from speculators.runner.planning.plan import Planner, Step, steps_as_json
 from speculators.runner.planning.sources import lock_path
@@ -33,6 +33,7 @@ def plan(argv: list[str]) -> int:
     differing = lockfile.lock_differences(locked, planner) if locked else []
     steps = {step.node.name: step for step in planner.plan()}
     trackers.check_trackers(config, steps.values())
+    datasets.check_datasets(config, steps.values())
     needs = _needs(planner, steps)
     if arguments.as_json:
         values = {"steps": steps_as_json(steps), "derived": planner.derived, **dataclasses.asdict(needs)}

@@ -25,7 +25,7 @@ from speculators.runner.execution.events import Events
 from speculators.runner.execution.execute import Execution
 from speculators.runner.execution.signals import Interrupted
 from speculators.runner.history import Run
-from speculators.runner.planning import checks, lockfile, trackers
+from speculators.runner.planning import checks, datasets, lockfile, trackers
 from speculators.runner.planning.plan import Planner, steps_as_json
 from speculators.runner.servers import guard
 from speculators.runner.store.artifacts import no_space, open_store
@@ -67,8 +67,8 @@ def run_recipe(
     planner = Planner(config, open_store(config.run))
     planner.refuse_unresolved()
     checks.check_machine(config, planner.graph)
-    if config.train.trackers:
-        trackers.check_trackers(config, planner.plan())
+    for check in (trackers.check_trackers, datasets.check_datasets):
+        check(config, planner.plan())
     if config.run.locked:
         lockfile.refuse_if_different(planner)
     for note in planner.notes:

@@ -122,3 +122,47 @@ def test_they_are_for_tensors_on_a_cpu_in_supported_formats(kernels: cpu.Kernels
     assert cpu.kernels(torch.empty(1, dtype=torch.float16)) is None
     assert cpu.kernels(torch.empty(1, device="meta")) is None
     assert cpu.kernels(torch.empty(1)) is kernels
+
+
+def test_a_tensor_of_another_shape_format_or_layout_is_refused_and_not_read_past_its_end(kernels: cpu.Kernels) -> None:
+    x, short, weight = drawn(6, 4), drawn(6, 3), drawn(4)
+    rows, q, context, block = torch.arange(6), drawn(2, 3, 4, 8), drawn(5, 2, 8), drawn(2, 3, 2, 8)
+    ranges, few = cpu.KeyRanges(torch.zeros(2).long(), torch.ones(2).long()), cpu.KeyRanges(rows[:1], rows[:1])
+    square = drawn(2, 4, 4, dtype=BF16)
+    wrong = [
+        lambda: kernels.losses("kl", x, drawn(6, 3), rows, None, True),
+        lambda: kernels.losses("kl", x, x, rows[:5], None, True),
+        lambda: kernels.losses("kl", x, x, rows.int(), None, True),
+        lambda: kernels.losses("kl", x, x, rows, drawn(5), True),
+        lambda: kernels.losses("kl", x.double(), x, rows, None, True),
+        lambda: kernels.rms_norm(x, weight[:3], 1e-6, F32),
+        lambda: kernels.rms_norm(x, weight.to(BF16), 1e-6, F32),
+        lambda: kernels.rms_norm(drawn(4, 6).mT, weight, 1e-6, F32),
+        lambda: kernels.rms_norm_backward(short, x, weight, drawn(6)),
+        lambda: kernels.rms_norm_backward(x, x, weight, drawn(5)),
+        lambda: kernels.silu_mul(short, x),
+        lambda: kernels.silu_mul(x.to(BF16), x),
+        lambda: kernels.silu_mul_backward(short, x, x),
+        lambda: kernels.apply_rotary(drawn(6, 2, 4), drawn(5, 1, 4), drawn(5, 1, 4), F32),
+        lambda: kernels.apply_rotary(drawn(6, 2, 4), drawn(6, 1, 4), drawn(6, 1, 2), F32),
+        lambda: kernels.attention(ranges, q, context[:, :, :4], context, block, block),
+        lambda: kernels.attention(ranges, q, context, context[:4], block, block),
+        lambda: kernels.attention(ranges, q, context, context, block, block[:, :2]),
+        lambda: kernels.attention(few, q, context, context, block, block),
+        lambda: kernels.attention(ranges, q.to(BF16), context, context, block, block),
+        lambda: kernels.attention(ranges, q[:, :, :3].contiguous(), context, context, block, block),
+        lambda: kernels.attention_backward(q, q, q[..., 1], ranges, q, context, context, block, block),
+        lambda: kernels.nesterov_momentum(x, short, None, 0.9, 0.1, 0.1),
+        lambda: kernels.nesterov_momentum(x, x, short, 0.9, 0.1, 0.1),
+        lambda: kernels.nesterov_momentum(x, x, drawn(6, 4).mT, 0.9, 0.1, 0.1),
+        lambda: kernels.polynomial(square, square, drawn(1, 3)),
+        lambda: kernels.polynomial(square[:, :, :3].contiguous(), square, drawn(2, 3)),
+        lambda: kernels.apply_update(x, None, short, 1.0, 0.1),
+        lambda: kernels.apply_update(x, short.to(BF16), x, 1.0, 0.1),
+        lambda: kernels.sum_of_squares(x.int()),
+    ]
+    for call in wrong:
+        with pytest.raises(ValueError, match=r"must be contiguous cpu torch\.|query heads on"):
+            call()
+    with pytest.raises(ValueError, match=r"rms_norm: weight is cpu torch\.float32 \[3\], must be contiguous cpu"):
+        kernels.rms_norm(x, weight[:3], 1e-6, F32)

@@ -35,7 +35,8 @@ def world(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A directory with rows, a target as far as planning looks into one, and recipes."""
     for speculator in ("eagle3", "dflash"):
         (tmp_path / f"{speculator}.yaml").write_text(RECIPE.format(speculator=speculator, pipeline="offline"))
-    (tmp_path / "rows.jsonl").write_text('{"id": 1, "messages": [{"role": "user", "content": "a"}], "prompt": "a"}\n')
+    row = {"id": 1, "messages": [{"role": "user", "content": 20 * "a"}], "prompt": 20 * "a"}
+    (tmp_path / "rows.jsonl").write_text(f"{json.dumps(row)}\n")
     target = tmp_path / "target"
     target.mkdir()
     (target / "config.json").write_text(json.dumps(FACTS))
@@ -182,7 +183,6 @@ COMBINED = [
     (("until=train", "force=[evaluate]"), "force=evaluate"),
     (("data.mine.max_chars=10", "data.mine.min_chars=20"), "data.mine.max_chars=10"),
     (("speculator.fc_norm=true",), "speculator.fc_norm=true"),
-    (("evaluate.datasets=[{other: {source: rows.jsonl}}]",), "evaluate.datasets.other.format"),
     (("evaluate.datasets=[human]",), "evaluate.datasets"),
     (("evaluate.datasets=[{other: {source: gone.jsonl, format: prompts}}]",), "evaluate.datasets.other.source"),
     (("data.mine.source=gone.jsonl",), "data.mine.source"),
@@ -195,10 +195,27 @@ COMBINED = [
     (("data.x.source=X",), "data.x"),
     (("~data.mine",), "data.mine"),
     (("target.source=''",), "target.source=''"),
-    (("evaluate.datasets=[{a: {source: rows.jsonl}}]",), "evaluate.datasets.a.format"),
     (("train.lr=${oc.env:NOPE}",), "train.lr"),
     (("max_seq_len=${nope}",), "max_seq_len"),
-    (("run.stages={train: {time_limit: 1}}",), "run.stages.train"),
+    (("run.stages={trian: {time_limit: 1}}",), "run.stages: the recipe has no stage `trian`"),
+    (("run.stages.train.timelimit=1",), "run.stages.train.timelimit"),
+    (("run.stages.train.time_limit=x",), "run.stages.train.time_limit"),
+    (("run.stages=5",), "run.stages=5: must be a mapping"),
+    (("data.mien.max_chars=5",), "data.mien.source"),
+    (("data.mien=null",), "data.mien"),
+    (("data.mine.sorce=rows.jsonl",), "data.mine.sorce"),
+    (("data.mine=5",), "data.mine is 5"),
+    (("data={new: {source: rows.jsonl}}",), "data={'new'"),
+    (("+data.new.source=rows.jsonl",), "+data.new.source"),
+    (("train=5",), "train=5: must be a mapping"),
+    (("run=[1]",), "run=[1]: must be a mapping"),
+    (("evaluate=null",), "evaluate=null: must be a mapping"),
+    (("serve.url='http://x:1?a=b'",), "serve.url=http://x:1?a=b: must be http://HOST:PORT"),
+    (("serve.url=http://a", "serve.extra_urls=[http://A:80/]"), "serve.extra_urls"),
+    (("serve.baseline_url=foo", "serve.speculative_url=http://x"), "serve.baseline_url=foo"),
+    (("serve.baseline_url=http://x:99999", "serve.speculative_url=http://x"), "serve.baseline_url=http://x:99999"),
+    (("serve.baseline_url=http://a", "serve.speculative_url=http://u:p@b"), "serve.speculative_url contains a secret"),
+    (("serve.baseline_url=http://localhost:1", "serve.speculative_url=http://127.0.0.1:1/"), "serve.speculative_url"),
     (("evaluate.datasets=[{mine: {source: rows.jsonl, format: prompts}}]",), "evaluate.datasets.mine"),
     (("speculator.algorithm=dflash",), "speculator.algorithm=dflash"),
     (("speculator=dflash", "speculator.algorithm=eagle3"), "speculator.algorithm=eagle3"),
@@ -270,14 +287,6 @@ def test_plan_checks_that_code_of_the_target_is_trusted(world: Path, capsys: pyt
     code, error, hint = planned(capsys)
     assert (code, error.startswith("target.trust_remote_code=false: ")) == (1, True)
     assert planned(capsys, *mended((), hint))[0] == 0
-
-
-def test_plan_checks_a_data_set_without_a_format(world: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    (world / "bare.yaml").write_text((world / "eagle3.yaml").read_text().replace(", format: messages", ""))
-    code, error, hint = planned(capsys, recipe="bare")
-    assert (code, error) == (1, "`data.mine.format` has no value")
-    assert "sharegpt" in hint
-    assert planned(capsys, *mended((), hint), recipe="bare")[0] == 0
 
 
 @pytest.fixture
@@ -388,7 +397,15 @@ def test_plan_shows_the_mask_token_and_notes_one_that_answers_contain(
 @pytest.mark.parametrize(
     ("text", "named"),
     [
-        ("[1]", "own.yaml"), ("defaults: 5", "own.yaml: `defaults`"), ("train: 5", "own.yaml"), ("evaluate: 5", "own"),
+        ("[1]", "own.yaml"), ("defaults: 5", "own.yaml: `defaults`"), ("train: 5", "own.yaml: train=5"),
+        ("evaluate: 5", "own.yaml: evaluate=5"), ("data: [1]", "own.yaml: data=[1]"), ("run: x", "own.yaml: run=x"),
+        ("speculator: 3", "own.yaml: speculator=3"), ("serve: {mooncake: 5}", "own.yaml: serve.mooncake=5"),
+        ("run: {stages: 5}", "own.yaml: run.stages=5"), ("train: null", "own.yaml: train=null"),
+        ("hydra: 5", "hydra=5"),
+        ("defaults: [5]", "own.yaml: `defaults` has 5"), ("defaults: [{a: {b: c}}]", "own.yaml: `defaults` has {'a'"),
+        ("defaults: [own, _self_]", "own -> own"), ("defaults: [other, _self_]", "own -> other -> own"),
+        ("defaults: [{/recipe: other}, _self_]", "own -> other -> own"), ("", "target.source"), ("text", "`text`"),
+        ("_target_: os.system", "_target_"), ("train: {_target_: x}", "train._target_"), ('"": 1', "option ``"),
         ("train: {lr: [1]}", "own.yaml: train.lr"),
         ("run: {stages: {train: {timelimit: 1}}}", "run.stages.train.timelimit"),
         ("evaluate: {datasets: 5}", "own.yaml: evaluate.datasets"), ("speculator: null", "speculator"),
@@ -398,16 +415,106 @@ def test_plan_checks_name_the_recipe_that_cannot_be_composed(
     world: Path, capsys: pytest.CaptureFixture[str], text: str, named: str
 ) -> None:
     (world / "own.yaml").write_text(text)
+    (world / "other.yaml").write_text("defaults: [/recipe/own, _self_]")
     code, error, hint = planned(capsys, recipe="own")
     assert (code, named in error, bool(hint)) == (1, True, True), error
+
+
+def test_plan_adds_names_from_the_command_line(world: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for words in (
+        ("data.new.source=more.jsonl", "data.new.format=messages"),
+        ("data.new={source: more.jsonl, format: messages}",),
+        ("data=[]", "data.new.source=more.jsonl", "data.new.format=messages", "evaluate.datasets=[new]"),
+        ("run.stages.train.time_limit=7200",),
+        ("run.stages={train: {time_limit: 7200}}", "run.stages.extract.retries=1"),
+    ):
+        (world / "more.jsonl").write_text((world / "rows.jsonl").read_text())
+        assert planned(capsys, *words) == (0, "", "")
+    assert cli._guarded(["plan", "recipe=eagle3.yaml", "data.new.source=more.jsonl", "data.new.format=messages"]) == 0
+    assert "dataset.new " in capsys.readouterr().out
+
+
+FILES = [
+    ("new.jsonl", "", "evaluate.datasets.new.source=new.jsonl: data set `new` has no usable row among 0: it is empty"),
+    ("new.jsonl", "text\n", "evaluate.datasets.new.source=new.jsonl"),
+    ("new.jsonl", b"\xff\xfe\x00", "evaluate.datasets.new.source=new.jsonl"),
+    ("new.jsonl", '{"id": 1, "text": "a"}\n', "evaluate.datasets.new.source=new.jsonl"),
+    ("new.jsonl", None, "evaluate.datasets.new.source: `new.jsonl` is not a file"),
+    ("rows.jsonl", "", "rows.jsonl: data set"),
+    ("target/tokenizer.json", "text", "tokenizer.json is not JSON"),
+    ("target/tokenizer.json", '{"model": {"voc', "tokenizer.json is not JSON"),
+    ("target/tokenizer.json", b"\xff{}", "tokenizer.json is not JSON"),
+    ("target/tokenizer.json", "[]", "tokenizer.json contains no JSON object"),
+    ("target/tokenizer_config.json", '{"chat_template": "{{ messages "}', "line 1 of the chat template"),
+    ("target/chat_template.jinja", "{% for m in messages %}\n", "of the chat template"),
+    ("target/chat_template.jinja", b"\xff", "chat_template.jinja is not UTF-8"),
+    ("target/generation_config.json", "{", "generation_config.json is not JSON"),
+    ("target/model.safetensors.index.json", '{"weight_map": {}}', "model.safetensors.index.json"),
+    ("target/model.safetensors.index.json", '{"weight_map": {"a": 5}}', "model.safetensors.index.json"),
+    ("target/model.safetensors", None, "model.safetensors: Is a directory"),
+    ("target/config.json", "[]", "config.json"),
+    ("target/config.json", b"\xff", "config.json"),
+    ("target/config.json", None, "has no config.json"),
+]
+"""A file, its content (None: a directory in its place), and what the error names."""
+
+
+@pytest.mark.parametrize(("file", "content", "named"), FILES)
+def test_plan_checks_the_files_that_late_stages_read(
+    world: Path, capsys: pytest.CaptureFixture[str], file: str, content: str | bytes | None, named: str
+) -> None:
+    words = ["evaluate.datasets=[{new: {source: new.jsonl, format: prompts}}]"] if file == "new.jsonl" else []
+    (world / file).unlink(missing_ok=True)
+    if content is None:
+        (world / file).mkdir()
+    else:
+        (world / file).write_bytes(content.encode() if isinstance(content, str) else content)
+    code, error, hint = planned(capsys, *words)
+    assert (code, named in error, bool(hint)) == (1, True, True), error
+
+
+def test_plan_checks_a_vocabulary_of_another_structure(world: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (world / "target" / "tokenizer.json").write_text('{"model": 5}')
+    code, error, _ = planned(capsys, recipe="dflash")
+    assert (code, "has no tokens in its tokenizer.json" in error) == (1, True), error
+
+
+def test_plan_checks_no_data_of_stages_that_do_not_run(world: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (world / "new.jsonl").write_text("")
+    words = ["evaluate.datasets=[{new: {source: new.jsonl, format: prompts}}]"]
+    assert planned(capsys, *words, "until=train")[0] == 0
+    assert cli._guarded(["recipe=eagle3.yaml", *words]) == 1, "a run is refused like its plan"
+    assert "evaluate.datasets.new.source=new.jsonl" in capsys.readouterr().err
+
+
+def test_plan_takes_what_chat_templates_of_transformers_contain(
+    world: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    text = "{% for m in messages %}{% generation %}{{ m | tojson }}{% endgeneration %}{% break %}{% endfor %}"
+    (world / "target" / "chat_template.jinja").write_text(text)
+    assert planned(capsys)[0] == 0
+
+
+def test_plan_needs_no_home_unless_a_path_does(
+    world: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def unknown(uid: int) -> None:
+        raise KeyError(uid)
+
+    monkeypatch.delenv("HOME", raising=False)
+    monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
+    monkeypatch.setattr("pwd.getpwuid", unknown)
+    code, error, hint = planned(capsys, "run.store='~/store'")
+    assert (code, "home directory" in error, "HOME=" in hint) == (1, True, True), error
 
 
 def test_plan_takes_what_a_recipe_may_say(world: Path, capsys: pytest.CaptureFixture[str]) -> None:
     more = "force: train\nfrom: tokenize\nrun: {stages: {train: {time_limit: 7200}}}\n"
     (world / "null.yaml").write_text((world / "eagle3.yaml").read_text() + more)
-    (world / "n\u00e9.yaml").write_text((world / "eagle3.yaml").read_text())
     assert planned(capsys, recipe="null")[0] == 0
-    assert planned(capsys, recipe="n\u00e9")[0] == 0
+    for name in ("n\u00e9", "2024", "it's"):
+        (world / f"{name}.yaml").write_text((world / "eagle3.yaml").read_text())
+        assert planned(capsys, recipe=name)[0] == 0
 
 
 def test_a_sweep_is_checked_before_its_first_job(world: Path, capsys: pytest.CaptureFixture[str]) -> None:

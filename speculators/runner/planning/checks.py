@@ -26,7 +26,7 @@ from speculators.runner.planning.derive import Facts
 from speculators.runner.planning.graph import Node
 from speculators.runner.servers import vllm
 from speculators.runner.store.artifacts import existing
-from speculators.tokenizer_files import chat_template, read_json
+from speculators.tokenizer_files import chat_template, check_tokenizer, read_json
 
 CHATTING = {"regenerate", "tokenize", "evaluate"}
 """Kinds of stages that need the chat template."""
@@ -151,12 +151,16 @@ def _check_port(config: Config, nodes: Mapping[str, Node]) -> None:
             raise RecipeError(f"serve.port={port}: the port {reason}", "serve.port=0, for any free port") from None
 
 
-def check_target(config: Config, nodes: Mapping[str, Node], checkpoint: Path | None, known: Facts) -> None:
+def check_target(
+    config: Config, nodes: Mapping[str, Node], checkpoint: Path | None, known: Facts, *, local: bool
+) -> None:
     """Check the recipe against the target's shape and, if it is fetched, the files of its checkpoint.
+
+    `local`: it is a directory of the user, whose tokenizer may be damaged.
 
     Raises:
         RecipeError: sequences are too long for the target, or it contains code that the recipe does not trust.
-        ContractError: the tokenizer has no chat template.
+        ContractError: the tokenizer is damaged, or has no chat template.
     """
     _check_lengths(config, nodes, known)
     if checkpoint is None:
@@ -166,7 +170,10 @@ def check_target(config: Config, nodes: Mapping[str, Node], checkpoint: Path | N
             f"target.trust_remote_code=false: the target contains Python code (`auto_map` in {checkpoint}/config.json)",
             "target.trust_remote_code=true, if you trust the authors of that code",
         )
-    if any(node.kind in CHATTING for node in nodes.values()) and chat_template(checkpoint) is None:
+    chatting = any(node.kind in CHATTING for node in nodes.values())
+    if chatting and local:
+        check_tokenizer(checkpoint)
+    if chatting and chat_template(checkpoint) is None:
         raise ContractError(
             f"target.source={config.target.source}: its tokenizer has no chat template",
             "use the instruction-tuned version of the model, or add a chat_template.jinja to the checkpoint",

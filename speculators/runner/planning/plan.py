@@ -109,7 +109,8 @@ class Planner:
         self.facts = derive.facts(self.config, checkpoint)
         if self.facts is not None:
             self._fit_defaults(self.facts)
-            checks.check_target(self.config, self.graph, checkpoint, self.facts)
+            local = self._sources[TARGET].path is not None
+            checks.check_target(self.config, self.graph, checkpoint, self.facts, local=local)
             self.derived = derive.derive(self.config, self.facts)
             if checkpoint is not None:
                 self._choose_mask_token(checkpoint, self.facts.vocab_size)

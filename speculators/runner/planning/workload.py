@@ -194,7 +194,7 @@ def _sample(planner: Planner, prompts: Step, steps: Mapping[str, Step]) -> list[
     for slot in prompts.node.inputs.values():
         name, path = slot.removeprefix("dataset."), steps[slot].path
         if slot != name and path is not None:
-            # A file that cannot be read is reported by the stage that needs it.
+            # A file that cannot be read is reported by `datasets.check_datasets`, or the stage that needs it.
             with contextlib.suppress(RunError, OSError):
                 sampled.append(_read(planner, path, name))
     return sampled

@@ -1,0 +1,33 @@
+"""Check that data files have usable rows, long before the stage that reads them: `evaluate` runs after training."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+from speculators.config.choices import DataFormat
+from speculators.config.schema import Config
+from speculators.data.conversations import RowCounts, usable
+from speculators.errors import SourceError
+from speculators.runner.planning.plan import State, Step
+
+
+def check_datasets(config: Config, steps: Iterable[Step]) -> None:
+    """Read the first usable row of every data file on this machine that a stage which will run reads.
+
+    Raises:
+        SourceError: a file has no usable row, or has another format than the recipe says.
+    """
+    planned = {step.node.name: step for step in steps}
+    inputs = {i for s in planned.values() if s.state in (State.run, State.waits) for i in s.node.inputs.values()}
+    for node in sorted(name for name in inputs if name.startswith("dataset.")):
+        name, path = node.removeprefix("dataset."), planned[node].path
+        option = f"data.{name}" if name in config.data else f"evaluate.datasets.{name}"
+        spec = config.data.get(name) or config.evaluate.datasets[name]
+        if path is None or spec.format is DataFormat.upstream:
+            continue
+        counts = RowCounts()
+        try:
+            if next(usable(path, name, spec, counts, set()), None) is None:
+                raise counts.why_unusable(name)
+        except SourceError as error:
+            raise SourceError(f"{option}.source={spec.source}: {error.message}", error.hint) from None
