@@ -5,13 +5,13 @@ The progress of a run is in `live`.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
-import shutil
 import sys
 import textwrap
 from collections.abc import Iterable, Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TextIO
 
 from speculators.errors import RunError
 
@@ -35,13 +35,29 @@ NO_CURSOR = ("dumb", "unknown")
 
 
 def error(failure: RunError) -> None:
-    """Print an error to stderr: `error: MESSAGE`, a blank line, `hint: HINT`."""
-    print(f"error: {failure.message}\n\nhint: {failure.hint}", file=sys.stderr)
+    """Print an error to stderr: `error: MESSAGE`, a blank line, `hint: HINT`; wrapped only on a terminal."""
+    _print_wrapped(f"error: {failure.message}\n\nhint: {failure.hint}", 0)
 
 
 def narrate(verb: str, subject: str, detail: str = "") -> None:
-    """Print a line to stderr, with verb and subject in columns."""
-    print(f"{verb:<9}{subject:<19} {detail}".rstrip(), file=sys.stderr)
+    """Print a line to stderr, with verb and subject in columns; wrapped only on a terminal."""
+    _print_wrapped(f"{verb:<9}{subject:<19} {detail}".rstrip(), 29 if len(subject) < 20 and detail else 9)
+
+
+def _print_wrapped(text: str, indent: int) -> None:
+    """Print to stderr; on a terminal, lines break between words, so that `grep` finds the whole text elsewhere."""
+    if sys.stderr.isatty():
+        text = "\n".join(filled(line, width(sys.stderr), indent) for line in text.split("\n"))
+    print(text, file=sys.stderr)
+
+
+def filled(text: str, columns: int, indent: int) -> str:
+    """Wrap a line between words; further lines are indented. A word that is wider, such as a path, stays whole."""
+    begin = text[:indent]  # columns, whose blanks count
+    return textwrap.fill(
+        text[indent:], max(columns, indent + 20), initial_indent=begin, subsequent_indent=" " * indent,
+        break_on_hyphens=False, break_long_words=False,
+    ) or begin  # fmt: skip
 
 
 def duration(seconds: float) -> str:
@@ -75,9 +91,14 @@ def styled(text: str, style: str) -> str:
     return text if no_styles or style not in _ANSI else f"\x1b[{_ANSI[style]}m{text}\x1b[0m"
 
 
-def width() -> int:
-    """Width of stdout in columns; 80 if it is no terminal."""
-    return shutil.get_terminal_size().columns if sys.stdout.isatty() else 80
+def width(stream: TextIO | None = None) -> int:
+    """Width in columns of a stream, by default of stdout; 80 if it is no terminal. COLUMNS takes precedence."""
+    stream = stream or sys.stdout
+    if not stream.isatty():
+        return 80
+    with contextlib.suppress(OSError, ValueError):
+        return int(os.environ.get("COLUMNS") or 0) or os.get_terminal_size(stream.fileno()).columns or 80
+    return 80
 
 
 def columns(rows: Iterable[Sequence[str]], right: Sequence[int] = ()) -> str:
@@ -89,6 +110,15 @@ def columns(rows: Iterable[Sequence[str]], right: Sequence[int] = ()) -> str:
         cells = [c.rjust(w) if i in right else c.ljust(w) for i, (c, w) in enumerate(zip(row, widths, strict=True))]
         lines.append("  ".join(cells).rstrip())
     return "\n".join(lines)
+
+
+def listing(rows: Iterable[Sequence[str]], right: Sequence[int] = ()) -> str:
+    """Format rows as aligned columns, the last of which is wrapped to the width of stdout."""
+    table = [list(row) for row in rows]
+    lines = columns([[*row[:-1], "|"] for row in table], right).splitlines()
+    indent = max(line.rindex("|") for line in lines)
+    texts = zip(lines, table, strict=True)
+    return "\n".join(filled(f"{line[:-1]:<{indent}}{row[-1]}".rstrip(), width(), indent) for line, row in texts)
 
 
 def stage_table(head: Sequence[str], rows: Iterable[Sequence[str]], right: Sequence[int] = ()) -> str:

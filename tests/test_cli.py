@@ -169,6 +169,33 @@ def test_plan_as_json_is_data_alone(capsys: pytest.CaptureFixture[str]) -> None:
     assert plan["derived"]["layer_ids"] == [0, 2, 15, 27]
 
 
+def test_plan_of_a_sweep_has_a_line_for_each_job_and_counts_shared_stages_once(
+    store: Store, config: Config, capsys: pytest.CaptureFixture[str]
+) -> None:
+    argv = ["plan", "-m", DEMO, "train.lr=1e-4,2e-4", "prompts.seed=0,1"]
+    assert main(*argv) == 0
+    assert capsys.readouterr().out.splitlines() == [
+        "job  cached  to run  shared  options",
+        "  0       0      10       0  train.lr=0.0001 prompts.seed=0",
+        "  1       0       7       3  train.lr=0.0001 prompts.seed=1",
+        "  2       0       2       8  train.lr=0.0002 prompts.seed=0",
+        "  3       0       2       8  train.lr=0.0002 prompts.seed=1",
+        "",
+        "shared: stages that an earlier job of the sweep makes",
+        "once: dataset.sharegpt, target, dataset.human_eval",
+        "2 times: prompts, regenerate, tokenize, vocab, extract",
+        "4 times: train, evaluate",
+    ]
+    publish_all(store, Planner(config, store))
+    assert main("plan", "-m", DEMO, "train.lr=1e-4,2e-4") == 0
+    out = capsys.readouterr().out
+    assert [line.split()[:4] for line in out.splitlines()[1:3]] == [["0", "8", "2", "0"], ["1", "8", "2", "0"]]
+    assert main(*argv, "--json") == 0
+    jobs = json.loads(capsys.readouterr().out)
+    assert jobs[3]["overrides"] == [DEMO, "train.lr=0.0002", "prompts.seed=1"]
+    assert jobs[3]["steps"]["train"]["state"] == "waits"
+
+
 def test_plan_works_where_nothing_can_be_written_and_leaves_no_file(tmp_path: Path) -> None:
     place = tmp_path / "readonly"
     place.mkdir()

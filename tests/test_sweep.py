@@ -16,7 +16,7 @@ import pytest
 from speculators import cli
 from speculators.config import compose, shipped
 from speculators.errors import RecipeError
-from speculators.packages import installed_version
+from speculators.packages import install_command, installed_version
 from speculators.runner.servers import guard
 
 DEMO = "recipe=smollm2_eagle3"
@@ -218,7 +218,7 @@ def test_a_launcher_that_is_not_installed_is_named_with_its_extra(monkeypatch: p
     monkeypatch.setattr(compose, "installed_version", lambda name: None)
     with pytest.raises(RecipeError, match="hydra/launcher=joblib needs `hydra-joblib-launcher`") as caught:
         compose.multirun(["-m", DEMO, "hydra/launcher=joblib"], Path(), lambda job: None)
-    assert caught.value.hint == "pip install 'speculators-run[joblib]'"
+    assert caught.value.hint == install_command("joblib")
 
 
 def test_launchers_get_settings_for_long_jobs_unless_they_are_given(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -13,8 +13,9 @@ from typing import Any
 from speculators.config.algorithms import SPECULATORS, Speculator, loss_weights
 from speculators.config.fields import MISSING, as_override, server_address, violations
 from speculators.config.schema import Config, Serve
-from speculators.errors import RecipeError
+from speculators.errors import RecipeError, closest
 from speculators.job import file_name
+from speculators.packages import install_command, installed_version
 
 MAX_NAME = 200
 """Most bytes of a dataset's name in the name of a file; file systems allow 255 with what is added to it."""
@@ -39,6 +40,13 @@ SET_BY_RECIPE = {
 }  # fmt: skip
 """Arguments of vLLM that the recipe determines, each with its option, empty if none has it alone. As a further argument
 it would replace the recipe's, which keys hold."""
+LAUNCHERS = {
+    "joblib": ("hydra-joblib-launcher", "joblib"),
+    "submitit_local": ("hydra-submitit-launcher", "sweep-slurm"),
+    "submitit_slurm": ("hydra-submitit-launcher", "sweep-slurm"),
+    "ray": ("hydra-ray-launcher", "sweep-ray"),
+}
+"""Launchers of sweeps: the distribution that contains each, and the extra that installs it."""
 
 
 def check_config(config: Config) -> None:
@@ -209,3 +217,17 @@ def _check_extra_args(config: Config) -> None:
                 f"serve.extra_args={as_override(config.serve.extra_args)}: {argument} is set by the recipe",
                 f"remove it; set the option {option}" if option else "remove it",
             )
+
+
+def check_launcher(name: str) -> None:
+    """Refuse a launcher of sweeps that does not exist, or is not installed."""
+    distribution, extra = LAUNCHERS.get(name, ("", ""))
+    if not distribution:
+        if name != "basic":
+            raise RecipeError(f"hydra/launcher: there is no launcher `{name}`", closest(name, ["basic", *LAUNCHERS]))
+        return
+    if installed_version(distribution) is None:
+        raise RecipeError(
+            f"hydra/launcher={name} needs `{distribution}`, which is not installed",
+            install_command(extra),
+        )

@@ -118,7 +118,7 @@ class Packing(enum.Enum):
 
 
 class Tracker(enum.Enum):
-    """Experiment trackers. Each needs the extra of its name: `pip install 'speculators-run[wandb]'`."""
+    """Experiment trackers. Each needs the extra of its name: `pip install -e '.[wandb]'` in a checkout."""
 
     tensorboard = "tensorboard"
     wandb = "wandb"

@@ -30,7 +30,7 @@ from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf
 
 from speculators.config.algorithms import SPECULATORS
-from speculators.config.checks import check_config, pipeline_nodes
+from speculators.config.checks import check_config, check_launcher, pipeline_nodes
 from speculators.config.execution import ExecutorOptions, RunOptions, StageLimits
 from speculators.config.fields import MISSING, iter_options, to_builtins
 from speculators.config.recipe_files import bases, by_name, quoted, read_recipe, refuse_circles
@@ -47,7 +47,6 @@ from speculators.config.translation import (
     wrong_section,
 )
 from speculators.errors import RecipeError, closest
-from speculators.packages import installed_version
 
 _VERSION_BASE = "1.3"
 _GROUPS = ("target", "data", "speculator", "pipeline", "hardware", "executor")
@@ -55,13 +54,6 @@ _HYDRA_GROUPS = ("output", "launcher", "sweeper", "help", "hydra_help", "hydra_l
 """Hydra's config groups for itself, which composing does not need; reading them takes a tenth of its time."""
 _REMOVED = re.compile(r"(data|run\.stages)\.[^.]+=null")
 """Removes an item, which must exist."""
-_LAUNCHERS = {
-    "joblib": ("hydra-joblib-launcher", "joblib"),
-    "submitit_local": ("hydra-submitit-launcher", "sweep-slurm"),
-    "submitit_slurm": ("hydra-submitit-launcher", "sweep-slurm"),
-    "ray": ("hydra-ray-launcher", "sweep-ray"),
-}
-"""Launchers of sweeps: the distribution that contains each, and the extra that installs it."""
 
 
 @dataclass(kw_only=True, slots=True)
@@ -178,21 +170,14 @@ def multirun(arguments: Sequence[str], directory: Path, task: Callable[[SweepJob
     Raises:
         RecipeError: before the first job, if one of them does not compose.
     """
-    rewritten, known = _register(arguments)
-    overrides = [a for a in rewritten if a not in ("-m", "--multirun")]
-    _check_overrides([o for o in overrides if not o.startswith("-")], known, sweep=True)
+    overrides = _sweep_overrides(arguments)
     overrides += _launcher_settings(overrides)
     for job_overrides in _jobs(overrides):
         _composed(job_overrides)
-    recipes = [name for a in arguments if a.startswith("recipe=") for name in a.removeprefix("recipe=").split(",")]
-    path_by_name = {Path(recipe).stem: recipe for recipe in recipes}
 
     def job(composed: DictConfig) -> None:
-        hydra_config, own_overrides = HydraConfig.get(), []
-        for override in hydra_config.overrides.task:
-            name, _, value = override.partition("=")
-            value = value.strip("'")
-            own_overrides.append(f"recipe={path_by_name.get(value, value)}" if name == "recipe" else override)
+        hydra_config = HydraConfig.get()
+        own_overrides = _as_given(hydra_config.overrides.task, arguments)
         task(SweepJob(number=int(hydra_config.job.num), overrides=own_overrides, composed=composed))
 
     # Otherwise Hydra prints errors in its own format, and exits.
@@ -203,6 +188,36 @@ def multirun(arguments: Sequence[str], directory: Path, task: Callable[[SweepJob
         hydra.main(version_base=_VERSION_BASE, config_path=str(CONF), config_name="config")(job)()
     except (HydraException, omegaconf.errors.OmegaConfBaseException) as error:
         raise translated(error) from None
+
+
+def sweep_jobs(arguments: Sequence[str]) -> list[tuple[list[str], Config]]:
+    """The overrides and the recipe of each job of a sweep, in their order; runs nothing.
+
+    Raises:
+        RecipeError: as `multirun`.
+    """
+    jobs = _jobs(_sweep_overrides(arguments))
+    return [(_as_given(overrides, arguments), _composed(overrides)) for overrides in jobs]
+
+
+def _sweep_overrides(arguments: Sequence[str]) -> list[str]:
+    """Register the recipes of a sweep, and check its overrides, which are returned without flags of this program."""
+    rewritten, known = _register(arguments)
+    overrides = [a for a in rewritten if a not in ("-m", "--multirun")]
+    _check_overrides([o for o in overrides if not o.startswith("-")], known, sweep=True)
+    return overrides
+
+
+def _as_given(overrides: Sequence[str], arguments: Sequence[str]) -> list[str]:
+    """The overrides of a job with its recipe as the sweep's arguments have it: a path where they have one."""
+    recipes = [name for a in arguments if a.startswith("recipe=") for name in a.removeprefix("recipe=").split(",")]
+    path_by_name = {Path(recipe).stem: recipe for recipe in recipes}
+    given = []
+    for override in overrides:
+        name, _, value = override.partition("=")
+        value = value.strip("'")
+        given.append(f"recipe={path_by_name.get(value, value)}" if name == "recipe" else override)
+    return given
 
 
 def _launcher_settings(overrides: Sequence[str]) -> list[str]:
@@ -397,12 +412,15 @@ def _check_overrides(arguments: Sequence[str], known: Mapping[str, Path], sweep:
         raise RecipeError("no recipe is named", f"add recipe=NAME; there is: {', '.join(sorted(known))}")
     for override in overrides:
         _check_override(override, options, known, sweep)
+    if sweep and not any(o.is_sweep_override() or o.key_or_group.startswith("hydra.sweeper") for o in overrides):
+        hint = "separate the values by commas, as in train.lr=1e-4,3e-4; without -m this is one run"
+        raise RecipeError("-m: no option has several values", hint)
 
 
 def _check_override(override: Override, options: set[str], known: Mapping[str, Path], sweep: bool) -> None:
     name = override.key_or_group
     if name == "hydra/launcher":
-        _check_launcher(str(override.value()))
+        check_launcher(str(override.value()))
     if name.startswith(("hydra.", "hydra/")):
         return
     section = next((s for s in OPEN if name.startswith(f"{s}.")), "")
@@ -415,7 +433,8 @@ def _check_override(override: Override, options: set[str], known: Mapping[str, P
         hint = f"{name}=null" if name.count(".") == 1 and section else "set the option to null, or to its default"
         raise RecipeError(f"`~{name}`: options cannot be removed", hint)
     if override.is_sweep_override() and not sweep:
-        raise RecipeError(f"`{name}` has several values", "add -m to run one job for each value")
+        hint = f"`-m` runs a job for each value, and `plan -m` plans them; a list has brackets: '{name}=[VALUE,VALUE]'"
+        raise RecipeError(f"`{name}` has several values", hint)
     if name in (*_GROUPS, "recipe"):
         _check_choice(name, override, known)
     elif name not in options and (not section or (section in ITEMS and name.count(".") > section.count(".") + 1)):
@@ -446,16 +465,3 @@ def _check_choice(name: str, override: Override, known: Mapping[str, Path]) -> N
         if choice not in all_choices:
             kind = "recipe" if name == "recipe" else f"choice for {name}"
             raise RecipeError(f"no {kind} named `{choice}`", closest(choice, all_choices))
-
-
-def _check_launcher(name: str) -> None:
-    distribution, extra = _LAUNCHERS.get(name, ("", ""))
-    if not distribution:
-        if name != "basic":
-            raise RecipeError(f"hydra/launcher: there is no launcher `{name}`", closest(name, ["basic", *_LAUNCHERS]))
-        return
-    if installed_version(distribution) is None:
-        raise RecipeError(
-            f"hydra/launcher={name} needs `{distribution}`, which is not installed",
-            f"pip install 'speculators-run[{extra}]'",
-        )

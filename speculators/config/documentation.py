@@ -77,7 +77,7 @@ def _of_algorithms(of_all: Mapping[str, OptionInfo]) -> dict[str, OptionInfo]:
 
 def group_choices(group: str) -> dict[str, str]:
     """The values of an option of `GROUPS`, each with the first comment line of its file."""
-    files = shipped.available() if group == "recipe" else {p.stem: p for p in (shipped.CONF / group).glob("*.yaml")}
+    files = shipped.available() if group == "recipe" else shipped.choices(group)
     return {name: shipped.first_comment(path) for name, path in sorted(files.items())}
 
 

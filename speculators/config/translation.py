@@ -61,6 +61,9 @@ def closest_option(name: str, options: set[str]) -> str:
     if hint := foreign_names.hint(name):
         return hint
     names = {option.rstrip("_") for option in options}  # `from`
+    last = name.rpartition(".")[2]
+    if of_sections := sorted(option for option in names if option.endswith(f".{last}")):
+        return f"did you mean {' or '.join(f'`{option}`' for option in of_sections)}?"
     section = name.rpartition(".")[0]
     siblings = [option for option in names if option.rpartition(".")[0] == section]
     return closest(name, names, siblings or [option for option in names if "." not in option])

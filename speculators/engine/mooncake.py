@@ -26,6 +26,7 @@ import torch
 
 from speculators.config.schema import Mooncake
 from speculators.errors import ServiceError, StageError
+from speculators.packages import install_command
 from speculators.timeouts import MOONCAKE_MASTER_SECONDS
 
 HANDLE = "handle"
@@ -94,7 +95,7 @@ class MooncakeStore:
         except ImportError as error:  # the package, or a system library that it needs
             raise ServiceError(
                 f"Mooncake's client cannot be loaded: {error}",
-                "pip install 'speculators-run[mooncake]' and apt install libibverbs1 (needed without RDMA too)",
+                f"{install_command('mooncake')} and apt install libibverbs1 (needed without RDMA too)",
             ) from None
         host, _, port = options.master.rpartition(":")
         try:

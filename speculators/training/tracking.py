@@ -18,6 +18,7 @@ from typing import Any, Protocol
 
 from speculators.config.choices import Tracker
 from speculators.errors import RecipeError
+from speculators.packages import install_command
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -189,7 +190,7 @@ def check_installed(kinds: Sequence[Tracker]) -> None:
     if missing:
         raise RecipeError(
             f"train.trackers: {', '.join(missing)} {'is' if len(missing) == 1 else 'are'} not installed",
-            f"pip install 'speculators-run[{','.join(missing)}]', or remove it from train.trackers",
+            f"{install_command(*missing)}, or remove it from train.trackers",
         )
 
 

@@ -51,7 +51,7 @@ def recipes(argv: list[str]) -> int:
         print(json.dumps(rows, indent=1))
     else:
         local = {row["name"]: "./recipes" for row in rows if not row["path"].startswith(str(shipped.RECIPES))}
-        print(ui.columns((row["name"], local.get(row["name"], "shipped"), row["summary"]) for row in rows))
+        print(ui.listing((row["name"], local.get(row["name"], "shipped"), row["summary"]) for row in rows))
         ui.narrate("run one", "speculators-run recipe=NAME")
     return 0
 

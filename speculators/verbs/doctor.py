@@ -6,6 +6,7 @@ import dataclasses
 import json
 from pathlib import Path
 
+from speculators import ui
 from speculators.runner import doctor as examiner
 from speculators.runner.store.artifacts import store_root
 from speculators.verbs import usage
@@ -30,8 +31,8 @@ def format_findings(findings: list[examiner.Finding]) -> str:
     lines = []
     for finding in findings:
         text = finding.message.replace(home, "~") if home != "/" else finding.message
-        lines.append(f"{finding.state:<6}  {finding.name:<{wide}}  {text}")
-        if finding.fix:
+        lines.append(ui.filled(f"{finding.state:<6}  {finding.name:<{wide}}  {text}", ui.width(), wide + 8))
+        if finding.fix:  # a command, in one piece
             lines.append(f"{'':<{wide + 8}}  -> {finding.fix}")
     broken, warnings = (sum(f.state == state for f in findings) for state in ("broken", "warn"))
     summary = f"broken: {broken}, warnings: {warnings}" if broken or warnings else "no problems"

@@ -56,7 +56,7 @@ def _whole_run(run: Run) -> str:
     rows = [_stage_row(stage) for stage in stages]
     paragraphs = [
         f"{run.name}  {run.status}  {ui.duration(run.seconds)}\n{run.path}"
-        + (f"\narguments: {' '.join(run.argv)}" if run.argv else ""),
+        + ("\n" + ui.filled(f"arguments: {' '.join(run.argv)}", ui.width(), 11) if run.argv else ""),
         ui.stage_table(("state", "stage", "time", "key", "why"), rows, right=[2]) if rows else "",
         *(f"{stage.node} {stage.state}: {stage.message.splitlines()[0]}"
           for stage in stages if stage.message and stage.state != "done"),
@@ -96,7 +96,10 @@ def compare(argv: list[str]) -> int:
     directory, names, as_data = _parse("compare", argv)
     compared = [run for name in names for run in _find_runs(directory, name)]
     if len(compared) < 2:
-        raise RecipeError("compare needs two runs or more", "speculators-run compare RUN RUN, or compare DIRECTORY")
+        raise RecipeError(
+            f"compare needs two runs or more, and `{' '.join(names)}` is one" if compared else "compare names no run",
+            "name another one too; `speculators-run runs` lists them",
+        )
     options, metrics = history.differing_options(compared), history.metrics_by_run(compared)
     if as_data:
         rows = [{**_as_json(run), "options": {name: values[i] for name, values in options.items()}}

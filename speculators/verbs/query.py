@@ -7,57 +7,127 @@ import json
 import textwrap
 from collections import Counter
 from collections.abc import Mapping
+from dataclasses import dataclass, field
 from typing import Any
 
 from speculators import ui
 from speculators.config import composed
 from speculators.config.fields import as_override
+from speculators.config.schema import Config
 from speculators.errors import RecipeError
 from speculators.runner.planning import checks, datasets, estimate, lockfile, trackers
 from speculators.runner.planning.explain import changes_outside_key, explain_stage, to_json
-from speculators.runner.planning.plan import Planner, Step, steps_as_json
+from speculators.runner.planning.plan import Planner, State, Step, steps_as_json
 from speculators.runner.planning.sources import lock_path
 from speculators.runner.store.artifacts import open_store
 from speculators.verbs import usage
 
 
+@dataclass(frozen=True, kw_only=True, slots=True)
+class _Plan:
+    """The plan of one recipe."""
+
+    planner: Planner
+    steps: dict[str, Step]
+    needs: estimate.Needs
+    lock: str = ""
+    """Path of the recipe's lock file, if there is one."""
+    differing: list[lockfile.Difference] = field(default_factory=list)
+    """Differences from it."""
+
+
 def plan(argv: list[str]) -> int:
     """Print what would run, and why; starts and writes nothing."""
     arguments = usage.parse("plan", argv)
-    config = composed.compose_cached(arguments.overrides)
+    if "--multirun" in arguments.flags:
+        return _plan_sweep(arguments)
+    planned = _planned(composed.compose_cached(arguments.overrides))
+    print(json.dumps(_plan_as_json(planned), indent=1) if arguments.as_json else _plan_text(planned, arguments.flags))
+    return 0
+
+
+def _planned(config: Config) -> _Plan:
+    """Plan a recipe; raises as a run would before it starts."""
     planner = Planner(config, open_store(config.run))
     checks.check_machine(config, planner.graph)
     if config.run.locked:
         lockfile.refuse_if_different(planner)
     locked = lockfile.load_lock(config)
-    differing = lockfile.lock_differences(locked, planner) if locked else []
     steps = {step.node.name: step for step in planner.plan()}
     trackers.check_trackers(config, steps.values())
     datasets.check_datasets(config, steps.values())
-    needs = _needs(planner, steps)
-    if arguments.as_json:
-        values = {"steps": steps_as_json(steps), "derived": planner.derived, **dataclasses.asdict(needs)}
-        values["held_bytes"] = values.pop("store_bytes")
-        artifacts = {name: step.artifact for name, step in steps.items() if step.artifact}
-        outside = {name: [to_json(c) for c in changes_outside_key(a)] for name, a in artifacts.items()}
-        values |= {
-            "outside_the_key": {name: changes for name, changes in outside.items() if changes},
-            "notes": [*planner.notes, *needs.notes],
-            "locked": locked is not None,
-            "lock_differs": [dataclasses.asdict(d) for d in differing],
-        }
-        print(json.dumps(values, indent=1))
-        return 0
-    print(_stages(steps, needs))
-    servers = _servers(needs, "--servers" in arguments.flags)
+    return _Plan(
+        planner=planner,
+        steps=steps,
+        needs=_needs(planner, steps),
+        lock=str(lock_path(config.recipe)) if locked else "",
+        differing=lockfile.lock_differences(locked, planner) if locked else [],
+    )
+
+
+def _plan_as_json(planned: _Plan) -> dict[str, Any]:
+    needs, steps = planned.needs, planned.steps
+    values = {"steps": steps_as_json(steps), "derived": planned.planner.derived, **dataclasses.asdict(needs)}
+    values["held_bytes"] = values.pop("store_bytes")
+    artifacts = {name: step.artifact for name, step in steps.items() if step.artifact}
+    outside = {name: [to_json(c) for c in changes_outside_key(a)] for name, a in artifacts.items()}
+    return values | {
+        "outside_the_key": {name: changes for name, changes in outside.items() if changes},
+        "notes": [*planned.planner.notes, *needs.notes],
+        "locked": bool(planned.lock),
+        "lock_differs": [dataclasses.asdict(d) for d in planned.differing],
+    }
+
+
+def _plan_text(planned: _Plan, flags: Mapping[str, str]) -> str:
+    needs, planner = planned.needs, planned.planner
     notes = [_filled(f"note: {note}") for note in planner.notes]
-    for line in filter(None, [_derived(planner.derived), *notes, servers, *_devices(needs), *_hidden_states(needs)]):
-        print(line)
-    if outside_lines := _outside(steps):
-        print("\n" + ui.dim("\n".join(outside_lines)))
-    if locked:
-        result = f"differs: {', '.join(d.name for d in differing)}" if differing else "no differences"
-        print(f"\nlocked: {lock_path(config.recipe)}  {result}")
+    servers = _servers(needs, "--servers" in flags)
+    lines = [_derived(planner.derived), *notes, servers, *_devices(needs), *_hidden_states(needs)]
+    paragraphs = ["\n".join([_stages(planned.steps, needs), *filter(None, lines)])]
+    if outside := _outside(planned.steps):
+        paragraphs.append(ui.dim("\n".join(outside)))
+    if planned.lock:
+        names = ", ".join(d.name for d in planned.differing)
+        paragraphs.append(_filled(f"locked: {planned.lock}  {f'differs: {names}' if names else 'no differences'}"))
+    return "\n\n".join(paragraphs)
+
+
+def _plan_sweep(arguments: usage.Arguments) -> int:
+    """Print what each job of a sweep would run. A stage that several jobs need counts for the first of them."""
+    from speculators.config import compose  # imports Hydra
+
+    if "--servers" in arguments.flags:
+        raise RecipeError(
+            "--servers and --multirun exclude each other", "leave --multirun out, and give one value each"
+        )
+    jobs = [(overrides, _planned(config)) for overrides, config in compose.sweep_jobs(arguments.overrides)]
+    if arguments.as_json:
+        print(json.dumps([{"job": i, "overrides": o, **_plan_as_json(p)} for i, (o, p) in enumerate(jobs)], indent=1))
+        return 0
+    common = set.intersection(*({*overrides} for overrides, _ in jobs))
+    users: dict[str, list[str]] = {}
+    rows = []
+    for number, (overrides, planned) in enumerate(jobs):
+        counts, seconds = Counter(step.state for step in planned.steps.values()), []
+        work = planned.planner.identities(planned.steps)
+        for identity, name in work.items():
+            if identity not in users:
+                seconds.append(planned.needs.stage_seconds.get(name))
+            users.setdefault(identity, []).append(name)
+        known = [duration for duration in seconds if duration is not None]
+        time = ui.duration(sum(known)) if seconds and len(known) == len(seconds) else ""
+        numbers = (str(number), str(counts[State.cached]), str(len(seconds)), str(len(work) - len(seconds)), time)
+        rows.append((*numbers, " ".join(override for override in overrides if override not in common)))
+    table = [("job", "cached", "to run", "shared", "time", "options"), *rows]
+    if not any(time for *_, time, _ in rows):
+        table = [(*numbers, options) for *numbers, _, options in table]
+    print(ui.listing(table, right=range(len(table[0]) - 1)))
+    print("\nshared: stages that an earlier job of the sweep makes")
+    runs: dict[str, int] = Counter(names[0] for names in users.values())
+    for count in sorted(set(runs.values())):
+        names = ", ".join(name for name, times in runs.items() if times == count)
+        print(_filled(f"{'once' if count == 1 else f'{count} times'}: {names}"))
     return 0
 
 
@@ -120,7 +190,9 @@ def _servers(needs: estimate.Needs, commands: bool) -> str:
 
 def _filled(text: str) -> str:
     """Wrap a text to the width of stdout."""
-    return textwrap.fill(text, ui.width(), subsequent_indent="  ", break_on_hyphens=False)
+    return textwrap.fill(
+        text, ui.width(), subsequent_indent="  ", break_on_hyphens=False, break_long_words=False
+    )  # fmt: skip
 
 
 def _hidden_states(needs: estimate.Needs) -> list[str]:
@@ -146,7 +218,7 @@ def _hidden_states(needs: estimate.Needs) -> list[str]:
         if split.unit == "cores":  # GPUs are listed with the machine
             same = ", the same one" if split.shared else ""
             lines.append(f"{stage} and its server: {split.training} and {split.server} cores{same}")
-    return lines
+    return [_filled(line) for line in lines]
 
 
 def _outside(steps: Mapping[str, Step]) -> list[str]:

@@ -114,9 +114,14 @@ VERBS = {
     "plan": Verb(
         function="query.plan",
         summary="print what would run, and why; starts and writes nothing",
-        usage="recipe=NAME [OPTION=VALUE ...] [--servers] [--json]",
-        takes={**_RECIPE, "--servers": "also print the servers' command lines", **_JSON},
-        examples=["plan recipe=smollm2_eagle3 train.lr=3e-4"],
+        usage="recipe=NAME [OPTION=VALUE ...] [--servers] [--multirun] [--json]",
+        takes={
+            **_RECIPE,
+            "--servers": "also print the servers' command lines",
+            "--multirun": "plan a job for each value of `OPTION=A,B`, and what they share; also -m",
+            **_JSON,
+        },
+        examples=["plan recipe=smollm2_eagle3 train.lr=3e-4", "plan -m recipe=smollm2_eagle3 train.lr=3e-4,1e-3"],
     ),
     "explain": Verb(
         function="query.explain",
@@ -284,7 +289,7 @@ def program_help() -> str:
         f"{PROGRAM}: train and evaluate a draft model for speculative decoding.\n\n"
         f"usage: {PROGRAM} recipe=NAME [OPTION=VALUE ...]\n       {PROGRAM} VERB [ARGUMENT ...]\n\n"
         f"{ui.columns(verbs)}\n\n`{PROGRAM} VERB --help` prints the arguments of a verb.\n\n"
-        f"Recipes, shipped and in ./recipes:\n\n{ui.columns(recipes)}\n\n"
+        f"Recipes, shipped and in ./recipes:\n\n{ui.listing(recipes)}\n\n"
         "Exit codes: 0 success, 1 error with a hint, 2 defect of this program,\n"
         "128 + number of the signal that stopped it."
     )

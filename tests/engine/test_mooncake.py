@@ -24,6 +24,7 @@ from speculators.config.schema import Mooncake
 from speculators.engine.client import Client
 from speculators.errors import RunError, ServiceError, StageError
 from speculators.job import Endpoint
+from speculators.packages import install_command
 from tests.stages.states_server import StatesServer, states_of
 
 PROMPT = [10, 3, 4]
@@ -241,7 +242,7 @@ def test_a_client_that_cannot_be_loaded_says_what_to_install(
     monkeypatch.setitem(sys.modules, "mooncake.store", None)
     with pytest.raises(ServiceError, match=r"Mooncake's client cannot be loaded: .*mooncake") as raised:
         use(server.url, master, row)
-    assert "speculators-run[mooncake]" in raised.value.hint
+    assert install_command("mooncake") in raised.value.hint
 
 
 def free_port() -> int:

@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pytest
 
-from speculators import cli
+from speculators import cli, packages
 from speculators.runner import doctor, environment
 from speculators.runner.doctor import Finding, Gpus
 from speculators.runner.servers import guard, vllm
@@ -102,7 +102,7 @@ def test_a_package_that_is_missing_or_of_another_version_is_named_with_its_comma
     monkeypatch.setattr(doctor, "installed_version", versions.get)
     runner, stages = doctor.requirements()
     assert runner.message == "hydra-core 1.4.0, required <1.4,>=1.3.8"
-    assert runner.fix == f"{environment.pip()} install 'hydra-core<1.4,>=1.3.8'"
+    assert runner.fix == f"{packages.pip()} install 'hydra-core<1.4,>=1.3.8'"
     assert stages.message == "nosuchthing is missing, required >=1"
     asked[2] = "torch>=99; extra == 'stages'"
     build = environment.TorchBuild(requirement="torch==99+cpu", source="an index")

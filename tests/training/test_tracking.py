@@ -18,6 +18,7 @@ from run_train import make_job, write_world
 
 from speculators.config.choices import Tracker
 from speculators.errors import RecipeError
+from speculators.packages import install_command
 from speculators.stages import train
 from speculators.training.tracking import RunInfo, Trackers
 
@@ -91,7 +92,7 @@ def test_trackers_that_are_not_installed_are_named_with_what_to_install() -> Non
         pytest.skip("all of them are installed here")
     with pytest.raises(RecipeError, match=r"train.trackers: .* not installed") as caught:
         Trackers(missing)
-    assert f"pip install 'speculators-run[{','.join(kind.name for kind in missing)}]'" in caught.value.hint
+    assert install_command(*(kind.name for kind in missing)) in caught.value.hint
 
 
 def test_a_tracker_that_does_not_start_stops_the_training_and_closes_the_others(
@@ -144,6 +145,7 @@ import sys
 from pathlib import Path
 from speculators.config.choices import Tracker
 from speculators.training.tracking import RunInfo, Trackers
+from speculators.packages import install_command
 name, directory = sys.argv[1], Path(sys.argv[2])
 options = {"train.lr": 0.1, "train.adamw_betas": [0.9, 0.95], "train.muon_lr": None}
 info = RunInfo(project="p", name="train-01234567", options=options, directory=directory / "shown", scratch=directory)
@@ -165,7 +167,7 @@ STEPS = {"trackio": "SELECT step FROM metrics ORDER BY step", "mlflow": "SELECT 
 @pytest.mark.parametrize("name", LEFT_BEHIND)
 def test_two_attempts_with_the_real_package_are_one_run(tmp_path: Path, name: str) -> None:
     if importlib.util.find_spec(name) is None:
-        pytest.skip(f"{name} is not installed: pip install 'speculators-run[{name}]'")
+        pytest.skip(f"{name} is not installed: {install_command(name)}")
     environment = {**os.environ, "WANDB_MODE": "offline", "TRACKIO_DIR": str(tmp_path / "trackio")}
     environment |= {"MLFLOW_TRACKING_URI": f"sqlite:///{tmp_path}/m.db", "HOME": str(tmp_path)}
     # A process of its own: these packages start services, and warn.

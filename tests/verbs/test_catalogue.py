@@ -103,3 +103,26 @@ def test_recipes_lists_shipped_and_local_ones(
     assert {"name": "mine", "summary": "Mine, at last.", "path": str(tmp_path / "recipes/mine.yaml")} in json.loads(
         capsys.readouterr().out
     )
+
+
+def test_choices_of_the_working_directory_are_listed_and_completed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "conf/target").mkdir(parents=True)
+    (tmp_path / "conf/target/mine.yaml").write_text("# My model.\nsource: hub:me/mine@1\n")
+    monkeypatch.chdir(tmp_path)
+    assert main("options", "target") == 0
+    assert "mine" in capsys.readouterr().out.splitlines()[1]
+    assert main("completion", "candidates", "target=mi") == 0
+    assert capsys.readouterr().out == "target=mine\tMy model.\n"
+
+
+def test_recipes_wrap_their_comments(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "recipes").mkdir()
+    (tmp_path / "recipes/mine.yaml").write_text(f"# {'A long comment. ' * 9}\n")
+    monkeypatch.chdir(tmp_path)
+    for argv in (["recipes"], ["--help"]):
+        assert main(*argv) == 0
+        assert max(map(len, capsys.readouterr().out.splitlines())) <= 80

@@ -105,7 +105,9 @@ def test_a_comparison_never_gets_wider_than_it_may() -> None:
     ("words", "message"),
     [
         (["show"], "show needs the name of one run"),
-        (["compare", A], "compare needs two runs"),
+        (["compare", A], f"compare needs two runs or more, and `{A}` is one\n\nhint: name another one too"),
+        (["compare", "runs"], "compare needs two runs or more, and `runs` is one"),
+        (["show", "runs"], "`runs` holds no runs\n\nhint: runs are below the directory in which"),
         (["runs", "last"], "`runs` takes no argument `last`"),
         (["show", "last", "--verbose"], "`show` has no flag `--verbose`"),
         (["show", "last"], "there is no run in `runs`"),

@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 
 from speculators import cli
+from speculators.packages import install_command
 from tests.conftest import write_header
 from tests.runner.machines import machine, pretend
 
@@ -308,7 +309,7 @@ def test_plan_checks_what_an_executor_needs(
 ) -> None:
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     code, error, hint = planned(capsys, "train.executor=slurm")
-    assert (code, "train" in error, hint) == (1, True, "pip install 'speculators-run[slurm]'")
+    assert (code, "train" in error, hint) == (1, True, install_command("slurm"))
 
 
 def test_plan_checks_no_data_set_to_measure_on_where_nothing_is_measured(

@@ -69,7 +69,7 @@ def test_the_usage_line_names_only_what_the_table_explains(verb: str) -> None:
         (["mine.yaml"], "there is no verb `mine.yaml`", "recipe=mine.yaml"),
         (["plan", "smollm2_eagle3"], "`plan` takes no argument `smollm2_eagle3`", "recipe=smollm2_eagle3"),
         (["plan", DEMO, "--jsno"], "`plan` has no flag `--jsno`", "did you mean `--json`?"),
-        (["plan", DEMO, "--cfg", "job"], "`plan` has no flag `--cfg`", "there is: --json, --servers"),
+        (["plan", DEMO, "--cfg", "job"], "`plan` has no flag `--cfg`", "there is: --json, --multirun, --servers"),
         ([DEMO, "--cgf", "job"], "`run` has no flag `--cgf`", "did you mean `--cfg`?"),
         ([DEMO, "--cfg", "jbo"], "`--cfg jbo`: there is no such choice", "did you mean `job`?"),
         ([DEMO, "--cfg"], "`--cfg`: the flag takes a value", "write `--cfg job|hydra|all`"),
@@ -91,6 +91,10 @@ def test_the_usage_line_names_only_what_the_table_explains(verb: str) -> None:
         (["import"], "import needs one file", "speculators-run import FILE"),
         (["doctor", "run.stroe=x"], "`doctor` has no option `run.stroe`", "did you mean `run.store`?"),
         (["recipes", "mine"], "`recipes` takes no argument `mine`", "`speculators-run recipes --help`"),
+        (["-m", DEMO], "-m: no option has several values", "as in train.lr=1e-4,3e-4; without -m this is one run"),
+        (["plan", "-m", DEMO, "train.lr=1e-4"], "-m: no option has several values", "without -m this is one run"),
+        (["plan", DEMO, "train.lr=1e-4,2e-4"], "`train.lr` has several values", "`plan -m` plans them"),
+        (["plan", DEMO, "seed=1"], "there is no option `seed`", "did you mean `prompts.seed` or `regenerate.seed` or"),
         (["completion"], "completion needs the name of a shell: bash, zsh or fish", "speculators-run completion bash"),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else "",
@@ -104,6 +108,21 @@ def test_a_mistake_is_one_error_and_one_hint(
     assert (first, blank, captured.out) == (f"error: {error}", "", "")
     assert last.startswith("hint: ")
     assert hint in last
+
+
+def test_an_error_is_wrapped_on_a_terminal_and_not_in_a_pipe(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    argv = ("plan", DEMO, "train.lr=1e-4,2e-4")
+    monkeypatch.setenv("COLUMNS", "60")
+    assert main(*argv) == 1
+    piped = capsys.readouterr().err.split("\n\n")
+    assert [text.count("\n") for text in piped] == [0, 1]
+    monkeypatch.setattr("sys.stderr.isatty", lambda: True)
+    assert main(*argv) == 1
+    shown = capsys.readouterr().err
+    assert max(map(len, shown.splitlines())) <= 60
+    assert [text.replace("\n", " ") for text in shown.split("\n\n")] == [text.replace("\n", " ") for text in piped]
 
 
 @pytest.mark.parametrize("verb", VERBS)

@@ -16,6 +16,7 @@ from speculators.config.choices import ExecutorName
 from speculators.config.execution import ExecutorOptions
 from speculators.config.schema import Config
 from speculators.errors import RecipeError
+from speculators.packages import install_command
 from speculators.runner.planning.graph import Node
 
 
@@ -91,7 +92,7 @@ def check_executors(config: Config, nodes: Mapping[str, Node]) -> None:
             if importlib.util.find_spec(package) is None:
                 raise RecipeError(
                     f"{requirement}: needs `{package}`, which is not installed",
-                    f"pip install 'speculators-run[{extra}]'",
+                    install_command(extra),
                 )
         if node.draws and has_remote_servers(config, node.kind):
             raise RecipeError(

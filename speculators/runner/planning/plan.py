@@ -279,6 +279,18 @@ class Planner:
         node = self.graph[name]
         return self._preimage(node, {} if self._unread(node) else self._derived(node), digests)
 
+    def identities(self, steps: Mapping[str, Step]) -> dict[str, str]:
+        """Nodes of the steps that have to run, by a digest that is equal in two plans if the artifact will be the same.
+
+        It is the key, where that is known; else it has the identities of the inputs that do not exist yet.
+        """
+        digests = {name: step.digest for name, step in steps.items() if step.digest}
+        found: dict[str, str] = {}
+        for name, step in steps.items():
+            pending = {slot: found[node] for slot, node in step.node.inputs.items() if node in found}
+            found[name] = step.digest or step.key or key.digest([self.known(name, digests), pending])
+        return {found[name]: name for name, step in steps.items() if step.state in (State.run, State.waits)}
+
     def _resolve(self, node: Node) -> sources.Source:
         name = node.name.removeprefix("dataset.")
         section = f"data.{name}" if name in self.config.data else f"evaluate.datasets.{name}"

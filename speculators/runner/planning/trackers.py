@@ -18,6 +18,7 @@ from urllib.parse import urlsplit
 from speculators.config.choices import Tracker
 from speculators.config.schema import Config
 from speculators.errors import RecipeError
+from speculators.packages import install_command
 from speculators.runner import executors
 from speculators.runner.planning.plan import State, Step
 from speculators.timeouts import TRACKER_SECONDS
@@ -86,7 +87,7 @@ def _check_mlflow(config: Config, uri: str) -> None:
     if (not uri or address.scheme == "sqlite") and importlib.util.find_spec("sqlalchemy") is None:
         raise RecipeError(
             "train.trackers: mlflow needs the package sqlalchemy for a database on this machine",
-            f"pip install 'speculators-run[mlflow]'; or set MLFLOW_TRACKING_URI; or {_without(config, ['mlflow'])}",
+            f"{install_command('mlflow')}; or set MLFLOW_TRACKING_URI; or {_without(config, ['mlflow'])}",
         )
     if address.scheme not in ("http", "https") or not address.hostname:
         return

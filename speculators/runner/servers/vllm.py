@@ -21,7 +21,7 @@ from typing import Any
 from speculators.config.choices import Connector
 from speculators.config.schema import Config
 from speculators.errors import RecipeError, ServiceError
-from speculators.packages import installed_version, is_installed
+from speculators.packages import install_command, installed_version, is_installed
 from speculators.runner.hardware import usable_cores
 from speculators.runner.servers import threads
 from speculators.runner.servers.server import Server, ServerSpec, free_port, mooncake_store
@@ -282,7 +282,7 @@ def _check_mooncake(config: Config, option: str, python: str) -> None:
     if not is_installed(MOONCAKE, _site_packages(python)):
         raise RecipeError(
             f"{option} needs Mooncake's client, which {python or 'this environment'} does not have",
-            "pip install 'speculators-run[mooncake]' in the environments of vLLM and of the stages; "
+            f"{install_command('mooncake')} in the environments of vLLM and of the stages; "
             f"{MOONCAKE}-non-cuda and other variants of {MOONCAKE} work too",
         )
 

@@ -18,6 +18,7 @@ from speculators.config import compose
 from speculators.config.choices import ExecutorName
 from speculators.config.execution import ExecutorOptions
 from speculators.errors import RecipeError, StageError
+from speculators.packages import install_command
 from speculators.runner import executors
 from speculators.runner.execution import lease
 from speculators.runner.executors import Handle
@@ -256,7 +257,7 @@ def test_an_executor_that_is_not_installed_is_refused_with_the_extra_that_brings
     config = compose.compose([DEMO, "train.executor=ray"])
     with pytest.raises(RecipeError, match=r"train\.executor=ray: needs `ray`, which is not installed") as caught:
         executors.check_executors(config, build(config))
-    assert caught.value.hint == "pip install 'speculators-run[ray]'"
+    assert caught.value.hint == install_command("ray")
 
 
 def test_a_tracker_that_is_not_installed_is_refused_before_anything_starts(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -266,7 +267,7 @@ def test_a_tracker_that_is_not_installed_is_refused_before_anything_starts(monke
         RecipeError, match=r"train\.trackers=\[wandb\]: needs `wandb`, which is not installed"
     ) as caught:
         executors.check_executors(config, build(config))
-    assert caught.value.hint == "pip install 'speculators-run[wandb]'"
+    assert caught.value.hint == install_command("wandb")
 
 
 def test_only_a_stage_that_would_share_its_job_with_its_server_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -18,6 +18,7 @@ from speculators.config.choices import Connector, Device, Dtype, HiddenStatesDty
 from speculators.config.fields import to_builtins
 from speculators.config.schema import Config, from_builtins
 from speculators.errors import RecipeError
+from speculators.packages import install_command
 from speculators.runner.servers import threads, vllm
 from tests.runner.fake_server import distribution
 
@@ -359,7 +360,7 @@ def test_mooncakes_client_has_to_be_where_vllm_is_and_where_the_stages_run(
     monkeypatch.setattr(packages_module, "sys", SimpleNamespace(path=here))
     with pytest.raises(RecipeError, match="needs Mooncake's client, which this environment does not have") as raised:
         vllm.check_extraction(config)
-    assert "speculators-run[mooncake]" in raised.value.hint
+    assert install_command("mooncake") in raised.value.hint
     distribution(tmp_path / "here", CLIENT, "0.3.13")
     distribution(tmp_path / "here", "hs_connectors", "0.9.0")
     here.append(str(tmp_path / "here"))
