@@ -119,7 +119,7 @@ def _plan_sweep(arguments: usage.Arguments) -> int:
         time = ui.duration(sum(known)) if seconds and len(known) == len(seconds) else ""
         numbers = (str(number), str(counts[State.cached]), str(len(seconds)), str(len(work) - len(seconds)), time)
         rows.append((*numbers, " ".join(override for override in overrides if override not in common)))
-    table = [("job", "cached", "to run", "shared", "time", "options"), *rows]
+    table: list[tuple[str, ...]] = [("job", "cached", "to run", "shared", "time", "options"), *rows]
     if not any(time for *_, time, _ in rows):
         table = [(*numbers, options) for *numbers, _, options in table]
     print(ui.listing(table, right=range(len(table[0]) - 1)))
