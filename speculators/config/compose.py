@@ -177,7 +177,7 @@ def multirun(arguments: Sequence[str], directory: Path, task: Callable[[SweepJob
 
     def job(composed: DictConfig) -> None:
         hydra_config = HydraConfig.get()
-        own_overrides = _as_given(hydra_config.overrides.task, arguments)
+        own_overrides = _with_recipe_paths(hydra_config.overrides.task, arguments)
         task(SweepJob(number=int(hydra_config.job.num), overrides=own_overrides, composed=composed))
 
     # Otherwise Hydra prints errors in its own format, and exits.
@@ -197,7 +197,7 @@ def sweep_jobs(arguments: Sequence[str]) -> list[tuple[list[str], Config]]:
         RecipeError: as `multirun`.
     """
     jobs = _jobs(_sweep_overrides(arguments))
-    return [(_as_given(overrides, arguments), _composed(overrides)) for overrides in jobs]
+    return [(_with_recipe_paths(overrides, arguments), _composed(overrides)) for overrides in jobs]
 
 
 def _sweep_overrides(arguments: Sequence[str]) -> list[str]:
@@ -208,16 +208,16 @@ def _sweep_overrides(arguments: Sequence[str]) -> list[str]:
     return overrides
 
 
-def _as_given(overrides: Sequence[str], arguments: Sequence[str]) -> list[str]:
+def _with_recipe_paths(overrides: Sequence[str], arguments: Sequence[str]) -> list[str]:
     """The overrides of a job with its recipe as the sweep's arguments have it: a path where they have one."""
     recipes = [name for a in arguments if a.startswith("recipe=") for name in a.removeprefix("recipe=").split(",")]
     path_by_name = {Path(recipe).stem: recipe for recipe in recipes}
-    given = []
+    job_overrides = []
     for override in overrides:
         name, _, value = override.partition("=")
         value = value.strip("'")
-        given.append(f"recipe={path_by_name.get(value, value)}" if name == "recipe" else override)
-    return given
+        job_overrides.append(f"recipe={path_by_name.get(value, value)}" if name == "recipe" else override)
+    return job_overrides
 
 
 def _launcher_settings(overrides: Sequence[str]) -> list[str]:

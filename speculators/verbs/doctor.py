@@ -32,7 +32,7 @@ def format_findings(findings: list[examiner.Finding]) -> str:
     for finding in findings:
         text = finding.message.replace(home, "~") if home != "/" else finding.message
         lines.append(ui.filled(f"{finding.state:<6}  {finding.name:<{wide}}  {text}", ui.width(), wide + 8))
-        if finding.fix:  # a command, in one piece
+        if finding.fix:  # a command, which is not wrapped
             lines.append(f"{'':<{wide + 8}}  -> {finding.fix}")
     broken, warnings = (sum(f.state == state for f in findings) for state in ("broken", "warn"))
     summary = f"broken: {broken}, warnings: {warnings}" if broken or warnings else "no problems"
