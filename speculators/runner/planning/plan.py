@@ -285,11 +285,11 @@ class Planner:
         It is the key, where that is known; else it has the identities of the inputs that do not exist yet.
         """
         digests = {name: step.digest for name, step in steps.items() if step.digest}
-        identity: dict[str, str] = {}
+        node_digests: dict[str, str] = {}
         for name, step in steps.items():
-            pending = {slot: identity[node] for slot, node in step.node.inputs.items() if node in identity}
-            identity[name] = step.digest or step.key or key.digest([self.known(name, digests), pending])
-        return {identity[name]: name for name, step in steps.items() if step.state in (State.run, State.waits)}
+            pending = {slot: node_digests[node] for slot, node in step.node.inputs.items() if node in node_digests}
+            node_digests[name] = step.digest or step.key or key.digest([self.known(name, digests), pending])
+        return {node_digests[name]: name for name, step in steps.items() if step.state in (State.run, State.waits)}
 
     def _resolve(self, node: Node) -> sources.Source:
         name = node.name.removeprefix("dataset.")
