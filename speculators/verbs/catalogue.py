@@ -79,6 +79,8 @@ def _section(selected: list[OptionInfo], section: str) -> str:
         facts = [option.type, option.unit, _SHORT_KEY[option.policy], _algorithms(option)]
         lines += [f"{option.name}={_default(option)}", *_wrapped(f"({'; '.join(filter(None, facts))})", 4)]
         lines += _wrapped(option.meaning, 4)
+        if any(option.choices.values()):
+            lines += [line for name, meaning in option.choices.items() for line in _choice(name, meaning, 6)]
     return "\n".join(lines)
 
 
@@ -114,5 +116,6 @@ def _full(option: OptionInfo) -> str:
     )
 
 
-def _choice(name: str, meaning: str) -> list[str]:
-    return textwrap.wrap(f"{name}  {meaning}".strip(), 78, initial_indent="  ", subsequent_indent="    ")
+def _choice(name: str, meaning: str, indent: int = 2) -> list[str]:
+    begin = " " * indent
+    return textwrap.wrap(f"{name}  {meaning}".strip(), 78, initial_indent=begin, subsequent_indent=f"{begin}  ")

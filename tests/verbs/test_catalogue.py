@@ -9,6 +9,7 @@ import pytest
 
 from speculators import cli
 from speculators.config.algorithms import SPECULATORS
+from speculators.config.choices import DataFormat
 from speculators.config.documentation import all_options
 from speculators.config.fields import iter_options
 from speculators.config.schema import Config
@@ -115,6 +116,15 @@ def test_choices_of_the_working_directory_are_listed_and_completed(
     assert "mine" in capsys.readouterr().out.splitlines()[1]
     assert main("completion", "candidates", "target=mi") == 0
     assert capsys.readouterr().out == "target=mine\tMy model.\n"
+
+
+def test_a_section_lists_the_choices_of_its_options(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main("options", "data") == 0
+    lines = capsys.readouterr().out.splitlines()
+    names = [line.split()[0] for line in lines if line.startswith("      ") and line[6] != " "]
+    assert set(DataFormat.__members__) <= set(names)
+    assert "      messages  JSON lines of" in "\n".join(lines)
+    assert max(map(len, lines)) <= 80
 
 
 def test_recipes_wrap_their_comments(

@@ -74,6 +74,13 @@ def test_plan_says_what_runs_on_which_gpus(
         (1, 79.6, [], "train streams from a server while it trains: the target's 58.3 GiB in bfloat16 need 63"),
         (1, 24, [], "regenerate: the target's 58.3 GiB in bfloat16 need"),
         (8, 79.6, ["serve.tensor_parallel=16"], "serve.tensor_parallel=16: a server would need 16 GPUs"),
+        (0, 0, ["serve.tensor_parallel=65"], "serve.tensor_parallel=65: a server would have 65 processes, and this"),
+        (
+            0,
+            0,
+            ["serve.tensor_parallel=8", "serve.data_parallel=9"],
+            "serve.tensor_parallel=8 serve.data_parallel=9: a",
+        ),
         (2, 79.6, ["hardware.gpus=4"], "hardware.gpus=4: this machine has 2"),
         (2, 79.6, ["train.num_processes=3", "pipeline=offline"], "train.num_processes=3: each process needs a GPU"),
     ],

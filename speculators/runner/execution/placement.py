@@ -245,6 +245,8 @@ class _Placing:
     def _on_cpu(self, phases: Phases) -> Placement:
         serve, train = self.config.serve, self.config.train
         cache = int(serve.kv_cache_gib * GIB)
+        if any(phases):
+            self._check_heads()
 
         def need(phase: Sequence[Serving]) -> int:
             return sum(self.sizes.weight_bytes(serving.dtype.name) + cache for serving in phase)
@@ -421,9 +423,13 @@ class _Placing:
                     f"serve.{kind}_parallel={max(1, self.gpus // others)}, or more GPUs",
                 )
             sizes[kind] = size or 1
-        if serve.tensor_parallel and not heads_divide(self.sizes, serve.tensor_parallel):
+        self._check_heads()
+
+    def _check_heads(self) -> None:
+        tensor = self.config.serve.tensor_parallel
+        if tensor and not heads_divide(self.sizes, tensor):
             raise RecipeError(
-                f"serve.tensor_parallel={serve.tensor_parallel}: does not divide the target's {self.sizes.heads} query "
+                f"serve.tensor_parallel={tensor}: does not divide the target's {self.sizes.heads} query "
                 f"and {self.sizes.key_value_heads} key and value heads",
                 "serve.tensor_parallel=null, to derive it",
             )

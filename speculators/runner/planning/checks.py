@@ -72,6 +72,7 @@ def check_machine(config: Config, nodes: Mapping[str, Node]) -> None:
     executors.check_executors(config, nodes)
     _check_device(config, nodes)
     _check_cores(config, nodes)
+    _check_ranks(config, nodes)
     _check_port(config, nodes)
     _check_directories(config, nodes)
 
@@ -119,6 +120,22 @@ def _check_cores(config: Config, nodes: Mapping[str, Node]) -> None:
         raise RecipeError(
             f"hardware.train_cores={train_cores}: leaves none of this machine's {cores} cores for the server",
             "hardware.train_cores=0, for half of them",
+        )
+
+
+def _check_ranks(config: Config, nodes: Mapping[str, Node]) -> None:
+    """Check that each rank of a server on this machine's CPU has a core."""
+    local = any(graph.starts_servers(n, config) and not executors.is_remote(config, n.kind) for n in nodes.values())
+    ranks = vllm.ranks(config)
+    if ranks == 1 or not local or vllm.device(config) != "cpu":
+        return
+    cores = hardware.find_machine(look_for_gpus=False).cores
+    if ranks > cores:
+        options = [f"serve.{kind}_parallel" for kind in vllm.PARALLEL if getattr(config.serve, f"{kind}_parallel")]
+        values = " ".join(f"{option}={getattr(config.serve, option.removeprefix('serve.'))}" for option in options)
+        raise RecipeError(
+            f"{values}: a server would have {ranks} processes, and this machine has {cores} cores and no GPU",
+            f"{' '.join(f'{option}=null' for option in options)}, for one process on all cores",
         )
 
 

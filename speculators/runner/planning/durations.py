@@ -2,7 +2,8 @@
 
 Durations are taken only from artifacts of a machine that is as fast as this one (processor, number of cores, GPUs),
 made with the same target in the same dtype. They are scaled by the amount of work, except for the start of servers and
-processes. Nothing is guessed: without such an artifact a duration is unknown.
+processes. Rows that earlier artifacts have already are no work. Nothing is guessed: without such an artifact a duration
+is unknown.
 """
 
 from __future__ import annotations
@@ -13,7 +14,6 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from speculators.config.schema import Config
 from speculators.machine import describe_machine, equally_fast
 from speculators.runner import executors
 from speculators.runner.planning import key
@@ -56,6 +56,8 @@ class _Measured:
     """Amount of work, in tokens; 1 where all artifacts that are compared took the same."""
     bytes: int
     """Size of the artifact."""
+    phases: int
+    """How often the stage started servers, one set after the other."""
 
 
 def expected(planner: Planner, steps: Mapping[str, Step], work: Workload | None) -> dict[str, Expected]:
@@ -66,15 +68,16 @@ def expected(planner: Planner, steps: Mapping[str, Step], work: Workload | None)
     for name, step in steps.items():
         if step.state not in (State.run, State.waits):
             continue
-        measured, amount = nearest.get(name), _planned_amount(planner.config, step, work)
+        measured, amount = nearest.get(name), _planned_amount(planner, step, work)
         if measured is None or not amount:
             estimates[name] = Expected(seconds=None, bytes=None)
             continue
-        ratio, start = amount / measured.amount, measured.start
+        ratio, start = amount / measured.amount, measured.start * _phases(planner, step) / measured.phases
         if step.node.mode in SHARED_SERVERS:  # the first stage that uses the server waits for its start
             start, shared_start = shared_start, 0.0
         size = measured.bytes * (ratio if step.node.kind in GROWING else 1.0)
-        estimates[name] = Expected(seconds=start + measured.fixed + ratio * measured.scaled, bytes=round(size))
+        seconds = start + measured.fixed + ratio * _new_share(step) * measured.scaled
+        estimates[name] = Expected(seconds=seconds, bytes=round(size))
     return estimates
 
 
@@ -85,7 +88,7 @@ def _nearest(planner: Planner, steps: Mapping[str, Step], work: Workload | None)
     nearest: dict[str, _Measured] = {}
     for name, step in steps.items():
         best: tuple[float, float, str] | None = None
-        amount = _planned_amount(planner.config, step, work) or 1.0
+        amount = _planned_amount(planner, step, work) or 1.0
         image = planner.known(name, digests)
         elsewhere = executors.is_remote(planner.config, step.node.kind)
         for artifact in planner.store.artifacts(step.node.kind):
@@ -138,7 +141,8 @@ def _measured(artifact: Artifact) -> _Measured | None:
     else:
         fixed = min(seconds, max(IMPORT_SECONDS, float(provenance.get("import_seconds", 0.0))))
         scaled = seconds - fixed
-    return _Measured(start=start, fixed=fixed, scaled=scaled, amount=amount, bytes=artifact.bytes)
+    phases = _passes(artifact) if artifact.stage == "evaluate" else 1
+    return _Measured(start=start, fixed=fixed, scaled=scaled, amount=amount, bytes=artifact.bytes, phases=phases)
 
 
 def _amount(artifact: Artifact) -> float:
@@ -150,20 +154,36 @@ def _amount(artifact: Artifact) -> float:
         return float(record.get("steps", 0) * options.get("train.batch_tokens", 0))
     if artifact.stage == "evaluate":
         prompts = sum(counts.get("prompts", 0) for counts in record.get("datasets", {}).values())
-        return float(prompts * options.get("evaluate.max_tokens", 0) * len(options.get("evaluate.concurrency", ())))
+        concurrencies = len(options.get("evaluate.concurrency", ()))
+        return float(prompts * options.get("evaluate.max_tokens", 0) * concurrencies * _passes(artifact))
     names = {"regenerate": "answer_tokens", "vocab": "supervised_tokens"}
     return float(record.get(names.get(artifact.stage, "tokens"), 0))
 
 
-def _planned_amount(config: Config, step: Step, work: Workload | None) -> float | None:
+def _passes(artifact: Artifact) -> int:
+    """How often an evaluation had its prompts answered: by the baseline, and with each number of speculative tokens."""
+    return 1 + len(artifact.preimage["config"].get("num_speculative_tokens") or [0])
+
+
+def _phases(planner: Planner, step: Step) -> int:
+    """The same for a stage of the plan; 1 for other stages than `evaluate`."""
+    return 1 + max(1, len({*planner.config.evaluate.num_speculative_tokens})) if step.node.kind == "evaluate" else 1
+
+
+def _new_share(step: Step) -> float:
+    """The share of a stage's conversations that have to be answered; one that is only prefilled counts as none."""
+    return step.reuse.new / step.reuse.rows if step.reuse.rows else 1.0
+
+
+def _planned_amount(planner: Planner, step: Step, work: Workload | None) -> float | None:
     """Amount of work of a stage of the plan, in the unit of `_amount`; None if it is unknown."""
-    kind = step.node.kind
+    config, kind = planner.config, step.node.kind
     if kind in ("fetch", "prompts"):
         return 1.0
     if kind == "evaluate":
         options = config.evaluate
         prompts = options.num_prompts * len(options.datasets)
-        return float(prompts * options.max_tokens * len(options.concurrency))
+        return float(prompts * options.max_tokens * len(options.concurrency) * _phases(planner, step))
     if work is None or step.node.parts or step.node.part is not None:
         return None
     if kind == "train":

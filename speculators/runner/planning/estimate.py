@@ -132,6 +132,7 @@ def estimate(planner: Planner, steps: Mapping[str, Step]) -> Needs:
     work = workload(planner, table, steps) if table is not None and open_steps else None
     if work is not None:
         needs = replace(needs, tokens=work.tokens, tokens_from=work.source, max_tokens=work.max_tokens)
+        needs = replace(needs, notes=[*needs.notes, *work.unread])
         needs = _with_hidden_states(planner, steps, needs)
     return _with_durations(planner, steps, needs, work)
 

@@ -78,7 +78,7 @@ def explain_stage(planner: Planner, name: str) -> Explanation:
     if step.state is State.waits:
         return Explanation(**common, because=_root(step, steps))
     nearest = step.artifact or planner.store.nearest(step.node.kind, step.preimage)
-    if nearest is None:
+    if nearest is None or not key.is_related(nearest.preimage, step.preimage):
         return Explanation(**common, key_values=key_values)
     changes = [
         Change(name=value, old=old, new=new, runs=_runs(planner, step, steps, value, old))

@@ -18,6 +18,8 @@ from typing import Any
 
 TAG = "speculators-run/key/1"
 """Name and version of the scheme. A new version invalidates every key."""
+MAX_CHANGES = 8
+"""Changed options that a reason names; an artifact with more changes is hardly related."""
 
 
 def canonical(value: Any) -> str:
@@ -55,6 +57,16 @@ def preimage_differences(old: Mapping[str, Any], new: Mapping[str, Any]) -> list
     """Values in which two preimages differ, as (name, old, new); None stands for an absent value."""
     before, after = flatten_preimage(old), flatten_preimage(new)
     return [(n, before.get(n), after.get(n)) for n in sorted({*before, *after}) if before.get(n) != after.get(n)]
+
+
+def is_related(old: Mapping[str, Any], new: Mapping[str, Any]) -> bool:
+    """Whether an artifact's preimage explains a miss: no more than eight options, or half of them, differ.
+
+    Else the artifact is one of another recipe, and a list of all differences explains nothing.
+    """
+    names = {*old["config"], *new["config"]}
+    different = sum(old["config"].get(name) != new["config"].get(name) for name in names)
+    return different <= max(MAX_CHANGES, len(names) // 2)
 
 
 def flatten_preimage(image: Mapping[str, Any]) -> dict[str, Any]:

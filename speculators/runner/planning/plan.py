@@ -30,9 +30,6 @@ from speculators.runner.store.artifact import Artifact
 from speculators.runner.store.artifacts import Store
 from speculators.tokenizer_files import mask_token
 
-MAX_CHANGES_SHOWN = 8
-"""Changed options that a reason names; an artifact with more changes is hardly related."""
-
 
 class State(enum.Enum):
     """State of a node in the plan."""
@@ -364,7 +361,7 @@ class Planner:
 
     def _why(self, node: Node, image: dict[str, Any]) -> str:
         nearest = self.store.nearest(node.kind, image)
-        if nearest is None or (node.kind == "fetch"):
+        if nearest is None or node.kind == "fetch" or not key.is_related(nearest.preimage, image):
             return "new"
         changes = key.preimage_differences(nearest.preimage, image)
         relevant = [change for change in changes if change[0] != "part"]  # the recipe does not set `part`
@@ -394,8 +391,8 @@ def describe(changes: list[tuple[str, Any, Any]]) -> str:
         for name, old, new in changes
         if not name.startswith(("input ", "version"))
     ]
-    if len(options) > MAX_CHANGES_SHOWN + 1:
-        options[MAX_CHANGES_SHOWN:] = [f"and {len(options) - MAX_CHANGES_SHOWN} more, which `explain` lists"]
+    if len(options) > key.MAX_CHANGES + 1:
+        options[key.MAX_CHANGES :] = [f"and {len(options) - key.MAX_CHANGES} more, which `explain` lists"]
     versions = [f"version {old} -> {new}" for name, old, new in changes if name == "version"]
     parts = [f"upstream: {', '.join(inputs)}"] if inputs else []
     parts += [f"changed: {', '.join(options)}"] if options else []

@@ -6,10 +6,9 @@ another length of answers; else from the first rows of the data files; else it i
 
 from __future__ import annotations
 
-import contextlib
 import itertools
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -46,6 +45,8 @@ class Workload:
     """Upper bound of `tokens`: every conversation is as long as the options allow."""
     source: str
     """Where the expectation comes from: `artifact`, `earlier run`, `sample` or `options`."""
+    unread: list[str] = field(default_factory=list)
+    """The data files that no estimate is made from, each with the reason."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -73,8 +74,9 @@ def workload(planner: Planner, tokens: Step, steps: Mapping[str, Step]) -> Workl
     lineage, longest = _lineage(tokens, steps), planner.config.max_seq_len
     conversations = _known_conversations(planner, lineage)
     source, lengths = "earlier run", _earlier(planner, lineage, steps)
+    unread: list[str] = []
     if lengths is None or not conversations:
-        files = _sample(planner, lineage["prompts"], steps) if "prompts" in lineage else []
+        files, unread = _sample(planner, lineage["prompts"], steps) if "prompts" in lineage else ([], [])
         conversations = conversations or sum(file.conversations for file in files)
         if lengths is None:
             source, lengths = "sample", _mean(files)
@@ -88,6 +90,7 @@ def workload(planner: Planner, tokens: Step, steps: Mapping[str, Step]) -> Workl
         tokens=round(conversations * min(longest, lengths.tokens)),
         max_tokens=conversations * longest,
         source=source,
+        unread=unread,
     )
 
 
@@ -188,16 +191,21 @@ def _answer_growth(planner: Planner, answers: Artifact) -> float:
     return float((cut * new + (1 - cut) * min(uncut, new)) / mean)
 
 
-def _sample(planner: Planner, prompts: Step, steps: Mapping[str, Step]) -> list[_Lengths]:
-    """Lengths of the conversations at the beginning of each data file that is on this machine."""
-    sampled = []
+def _sample(planner: Planner, prompts: Step, steps: Mapping[str, Step]) -> tuple[list[_Lengths], list[str]]:
+    """Lengths of the conversations at the beginning of each data file that is on this machine.
+
+    Also returns notes on files without any: the stage that needs such a file refuses it.
+    """
+    sampled: list[_Lengths] = []
+    unread: list[str] = []
     for slot in prompts.node.inputs.values():
         name, path = slot.removeprefix("dataset."), steps[slot].path
         if slot != name and path is not None:
-            # A file that cannot be read is reported by `datasets.check_datasets`, or the stage that needs it.
-            with contextlib.suppress(RunError, OSError):
+            try:
                 sampled.append(_read(planner, path, name))
-    return sampled
+            except (RunError, OSError) as error:
+                unread.append(f"no estimate by data.{name}.source ({path}): {' '.join(str(error).split())}")
+    return sampled, unread
 
 
 def _read(planner: Planner, path: Path, name: str) -> _Lengths:
@@ -205,6 +213,8 @@ def _read(planner: Planner, path: Path, name: str) -> _Lengths:
     rows = itertools.islice(usable(path, name, spec, counts, set()), SAMPLED_CONVERSATIONS)
     conversations = [row.with_instruction(spec.instruction) for row in rows]
     total = len(conversations)
+    if not total:
+        raise counts.why_unusable(name)
     if total == SAMPLED_CONVERSATIONS:  # the file has more
         text_bytes = sum(len(message["content"].encode()) for messages in conversations for message in messages)
         total = int(path.stat().st_size * total**2 / (text_bytes * BYTES_PER_ROW * counts.rows))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -10,6 +11,7 @@ from speculators.config import compose
 from speculators.machine import describe_machine
 from speculators.runner.planning.durations import Expected, expected
 from speculators.runner.planning.plan import Planner, Step
+from speculators.runner.planning.reuse import Reuse
 from speculators.runner.planning.workload import Workload
 from speculators.runner.servers import vllm
 from speculators.runner.store.artifacts import Store
@@ -84,6 +86,29 @@ def test_of_equally_near_artifacts_the_newest_counts(store: Store) -> None:
         record = {"seconds": took, "tokens": int(tokens)}
         seconds(store, {"tokenize": record}, digest=tokens, finished=f"{day}T00:00:00Z", attempt=2)
     assert seconds(store, {})["tokenize"].seconds == 5 + 2 * 10
+
+
+@pytest.mark.parametrize(
+    ("option", "starts", "share"),
+    [
+        ("evaluate.num_speculative_tokens=[1,2,3]", 2, 2),
+        ("evaluate.concurrency=[1,4,16]", 1, 3),
+        ("evaluate.concurrency=[1,4] evaluate.num_speculative_tokens=[1,2,3]", 2, 4),
+    ],
+)
+def test_an_evaluation_is_scaled_by_its_settings(store: Store, option: str, starts: int, share: int) -> None:
+    seconds(store, {"evaluate": {**EARLIER["evaluate"], "seconds": 50.0}})
+    assert seconds(store, {}, *option.split())["evaluate"].seconds == starts * 10 + 5 + share * 2 * 45
+
+
+def test_rows_of_earlier_runs_take_no_time(store: Store) -> None:
+    seconds(store, EARLIER)
+    planner = Planner(compose.compose(["recipe=smollm2_eagle3", "pipeline=offline", "regenerate.seed=5"]), store)
+    steps = {step.node.name: step for step in planner.plan()}
+    whole = expected(planner, steps, WORK)["regenerate"]
+    steps["regenerate"] = replace(steps["regenerate"], reuse=Reuse(sources=(), artifacts=(), rows=20, new=5))
+    part = expected(planner, steps, WORK)["regenerate"]
+    assert (whole.seconds, part.seconds, part.bytes) == (20 + 20 + 2 * 20, 20 + 20 + 2 * 20 / 4, whole.bytes)
 
 
 def test_another_type_of_the_target_says_nothing(store: Store) -> None:

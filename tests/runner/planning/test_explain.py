@@ -153,3 +153,13 @@ def test_versions_that_are_in_no_key_are_told_apart_from_those_that_are(
     }
     assert found["train"] == set(LIBRARIES), "its key holds none of them"
     assert found["tokenize"] == {"torch", "datasets"}
+
+
+def test_an_artifact_of_another_recipe_explains_nothing(store: Store, config: Config) -> None:
+    publish_all(store, Planner(config, store))
+    other = ["data=[human_eval]", "evaluate.datasets=[human_eval]", "prompts.seed=7", "prompts.eval_holdout_ratio=0.3"]
+    explained = asked(store, "prompts", *other)
+    assert (explained.state, explained.reason, explained.changes, dict(explained.nearest)) == ("run", "new", [], {})
+    assert explained.key_values["prompts.seed"] == 7
+    near = asked(store, "prompts", "prompts.seed=7")
+    assert near.reason.startswith("changed: prompts.seed 0 -> 7")

@@ -109,3 +109,15 @@ def test_a_file_that_cannot_be_read_leaves_the_bound(store: Store, data: Path, c
     data.write_text("[1, 2]\n")
     bound = expected(store, recipe(data, checkpoint))
     assert (bound.source, bound.tokens, bound.max_tokens) == ("options", 10 * 1024, 10 * 1024)
+
+
+def test_a_bad_data_file_is_named_with_the_reason(store: Store, data: Path, checkpoint: Path) -> None:
+    config = recipe(data, checkpoint, "prompts.num_conversations=null")
+    good = expected(store, config)
+    assert (good.source, good.unread) == ("sample", [])
+    data.write_text('{"id": 1, "text": "no messages"}\n')
+    bad = expected(store, config)
+    assert bad.tokens == 0
+    assert bad.unread == [
+        f"no estimate by data.mine.source ({data}): data set `mine` has no usable row among 1: 1 no messages"
+    ]
