@@ -245,8 +245,7 @@ class _Placing:
     def _on_cpu(self, phases: Phases) -> Placement:
         serve, train = self.config.serve, self.config.train
         cache = int(serve.kv_cache_gib * GIB)
-        if any(phases):
-            self._check_heads()
+        self._check_heads()
 
         def need(phase: Sequence[Serving]) -> int:
             return sum(self.sizes.weight_bytes(serving.dtype.name) + cache for serving in phase)

@@ -278,3 +278,9 @@ def test_processes_see_their_devices_by_the_numbers_of_the_bus(config: Config) -
     config.hardware.device = Device.cpu
     assert device_names(config, there) == ["cpu"]
     assert device_environment(config, there, (0,)) == {}
+
+
+def test_ranks_that_do_not_divide_the_heads_are_refused_on_a_cpu_too(config: Config) -> None:
+    config.serve.tensor_parallel = 3
+    with pytest.raises(RecipeError, match=r"serve\.tensor_parallel=3: does not divide the target's 32 query and 8 key"):
+        placement_for(node(config, "regenerate"), config, machine(0, memory_gib=64), sizes(300_000_000))
