@@ -131,11 +131,13 @@ def _check_ranks(config: Config, nodes: Mapping[str, Node]) -> None:
         return
     cores = hardware.find_machine(look_for_gpus=False).cores
     if ranks > cores:
-        options = [f"serve.{kind}_parallel" for kind in vllm.PARALLEL if getattr(config.serve, f"{kind}_parallel")]
+        options = [
+            f"serve.{kind}_parallel" for kind in vllm.PARALLEL if (getattr(config.serve, f"{kind}_parallel") or 1) > 1
+        ]
         values = " ".join(f"{option}={getattr(config.serve, option.removeprefix('serve.'))}" for option in options)
         raise RecipeError(
             f"{values}: a server would have {ranks} processes, and this machine has {cores} cores and no GPU",
-            f"{' '.join(f'{option}=null' for option in options)}, for one process on all cores",
+            f"{' '.join(f'{option}=1' for option in options)}, for one process on all cores",
         )
 
 
