@@ -36,6 +36,8 @@ class AnsweredRow:
     """Why answers are missing; None if there are all."""
     line: int | None
     """Number of the line, from 0, of the file of conversations; None if no answer was kept."""
+    why: str = ""
+    """What the server or a check said of a conversation that is dropped for it."""
 
 
 def row_digest(conversation: Mapping[str, Any]) -> str:
@@ -49,7 +51,8 @@ def row_digest(conversation: Mapping[str, Any]) -> str:
 
 def row_line(row: AnsweredRow) -> str:
     """The line of `rows.jsonl` for a row, with its line break."""
-    return json.dumps(asdict(row)) + "\n"
+    fields = asdict(row)
+    return json.dumps(fields if row.why else {name: fields[name] for name in fields if name != "why"}) + "\n"
 
 
 def read_rows(directory: Path) -> Iterator[AnsweredRow]:

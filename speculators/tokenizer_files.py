@@ -105,7 +105,7 @@ def mask_token(directory: Path, vocab_size: int) -> MaskToken | None:
     for token_id in (special["mask"], unused, spare, special["pad"], special["eos"]):
         if token_id is not None and token_id < vocab_size:
             text = texts.get(token_id, "")
-            ends = {special["eos"], *_end_tokens(directory)}
+            ends = {special["eos"], *end_tokens(directory)}
             in_template = bool(text) and text in (chat_template(directory) or "")
             return MaskToken(id=token_id, text=text, in_answers=token_id in ends or in_template)
     raise ContractError(
@@ -161,7 +161,7 @@ def _special(directory: Path, name: str) -> str:
     return ""
 
 
-def _end_tokens(directory: Path) -> Iterator[int]:
+def end_tokens(directory: Path) -> Iterator[int]:
     """Ids of the tokens that end an answer."""
     for file in (GENERATION_CONFIG, "config.json"):
         ids = _config(directory, file).get("eos_token_id")

@@ -35,6 +35,9 @@ SET_BY_RECIPE = {
     "data-parallel-size": "serve.data_parallel",
     "kv-transfer-config": "extract.connector",
     "speculative-config": "speculator.num_speculative_tokens",
+    "tool-call-parser": "serve.tool_call_parser",
+    "enable-auto-tool-choice": "serve.tool_call_parser",
+    "reasoning-parser": "serve.reasoning_parser",
     **dict.fromkeys(("host", "served-model-name", "generation-config", "enable-log-requests", "uvicorn-log-level",
                      "enable-prefix-caching", "distributed-executor-backend", "scheduler-cls"), ""),
 }  # fmt: skip

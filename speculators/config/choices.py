@@ -152,3 +152,16 @@ class OnBadRow(enum.Enum):
     error = "error"
     skip = "skip"
     """Leave the row out and record the reason. Too many of them are still an error."""
+
+
+class OnFault(enum.Enum):
+    """Handling of an answer that is cut, loops or is empty; see `data.answer_faults`."""
+
+    keep = "keep"
+    """Train on it, and continue the conversation."""
+    mask = "mask"
+    """Train on none of it, of a looping answer on what precedes the repetition, and continue the conversation."""
+    end = "end"
+    """End the conversation: with this answer, of which the repetition is not trained on; before it, if it is empty."""
+    drop = "drop"
+    """Leave the conversation out."""

@@ -27,6 +27,7 @@ from speculators.config.choices import (
     LrSchedule,
     OnBadRow,
     OnDamage,
+    OnFault,
     Optimizer,
     Packing,
     Tracker,
@@ -171,6 +172,13 @@ class Regenerate(StageOptions):
     seed: int = semantic(0, seed())
     """Seed from which each request's own seed is derived, with the conversation's content and the turn. Has an effect
     only with a temperature above 0."""
+    on_cut: OnFault = if_set(OnFault.keep)
+    """Handling of an answer that is cut at `max_tokens` or `max_seq_len`; see `OnFault`. A conversation that continues
+    after it has an end-of-turn token there that the target did not sample."""
+    on_loop: OnFault = if_set(OnFault.keep)
+    """Handling of an answer that ends in an exact repetition, of at least three cycles and 32 tokens; see `OnFault`."""
+    on_empty: OnFault = if_set(OnFault.end)
+    """Handling of an answer without a token but that which ends it; see `OnFault`."""
     concurrency: int = operational(64, positive())
     """Requests in flight."""
     retries: int = operational(3, non_negative())
@@ -403,6 +411,12 @@ class Serve(Options):
     """Pipeline stages of consecutive layers that a copy of the target is split into, each on its own GPUs."""
     data_parallel: int | None = operational(None, positive())
     """Copies of the target behind one server, each on its own GPUs. Null: as many as fit; 1 where speed is measured."""
+    tool_call_parser: str = if_set("")
+    """vLLM's parser of the target's tool calls (`hermes`, `llama3_json`, ...), for conversations with tools; see `vllm
+    serve --help=tool-call-parser`. Empty: `regenerate` finds calls that the text spells as JSON objects."""
+    reasoning_parser: str = if_set("")
+    """vLLM's parser that separates the target's thoughts from its text (`qwen3`, `deepseek_r1`, ...), so that templates
+    may leave those of earlier answers out. Empty: thoughts stay in the text."""
     extra_args: list[str] = operational([])
     """Further command-line arguments for vLLM, passed unchanged."""
 

@@ -1,26 +1,75 @@
-"""Answered conversations of this attempt at `regenerate`, and of earlier artifacts and attempts that it may use."""
+"""Answered conversations of this attempt at `regenerate`, and of earlier artifacts and attempts that it may use.
+
+The answers lie in files. In memory is of each conversation what decides about it and is counted (`Finished`).
+"""
 
 from __future__ import annotations
 
 import json
 import os
+import sys
 import time
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
-from typing import Any, TextIO
+from typing import Any, BinaryIO, TextIO
 
 from speculators.answers import ANSWER_LOG, BAD_STATES, ROWS, AnsweredRow, read_rows, row_line
-from speculators.data.conversations import ConversationRow
+from speculators.data.lines import JsonLines
 from speculators.features.reuse import EarlierHiddenStates
 from speculators.features.shards import ShardWriter
 from speculators.job import ReusableRows
 from speculators.timeouts import SYNC_SECONDS
 
-OF_THE_LOG = ("index", "dropped", "why", "reused", "prefilled")
-"""Fields of a line in `answers.jsonl` that are not published: index in the input, reason for missing answers, whether
-the answers are those of `EarlierAnswers`, and whether their hidden states were computed apart."""
+OF_THE_LOG = ("index", "dropped", "why", "faults", "reused", "prefilled")
+"""Fields of a line in `answers.jsonl` that are not published: index in the input, reason for missing answers and what
+was said of it, faults of the answers, whether they are those of `EarlierAnswers`, and whether their hidden states were
+computed apart."""
+
+
+@dataclass(frozen=True, slots=True)
+class Finished:
+    """An answered conversation in the log."""
+
+    offset: int
+    """First byte of its line."""
+    dropped: str | None
+    """Reason for missing answers; None if there are all."""
+    why: str
+    faults: tuple[str, ...]
+    """Faults of its answers (`answer_faults`)."""
+    finish_reasons: tuple[str, ...]
+    """One for each answer that is kept."""
+    answer_tokens: int
+    supervised_tokens: int
+    has_states: bool
+    """Whether this stage has files with the hidden states of its answers."""
+    reused: bool
+    prefilled: bool
+
+    @property
+    def lacks_states(self) -> bool:
+        """Whether it has answers, and this stage has no file with their hidden states."""
+        return bool(self.finish_reasons) and not self.has_states
+
+
+def _finished(answered: dict[str, Any], offset: int) -> Finished:
+    turns = answered["turns"]
+    lengths = [len(turn["answer_ids"]) for turn in turns]
+    ranges = (turn.get("supervised", (0, length)) for turn, length in zip(turns, lengths, strict=True))
+    return Finished(
+        offset=offset,
+        dropped=sys.intern(answered["dropped"]) if answered["dropped"] else None,
+        why=answered.get("why", ""),
+        faults=tuple(map(sys.intern, answered.get("faults", ()))),
+        finish_reasons=tuple(sys.intern(turn["finish_reason"]) for turn in turns),
+        answer_tokens=sum(lengths),
+        supervised_tokens=sum(end - begin for begin, end in ranges),
+        has_states=any("states" in turn for turn in turns),
+        reused=answered.get("reused", False),
+        prefilled=answered.get("prefilled", False),
+    )
 
 
 class AnswerLog:
@@ -32,18 +81,24 @@ class AnswerLog:
 
     def __init__(self, directory: Path, digests: Sequence[str], sealed: set[int]) -> None:
         log, index = directory / ANSWER_LOG, directory / ROWS
-        lines = read_answers(log)
-        last = {answered["index"]: answered for answered in lines}
-        self.finished = {i: a for i, a in last.items() if a["dropped"] != BAD_STATES or i in sealed}
+        self.finished: dict[int, Finished] = {}
         """By index in the input."""
         self._digests = digests
-        self._lines = len(lines)
+        self._lines = 0
         self._synced = 0.0
         # Written again: a killed attempt may have appended to one file only.
         temporary = index.with_suffix(".new")
-        temporary.write_text("".join(row_line(self._row(a, n)) for n, a in enumerate(lines)), encoding="utf-8")
+        with temporary.open("w", encoding="utf-8") as file:
+            for offset, answered in read_answers(log):
+                entry = _finished(answered, offset)
+                file.write(row_line(self._row(answered["index"], entry)))
+                self._lines += 1
+                self.finished.pop(answered["index"], None)
+                if entry.dropped != BAD_STATES or answered["index"] in sealed:
+                    self.finished[answered["index"]] = entry
         os.replace(temporary, index)
-        self._log: TextIO = log.open("a", encoding="utf-8")
+        self._log: BinaryIO = log.open("ab")
+        self._answers: BinaryIO = log.open("rb")
         self._index: TextIO = index.open("a", encoding="utf-8")
 
     def __enter__(self) -> AnswerLog:
@@ -53,39 +108,50 @@ class AnswerLog:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         os.fsync(self._log.fileno())
-        self._log.close()
-        self._index.close()
+        for file in (self._log, self._answers, self._index):
+            file.close()
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        """Read a finished conversation, by its index in the input."""
+        self._answers.seek(self.finished[index].offset)
+        answered: dict[str, Any] = json.loads(self._answers.readline())
+        return answered
 
     def append(self, answered: dict[str, Any]) -> None:
         """Append a finished conversation; it is on the disk after at most `SYNC_SECONDS`."""
-        self._log.write(json.dumps(answered, ensure_ascii=False) + "\n")
+        entry = _finished(answered, self._log.seek(0, os.SEEK_END))
+        self._log.write(json.dumps(answered, ensure_ascii=False).encode() + b"\n")
         self._log.flush()
-        self._index.write(row_line(self._row(answered, self._lines)))
+        self._index.write(row_line(self._row(answered["index"], entry)))
         self._index.flush()
         self._lines += 1
-        self.finished[answered["index"]] = answered
+        self.finished[answered["index"]] = entry
         now = time.monotonic()
         if now - self._synced >= SYNC_SECONDS:
             os.fsync(self._log.fileno())
             self._synced = now
 
-    def _row(self, answered: dict[str, Any], line: int) -> AnsweredRow:
-        kept_line = line if answered["turns"] else None
-        return AnsweredRow(digest=self._digests[answered["index"]], dropped=answered["dropped"], line=kept_line)
+    def _row(self, index: int, entry: Finished) -> AnsweredRow:
+        line = self._lines if entry.finish_reasons else None
+        return AnsweredRow(digest=self._digests[index], dropped=entry.dropped, line=line, why=entry.why)
 
 
-def read_answers(log: Path) -> list[dict[str, Any]]:
-    """Read the conversations that earlier attempts finished; of several lines of one conversation the last one counts.
+def read_answers(log: Path) -> Iterator[tuple[int, dict[str, Any]]]:
+    """Read the conversations that earlier attempts finished, with the offsets of their lines; of several lines of one
+    conversation the last one counts.
 
     An incomplete last line, which a killed attempt left, is removed so that the next append starts a new line.
     """
     if not log.exists():
-        return []
-    data = log.read_bytes()
-    complete_bytes = data.rfind(b"\n") + 1
-    if complete_bytes < len(data):
-        os.truncate(log, complete_bytes)
-    return [json.loads(line) for line in data[:complete_bytes].splitlines()]
+        return
+    offset = 0
+    with log.open("rb") as lines:
+        for line in lines:
+            if not line.endswith(b"\n"):
+                os.truncate(log, offset)
+                return
+            yield offset, json.loads(line)
+            offset += len(line)
 
 
 @dataclass(frozen=True, slots=True)
@@ -96,44 +162,53 @@ class StoredHiddenStates:
     row: int
 
 
+@dataclass(frozen=True, slots=True)
+class _Stored:
+    """A conversation of an earlier artifact or attempt."""
+
+    row: AnsweredRow
+    file: Path
+    shards: EarlierHiddenStates | None
+
+
 class EarlierAnswers:
     """The conversations with these digests that the request's `reuse` has: their answers, and their hidden states."""
 
     def __init__(self, reuse: Iterable[ReusableRows], digests: set[str], writer: ShardWriter | None) -> None:
-        self.answers: dict[str, dict[str, Any]] = {}
-        """By digest: `messages`, `turns` and `dropped` of the answered conversation."""
-        self.hidden_states: dict[str, StoredHiddenStates] = {}
-        """By digest, for conversations whose answers are those in `answers`."""
+        self._stored: dict[str, _Stored] = {}
+        self._files: dict[Path, JsonLines] = {}
         for rows in reuse:
             if rows.conversations is None:
                 continue
             shards = None
             if writer and rows.hidden_states and rows.hidden_states.is_dir():
                 shards = EarlierHiddenStates(rows.hidden_states, writer.contract)
-            index = [row for row in read_rows(rows.conversations.parent) if row.dropped != BAD_STATES]
-            missing = [row for row in index if row.digest in digests and row.digest not in self.answers]
-            lines = {row.line: row for row in missing if row.line is not None}
-            for row in missing:
-                if row.line is None:
-                    self.answers[row.digest] = {"messages": [], "turns": [], "dropped": row.dropped}
-            for number, conversation in read_lines(rows.conversations, lines.keys()):
-                self._add(lines[number], conversation, shards)
+            for row in read_rows(rows.conversations.parent):
+                if row.dropped != BAD_STATES and row.digest in digests:
+                    self._stored.setdefault(row.digest, _Stored(row, rows.conversations, shards))
 
-    def _add(self, row: AnsweredRow, conversation: ConversationRow, shards: EarlierHiddenStates | None) -> None:
+    def __contains__(self, digest: str) -> bool:
+        return digest in self._stored
+
+    def may_have_states(self, digest: str) -> bool:
+        """Whether the conversation is in an artifact with hidden states that fit."""
+        return digest in self._stored and self._stored[digest].shards is not None
+
+    def read(self, digest: str) -> tuple[dict[str, Any], StoredHiddenStates | None] | None:
+        """Read `messages`, `turns` and `dropped` of a conversation, and where its hidden states are; None if the file
+        is gone or damaged."""
+        stored = self._stored[digest]
+        why = {"why": stored.row.why} if stored.row.why else {}
+        if stored.row.line is None:
+            return {"messages": [], "turns": [], "dropped": stored.row.dropped, **why}, None
+        try:
+            if stored.file not in self._files:
+                self._files[stored.file] = JsonLines(stored.file)
+            conversation = self._files[stored.file][stored.row.line]
+        except (OSError, ValueError, IndexError):
+            return None
         turns = [{name: value for name, value in turn.items() if name != "states"} for turn in conversation["turns"]]
-        self.answers[row.digest] = {"messages": conversation["messages"], "turns": turns, "dropped": row.dropped}
-        stored = [turn["states"] for turn in conversation["turns"] if "states" in turn]
-        if shards is not None and stored:
-            self.hidden_states[row.digest] = StoredHiddenStates(shards, stored[0][0])
-
-
-def read_lines(conversations: Path, numbers: Iterable[int]) -> Iterator[tuple[int, ConversationRow]]:
-    """Read the lines with these numbers, as (number, conversation); a missing file or an incomplete line ends it."""
-    remaining = set(numbers)
-    try:
-        with conversations.open(encoding="utf-8") as lines:
-            for number, line in enumerate(lines):
-                if number in remaining:
-                    yield number, json.loads(line)
-    except (OSError, ValueError):
-        return
+        answered = {"messages": conversation["messages"], "turns": turns, "dropped": stored.row.dropped, **why}
+        slices = [turn["states"] for turn in conversation["turns"] if "states" in turn]
+        of_artifact = stored.shards is not None and slices
+        return answered, StoredHiddenStates(stored.shards, slices[0][0]) if stored.shards and of_artifact else None

@@ -29,6 +29,8 @@ class Answer(TypedDict):
     answer_ids: list[int]
     finish_reason: str
     """`stop` or `length`."""
+    supervised: NotRequired[list[int]]
+    """[begin, end] of the answer's tokens that are supervised; without it, all are."""
     states: NotRequired[list[int]]
     """[row, start, length]: the slice of a row of `states/` that has the hidden states of prompt and answer."""
     picks: NotRequired[list[tuple[int, int, float | None]]]

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 from bisect import bisect_left
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -22,6 +22,25 @@ class ChatTurn:
 
     prompt_ids: list[int]
     answer_ids: list[int]
+    supervised: tuple[int, int] | None = None
+    """Range of the answer's tokens that the draft learns from; None: all."""
+
+    def answer_mask(self) -> list[int]:
+        """The loss mask of the answer."""
+        begin, end = self.supervised or (0, len(self.answer_ids))
+        return [int(begin <= index < end) for index in range(len(self.answer_ids))]
+
+
+def stored_turns(turns: Iterable[Mapping[str, Any]]) -> list[ChatTurn]:
+    """The chat turns of a line of `conversations.jsonl` that the target has answered."""
+    return [
+        ChatTurn(
+            prompt_ids=turn["prompt_ids"],
+            answer_ids=turn["answer_ids"],
+            supervised=tuple(turn["supervised"]) if "supervised" in turn else None,
+        )
+        for turn in turns
+    ]
 
 
 @dataclass(slots=True)
@@ -36,7 +55,7 @@ def merge_turns(turns: Sequence[ChatTurn]) -> list[TokenSequence]:
     """Join chat turns of a conversation to one row, where each prompt begins with all tokens of the turn before.
 
     A new row starts at a turn whose prompt does not: the template rewrites history (drops reasoning, say), or an answer
-    is tokenized differently as part of a prompt. Every answer is supervised once.
+    is tokenized differently as part of a prompt. Every answer is supervised once, within its range.
     """
     rows: list[TokenSequence] = []
     for turn in turns:
@@ -44,9 +63,9 @@ def merge_turns(turns: Sequence[ChatTurn]) -> list[TokenSequence]:
         if last and turn.prompt_ids[: len(last.input_ids)] == last.input_ids:
             between = turn.prompt_ids[len(last.input_ids) :]
             last.input_ids += between + turn.answer_ids
-            last.loss_mask += [0] * len(between) + [1] * len(turn.answer_ids)
+            last.loss_mask += [0] * len(between) + turn.answer_mask()
         else:
-            mask = [0] * len(turn.prompt_ids) + [1] * len(turn.answer_ids)
+            mask = [0] * len(turn.prompt_ids) + turn.answer_mask()
             rows.append(TokenSequence([*turn.prompt_ids, *turn.answer_ids], mask))
     return rows
 

@@ -29,7 +29,7 @@ from speculators import timeouts
 from speculators.engine.mooncake import MooncakeStore
 from speculators.engine.pool import RESTART_HINT, EnginePool, EngineServer, summarize_log
 from speculators.engine.transfer import Transfer, announced_transfer
-from speculators.errors import ServiceError, StageError
+from speculators.errors import RunError, ServiceError, StageError
 from speculators.job import Endpoint
 
 TOKENS_PER_TIMEOUT = 2048
@@ -37,6 +37,17 @@ TOKENS_PER_TIMEOUT = 2048
 
 Item = TypeVar("Item")
 Result = TypeVar("Result")
+
+
+class RefusedError(StageError):
+    """The server refuses a request for what it contains; the same request would be refused again."""
+
+    def __init__(self, item: str, reason: str) -> None:
+        super().__init__(f"the server refuses {item}: {reason}", "fix or remove this item in its data set")
+        self.item, self.reason = item, reason
+
+    def __reduce__(self) -> tuple[type[RunError], tuple[str, str]]:
+        return type(self), (self.item, self.reason)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -59,6 +70,10 @@ class Completion:
     """Time from sending the request to receiving the answer, without the client's queue and failed attempts."""
     url: str = ""
     """The server that answered."""
+    reasoning: str = ""
+    """What a reasoning parser took out of the text; empty without one."""
+    tool_calls: list[dict[str, Any]] = dataclasses.field(default_factory=list)
+    """What a tool parser took out of the text, in OpenAI's form; empty without one."""
 
 
 class Client:
@@ -107,7 +122,7 @@ class Client:
                 probable tokens per position.
 
         Raises:
-            StageError: the server refuses this request.
+            RefusedError: the server refuses this request.
             ServiceError: no server answers it, or the server does not return token ids.
         """
         if "logprobs" in fields:
@@ -116,11 +131,13 @@ class Client:
             "/v1/chat/completions", {"messages": list(messages), **fields}, item, affinity_key
         )
         choice = body["choices"][0]
-        entries = (choice.get("logprobs") or {}).get("content") or []
+        message, entries = choice["message"], (choice.get("logprobs") or {}).get("content") or []
         answer = _completion(
             body,
             choice,
-            text=choice["message"].get("content") or "",
+            text=message.get("content") or "",
+            reasoning=message.get("reasoning") or message.get("reasoning_content") or "",
+            tool_calls=message.get("tool_calls") or [],
             prompt_ids=body.get("prompt_token_ids"),
             logprobs=[{_token_id(t["token"]): t["logprob"] for t in entry["top_logprobs"]} for entry in entries],
             **origin,
@@ -302,7 +319,7 @@ class Client:
         """Describe an error answer that a retry may avoid.
 
         Raises:
-            StageError: the server refuses this request.
+            RefusedError: the server refuses this request.
             ServiceError: the server refuses every request: a wrong key or model.
         """
         message = _error_message(response)
@@ -314,7 +331,7 @@ class Client:
                 f"the server at {server.endpoint.url} answered {response.status_code}: {message}",
                 f"the server must serve the model `{self.endpoint.model}` and accept this run's API key",
             )
-        raise StageError(f"the server refuses {item}: {message}", "fix or remove this item in its data set")
+        raise RefusedError(item, message)
 
     async def _wait_until_complete(self, transfer: Transfer, server: EngineServer, time_limit: float) -> None:
         """Poll a transfer until it is complete, and the server's health meanwhile; `time_limit` in seconds."""
@@ -346,6 +363,8 @@ def _completion(
     logprobs: list[dict[int, float]],
     seconds: float,
     url: str,
+    reasoning: str = "",
+    tool_calls: Sequence[dict[str, Any]] = (),
 ) -> Completion:
     if prompt_ids is None or choice.get("token_ids") is None:
         raise ServiceError("the server does not return token ids", "serve the target with vLLM >= 0.11")
@@ -358,6 +377,8 @@ def _completion(
         kv_transfer_params=body.get("kv_transfer_params") or {},
         seconds=seconds,
         url=url,
+        reasoning=reasoning,
+        tool_calls=list(tool_calls),
     )
 
 

@@ -13,10 +13,11 @@ SEED_BITS = 63
 
 
 def template_fields(target: Target, conversation: Mapping[str, Any]) -> dict[str, Any]:
-    """The fields of a request that the chat template gets with the messages: variables, those of the conversation
-    before the recipe's."""
+    """The fields of a request that the chat template gets with the messages: the tools of the conversation, and
+    variables, its own before the recipe's."""
     variables = target.chat_template_kwargs | (conversation.get("chat_template_kwargs") or {})
-    return {"chat_template_kwargs": variables} if variables else {}
+    fields = {"tools": conversation.get("tools"), "chat_template_kwargs": variables}
+    return {name: value for name, value in fields.items() if value}
 
 
 def sampling_fields(config: Regenerate) -> dict[str, Any]:

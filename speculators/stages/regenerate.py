@@ -1,8 +1,9 @@
 """regenerate: conversations -> conversations answered by the target. Keep the server's own token ids of each turn.
 
-A draft learns to predict the target's output, so the target writes every assistant turn. The turns of a conversation
-are answered in order, many conversations at the same time. Each finished conversation is appended to
-`scratch/answers.jsonl`; a new attempt resumes with those that are not in it.
+A draft learns to predict the target's output, so the target writes every assistant turn (`engine.answering`). The turns
+of a conversation are answered in order, many conversations at the same time. Each finished conversation is appended to
+`scratch/answers.jsonl`; a new attempt resumes with those that are not in it. A conversation that the server refuses is
+a line of `errors.jsonl`, with the reason.
 
 A conversation that was answered before, in an artifact or an attempt that the request names (`Job.reuse`), is not
 answered again: it is found by the digest of its messages, which `rows.jsonl` lists (see `speculators.answers`). That
@@ -20,119 +21,171 @@ that has them. If it has other layers or another format, the target prefills pro
 from __future__ import annotations
 
 import asyncio
+import hashlib
 import json
-import os
 import time
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-import torch
-from safetensors.torch import load_file, save_file
-from torch import Tensor
-
 from speculators.answers import BAD_STATES, ROWS, AnsweredRow, row_digest, row_line
-from speculators.config.choices import OnBadRow
-from speculators.config.schema import Config
-from speculators.data.answer_log import OF_THE_LOG, AnswerLog, EarlierAnswers, StoredHiddenStates
-from speculators.data.conversations import ConversationRow, Message
-from speculators.data.template import ChatTurn, TokenSequence, merge_turns
+from speculators.data.answer_faults import CUT, EMPTY, LOOPING
+from speculators.data.answer_log import OF_THE_LOG, AnswerLog, EarlierAnswers, Finished, StoredHiddenStates
+from speculators.data.conversations import ConversationRow
+from speculators.data.lines import JsonLines
+from speculators.engine.answering import REFUSED, answer, judged, prefill
 from speculators.engine.client import Client
-from speculators.engine.sampling import request_seed, sampling_fields, template_fields
-from speculators.engine.transfer import Transfer
-from speculators.errors import ContractError, StageError
-from speculators.features.encoding import encode, split_last_layer
+from speculators.engine.turn_states import TurnFiles, copy_turns, read_turns, sequences, set_slices, turn_files
+from speculators.errors import StageError
 from speculators.features.shards import ShardWriter
-from speculators.features.writer import (
-    ANSWER_STATES,
-    check_hidden_states,
-    hidden_states_writer,
-    last_layer_mask,
-    refuse_too_many,
-)
+from speculators.features.writer import ANSWER_STATES, hidden_states_writer, refuse_too_many
 from speculators.job import Job
-from speculators.targets.fidelity_check import greedy_tokens_in_answer
+from speculators.tokenizer_files import end_tokens
 
-STATES = "states"
-"""Directory of the turns' hidden states in the scratch directory."""
 SAMPLED = 16
 """Number of conversations whose answers include greedy tokens, for the fidelity check of their hidden states."""
+ERRORS = "errors.jsonl"
+"""Conversations that the server refuses: id, source, reason."""
+MAX_REFUSED, MAX_REFUSED_RATIO = 4, 0.1
+"""Conversations that may be refused: this number, plus this share of those that were seen."""
+NOTED = {CUT: 0.1, LOOPING: 0.01, EMPTY: 0.01}
+"""Share of the answers with a fault above which the terminal says so."""
+ADVICE = {
+    CUT: "are cut: regenerate.max_tokens=MORE, or regenerate.on_cut=end, which ends conversations there",
+    LOOPING: "end in an exact loop: regenerate.on_loop=mask trains on none of the repetition",
+    EMPTY: "are empty: does the chat template, or a reasoning that it opens, end the prompt?",
+}
 
 
 def main(job: Job) -> None:
     """Answer the conversations in any order, and write them in the order of the input."""
-    with (job.inputs["prompts"] / "conversations.jsonl").open(encoding="utf-8") as lines:
-        conversations: list[ConversationRow] = [json.loads(line) for line in lines]
-    digests = [row_digest(conversation) for conversation in conversations]
-    writer = hidden_states_writer(job, "prompts", ANSWER_STATES) if _keeps_hidden_states(job) else None
-    sealed = writer.done if writer else set()
-    start = time.monotonic()
-    with AnswerLog(job.scratch, digests, sealed) as log:
-        finished = log.finished
-        job.record["resumed"] = len(finished)
-        unsealed = [index for index in range(len(conversations)) if index not in sealed]
-        earlier = EarlierAnswers(job.reuse, {digests[index] for index in unsealed}, writer)
-        for i in unsealed:
-            # Answers and hidden states are of one artifact, also if an earlier attempt had the answers of another one.
-            states_only = digests[i] in earlier.hidden_states and i in finished and _lacks_hidden_states(finished[i])
-            if digests[i] in earlier.answers and (i not in finished or states_only):
-                log.append({"index": i, **conversations[i], **earlier.answers[digests[i]], "reused": True})
-        without_states = {i for i in unsealed if writer and i in finished and _lacks_hidden_states(finished[i])}
-        copied = {i: earlier.hidden_states[digests[i]] for i in without_states if digests[i] in earlier.hidden_states}
-        asyncio.run(_request_all(job, conversations, log, without_states - copied.keys()))
-    elapsed_seconds = time.monotonic() - start
-    kept = [finished[i] for i in range(len(conversations)) if finished[i]["turns"]]
-    if not kept:
-        raise StageError(
-            f"none of {len(conversations)} conversations was answered: {_dropped(finished)}",
-            "raise `max_seq_len`, or choose other prompts",
-        )
-    if writer:
-        _write_hidden_states(job, kept, writer, copied)
-    _publish(job, kept, finished, digests)
-    turns = [turn for answered in kept for turn in answered["turns"]]
-    reused = [answered for answered in finished.values() if answered.get("reused")]
-    job.record |= {
-        "conversations": len(conversations),
-        "kept": len(kept),
-        "dropped": _dropped(finished),
-        "reused": len(reused),
-        "answered": len(conversations) - len(reused),
-        "prefilled": sum(answered.get("prefilled", False) for answered in finished.values()),
-        "turns": len(turns),
-        "answer_tokens": sum(len(turn["answer_ids"]) for turn in turns),
-        "finish_reasons": dict(Counter(turn["finish_reason"] for turn in turns)),
-        "seconds": round(elapsed_seconds, 1),
-    }
-    bad = [answered for answered in finished.values() if answered["dropped"] == BAD_STATES]
-    if bad:
-        note = f"{len(bad)} conversations end before an answer whose hidden states cannot be used: {bad[0]['why']}"
-        job.record["notes"] = [note]
+    with JsonLines(job.inputs["prompts"] / "conversations.jsonl") as conversations:
+        keys, digests = [], []
+        for conversation in conversations:
+            keys.append(system_key(conversation))
+            digests.append(row_digest(conversation))
+        writer = hidden_states_writer(job, "prompts", ANSWER_STATES) if _keeps_hidden_states(job) else None
+        sealed = writer.done if writer else set()
+        start = time.monotonic()
+        with AnswerLog(job.scratch, digests, sealed) as log:
+            job.record["resumed"] = len(log.finished)
+            unsealed = [index for index in range(len(conversations)) if index not in sealed]
+            copied = _take_earlier(job, conversations, digests, unsealed, log, writer)
+            without_states = {i for i in unsealed if writer and i in log.finished and log.finished[i].lacks_states}
+            missing = (i for i in range(len(conversations)) if i not in log.finished)
+            waiting = [*sorted(without_states - copied.keys()), *in_order(keys, missing)]
+            if waiting:
+                asyncio.run(_request_all(job, conversations, log, waiting))
+            elapsed_seconds = time.monotonic() - start
+            finished = [log.finished[index] for index in range(len(conversations))]
+            if not any(entry.finish_reasons for entry in finished):
+                raise StageError(
+                    f"none of {len(conversations)} conversations was answered: {_reasons(finished)}",
+                    "raise `max_seq_len`, or choose other prompts",
+                )
+            if writer:
+                _write_hidden_states(job, log, writer, copied)
+            _publish(job, log, digests)
+    _record(job, finished)
+    job.record["seconds"] = round(elapsed_seconds, 1)
 
 
-def _publish(job: Job, kept: list[dict[str, Any]], finished: dict[int, dict[str, Any]], digests: list[str]) -> None:
-    """Write the answered conversations in the order of the input, and the index of all of them."""
-    numbers = {answered["index"]: number for number, answered in enumerate(kept)}
-    with (job.output / "conversations.jsonl").open("w", encoding="utf-8") as file:
-        for answered in kept:
-            published = {key: value for key, value in answered.items() if key not in OF_THE_LOG}
-            file.write(json.dumps(published, ensure_ascii=False) + "\n")
-    with (job.output / ROWS).open("w", encoding="utf-8") as file:
+def _take_earlier(
+    job: Job,
+    conversations: JsonLines,
+    digests: Sequence[str],
+    unsealed: Sequence[int],
+    log: AnswerLog,
+    writer: ShardWriter | None,
+) -> dict[int, StoredHiddenStates]:
+    """Append answers of earlier artifacts and attempts to the log; returns where their hidden states are, by row."""
+    copied: dict[int, StoredHiddenStates] = {}
+    ends, rules = _end_tokens(job), job.config.regenerate
+    earlier = EarlierAnswers(job.reuse, {digests[index] for index in unsealed}, writer)
+    for i in unsealed:
+        # Answers and hidden states are of one artifact, also if an earlier attempt had the answers of another one.
+        states_only = i in log.finished and log.finished[i].lacks_states and earlier.may_have_states(digests[i])
+        if digests[i] not in earlier or (i in log.finished and not states_only):
+            continue
+        if (stored := earlier.read(digests[i])) is None:
+            continue
+        answered, states = stored
+        if i not in log.finished or states is not None:
+            log.append(judged({"index": i, **conversations[i], **answered, "reused": True}, rules, ends))
+        if writer and states is not None:
+            copied[i] = states
+    return copied
+
+
+def _publish(job: Job, log: AnswerLog, digests: Sequence[str]) -> None:
+    """Write the answered conversations in the order of the input, the index of all, and those that were refused."""
+    refused, number = [], 0
+    with (
+        (job.output / "conversations.jsonl").open("w", encoding="utf-8") as file,
+        (job.output / ROWS).open("w", encoding="utf-8") as rows,
+    ):
         for index, digest in enumerate(digests):
-            row = AnsweredRow(digest=digest, dropped=finished[index]["dropped"], line=numbers.get(index))
-            file.write(row_line(row))
+            entry = log.finished[index]
+            line = number if entry.finish_reasons else None
+            if line is not None or entry.dropped == REFUSED:
+                answered = log[index]
+                if entry.dropped == REFUSED:
+                    refused.append({"id": answered["id"], "source": answered["source"], "reason": entry.why})
+            if line is not None:
+                if _keeps_hidden_states(job):
+                    set_slices(answered["turns"], index)
+                published = {key: value for key, value in answered.items() if key not in OF_THE_LOG}
+                file.write(json.dumps(published, ensure_ascii=False) + "\n")
+                number += 1
+            rows.write(row_line(AnsweredRow(digest=digest, dropped=entry.dropped, line=line, why=entry.why)))
+    if refused:
+        text = "".join(json.dumps(error, ensure_ascii=False) + "\n" for error in refused)
+        (job.output / ERRORS).write_text(text, encoding="utf-8")
 
 
-async def _request_all(
-    job: Job, conversations: list[ConversationRow], log: AnswerLog, without_states: set[int]
-) -> None:
+def _record(job: Job, finished: Sequence[Finished]) -> None:
+    """Counts for the artifact's record: `conversations` = `kept_whole` + `kept_in_part` + `dropped`."""
+    kept = [entry for entry in finished if entry.finish_reasons]
+    reused = sum(entry.reused for entry in finished)
+    faults = Counter(fault for entry in finished for fault in entry.faults)
+    turns = sum(len(entry.finish_reasons) for entry in kept)
+    job.record |= {
+        "conversations": len(finished),
+        "kept": len(kept),
+        "kept_whole": sum(entry.dropped is None for entry in kept),
+        "kept_in_part": _reasons(kept),
+        "dropped": _reasons(entry for entry in finished if not entry.finish_reasons),
+        "reused": reused,
+        "answered": len(finished) - reused,
+        "prefilled": sum(entry.prefilled for entry in finished),
+        "turns": turns,
+        "answer_tokens": sum(entry.answer_tokens for entry in kept),
+        "supervised_tokens": sum(entry.supervised_tokens for entry in kept),
+        "finish_reasons": dict(Counter(reason for entry in kept for reason in entry.finish_reasons)),
+        "faults": dict(faults),
+    }
+    notes = [
+        f"{faults[fault]} of {turns} answers {ADVICE[fault]}"
+        for fault, share in NOTED.items()
+        if faults[fault] > share * turns
+    ]
+    if refused := [entry.why for entry in finished if entry.dropped == REFUSED]:
+        notes.append(f"the server refuses {len(refused)} conversations ({ERRORS}): {refused[0]}")
+    if bad := [entry.why for entry in finished if entry.dropped == BAD_STATES]:
+        notes.append(f"{len(bad)} conversations end before an answer whose hidden states cannot be used: {bad[0]}")
+    if notes:
+        job.record["notes"] = notes
+
+
+def _reasons(entries: Iterable[Finished]) -> dict[str, int]:
+    """Number of conversations with missing answers, by reason."""
+    return dict(Counter(entry.dropped for entry in entries if entry.dropped))
+
+
+async def _request_all(job: Job, conversations: JsonLines, log: AnswerLog, waiting: Sequence[int]) -> None:
     """Request what is missing: the answers of conversations, and the hidden states of answers without them."""
-    config, finished = job.config.regenerate, log.finished
-    unanswered = in_order(conversations, (i for i in range(len(conversations)) if i not in finished))
-    waiting = [*sorted(without_states), *unanswered]
-    if not waiting:
-        return
+    config = job.config.regenerate
     if "target" not in job.services:
         raise StageError(
             f"{len(waiting)} of {len(conversations)} rows are no longer in the store", "run the same command again"
@@ -141,250 +194,92 @@ async def _request_all(
         job.services["target"], concurrency=config.concurrency, retries=config.retries, timeout=config.timeout
     )
     start, tokens, done = time.monotonic(), 0, len(conversations) - len(waiting)
+    only_states = {index for index in waiting if index in log.finished}
     # The first ones that this attempt requests, too: its server may be another one than that of earlier rows.
     sampled = {*range(SAMPLED), *sorted(waiting)[:SAMPLED]}
+    ends = _end_tokens(job)
 
     async def work(index: int) -> dict[str, Any]:
         files = TurnFiles(job, index, sampled=index in sampled) if _keeps_hidden_states(job) else None
-        if index in finished:
+        if index in only_states:
             assert files is not None
-            return await prefill(client, finished[index], files)
-        answered = await answer(client, conversations[index], job.config, files)
-        return {"index": index, **answered}
+            return await prefill(client, log[index], files)
+        answered = await answer(client, conversations[index], job.config, files, ends)
+        return judged({"index": index, **answered}, config, ends)
 
     async with client:
         async for answered in client.map(work, waiting):
-            if answered["index"] not in without_states:
-                tokens += sum(len(turn["answer_ids"]) for turn in answered["turns"])
             log.append(answered)
-            if answered["dropped"] == BAD_STATES:
-                reasons = [each["why"] for each in finished.values() if each["dropped"] == BAD_STATES]
-                refuse_too_many(reasons, "answers", len(finished))
+            if answered["index"] not in only_states:
+                tokens += log.finished[answered["index"]].answer_tokens
+            _refuse_too_many(answered["dropped"], log)
             done += 1
             tokens_per_second = round(tokens / (time.monotonic() - start), 1)
             job.progress(done, len(conversations), "conversations", tokens_per_second=tokens_per_second)
     job.record["retried_requests"] = client.retried
-    if not without_states:
+    if not only_states:
         job.record["tokens_per_second"] = round(tokens / (time.monotonic() - start), 1)
 
 
-class TurnFiles:
-    """The files with the hidden states of one conversation's turns in the scratch directory."""
-
-    def __init__(self, job: Job, index: int, *, sampled: bool) -> None:
-        self.request: dict[str, Any] = {"kv_transfer_params": {"hidden_states": True, "include_output_tokens": True}}
-        """Parameters with which the server exports the hidden states of a request."""
-        self.sampled = sampled
-        """Whether greedy tokens of the answers are kept."""
-        if sampled:
-            # Two, because the server lists the sampled token first, and the greedy one may be the other.
-            self.request["logprobs"] = 2
-        self.skips = job.config.extract.on_bad_row is OnBadRow.skip
-        """Whether unusable hidden states end the conversation before their answer instead of stopping the stage."""
-        self._directory = job.scratch / STATES
-        self._index = index
-        self._stored_dtype = job.config.extract.dtype.name
-        self._compute_dtype = getattr(torch, job.config.target.dtype.name)
-
-    def write(self, turn: int, input_ids: Sequence[int], transfer: Transfer) -> str:
-        """Check the hidden states of a turn and write them in the stored dtype; returns the name of the file."""
-        token_ids, hidden_states = transfer.load()
-        item = f"conversation {self._index}"
-        check_hidden_states(item, input_ids, token_ids, hidden_states, self._compute_dtype)
-        name = f"{self._index:07d}-{turn}.safetensors"
-        self._directory.mkdir(exist_ok=True)
-        encoded = encode(item, hidden_states, self._stored_dtype)
-        save_file({"token_ids": token_ids, **encoded}, self._directory / f".{name}")
-        os.replace(self._directory / f".{name}", self._directory / name)
-        return name
-
-    def delete(self, name: str) -> None:
-        """Delete the file of a turn whose hidden states are also in that of the next turn."""
-        (self._directory / name).unlink()
+def _refuse_too_many(dropped: str | None, log: AnswerLog) -> None:
+    """Raise StageError where so many conversations were dropped for this reason that they are hardly the cause."""
+    if dropped not in (BAD_STATES, REFUSED):
+        return
+    reasons = [entry.why for entry in log.finished.values() if entry.dropped == dropped]
+    seen = len(log.finished)
+    if dropped == BAD_STATES:
+        refuse_too_many(reasons, "answers", seen)
+    elif len(reasons) > MAX_REFUSED + MAX_REFUSED_RATIO * seen:
+        raise StageError(
+            f"the server refuses {len(reasons)} of {seen} conversations; the last: {reasons[-1]}",
+            "choose data that the target's chat template accepts, or another target",
+        )
 
 
-def continues(turn: dict[str, Any], later: dict[str, Any]) -> bool:
-    """Whether the prompt of `later` begins with all tokens of `turn`, so that its hidden states include the turn's."""
-    token_ids = [*turn["prompt_ids"], *turn["answer_ids"]]
-    return bool(later["prompt_ids"][: len(token_ids)] == token_ids)
-
-
-def last_turns(turns: list[dict[str, Any]]) -> list[int]:
-    """Indices of the turns that are not the beginning of the next one's prompt: one for each row of `merge_turns`."""
-    return [i for i, turn in enumerate(turns) if turn is turns[-1] or not continues(turn, turns[i + 1])]
-
-
-def _sequences(turns: list[dict[str, Any]]) -> list[TokenSequence]:
-    return merge_turns([ChatTurn(prompt_ids=turn["prompt_ids"], answer_ids=turn["answer_ids"]) for turn in turns])
-
-
-def _lacks_hidden_states(answered: dict[str, Any]) -> bool:
-    """Whether the conversation has answers, and this stage has no file with their hidden states."""
-    return bool(answered["turns"]) and not any("states" in turn for turn in answered["turns"])
+def _end_tokens(job: Job) -> frozenset[int]:
+    return frozenset(end_tokens(job.inputs["target"])) if "target" in job.inputs else frozenset()
 
 
 def _keeps_hidden_states(job: Job) -> bool:
     return "capture_layer_ids" in job.derived
 
 
-def _write_hidden_states(
-    job: Job, kept: list[dict[str, Any]], writer: ShardWriter, copied: dict[int, StoredHiddenStates]
-) -> None:
+def _kept(log: AnswerLog) -> Iterator[dict[str, Any]]:
+    """The conversations with answers, in the order of the input."""
+    return (log[index] for index in sorted(log.finished) if log.finished[index].finish_reasons)
+
+
+def _write_hidden_states(job: Job, log: AnswerLog, writer: ShardWriter, copied: dict[int, StoredHiddenStates]) -> None:
     """Write the hidden states of the kept turns into shards, except rows that an earlier attempt sealed.
 
     `copied` are those of earlier artifacts, by row; the others are files of this stage.
     """
     unsealed: dict[int, list[Path]] = {}
-    for number, answered in enumerate(kept):
-        row, begin = answered["index"], 0
-        turns, sequences = [answered["turns"][i] for i in last_turns(answered["turns"])], _sequences(answered["turns"])
-        files = [job.scratch / STATES / turn["states"] for turn in turns if "states" in turn]
-        for turn, sequence in zip(turns, sequences, strict=True):
-            turn["states"] = [row, begin, len(sequence.input_ids) - 1]
-            begin += len(sequence.input_ids) - 1
+    total = sum(bool(entry.finish_reasons) for entry in log.finished.values())
+    for number, answered in enumerate(_kept(log)):
+        row = answered["index"]
         if row not in writer.done:
+            rows, files = sequences(answered["turns"]), turn_files(job, answered["turns"])
             unsealed[row] = files
             if row in copied:
-                writer.add_encoded(row, *_copy_turns(job, copied[row], sequences))
+                writer.add_encoded(row, *copy_turns(job, copied[row], rows))
             else:
-                writer.add_encoded(row, *_read_turns(job, files, sequences))
+                writer.add_encoded(row, *read_turns(job, files, rows))
         for sealed_row in unsealed.keys() & writer.done:
             for file in unsealed.pop(sealed_row):
                 file.unlink()
-        job.progress(number + 1, len(kept), "conversations")
+        job.progress(number + 1, total, "conversations")
     writer.close()
     job.digests_written |= {f"{ANSWER_STATES}/{name}": digest for name, digest in writer.digests.items()}
 
 
-def _copy_turns(
-    job: Job, stored: StoredHiddenStates, rows: list[TokenSequence]
-) -> tuple[Tensor, dict[str, Tensor], Tensor]:
-    """Read one conversation from an earlier artifact; returns what `_read_turns` does."""
-    input_ids = [token for row in rows for token in row.input_ids[:-1]]
-    mask = torch.cat([last_layer_mask(job, row.loss_mask)[:-1] for row in rows])
-    token_ids, tensors = stored.shards.read(stored.row, input_ids, mask)
-    return token_ids, tensors, mask
+def system_key(conversation: ConversationRow) -> tuple[str, str]:
+    """A key by which conversations with one system prompt follow each other: how it begins, and its digest."""
+    first = next(iter(conversation["messages"]), None)
+    text = first["content"] if first is not None and first["role"] == "system" else ""
+    return text[:32], hashlib.sha256(text.encode(errors="surrogatepass")).hexdigest()[:16] if text else ""
 
 
-def _read_turns(job: Job, files: list[Path], rows: list[TokenSequence]) -> tuple[Tensor, dict[str, Tensor], Tensor]:
-    """Read one conversation: token ids [T], tensors of `split_last_layer`, and the mask [T] of its last layer."""
-    turns = []
-    for file, row in zip(files, rows, strict=True):
-        try:
-            encoded = load_file(file)
-        except FileNotFoundError:
-            raise StageError(
-                f"the hidden states {file.name} of a finished answer are missing", f"delete {job.scratch}"
-            ) from None
-        mask = last_layer_mask(job, row.loss_mask)[:-1]
-        turns.append({"token_ids": encoded.pop("token_ids"), "mask": mask, **split_last_layer(encoded, mask)})
-    tensors = {name: torch.cat([turn[name] for turn in turns]) for name in turns[0]}
-    return tensors.pop("token_ids"), tensors, tensors.pop("mask")
-
-
-async def answer(
-    client: Client, conversation: ConversationRow, config: Config, files: TurnFiles | None = None
-) -> dict[str, Any]:
-    """Answer the user messages of a conversation; `dropped` is the reason if turns are missing, else None.
-
-    A prompt and its answer have at most `max_seq_len` tokens: the answer is cut, and a prompt of that length ends the
-    conversation, as does an empty answer. The turns before are kept.
-    """
-    messages: list[Message] = []
-    turns: list[dict[str, Any]] = []
-    dropped, why = None, ""
-    kept = 0
-    item = affinity_key = f"conversation {conversation['id']}"
-    prompt_fields = template_fields(config.target, conversation)
-    sampling, digest = sampling_fields(config.regenerate), row_digest(conversation)
-    for message in conversation["messages"]:
-        messages.append(message)
-        if message["role"] != "user":
-            continue
-        prompt_ids = await client.tokenize(messages, item=item, affinity_key=affinity_key, **prompt_fields)
-        available_tokens = config.max_seq_len - len(prompt_ids)
-        if available_tokens <= 0:
-            dropped = "prompt_too_long"
-            break
-        completion = await client.chat(
-            messages,
-            item=item,
-            affinity_key=affinity_key,
-            max_tokens=min(config.regenerate.max_tokens, available_tokens),
-            seed=request_seed(config.regenerate.seed, digest, len(turns)),
-            **sampling,
-            **prompt_fields,
-            **(files.request if files else {}),
-        )
-        if not completion.text.strip():
-            dropped = "empty_answer"
-            break
-        messages.append({"role": "assistant", "content": completion.text})
-        turn: dict[str, Any] = {"prompt_ids": completion.prompt_ids, "answer_ids": completion.token_ids}
-        turn["finish_reason"] = completion.finish_reason
-        if files:
-            try:
-                transfer = await client.requested_states(completion, item=item)
-                input_ids = [*completion.prompt_ids, *completion.token_ids[:-1]]
-                turn["states"] = await asyncio.to_thread(files.write, len(turns), input_ids, transfer)
-            except (StageError, ContractError) as error:  # only this answer failed, not the server
-                if not files.skips:
-                    raise
-                dropped, why = BAD_STATES, error.message
-                break
-            if turns and continues(turns[-1], turn):
-                files.delete(turns[-1].pop("states"))
-            if greedy_tokens := greedy_tokens_in_answer(completion):
-                turn["picks"] = greedy_tokens
-        turns.append(turn)
-        kept = len(messages)
-    answered = {**conversation, "messages": messages[:kept], "turns": turns, "dropped": dropped}
-    return answered | ({"why": why} if why else {})
-
-
-async def prefill(client: Client, answered: dict[str, Any], files: TurnFiles) -> dict[str, Any]:
-    """Compute the hidden states of a conversation that is answered already; returns it with the names of their files.
-
-    Unusable hidden states end the conversation before the first answer that needs them, if the recipe says so.
-    """
-    turns = [dict(turn) for turn in answered["turns"]]
-    item = f"conversation {answered['id']}"
-    kept = 0
-    for index, sequence in zip(last_turns(turns), _sequences(turns), strict=True):
-        turn, input_ids = turns[index], sequence.input_ids[:-1]
-        logprobs = {"logprobs": 1} if files.sampled and "picks" not in turn else {}
-        try:
-            completion = await client.prefill(input_ids, item=item, affinity_key=item, **logprobs)
-            transfer = await client.requested_states(completion, item=item)
-            turn["states"] = await asyncio.to_thread(files.write, index, input_ids, transfer)
-        except (StageError, ContractError) as error:  # only these hidden states failed, not the server
-            if not files.skips:
-                raise
-            bad = {"dropped": BAD_STATES, "why": error.message, "turns": turns[:kept]}
-            return {**answered, **bad, "messages": _messages_until(answered["messages"], kept)}
-        if logprobs:
-            greedy_tokens = greedy_tokens_in_answer(completion)
-            turn["picks"] = [(len(turn["answer_ids"]) - 1, *rest) for _, *rest in greedy_tokens]
-        kept = index + 1
-    return {**answered, "turns": turns, "prefilled": True}
-
-
-def _messages_until(messages: list[Message], answers: int) -> list[Message]:
-    """The messages up to this number of answers; none for 0."""
-    indices = [index for index, message in enumerate(messages) if message["role"] == "assistant"]
-    return messages[: indices[answers - 1] + 1] if answers else []
-
-
-def in_order(conversations: list[ConversationRow], waiting: Iterable[int]) -> list[int]:
+def in_order(keys: Sequence[tuple[str, str]], waiting: Iterable[int]) -> list[int]:
     """Sort the waiting conversations by system prompt, so that the server's prefix cache has it for the next one."""
-
-    def system_prompt(index: int) -> str:
-        first = next(iter(conversations[index]["messages"]), {"role": ""})
-        return str(first["content"]) if first["role"] == "system" else ""
-
-    return sorted(waiting, key=lambda index: (system_prompt(index), index))
-
-
-def _dropped(finished: dict[int, dict[str, Any]]) -> dict[str, int]:
-    """Number of conversations with missing turns, by reason."""
-    return dict(Counter(answered["dropped"] for answered in finished.values() if answered["dropped"]))
+    return sorted(waiting, key=lambda index: (keys[index], index))

@@ -17,7 +17,7 @@ from typing import Any
 from speculators.data.answer_text import AnsweredText, AnswerFinder
 from speculators.data.chat_template import ChatTemplate, Rendering, TemplateError, load_chat_template
 from speculators.data.conversations import ConversationRow
-from speculators.data.template import AnswerTokenizer, ChatTurn, TokenSequence, merge_turns
+from speculators.data.template import AnswerTokenizer, TokenSequence, merge_turns, stored_turns
 from speculators.data.token_table import TokenRow, publish_table
 from speculators.job import Job
 
@@ -191,8 +191,7 @@ def _tokens(conversation: ConversationRow) -> list[TokenSequence]:
     """The rows of a conversation that is token ids already: the target's answers, or the data's own."""
     if "input_ids" in conversation:
         return [TokenSequence(conversation["input_ids"], conversation["loss_mask"])]
-    turns = [ChatTurn(prompt_ids=t["prompt_ids"], answer_ids=t["answer_ids"]) for t in conversation["turns"]]
-    return merge_turns(turns)
+    return merge_turns(stored_turns(conversation["turns"]))
 
 
 _worker: _Worker | None = None

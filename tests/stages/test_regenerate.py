@@ -16,8 +16,10 @@ from speculators.config.choices import Dtype, HiddenStatesDtype, OnBadRow
 from speculators.config.fields import select
 from speculators.config.schema import Config, Regenerate, Target, from_builtins
 from speculators.data.answer_log import read_answers
+from speculators.engine.answering import answer
 from speculators.engine.client import Completion
 from speculators.engine.transfer import FileTransfer
+from speculators.engine.turn_states import TurnFiles, continues
 from speculators.errors import ContractError, StageError
 from speculators.features.contract import ANSWERS, EVERYWHERE
 from speculators.features.encoding import decode, encode
@@ -27,7 +29,7 @@ from speculators.job import Endpoint, Job
 from speculators.runner.planning.graph import KEEPING, KINDS
 from speculators.runner.store.artifact import sha256
 from speculators.stages import regenerate
-from speculators.stages.regenerate import TurnFiles, answer, continues, in_order
+from speculators.stages.regenerate import in_order, system_key
 from tests.stages.jobs import make_job
 
 CONFIG = Config(max_seq_len=100, regenerate=Regenerate(max_tokens=50))
@@ -103,9 +105,9 @@ def test_turns_before_the_one_that_does_not_fit_are_kept() -> None:
 
 def test_conversations_with_one_system_prompt_are_asked_one_after_the_other() -> None:
     system = [[{"role": "system", "content": text}] if text else [] for text in ("b", "a", "", "b", "a")]
-    made = [{"messages": [*first, {"role": "user", "content": "?"}]} for first in system]
-    assert in_order(made, range(5)) == [2, 1, 4, 0, 3]
-    assert in_order(made, [3, 0, 2]) == [2, 0, 3]
+    keys = [system_key({"messages": [*first, {"role": "user", "content": "?"}]}) for first in system]  # type: ignore[typeddict-item]
+    assert in_order(keys, range(5)) == [2, 1, 4, 0, 3]
+    assert in_order(keys, [3, 0, 2]) == [2, 0, 3]
 
 
 def test_the_turns_of_a_conversation_go_to_one_server() -> None:
@@ -159,13 +161,13 @@ def test_an_empty_answer_ends_the_conversation_and_is_named() -> None:
 
 def test_finished_answers_are_read_back_and_a_cut_line_is_taken_off(tmp_path: Path) -> None:
     log = tmp_path / "answers.jsonl"
-    assert read_answers(log) == []
+    assert list(read_answers(log)) == []
     lines = [json.dumps({"index": i, "id": f"c{i}", "turns": [], "messages": []}) + "\n" for i in (4, 0)]
     log.write_text("".join(lines) + '{"index": 2, "id": "c2", "tur')
-    assert [answer["index"] for answer in read_answers(log)] == [4, 0]
+    assert [answer["index"] for _, answer in read_answers(log)] == [4, 0]
     with log.open("a") as file:  # the next attempt appends
         file.write(json.dumps({"index": 2, "turns": []}) + "\n")
-    assert [answer["index"] for answer in read_answers(log)] == [4, 0, 2]
+    assert [answer["index"] for _, answer in read_answers(log)] == [4, 0, 2]
 
 
 def keeping(

@@ -93,7 +93,9 @@ class Runs:
     def __init__(self, root: Path, config: Config) -> None:
         self.root, self.config = root, config
         (root / "target").mkdir()
-        (root / "target/config.json").write_text(json.dumps({"hidden_size": WIDTH}))
+        # An answer has the token of its role, and so has one that is empty.
+        role = sum(b"assistant") % 97
+        (root / "target/config.json").write_text(json.dumps({"hidden_size": WIDTH, "eos_token_id": role}))
         config.regenerate.max_tokens, config.max_seq_len, config.regenerate.concurrency = 20, 30, 1
 
     def job(
@@ -182,7 +184,10 @@ def test_no_conversation_is_answered_twice(runs: Runs, variant: str, grown: bool
     assert (job.record["reused"], job.record["answered"], job.record["prefilled"]) == (5, grown, prefilled)
     assert len(Target.prefilled) == prefilled
     assert contents(job) == contents(fresh)
-    assert job.record["dropped"] == fresh.record["dropped"] == {"empty_answer": 1 + grown, "prompt_too_long": 1}
+    assert job.record["dropped"] == fresh.record["dropped"] == {"empty_answer": 1, "prompt_too_long": 1}
+    in_part = {"empty_answer": 1} if grown else {}
+    assert job.record["kept_in_part"] == fresh.record["kept_in_part"] == in_part
+    assert job.record["faults"] == fresh.record["faults"] == {"empty": 1 + grown}
 
 
 def test_answers_without_states_are_prefilled_and_have_greedy_tokens_to_be_checked_by(runs: Runs) -> None:

@@ -26,6 +26,9 @@ FIDELITY_OPTIONS = ("target.min_greedy_agreement", "target.max_reference_gib")
 TEMPLATE_OPTION = "target.chat_template_kwargs"
 """Option of every stage that renders conversations, or has the server render them."""
 
+PARSERS = ("serve.tool_call_parser", "serve.reasoning_parser")
+"""Options of what a server makes of the text of an answer, which is part of later prompts."""
+
 TARGET = "target"
 """The node that fetches the target, and the input name under which stages get it."""
 
@@ -76,7 +79,7 @@ KINDS: dict[str, Kind] = {
         version=2,
         gives=("conversations", "states"),
         takes={"prompts": "prompts"},
-        reads=("regenerate", "max_seq_len", "target.dtype", TEMPLATE_OPTION),
+        reads=("regenerate", "max_seq_len", "target.dtype", TEMPLATE_OPTION, *PARSERS),
         serve="generate",
         reuses="answers",
     ),

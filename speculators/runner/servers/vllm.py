@@ -149,7 +149,7 @@ def argv(
     arguments += [_prefix_caching(mode)]
     if on_cpu if serve.enforce_eager is None else serve.enforce_eager:
         arguments += ["--enforce-eager"]
-    arguments += _of_target(config)
+    arguments += _of_target(config) + _parsers(config)
     if on_cpu:
         arguments += _on_cpu(config)
     elif serve.gpu_memory_utilization is not None:
@@ -207,6 +207,16 @@ def _of_target(config: Config) -> list[str]:
         if (size := getattr(config.serve, f"{kind}_parallel") or 1) > 1:
             arguments += [f"--{kind}-parallel-size", str(size)]
     return [*arguments, "--trust-remote-code"] if config.target.trust_remote_code else arguments
+
+
+def _parsers(config: Config) -> list[str]:
+    """Arguments for what the server takes out of the text of an answer: calls and thoughts."""
+    arguments = []
+    if parser := config.serve.tool_call_parser:
+        arguments += ["--enable-auto-tool-choice", "--tool-call-parser", parser]
+    if parser := config.serve.reasoning_parser:
+        arguments += ["--reasoning-parser", parser]
+    return arguments
 
 
 def _on_cpu(config: Config) -> list[str]:
