@@ -10,6 +10,7 @@ import os
 import sys
 import time
 from collections.abc import Iterable, Iterator, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
@@ -177,6 +178,7 @@ class EarlierAnswers:
     def __init__(self, reuse: Iterable[ReusableRows], digests: set[str], writer: ShardWriter | None) -> None:
         self._stored: dict[str, _Stored] = {}
         self._files: dict[Path, JsonLines] = {}
+        self._open = ExitStack()
         for rows in reuse:
             if rows.conversations is None:
                 continue
@@ -186,6 +188,14 @@ class EarlierAnswers:
             for row in read_rows(rows.conversations.parent):
                 if row.dropped != BAD_STATES and row.digest in digests:
                     self._stored.setdefault(row.digest, _Stored(row, rows.conversations, shards))
+
+    def __enter__(self) -> EarlierAnswers:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._open.close()
 
     def __contains__(self, digest: str) -> bool:
         return digest in self._stored
@@ -203,12 +213,13 @@ class EarlierAnswers:
             return {"messages": [], "turns": [], "dropped": stored.row.dropped, **why}, None
         try:
             if stored.file not in self._files:
-                self._files[stored.file] = JsonLines(stored.file)
+                self._files[stored.file] = self._open.enter_context(JsonLines(stored.file))
             conversation = self._files[stored.file][stored.row.line]
         except (OSError, ValueError, IndexError):
             return None
         turns = [{name: value for name, value in turn.items() if name != "states"} for turn in conversation["turns"]]
         answered = {"messages": conversation["messages"], "turns": turns, "dropped": stored.row.dropped, **why}
         slices = [turn["states"] for turn in conversation["turns"] if "states" in turn]
-        of_artifact = stored.shards is not None and slices
-        return answered, StoredHiddenStates(stored.shards, slices[0][0]) if stored.shards and of_artifact else None
+        if stored.shards is None or not slices:
+            return answered, None
+        return answered, StoredHiddenStates(stored.shards, slices[0][0])

@@ -12,7 +12,7 @@ from speculators.data.answer_faults import CUT, EMPTY, LOOPING, judge
 from speculators.data.conversations import ConversationRow, Message
 from speculators.engine.client import Client, Completion, RefusedError
 from speculators.engine.sampling import request_seed, sampling_fields, template_fields
-from speculators.engine.tool_calls import agrees, answer_message, as_request, exchanges
+from speculators.engine.tool_calls import agrees, answer_message, as_request, segments
 from speculators.engine.turn_states import TurnFiles, continues, last_turns, sequences
 from speculators.errors import ContractError, StageError
 from speculators.targets.fidelity_check import greedy_tokens_in_answer
@@ -50,7 +50,7 @@ class Answering:
 
     async def run(self) -> dict[str, Any]:
         """Answer the conversation until its end, or a reason to end it."""
-        parts = list(exchanges(self._conversation["messages"]))
+        parts = list(segments(self._conversation["messages"]))
         try:
             for number, part in enumerate(parts):
                 self._messages += part.messages

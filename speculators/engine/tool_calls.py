@@ -1,8 +1,8 @@
 """Conversations with tools: what the target is asked, which of its calls are the recorded ones, and their results.
 
-A row with tools has the recorded answers, calls and results. The target answers where the record has an answer. If it
-makes the recorded calls, the recorded results follow its own message; else nobody knows what its calls would have
-returned, or how its text would have been replied to, and the conversation ends.
+A row with tools has the recorded calls and results. If the target makes the recorded calls, or none where none is
+recorded, the recorded results or the next user message follow its own message; else nobody knows what would, and the
+conversation ends.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ ARGUMENTS = ("arguments", "parameters")
 
 
 @dataclass(frozen=True, slots=True)
-class Exchange:
+class Segment:
     """A part of a conversation that ends where the target answers."""
 
     messages: list[Message]
@@ -29,31 +29,26 @@ class Exchange:
     """The answer of the record; None if the row has none there."""
 
 
-def exchanges(messages: Sequence[Message]) -> Iterator[Exchange]:
-    """Divide a conversation at the target's answers.
+def segments(messages: Sequence[Message]) -> Iterator[Segment]:
+    """Divide a conversation at the target's answers: after each user message, and after the results of calls.
 
-    Answers before the first user message are context. If a row has recorded answers after it, the target answers in
-    their place; else after each user message. Messages after the last answer are not part of any exchange.
+    Answers before the first user message are context. Messages after the last answer are part of none.
     """
     first = next((i for i, message in enumerate(messages) if message["role"] == "user"), len(messages))
-    is_recorded = any(message["role"] == "assistant" for message in messages[first:])
-    pending: list[Message] = list(messages[:first])
-    for position, message in enumerate(messages[first:], first):
-        if message["role"] == "assistant":
-            if pending:
-                yield Exchange(pending, message)
-            pending = []  # of several answers in a row, the first is the one to the messages before
-            continue
+    pending: list[Message] = []
+    for position, message in enumerate(messages):
+        if message["role"] == "assistant" and position > first:
+            continue  # part of the segment that it ends
         pending.append(message)
-        is_last = position == len(messages) - 1
-        if (message["role"] == "user" and not is_recorded) or (is_recorded and is_last):
-            yield Exchange(pending, None)
+        following = messages[position + 1] if position + 1 < len(messages) else {"role": ""}
+        if message["role"] in ("user", "tool") and following["role"] != "tool":
+            yield Segment(pending, following if following["role"] == "assistant" else None)
             pending = []
 
 
 def calls(message: Message) -> list[tuple[str, Any]]:
     """(name, arguments) of the calls in a message; arguments that are not JSON stay text."""
-    found = []
+    pairs = []
     for call in message.get("tool_calls") or ():
         arguments = call["function"].get("arguments")
         if isinstance(arguments, str):
@@ -61,8 +56,8 @@ def calls(message: Message) -> list[tuple[str, Any]]:
                 arguments = json.loads(arguments) if arguments.strip() else {}
             except ValueError:
                 pass
-        found.append((call["function"]["name"], {} if arguments is None else arguments))
-    return found
+        pairs.append((call["function"]["name"], {} if arguments is None else arguments))
+    return pairs
 
 
 def calls_in_text(text: str) -> list[tuple[str, Any]]:
@@ -70,7 +65,7 @@ def calls_in_text(text: str) -> list[tuple[str, Any]]:
 
     For servers without a tool parser. Calls in another form are not found.
     """
-    found, position, decoder = [], text.find("{"), json.JSONDecoder()
+    pairs, position, decoder = [], text.find("{"), json.JSONDecoder()
     while position >= 0:
         try:
             value, end = decoder.raw_decode(text, position)
@@ -79,9 +74,9 @@ def calls_in_text(text: str) -> list[tuple[str, Any]]:
         if isinstance(value, dict) and isinstance(value.get("name"), str):
             arguments = next((value[name] for name in ARGUMENTS if name in value), None)
             if isinstance(arguments, dict):
-                found.append((value["name"], arguments))
+                pairs.append((value["name"], arguments))
         position = text.find("{", end)
-    return found
+    return pairs
 
 
 def answer_message(completion: Completion) -> dict[str, Any]:
@@ -105,8 +100,8 @@ def agrees(answer: dict[str, Any], recorded: Message) -> bool:
     Gives the answer's calls the recorded ids, which the recorded results refer to.
     """
     expected = calls(recorded)
-    own = calls(answer) or calls_in_text(answer["content"])
-    if own != expected:
+    actual = calls(answer) or calls_in_text(answer["content"])
+    if actual != expected:
         return False
     for call, of_record in zip(answer.get("tool_calls", ()), recorded.get("tool_calls") or (), strict=False):
         if "id" in of_record:

@@ -94,14 +94,14 @@ def turn_files(job: Job, turns: list[dict[str, Any]]) -> list[Path]:
 def copy_turns(
     job: Job, stored: StoredHiddenStates, rows: list[TokenSequence]
 ) -> tuple[Tensor, dict[str, Tensor], Tensor]:
-    """Read one conversation from an earlier artifact; returns what `read_turns` does."""
+    """Read one conversation from an earlier artifact; returns what `read_turn_files` does."""
     input_ids = [token for row in rows for token in row.input_ids[:-1]]
     mask = torch.cat([last_layer_mask(job, row.loss_mask)[:-1] for row in rows])
     token_ids, tensors = stored.shards.read(stored.row, input_ids, mask)
     return token_ids, tensors, mask
 
 
-def read_turns(job: Job, files: list[Path], rows: list[TokenSequence]) -> tuple[Tensor, dict[str, Tensor], Tensor]:
+def read_turn_files(job: Job, files: list[Path], rows: list[TokenSequence]) -> tuple[Tensor, dict[str, Tensor], Tensor]:
     """Read one conversation: token ids [T], tensors of `split_last_layer`, and the mask [T] of its last layer."""
     turns = []
     for file, row in zip(files, rows, strict=True):

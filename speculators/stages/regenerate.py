@@ -36,7 +36,7 @@ from speculators.data.conversations import ConversationRow
 from speculators.data.lines import JsonLines
 from speculators.engine.answering import REFUSED, answer, judged, prefill
 from speculators.engine.client import Client
-from speculators.engine.turn_states import TurnFiles, copy_turns, read_turns, sequences, set_slices, turn_files
+from speculators.engine.turn_states import TurnFiles, copy_turns, read_turn_files, sequences, set_slices, turn_files
 from speculators.errors import StageError
 from speculators.features.shards import ShardWriter
 from speculators.features.writer import ANSWER_STATES, hidden_states_writer, refuse_too_many
@@ -102,19 +102,19 @@ def _take_earlier(
     """Append answers of earlier artifacts and attempts to the log; returns where their hidden states are, by row."""
     copied: dict[int, StoredHiddenStates] = {}
     ends, rules = _end_tokens(job), job.config.regenerate
-    earlier = EarlierAnswers(job.reuse, {digests[index] for index in unsealed}, writer)
-    for i in unsealed:
-        # Answers and hidden states are of one artifact, also if an earlier attempt had the answers of another one.
-        states_only = i in log.finished and log.finished[i].lacks_states and earlier.may_have_states(digests[i])
-        if digests[i] not in earlier or (i in log.finished and not states_only):
-            continue
-        if (stored := earlier.read(digests[i])) is None:
-            continue
-        answered, states = stored
-        if i not in log.finished or states is not None:
-            log.append(judged({"index": i, **conversations[i], **answered, "reused": True}, rules, ends))
-        if writer and states is not None:
-            copied[i] = states
+    with EarlierAnswers(job.reuse, {digests[index] for index in unsealed}, writer) as earlier:
+        for i in unsealed:
+            # Answers and hidden states are of one artifact, also if an earlier attempt had the answers of another one.
+            states_only = i in log.finished and log.finished[i].lacks_states and earlier.may_have_states(digests[i])
+            if digests[i] not in earlier or (i in log.finished and not states_only):
+                continue
+            if (stored := earlier.read(digests[i])) is None:
+                continue
+            answered, hidden_states = stored
+            if i not in log.finished or hidden_states is not None:
+                log.append(judged({"index": i, **conversations[i], **answered, "reused": True}, rules, ends))
+            if writer and hidden_states is not None:
+                copied[i] = hidden_states
     return copied
 
 
@@ -264,7 +264,7 @@ def _write_hidden_states(job: Job, log: AnswerLog, writer: ShardWriter, copied: 
             if row in copied:
                 writer.add_encoded(row, *copy_turns(job, copied[row], rows))
             else:
-                writer.add_encoded(row, *read_turns(job, files, rows))
+                writer.add_encoded(row, *read_turn_files(job, files, rows))
         for sealed_row in unsealed.keys() & writer.done:
             for file in unsealed.pop(sealed_row):
                 file.unlink()
