@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 from itertools import pairwise
 from typing import Any
 
-from speculators.data.chat_template import ChatTemplate, Messages, Rendering, TemplateError
+from speculators.data.chat_template import ChatTemplate, Messages, Rendering, TemplateError, token_pattern
 
 OWN_MASK = "template's own mask"
 DIFFERENCE = "difference of renderings"
@@ -24,6 +24,9 @@ SHARED = "what prompt and data share"
 _MARKERS = [f"~k{letter}qzx~" for letter in "abcdefgh"]
 _OPENED = re.compile(r"(?:<(?!/)[^<>/]*[^<>/|]>|\[[A-Z_]+\])\s*$")
 """The end of a text that opens a section, `<think>`; not of one that closes one, `</think>` or `<channel|>`."""
+
+_THOUGHT_END = re.compile(r"</[\w:]*think\w*>|<channel\|>|\[/THINK\]")
+"""The end of a thought in the content of a message, which templates cut off there."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -82,8 +85,8 @@ class AnswerFinder:
         self._layouts: dict[str, _Layout | None] = {}
         self._endings: dict[str, _Ending] = {}
         self._scaffold_lists: dict[str, list[str]] = {}
-        self._added = _alternatives(template.added_tokens)
-        self._structure = _alternatives(template.structure)
+        self._added = token_pattern(template.added_tokens)
+        self._structure = token_pattern(template.structure)
 
     def texts(self, messages: Messages, rendering: Rendering) -> list[AnsweredText]:
         """Render a conversation: one text where each prompt begins with all before it, else as many as it takes.
@@ -149,9 +152,9 @@ class AnswerFinder:
         if reasoning := message.get("reasoning_content"):
             marked["reasoning_content"] = c
         pattern = _after(self.template.render([*context, marked], rendering), a) or ""
-        shared = _shared(header, pattern)
+        shared, content = _shared(header, pattern), str(message["content"]).strip()
         if _OPENED.search(header[shared:]):
-            if reasoning and c not in pattern:
+            if (reasoning and c not in pattern) or (_THOUGHT_END.search(content) and content not in body):
                 raise TemplateError("the chat template opens a thought, and leaves out the reasoning of the answer")
             if pattern[shared:].lstrip().startswith(b):
                 self.counts["answers without reasoning after a prompt that opens a thought"] += 1
@@ -325,7 +328,7 @@ class AnswerFinder:
     def _check(self, message: Mapping[str, Any], answer: str) -> None:
         """Count what the template leaves out; an answer without its own text is an error."""
         content = str(message["content"])
-        if not any(text.strip() in answer for text in (content, re.split(r"</\w*think\w*>|<channel\|>", content)[-1])):
+        if not any(text.strip() in answer for text in (content, _THOUGHT_END.split(content)[-1])):
             raise TemplateError("the chat template does not put the answer after the prompt")
         reasoning = str(message.get("reasoning_content") or "").strip()
         if reasoning not in answer:
@@ -368,11 +371,6 @@ def _shared(one: str, other: str) -> int:
 
 def _common_length(one: str, other: str) -> int:
     return next((k for k, (a, b) in enumerate(zip(one, other, strict=False)) if a != b), min(len(one), len(other)))
-
-
-def _alternatives(tokens: Any) -> re.Pattern[str]:
-    """A pattern for any of the tokens, longer ones first; for none, one that matches nothing."""
-    return re.compile("|".join(map(re.escape, sorted(tokens, key=len, reverse=True))) or r"(?!)")
 
 
 def _strings(value: Any) -> Sequence[str]:

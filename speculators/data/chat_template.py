@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -116,6 +116,11 @@ def _as_served(message: Mapping[str, Any], source: str) -> Mapping[str, Any]:
         return message
     key = next((key for key in _REASONING_KEYS[1:] if re.search(rf"\b{key}\b", source)), _REASONING_KEYS[0])
     return {**message, key: reasoning}
+
+
+def token_pattern(tokens: Iterable[str]) -> re.Pattern[str]:
+    """A pattern for any of the tokens, longer ones first, as a tokenizer finds them; for none, it matches nothing."""
+    return re.compile("|".join(map(re.escape, sorted(filter(None, tokens), key=len, reverse=True))) or r"(?!)")
 
 
 def load_chat_template(tokenizer: Any, target: Path) -> ChatTemplate:

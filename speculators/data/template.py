@@ -11,9 +11,11 @@ from bisect import bisect_left
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import pairwise
 from typing import Any
 
 from speculators.data.answer_text import AnsweredText, Span
+from speculators.data.chat_template import token_pattern
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -70,6 +72,15 @@ def merge_turns(turns: Sequence[ChatTurn]) -> list[TokenSequence]:
     return rows
 
 
+@dataclass(slots=True)
+class _Segment:
+    """A part of a text that is tokenized by itself, and the answers in it."""
+
+    start: int
+    text: str
+    spans: list[Span]
+
+
 class AnswerTokenizer:
     """Tokenizes answered texts by a `tokenizers.Tokenizer`, given as its JSON.
 
@@ -79,16 +90,20 @@ class AnswerTokenizer:
     def __init__(self, source: str, structure: Sequence[str]) -> None:
         self._source, self._structure = source, set(structure)
         self._tokenizer = _load(json.loads(source))
-        self._added = {token["id"] for token in json.loads(source)["added_tokens"]}
+        added = json.loads(source)["added_tokens"]
+        self._added = token_pattern(token["content"] for token in added)
+        self._reaching = {t["content"] for t in added if t["lstrip"] or t["single_word"] or t["normalized"]}
         self._headers: dict[str, list[int]] = {}
 
     def rows(self, conversations: Sequence[Sequence[AnsweredText]]) -> list[list[TokenSequence]]:
         """Tokenize the texts of conversations to the rows of each; a text gives one row wherever it can."""
-        texts = [text.text for conversation in conversations for text in conversation]
+        segments = [[self._segments(text) for text in conversation] for conversation in conversations]
+        texts = [segment.text for conversation in segments for text in conversation for segment in text]
         encodings = iter(self._tokenizer.encode_batch(texts, add_special_tokens=False))
         rows = []
-        for conversation in conversations:
-            parts = [(text, self._row(text, next(encodings))) for text in conversation]
+        for conversation, divided in zip(conversations, segments, strict=True):
+            tokenized = [self._row([(part, next(encodings)) for part in parts]) for parts in divided]
+            parts = [(text, None if text.literal else row) for text, row in zip(conversation, tokenized, strict=True)]
             if len(parts) > 1 or any(row is None for _, row in parts):
                 turns = [t for text, row in parts for t in (_turns(row) if row else self._turns_apart(text))]
                 rows.append(merge_turns(turns))
@@ -96,27 +111,41 @@ class AnswerTokenizer:
                 rows.append([row for _, row in parts if row])
         return rows
 
-    def _row(self, text: AnsweredText, encoding: Any) -> TokenSequence | None:
-        """The row of a text that was tokenized whole; None if a prompt in it has other tokens than alone."""
-        if text.literal:
-            return None
-        ids, offsets = encoding.ids, encoding.offsets
-        starts = [offset[0] for offset in offsets]
-        mask = [0] * len(ids)
+    def _segments(self, text: AnsweredText) -> list[_Segment]:
+        """Divide a text before the last added token of every prompt: nothing before it changes the tokens after it."""
+        segments, end = [_Segment(0, "", [])], 0
         for span in text.spans:
-            first, begin, end = (bisect_left(starts, edge) for edge in (span.prompt_end, span.start, span.end))
-            cuts = [(first, span.prompt_end), (begin, span.start)]
-            if begin == end or any(index and offsets[index - 1][1] > position for index, position in cuts):
-                return None
-            header = next((k for k in range(first - 1, -1, -1) if ids[k] in self._added), 0)
-            if self._header(text.text[starts[header] if header else 0 : span.prompt_end]) != ids[header:first]:
-                return None
-            mask[begin:end] = [1] * (end - begin)
-        last = bisect_left(starts, text.spans[-1].end)
-        return TokenSequence(ids[:last], mask[:last])
+            *_, last = (None, *self._added.finditer(text.text, end, span.prompt_end))
+            if last and last[0] not in self._reaching:
+                segments.append(_Segment(last.start(), "", []))
+            segments[-1].spans.append(span)
+            end = span.end
+        for segment, following in pairwise([*segments, _Segment(end, "", [])]):
+            segment.text = text.text[segment.start : following.start]
+        return segments
+
+    def _row(self, segments: Sequence[tuple[_Segment, Any]]) -> TokenSequence | None:
+        """Join the tokens of a text's segments; None if a prompt in it has other tokens than alone."""
+        row = TokenSequence([], [])
+        for segment, encoding in segments:
+            ids, offsets = encoding.ids, encoding.offsets
+            starts = [offset[0] for offset in offsets]
+            mask = [0] * len(ids)
+            for span in segment.spans:
+                edges = [edge - segment.start for edge in (span.prompt_end, span.start, span.end)]
+                first, begin, end = (bisect_left(starts, edge) for edge in edges)
+                cuts = ((first, edges[0]), (begin, edges[1]))
+                if begin == end or any(index and offsets[index - 1][1] > edge for index, edge in cuts):
+                    return None
+                if self._header(segment.text[: edges[0]]) != ids[:first]:
+                    return None
+                mask[begin:end] = [1] * (end - begin)
+            row.input_ids += ids
+            row.loss_mask += mask
+        return row
 
     def _header(self, text: str) -> list[int]:
-        """Tokens of the end of a prompt, from its last added token: what comes before cannot change them."""
+        """Tokens of the end of a prompt by itself."""
         if (known := self._headers.get(text)) is not None:
             return known
         ids = self._ids(text)

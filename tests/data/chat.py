@@ -92,6 +92,14 @@ OPENED_THOUGHT_BY_OPTION = THOUGHT_BY_OPTION.replace(
     "{%- endif -%}\n{%- endif -%}", "{%- else -%}{{ '<think>\n' }}{%- endif -%}\n{%- endif -%}"
 )
 
+THOUGHT_IN_CONTENT = """{%- for m in messages -%}
+{%- if m.role == 'assistant' and '</think>' in m.content -%}
+{%- set thought = m.content.split('</think>')[0].split('<think>')[-1] -%}
+{{ '<|im_start|>assistant\n<think>\n' + thought + '\n</think>\n\n' + m.content.split('</think>')[-1] + '<|im_end|>\n' }}
+{%- else -%}{{ '<|im_start|>' + m.role + '\n' + m.content + '<|im_end|>\n' }}{%- endif -%}
+{%- endfor -%}
+{%- if add_generation_prompt -%}{{ '<|im_start|>assistant\n' }}{%- endif -%}"""
+
 CLOSED_THOUGHT = """{%- for m in messages -%}
 {%- if m.role == 'assistant' -%}{{ '<A></think>' + m.content + '<eos>' }}
 {%- else -%}{{ '<U>' + m.content }}{%- endif -%}

@@ -141,6 +141,20 @@ TRAITS = {
         {},
         [f"{HI}{EMPTY}«Hello<|im_end|>»"],
     ),
+    "reasoning inside of the content": (
+        chat.THOUGHT_IN_CONTENT,
+        QWEN_TOKENS,
+        [user("a b"), said("<think>hm</think>Hello")],
+        {},
+        [f"{HI}«<think>\nhm\n</think>\n\nHello<|im_end|>»"],
+    ),
+    "the answer begins with a line break": (
+        chat.ROLE_LINES.replace("'<|assistant|>\n'", "'<|assistant|>'"),
+        {"special": ["</s>"], "eos": "</s>"},
+        TALK[:2],
+        {},
+        ["<|user|>\na b</s>\n<|assistant|>«\nHello</s>»"],
+    ),
     "closed thought in the prompt": (
         chat.CLOSED_THOUGHT,
         CLOSED_TOKENS,
@@ -342,6 +356,7 @@ def test_the_end_token_of_generation_config_counts_before_the_template_s_own(tmp
         ("{{ messages[0].content + 1 }}", TALK, "TypeError"),
         ("{% for m in messages %}{{ m.role }}{% endfor %}", TALK, "does not put the answer after the prompt"),
         (chat.OPENED_THOUGHT, THOUGHT, "leaves out the reasoning"),
+        (chat.OPENED_THOUGHT, [user("a"), said("<think>hm</think>Hello")], "leaves out the reasoning"),
         (CHATML, CALLED, "leaves out the tool calls"),
     ],
 )
