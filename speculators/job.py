@@ -16,7 +16,8 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import quote
 
-from speculators.config.schema import Config, Mooncake, from_builtins
+from speculators.config.execution import Mooncake
+from speculators.config.schema import Config, from_builtins
 
 REQUEST_FORMAT = 3
 """Format version; raised when workers of older releases cannot read the request."""

@@ -85,6 +85,15 @@ def check_tokenizer(directory: Path) -> None:
         ) from None
 
 
+def date_variable(template: str) -> tuple[str, str] | None:
+    """The variable in place of which a chat template writes today's date, and its format for `strftime`; None if the
+    template writes no date, or one that no variable replaces."""
+    for name, _, date_format in re.findall(r"set\s+(\w+)\s*=\s*strftime_now\(\s*(['\"])(.*?)\2", template):
+        if re.search(rf"\b{name}\s+is\s+(not\s+)?defined", template):
+            return name, date_format
+    return None
+
+
 def mask_token(directory: Path, vocab_size: int) -> MaskToken | None:
     """The token that stands for the positions of a block that a draft has yet to fill in.
 

@@ -11,8 +11,9 @@ from collections.abc import Iterator
 from typing import Any
 
 from speculators.config.algorithms import SPECULATORS, Speculator, loss_weights
+from speculators.config.choices import Sampling
 from speculators.config.fields import MISSING, as_override, server_address, violations
-from speculators.config.schema import Config, Serve
+from speculators.config.schema import Config, Regenerate, Serve
 from speculators.errors import RecipeError, closest
 from speculators.job import file_name
 from speculators.packages import install_command, installed_version
@@ -50,6 +51,9 @@ LAUNCHERS = {
     "ray": ("hydra-ray-launcher", "sweep-ray"),
 }
 """Launchers of sweeps: the distribution that contains each, and the extra that installs it."""
+
+OF_THE_MODEL = ("temperature", "temperatures", "top_p", "top_k", "min_p", "presence_penalty", "repetition_penalty")
+"""Options that `sampling: model` takes from the target."""
 
 
 def check_config(config: Config) -> None:
@@ -109,6 +113,7 @@ def _combinations(config: Config) -> Iterator[tuple[bool, str, str]]:
         f"regenerate.max_tokens={answer}: leaves no room for a prompt in max_seq_len={longest}",
         f"regenerate.max_tokens={longest // 2}, or max_seq_len={2 * answer}",
     )
+    yield from _sampling(config)
     supervised = config.tokenize.min_supervised
     yield (
         supervised <= longest,
@@ -208,6 +213,32 @@ def _refuse_secrets(config: Config) -> None:
         if contains:
             hint = "export the key, and name its variable: serve.api_key_env=NAME; for the Hugging Face hub, HF_TOKEN"
             raise RecipeError(f"{name} contains a secret, and recipes are written into run directories", hint)
+
+
+def _sampling(config: Config) -> Iterator[tuple[bool, str, str]]:
+    """Check options of sampling against each other, as `_combinations`."""
+    options = config.regenerate
+    temperatures, weights = options.temperatures, options.temperature_weights
+    yield (
+        not weights or len(weights) == len(temperatures),
+        f"regenerate.temperature_weights={as_override(weights)}: there are {len(temperatures)} temperatures",
+        "one weight for each of regenerate.temperatures, or regenerate.temperature_weights=[]",
+    )
+    yield (
+        not temperatures or options.temperature == Regenerate().temperature,
+        f"regenerate.temperature={options.temperature}: regenerate.temperatures takes its place",
+        f"regenerate.temperature={Regenerate().temperature}, or regenerate.temperatures=[]",
+    )
+    for section in (options, config.evaluate):
+        if section.sampling is Sampling.model:
+            prefix = type(section).__name__.lower()
+            for name in OF_THE_MODEL:
+                default, value = getattr(type(section)(), name, None), getattr(section, name, None)
+                yield (
+                    value == default,
+                    f"{prefix}.{name}={as_override(value)}: {prefix}.sampling=model takes it from the target",
+                    f"{prefix}.sampling=recipe, or {prefix}.{name}={as_override(default)}",
+                )
 
 
 def _check_extra_args(config: Config) -> None:

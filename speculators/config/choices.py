@@ -154,6 +154,16 @@ class OnBadRow(enum.Enum):
     """Leave the row out and record the reason. Too many of them are still an error."""
 
 
+class Sampling(enum.Enum):
+    """Where the sampling options of a stage's requests come from."""
+
+    recipe = "recipe"
+    """The stage's options."""
+    model = "model"
+    """The target's generation_config.json, as vLLM serves it by default: what it lacks has vLLM's defaults, a
+    temperature of 1 among them. Its limit of new tokens is not used."""
+
+
 class OnFault(enum.Enum):
     """Handling of an answer that is cut, loops or is empty; see `data.answer_faults`."""
 

@@ -85,3 +85,25 @@ class RunOptions(Options):
     """Longest duration of a stage's worker, in seconds; 0: no limit."""
     stages: dict[str, StageLimits] = operational({})
     """`retries`, `retry_wait` and `time_limit` of single stages: `{train: {time_limit: 7200}}`."""
+
+
+@dataclass(kw_only=True, slots=True, repr=False)
+class Mooncake(Options):
+    """`serve.mooncake`: the store for `extract.connector=mooncake`. Start its master yourself, for example with
+    `mooncake_master --rpc_port 50051`. It has no access control, and its clients listen on every interface: run it only
+    in a network whose users are trusted."""
+
+    master: str = operational("127.0.0.1:50051")
+    """Address of the master, `HOST:PORT`, as the server and the stages reach it."""
+    metadata: str = operational("P2PHANDSHAKE")
+    """How clients find each other: `P2PHANDSHAKE` (they ask each other), or the URL of a metadata server."""
+    protocol: str = operational("tcp")
+    """Transport: `tcp`, `rdma`, or another that Mooncake was built with."""
+    device: str = operational("")
+    """RDMA devices (`mlx5_0,mlx5_1`); empty: Mooncake chooses."""
+    host: str = operational("127.0.0.1")
+    """Address at which other clients reach a server that is started here; loopback: only from the same machine."""
+    segment_gib: float = operational(4.0, positive())
+    """Memory that a server adds to the store, in GiB. It must hold the hidden states of all requests in flight."""
+    buffer_gib: float = operational(2.0, positive())
+    """Memory of a server's transfer buffer, in GiB."""

@@ -30,9 +30,10 @@ from speculators.config.choices import (
     OnFault,
     Optimizer,
     Packing,
+    Sampling,
     Tracker,
 )
-from speculators.config.execution import ExecutorOptions, Hardware, RunOptions
+from speculators.config.execution import ExecutorOptions, Hardware, Mooncake, RunOptions
 from speculators.config.fields import (
     MISSING,
     Options,
@@ -159,6 +160,13 @@ class Regenerate(StageOptions):
     """Longest answer, in tokens."""
     temperature: float = semantic(0.0, non_negative())
     """Sampling temperature; 0 is greedy."""
+    sampling: Sampling = if_set(Sampling.recipe)
+    """Where the sampling options come from; see `Sampling`. With `model`, the options from `temperature` to
+    `repetition_penalty` keep their defaults. Keys hold the target's content, and so what `model` resolves to."""
+    temperatures: list[float] = if_set([], each(non_negative()))
+    """Several temperatures in place of `temperature`: each conversation draws one, by its digest and `seed`."""
+    temperature_weights: list[float] = if_set([], each(positive()))
+    """How often each of `temperatures` is drawn, as weights; empty: equally often."""
     top_p: float = semantic(1.0, ratio_above_zero())
     """Nucleus sampling: probability mass that tokens are sampled from; 1: no limit."""
     top_k: int = if_set(0, non_negative())
@@ -334,6 +342,9 @@ class Evaluate(StageOptions):
     """Requests in flight; each value is a measurement of its own, and the first one is reported as the result."""
     temperature: float = semantic(0.0, non_negative())
     """Sampling temperature; 0 is greedy."""
+    sampling: Sampling = if_set(Sampling.recipe)
+    """Where the sampling options come from; see `Sampling`. With `recipe` that is `temperature`. Losslessness is always
+    measured greedily."""
     draft: str = operational("")
     """Draft to measure under `pipeline=evaluate`, which trains none: the directory of a checkpoint, or
     `hub:ID@REVISION`. Operational, because keys hold the digest of its content."""
@@ -345,28 +356,6 @@ class Evaluate(StageOptions):
     """Prompts of each dataset whose greedy outputs, with and without the draft, are compared in float32; 0: none."""
     timeout: float = operational(600.0, positive())
     """Longest duration of a request, in seconds."""
-
-
-@dataclass(kw_only=True, slots=True, repr=False)
-class Mooncake(Options):
-    """`serve.mooncake`: the store for `extract.connector=mooncake`. Start its master yourself, for example with
-    `mooncake_master --rpc_port 50051`. It has no access control, and its clients listen on every interface: run it only
-    in a network whose users are trusted."""
-
-    master: str = operational("127.0.0.1:50051")
-    """Address of the master, `HOST:PORT`, as the server and the stages reach it."""
-    metadata: str = operational("P2PHANDSHAKE")
-    """How clients find each other: `P2PHANDSHAKE` (they ask each other), or the URL of a metadata server."""
-    protocol: str = operational("tcp")
-    """Transport: `tcp`, `rdma`, or another that Mooncake was built with."""
-    device: str = operational("")
-    """RDMA devices (`mlx5_0,mlx5_1`); empty: Mooncake chooses."""
-    host: str = operational("127.0.0.1")
-    """Address at which other clients reach a server that is started here; loopback: only from the same machine."""
-    segment_gib: float = operational(4.0, positive())
-    """Memory that a server adds to the store, in GiB. It must hold the hidden states of all requests in flight."""
-    buffer_gib: float = operational(2.0, positive())
-    """Memory of a server's transfer buffer, in GiB."""
 
 
 @dataclass(kw_only=True, slots=True, repr=False)

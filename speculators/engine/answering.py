@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Collection
+from pathlib import Path
 from typing import Any
 
 from speculators.answers import BAD_STATES, row_digest
@@ -32,6 +33,7 @@ class Answering:
         config: Config,
         files: TurnFiles | None,
         ends: Collection[int],
+        target: Path | None,
     ) -> None:
         self._client, self._conversation, self._config, self._files = client, conversation, config, files
         self._end_tokens = ends
@@ -41,6 +43,7 @@ class Answering:
         self._item = f"conversation {conversation['id']}"
         self._prompt = template_fields(config.target, conversation)
         self._digest = row_digest(conversation)
+        self._sampling = sampling_fields(config.regenerate, target, self._digest)
 
     def answered(self, dropped: str | None, why: str = "") -> dict[str, Any]:
         """The conversation with the answers that are kept, and the reason if some are missing."""
@@ -95,7 +98,7 @@ class Answering:
             **common,
             max_tokens=min(config.max_tokens, available_tokens),
             seed=request_seed(config.seed, self._digest, len(self.turns)),
-            **sampling_fields(config),
+            **self._sampling,
             **self._prompt,
             **calls,
             **(self._files.request if self._files else {}),
@@ -128,14 +131,15 @@ async def answer(
     config: Config,
     files: TurnFiles | None = None,
     end_tokens: Collection[int] = (),
+    target: Path | None = None,
 ) -> dict[str, Any]:
     """Answer a conversation; `dropped` is the reason if turns are missing, else None. The turns before are kept.
 
     A prompt and its answer have at most `max_seq_len` tokens: the answer is cut, and a prompt of that length ends the
     conversation. So do a prompt that the server refuses, an answer that a rule says it of (`answer_faults`), and one
-    whose calls are not the recorded ones (`tool_calls`).
+    whose calls are not the recorded ones (`tool_calls`). `target` is the checkpoint, for `regenerate.sampling=model`.
     """
-    return await Answering(client, conversation, config, files, end_tokens).run()
+    return await Answering(client, conversation, config, files, end_tokens, target).run()
 
 
 def judged(answered: dict[str, Any], config: Regenerate, end_tokens: Collection[int]) -> dict[str, Any]:

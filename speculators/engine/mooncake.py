@@ -24,7 +24,7 @@ from typing import Any
 
 import torch
 
-from speculators.config.schema import Mooncake
+from speculators.config.execution import Mooncake
 from speculators.errors import ServiceError, StageError
 from speculators.packages import install_command
 from speculators.timeouts import MOONCAKE_MASTER_SECONDS

@@ -17,10 +17,11 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from speculators.config.choices import Sampling
 from speculators.data.conversations import Conversation, Message, RowCounts, data_file, in_evaluation_holdout, usable
 from speculators.engine.client import Client, Completion
 from speculators.engine.metrics import DraftCounters, read_counters
-from speculators.engine.sampling import template_fields
+from speculators.engine.sampling import model_sampling, template_fields
 from speculators.errors import SourceError, StageError
 from speculators.evaluation.lossless import TOLERANCES, compare_answers
 from speculators.job import Job, file_name, write_json
@@ -245,11 +246,18 @@ async def _ask(
         prompt.messages,
         item=item,
         max_tokens=max_tokens or options.max_tokens,
-        temperature=options.temperature if temperature is None else temperature,
+        **_sampling(job) if temperature is None else {"temperature": temperature},
         # A prefix cache, which an external server may have, must not speed up any answer.
         cache_salt=uuid.uuid4().hex,
         **template_fields(job.config.target, {}),
     )
+
+
+def _sampling(job: Job) -> dict[str, Any]:
+    """The sampling options of the requests that are timed."""
+    if job.config.evaluate.sampling is Sampling.model:
+        return model_sampling(job.inputs["target"])
+    return {"temperature": job.config.evaluate.temperature}
 
 
 def _keep(record: dict[str, Any], side: str, answer: Completion) -> None:
@@ -301,7 +309,7 @@ async def _check(job: Job, name: str, prompts: list[Prompt], dtype: str, pair: t
     """Collect greedy answers of this phase's servers; compare them once both have answered and the baseline is up."""
     tokens, counts = _counts(job, pair[1])
     missing = [count for count in counts if not _compared(job, name, dtype, count).exists()]
-    timed = pair[0] == "baseline" and job.config.evaluate.temperature == 0  # then the timed answers are greedy
+    timed = pair[0] == "baseline" and _sampling(job) == {"temperature": 0.0}  # then the timed answers are greedy
     async with AsyncExitStack() as stack:
         clients = {
             side: await stack.enter_async_context(_client(job, service, LOSSLESS_CONCURRENCY, retries=2))
@@ -383,7 +391,7 @@ def _publish(job: Job, prompts: dict[str, list[Prompt]], tallies: dict[str, RowC
         "lossless_served": checks.get(target_dtype) if len(checks) > 1 else None,
         "num_speculative_tokens": counts[0],
         "max_tokens": options.max_tokens,
-        "temperature": options.temperature,
+        "temperature": _sampling(job)["temperature"],
         "dtype": job.config.target.dtype.value,
     }
     write_json(job.output / "evaluation.json", evaluation)

@@ -204,7 +204,7 @@ async def _request_all(job: Job, conversations: JsonLines, log: AnswerLog, waiti
         if index in only_states:
             assert files is not None
             return await prefill(client, log[index], files)
-        answered = await answer(client, conversations[index], job.config, files, ends)
+        answered = await answer(client, conversations[index], job.config, files, ends, job.inputs.get("target"))
         return judged({"index": index, **answered}, config, ends)
 
     async with client:

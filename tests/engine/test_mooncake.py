@@ -20,7 +20,7 @@ import httpx
 import pytest
 import torch
 
-from speculators.config.schema import Mooncake
+from speculators.config.execution import Mooncake
 from speculators.engine.client import Client
 from speculators.errors import RunError, ServiceError, StageError
 from speculators.job import Endpoint

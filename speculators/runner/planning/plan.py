@@ -7,6 +7,7 @@ process or writes a file.
 
 from __future__ import annotations
 
+import datetime
 import enum
 import functools
 from collections.abc import Mapping
@@ -28,7 +29,10 @@ from speculators.runner.planning.sizes import Sizes, sizes_of
 from speculators.runner.servers import external, vllm
 from speculators.runner.store.artifact import Artifact
 from speculators.runner.store.artifacts import Store
-from speculators.tokenizer_files import mask_token
+from speculators.tokenizer_files import chat_template, date_variable, mask_token
+
+FIXED_DATE = datetime.date(2026, 1, 1)
+"""What chat templates get in place of today's date, if the recipe names none."""
 
 
 class State(enum.Enum):
@@ -108,6 +112,7 @@ class Planner:
             self._fit_defaults(self.facts)
             local = self._sources[TARGET].path is not None
             checks.check_target(self.config, self.graph, checkpoint, self.facts, local=local)
+            self._fix_date(checkpoint)
             self.derived = derive.derive(self.config, self.facts)
             if checkpoint is not None:
                 self._choose_mask_token(checkpoint, self.facts.vocab_size)
@@ -140,6 +145,29 @@ class Planner:
         if longest != self.config.max_seq_len:
             self.config = replace(self.config, max_seq_len=longest)
             self.notes.append(f"max_seq_len={longest}: the target has {known.positions} positions")
+
+    def _fix_date(self, checkpoint: Path | None) -> None:
+        """Give the chat template a date in place of today's, so that a key has the same prompts on every day."""
+        chatting = any(node.kind in checks.CHATTING for node in self.graph.values())
+        template = chat_template(checkpoint) if chatting and checkpoint is not None else None
+        if template is None or "strftime_now" not in template:
+            return
+        target = self.config.target
+        variable = date_variable(template)
+        if variable is None:
+            note = (
+                "the chat template writes today's date, so that prompts differ from day to day under one key; to fix "
+            )
+            note += "it, write a date in place of strftime_now(...) into chat_template.jinja of a copy of the target"
+        elif (name := variable[0]) in target.chat_template_kwargs:
+            return
+        else:
+            date = FIXED_DATE.strftime(variable[1])
+            kwargs = {**target.chat_template_kwargs, name: date}
+            self.config = replace(self.config, target=replace(target, chat_template_kwargs=kwargs))
+            note = f'target.chat_template_kwargs.{name}="{date}": the chat template would write today\'s date'
+        if note not in self.notes:
+            self.notes.append(note)
 
     def _choose_mask_token(self, checkpoint: Path, vocab_size: int) -> None:
         """Show the mask token that training will choose; it is in no key, because the target's files determine it."""

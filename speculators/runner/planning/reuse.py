@@ -136,10 +136,14 @@ def answers_identity(preimage: Mapping[str, Any]) -> str | None:
     """Digest of all but the conversation that its answers depend on; None while the target is unknown."""
     prefixes = tuple(f"{name}." for name in KINDS["regenerate"].reads)
     options = {name: value for name, value in preimage["config"].items() if f"{name}.".startswith(prefixes)}
+    # A masked answer is the one that is kept; only what ends a conversation changes what follows.
+    for name in (name for name in ("regenerate.on_cut", "regenerate.on_loop") if options.get(name) == "mask"):
+        del options[name]
     if TARGET not in preimage["inputs"]:
         return None
     identity = {"tag": TAG, "target": preimage["inputs"][TARGET], "service": preimage["service"], "config": options}
-    return key.digest(identity | ({"seeds": SEEDS} if options.get("regenerate.temperature") else {}))
+    sampled = any(options.get(f"regenerate.{name}") for name in ("temperature", "temperatures", "sampling"))
+    return key.digest(identity | ({"seeds": SEEDS} if sampled else {}))
 
 
 def _has_hidden_states(stored: Mapping[str, Any], required: Mapping[str, Any]) -> bool:

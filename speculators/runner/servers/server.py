@@ -29,8 +29,9 @@ from typing import Any
 
 import speculators
 from speculators.config.choices import Connector
+from speculators.config.execution import Mooncake
 from speculators.config.fields import to_builtins
-from speculators.config.schema import Config, Mooncake
+from speculators.config.schema import Config
 from speculators.errors import ServiceError
 from speculators.runner.execution import endings
 from speculators.runner.servers import guard

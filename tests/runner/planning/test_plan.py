@@ -243,3 +243,23 @@ def test_a_locked_revision_needs_no_hub(
     planner.refuse_unresolved()
     assert planner.step("target", {}).preimage["config"]["source"]["revision"] == "a" * 40
     assert lockfile.lock_contents(planner)["revisions"] == lock["revisions"]
+
+
+def test_a_chat_template_that_would_write_todays_date_gets_one_that_the_key_holds(
+    checkpoint: Path, store: Store
+) -> None:
+    def planner(*words: str) -> Planner:
+        target = f"target.source={checkpoint}"
+        return Planner(compose.compose(["recipe=smollm2_eagle3", *OF_CHECKPOINT, target, *words]), store)
+
+    call = "strftime_now('%d %b %Y')"
+    guarded = f"{{% if date_string is not defined %}}{{% set date_string = {call} %}}{{% endif %}}{{{{ messages }}}}"
+    (checkpoint / "chat_template.jinja").write_text(guarded)
+    fixed = planner()
+    assert fixed.config.target.chat_template_kwargs == {"date_string": "01 Jan 2026"}
+    assert [note for note in fixed.notes if "date_string" in note]
+    named = planner("target.chat_template_kwargs={date_string: 26 Jul 2024}")
+    assert named.config.target.chat_template_kwargs == {"date_string": "26 Jul 2024"}
+    assert not [note for note in named.notes if "date_string" in note]
+    (checkpoint / "chat_template.jinja").write_text(f"{{{{ {call} }}}}{{{{ messages }}}}")
+    assert [note for note in planner().notes if "chat template writes today's date" in note]

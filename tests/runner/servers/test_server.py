@@ -14,7 +14,8 @@ from pathlib import Path
 import pytest
 
 from speculators.config.choices import Connector
-from speculators.config.schema import Config, Mooncake
+from speculators.config.execution import Mooncake
+from speculators.config.schema import Config
 from speculators.errors import ServiceError
 from speculators.job import Request
 from speculators.runner.servers import guard
