@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import threading
+from collections.abc import Mapping
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
+from urllib.parse import unquote, urlsplit
 
 
 class JsonHandler(BaseHTTPRequestHandler):
@@ -57,5 +60,35 @@ def reporting(
 
         def post(self, body: dict[str, Any]) -> None:
             self.reply(401)
+
+    return serving(Handler)
+
+
+def hub_of(repo: str, commit: str, files: Mapping[str, bytes]) -> ThreadingHTTPServer:
+    """A hub with one dataset, at one commit."""
+    tree = [{"type": "file", "path": name, "size": len(data), "oid": "0" * 40} for name, data in files.items()]
+    answers = {
+        f"/api/datasets/{repo}/revision/{revision}": {"id": repo, "sha": commit} for revision in ("main", commit)
+    }
+
+    class Handler(JsonHandler):
+        def get(self) -> None:
+            path = unquote(urlsplit(self.path).path)
+            prefix = f"/datasets/{repo}/resolve/{commit}/"
+            if path.startswith(prefix) and (data := files.get(path.removeprefix(prefix))) is not None:
+                self.send_response(200)
+                self.send_header("Content-Length", str(len(data)))
+                self.send_header("ETag", hashlib.sha256(data).hexdigest())
+                self.send_header("X-Repo-Commit", commit)
+                self.end_headers()
+                if self.command == "GET":
+                    self.wfile.write(data)
+            elif path == f"/api/datasets/{repo}/tree/{commit}":
+                self.reply(200, tree)
+            else:
+                self.reply(200 if path in answers else 404, answers.get(path))
+
+        def do_HEAD(self) -> None:
+            self.get()
 
     return serving(Handler)

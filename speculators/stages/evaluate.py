@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from speculators.config.choices import Sampling
-from speculators.data.conversations import Conversation, Message, RowCounts, data_file, in_evaluation_holdout, usable
+from speculators.data.conversations import Conversation, Message, RowCounts, in_evaluation_holdout, usable
 from speculators.engine.client import Client, Completion
 from speculators.engine.metrics import DraftCounters, read_counters
 from speculators.engine.sampling import model_sampling, template_fields
@@ -68,7 +68,7 @@ def choose(job: Job, name: str, tally: RowCounts) -> list[Prompt]:
     trained = name in job.config.data
 
     def candidates() -> Any:
-        for row in usable(data_file(job.inputs[f"dataset.{name}"]), name, spec, tally, set()):
+        for row in usable(job.inputs[f"dataset.{name}"], name, spec, tally, set()):
             if trained and not in_evaluation_holdout(row.prompt, job.config.prompts.eval_holdout_ratio):
                 tally.dropped["trained on"] += 1
             else:

@@ -14,7 +14,8 @@ def main(job: Job) -> None:
     job.record["source"] = source
     if job.derived["as"] == "file":
         path = sources.fetch(source, job.output, job.scratch)
-        job.record["bytes"] = path.stat().st_size
+        files = [file for file in path.rglob("*") if file.is_file()] if path.is_dir() else [path]
+        job.record["bytes"] = sum(file.stat().st_size for file in files)
         return
     if source["file"] is None:
         sources.fetch(source, job.output, job.scratch)

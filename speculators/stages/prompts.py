@@ -17,7 +17,6 @@ from speculators.data.conversations import (
     Message,
     RowCounts,
     counts_record,
-    data_file,
     in_evaluation_holdout,
     usable,
 )
@@ -34,10 +33,10 @@ def main(job: Job) -> None:
     with (job.scratch / "spool.jsonl").open("w+b") as spool:
         positions = _spooled(job, tallies, spool)
         job.record |= {"datasets": counts_record(tallies), "asked": options.num_conversations, "kept": len(positions)}
-        job.record["notes"] = [note for name, tally in tallies.items() if (note := tally.note(name))]
+        job.record["notes"] = [note for name, tally in tallies.items() for note in tally.notes(name)]
         if not positions:
             name, tally = max(tallies.items(), key=lambda pair: pair[1].rows)
-            raise tally.why_unusable(name)
+            raise tally.why_unusable(name, job.config.data[name])
         kept: Counter[str] = Counter()
         with (job.output / "conversations.jsonl").open("wb") as file:
             for count, position in enumerate(positions, 1):
@@ -83,8 +82,7 @@ def _candidates(job: Job, tallies: dict[str, RowCounts]) -> Iterator[Conversatio
     seen: set[bytes] = set()
     for name, spec in sorted(job.config.data.items()):
         tally = tallies[name] = RowCounts()
-        path = data_file(job.inputs[f"dataset.{name}"])
-        for conversation in usable(path, name, spec, tally, seen, answers=answers):
+        for conversation in usable(job.inputs[f"dataset.{name}"], name, spec, tally, seen, answers=answers):
             if in_evaluation_holdout(conversation.prompt, job.config.prompts.eval_holdout_ratio):
                 tally.dropped["held out for evaluation"] += 1
                 continue

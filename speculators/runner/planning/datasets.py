@@ -7,12 +7,14 @@ from collections.abc import Iterable
 from speculators.config.choices import DataFormat
 from speculators.config.schema import Config
 from speculators.data.conversations import RowCounts, usable
+from speculators.data.files import data_files
+from speculators.data.reading import needs_pyarrow
 from speculators.errors import SourceError
 from speculators.runner.planning.plan import State, Step
 
 
 def check_datasets(config: Config, steps: Iterable[Step]) -> None:
-    """Read the first usable row of every data file on this machine that a stage which will run reads.
+    """Read the first usable row of every dataset on this machine that a stage which will run reads.
 
     Raises:
         SourceError: a file has no usable row, or has another format than the recipe says.
@@ -27,7 +29,9 @@ def check_datasets(config: Config, steps: Iterable[Step]) -> None:
             continue
         counts = RowCounts()
         try:
+            if any(needs_pyarrow(file) for _, file in data_files(path, spec.subset, spec.split)):
+                continue  # which the runner does not import
             if next(usable(path, name, spec, counts, set()), None) is None:
-                raise counts.why_unusable(name)
+                raise counts.why_unusable(name, spec)
         except SourceError as error:
             raise SourceError(f"{option}.source={spec.source}: {error.message}", error.hint) from None

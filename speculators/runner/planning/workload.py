@@ -13,6 +13,8 @@ from pathlib import Path
 from typing import Any
 
 from speculators.data.conversations import Message, RowCounts, usable
+from speculators.data.files import data_files
+from speculators.data.reading import needs_pyarrow
 from speculators.errors import RunError
 from speculators.runner.planning import key
 from speculators.runner.planning.graph import KINDS
@@ -202,22 +204,26 @@ def _sample(planner: Planner, prompts: Step, steps: Mapping[str, Step]) -> tuple
         name, path = slot.removeprefix("dataset."), steps[slot].path
         if slot != name and path is not None:
             try:
-                sampled.append(_read(planner, path, name))
+                spec = planner.config.data[name]
+                files = [file for _, file in data_files(path, spec.subset, spec.split)]
+                if not any(map(needs_pyarrow, files)):  # which the runner does not import
+                    sampled.append(_read(planner, path, name, sum(file.stat().st_size for file in files)))
             except (RunError, OSError) as error:
                 unread.append(f"no estimate by data.{name}.source ({path}): {' '.join(str(error).split())}")
     return sampled, unread
 
 
-def _read(planner: Planner, path: Path, name: str) -> _Lengths:
+def _read(planner: Planner, path: Path, name: str, size: int) -> _Lengths:
+    """Lengths of the first conversations of a dataset of `size` bytes."""
     spec, counts = planner.config.data[name], RowCounts()
     rows = itertools.islice(usable(path, name, spec, counts, set()), SAMPLED_CONVERSATIONS)
     conversations = [row.with_instruction(spec.instruction) for row in rows]
     total = len(conversations)
     if not total:
-        raise counts.why_unusable(name)
+        raise counts.why_unusable(name, spec)
     if total == SAMPLED_CONVERSATIONS:  # the file has more
         text_bytes = sum(len(message["content"].encode()) for messages in conversations for message in messages)
-        total = int(path.stat().st_size * total**2 / (text_bytes * BYTES_PER_ROW * counts.rows))
+        total = int(size * total**2 / (max(1, text_bytes) * BYTES_PER_ROW * counts.rows))
     pairs = [_estimated(planner, messages) for messages in conversations]
     answers = sum(answer for _, answer in pairs)
     tokens = sum(prompt for prompt, _ in pairs) + answers

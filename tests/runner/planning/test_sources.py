@@ -182,9 +182,10 @@ def test_without_the_hub_its_cache_names_the_commit(cache: Path) -> None:
     assert found.note == f"target.source: the hub does not answer, its cache has org/name@main at commit {'e' * 40}"
 
 
-def test_a_file_of_the_hub_is_named(tmp_path: Path) -> None:
-    with pytest.raises(SourceError, match=r"data\.x\.source: `hub:org/name` names no file") as caught:
-        resolve("data.x.source", "hub:org/name", "file")
-    assert caught.value.hint == "data.x.source=hub:org/name/FILE"
+def test_a_dataset_of_the_hub_may_be_a_repository_a_file_or_a_pattern() -> None:
+    for suffix in ("", "/data/*.parquet", "/a.jsonl"):
+        identity = resolve("data.x.source", f"hub:org/rows@{COMMIT}{suffix}", "file").identity
+        assert (identity["file"] or "", identity["repo_type"]) == (suffix.removeprefix("/"), "dataset")
+    assert resolve("data.x.source", f"org/rows@{COMMIT}:a.jsonl", "file").identity == identity
     with pytest.raises(SourceError, match="does not exist"):
         resolve("data.x.source", "org/name", "file")
