@@ -74,6 +74,18 @@ def write_header(path: Path, vocab: int, hidden: int, **others: list[int] | None
     path.write_bytes(len(header).to_bytes(8, "little") + header)
 
 
+USABLE_ROW = {
+    "id": "row-1",
+    "task_id": "row-1",
+    "prompt": "How does a kettle work?",
+    "conversations": [
+        {"from": "human", "value": "How does a kettle work?"},
+        {"from": "gpt", "value": "It heats water."},
+    ],
+}
+"""A row that each of the demo's datasets can use."""
+
+
 def publish(store: Store, planner: Planner, name: str, digests: dict[str, str], content: str = "") -> str:
     """Put an artifact in the store as a run would have left it; gives its digest."""
     step = planner.step(name, digests)
@@ -81,7 +93,8 @@ def publish(store: Store, planner: Planner, name: str, digests: dict[str, str], 
     (work / "data").mkdir(parents=True)
     facts = {"num_hidden_layers": 30, "hidden_size": 576, "vocab_size": 49152}
     known = {"target": ("config.json", json.dumps(facts)), "evaluate": ("evaluation.json", json.dumps(EVALUATION))}
-    file, text = known.get(name, ("content", content or name))
+    rows = json.dumps([USABLE_ROW]) if name.startswith("dataset.") else name
+    file, text = known.get(name, ("content", content or rows))
     (work / "data" / file).write_text(text)
     if name == "target":
         (work / "data" / "chat_template.jinja").write_text("{{ messages }}")

@@ -14,10 +14,11 @@ from typing import Any
 import pytest
 
 from speculators import cli
-from speculators.config import compose, shipped
+from speculators.config import checks, compose, shipped
 from speculators.errors import RecipeError
 from speculators.packages import install_command, installed_version
 from speculators.runner.servers import guard
+from tests.conftest import USABLE_ROW
 
 DEMO = "recipe=smollm2_eagle3"
 STAGE = '''
@@ -46,7 +47,7 @@ def world(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     (tmp_path / "site/sitecustomize.py").write_text(
         f"import speculators.stages\nspeculators.stages.__path__.insert(0, {str(tmp_path / 'stages')!r})\n"
     )
-    (tmp_path / "rows.json").write_text("[]")
+    (tmp_path / "rows.json").write_text(json.dumps([USABLE_ROW]))
     root = Path(cli.__file__).parents[1]
     monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(tmp_path / "site"), str(root)]))
     monkeypatch.setenv("WORLD", str(tmp_path))
@@ -215,7 +216,7 @@ def test_a_mistake_is_found_before_the_first_job(
 
 
 def test_a_launcher_that_is_not_installed_is_named_with_its_extra(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(compose, "installed_version", lambda name: None)
+    monkeypatch.setattr(checks, "installed_version", lambda name: None)
     with pytest.raises(RecipeError, match="hydra/launcher=joblib needs `hydra-joblib-launcher`") as caught:
         compose.multirun(["-m", DEMO, "hydra/launcher=joblib"], Path(), lambda job: None)
     assert caught.value.hint == install_command("joblib")

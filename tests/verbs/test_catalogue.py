@@ -25,7 +25,7 @@ def test_every_option_of_the_schema_is_there_with_its_meaning() -> None:
     options = all_options()
     assert names - options.keys() == set()
     assert [name for name, option in options.items() if not option.meaning] == []
-    assert options["data.NAME.format"].choices["sharegpt"].startswith("A JSON list of")
+    assert options["data.NAME.format"].choices["sharegpt"].startswith('`{"conversations": ')
 
 
 @pytest.mark.parametrize(

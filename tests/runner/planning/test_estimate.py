@@ -151,7 +151,7 @@ def test_a_plan_says_how_a_server_and_the_training_beside_it_share_the_machine(
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr("os.sched_getaffinity", lambda _: set(range(8)), raising=False)
     assert cli._guarded(["plan", "recipe=smollm2_eagle3", "pipeline=hybrid", "hardware.train_cores=3"]) == 0
-    said = capsys.readouterr().out
+    said = " ".join(capsys.readouterr().out.split())
     assert "train and its server: 3 and 5 cores" in said
     assert "hidden states: at most 393,216 tokens, 2.1 GiB" in said
     assert "prefill for them: about 393,216 tokens; duration unknown until this target has run" in said
@@ -169,7 +169,7 @@ def test_without_a_quota_nothing_is_counted_and_with_one_the_states_must_fit_bes
     assert now.quota_bytes == GIB
     said = r"the store holds 0\.0 GiB and the hidden states need about 2\.1 GiB, run\.quota_gib allows 1\.0 GiB"
     with pytest.raises(StoreError, match=said) as caught:
-        refuse_if_too_large(dataclasses.replace(now, free_bytes=100 * GIB, tokens_from="sample"))
+        refuse_if_too_large(dataclasses.replace(now, free_bytes=100 * GIB, feature_bytes=int(2.1 * GIB)))
     assert "speculators-run gc` finds" in caught.value.hint
 
 
