@@ -11,11 +11,11 @@ from bisect import bisect_left
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from itertools import pairwise
+from itertools import compress, pairwise
 from typing import Any
 
 from speculators.data.answer_text import AnsweredText, Span
-from speculators.data.chat_template import token_pattern
+from speculators.data.chat_template import ChatTemplate, token_pattern
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -87,9 +87,10 @@ class AnswerTokenizer:
     Texts contain the special tokens that the template wrote; none is added.
     """
 
-    def __init__(self, source: str, structure: Sequence[str]) -> None:
-        self._source, self._structure = source, set(structure)
+    def __init__(self, source: str, template: ChatTemplate) -> None:
+        self._source, self._structure = source, set(template.structure)
         self._tokenizer = _load(json.loads(source))
+        self._end_ids = {self._tokenizer.token_to_id(token) for token in template.end_tokens}
         added = json.loads(source)["added_tokens"]
         self._added = token_pattern(token["content"] for token in added)
         self._reaching = {t["content"] for t in added if t["lstrip"] or t["single_word"] or t["normalized"]}
@@ -110,6 +111,10 @@ class AnswerTokenizer:
             else:
                 rows.append([row for _, row in parts if row])
         return rows
+
+    def ends(self, row: TokenSequence) -> int:
+        """Count the supervised tokens of a row at which a server stops."""
+        return sum(map(self._end_ids.__contains__, compress(row.input_ids, row.loss_mask)))
 
     def _segments(self, text: AnsweredText) -> list[_Segment]:
         """Divide a text before the last added token of every prompt: nothing before it changes the tokens after it."""

@@ -6,7 +6,8 @@ import bisect
 import hashlib
 import itertools
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypedDict
 
@@ -34,6 +35,35 @@ class TokenRow(TypedDict):
     id: str
     """The conversation."""
     source: str
+
+
+@dataclass(slots=True)
+class TableShape:
+    """Counts rows by length, answers and source while they pass."""
+
+    lengths: Counter[int] = field(default_factory=Counter)
+    answers: Counter[int] = field(default_factory=Counter)
+    sources: dict[str, Counter[str]] = field(default_factory=dict)
+
+    def of(self, rows: Iterable[TokenRow]) -> Iterator[TokenRow]:
+        """Pass rows on."""
+        for row in rows:
+            mask = bytes(row["loss_mask"])
+            self.lengths[1 << (len(mask) - 1).bit_length()] += 1
+            self.answers[mask.count(b"\x00\x01") + mask.startswith(b"\x01")] += 1
+            source = self.sources.setdefault(row["source"], Counter())
+            source.update({"rows": 1, "tokens": len(mask), "supervised tokens": mask.count(1)})
+            yield row
+
+    def record(self) -> dict[str, Any]:
+        """Histograms for the record: rows of at most so many tokens, each twice the one before; rows by answers."""
+        lengths = {f"up to {length} tokens": count for length, count in sorted(self.lengths.items())}
+        answers = {str(number): count for number, count in sorted(self.answers.items())}
+        sources = {
+            name: {**counts, "supervised_ratio": round(counts["supervised tokens"] / counts["tokens"], 4)}
+            for name, counts in sorted(self.sources.items())
+        }
+        return {"lengths": lengths, "answers_per_row": answers, "by_source": sources}
 
 
 def publish_table(job: Job, rows: Iterable[TokenRow], counts: Counter[str], inputs: str, hint: str) -> None:

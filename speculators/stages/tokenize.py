@@ -18,7 +18,7 @@ from speculators.data.answer_text import AnsweredText, AnswerFinder
 from speculators.data.chat_template import ChatTemplate, Rendering, TemplateError, load_chat_template
 from speculators.data.conversations import ConversationRow
 from speculators.data.template import AnswerTokenizer, TokenSequence, merge_turns, stored_turns
-from speculators.data.token_table import TokenRow, publish_table
+from speculators.data.token_table import TableShape, TokenRow, publish_table
 from speculators.job import Job
 
 _CHUNK_BYTES = 1 << 18
@@ -27,6 +27,10 @@ _WORTH_PROCESSES = 1 << 22
 """Bytes of conversations from which on processes on all cores take less time than they take to start."""
 _MAX_REASONS = 20
 """Different reasons for dropping conversations in the record; further ones are counted together."""
+
+_ANSWERS, _ENDS = "answers", "end-of-turn tokens"
+_ENDS_TOLERANCE = 0.05
+"""Difference from one end-of-turn token per answer that is noted."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -54,12 +58,19 @@ def main(job: Job) -> None:
     """Write the token table in the order of the conversations."""
     counts: Counter[str] = Counter()
     masks: Counter[str] = Counter()
+    shape = TableShape()
     try:
         hint = "lower tokenize.min_supervised or raise max_seq_len"
-        publish_table(job, _rows(job, counts, masks), counts, "conversations", hint)
+        publish_table(job, shape.of(_rows(job, counts, masks)), counts, "conversations", hint)
     finally:
         if masks:
             job.record["masks"] = dict(sorted(masks.items()))
+    job.record |= shape.record()
+    if (answers := masks[_ANSWERS]) and abs((per_answer := masks[_ENDS] / answers) - 1) > _ENDS_TOLERANCE:
+        job.record["notes"] = [
+            f"{per_answer:.2f} end-of-turn tokens are supervised per answer, 1 is expected: see eos_token_id of the "
+            "target's generation_config.json, and `masks` of this record"
+        ]
 
 
 def _rows(job: Job, counts: Counter[str], masks: Counter[str]) -> Iterator[TokenRow]:
@@ -145,7 +156,7 @@ class _Worker:
 
     @cached_property
     def _answers(self) -> AnswerTokenizer:
-        return AnswerTokenizer(self._tokenizer.source, self._tokenizer.template.structure)
+        return AnswerTokenizer(self._tokenizer.source, self._tokenizer.template)
 
     @cached_property
     def _tokenizer(self) -> _Tokenizer:
@@ -154,7 +165,7 @@ class _Worker:
     def chunk(self, lines: Sequence[bytes]) -> _Chunk:
         """Tokenize conversations, given as lines of JSON."""
         chunk = _Chunk([], Counter(), Counter())
-        conversations: list[tuple[ConversationRow, list[AnsweredText] | list[TokenSequence]]] = []
+        conversations: list[tuple[ConversationRow, Any]] = []
         for line in lines:
             conversation: ConversationRow = json.loads(line)
             chunk.counts["conversations"] += 1
@@ -167,11 +178,14 @@ class _Worker:
             if not rows:
                 chunk.counts["dropped conversations: no answer"] += 1
             conversations.append((conversation, rows))
-        texts: list[Any] = [rows for conversation, rows in conversations if not _has_tokens(conversation)]
+        texts = [rows for conversation, rows in conversations if not _has_tokens(conversation)]
         tokenized = iter(self._answers.rows(texts) if texts else [])
         for conversation, rows in conversations:
             sequences: list[Any] = rows if _has_tokens(conversation) else next(tokenized)
             chunk.rows += [(conversation["id"], conversation["source"], row) for row in sequences]
+            if not _has_tokens(conversation):
+                chunk.masks[_ANSWERS] += sum(len(text.spans) for text in rows)
+                chunk.masks[_ENDS] += sum(self._answers.ends(row) for row in sequences)
         if texts:
             chunk.masks += self._finder.counts
             self._finder.counts.clear()

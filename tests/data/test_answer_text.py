@@ -268,7 +268,7 @@ def tokenized(
     template = load_chat_template(tokenizer, directory)
     finder = AnswerFinder(template)
     texts = finder.texts(messages, Rendering(kwargs=kwargs))
-    return AnswerTokenizer(tokenizer.backend_tokenizer.to_str(), template.structure).rows([texts])[0], finder
+    return AnswerTokenizer(tokenizer.backend_tokenizer.to_str(), template).rows([texts])[0], finder
 
 
 def marked(tokenizer: Any, row: TokenSequence) -> str:
@@ -373,9 +373,13 @@ def test_the_number_of_renderings_does_not_grow_with_the_conversation(
     template = load_chat_template(char_tokenizer(CHATML, **CHATML_TOKENS), tmp_path)
     finder = AnswerFinder(template)
     finder.texts(TALK, Rendering())
-    rendered = []
-    render = type(template).render
-    monkeypatch.setattr(type(template), "render", lambda *a, **k: rendered.append(0) or render(*a, **k))
+    rendered, render = [], type(template).render
+
+    def counted(*arguments: Any, **options: Any) -> str:
+        rendered.append(arguments)
+        return render(*arguments, **options)
+
+    monkeypatch.setattr(type(template), "render", counted)
     (text,) = finder.texts(TALK * 40, Rendering())
     assert len(text.spans) == 80
     assert len(rendered) == 2

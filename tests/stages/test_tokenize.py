@@ -98,6 +98,9 @@ def test_rows_keep_the_ids_of_the_server_and_the_order_of_the_conversations(tmp_
         "tokens": 9,
         "tokens cut": 5 + 2,
         "supervised tokens": 6,
+        "lengths": {"up to 4 tokens": 1, "up to 8 tokens": 1},
+        "answers_per_row": {"1": 2},
+        "by_source": {"s": {"rows": 2, "tokens": 9, "supervised tokens": 6, "supervised_ratio": 0.6667}},
     }
     assert not list(job.scratch.iterdir())
 
@@ -127,7 +130,8 @@ def test_conversations_with_their_own_answers_go_through_the_target_s_template(
     first = [user, 0, 1, end, 4, assistant]
     assert row["input_ids"] == [*first, 2, 3, end, 4, user, 0, end, 4, assistant, 1, end]
     assert row["loss_mask"] == [0] * 6 + [1] * 3 + [0] * 6 + [1] * 2  # the line break after the end is nobody's token
-    assert job.record["masks"] == {"difference of renderings": 2}
+    assert job.record["masks"] == {"answers": 2, "difference of renderings": 2, "end-of-turn tokens": 2}
+    assert "notes" not in job.record
     assert job.record["dropped conversations: no answer"] == 1
 
 
@@ -166,6 +170,19 @@ def test_conversations_that_the_template_refuses_are_dropped_with_the_reason(
     (reason,) = [name for name in job.record if name.startswith("dropped")]
     assert "TypeError" in reason
     assert job.record["masks"]["dropped conversations"] == 1
+
+
+def test_an_end_of_turn_token_at_which_no_server_stops_is_noted(
+    tmp_path: Path, tokenizer: PreTrainedTokenizerFast
+) -> None:
+    tokenizer.add_tokens(["<turn>"])
+    tokenizer.chat_template = CHAT.replace("<end>", "<turn>")
+    tokenizer.save_pretrained(tmp_path / "target")
+    conversations = write_conversations(tmp_path / "in", [{"id": "a", "messages": TALK}])
+    job = make_job("tokenize", tmp_path / "w", config_of(), conversations=conversations, target=tmp_path / "target")
+    tokenize.main(job)
+    (note,) = job.record["notes"]
+    assert note.startswith("0.00 end-of-turn tokens are supervised per answer")
 
 
 def test_all_cores_give_the_rows_of_one(
