@@ -76,7 +76,14 @@ class Target:
             finish = "length"
         else:
             ids.append(END)
-        choice = {"message": {"content": text}, "token_ids": ids, "finish_reason": finish}
+        message: dict[str, Any] = {"content": text}
+        if (
+            "call" in last and body.get("tools") and "tool_choice" not in body
+        ):  # a parser takes the call out of the text
+            function = {"name": FIND["name"], "arguments": json.dumps(FIND["arguments"])}
+            call = {"id": "t1", "type": "function", "function": function}
+            message, finish = {"content": None, "reasoning": "hm", "tool_calls": [call]}, "tool_calls"
+        choice = {"message": message, "token_ids": ids, "finish_reason": finish}
         return {"prompt_token_ids": prompt, "choices": [choice]}
 
     def words(self, body: dict[str, Any], prompt: list[int], last: str) -> list[int]:
@@ -235,6 +242,22 @@ def test_recorded_results_follow_the_recorded_call_only(
     assert (job.record["kept_in_part"], job.record["dropped"]) == (dropped, {})
     assert {request["tool_choice"] for request in target.requests} == {"none"}  # the server has no parser
     assert all(request["tools"] == made["tools"] for request in target.requests)
+
+
+def test_an_answer_that_is_all_thought_and_call_is_not_empty_and_its_results_follow(
+    job_of: Callable[..., Job], config: Config, target: Target
+) -> None:
+    config.serve.tool_call_parser = "hermes"
+    job = job_of("job", with_tools("call it", FIND))
+    regenerate.main(job)
+    (made,) = published(job)
+    assert " ".join(message["role"] for message in made["messages"]) == "user assistant tool assistant user assistant"
+    own = made["messages"][1]
+    assert (own["content"], own["reasoning_content"]) == ("", "hm")
+    assert own["tool_calls"] == [{"id": "r1", "type": "function", "function": FIND}]
+    sent = target.requests[1]["messages"][1]
+    assert sent["tool_calls"][0]["function"]["arguments"] == json.dumps(FIND["arguments"])
+    assert (sent["reasoning"], job.record["faults"], job.record["kept_whole"]) == ("hm", {}, 1)
 
 
 def test_variables_of_the_template_are_in_the_prompt_and_not_supervised(

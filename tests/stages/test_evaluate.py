@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from speculators.config.choices import DataFormat, Dtype
+from speculators.config.choices import DataFormat, Dtype, Sampling
 from speculators.config.schema import Config, Dataset
 from speculators.data.conversations import RowCounts, in_evaluation_holdout
 from speculators.engine.client import Client
@@ -243,3 +243,23 @@ def test_in_a_coarser_format_a_tie_is_wider(tmp_path: Path) -> None:
     assert asyncio.run(verdicts("bfloat16")) == (1, 0)
     assert asyncio.run(verdicts("float32")) == (0, 1)
     engine.close()
+
+
+@pytest.mark.parametrize(("temperature", "expected"), [(None, 0.6), (0.0, 0.0)])
+def test_a_request_has_the_recipes_template_options_and_the_models_sampling(
+    tmp_path: Path, temperature: float | None, expected: float
+) -> None:
+    job = job_of(tmp_path, sampling=Sampling.model)
+    job.config.target.chat_template_kwargs = {"enable_thinking": False}
+    job.inputs["target"] = tmp_path
+    (tmp_path / "generation_config.json").write_text(json.dumps({"temperature": 0.6, "top_k": 20}))
+    sent: dict[str, Any] = {}
+
+    class Recorder:
+        async def chat(self, messages: Any, **fields: Any) -> None:
+            sent.update(fields)
+
+    prompt = choose(job, "quiz", RowCounts())[0]
+    asyncio.run(evaluate._ask(job, Recorder(), prompt, "item", temperature=temperature))  # type: ignore[arg-type]
+    assert sent["chat_template_kwargs"] == {"enable_thinking": False}
+    assert (sent["temperature"], sent.get("top_k")) == (expected, 20 if temperature is None else None)

@@ -296,6 +296,19 @@ def test_a_turn_says_which_part_of_the_shards_holds_its_states(
     assert sorted(job.digests_written) == [f"states/shard-0000{i}.safetensors" for i in range(3)]
 
 
+def test_the_last_layer_of_a_masked_answer_is_not_kept(tmp_path: Path, config: Config) -> None:
+    job = keeping(tmp_path, config, "bfloat16", ANSWERS, layers=2)
+    answers_with_states(job, "bfloat16", TALKS)
+    log = job.scratch / "answers.jsonl"
+    first, *others = [json.loads(line) for line in log.read_text().splitlines()]
+    first["turns"][1]["supervised"] = [0, 0]
+    log.write_text("".join(json.dumps(line) + "\n" for line in [first, *others]))
+    regenerate.main(job)
+    last_layer = ShardReader(job.output / "states").hidden_states(0)[:, -1, 0]
+    assert last_layer.isnan().tolist() == [True, False, False, False, True, True]
+    assert job.record["supervised_tokens"] == job.record["answer_tokens"] - 2
+
+
 def test_an_attempt_that_is_killed_while_it_packs_states_is_gone_on_with(
     tmp_path: Path, config: Config, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -149,7 +149,9 @@ def argv(
     arguments += [_prefix_caching(mode)]
     if on_cpu if serve.enforce_eager is None else serve.enforce_eager:
         arguments += ["--enforce-eager"]
-    arguments += _of_target(config) + _parsers(config)
+    arguments += _of_target(config)
+    if mode in ("generate", "extract"):
+        arguments += _parsers(config)
     if on_cpu:
         arguments += _on_cpu(config)
     elif serve.gpu_memory_utilization is not None:

@@ -167,3 +167,20 @@ def test_greedy_answers_of_version_1_are_found_and_sampled_ones_are_not(
     image = planner_of(store, *words).known("regenerate", {"target": "t"})
     of_version_1 = {"tag": TAG, "target": "t", "service": image["service"], "config": dict(image["config"])}
     assert (answers_identity(image) == key.digest(of_version_1)) == same
+
+
+@pytest.mark.parametrize(
+    ("words", "same"),
+    [
+        (["regenerate.on_loop=mask", "regenerate.on_cut=mask"], True),
+        (["regenerate.on_loop=end"], False),
+        (["regenerate.on_cut=drop"], False),
+        (["serve.reasoning_parser=qwen3"], False),
+        (["regenerate.concurrency=3"], True),
+    ],
+)
+def test_a_masked_answer_is_the_one_that_was_kept(store: Store, words: list[str], same: bool) -> None:
+    def identity(*words: str) -> str | None:
+        return answers_identity(planner_of(store, *words).known("regenerate", {"target": "t"}))
+
+    assert (identity(*words) == identity()) == same

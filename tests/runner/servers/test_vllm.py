@@ -67,6 +67,16 @@ def test_only_answering_keeps_beginnings_of_prompts() -> None:
     assert "--no-enable-prefix-caching" in words(recipe(), "speculative", draft=Path("/draft"))
 
 
+def test_servers_that_answer_conversations_have_the_recipes_parsers() -> None:
+    config = recipe()
+    config.serve.tool_call_parser, config.serve.reasoning_parser = "hermes", "qwen3"
+    argv = words(config, "generate")
+    assert "--enable-auto-tool-choice" in argv
+    assert (value(argv, "--tool-call-parser"), value(argv, "--reasoning-parser")) == ("hermes", "qwen3")
+    assert "--tool-call-parser" in words(config, "extract", capture_layer_ids=[2])
+    assert "--tool-call-parser" not in words(config, "baseline")
+
+
 def test_a_speculative_server_gets_the_draft_and_how_many_tokens_it_proposes() -> None:
     proposal = {"method": "eagle3", "num_speculative_tokens": 5}
     argv = words(recipe(), "speculative", draft=Path("/draft"), proposal=proposal)
