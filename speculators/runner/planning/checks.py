@@ -17,7 +17,7 @@ from speculators.checkpoint_files import (
     tensor_shapes,
     text_config,
 )
-from speculators.config.choices import Device
+from speculators.config.choices import Device, Sampling
 from speculators.config.schema import Config
 from speculators.errors import ContractError, RecipeError
 from speculators.runner import executors, hardware
@@ -189,6 +189,13 @@ def check_target(
             f"target.trust_remote_code=false: the target contains Python code (`auto_map` in {checkpoint}/config.json)",
             "target.trust_remote_code=true, if you trust the authors of that code",
         )
+    for stage, section in (("regenerate", config.regenerate), ("evaluate", config.evaluate)):
+        asks = section.sampling is Sampling.model and any(node.kind == stage for node in nodes.values())
+        if asks and not (checkpoint / "generation_config.json").is_file():
+            raise RecipeError(
+                f"{stage}.sampling=model: the target has no generation_config.json",
+                f"{stage}.sampling=recipe {stage}.temperature=1.0, which vLLM would serve it with",
+            )
     chatting = any(node.kind in CHATTING for node in nodes.values())
     if chatting and local:
         check_tokenizer(checkpoint)

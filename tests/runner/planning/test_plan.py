@@ -263,3 +263,14 @@ def test_a_chat_template_that_would_write_todays_date_gets_one_that_the_key_hold
     assert not [note for note in named.notes if "date_string" in note]
     (checkpoint / "chat_template.jinja").write_text(f"{{{{ {call} }}}}{{{{ messages }}}}")
     assert [note for note in planner().notes if "chat template writes today's date" in note]
+
+
+@pytest.mark.parametrize("stage", ["regenerate", "evaluate"])
+def test_sampling_of_a_target_that_names_none_is_refused_before_it_is_served(
+    checkpoint: Path, store: Store, stage: str
+) -> None:
+    words = ["recipe=smollm2_eagle3", *OF_CHECKPOINT, f"target.source={checkpoint}", f"{stage}.sampling=model"]
+    with pytest.raises(RecipeError, match=rf"{stage}\.sampling=model: the target has no generation_config\.json"):
+        Planner(compose.compose(words), store)
+    (checkpoint / "generation_config.json").write_text('{"temperature": 0.6}')
+    assert Planner(compose.compose(words), store).facts is not None
