@@ -139,6 +139,8 @@ class Dataset(Options):
     """Longest first user message that is kept, in characters; null: no limit."""
     ascii_only: bool = False
     """Keep only conversations whose first user message is pure ASCII."""
+    num_conversations: int | None = if_set(None, positive())
+    """Conversations of this dataset to train on, at most, chosen as by `prompts.num_conversations`; null: no limit."""
     on_damage: OnDamage = OnDamage.auto
     """Handling of a damaged file; see `OnDamage`. A row that cannot be read is always skipped and counted."""
 

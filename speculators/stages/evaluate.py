@@ -22,7 +22,7 @@ from speculators.data.conversations import Conversation, Message, RowCounts, in_
 from speculators.engine.client import Client, Completion
 from speculators.engine.metrics import DraftCounters, read_counters
 from speculators.engine.sampling import model_sampling, template_fields
-from speculators.errors import SourceError, StageError
+from speculators.errors import StageError
 from speculators.evaluation.lossless import TOLERANCES, compare_answers
 from speculators.job import Job, file_name, write_json
 
@@ -79,10 +79,7 @@ def choose(job: Job, name: str, tally: RowCounts) -> list[Prompt]:
 
     rows = heapq.nsmallest(options.num_prompts, candidates(), key=order)
     if not rows:
-        raise SourceError(
-            f"no usable prompt in `{name}`: {tally.record()}",
-            f"lower min_chars, raise max_chars or unset ascii_only of `{name}`, or raise prompts.eval_holdout_ratio",
-        )
+        raise tally.why_unusable(name, spec)
     return [Prompt(row.id, _question(row.with_instruction(spec.instruction))) for row in rows]
 
 
@@ -399,6 +396,11 @@ def _publish(job: Job, prompts: dict[str, list[Prompt]], tallies: dict[str, RowC
         name: {**tallies[name].record(), "prompts": len(prompts[name]), "asked": options.num_prompts}
         for name in prompts
     }
+    job.record["notes"] = [
+        f"{name}: measured on {len(prompts[name])} prompts, of {options.num_prompts} requested: it has no more"
+        for name in prompts
+        if len(prompts[name]) < options.num_prompts
+    ] + [note for name, tally in tallies.items() for note in tally.notes(name)]
     job.record["acceptance_length"] = {name: numbers["acceptance_length"] for name, numbers in datasets.items()}
     job.record["speed_up"] = {name: numbers["speed_up"] for name, numbers in datasets.items()}
     if lossless:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import heapq
+import itertools
 import json
 from collections import Counter
 from collections.abc import Iterator
@@ -56,24 +57,28 @@ def _spooled(job: Job, tallies: dict[str, RowCounts], spool: IO[bytes]) -> list[
     A million conversations take 80 MB of memory in this way, whatever their length.
     """
     count, seed, offset = job.config.prompts.num_conversations, job.config.prompts.seed, 0
-    largest: list[tuple[int, int]] = []  # a heap of negative digests: its first one is replaced by a smaller digest
+    # Heaps of negative digests: the first one is replaced by a smaller digest.
+    largest: dict[str, list[tuple[int, int]]] = {name: [] for name in job.config.data}
     positions: list[bytes] = []
     for row in _candidates(job, tallies):
         # A digest rather than a shuffle: one more row in a file then replaces one conversation instead of all.
         digest = hashlib.sha256(f"{seed}/{row['id']}".encode()).digest()
-        if count is None:
+        cap, heap = job.config.data[row["source"]].num_conversations, largest[row["source"]]
+        limit = min((number for number in (cap, count) if number is not None), default=None)
+        if limit is None:
             positions.append(digest + offset.to_bytes(_OFFSET, "big"))
-        elif len(largest) < count:
-            heapq.heappush(largest, (-int.from_bytes(digest, "big"), offset))
-        elif -largest[0][0] > int.from_bytes(digest, "big"):
-            heapq.heapreplace(largest, (-int.from_bytes(digest, "big"), offset))
+        elif len(heap) < limit:
+            heapq.heappush(heap, (-int.from_bytes(digest, "big"), offset))
+        elif -heap[0][0] > int.from_bytes(digest, "big"):
+            heapq.heapreplace(heap, (-int.from_bytes(digest, "big"), offset))
         else:
             continue
         line = f"{json.dumps(row['source'])}\t{json.dumps(row, ensure_ascii=False)}\n".encode()
         spool.write(line)
         offset += len(line)
-    positions += [(-digest).to_bytes(32, "big") + begin.to_bytes(_OFFSET, "big") for digest, begin in largest]
-    return sorted(positions)
+    kept = itertools.chain.from_iterable(largest.values())
+    positions += [(-digest).to_bytes(32, "big") + begin.to_bytes(_OFFSET, "big") for digest, begin in kept]
+    return sorted(positions)[:count]
 
 
 def _candidates(job: Job, tallies: dict[str, RowCounts]) -> Iterator[ConversationRow]:

@@ -74,6 +74,23 @@ def test_a_draw_is_the_same_every_time_and_a_row_more_displaces_at_most_one(tmp_
     assert drawn("more", texts, count=30)[:20] == first, "so that growing a recipe asks for the new ones alone"
 
 
+def test_a_dataset_gives_no_more_conversations_than_its_share_of_the_mix(tmp_path: Path) -> None:
+    paths = {name: write_set(tmp_path / f"{name}.json", [f"{name} {i}" for i in range(30)]) for name in "ab"}
+
+    def drawn(cap: int | None, count: int | None) -> tuple[dict[str, int], list[str]]:
+        config = config_of("a", "b")
+        config.prompts.num_conversations, config.data["a"].num_conversations = count, cap
+        job = make_job("prompts", tmp_path / f"w{cap}{count}", config, dataset__a=paths["a"], dataset__b=paths["b"])
+        prompts.main(job)
+        return job.record["kept_by_dataset"], [row["id"] for row in lines(job.output / "conversations.jsonl")]
+
+    assert drawn(5, None)[0] == {"a": 5, "b": 30}
+    assert drawn(5, 60)[0] == {"a": 5, "b": 30}
+    assert sum(drawn(5, 12)[0].values()) == 12
+    all_ids = drawn(None, None)[1]
+    assert drawn(5, None)[1] == [i for i in all_ids if i[0] == "b" or i in [j for j in all_ids if j[0] == "a"][:5]]
+
+
 def test_held_out_conversations_are_left_out_and_counted(tmp_path: Path) -> None:
     config = config_of("a")
     config.prompts.eval_holdout_ratio = 0.3

@@ -119,5 +119,6 @@ def test_a_bad_data_file_is_named_with_the_reason(store: Store, data: Path, chec
     bad = expected(store, config)
     assert bad.tokens == 0
     assert bad.unread == [
-        f"no estimate by data.mine.source ({data}): data set `mine` has no usable row among 1: 1 no messages"
+        f"no estimate by data.mine.source ({data}): data set `mine` has no usable row among 1: 1 no messages "
+        "(columns: id, text)"
     ]
