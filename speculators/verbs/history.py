@@ -14,7 +14,7 @@ from speculators.config.execution import RunOptions
 from speculators.errors import RecipeError
 from speculators.runner import history, products
 from speculators.runner.history import Run, Stage
-from speculators.verbs import usage
+from speculators.verbs import tokens, usage
 
 
 def runs(argv: list[str]) -> int:
@@ -35,11 +35,18 @@ def runs(argv: list[str]) -> int:
 
 
 def show(argv: list[str]) -> int:
-    """Show a run, stage by stage, or one of its stages."""
+    """Show a run, stage by stage, or one of its stages, or a row of its tokens."""
     directory, names, as_data = _parse("show", argv)
-    if not 1 <= len(names) <= 2:
+    row = usage.parse("show", argv).flags.get("--row")
+    of_tokens = names[:1] == ["tokens"]
+    if not 1 <= len(names) - of_tokens <= 2:
         raise RecipeError("show needs the name of one run", "speculators-run show last, or show last train")
-    run = history.find(directory, names[0])
+    run = history.find(directory, names[of_tokens])
+    if of_tokens:
+        tokens.show_tokens(run, names[2:], row or "0", as_data)
+        return 0
+    if row is not None:
+        raise RecipeError("--row is for tokens", f"speculators-run show tokens {names[0]} --row {row}")
     stage = history.find_stage(run, names[1]) if names[1:] else None
     if as_data:
         stages = {name: dataclasses.asdict(stage) for name, stage in run.stages.items()}

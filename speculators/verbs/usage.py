@@ -146,15 +146,17 @@ VERBS = {
     ),
     "show": Verb(
         function="history.show",
-        summary="show a run, stage by stage, or one of its stages",
-        usage="RUN [STAGE] [run.dir=PATH] [--json]",
+        summary="show a run, stage by stage, one of its stages, or a row of its tokens",
+        usage="[tokens] RUN [STAGE] [--row N] [run.dir=PATH] [--json]",
         takes={
             "RUN": "a run's name, its beginning, its path, or `last`",
             "STAGE": "a stage, by its name or kind",
+            "tokens RUN": "a row of the run's tokens, with the supervised ones marked",
+            "--row N": "number of that row, from 0; default: 0",
             **_RUNS,
             **_JSON,
         },
-        examples=["show last", "show last train"],
+        examples=["show last", "show last train", "show tokens last --row 7"],
     ),
     "compare": Verb(
         function="history.compare",
