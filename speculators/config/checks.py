@@ -39,11 +39,15 @@ SET_BY_RECIPE = {
     "tool-call-parser": "serve.tool_call_parser",
     "enable-auto-tool-choice": "serve.tool_call_parser",
     "reasoning-parser": "serve.reasoning_parser",
+    "config": "serve.extra_args",
     **dict.fromkeys(("host", "served-model-name", "generation-config", "enable-log-requests", "uvicorn-log-level",
                      "enable-prefix-caching", "distributed-executor-backend", "scheduler-cls"), ""),
 }  # fmt: skip
 """Arguments of vLLM that the recipe determines, each with its option, empty if none has it alone. As a further argument
 it would replace the recipe's, which keys hold."""
+SHORT = {"-tp": "tensor-parallel-size", "-pp": "pipeline-parallel-size", "-dp": "data-parallel-size",
+         "-sc": "speculative-config"}  # fmt: skip
+"""Short names of arguments in SET_BY_RECIPE."""
 LAUNCHERS = {
     "joblib": ("hydra-joblib-launcher", "joblib"),
     "submitit_local": ("hydra-submitit-launcher", "sweep-slurm"),
@@ -207,7 +211,7 @@ def _refuse_secrets(config: Config) -> None:
         "serve.baseline_url": "@" in config.serve.baseline_url,
         "serve.speculative_url": "@" in config.serve.speculative_url,
         "serve.extra_urls": any("@" in url for url in config.serve.extra_urls),
-        "serve.extra_args": any(a.startswith(("--api-key", "--hf-token")) for a in config.serve.extra_args),
+        "serve.extra_args": any(_long_name(a) in ("api-key", "hf-token") for a in config.serve.extra_args),
     }
     for name, contains in contains_secret.items():
         if contains:
@@ -244,13 +248,19 @@ def _sampling(config: Config) -> Iterator[tuple[bool, str, str]]:
 def _check_extra_args(config: Config) -> None:
     """Refuse arguments of vLLM that the recipe determines."""
     for argument in config.serve.extra_args:
-        name = argument.partition("=")[0].replace("_", "-").removeprefix("--").removeprefix("no-")
-        if argument.startswith("--") and name in SET_BY_RECIPE:
+        name = _long_name(argument)
+        if argument.startswith("-") and name in SET_BY_RECIPE:
             option = SET_BY_RECIPE[name]
             raise RecipeError(
                 f"serve.extra_args={as_override(config.serve.extra_args)}: {argument} is set by the recipe",
                 f"remove it; set the option {option}" if option else "remove it",
             )
+
+
+def _long_name(argument: str) -> str:
+    """The name of an argument of vLLM, which takes `_` for `-`, as SET_BY_RECIPE has it."""
+    name = argument.partition("=")[0].partition(".")[0].replace("_", "-")
+    return SHORT.get(name, name.removeprefix("--").removeprefix("no-"))
 
 
 def check_launcher(name: str) -> None:

@@ -414,8 +414,9 @@ class Serve(Options):
     reasoning_parser: str = if_set("")
     """vLLM's parser that separates the target's thoughts from its text (`qwen3`, `deepseek_r1`, ...), so that templates
     may leave those of earlier answers out. Empty: thoughts stay in the text."""
-    extra_args: list[str] = operational([])
-    """Further command-line arguments for vLLM, passed unchanged."""
+    extra_args: list[str] = if_set([])
+    """Further command-line arguments for vLLM, passed unchanged. They enter the keys of stages with a server, since
+    some (`--quantization`) change what it answers."""
 
 
 @dataclass(kw_only=True, slots=True, repr=False)

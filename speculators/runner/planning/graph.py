@@ -29,6 +29,9 @@ TEMPLATE_OPTION = "target.chat_template_kwargs"
 PARSERS = ("serve.tool_call_parser", "serve.reasoning_parser")
 """Options of what a server makes of the text of an answer, which is part of later prompts."""
 
+ENGINE_ARGUMENTS = "serve.extra_args"
+"""Option of every stage with a server: arguments such as `--quantization` change what the target answers."""
+
 TARGET = "target"
 """The node that fetches the target, and the input name under which stages get it."""
 
@@ -79,7 +82,7 @@ KINDS: dict[str, Kind] = {
         version=2,
         gives=("conversations", "states"),
         takes={"prompts": "prompts"},
-        reads=("regenerate", "max_seq_len", "target.dtype", TEMPLATE_OPTION, *PARSERS),
+        reads=("regenerate", "max_seq_len", "target.dtype", TEMPLATE_OPTION, *PARSERS, ENGINE_ARGUMENTS),
         serve="generate",
         reuses="answers",
     ),
@@ -95,7 +98,7 @@ KINDS: dict[str, Kind] = {
         version=3,
         gives=("features",),
         takes={"tokens": "tokens"},
-        reads=("extract", "target.dtype", *FIDELITY_OPTIONS),
+        reads=("extract", "target.dtype", *FIDELITY_OPTIONS, ENGINE_ARGUMENTS),
         derived=("layer_ids", "capture_layer_ids", "last_state"),
         serve="extract",
         reuses="tokens",
@@ -137,7 +140,7 @@ KINDS: dict[str, Kind] = {
         version=5,
         gives=("evaluation",),
         takes={"speculator": "speculator"},
-        reads=("evaluate", "data", "prompts.eval_holdout_ratio", "target.dtype", TEMPLATE_OPTION),
+        reads=("evaluate", "data", "prompts.eval_holdout_ratio", "target.dtype", TEMPLATE_OPTION, ENGINE_ARGUMENTS),
         derived=("num_speculative_tokens",),
         datasets="evaluate.datasets",
         measures=True,
@@ -145,7 +148,8 @@ KINDS: dict[str, Kind] = {
 }
 """Every kind of stage by the name of its module in `speculators.stages`."""
 
-DRAWING = ("extract.dtype", "extract.connector", "extract.concurrency", "extract.retries", "extract.timeout")
+DRAWING = ("extract.dtype", "extract.connector", "extract.concurrency", "extract.retries", "extract.timeout",
+           ENGINE_ARGUMENTS)  # fmt: skip
 """Further options of a stage that draws hidden states from a live server: those of `extract`, which it replaces, but
 for the size of shards, since it writes none."""
 

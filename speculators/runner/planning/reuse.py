@@ -20,14 +20,13 @@ from speculators.answers import ANSWER_LOG, BAD_STATES, read_rows, row_digest
 from speculators.config.choices import LastLayerPositions
 from speculators.job import ReusableRows
 from speculators.runner.planning import key
-from speculators.runner.planning.graph import KINDS, TARGET
+from speculators.runner.planning.graph import ENGINE_ARGUMENTS, KINDS, TARGET
 from speculators.runner.store.artifact import Artifact, is_complete
 from speculators.runner.store.artifacts import Store
 
-TAG = "speculators-run/answers/1"
-"""Name and version of the identity of answers. A new version has every conversation answered again."""
-SEEDS = "conversation and turn"
-"""What the seed of a request is derived from, part of the identity of sampled answers; greedy ones have no seed."""
+SEEDED = 2
+"""Version of `regenerate` since which each request has a seed of its own: sampled answers of earlier ones do not count.
+"""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -97,7 +96,8 @@ def find_extracted(store: Store, stage: str, preimage: Mapping[str, Any]) -> Reu
 
     def origin(image: Mapping[str, Any]) -> list[Any]:
         target_dtype = image["config"].get("target.dtype")
-        return [image["version"], image["inputs"].get(TARGET), image["service"], target_dtype]
+        arguments = image["config"].get(ENGINE_ARGUMENTS)
+        return [image["version"], image["inputs"].get(TARGET), image["service"], target_dtype, arguments]
 
     same = [
         artifact
@@ -133,7 +133,11 @@ def _first_rows(sources: Iterable[ReusableRows]) -> dict[str, bool]:
 
 
 def answers_identity(preimage: Mapping[str, Any]) -> str | None:
-    """Digest of all but the conversation that its answers depend on; None while the target is unknown."""
+    """Digest of all but the conversation that its answers depend on; None while the target is unknown.
+
+    Both sides of a comparison are computed by this release: only the version in a preimage says what an earlier one did
+    differently.
+    """
     prefixes = tuple(f"{name}." for name in KINDS["regenerate"].reads)
     options = {name: value for name, value in preimage["config"].items() if f"{name}.".startswith(prefixes)}
     # A masked answer is the one that is kept; only what ends a conversation changes what follows.
@@ -141,9 +145,8 @@ def answers_identity(preimage: Mapping[str, Any]) -> str | None:
         del options[name]
     if TARGET not in preimage["inputs"]:
         return None
-    identity = {"tag": TAG, "target": preimage["inputs"][TARGET], "service": preimage["service"], "config": options}
-    sampled = any(options.get(f"regenerate.{name}") for name in ("temperature", "temperatures", "sampling"))
-    return key.digest(identity | ({"seeds": SEEDS} if sampled else {}))
+    one_seed = bool(options.get("regenerate.temperature")) and preimage["version"] < SEEDED
+    return key.digest([preimage["inputs"][TARGET], preimage["service"], options, one_seed])
 
 
 def _has_hidden_states(stored: Mapping[str, Any], required: Mapping[str, Any]) -> bool:

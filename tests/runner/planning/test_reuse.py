@@ -12,7 +12,7 @@ from speculators.config import compose
 from speculators.runner.planning import key
 from speculators.runner.planning.explain import explain_stage
 from speculators.runner.planning.plan import Planner, Step
-from speculators.runner.planning.reuse import TAG, answers_identity
+from speculators.runner.planning.reuse import answers_identity
 from speculators.runner.servers import vllm
 from speculators.runner.store.artifacts import PREIMAGE, Store
 from tests.conftest import publish
@@ -83,6 +83,7 @@ CASES: dict[tuple[str, ...], tuple[str, bool]] = {
     ("regenerate.max_tokens=100",): ("changed: regenerate.max_tokens 160 -> 100", True),
     ("target.dtype=bfloat16",): ("changed: target.dtype", True),
     ("max_seq_len=512",): ("changed: max_seq_len", True),
+    ("serve.extra_args=[--quantization,fp8]",): ("changed: serve.extra_args", True),
     ("target.chat_template_kwargs.enable_thinking=false",): ("changed: target.chat_template_kwargs", True),
     ("pipeline=offline", "force=regenerate"): ("forced", True),
 }
@@ -102,7 +103,7 @@ def test_an_extraction_copies_from_those_of_the_same_layers_and_format(store: St
     assert step.reason == "rows with tokens of earlier rows are copied; upstream: tokens"
     assert [rows.hidden_states for rows in step.reuse.sources] == [next(iter(store.artifacts("extract"))).data]
     assert step.node.mode == "extract"
-    for other in ("extract.dtype=float32", "speculator.target_layer_ids=[1]"):
+    for other in ("extract.dtype=float32", "speculator.target_layer_ids=[1]", "serve.extra_args=[--quantization,fp8]"):
         assert extraction(*more, other).reuse.sources == ()
     assert extraction(*more, "speculator.target_layer_ids=[15]").reuse.sources != ()
     parts = [step for step in planner_of(store, *more, "extract.workers=2").plan() if "extract" in step.node.name]
@@ -163,10 +164,16 @@ def test_greedy_answers_of_version_1_are_found_and_sampled_ones_are_not(
     store: Store, temperature: float, same: bool
 ) -> None:
     """There, every request had the same seed, on which greedy answers do not depend."""
-    words = ("pipeline=offline", f"regenerate.temperature={temperature}")
-    image = planner_of(store, *words).known("regenerate", {"target": "t"})
-    of_version_1 = {"tag": TAG, "target": "t", "service": image["service"], "config": dict(image["config"])}
-    assert (answers_identity(image) == key.digest(of_version_1)) == same
+    sampling = f"regenerate.temperature={temperature}"
+    make(store, "prompts", TALKS, sampling)
+    step = planned(store, sampling)
+    image = {**step.preimage, "version": 1}
+    work = store.work("regenerate", key.digest(image))
+    (work / "data").mkdir(parents=True)
+    (work / "data/rows.jsonl").write_text(index(TALKS))
+    told = {"preimage": image, "record": {}, "provenance": {}}
+    store.publish("regenerate", key.digest(image), **told, digest=None)
+    assert bool(planned(store, sampling).reuse.sources) == same
 
 
 @pytest.mark.parametrize(

@@ -128,6 +128,7 @@ def test_no_argument_of_the_recipe_can_be_given_again() -> None:
     commands = [words(on_gpus), words(recipe(), "speculative", draft=Path("/d"))]
     commands += [words(recipe(), "extract", capture_layer_ids=[2]), words(recipe(), "generate")]
     given = {word for command in commands for word in command if word.startswith("--")}
+    given |= {"-tp", "-dp=2", "-sc.method", "--kv_transfer_config.kv_role", "--config"}
     for word in given:
         config = recipe()
         config.serve.extra_args = [word]
