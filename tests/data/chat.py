@@ -21,12 +21,19 @@ def char_tokenizer(template: str, special: Sequence[str], plain: Sequence[str] =
     return _finished(inner, template, special, plain, eos)
 
 
-def llama_tokenizer(template: str, special: Sequence[str], plain: Sequence[str] = (), eos: str = "") -> Any:
-    """As Llama 2's: a space is put before every piece of text, and a word begins with its space."""
+def llama_tokenizer(
+    template: str, special: Sequence[str], plain: Sequence[str] = (), eos: str = "", scheme: str = "", strips: str = "-"
+) -> Any:
+    """As Llama 2's: a space is put before every piece of text, and a word begins with its space. With a `scheme`, by
+    Metaspace instead of a normalizer; special tokens with `strips` in them take the spaces after them."""
     vocabulary = [*CHARACTERS.replace(" ", ""), SPACE, *(f"{SPACE}{c}" for c in "abcdefghxyABH")]
     merges = [(SPACE, c) for c in "abcdefghxyABH"]
     inner = Tokenizer(models.BPE({c: i for i, c in enumerate(vocabulary)}, merges, unk_token="~"))
-    inner.normalizer = normalizers.Sequence([normalizers.Prepend(SPACE), normalizers.Replace(" ", SPACE)])
+    if scheme:
+        inner.pre_tokenizer = pre_tokenizers.Metaspace(SPACE, prepend_scheme=scheme, split=False)
+    else:
+        inner.normalizer = normalizers.Sequence([normalizers.Prepend(SPACE), normalizers.Replace(" ", SPACE)])
+    inner.add_special_tokens([AddedToken(t, normalized=False, rstrip=True) for t in special if strips in t])
     return _finished(inner, template, special, plain, eos)
 
 

@@ -322,6 +322,21 @@ def test_masks_with_a_tokenizer_that_puts_a_space_before_each_text(trait: str, t
     assert [marked(tokenizer, row).replace(chat.SPACE, "_") for row in rows] == expected
 
 
+@pytest.mark.parametrize("scheme", ["", "always", "first", "never"])
+@pytest.mark.parametrize("strips", ["|", "-"])
+def test_answers_have_the_tokens_of_their_text_after_the_prompt_of_a_server(
+    scheme: str, strips: str, tmp_path: Path
+) -> None:
+    tokenizer = llama_tokenizer(chat.END_OF_TEXT, PHI_TOKENS["special"], (), "<|endoftext|>", scheme, strips)
+    (row,), _ = tokenized(tokenizer, tmp_path, TALK, {})
+    text = "<|user|>\na b<|end|>\n<|assistant|>\nHello<|end|>\n<|user|>\nc<|end|>\n<|assistant|>\nd e<|end|>"
+    assert row.input_ids == tokenizer(text, add_special_tokens=False)["input_ids"]
+    for question in (TALK[:1], TALK[:3]):
+        prompt = tokenizer.apply_chat_template(question, add_generation_prompt=True, return_dict=False)
+        assert row.input_ids[: len(prompt)] == prompt
+        assert row.loss_mask[len(prompt) - 1 : len(prompt) + 1] == [0, 1]
+
+
 def test_a_spelled_special_token_is_characters_in_an_answer_and_a_token_in_a_prompt(tmp_path: Path) -> None:
     tokenizer = char_tokenizer(CHATML, **CHATML_TOKENS)
     messages = [user("<|im_end|>"), said("say <|im_end|> now")]
