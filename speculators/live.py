@@ -14,7 +14,7 @@ from collections.abc import Callable, Collection, Iterable, Mapping
 from typing import TYPE_CHECKING, Any
 
 from speculators.runner.execution.endings import ATTEMPT
-from speculators.ui import NO_CURSOR, STATE_STYLES, duration, narrate
+from speculators.ui import NO_CURSOR, STATE_STYLES, duration, fit_runs, narrate
 
 if TYPE_CHECKING:
     from rich.console import Console, RenderableType
@@ -237,7 +237,7 @@ class Live:
             if row["state"] == "running" and row.get("progress"):
                 lines += [self._bar(line, row), self._line("", "", "", self._figures(row))]
                 continue
-            lines.append(line.append(row["detail"]))
+            lines.append(line.append(fit_runs(row["detail"], self._console.width - line.cell_len)))
             log = last_line(row["log"]) if row["state"] == "running" else ""
             if log and not log.startswith(ATTEMPT) and self._clock() - row["started"] > self.LOG_AFTER:
                 lines.append(self._line("", "", "", log))

@@ -8,6 +8,8 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import re
+import shlex
 import sys
 import textwrap
 from collections.abc import Iterable, Mapping, Sequence
@@ -30,6 +32,10 @@ STATE_STYLES = {
 }
 """Styles of a stage by its state."""
 _ANSI = {"dim": 2, "red": 31, "green": 32, "yellow": 33, "cyan": 36}
+_RUN_NAME = re.compile(r"(?<!\S)(\d{8}-\d{6})-[\w.-]*\w(?![\w./-])")
+"""`20261130-160935-smollm2_eagle3`: time and recipe; not in a path."""
+_UNBROKEN = re.compile(r"(?<=\d) (?=(?:[KMGT]i)?B\b)|(?<=: explain) ")
+"""Blanks of `50.0 GiB` and `explain train`, at which no line breaks."""
 NO_CURSOR = ("dumb", "unknown")
 """Values of TERM without cursor movement."""
 
@@ -54,10 +60,11 @@ def _print_wrapped(text: str, indent: int) -> None:
 def filled(text: str, columns: int, indent: int) -> str:
     """Wrap a line between words; further lines are indented. A word that is wider, such as a path, stays whole."""
     begin = text[:indent]  # columns, whose blanks count
-    return textwrap.fill(
-        text[indent:], max(columns, indent + 20), initial_indent=begin, subsequent_indent=" " * indent,
-        break_on_hyphens=False, break_long_words=False,
-    ) or begin  # fmt: skip
+    wrapped = textwrap.fill(
+        _UNBROKEN.sub("\N{NO-BREAK SPACE}", text[indent:]), max(columns, indent + 20), initial_indent=begin,
+        subsequent_indent=" " * indent, break_on_hyphens=False, break_long_words=False,
+    )  # fmt: skip
+    return wrapped.replace("\N{NO-BREAK SPACE}", " ") or begin
 
 
 def duration(seconds: float) -> str:
@@ -112,54 +119,57 @@ def columns(rows: Iterable[Sequence[str]], right: Sequence[int] = ()) -> str:
     return "\n".join(lines)
 
 
+def fit_runs(text: str, columns: int) -> str:
+    """Shorten names of runs to their times, by which `show` finds them too, if a text does not fit."""
+    return text if len(text) <= columns else _RUN_NAME.sub(r"\1", text)
+
+
 def listing(rows: Iterable[Sequence[str]], right: Sequence[int] = ()) -> str:
     """Format rows as aligned columns, the last of which is wrapped to the width of stdout."""
     table = [list(row) for row in rows]
-    lines = columns([[*row[:-1], "|"] for row in table], right).splitlines()
-    indent = max(line.rindex("|") for line in lines)
-    texts = zip(lines, table, strict=True)
-    return "\n".join(filled(f"{line[:-1]:<{indent}}{row[-1]}".rstrip(), width(), indent) for line, row in texts)
+    starts = columns([[*row[:-1], "|"] for row in table], right).splitlines()
+    indent = max(start.rindex("|") for start in starts)
+    lines = []
+    for start, row in zip(starts, table, strict=True):
+        text = fit_runs(row[-1], width() - indent)
+        lines.append(filled(f"{start[:-1]:<{indent}}{text}".rstrip(), width(), indent))
+    return "\n".join(lines)
 
 
 def stage_table(head: Sequence[str], rows: Iterable[Sequence[str]], right: Sequence[int] = ()) -> str:
-    """Format stages as columns: the state, in its colour, first; the reason last, wrapped to the width of stdout.
+    """Format stages as a listing: the state, in its colour, first; the reason last.
 
-    Columns without a value are left out. A reason that is too long begins in the columns before it if these are empty.
+    Columns without a value are left out.
     """
     table = [list(head), *(list(row) for row in rows)]
-    used = [i for i in range(len(head)) if any(row[i] for row in table[1:])]
-    lines = columns([[row[i] for i in used[:-1]] for row in table], [used.index(i) for i in right if i in used[:-1]])
-    wide = max(map(len, lines.splitlines())) + 2
-    named = sum(max(len(row[i]) for row in table) + 2 for i in (0, 1))
+    last = len(head) - 1
+    used = [i for i in range(last) if any(row[i] for row in table[1:])] + [last]
+    lines = listing([[row[i] for i in used] for row in table], [used.index(i) for i in right if i in used])
     shown = []
-    for line, row in zip(lines.splitlines(), table, strict=True):
-        start = named if wide + len(row[-1]) > width() and not any(row[2:-1]) else wide
-        wrapped = textwrap.wrap(
-            row[-1], max(width(), start + 20), initial_indent=f"{line:<{start}}", subsequent_indent=" " * start,
-            break_on_hyphens=False,
-        ) or [line]  # fmt: skip
-        state = row[0]
-        wrapped[0] = (styled(state, STATE_STYLES.get(state, "")) + wrapped[0][len(state) :]).rstrip()
-        shown += [dim(line) if row is table[0] else line for line in wrapped]
+    for line in lines.splitlines():
+        state = line.partition(" ")[0]
+        shown.append(styled(state, STATE_STYLES.get(state, "")) + line[len(state) :] if shown else dim(line))
     return "\n".join(shown)
 
 
 def explanation(explained: Explanation) -> str:
     """Format an explanation: state and reason, the nearest artifact and its run, differences, and values in the key."""
-    lines = [f"{explained.node}  {explained.state}  {explained.key[:8]}".rstrip(), f"  {explained.reason}"]
+    lines = [f"{explained.node}  {explained.state}  {explained.key[:8]}".rstrip()]
+    lines += [filled(f"  {fit_runs(explained.reason, width() - 2)}", width(), 2)]
     if explained.because:
         lines += [f"  waits for {explained.because}"]
     if explained.nearest:
         title, nearest = "made" if explained.state == "cached" else "nearest", explained.nearest
-        lines += ["", f"{title}  {nearest['key'][:8]}  by {nearest['run']}  {nearest['finished'][:16]}"]
-        lines += [f"  {nearest['words']}"] if nearest["words"] else []
+        origin = f"{title}  {nearest['key'][:8]}  by {nearest['run']}  {nearest['finished'][:16]}"
+        lines += ["", fit_runs(origin, width())]
+        lines += [filled(f"  {nearest['words']}", width(), 2)] if nearest["words"] else []
     for title, changes in (("differs", explained.changes), ("differs, not in the key", explained.outside_the_key)):
         if changes:
-            cells = [(f"  {c.name}", f"{_cell(c.old)} -> {_cell(c.new)}", c.runs) for c in changes]
-            section = f"{title}\n{columns(cells)}"
+            cells = [(f"  {c.name}", f"{_cell(c.old)} -> {_cell(c.new)}  {c.runs}".rstrip()) for c in changes]
+            section = f"{title}\n{listing(cells)}"
             lines += ["", dim(section) if changes is explained.outside_the_key else section]
     if explained.key_values:
-        values = columns((f"  {name}", _cell(value)) for name, value in explained.key_values.items())
+        values = listing((f"  {name}", _cell(value)) for name, value in explained.key_values.items())
         lines += ["", "in the key", values]
     return "\n".join(lines)
 
@@ -181,7 +191,7 @@ def evaluation(results: Mapping[str, Any]) -> str:
     measured = [(name, row) for name, dataset in results["datasets"].items() for row in dataset["measurements"]]
     counts = list(dict.fromkeys(row["num_speculative_tokens"] for _, row in measured))
     longest, several = max(counts), len({row["concurrency"] for _, row in measured}) > 1
-    # Names of two words take two lines, so that the table fits 80 columns with up to four positions.
+    # Names of two words take two lines, so that the table fits 80 columns with up to four positions; else it is split.
     above = ["", *(["in"] if several else []), "acceptance", *([""] * longest), "baseline", "speculative", ""]
     head = ["dataset", *(["flight"] if several else []), "length"]
     head += [*(f"pos {i + 1}" for i in range(longest)), "tok/s", "tok/s", "speed-up"]
@@ -202,7 +212,21 @@ def evaluation(results: Mapping[str, Any]) -> str:
             f"greedy in {lossless['dtype']}: {lossless['identical']} of {lossless['prompts']} outputs identical\n"
             f"({lossless['ties']} differ at numeric ties, {lossless['faults']} differ otherwise)"
         )
-    return columns(rows, right=range(1, len(head))) + "\n\n" + "\n".join(notes)
+    return _split_positions(rows, head.index("pos 1"), longest) + "\n\n" + "\n".join(notes)
+
+
+def _split_positions(rows: Sequence[Sequence[str]], first: int, count: int) -> str:
+    """Format an evaluation as one table, or with its `count` columns of positions below where stdout is too narrow."""
+    tables = [rows]
+    if max(map(len, columns(rows).splitlines())) > width():
+        tables = [[[*row[:first], *row[first + count :]] for row in rows]]
+        names = [row[: first - 1] for row in rows]
+        step = max(1, (width() - max(map(len, columns(names).splitlines()))) // 8)
+        for start in range(first, first + count, step):
+            end = min(start + step, first + count)
+            tables.append([[*name, *row[start:end]] for name, row in zip(names, rows, strict=True)])
+    texts = (columns(table, right=range(1, len(table[0]))) for table in tables)
+    return "\n\n".join(text.strip("\n") for text in texts)
 
 
 def _measurement(row: Mapping[str, Any], positions: int) -> list[str]:
@@ -225,6 +249,18 @@ def training(summary: Mapping[str, Any]) -> str:
     )
 
 
-def labelled(steps: Iterable[tuple[str, str]]) -> str:
-    """Format labels and paths or commands; what does not fit 80 columns starts on a line of its own."""
-    return "\n".join(f"{label:<9}" + (text if len(text) <= 71 else f"\n{text}") for label, text in steps)
+def labelled(steps: Iterable[tuple[str, str]], columns: int) -> str:
+    """Format labels and paths or commands.
+
+    A command that does not fit `columns` goes on in the next line, behind a backslash, so that it works when pasted.
+    """
+    lines = []
+    for label, text in steps:
+        line = f"{label:<8}"
+        for i, argument in enumerate(map(shlex.quote, shlex.split(text))):
+            if i > 1 and len(line) + len(argument) + 3 > columns:
+                lines.append(f"{line} \\")
+                line = " " * 10
+            line += f" {argument}"
+        lines.append(line)
+    return "\n".join(lines)

@@ -86,7 +86,9 @@ USABLE_ROW = {
 """A row that each of the demo's datasets can use."""
 
 
-def publish(store: Store, planner: Planner, name: str, digests: dict[str, str], content: str = "") -> str:
+def publish(
+    store: Store, planner: Planner, name: str, digests: dict[str, str], content: str = "", run: str = "earlier"
+) -> str:
     """Put an artifact in the store as a run would have left it; gives its digest."""
     step = planner.step(name, digests)
     work = store.work(step.node.kind, step.key)
@@ -99,7 +101,7 @@ def publish(store: Store, planner: Planner, name: str, digests: dict[str, str], 
     if name == "target":
         (work / "data" / "chat_template.jinja").write_text("{{ messages }}")
         write_header(work / "data" / "model.safetensors", facts["vocab_size"], facts["hidden_size"])
-    made = {"preimage": step.preimage, "record": {}, "provenance": {"run": "earlier", "node": name, "finished": "2026"}}
+    made = {"preimage": step.preimage, "record": {}, "provenance": {"run": run, "node": name, "finished": "2026"}}
     artifact = store.publish(step.node.kind, step.key, **made, digest=step.digest or None)
     return artifact.digest
 
@@ -117,11 +119,11 @@ def publish_files(store: Store, files: dict[str, str], stage: str = "train", **c
         return store.publish(stage, key, **told, digest=None)
 
 
-def publish_all(store: Store, planner: Planner) -> dict[str, str]:
+def publish_all(store: Store, planner: Planner, run: str = "earlier") -> dict[str, str]:
     """A store in which every node of the recipe is made."""
     digests: dict[str, str] = {}
     for name in planner.graph:
-        digests[name] = publish(store, planner, name, digests)
+        digests[name] = publish(store, planner, name, digests, run=run)
     return digests
 
 

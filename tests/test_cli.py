@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import shlex
 import subprocess
 import sys
 from pathlib import Path
@@ -139,12 +140,28 @@ def test_a_stage_of_a_plan_is_a_line_with_time_and_size_and_long_reasons_wrap() 
     text = ui.stage_table(("state", "stage", "time", "size", "why"), rows, right=[2, 3])
     assert text.splitlines() == [
         "state   stage         time     size  why",
-        "cached  dataset     made by 20261130-160935-smollm2_eagle3_and_more",
+        "cached  dataset                      made by 20261130-160935",
         "cached  prompts                      made by 20261130-160935-smollm2_eagle3",
         "run     regenerate   3m22s  1.1 GiB  16 of 400 rows new",
         "run     train       12m40s           changed: train.epochs 2 -> 7, train.lr",
         "                                     0.0005 -> 3.0, train.seed 0 -> 4",
     ]
+
+
+def test_a_long_command_is_wrapped_so_that_a_shell_reads_it_as_one() -> None:
+    words = ["speculators-run", "recipe=tiny", *(f"train.option_{i}=it's {i}" for i in range(9))]
+    text = ui.labelled([("again", shlex.join(words))], 80)
+    assert max(map(len, text.splitlines())) <= 80
+    said = subprocess.run(["bash", "-c", f"echo {text[9:]}"], capture_output=True, text=True, check=True).stdout
+    assert said.split() == " ".join(words).split()
+    assert ui.labelled([("draft", "a/" * 50)], 80) == f"draft    {'a/' * 50}"
+
+
+def test_a_name_of_a_run_is_its_time_where_it_does_not_fit_and_whole_in_a_path() -> None:
+    name = "20261130-160935-smollm2_eagle3"
+    assert ui.fit_runs(f"made by {name}", 38) == f"made by {name}"
+    assert ui.fit_runs(f"made by {name}", 37) == "made by 20261130-160935"
+    assert ui.fit_runs(f"runs/{name} {name}/logs", 20) == f"runs/{name} {name}/logs"
 
 
 def test_a_plan_has_colours_on_a_terminal_that_has_them(

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import textwrap
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -65,14 +64,14 @@ def _whole_run(run: Run) -> str:
         f"{run.name}  {run.status}  {ui.duration(run.seconds)}\n{run.path}"
         + ("\n" + ui.filled(f"arguments: {' '.join(run.argv)}", ui.width(), 11) if run.argv else ""),
         ui.stage_table(("state", "stage", "time", "key", "why"), rows, right=[2]) if rows else "",
-        *(f"{stage.node} {stage.state}: {stage.message.splitlines()[0]}"
+        *(ui.filled(f"{stage.node} {stage.state}: {stage.message.splitlines()[0]}", ui.width(), 2)
           for stage in stages if stage.message and stage.state != "done"),
         _section("dropped", [(str(count), stage.node, reason) for stage in stages
                              for reason, count in history.dropped(stage.record).items()], right=[0]),
         _section("artifacts", [(stage.node, stage.path) for stage in stages if stage.path]),
         _section("logs", [(stage.node, _log(run, stage)) for stage in stages if stage.log]),
         _section("metrics", [(name, _number(value)) for name, value in run.metrics.items()], right=[1]),
-        ui.labelled(products.next_steps(run)),
+        ui.labelled(products.next_steps(run), ui.width()),
     ]  # fmt: skip
     return "\n\n".join(filter(None, paragraphs))
 
@@ -84,7 +83,7 @@ def _one_stage(run: Run, stage: Stage) -> str:
     facts += [("log", _log(run, stage))] if stage.log else []
     values = [(name, _value(value)) for name, value in history.values(stage.record).items()]
     paragraphs = [
-        f"{stage.label}  {state}  {key}".rstrip() + "\n" + ui.columns((f"  {n}", v) for n, v in facts if v),
+        f"{stage.label}  {state}  {key}".rstrip() + "\n" + ui.listing((f"  {n}", v) for n, v in facts if v),
         stage.message if stage.state != "done" else "",
         _section("dropped", [(str(count), reason) for reason, count in history.dropped(stage.record).items()], [0]),
         _section("notes", [(note,) for note in stage.record.get("notes", ())]),
@@ -95,7 +94,10 @@ def _one_stage(run: Run, stage: Stage) -> str:
 
 def _section(title: str, rows: Sequence[Sequence[str]], right: Sequence[int] = ()) -> str:
     """Indented columns under a title; empty without rows."""
-    return "\n".join([title, textwrap.indent(ui.columns(rows, right), "  ")]) if rows else ""
+    if not rows:
+        return ""
+    aligned = ui.columns if len(rows[0]) - 1 in right else ui.listing
+    return f"{title}\n" + aligned([("", *row) for row in rows], [i + 1 for i in right])
 
 
 def compare(argv: list[str]) -> int:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shlex
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
@@ -49,7 +50,7 @@ def publish_draft(argv: list[str]) -> int:
         location = str(write_directory(Path(destination).expanduser(), files))
     ui.narrate("wrote", destination, location)
     if not destination.startswith(HUB):
-        print(ui.labelled([("serve", f"speculators-run serve {destination}")]))
+        print(ui.labelled([("serve", shlex.join(["speculators-run", "serve", destination]))], ui.width()))
     return 0
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import textwrap
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -190,9 +189,7 @@ def _servers(needs: estimate.Needs, commands: bool) -> str:
 
 def _filled(text: str) -> str:
     """Wrap a text to the width of stdout."""
-    return textwrap.fill(
-        text, ui.width(), subsequent_indent="  ", break_on_hyphens=False, break_long_words=False
-    )  # fmt: skip
+    return ui.filled(text, ui.width(), 2)
 
 
 def _hidden_states(needs: estimate.Needs) -> list[str]:

@@ -105,15 +105,26 @@ def run_recipe(
                     write_json(directory / products.LOCK, lockfile.lock_contents(planner))
     finished = history.read_run(directory)
     assert finished is not None
-    _print_results(finished)
-    if started or announce is not None:
+    kept = bool(started) or announce is not None
+    if kept:
         products.link_results(finished)
-        ui.narrate("done", config.recipe, f"{ui.duration(seconds)}  {directory}")
     else:
         shutil.rmtree(directory)  # a list of runs shows what ran
-        ui.narrate("done", config.recipe, f"{ui.duration(seconds)}  all stages were cached, nothing ran")
-        ui.narrate("", "", f"artifacts: {planner.store.root}")
-    if lines := ui.labelled(products.next_steps(finished)):
+    report(finished, "" if kept else str(planner.store.root))
+
+
+def report(run: Run, cached_in: str = "") -> None:
+    """Print the results of a run, then where they are and what to do next.
+
+    `cached_in` is the store, if all stages were cached and the run has no directory any more.
+    """
+    _print_results(run)
+    if cached_in:
+        ui.narrate("done", run.recipe, f"{ui.duration(run.seconds)}  all stages were cached, nothing ran")
+        ui.narrate("", "", f"artifacts: {cached_in}")
+    else:
+        ui.narrate("done", run.recipe, f"{ui.duration(run.seconds)}  {run.path}")
+    if lines := ui.labelled(products.next_steps(run), ui.width(sys.stderr)):
         print(f"\n{lines}", file=sys.stderr)
 
 

@@ -57,7 +57,7 @@ def ls(argv: list[str]) -> int:
         print(json.dumps(rows, indent=1))
     elif rows:
         shown = [(_label(r["stage"], r["node"]), r["key"][:8], ui.size(r["bytes"]), r["run"]) for r in rows]
-        print(ui.columns([("stage", "key", "size", "run"), *shown], right=[2]))
+        print(ui.listing([("stage", "key", "size", "run"), *shown], right=[2]))
         roots = ", ".join(str(s.root) for s in (store, *store.layers))
         print(f"\n{len(rows)} artifacts, {ui.size(sum(r['bytes'] for r in rows))} in {roots}")
     else:
@@ -108,7 +108,8 @@ def gc(argv: list[str]) -> int:
         if delete and not upkeep.remove(store, item):
             kept.append(item)
         verb = "in use" if item in kept else "deleted" if delete else "unused"
-        ui.narrate(verb, f"{item.what} {item.stage}", f"{item.key[:8]}  {ui.size(item.bytes)}  {item.days:.0f} days")
+        detail = f"{item.key[:8]}  {ui.size(item.bytes):>10}  {item.days:.0f} days"
+        ui.narrate(verb, f"{item.what} {item.stage}", detail)
     if arguments.as_json:
         print(json.dumps([{**dataclasses.asdict(item), "path": str(item.path)} for item in unused], indent=1))
     total = ui.size(sum(item.bytes for item in unused if item not in kept))

@@ -15,7 +15,7 @@ from speculators.runner.store.artifacts import Store
 from tests.config.test_schema import NEUTRALS, neutral_values
 from tests.data import test_golden_packs
 from tests.features import test_golden_encoding
-from tests.goldens import stages
+from tests.goldens import captures, stages
 from tests.runner.planning.test_key import GOLDEN, RECIPES, keys, words
 
 TESTS = Path(__file__).parents[1]
@@ -47,6 +47,7 @@ GOLDENS: dict[str, Callable[[], None]] = {
     "losses": write_losses,
     "encodings": test_golden_encoding.update,
     "packs": test_golden_packs.update,
+    "captures": captures.update,
 }
 
 

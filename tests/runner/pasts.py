@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -25,14 +26,14 @@ def past(
     status: str = "done",
     process: dict[str, Any] | None = None,
     speed_up: float = 1.5,
+    argv: Sequence[str] = ("recipe=tiny", "train.lr=1e-3"),
 ) -> Path:
     """A run that trained, evaluated and found the tokens; `failed`: in evaluate; empty: killed there, no run.json."""
     path = (runs / name).resolve()
     path.mkdir(parents=True)
     write_json(path / "config.json", {"recipe": "tiny", "run": {"dir": str(runs)}, **(config or {})})
     events = Events(path / "events.jsonl")
-    words = ["recipe=tiny", "train.lr=1e-3"]
-    events.emit("run.started", recipe="tiny", run=name, words=words, process=process or {})
+    events.emit("run.started", recipe="tiny", run=name, words=list(argv), process=process or {})
     events.emit("stage.decided", node="tokenize", state="cached", reason="made by earlier", key=KEY)
     events.emit("stage.decided", node="train", state="run", reason="changed: train.lr 1 -> 2", key=KEY)
     events.emit("stage.started", node="train", log=str(path / "logs/train.log"), phase=0, phases=1, attempt=2)
@@ -53,10 +54,19 @@ def past(
     return path
 
 
-def trained(runs: Path, name: str, store: Store, *, verifier: str = "org/target", measured: bool = True) -> Path:
+def trained(
+    runs: Path,
+    name: str,
+    store: Store,
+    *,
+    verifier: str = "org/target",
+    measured: bool = True,
+    evaluated: dict[str, Any] = EVALUATION,
+    **others: Any,
+) -> Path:
     """A run that ended in a draft for `verifier`, with the options of the demo; `measured`: and evaluated it."""
     config = to_builtins(compose.compose(["recipe=smollm2_eagle3"]))
-    path = past(runs, name, config={**config, "recipe": "tiny"})
+    path = past(runs, name, config={**config, "recipe": "tiny"}, **others)
     checkpoint = {
         "draft_vocab_size": 12000,
         "speculators_config": {
@@ -76,7 +86,7 @@ def trained(runs: Path, name: str, store: Store, *, verifier: str = "org/target"
     draft = publish_files(store, files, run=name)
     steps = {"train": {"stage": "train", "path": str(draft.data), "key": draft.key, "inputs": {}}}
     if measured:
-        results = {**EVALUATION, "dtype": "float32", "temperature": 0.0, "max_tokens": 128}
+        results = {**evaluated, "dtype": "float32", "temperature": 0.0, "max_tokens": 128}
         evaluation = publish_files(store, {"evaluation.json": json.dumps(results)}, stage="evaluate", run=name)
         inputs = {"speculator": "train"}
         steps["evaluate"] = {"stage": "evaluate", "path": str(evaluation.data), "key": evaluation.key, "inputs": inputs}

@@ -46,7 +46,7 @@ def test_a_run_links_its_results_by_name_and_ends_in_commands_that_find_them(run
     }
     assert products.is_checkpoint(Path(steps["draft"]))
     assert products.in_run(shlex.split(steps["serve"])[-1], runs).node == "train"
-    assert max(map(len, ui.labelled(steps.items()).splitlines())) <= 80
+    assert max(map(len, ui.labelled(steps.items(), 80).splitlines())) <= 80
 
 
 def test_a_name_that_is_the_beginning_of_another_is_given_whole_and_a_run_elsewhere_by_its_path(

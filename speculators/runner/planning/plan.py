@@ -35,6 +35,9 @@ from speculators.tokenizer_files import chat_template, date_variable, mask_token
 FIXED_DATE = datetime.date(2026, 1, 1)
 """What chat templates get in place of today's date, if the recipe names none."""
 
+DESCRIBED = 2
+"""Changed options in a reason; `explain` has all."""
+
 
 class State(enum.Enum):
     """State of a node in the plan."""
@@ -394,7 +397,7 @@ class Planner:
             return "new"
         changes = key.preimage_differences(nearest.preimage, image)
         relevant = [change for change in changes if change[0] != "part"]  # the recipe does not set `part`
-        return describe(relevant) if relevant else "new" if changes else "incomplete"
+        return describe(relevant, node.name) if relevant else "new" if changes else "incomplete"
 
     @staticmethod
     def _unneeded(step: Step) -> Step:
@@ -412,16 +415,16 @@ def steps_as_json(steps: Mapping[str, Step]) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def describe(changes: list[tuple[str, Any, Any]]) -> str:
-    """Describe a cache miss by the differences from the nearest earlier artifact: inputs, options, versions."""
+def describe(changes: list[tuple[str, Any, Any]], name: str) -> str:
+    """Describe a node's cache miss by the differences from the nearest earlier artifact: inputs, options, versions."""
     inputs = [name.removeprefix("input ") for name, _, _ in changes if name.startswith("input ")]
     options = [
         f"{name} {_short(old)} -> {_short(new)}"
         for name, old, new in changes
         if not name.startswith(("input ", "version"))
     ]
-    if len(options) > key.MAX_CHANGES + 1:
-        options[key.MAX_CHANGES :] = [f"and {len(options) - key.MAX_CHANGES} more, which `explain` lists"]
+    if len(options) > DESCRIBED:
+        options[DESCRIBED:] = [f"and {len(options) - DESCRIBED} more: explain {name}"]
     versions = [f"version {old} -> {new}" for name, old, new in changes if name == "version"]
     parts = [f"upstream: {', '.join(inputs)}"] if inputs else []
     parts += [f"changed: {', '.join(options)}"] if options else []
@@ -430,7 +433,7 @@ def describe(changes: list[tuple[str, Any, Any]]) -> str:
 
 def _short(value: Any) -> str:
     text = key.canonical(value).strip('"')
-    return text if len(text) <= 40 else f"{text[:37]}..."
+    return text if len(text) <= 32 else f"{text[:29]}..."
 
 
 def draft_directory(step: Step) -> Path | None:

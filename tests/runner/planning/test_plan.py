@@ -188,13 +188,13 @@ def test_a_package_that_a_stage_declares_makes_it_anew_when_its_version_changes(
 
 def test_reasons_name_inputs_options_and_versions() -> None:
     changes = [("input tokens", "a", "b"), ("train.lr", 1e-3, 5e-4), ("version", 1, 2)]
-    assert describe(changes) == "upstream: tokens; changed: train.lr 0.001 -> 0.0005; version 1 -> 2"
+    assert describe(changes, "train") == "upstream: tokens; changed: train.lr 0.001 -> 0.0005; version 1 -> 2"
 
 
 def test_a_miss_that_differs_in_many_options_names_some_and_counts_the_rest() -> None:
     changes = [(f"train.o{number}", 0, 1) for number in range(10)]
-    assert describe(changes[:9]).count("->") == 9
-    assert describe(changes).endswith("train.o7 0 -> 1, and 2 more, which `explain` lists")
+    assert describe(changes[:2], "train") == "changed: train.o0 0 -> 1, train.o1 0 -> 1"
+    assert describe(changes, "train").endswith("train.o1 0 -> 1, and 8 more: explain train")
 
 
 def test_parts_are_planned_while_the_whole_is_not_there_and_not_named_once_it_is(store: Store) -> None:
