@@ -145,7 +145,7 @@ def stage_table(head: Sequence[str], rows: Iterable[Sequence[str]], right: Seque
     last = len(head) - 1
     used = [i for i in range(last) if any(row[i] for row in table[1:])] + [last]
     lines = listing([[row[i] for i in used] for row in table], [used.index(i) for i in right if i in used])
-    shown = []
+    shown: list[str] = []
     for line in lines.splitlines():
         state = line.partition(" ")[0]
         shown.append(styled(state, STATE_STYLES.get(state, "")) + line[len(state) :] if shown else dim(line))

@@ -146,7 +146,7 @@ VERBS = {
     ),
     "show": Verb(
         function="history.show",
-        summary="show a run, stage by stage, one of its stages, or a row of its tokens",
+        summary="show a run, one of its stages, or a row of its tokens",
         usage="[tokens] RUN [STAGE] [--row N] [run.dir=PATH] [--json]",
         takes={
             "RUN": "a run's name, its beginning, its path, or `last`",
