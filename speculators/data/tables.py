@@ -37,7 +37,7 @@ def table_rows(path: Path, counts: ByteCounts) -> Iterator[dict[str, Any] | Brok
             for start in range(0, batch.num_rows, _ROWS):
                 yield from _objects(batch.slice(start, _ROWS))
             passed += batch.num_rows
-    except (pyarrow.ArrowException, OSError) as error:
+    except (pyarrow.ArrowException, OSError, ValueError) as error:
         lost = size - (size * passed // total if total else 0)
         counts.not_read += lost
         reason = str(error).splitlines()[0]
@@ -45,15 +45,19 @@ def table_rows(path: Path, counts: ByteCounts) -> Iterator[dict[str, Any] | Brok
 
 
 def _objects(batch: Any) -> list[dict[str, Any] | BrokenRow]:
+    """The rows of a batch; one of text that is not UTF-8 is a BrokenRow."""
     try:
+        batch.validate(full=True)  # or offsets that are damaged are followed
         return list(batch.to_pylist())
-    except UnicodeDecodeError:
+    except ValueError as error:
+        if not isinstance(error, UnicodeDecodeError) and "UTF8" not in str(error):
+            raise
         rows = (batch.slice(row, 1) for row in range(batch.num_rows))
         return [BrokenRow("not UTF-8")] if batch.num_rows == 1 else [value for row in rows for value in _objects(row)]
 
 
 def _arrow_batches(path: Path) -> Iterator[Any]:
-    with pyarrow.memory_map(str(path)) as source:
+    with pyarrow.OSFile(str(path)) as source:
         if source.read(6) == b"ARROW1":
             reader = pyarrow.ipc.open_file(source)
             yield from (reader.get_batch(index) for index in range(reader.num_record_batches))
