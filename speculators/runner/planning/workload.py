@@ -7,15 +7,17 @@ another length of answers; else from the first rows of the data files; else it i
 from __future__ import annotations
 
 import itertools
+import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from speculators.data.conversations import Message, RowCounts, usable
+from speculators.config.choices import DataFormat
+from speculators.data.conversations import Conversation, Message, RowCounts, usable
 from speculators.data.files import data_files
 from speculators.data.reading import needs_pyarrow
-from speculators.errors import RunError
+from speculators.errors import RunError, SourceError
 from speculators.runner.planning import key
 from speculators.runner.planning.graph import KINDS
 from speculators.runner.planning.plan import Planner, Step
@@ -61,10 +63,10 @@ class _Lengths:
     """Conversations of the data file that these were sampled from, estimated."""
 
 
-def workload(planner: Planner, tokens: Step, steps: Mapping[str, Step]) -> Workload:
-    """Estimate the tokens of a plan; `tokens` is the step of its token table."""
-    if tokens.artifact is not None and "tokens" in tokens.artifact.record:
-        record = tokens.artifact.record
+def workload(planner: Planner, table: Step, steps: Mapping[str, Step]) -> Workload:
+    """Estimate the tokens of a plan; `table` is the step of its token table."""
+    if table.artifact is not None and "tokens" in table.artifact.record:
+        record = table.artifact.record
         count = int(record["tokens"])
         return Workload(
             conversations=int(record.get("conversations", record.get("rows", 0))),
@@ -73,12 +75,12 @@ def workload(planner: Planner, tokens: Step, steps: Mapping[str, Step]) -> Workl
             max_tokens=count,
             source="artifact",
         )
-    lineage, longest = _lineage(tokens, steps), planner.config.max_seq_len
+    lineage, longest = _lineage(table, steps), planner.config.max_seq_len
     conversations = _known_conversations(planner, lineage)
-    source, lengths = "earlier run", _earlier(planner, lineage, steps)
+    source, lengths = "earlier run", _earlier_lengths(planner, lineage, steps)
     unread: list[str] = []
     if lengths is None or not conversations:
-        files, unread = _sample(planner, lineage["prompts"], steps) if "prompts" in lineage else ([], [])
+        files, unread = _sampled_datasets(planner, lineage["prompts"], steps) if "prompts" in lineage else ([], [])
         conversations = conversations or sum(file.conversations for file in files)
         if lengths is None:
             source, lengths = "sample", _mean(files)
@@ -110,9 +112,9 @@ def ancestors(store: Store, artifact: Artifact) -> dict[str, Artifact]:
     return by_kind
 
 
-def _lineage(tokens: Step, steps: Mapping[str, Step]) -> dict[str, Step]:
+def _lineage(table: Step, steps: Mapping[str, Step]) -> dict[str, Step]:
     """The steps that lead to the token table, which comes first, by kind of stage; without those that fetch."""
-    by_kind, pending = {tokens.node.kind: tokens}, [tokens]
+    by_kind, pending = {table.node.kind: table}, [table]
     while pending:
         for upstream in pending.pop().node.inputs.values():
             step = steps[upstream]
@@ -129,7 +131,7 @@ def _known_conversations(planner: Planner, lineage: Mapping[str, Step]) -> int:
     return int(kept or planner.config.prompts.num_conversations or 0)
 
 
-def _earlier(planner: Planner, lineage: Mapping[str, Step], steps: Mapping[str, Step]) -> _Lengths | None:
+def _earlier_lengths(planner: Planner, lineage: Mapping[str, Step], steps: Mapping[str, Step]) -> _Lengths | None:
     """Lengths of the nearest earlier token table that was made of the same data files by the same stages."""
     digests = {name: step.digest for name, step in steps.items() if step.digest}
     images = {kind: planner.known(step.node.name, digests) for kind, step in lineage.items()}
@@ -144,7 +146,7 @@ def _earlier(planner: Planner, lineage: Mapping[str, Step], steps: Mapping[str, 
         rank = (-differences, str(table.provenance.get("finished", "")))
         if best is None or rank > best[0]:
             best = rank, origins
-    return _lengths(planner, best[1], next(iter(lineage))) if best is not None else None
+    return _lengths_of_table(planner, best[1], next(iter(lineage))) if best is not None else None
 
 
 def _same_prompts(origins: Mapping[str, Artifact], images: Mapping[str, Mapping[str, Any]]) -> bool:
@@ -163,7 +165,7 @@ def _differences(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:
     return [n for n in names if n not in SIZE_ONLY and (n == "input target" or not n.startswith(other))]
 
 
-def _lengths(planner: Planner, origins: Mapping[str, Artifact], table: str) -> _Lengths | None:
+def _lengths_of_table(planner: Planner, origins: Mapping[str, Artifact], table: str) -> _Lengths | None:
     """Lengths of earlier conversations, with answers of the length that the recipe allows."""
     record = origins[table].record
     answered = origins["regenerate"].record if "regenerate" in origins else record
@@ -193,7 +195,7 @@ def _answer_growth(planner: Planner, answers: Artifact) -> float:
     return float((cut * new + (1 - cut) * min(uncut, new)) / mean)
 
 
-def _sample(planner: Planner, prompts: Step, steps: Mapping[str, Step]) -> tuple[list[_Lengths], list[str]]:
+def _sampled_datasets(planner: Planner, prompts: Step, steps: Mapping[str, Step]) -> tuple[list[_Lengths], list[str]]:
     """Lengths of the conversations at the beginning of each data file that is on this machine.
 
     Also returns notes on files without any: the stage that needs such a file refuses it.
@@ -207,47 +209,62 @@ def _sample(planner: Planner, prompts: Step, steps: Mapping[str, Step]) -> tuple
                 spec = planner.config.data[name]
                 files = [file for _, file in data_files(path, spec.subset, spec.split)]
                 if not any(map(needs_pyarrow, files)):  # which the runner does not import
-                    sampled.append(_read(planner, path, name, sum(file.stat().st_size for file in files)))
+                    size = sum(file.stat().st_size for file in files)
+                    sampled.append(_sampled_dataset(planner, path, name, size, answers=prompts.node.keeps_answers))
             except (RunError, OSError) as error:
                 unread.append(f"no estimate by data.{name}.source ({path}): {' '.join(str(error).split())}")
     return sampled, unread
 
 
-def _read(planner: Planner, path: Path, name: str, size: int) -> _Lengths:
-    """Lengths of the first conversations of a dataset of `size` bytes."""
+def _sampled_dataset(planner: Planner, path: Path, name: str, size: int, *, answers: bool) -> _Lengths:
+    """Lengths of the first conversations of a dataset of `size` bytes; with `answers`, the data's answers are kept."""
     spec, counts = planner.config.data[name], RowCounts()
-    rows = itertools.islice(usable(path, name, spec, counts, set()), SAMPLED_CONVERSATIONS)
-    conversations = [row.with_instruction(spec.instruction) for row in rows]
-    total = len(conversations)
-    if not total:
+    rows = usable(path, name, spec, counts, set(), answers=answers)
+    used = (row for row in rows if answers or row.content.tokens is None)
+    sample = list(itertools.islice(used, SAMPLED_CONVERSATIONS))
+    if not sample and counts.forms[DataFormat.tokens.name]:
+        raise SourceError("its rows are token ids, which only pipeline=off_policy uses", "pipeline=off_policy")
+    if not sample:
         raise counts.why_unusable(name, spec)
-    if total == SAMPLED_CONVERSATIONS:  # the file has more
-        text_bytes = sum(len(message["content"].encode()) for messages in conversations for message in messages)
-        total = int(size * total**2 / (max(1, text_bytes) * BYTES_PER_ROW * counts.rows))
-    pairs = [_estimated(planner, messages) for messages in conversations]
-    answers = sum(answer for _, answer in pairs)
-    tokens = sum(prompt for prompt, _ in pairs) + answers
-    count = max(1, len(pairs))
-    return _Lengths(tokens=tokens / count, answer_tokens=answers / count, conversations=total)
+    total = len(sample)
+    if total == SAMPLED_CONVERSATIONS:  # there are more
+        rows_of_dataset = size / (sum(map(_row_bytes, sample)) / len(sample))
+        total = int(rows_of_dataset * len(sample) / counts.rows)
+    pairs = [_estimated_tokens(planner, row, spec.instruction, answers=answers) for row in sample]
+    answer_tokens = sum(answer for _, answer in pairs)
+    tokens = sum(prompt for prompt, _ in pairs) + answer_tokens
+    return _Lengths(tokens=tokens / len(pairs), answer_tokens=answer_tokens / len(pairs), conversations=total)
 
 
-def _estimated(planner: Planner, messages: Sequence[Message]) -> tuple[int, int]:
-    """Tokens of the prompts and of the answers of a conversation, whose first turns the target answers.
+def _row_bytes(row: Conversation) -> float:
+    """Bytes that a conversation takes in its data file, by its texts or its token ids."""
+    if row.content.tokens is not None:
+        return len(json.dumps(row.content.tokens))
+    return BYTES_PER_ROW * sum(len(message["content"].encode()) for message in row.messages)
+
+
+def _estimated_tokens(planner: Planner, row: Conversation, instruction: str, *, answers: bool) -> tuple[int, int]:
+    """Tokens of the prompts and of the answers of a conversation, whose first turns are used.
 
     An answer of the target is expected to be as long as that of the data; a data file without answers gives no hint.
+    With `answers`, those of the data are used themselves, whatever the length that the target's may have.
     """
-    prompts, answers, turns = TOKENS_PER_CONVERSATION, 0, 0
+    if row.content.tokens is not None:
+        ids, loss_mask = row.content.tokens
+        return len(ids) - sum(loss_mask), sum(loss_mask)
+    messages, limit = row.with_instruction(instruction), planner.config.regenerate.max_tokens
+    prompt_tokens, answer_tokens, turns = TOKENS_PER_CONVERSATION, 0, 0
     for index, message in enumerate(messages):
         if message["role"] == "assistant":
+            answer_tokens += _text_tokens(message) if answers else 0
             continue
         turns += message["role"] == "user"
         if turns > (planner.config.prompts.max_turns or turns):
             break
-        prompts += TOKENS_PER_MESSAGE + _text_tokens(message)
-        if message["role"] == "user":
-            limit = planner.config.regenerate.max_tokens
-            answers += min(limit, _text_tokens(messages[index + 1])) if index + 1 < len(messages) else limit
-    return prompts, answers
+        prompt_tokens += TOKENS_PER_MESSAGE + _text_tokens(message)
+        if message["role"] == "user" and not answers:
+            answer_tokens += min(limit, _text_tokens(messages[index + 1])) if index + 1 < len(messages) else limit
+    return prompt_tokens, answer_tokens
 
 
 def _text_tokens(message: Message) -> int:

@@ -122,3 +122,25 @@ def test_a_bad_data_file_is_named_with_the_reason(store: Store, data: Path, chec
         f"no estimate by data.mine.source ({data}): data set `mine` has no usable row among 1: 1 no messages "
         "(columns: id, text)"
     ]
+
+
+@pytest.mark.parametrize("rows", [SAMPLED_CONVERSATIONS // 2, SAMPLED_CONVERSATIONS + 100])
+def test_rows_of_token_ids_are_as_long_as_they_are(store: Store, data: Path, checkpoint: Path, rows: int) -> None:
+    lines = [{"id": i, "input_ids": list(range(i, i + 50)), "loss_mask": [0] * 20 + [1] * 30} for i in range(rows)]
+    data.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    unused = recipe(data, checkpoint)
+    unused.data["mine"].format = None
+    assert expected(store, unused).unread == [
+        f"no estimate by data.mine.source ({data}): its rows are token ids, which only pipeline=off_policy uses"
+    ]
+    config = recipe(data, checkpoint, "pipeline=off_policy", "prompts.num_conversations=null")
+    config.data["mine"].format = None
+    tokens = expected(store, config)
+    assert tokens.conversations == pytest.approx(rows, rel=0.2)
+    assert (tokens.tokens, tokens.answer_tokens) == (50 * tokens.conversations, 30 * tokens.conversations)
+
+
+def test_answers_of_the_data_are_not_cut_at_the_limit_of_the_target(store: Store, data: Path, checkpoint: Path) -> None:
+    limit = "regenerate.max_tokens=10"
+    assert expected(store, recipe(data, checkpoint, limit)).answer_tokens == 10 * 10
+    assert expected(store, recipe(data, checkpoint, limit, "pipeline=off_policy")).answer_tokens == 10 * 200 / 4
