@@ -11,11 +11,11 @@ from typing import Any
 FILE = "README.md"
 _FRONT_MATTER = re.compile(r"\A---\n(.*?)\n---\n", re.DOTALL)
 _LICENSE = re.compile(r"^(license(?:_name|_link)?): *(\S.*)$", re.MULTILINE)
-_HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
+_HUB_ID = re.compile(r"\w[\w.-]*/\w[\w.-]*", re.ASCII)
 
 
 def is_hub_id(name: str) -> bool:
-    """Whether a name of a model is a hub id (`ORG/NAME`) and not a path."""
+    """Whether a name of a model is a hub id (`ORG/NAME`) and not a path such as `../NAME`."""
     return bool(_HUB_ID.fullmatch(name))
 
 

@@ -1,4 +1,4 @@
-"""What runs end in: trained drafts, the files that belong to them, and the commands that use them."""
+"""Finds the trained drafts of runs, the files that belong to each, and the commands that use them."""
 
 from __future__ import annotations
 
@@ -19,13 +19,14 @@ from speculators.runner.planning.graph import KINDS, TARGET
 from speculators.runner.store.artifacts import Store
 
 CONFIG = "config.json"
+EVALUATION = "evaluation.json"
 LOCK = "lock.json"
 """File in the run directory: what the run's recipe resolved to, see `planning.lockfile`."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Product:
-    """A trained draft."""
+    """A trained draft, and the run that it comes from, as far as that is known."""
 
     checkpoint: Path
     """Directory with config.json and model.safetensors."""
@@ -34,7 +35,7 @@ class Product:
     node: str = ""
     """Its node in that run."""
     evaluation: Path | None = None
-    """Artifact with its `evaluation.json`, if the run measured it."""
+    """Content of the artifact with its `evaluation.json`, if the run measured it."""
 
     @property
     def config(self) -> dict[str, Any]:
@@ -55,15 +56,15 @@ class Product:
 
     @property
     def evaluated_tokens(self) -> int | None:
-        """Tokens proposed in one step in the evaluation's first measurement, unless the checkpoint has that number."""
+        """Tokens proposed in one step in the evaluation's first measurement; None if config.json has that number."""
         if self.evaluation is None:
             return None
-        tokens = int(json.loads((self.evaluation / "evaluation.json").read_text())["num_speculative_tokens"])
+        tokens = int(json.loads((self.evaluation / EVALUATION).read_text())["num_speculative_tokens"])
         return None if tokens == proposed_tokens(self.config) else tokens
 
     @property
     def training(self) -> Path:
-        """Artifact of the training."""
+        """Content of the artifact of the training."""
         return self.checkpoint.parent
 
 
@@ -71,7 +72,7 @@ def of_run(run: Run) -> list[Product]:
     """The drafts of a run whose checkpoints still exist, in data-flow order."""
     products = []
     for name, stage in run.stages.items():
-        if stage.path and _trains(stage.kind) and is_checkpoint(best := Path(stage.path) / "best"):
+        if stage.path and _gives_draft(stage.kind) and is_checkpoint(best := Path(stage.path) / "best"):
             measured = [Path(other.path) for other in run.stages.values()
                         if other.kind == "evaluate" and other.path and name in other.inputs.values()]  # fmt: skip
             evaluation = next((path for path in measured if path.is_dir()), None)
@@ -95,10 +96,10 @@ def find_product(name: str, runs: Path, store: Store) -> Product:
         return product
     if is_checkpoint(Path(name).expanduser()):
         return Product(checkpoint=Path(name).expanduser())
-    first, _, rest = name.partition(":")
-    if first in KINDS:
-        return Product(checkpoint=_artifact(store, first, rest) / "best")
-    return in_run(first, runs, rest)
+    stage_or_run, _, key_or_node = name.partition(":")
+    if stage_or_run in KINDS:
+        return Product(checkpoint=_artifact(store, stage_or_run, key_or_node) / "best")
+    return in_run(stage_or_run, runs, key_or_node)
 
 
 def in_run(name: str, runs: Path, node: str = "") -> Product:
@@ -133,7 +134,7 @@ def link_results(run: Run) -> None:
     """Link a run's results into its directory: `draft`, `evaluation`, `metrics`; of several, `draft-NODE` and so on."""
     for name, entries in _results(run).items():
         for node, path in entries.items():
-            link_path = run.path / (name if len(entries) == 1 else f"{name}-{node}")
+            link_path = run.path / _of_node(name, node, len(entries))
             with contextlib.suppress(OSError):  # a file system without links, or a directory that is not writable
                 link_path.unlink(missing_ok=True)
                 link_path.symlink_to(path)
@@ -144,19 +145,27 @@ def next_steps(run: Run) -> Iterator[tuple[str, str]]:
 
     A run that did nothing has no directory any more: then they name the last run with the same draft, or the artifact.
     """
-    products = of_run(run)
-    for product in products:
-        home = run if run.path.is_dir() else _last_run_with(product, run.path.parent)
-        several = len(products) > 1
-        link_path = home.path / (f"draft-{product.node}" if several else "draft") if home else product.checkpoint
+    for product in of_run(run):
+        recorded = product if run.path.is_dir() else _in_last_run(product.checkpoint, run.path.parent)
+        if recorded is None or recorded.run is None:
+            yield "draft", shlex.quote(_relative(product.checkpoint))
+            yield "serve", shlex.join(["speculators-run", "serve", f"train:{product.training.parent.name[:8]}"])
+            continue
+        drafts, name = len(of_run(recorded.run)), argument(recorded)
+        link_path = recorded.run.path / _of_node("draft", recorded.node, drafts)
         yield "draft", shlex.quote(_relative(link_path if link_path.is_symlink() else product.checkpoint))
-        name = _name(home) if home else f"train:{product.training.parent.name[:8]}"
-        name += f":{product.node}" if home and several else ""
         yield "serve", shlex.join(["speculators-run", "serve", name])
-        if home:
-            yield "publish", shlex.join(["speculators-run", "publish", name, f"{run.recipe}-draft"])
+        directory = f"{_of_node(run.recipe, product.node, len(of_run(run)))}-draft"
+        yield "publish", shlex.join(["speculators-run", "publish", name, directory])
     if run.argv:
         yield "again", again(run)
+
+
+def argument(product: Product) -> str:
+    """The shortest argument by which `find_product` finds a draft of a run from the current directory."""
+    assert product.run is not None
+    name = _name(product.run)
+    return name if len(of_run(product.run)) == 1 else f"{name}:{product.node}"
 
 
 def again(run: Run) -> str:
@@ -176,7 +185,7 @@ def _results(run: Run) -> dict[str, dict[str, Path]]:
     return results
 
 
-def _trains(kind: str) -> bool:
+def _gives_draft(kind: str) -> bool:
     return kind in KINDS and "speculator" in KINDS[kind].gives
 
 
@@ -193,13 +202,19 @@ def _artifact(store: Store, stage: str, prefix: str) -> Path:
     return fitting[0].data
 
 
-def _last_run_with(product: Product, runs: Path) -> Run | None:
-    """The last run that ended in this draft."""
+def _in_last_run(checkpoint: Path, runs: Path) -> Product | None:
+    """A draft as that of the last run that ended in it."""
     for path in sorted(runs.iterdir() if runs.is_dir() else (), reverse=True):  # names begin with the time
         run = history.read_run(path)
-        if run and any(other.checkpoint == product.checkpoint for other in of_run(run)):
-            return run
+        for product in of_run(run) if run else ():
+            if product.checkpoint == checkpoint:
+                return product
     return None
+
+
+def _of_node(name: str, node: str, count: int) -> str:
+    """The name of a run's result: with its node where the run has several."""
+    return name if count == 1 else f"{name}-{node}"
 
 
 def _name(run: Run) -> str:

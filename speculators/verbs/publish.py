@@ -22,7 +22,7 @@ from speculators.runner.products import Product
 from speculators.verbs import usage
 
 HUB = "hub:"
-RECIPE, RECIPE_LOCK, EVALUATION = "recipe.yaml", "recipe.lock.json", "evaluation.json"
+RECIPE, RECIPE_LOCK = "recipe.yaml", "recipe.lock.json"
 
 
 def publish_draft(argv: list[str]) -> int:
@@ -32,7 +32,7 @@ def publish_draft(argv: list[str]) -> int:
         raise RecipeError("`publish` needs a run and a destination", "speculators-run publish last DIRECTORY")
     (name, _, node), destination = arguments.names[0].partition(":"), arguments.names[1]
     runs = Path(arguments.options.get("run.dir", RunOptions().dir)).expanduser()
-    product, verifier = products.in_run(name, runs, node), arguments.options.get("verifier", "")
+    product, verifier = products.in_run(name, runs, node), _absolute(arguments.options.get("verifier", ""))
     files = published_files(product, destination.removeprefix(HUB), verifier)
     if destination.startswith(HUB):
         _check_hub(destination, verifier or product.verifier)
@@ -62,8 +62,8 @@ def published_files(product: Product, model: str, verifier: str = "") -> dict[st
     run = product.run
     assert run is not None
     files: dict[str, Path | bytes] = {path.name: path for path in sorted(product.checkpoint.iterdir())}
-    evaluation = _json(product.evaluation / EVALUATION) if product.evaluation else None
-    config = _named(product.config, verifier, evaluation)
+    evaluation = _json(product.evaluation / products.EVALUATION) if product.evaluation else None
+    config = _published_config(product.config, verifier, evaluation)
     lock = _json(run.path / products.LOCK)
     card = model_card.model_card(
         config,
@@ -77,7 +77,7 @@ def published_files(product: Product, model: str, verifier: str = "") -> dict[st
     files[products.CONFIG] = _bytes(config)
     files[model_card.FILE] = card.encode()
     if product.evaluation:
-        files[EVALUATION] = product.evaluation / EVALUATION
+        files[products.EVALUATION] = product.evaluation / products.EVALUATION
     files[RECIPE] = _recipe(run).encode()
     if lock:
         files[RECIPE_LOCK] = run.path / products.LOCK
@@ -141,8 +141,14 @@ def _check_hub(destination: str, verifier: str) -> None:
         )
 
 
-def _named(config: dict[str, Any], verifier: str, evaluation: dict[str, Any] | None) -> dict[str, Any]:
-    """The config with the target's name, and with the number of tokens that was evaluated."""
+def _absolute(verifier: str) -> str:
+    """A target's name; of a directory its absolute path, since vLLM may start in another directory."""
+    path = Path(verifier).expanduser()
+    return str(path.absolute()) if verifier and not model_card.is_hub_id(verifier) and path.is_dir() else verifier
+
+
+def _published_config(config: dict[str, Any], verifier: str, evaluation: dict[str, Any] | None) -> dict[str, Any]:
+    """The checkpoint's config.json, with `verifier` as the target's name and the number of tokens that was evaluated."""
     spec = config["speculators_config"]
     if verifier:
         spec["verifier"]["name_or_path"] = verifier

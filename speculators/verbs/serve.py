@@ -23,32 +23,32 @@ from speculators.verbs import usage
 
 def serve(argv: list[str]) -> int:
     """Start vLLM with a draft, on loopback, until Ctrl-C; or print the command."""
-    argv, further = _split(argv)
+    argv, engine_argv = _split(argv)
     arguments = usage.parse("serve", argv)
     if len(arguments.names) > 1:
         names = " ".join(arguments.names)
         raise RecipeError(f"`serve` takes one draft, not `{names}`", "put arguments of vLLM after `--`")
     options = RunOptions(store=arguments.options.get("run.store", ""))
     runs = Path(arguments.options.get("run.dir", options.dir)).expanduser()
-    product = products.find_product("".join(arguments.names), runs, open_store(options))
+    product = products.find_product(arguments.names[0] if arguments.names else "", runs, open_store(options))
     config = _config(product.run)
-    dtype = config.target.dtype.name if product.run else ""
+    dtype = config.target.dtype.name if product.run else ""  # vLLM then takes that of the target's config.json
     portable = "--print" in arguments.flags
     draft, tokens = str(product.checkpoint.absolute()), product.evaluated_tokens
     command = vllm.serving_argv(config, draft, dtype=dtype, num_speculative_tokens=tokens, portable=portable)
     if portable:
-        print(shlex.join([*command, *further]))
+        print(shlex.join([*command, *engine_argv]))
         return 0
     check_verifier(product)
     vllm.require_engine(config.serve.python)
     ui.narrate("serve", str(product.checkpoint))
     ui.narrate("target", product.verifier)
-    ui.narrate("command", shlex.join([*command, *further]))
-    return _become([*command, *further], vllm.serving_environment(config))
+    ui.narrate("command", shlex.join([*command, *engine_argv]))
+    return _become([*command, *engine_argv], vllm.serving_environment(config))
 
 
 def _become(command: list[str], environment: dict[str, str]) -> NoReturn:
-    """Replace this process by vLLM, which then gets Ctrl-C itself, and ends its own processes."""
+    """Replace this process by vLLM, so that Ctrl-C reaches vLLM alone, which ends its own processes."""
     sys.stdout.flush()
     sys.stderr.flush()
     os.execve(command[0], command, {**os.environ, **environment})
@@ -66,13 +66,13 @@ def check_verifier(product: Product) -> None:
     hint = f"write its path or hub id into {product.checkpoint / products.CONFIG}: speculators_config.verifier"
     if product.run is not None:
         named = f"verifier={product.target or 'PATH'}"
-        copy = shlex.join(["speculators-run", "publish", product.run.name, "DIRECTORY", named])
+        copy = shlex.join(["speculators-run", "publish", products.argument(product), "DIRECTORY", named])
         hint = f"make a copy that names the target's directory, and serve that: {copy}"
     raise StageError(f"the draft's target is not at `{name}`, where its config.json says", hint)
 
 
 def _split(argv: list[str]) -> tuple[list[str], list[str]]:
-    """Own arguments, and those after `--`, which are vLLM's."""
+    """The arguments of `serve`, and those after `--`, which vLLM gets."""
     if "--" not in argv:
         return argv, []
     index = argv.index("--")

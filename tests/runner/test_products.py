@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shlex
 import shutil
 from pathlib import Path
@@ -107,6 +108,8 @@ def test_of_several_drafts_one_is_chosen_by_its_node(runs: Path, store: Store) -
     assert (runs / A / "draft-train").is_symlink()
     serve = [command for label, command in products.next_steps(run) if label == "serve"]
     assert serve == [f"speculators-run serve 20260101-100000:{node}" for node in ("train", "evaluate")]
+    publish = [shlex.split(command)[-1] for label, command in products.next_steps(run) if label == "publish"]
+    assert publish == ["tiny-train-draft", "tiny-evaluate-draft"], "each into a directory of its own"
     with pytest.raises(RecipeError, match="no draft of `vocab`"):
         products.in_run(A, runs, "vocab")
 
@@ -118,3 +121,18 @@ def test_a_draft_whose_artifact_is_gone_is_not_offered(runs: Path, store: Store)
     products.link_results(run)
     assert not (runs / A / "draft").exists()
     assert [label for label, _ in products.next_steps(run)] == ["again"]
+
+
+def test_a_draft_of_a_run_that_did_nothing_is_named_by_its_node_in_the_other_run(runs: Path, store: Store) -> None:
+    trained(runs, A, store)
+    report = json.loads((runs / A / "run.json").read_text())
+    report["steps"]["other"] = {**report["steps"].pop("evaluate"), "path": ""}
+    report["steps"]["second"] = report["steps"]["train"]
+    (runs / A / "run.json").write_text(json.dumps(report))
+    run = read(trained(runs, B, store))
+    run.stages["train"].path = report["steps"]["train"]["path"]
+    shutil.rmtree(run.path)
+    serve = dict(products.next_steps(run))["serve"]
+    assert products.find_product(shlex.split(serve)[-1], runs, store).checkpoint == Path(
+        run.stages["train"].path, "best"
+    )

@@ -134,3 +134,16 @@ def test_what_cannot_be_published_is_one_error(
     trained(Path("runs"), A, store)
     assert cli._guarded(["publish", *words]) == 1
     assert f"error: {message}" in capsys.readouterr().err
+
+
+def test_a_target_given_by_a_relative_path_is_written_as_an_absolute_one_and_is_no_hub_id(
+    store: Store, hub: Hub, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    trained(Path("runs"), A, store)
+    Path("target").mkdir()
+    assert cli._guarded(["publish", "last", "draft", "verifier=./target"]) == 0
+    config = json.loads(Path("draft/config.json").read_text())["speculators_config"]
+    assert config["verifier"]["name_or_path"] == str(tmp_path / "target")
+    assert cli._guarded(["publish", "last", "hub:me/draft", "verifier=../target"]) == 1
+    assert "error: the draft's target is `../target`, which is on this machine only" in capsys.readouterr().err
+    assert hub.calls == []

@@ -80,7 +80,10 @@ def test_a_target_that_has_moved_is_one_error_with_the_command_that_helps(
     assert cli._guarded(["serve", "last"]) == 1
     err = capsys.readouterr().err
     assert "error: the draft's target is not at `/gone`" in err
-    assert f"speculators-run publish {A} DIRECTORY verifier=PATH" in err
+    assert "speculators-run publish 20260101-100000 DIRECTORY verifier=PATH" in err
+    elsewhere = trained(Path("elsewhere"), A, store, verifier="/gone")
+    assert cli._guarded(["serve", str(elsewhere)]) == 1
+    assert f"speculators-run publish elsewhere/{A} DIRECTORY verifier=PATH" in capsys.readouterr().err
     assert started == []
 
 
