@@ -16,6 +16,7 @@ import hashlib
 import os
 import platform
 import re
+import shlex
 import subprocess
 import tempfile
 from collections.abc import Sequence
@@ -69,7 +70,8 @@ class Kernels:
     ) -> tuple[Tensor, Tensor]:  # fmt: skip
         """Compute the loss `name`, "kl" or "ce", of each prediction, as `divergences.loss_and_grad`.
 
-        Logits have any of `FORMATS`, and stay as they are without `with_grad`. Of equal logits the first counts.
+        Arguments and results are those of `loss_and_grad`, but logits and target logits have any of `FORMATS`. Without
+        `with_grad`, logits stay as they are. Of equal logits the first counts.
         """
         width = logits.shape[-1]
         _check(
@@ -126,9 +128,9 @@ class Kernels:
 
     def apply_rotary(self, x: Tensor, cos: Tensor, sin: Tensor, dtype: torch.dtype) -> Tensor:
         """Compute `functional.apply_rotary` from and to any of `FORMATS`; with -sin it is the backward pass."""
-        rotated = (*x.shape[:-2], 1, x.shape[-1])
+        per_position = (*x.shape[:-2], 1, x.shape[-1])  # one angle for all heads
         _check("apply_rotary", x=(x, x.shape))
-        _check("apply_rotary", FLOAT32, cos=(cos, rotated), sin=(sin, rotated))
+        _check("apply_rotary", FLOAT32, cos=(cos, per_position), sin=(sin, per_position))
         out = torch.empty_like(x, dtype=dtype)
         rows = cos.numel() // x.shape[-1]
         self._call("apply_rotary", x, x.dtype is SHORT, cos, sin, out, dtype is SHORT, rows, *x.shape[-2:])
@@ -244,6 +246,7 @@ def _check_attention(ranges: KeyRanges, q: Tensor, *key_values: Tensor) -> None:
 
 
 def _sizes(ranges: KeyRanges, q: Tensor, key_values: Sequence[Tensor]) -> tuple[int, ...]:
+    """The sizes [M, L, Q, D], [C, G] and S of the tensors of `Kernels.attention`, and whether ranges are causal."""
     return (*q.shape, *key_values[0].shape[:2], key_values[2].shape[1], ranges.is_causal)
 
 
@@ -281,15 +284,15 @@ def _load() -> Kernels | str:
         return Kernels(ctypes.CDLL(str(_library())))
     except subprocess.CalledProcessError as error:
         return f"{error.cmd[0]} ended with {error.returncode}: {(error.stderr or '').strip()[-500:]}"
-    except OSError as error:
+    except (OSError, RuntimeError, ValueError) as error:  # no home directory; quotes in `$CXX` that do not match
         return str(error)
 
 
 def _library() -> Path:
     """Return the path of the library compiled from these sources, by this compiler, for this machine."""
-    compiler = os.environ.get("CXX", "c++")
+    compiler = shlex.split(os.environ.get("CXX") or "c++")  # such as `ccache c++`
     flags = FLAGS + (X86_FLAGS if platform.machine() in ("x86_64", "AMD64") else [])
-    version = subprocess.run([compiler, "--version"], capture_output=True, text=True, check=True).stdout
+    version = subprocess.run([*compiler, "--version"], capture_output=True, text=True, check=True).stdout
     machine = re.findall(r"^(?:model name|flags|Features)\s*:.*$", _read("/proc/cpuinfo"), re.MULTILINE)
     texts = [path.read_text() for path in (HEADER, *SOURCES)]
     identity = "\0".join([*texts, *flags, version, platform.machine(), *sorted(set(machine))])
@@ -302,7 +305,7 @@ def _library() -> Path:
             steps = [[*flags, "-c", str(path), "-o", unit] for path, unit in zip(SOURCES, units, strict=True)]
             # Linked without OpenMP, whose functions torch's own library provides (`_share_openmp`).
             for step in [*steps, ["-shared", *units, "-o", str(compiled)]]:
-                subprocess.run([compiler, *step], capture_output=True, text=True, check=True)
+                subprocess.run([*compiler, *step], capture_output=True, text=True, check=True)
             compiled.replace(library)  # atomic: another process may compile at the same time
     return library
 

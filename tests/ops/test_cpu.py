@@ -107,6 +107,8 @@ def test_they_are_compiled_once_and_kept(kernels: cpu.Kernels, empty_cache: Path
     [
         ("CXX", "/nowhere/c++", "No such file or directory: '/nowhere/c++'"),
         ("CXX", "false", "false ended with 1"),
+        ("CXX", "false --option", "false ended with 1"),
+        ("CXX", "'c++", "No closing quotation"),
         ("SPECULATORS_NATIVE", "0", "SPECULATORS_NATIVE is 0"),
     ],
 )
@@ -116,6 +118,16 @@ def test_without_a_compiler_or_if_switched_off_there_are_none(
     monkeypatch.setenv(variable, value)
     assert cpu.kernels() is None
     assert reason in cpu.missing()
+
+
+def test_without_a_home_directory_there_are_none(empty_cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def no_home() -> Path:
+        raise RuntimeError("Could not determine home directory.")
+
+    monkeypatch.delenv("XDG_CACHE_HOME")
+    monkeypatch.setattr(Path, "home", no_home)
+    assert cpu.kernels() is None
+    assert cpu.missing() == "Could not determine home directory."
 
 
 def test_they_are_for_tensors_on_a_cpu_in_supported_formats(kernels: cpu.Kernels) -> None:
