@@ -1,9 +1,9 @@
-"""Identity of answered conversations, by which a later run finds them again, and the index of a file that holds them.
+"""The identity of an answered conversation, by which later runs find its answers, and `rows.jsonl`, an index of these.
 
 What the target answers depends on the target, the engine, the sampling options and the conversation: its messages, the
 tools that it offers and its own variables of the chat template. The first three are equal for all rows of an artifact,
-and the runner compares them (`runner.planning.reuse`). The conversation has the digest `row_digest`. `rows.jsonl` lists
-the digests of a file of conversations, so that nobody has to read the conversations to know which ones it holds.
+and the runner compares them (`runner.planning.reuse`). The fourth is compared by its digest, `row_digest`. `rows.jsonl`
+lists the digests of a file of conversations, so that the runner need not read long answers to know which rows it holds.
 """
 
 from __future__ import annotations
@@ -20,10 +20,11 @@ ANSWER_LOG = "answers.jsonl"
 ROWS = "rows.jsonl"
 """Name of the index, in the directory of the conversations."""
 BAD_STATES = "bad_states"
-"""`dropped` of a conversation that ends before an answer with unusable hidden states. It is always requested again."""
+"""`AnsweredRow.dropped` of a conversation that was cut before an answer whose hidden states are unusable. Such a row is
+always requested again."""
 
-OF_THE_PROMPT = ("tools", "chat_template_kwargs")
-"""Optional fields of a conversation that the chat template gets with the messages."""
+PROMPT_FIELDS = ("tools", "chat_template_kwargs")
+"""Optional fields of a conversation that the chat template renders with the messages."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -33,7 +34,7 @@ class AnsweredRow:
     digest: str
     """`row_digest` of the conversation before it was answered."""
     dropped: str | None
-    """Why answers are missing; None if there are all."""
+    """Why answers are missing; None if none is."""
     line: int | None
     """Number of the line, from 0, of the file of conversations; None if no answer was kept."""
     why: str = ""
@@ -41,9 +42,9 @@ class AnsweredRow:
 
 
 def row_digest(conversation: Mapping[str, Any]) -> str:
-    """sha256, in hex, of what a line of `conversations.jsonl` requests of the target."""
+    """SHA-256, in hex, of what the target is sent of a line of `conversations.jsonl`: messages, `PROMPT_FIELDS`."""
     request: Any = conversation["messages"]
-    if fields := {name: conversation[name] for name in OF_THE_PROMPT if conversation.get(name)}:
+    if fields := {name: conversation[name] for name in PROMPT_FIELDS if conversation.get(name)}:
         request = {"messages": request, **fields}
     text = json.dumps(request, sort_keys=True, separators=(",", ":"), ensure_ascii=False)
     return hashlib.sha256(text.encode(errors="surrogatepass")).hexdigest()
@@ -56,7 +57,7 @@ def row_line(row: AnsweredRow) -> str:
 
 
 def read_rows(directory: Path) -> Iterator[AnsweredRow]:
-    """Read the index of a directory; nothing if it has none. A line that is cut off ends it."""
+    """Read the index of a directory; nothing if it has none. A line that is cut off, by a killed stage, ends it."""
     try:
         with (directory / ROWS).open(encoding="utf-8") as lines:
             for line in lines:

@@ -36,31 +36,32 @@ class Pace:
     """Longest and shortest period, in seconds, over which the rate is computed."""
 
     def __init__(self) -> None:
-        self._target: tuple[str, float] = ("", 0.0)
-        self._seen: deque[tuple[float, float]] = deque()
+        self._unit_and_total: tuple[str, float] = ("", 0.0)
+        self._window: deque[tuple[float, float]] = deque()
+        """(seconds, units that were done), oldest first."""
 
     def update(self, event: Mapping[str, Any], now: float) -> None:
         """Add an event `stage.progress`; `now` in seconds."""
-        target = (event["unit"], event["total"])
-        if target != self._target or (self._seen and event["done"] < self._seen[-1][1]):
-            self._target = target
-            self._seen.clear()
-        self._seen.append((now, event["done"]))
-        while now - self._seen[0][0] > self.WINDOW and len(self._seen) > 2:
-            self._seen.popleft()
+        unit_and_total = (event["unit"], event["total"])
+        if unit_and_total != self._unit_and_total or (self._window and event["done"] < self._window[-1][1]):
+            self._unit_and_total = unit_and_total
+            self._window.clear()
+        self._window.append((now, event["done"]))
+        while now - self._window[0][0] > self.WINDOW and len(self._window) > 2:
+            self._window.popleft()
 
     @property
     def rate(self) -> float:
         """Units per second; 0 while there is too little progress."""
-        if not self._seen:
+        if not self._window:
             return 0.0
-        (began, first), (now, done) = self._seen[0], self._seen[-1]
+        (began, first), (now, done) = self._window[0], self._window[-1]
         return (done - first) / (now - began) if now - began >= self.SHORTEST and done > first else 0.0
 
     @property
     def seconds_left(self) -> float | None:
         """Remaining seconds; None while the rate is unknown."""
-        return max(0.0, self._target[1] - self._seen[-1][1]) / self.rate if self.rate else None
+        return max(0.0, self._unit_and_total[1] - self._window[-1][1]) / self.rate if self.rate else None
 
     def __str__(self) -> str:
         """`3.9/s  1m04s left`; empty while there is too little progress."""
@@ -125,7 +126,7 @@ class Lines:
     def _progress(self, name: str, event: Mapping[str, Any]) -> None:
         now, pace = self._clock(), self._paces.setdefault(name, Pace())
         pace.update(event, now)
-        # A stage that takes less than a second needs no progress line.
+        # The first line comes a second after the stage's start: a shorter stage needs none.
         if now - self._last_line_at.setdefault(name, now - self.EVERY + Pace.SHORTEST) >= self.EVERY:
             self._last_line_at[name] = now
             notes = "  ".join(notes_of(event))
@@ -243,7 +244,7 @@ class Live:
                 lines.append(self._line("", "", "", log))
         lines += [self._server(server, wide) for server in servers]
         if not self._over:
-            lines.append(self._line("", f"{'run':<{wide}}", duration(self._clock() - self._began), self._left()))
+            lines.append(self._line("", f"{'run':<{wide}}", duration(self._clock() - self._began), self._time_left()))
         for line in lines:
             line.no_wrap, line.overflow = True, "ellipsis"
         return Group(*lines, *(Text(note) for note in self._notes))
@@ -268,7 +269,7 @@ class Live:
     def _figures(self, row: Mapping[str, Any]) -> str:
         return "  ".join([_count(row["progress"]), *notes_of(row["progress"])])
 
-    def _left(self) -> str:
+    def _time_left(self) -> str:
         """`about 9m12s left`, by the stages' estimates; `at least` if one is unknown.
 
         A running stage's progress counts too, but it may be that of a part: `evaluate` counts each dataset anew.
@@ -286,7 +287,7 @@ class Live:
         return f"{'about' if known else 'at least'} {duration(left)} left" if left else ""
 
     def _shown(self) -> list[tuple[str, dict[str, Any]]]:
-        """All stages, or on a low screen the active ones and a count of the others; sources once they have events."""
+        """All stages, or on a low screen the active ones and a count of the others; lazy ones once they have events."""
         rows = [(name, row) for name, row in list(self._rows.items()) if row["state"]]  # a copy: another thread adds
         busy = [(name, row) for name, row in rows if row["state"] in ("running", "again", "failed")]
         if len(rows) + len(busy) <= max(1, self._console.height - self.MARGIN):

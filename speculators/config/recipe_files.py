@@ -32,7 +32,7 @@ def read_recipe(path: Path) -> dict[str, Any]:
     if not isinstance(defaults, list):
         raise RecipeError(f"{path.name}: `defaults` is not a list", "defaults: [override /speculator: eagle3]")
     for entry in defaults:
-        if not isinstance(entry, str) and not (isinstance(entry, dict) and not _mappings(entry)):
+        if not isinstance(entry, str) and not (isinstance(entry, dict) and _names_choices(entry)):
             raise RecipeError(
                 f"{path.name}: `defaults` has {entry!r}, which names no choice",
                 "an entry is `override /speculator: eagle3`, `/recipe/NAME` or `_self_`",
@@ -57,12 +57,13 @@ def read_recipe(path: Path) -> dict[str, Any]:
     return node
 
 
-def _mappings(entry: dict[Any, Any]) -> list[Any]:
-    """The values of an entry of a defaults list that are no names of choices."""
-    return [value for value in entry.values() if not isinstance(value, str | list | None)]
+def _names_choices(entry: dict[Any, Any]) -> bool:
+    """Whether the values of an entry of a defaults list are names of choices, lists of such names or null."""
+    return all(isinstance(value, str | list | None) for value in entry.values())
 
 
 def _check_sections(node: dict[Any, Any], file: str, prefix: str = "") -> None:
+    """Raise RecipeError for a section that is no mapping and no interpolation of one."""
     for name, value in node.items():
         if f"{prefix}{name}" not in sections() or (isinstance(value, str) and "${" in value):
             continue
@@ -112,7 +113,11 @@ def refuse_circles(bases_by_name: Mapping[str, list[str]]) -> None:
 
 
 def by_name(recipe: str, known: dict[str, Path]) -> str:
-    """The name of a recipe given by name or by path; a path is added to `known`."""
+    """The name of a recipe given by name or by path; a path is added to `known`.
+
+    Raises:
+        RecipeError: there is no file at the path.
+    """
     if not recipe.endswith((".yaml", ".yml")):
         return recipe
     path = Path(recipe).expanduser()

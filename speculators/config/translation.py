@@ -30,6 +30,7 @@ ITEMS = {"data": Dataset, "run.stages": StageLimits}
 def known_options(near: str = "") -> set[str]:
     """Dotted names that may be overridden, sections included; those of one item if `near` is an option of `ITEMS`."""
     for section, schema in ITEMS.items():
+        # `data.NAME.source`: the section, the item's key and one of its options.
         if near.startswith(f"{section}.") and near.count(".") == section.count(".") + 2:
             return {f"{near.rpartition('.')[0]}.{name}" for name, *_ in iter_options(schema())}
     names = {name for name, *_ in iter_options(Config())}
@@ -118,4 +119,5 @@ def _chain(error: BaseException | None) -> Iterator[BaseException]:
 
 
 def first_line(error: BaseException) -> str:
+    """First line with text of an exception's message; without one, the name of its type."""
     return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)

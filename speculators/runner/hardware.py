@@ -2,7 +2,7 @@
 
 GPUs are those that `nvidia-smi` lists and CUDA_VISIBLE_DEVICES leaves visible. A recipe may describe GPUs of a given
 memory (`conf/hardware/h100x8.yaml`): plans are then made for these, on any machine, and a run needs a machine that has
-them. Tests replace `find_machine`.
+them.
 """
 
 from __future__ import annotations

@@ -148,7 +148,7 @@ def _absolute(verifier: str) -> str:
 
 
 def _published_config(config: dict[str, Any], verifier: str, evaluation: dict[str, Any] | None) -> dict[str, Any]:
-    """The checkpoint's config.json, with `verifier` as the target's name and the number of tokens that was evaluated."""
+    """The checkpoint's config.json, with the target's name, if given, and the evaluated number of tokens."""
     spec = config["speculators_config"]
     if verifier:
         spec["verifier"]["name_or_path"] = verifier

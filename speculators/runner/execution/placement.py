@@ -34,7 +34,7 @@ Devices = tuple[int, ...]
 """Device numbers, ascending; empty for a light stage."""
 
 UTILIZATION = 0.9
-"""Share of a GPU's memory that a server uses which has it to itself."""
+"""Share of a GPU's memory that a server uses if it has the GPU to itself."""
 USABLE = 0.97
 """Share of a GPU's memory that a server and a training may use together."""
 SHARED = 0.5
@@ -98,7 +98,7 @@ class Placement:
     """The devices and memory that a stage holds while it runs, and what is on them."""
 
     phases: tuple[tuple[PlacedServer, ...], ...] = ((),)
-    """Servers of each phase; phases follow each other on the same devices."""
+    """Servers of each phase, those that already run included; phases follow each other on the same devices."""
     devices: int = 0
     """Devices that the stage holds."""
     gpus: bool = False
@@ -138,7 +138,7 @@ def placement_for(node: Node, config: Config, machine: Machine, sizes: Sizes) ->
     phases = tuple(tuple(phase) for phase in graph.phases(node, config))
     remote = executors.is_remote(config, node.kind)
     started = tuple(phase for phase in phases if any(not serving.url for serving in phase))
-    running = tuple(
+    running = tuple(  # by somebody else, on devices that are not ours
         tuple(PlacedServer(serving=serving, devices=()) for serving in phase)
         for phase in phases
         if phase not in started
@@ -207,10 +207,9 @@ class _Placing:
         )
 
     def training_only(self) -> Placement:
-        """Place a training without a server on this machine."""
-        train, streamed = self.config.train, 0
-        if self.node.draws:
-            streamed = int(train.states_memory_gib * GIB)
+        """Place a training that needs no server, or streams from one that already runs."""
+        train = self.config.train
+        streamed = int(train.states_memory_gib * GIB) if self.node.draws else 0
         memory = BASE_MEMORY_BYTES + self.weights + streamed
         if vllm.device(self.config) == "cpu" or not self.gpus or train.device is Device.cpu:
             return Placement(
@@ -228,8 +227,8 @@ class _Placing:
                 f"({self.machine})",
                 f"train.num_processes={self.gpus}, or train.num_processes=null to derive it",
             )
-        fitting = self._training(processes)
-        if fitting is None:
+        fsdp = self._fsdp(processes)
+        if fsdp is None:
             need = self.sizes.training_bytes(self.config, processes, fsdp=train.fsdp is not False)
             raise RecipeError(
                 f"{self.node.name} needs about {_gib(need)} on {_each(processes)}, and a GPU has "
@@ -238,9 +237,7 @@ class _Placing:
                 "train.activation_checkpointing=true, or larger GPUs",
             )
         worker = tuple(range(processes))
-        return Placement(
-            devices=processes, gpus=True, worker=worker, processes=processes, fsdp=fitting[1], memory=memory
-        )
+        return Placement(devices=processes, gpus=True, worker=worker, processes=processes, fsdp=fsdp, memory=memory)
 
     def _on_cpu(self, phases: Phases) -> Placement:
         serve, train = self.config.serve, self.config.train
@@ -325,9 +322,10 @@ class _Placing:
             most = serve.data_parallel or max(1, (self.gpus - for_training) // ranks)
             for copies in range(most, (serve.data_parallel or 1) - 1, -1):
                 rest = self.gpus - ranks * copies
-                if rest >= (train.num_processes or 1) and (fitted := self._training(self._processes(rest))):
+                processes = self._processes(rest)
+                if rest >= (train.num_processes or 1) and (fsdp := self._fsdp(processes)) is not None:
                     server = self._server(serving, tensor, self.utilization, copies)
-                    yield self._drawing(server, tuple(range(server.ranks, server.ranks + fitted[0])), fitted[1])
+                    yield self._streaming(server, tuple(range(server.ranks, server.ranks + processes)), fsdp)
 
     def _shared(self, serving: Serving) -> Iterator[Placement]:
         """Placements in which training uses the server's GPUs, split over as many of them as possible."""
@@ -335,17 +333,18 @@ class _Placing:
         for tensor in reversed(self._tensor_sizes(self.gpus)):
             server = self._server(serving, tensor, None)
             processes = self._processes(server.ranks)
-            fitted = self._training(processes) if processes <= self.gpus else None
-            if fitted is None:
+            fsdp = self._fsdp(processes) if processes <= self.gpus else None
+            if fsdp is None:
                 continue
-            need = self.sizes.training_bytes(self.config, processes, fsdp=fitted[1])
+            need = self.sizes.training_bytes(self.config, processes, fsdp=fsdp)
             known = self.gpu_memory and need
             left = min(UTILIZATION, USABLE - need / self.gpu_memory) if known else explicit or SHARED
             utilization = explicit or math.floor(100 * left) / 100
             if 0 < utilization <= left and self._fits([serving], tensor, utilization):
-                yield self._drawing(replace(server, utilization=utilization), tuple(range(processes)), fitted[1])
+                yield self._streaming(replace(server, utilization=utilization), tuple(range(processes)), fsdp)
 
-    def _drawing(self, server: PlacedServer, worker: Devices, fsdp: bool) -> Placement:
+    def _streaming(self, server: PlacedServer, worker: Devices, fsdp: bool) -> Placement:
+        """The placement of a server and of the training, on the GPUs `worker`, that streams from it."""
         shared = bool(set(worker) & set(server.devices))
         return Placement(
             phases=((server,),),
@@ -388,6 +387,7 @@ class _Placing:
         return not self.gpu_memory or self._need(phase, tensor) <= budget
 
     def _has_space(self, phase: Sequence[Serving], tensor: int) -> bool:
+        """Whether the weights leave space for KV cache."""
         weights = self.sizes.weight_bytes(phase[0].dtype.name) / (tensor * self.pipeline)
         return not self.gpu_memory or weights <= MAX_WEIGHT_SHARE * self.utilization * self.gpu_memory
 
@@ -396,13 +396,13 @@ class _Placing:
         worth_it = max(1, self.config.train.batch_tokens // MIN_STEP_TOKENS)
         return self.config.train.num_processes or min(gpus, worth_it)
 
-    def _training(self, processes: int) -> tuple[int, bool] | None:
-        """The number of processes and `train.fsdp`, if the training fits on as many GPUs; else None."""
+    def _fsdp(self, processes: int) -> bool | None:
+        """Value of `train.fsdp` with which a training fits on so many GPUs, false if possible; None if it does not."""
         explicit = self.config.train.fsdp
         for fsdp in (False, True) if explicit is None else (explicit,):
             need = self.sizes.training_bytes(self.config, processes, fsdp=fsdp)
             if not self.gpu_memory or need <= USABLE * self.gpu_memory:
-                return processes, fsdp
+                return fsdp
         return None
 
     def _optional(self, group: Phases) -> bool:

@@ -1,4 +1,4 @@
-"""Check that data files have usable rows, long before the stage that reads them: `evaluate` runs after training."""
+"""Checks that data files have usable rows, while planning: `evaluate` would report its own only after training."""
 
 from __future__ import annotations
 
@@ -19,10 +19,10 @@ def check_datasets(config: Config, steps: Iterable[Step]) -> None:
     Raises:
         SourceError: a file has no usable row, or has another format than the recipe says.
     """
-    planned = {step.node.name: step for step in steps}
-    inputs = {i for s in planned.values() if s.state in (State.run, State.waits) for i in s.node.inputs.values()}
+    by_name = {step.node.name: step for step in steps}
+    inputs = {i for s in by_name.values() if s.state in (State.run, State.waits) for i in s.node.inputs.values()}
     for node in sorted(name for name in inputs if name.startswith("dataset.")):
-        name, path = node.removeprefix("dataset."), planned[node].path
+        name, path = node.removeprefix("dataset."), by_name[node].path
         option = f"data.{name}" if name in config.data else f"evaluate.datasets.{name}"
         spec = config.data.get(name) or config.evaluate.datasets[name]
         if path is None or spec.format is DataFormat.upstream:

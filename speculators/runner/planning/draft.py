@@ -48,7 +48,7 @@ def of_checkpoint(directory: Path) -> DraftFacts:
     """The facts of the draft in a directory.
 
     Raises:
-        ContractError: config.json is none of a draft that vLLM serves.
+        ContractError: its config.json is not that of a draft that vLLM serves.
     """
     path = directory / "config.json"
     try:
@@ -63,7 +63,7 @@ def of_checkpoint(directory: Path) -> DraftFacts:
         schema = SPECULATORS.get(name) if name else next((s for s in SPECULATORS.values() if s.is_native(config)), None)
         if schema is None:
             raise ContractError(
-                f"{OPTION}: {path} is none of a draft that is known here"
+                f"{OPTION}: {path} is not that of a draft of a known format"
                 + (f": its speculators_model_type is {name}" if name else ""),
                 f"name a checkpoint in the speculators format ({', '.join([*SPECULATORS, *SERVED_ONLY])}), or of "
                 f"{' or '.join(SPECULATORS)} for vLLM",

@@ -25,7 +25,7 @@ from speculators.runner.execution import schedule
 from speculators.runner.execution.placement import Placement, placement_for
 from speculators.runner.planning import checks, derive, draft, graph, key, sources
 from speculators.runner.planning.graph import DRAFT, TARGET, Node, Serving
-from speculators.runner.planning.reuse import NO_REUSE, Reuse, find_extracted, find_reuse
+from speculators.runner.planning.reuse import NO_REUSE, Reuse, find_answers, find_extracted
 from speculators.runner.planning.sizes import Sizes, sizes_of
 from speculators.runner.servers import external, vllm
 from speculators.runner.store.artifact import Artifact
@@ -380,7 +380,7 @@ class Planner:
             return replace(step, reason=f"{reuse}; {step.reason}" if str(reuse) else step.reason, reuse=reuse)
         inputs = step.preimage["inputs"]
         prompts = next((a.data for a in self.store.artifacts("prompts") if a.digest == inputs.get("prompts")), None)
-        reuse = find_reuse(self.store, step.node.kind, step.preimage, step.key, prompts)
+        reuse = find_answers(self.store, step.node.kind, step.preimage, step.key, prompts)
         reason = f"{reuse}; {step.reason}" if str(reuse) else step.reason
         return replace(step, node=replace(step.node, reuses_all=reuse.complete), reason=reason, reuse=reuse)
 
@@ -388,7 +388,7 @@ class Planner:
         """For a stage that answers conversations and waits for them: how many answers of its target the store has."""
         if node.spec.reuses != "answers" or node.name in self.forced:
             return ""
-        answers = str(find_reuse(self.store, node.kind, self.known(node.name, digests), "", None))
+        answers = str(find_answers(self.store, node.kind, self.known(node.name, digests), "", None))
         return f"; {answers}" if answers else ""
 
     def _why(self, node: Node, image: dict[str, Any]) -> str:

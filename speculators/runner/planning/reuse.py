@@ -46,7 +46,7 @@ class Reuse:
 
     @property
     def complete(self) -> bool:
-        """Whether the stage needs no server."""
+        """Whether earlier rows are all that the stage needs, so that no server has to start."""
         return self.rows is not None and not self.new and not self.prefilled
 
     def __str__(self) -> str:
@@ -64,7 +64,7 @@ class Reuse:
 NO_REUSE = Reuse(sources=(), artifacts=())
 
 
-def find_reuse(store: Store, stage: str, preimage: Mapping[str, Any], own_key: str, prompts: Path | None) -> Reuse:
+def find_answers(store: Store, stage: str, preimage: Mapping[str, Any], own_key: str, prompts: Path | None) -> Reuse:
     """Find earlier answers for a stage that answers conversations.
 
     `preimage` may lack the input `prompts`; `prompts` is that artifact's data. The work directory of `own_key` does not
@@ -73,9 +73,9 @@ def find_reuse(store: Store, stage: str, preimage: Mapping[str, Any], own_key: s
     identity = answers_identity(preimage)
     if identity is None:
         return NO_REUSE
-    same = [a for a in store.artifacts(stage) if answers_identity(a.preimage) == identity and _is_complete(a)]
+    same = [a for a in store.artifacts(stage) if answers_identity(a.preimage) == identity and _is_usable(a)]
     fitting = {a.key for a in same if _has_hidden_states(a.preimage["config"], preimage["config"])}
-    same.sort(key=lambda a: (a.key in fitting, str(a.provenance.get("finished", ""))), reverse=True)
+    same.sort(key=lambda a: (a.key in fitting, _finished(a)), reverse=True)
     sources = [
         ReusableRows(
             conversations=a.data / "conversations.jsonl", hidden_states=a.data / "states" if a.key in fitting else None
@@ -94,7 +94,8 @@ def find_reuse(store: Store, stage: str, preimage: Mapping[str, Any], own_key: s
 def find_extracted(store: Store, stage: str, preimage: Mapping[str, Any]) -> Reuse:
     """Find earlier extractions whose rows have the hidden states of a stage, which it finds by their tokens."""
 
-    def origin(image: Mapping[str, Any]) -> list[Any]:
+    def model(image: Mapping[str, Any]) -> list[Any]:
+        """What hidden states depend on besides tokens, layers and stored format."""
         target_dtype = image["config"].get("target.dtype")
         arguments = image["config"].get(ENGINE_ARGUMENTS)
         return [image["version"], image["inputs"].get(TARGET), image["service"], target_dtype, arguments]
@@ -102,16 +103,16 @@ def find_extracted(store: Store, stage: str, preimage: Mapping[str, Any]) -> Reu
     same = [
         artifact
         for artifact in store.artifacts(stage)
-        if origin(artifact.preimage) == origin(preimage)
+        if model(artifact.preimage) == model(preimage)
         and _has_hidden_states(artifact.preimage["config"], preimage["config"])
-        and _is_complete(artifact)
+        and _is_usable(artifact)
     ]
-    same.sort(key=lambda artifact: str(artifact.provenance.get("finished", "")), reverse=True)
+    same.sort(key=_finished, reverse=True)
     return Reuse(sources=tuple(ReusableRows(hidden_states=artifact.data) for artifact in same), artifacts=tuple(same))
 
 
 def _counted(reuse: Reuse, prompts: Path, *, keeps_states: bool) -> Reuse:
-    """Count the conversations in `prompts` that have to be answered or prefilled."""
+    """Add the numbers of conversations in `prompts` that have to be answered or prefilled."""
     try:
         with (prompts / "conversations.jsonl").open(encoding="utf-8") as lines:
             digests = [row_digest(json.loads(line)) for line in lines]
@@ -133,7 +134,7 @@ def _first_rows(sources: Iterable[ReusableRows]) -> dict[str, bool]:
 
 
 def answers_identity(preimage: Mapping[str, Any]) -> str | None:
-    """Digest of all but the conversation that its answers depend on; None while the target is unknown.
+    """Digest of all that answers depend on besides the conversation; None while the target is unknown.
 
     Both sides of a comparison are computed by this release: only the version in a preimage says what an earlier one did
     differently.
@@ -160,7 +161,13 @@ def _has_hidden_states(stored: Mapping[str, Any], required: Mapping[str, Any]) -
     )
 
 
-def _is_complete(artifact: Artifact) -> bool:
+def _finished(artifact: Artifact) -> str:
+    """When an artifact was finished; times sort as text."""
+    return str(artifact.provenance.get("finished", ""))
+
+
+def _is_usable(artifact: Artifact) -> bool:
+    """Whether an artifact has all its files; one of another user, in a shared store, may be unreadable."""
     try:
         return is_complete(artifact)
     except PermissionError:

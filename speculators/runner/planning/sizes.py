@@ -13,9 +13,9 @@ from pathlib import Path
 from speculators.checkpoint_files import read_header
 from speculators.config.schema import Config
 from speculators.errors import SourceError
+from speculators.runner.hardware import GIB
 from speculators.runner.planning.derive import Facts
 
-GIB = 2**30
 DTYPE_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
 SERVER_BYTES = 2 * GIB
 """Memory of a server on each GPU besides weights and KV cache: CUDA's context, activations, CUDA graphs."""
@@ -30,15 +30,16 @@ BYTES_PER_MOVING_AVERAGE = 4
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Sizes:
-    """What is known of a target and its draft. Values of 0 are unknown."""
+    """What is known of a target and its draft. Values of 0 or None are unknown."""
 
     parameters: int = 0
     """Parameters of the target that are served in the format of the server."""
     fixed_bytes: int = 0
     """Bytes of weights that keep their format, such as quantized ones."""
     heads: int | None = None
-    """Query heads, and key and value heads."""
+    """Query heads of the target."""
     key_value_heads: int | None = None
+    """Its key and value heads; None: as many as query heads, or unknown."""
     cache_values: int = 0
     """Values in the KV cache of one sequence of the longest length."""
     trained: int = 0
@@ -85,24 +86,28 @@ def sizes_of(config: Config, facts: Facts | None, checkpoint: Path | None, longe
         return Sizes(parameters=parameters, fixed_bytes=fixed_bytes)
     depth, width = facts.num_hidden_layers, facts.hidden_size
     if not parameters + fixed_bytes:
+        # Of a layer, 4 width^2 for attention and 8 width^2 for the MLP; embeddings and head apart.
         parameters = 12 * depth * width**2 + 2 * facts.vocab_size * width
-    heads = (facts.key_value_heads or 1) * facts.head_dim if facts.head_dim else width // 4
-    windowed = min(facts.sliding_window or longest, longest) * facts.windowed_layers
+    key_width = (facts.key_value_heads or 1) * facts.head_dim if facts.head_dim else width // 4
+    windowed_positions = min(facts.sliding_window or longest, longest) * facts.windowed_layers
     draft = config.speculator
     inner = draft.intermediate_size or facts.intermediate_size or 4 * width
-    layers = len(draft.target_layer_ids or draft.default_target_layer_ids(depth))
-    matrices = draft.num_layers * (4 * width**2 + 3 * width * inner) + layers * width**2
+    read_layers = len(draft.target_layer_ids or draft.default_target_layer_ids(depth))
+    matrices = draft.num_layers * (4 * width**2 + 3 * width * inner) + read_layers * width**2
     head = (config.vocab.size or facts.vocab_size) * width
-    stored = (head if draft.train_lm_head else 0) + (facts.vocab_size * width if draft.embed_requires_grad else 0)
+    vocabulary_sized = (head if draft.train_lm_head else 0) + (
+        facts.vocab_size * width if draft.embed_requires_grad else 0
+    )
     steps = getattr(draft, "ttt_steps", 1)
+    # Quarters of the MLP's width that a layer keeps for the backward pass; checkpointing computes the others again.
     saved = 4 if config.train.activation_checkpointing else 10
     return Sizes(
         parameters=parameters,
         fixed_bytes=fixed_bytes,
         heads=facts.heads,
         key_value_heads=facts.key_value_heads,
-        cache_values=2 * heads * (windowed + longest * (depth - facts.windowed_layers)),
-        trained=matrices + stored,
+        cache_values=2 * key_width * (windowed_positions + longest * (depth - facts.windowed_layers)),
+        trained=matrices + vocabulary_sized,
         frozen_bytes=2 * facts.vocab_size * width + 4 * head,
         activation_bytes=config.train.batch_tokens * steps * draft.num_layers * 2 * (10 * width + saved * inner // 4),
     )

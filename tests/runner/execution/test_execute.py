@@ -326,7 +326,7 @@ def test_a_server_is_started_for_what_earlier_artifacts_lack_alone(
     )
     rows = ReusableRows(conversations=tmp_path / "rows/conversations.jsonl")
     reuse = Reuse(sources=(rows,), artifacts=(), rows=3, new=new, prefilled=prefilled)
-    monkeypatch.setattr(plan, "find_reuse", lambda *_: reuse)
+    monkeypatch.setattr(plan, "find_answers", lambda *_: reuse)
     world = mill({"serve": {}, "seed": {}, "reask": {"grain": "seed", "target": "serve"}})
     world.run()
     assert len(world.servers) == servers
