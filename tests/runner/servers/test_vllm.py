@@ -368,7 +368,9 @@ def test_mooncakes_client_has_to_be_where_vllm_is_and_where_the_stages_run(
     config, here = extraction(Connector.mooncake), list[str]()
     config.serve.python = str(tmp_path / "bin/python")
     packages = tmp_path / "lib/python3.11/site-packages"
-    monkeypatch.setattr(packages_module, "sys", SimpleNamespace(path=here))
+    monkeypatch.setattr(
+        packages_module, "sys", SimpleNamespace(path=here, prefix=sys.prefix, executable=sys.executable)
+    )
     with pytest.raises(RecipeError, match="needs Mooncake's client, which this environment does not have") as raised:
         vllm.check_extraction(config)
     assert install_command("mooncake") in raised.value.hint
