@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import shlex
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -52,6 +53,7 @@ def model_card(
         "pipeline_tag": "text-generation",
         "tags": ["speculators", "speculative-decoding", algorithm, "vllm"],
     }
+    quoted = shlex.quote(model)
     commit = f" (revision `{revision}`)" if revision else ""
     parts = [
         # JSON values are YAML.
@@ -60,9 +62,9 @@ def model_card(
         f"For speculative decoding in vLLM: it proposes {tokens} tokens per step, which the target `{target}`{commit} "
         "verifies. Outputs are those of the target.",
         "## Serve",
-        f"```bash\nvllm serve {model}\n```",
+        f"```bash\nvllm serve {quoted}\n```",
         "vLLM reads the target, the method and the number of proposed tokens from `config.json`. Its wheel for CPUs "
-        f"has no such command:\n\n```bash\npython -m vllm.entrypoints.openai.api_server --model {model}\n```",
+        f"has no such command:\n\n```bash\npython -m vllm.entrypoints.openai.api_server --model {quoted}\n```",
     ]
     if evaluation:
         parts += ["## Evaluation", _evaluation(evaluation)]

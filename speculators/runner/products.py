@@ -46,7 +46,7 @@ class Product:
     @property
     def verifier(self) -> str:
         """Name by which the checkpoint names its target: a hub id or a path."""
-        return str(self.config["speculators_config"]["verifier"]["name_or_path"])
+        return str(self.config["speculators_config"]["verifier"]["name_or_path"] or "")
 
     @property
     def target(self) -> Path | None:
@@ -96,6 +96,11 @@ def find_product(name: str, runs: Path, store: Store) -> Product:
         return product
     if is_checkpoint(Path(name).expanduser()):
         return Product(checkpoint=Path(name).expanduser())
+    if (Path(name).expanduser() / CONFIG).is_file() and history.read_run(Path(name).expanduser()) is None:
+        raise RecipeError(
+            f"the {CONFIG} in `{name}` is none of a draft in the speculators format that names its target",
+            "name the directory of such a checkpoint, a run, or train:KEY",
+        )
     stage_or_run, _, key_or_node = name.partition(":")
     if stage_or_run in KINDS:
         return Product(checkpoint=_artifact(store, stage_or_run, key_or_node) / "best")
@@ -123,10 +128,10 @@ def in_run(name: str, runs: Path, node: str = "") -> Product:
 
 
 def is_checkpoint(directory: Path) -> bool:
-    """Whether a directory holds a draft in the speculators format."""
+    """Whether a directory holds a draft in the speculators format, which names its target."""
     try:
-        return "speculators_config" in json.loads((directory / CONFIG).read_text())
-    except (OSError, ValueError, TypeError):
+        return bool(Product(checkpoint=directory).verifier)
+    except (OSError, ValueError, TypeError, LookupError):
         return False
 
 

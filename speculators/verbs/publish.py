@@ -36,7 +36,7 @@ def publish_draft(argv: list[str]) -> int:
     files = published_files(product, destination.removeprefix(HUB), verifier)
     if destination.startswith(HUB):
         _check_hub(destination, verifier or product.verifier)
-    elif Path(destination).expanduser().exists():
+    elif os.path.lexists(Path(destination).expanduser()):
         raise RecipeError(f"`{destination}` exists", "name a directory that does not exist yet")
     if "--dry-run" in arguments.flags:
         print(ui.columns([(name, ui.size(_size(file))) for name, file in files.items()], right=[1]))

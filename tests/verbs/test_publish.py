@@ -147,3 +147,17 @@ def test_a_target_given_by_a_relative_path_is_written_as_an_absolute_one_and_is_
     assert cli._guarded(["publish", "last", "hub:me/draft", "verifier=../target"]) == 1
     assert "error: the draft's target is `../target`, which is on this machine only" in capsys.readouterr().err
     assert hub.calls == []
+
+
+def test_a_name_with_blanks_can_be_pasted_into_a_shell_and_the_target_is_found_from_anywhere(
+    store: Store, capsys: pytest.CaptureFixture[str]
+) -> None:
+    trained(Path("runs"), A, store)
+    Path("my target").mkdir()
+    assert cli._guarded(["publish", "last", "my draft", "verifier=my target"]) == 0
+    assert capsys.readouterr().out == "serve    speculators-run serve 'my draft'\n"
+    assert "vllm serve 'my draft'\n" in Path("my draft/README.md").read_text()
+    config = json.loads(Path("my draft/config.json").read_text())["speculators_config"]
+    assert config["verifier"]["name_or_path"] == str(Path("my target").absolute())
+    assert cli._guarded(["publish", "last", "x" * 300]) == 1
+    assert "error: cannot write" in capsys.readouterr().err

@@ -104,3 +104,17 @@ def test_what_names_no_draft_is_one_error(
     assert f"error: {message}" in err
     assert "hint: " in err
     assert started == []
+
+
+@pytest.mark.parametrize(
+    "config",
+    ["", "null", "[]", '{"speculators_config": null}', '{"speculators_config": {"verifier": {"name_or_path": null}}}'],
+)
+def test_a_directory_that_names_no_target_is_one_error(
+    config: str, started: list[list[str]], capsys: pytest.CaptureFixture[str]
+) -> None:
+    Path("draft").mkdir()
+    Path("draft/config.json").write_text(config)
+    assert cli._guarded(["serve", "draft"]) == 1
+    assert "error: the config.json in `draft` is none of a draft" in capsys.readouterr().err
+    assert started == []

@@ -84,6 +84,8 @@ def of_checkpoint(directory: Path) -> DraftFacts:
 
 def _shape(config: Mapping[str, Any]) -> dict[str, int]:
     layer = config.get("transformer_layer_config") or config
+    if config.get("speculators_model_type") in SPECULATORS and layer is config:
+        raise KeyError("transformer_layer_config")
     ids = [
         *(config.get("eagle_aux_hidden_state_layer_ids") or config.get("aux_hidden_state_layer_ids") or ()),
         *((config.get("eagle_config") or {}).get("eagle_aux_hidden_state_layer_ids") or ()),
@@ -93,7 +95,11 @@ def _shape(config: Mapping[str, Any]) -> dict[str, int]:
         "vocab_size": layer.get("vocab_size"),
         "layer_id": max(ids, default=None),
     }
-    return {name: value for name, value in values.items() if isinstance(value, int)}
+    checked = values | {"draft_vocab_size": config.get("draft_vocab_size"), "first layer_id": min(ids, default=None)}
+    for name, value in checked.items():
+        if value is not None and (type(value) is not int or value < ("layer_id" not in name)):
+            raise ValueError(f"{name} is {value!r}")
+    return {name: value for name, value in values.items() if value is not None}
 
 
 def check_fits(config: Config, draft: DraftFacts, target: Facts) -> None:

@@ -59,7 +59,12 @@ def test_method_and_numbers_of_tokens_are_read_from_the_config(tmp_path: Path, n
 
 @pytest.mark.parametrize(
     "config", ["{", "[]", {"architectures": ["LlamaForCausalLM"]}, speculators_format("mtp", 1),
-               speculators_format("dflash", 7), {"speculators_model_type": "eagle3", "speculators_config": 3}],
+               speculators_format("dflash", 7), {"speculators_model_type": "eagle3", "speculators_config": 3},
+               speculators_format("eagle3", 3, transformer_layer_config=None),
+               speculators_format("eagle3", 3, transformer_layer_config=LAYER | {"vocab_size": "32"}),
+               speculators_format("eagle3", 3, eagle_aux_hidden_state_layer_ids=[-1, 2]),
+               speculators_format("eagle3", 3, eagle_aux_hidden_state_layer_ids="all"),
+               speculators_format("eagle3", 3, draft_vocab_size=0)],
 )  # fmt: skip
 def test_a_config_of_no_draft_that_is_known_is_refused_by_its_path(tmp_path: Path, config: Any) -> None:
     with pytest.raises(ContractError) as caught:
