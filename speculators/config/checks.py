@@ -41,7 +41,8 @@ SET_BY_RECIPE = {
     "reasoning-parser": "serve.reasoning_parser",
     "config": "serve.extra_args",
     **dict.fromkeys(("host", "served-model-name", "generation-config", "enable-log-requests", "uvicorn-log-level",
-                     "enable-prefix-caching", "distributed-executor-backend", "scheduler-cls"), ""),
+                     "enable-prefix-caching", "enable-chunked-prefill", "distributed-executor-backend",
+                     "scheduler-cls"), ""),
 }  # fmt: skip
 """Arguments of vLLM that the recipe determines, each with its option, empty if none has it alone. As a further argument
 it would replace the recipe's, which keys hold."""

@@ -94,6 +94,7 @@ VALUES = [
     "train.seed=-1", "train.seed=9223372036854775808", "prompts.seed=-1", "regenerate.seed=99999999999999999999",
     "speculator.num_layers=99999999999999999999", "train.adamw_betas=[nan,0.9]", "serve.url=foo", "serve.url=ftp://x",
     "serve.url=http://x:99999", "serve.extra_urls=[http://]", "serve.cpu_threads=foo",
+    "evaluate.temperature=0.7",
     "tokenize.min_supervised=100000", "train.num_processes=1000", "speculator.loss_fn=[]", "speculator.loss_fn=[kl,tv]",
 ]  # fmt: skip
 """Overrides that cannot work; what the hint says instead does."""
@@ -222,6 +223,8 @@ COMBINED = [
     (("speculator=dflash", "speculator.algorithm=eagle3"), "speculator.algorithm=eagle3"),
     (("until=extract", "only=train"), "until=extract"),
     (("only=train",), "only=train"),
+    (("pipeline=fused", "regenerate.temperature=0.7"), "regenerate.temperature=0.7"),
+    (("pipeline=fused", "regenerate.temperatures=[0,1]"), "regenerate.temperatures=[0.0, 1.0]"),
     (("hardware.train_cores=100", "pipeline=online"), "hardware.train_cores=100"),
     (("serve.extra_urls=[http://x]",), "serve.extra_urls"),
     (("serve.extra_args=[--port,1]",), "serve.extra_args"),

@@ -18,7 +18,7 @@ from speculators.checkpoint_files import (
     text_config,
 )
 from speculators.config.choices import Device, Sampling
-from speculators.config.schema import Config
+from speculators.config.schema import Config, Evaluate, Regenerate
 from speculators.errors import ContractError, RecipeError
 from speculators.runner import executors, hardware
 from speculators.runner.planning import graph
@@ -73,6 +73,7 @@ def check_machine(config: Config, nodes: Mapping[str, Node]) -> None:
     _check_device(config, nodes)
     _check_cores(config, nodes)
     _check_ranks(config, nodes)
+    _check_sampling(config, nodes)
     _check_port(config, nodes)
     _check_directories(config, nodes)
 
@@ -139,6 +140,40 @@ def _check_ranks(config: Config, nodes: Mapping[str, Node]) -> None:
             f"{values}: a server would have {ranks} processes, and this machine has {cores} cores and no GPU",
             f"{' '.join(f'{option}=1' for option in options)}, for one process on all cores",
         )
+
+
+def _check_sampling(config: Config, nodes: Mapping[str, Node]) -> None:
+    """Check that no server samples where vLLM's CPU build cannot: in the rejection sampler, behind proposed tokens.
+
+    vLLM 0.32 leaves the temperatures there uninitialized, and ends at requests with a seed. A server that exports
+    hidden states proposes tokens, too.
+    """
+    here = [n for n in nodes.values() if graph.starts_servers(n, config) and not executors.is_remote(config, n.kind)]
+    if not here or vllm.device(config) != "cpu":
+        return
+    if _samples(config.regenerate) and any(node.kind == "regenerate" and node.mode == "extract" for node in here):
+        raise RecipeError(
+            f"{_sampling_option('regenerate', config.regenerate)}: vLLM's CPU build cannot sample in a server that "
+            "exports hidden states",
+            "pipeline=offline, which answers with a plain server, or regenerate.temperature=0",
+        )
+    model = config.evaluate.sampling is Sampling.model
+    if _samples(config.evaluate) and any(node.kind == "evaluate" for node in here):
+        raise RecipeError(
+            f"{_sampling_option('evaluate', config.evaluate)}: vLLM's CPU build cannot sample with a draft",
+            f"{'evaluate.sampling=recipe' if model else 'evaluate.temperature=0'}, or evaluate on a GPU",
+        )
+
+
+def _samples(options: Regenerate | Evaluate) -> bool:
+    return bool(options.sampling is Sampling.model or options.temperature or getattr(options, "temperatures", ()))
+
+
+def _sampling_option(stage: str, options: Regenerate | Evaluate) -> str:
+    if options.sampling is Sampling.model:
+        return f"{stage}.sampling=model"
+    several = getattr(options, "temperatures", ())
+    return f"{stage}.temperatures={list(several)}" if several else f"{stage}.temperature={options.temperature}"
 
 
 def _check_directories(config: Config, nodes: Mapping[str, Node]) -> None:

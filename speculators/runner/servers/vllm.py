@@ -147,6 +147,9 @@ def argv(
     arguments += ["--generation-config", "vllm"]
     arguments += ["--no-enable-log-requests", "--uvicorn-log-level", "warning"]
     arguments += [_prefix_caching(mode)]
+    if on_cpu and mode == "generate":
+        # A prompt that is divided ends vLLM 0.32 if its request has a seed: "CPU Generator does not use offset".
+        arguments += ["--no-enable-chunked-prefill"]
     if on_cpu if serve.enforce_eager is None else serve.enforce_eager:
         arguments += ["--enforce-eager"]
     arguments += _of_target(config)

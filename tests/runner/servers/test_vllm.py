@@ -369,7 +369,7 @@ def test_mooncakes_client_has_to_be_where_vllm_is_and_where_the_stages_run(
     config.serve.python = str(tmp_path / "bin/python")
     packages = tmp_path / "lib/python3.11/site-packages"
     monkeypatch.setattr(
-        packages_module, "sys", SimpleNamespace(path=here, prefix=sys.prefix, executable=sys.executable)
+        packages_module, "sys", SimpleNamespace(path=here, prefix="/env", base_prefix="/", executable="/env/python")
     )
     with pytest.raises(RecipeError, match="needs Mooncake's client, which this environment does not have") as raised:
         vllm.check_extraction(config)
