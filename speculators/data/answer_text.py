@@ -27,6 +27,7 @@ _OPENED = re.compile(r"(?:<(?!/)[^<>/]*[^<>/|]>|\[[A-Z_]+\])\s*$")
 
 _THOUGHT_END = re.compile(r"</[\w:]*think\w*>|<channel\|>|\[/THINK\]")
 """The end of a thought in the content of a message, which templates cut off there."""
+_THOUGHT_CLOSED = re.compile(rf"(?:{_THOUGHT_END.pattern})\s*$")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -116,9 +117,10 @@ class AnswerFinder:
 
     def _answer(self, messages: Messages, i: int, rendering: Rendering) -> AnsweredText:
         """Render message `i` with its prompt."""
-        message = messages[i]
         prompt = self.template.render(messages[:i], rendering, generation_prompt=True)
-        finished, own_mask = self.template.render_with_mask(messages[: i + 1], rendering)
+        message = self._without_thought(messages[i], prompt)
+        messages = [*messages[:i], message]
+        finished, own_mask = self.template.render_with_mask(messages, rendering)
         if finished.startswith(prompt):
             method, rest = DIFFERENCE, finished[len(prompt) :]
         else:
@@ -137,6 +139,19 @@ class AnswerFinder:
         begin = len(prompt) + len(unsaid)
         span = Span(prompt_end=len(prompt), start=begin, end=len(text))
         return AnsweredText(text=text, spans=[span], literal=self._spelled(message, text, begin))
+
+    def _without_thought(self, message: Mapping[str, Any], prompt: str) -> Mapping[str, Any]:
+        """The message without its reasoning, where the prompt has closed the thought: the target cannot say it."""
+        content = str(message["content"])
+        remaining = _THOUGHT_END.split(content)[-1].lstrip()
+        if not _THOUGHT_CLOSED.search(prompt) or not (
+            message.get("reasoning_content") or remaining != content.lstrip()
+        ):
+            return message
+        if not remaining and not message.get("tool_calls"):
+            raise TemplateError("an answer is nothing but a thought, which the prompt has closed")
+        self.counts["answers without their reasoning: the prompt closes the thought"] += 1
+        return {key: value for key, value in message.items() if key != "reasoning_content"} | {"content": remaining}
 
     def _after_shared(self, messages: Messages, i: int, prompt: str, finished: str, rendering: Rendering) -> str:
         """The part of `finished` after what it shares with `prompt`, where it does not begin with it: both are compared
@@ -158,7 +173,10 @@ class AnswerFinder:
                 raise TemplateError("the chat template opens a thought, and leaves out the reasoning of the answer")
             if pattern[shared:].lstrip().startswith(b):
                 self.counts["answers without reasoning after a prompt that opens a thought"] += 1
-        return body[shared:]
+        # What the template writes before the text may end the prompt too, after something that history lacks.
+        before_text = re.split("|".join(map(re.escape, (b, c))), pattern[shared:])[0]
+        both = before_text != pattern[shared:] and header[shared:].endswith(before_text)
+        return body[shared + len(before_text) * both :]
 
     def _scaffold(self, rest: str, content: str, rendering: Rendering) -> str:
         """What `rest` begins with that the template adds by an option or for want of reasoning: nobody said it."""

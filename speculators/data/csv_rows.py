@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import io
 import re
 from collections.abc import Iterable, Iterator
 from typing import Any
@@ -12,6 +13,8 @@ from speculators.data.damage import BrokenRow, ByteCounts, CutError, raise_cut
 _HEADER = re.compile(r"[\w .:/-]{1,64}")
 _LONGEST_RECORD = 1 << 20
 """Characters after which a quote in CSV is taken for one that is never closed."""
+
+csv.field_size_limit(2 * _LONGEST_RECORD)  # the module's own limit is shorter than many a conversation
 
 
 def delimiter_of(header: str) -> str | None:
@@ -42,9 +45,8 @@ def csv_rows(blocks: Iterator[bytes], counts: ByteCounts) -> Iterator[Any]:
                 text = b"".join(record).decode()
                 if not text.strip():
                     continue
-                (values,) = csv.reader(
-                    [text] if "\n" not in text else text.splitlines(True), delimiter=delimiter, strict=True
-                )
+                # Not `splitlines`: it divides at U+2028 and others too, which are characters of a text.
+                (values,) = csv.reader(io.StringIO(text, newline="\n"), delimiter=delimiter, strict=True)
                 reason = "" if len(values) == len(names) else "other columns than the header's"
             except UnicodeDecodeError:
                 reason = "not UTF-8"

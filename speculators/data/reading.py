@@ -115,6 +115,9 @@ def _text_kind(head: bytes, path: Path) -> str:
         return "lines" if head.startswith(b"{") and is_whole else "values"
     first = head.decode(errors="replace").splitlines()[0]
     if delimiter_of(first) is not None:
+        if b"\r" in head.split(b"\n")[0].rstrip(b"\r"):
+            hint = f"tr '\\r' '\\n' < {path.name} > NEW, and name that file"
+            raise SourceError(f"{path.name} has lines that end in a carriage return alone", hint)
         return "csv"
     raise SourceError(
         f"{path.name} is neither JSON nor CSV nor another format that is read: it begins with {first[:40]!r}",

@@ -45,15 +45,18 @@ def table_rows(path: Path, counts: ByteCounts) -> Iterator[dict[str, Any] | Brok
 
 
 def _objects(batch: Any) -> list[dict[str, Any] | BrokenRow]:
-    """The rows of a batch; one of text that is not UTF-8 is a BrokenRow."""
+    """The rows of a batch; one of text that is not UTF-8, or of a date that Python does not have, is a BrokenRow."""
+    reason = "not UTF-8"
     try:
         batch.validate(full=True)  # or offsets that are damaged are followed
         return list(batch.to_pylist())
-    except ValueError as error:
+    except (ValueError, OverflowError) as error:
         if not isinstance(error, UnicodeDecodeError) and "UTF8" not in str(error):
-            raise
-        rows = (batch.slice(row, 1) for row in range(batch.num_rows))
-        return [BrokenRow("not UTF-8")] if batch.num_rows == 1 else [value for row in rows for value in _objects(row)]
+            if isinstance(error, pyarrow.ArrowException):
+                raise
+            reason = "a date or time out of range"
+    rows = (batch.slice(row, 1) for row in range(batch.num_rows))
+    return [BrokenRow(reason)] if batch.num_rows == 1 else [value for row in rows for value in _objects(row)]
 
 
 def _arrow_batches(path: Path) -> Iterator[Any]:

@@ -6,7 +6,7 @@ import bisect
 import hashlib
 import itertools
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypedDict
@@ -66,17 +66,20 @@ class TableShape:
         return {"lengths": lengths, "answers_per_row": answers, "by_source": sources}
 
 
-def publish_table(job: Job, rows: Iterable[TokenRow], counts: Counter[str], inputs: str, hint: str) -> None:
+def publish_table(
+    job: Job, rows: Iterable[TokenRow], counts: Counter[str], inputs: str, hint: Callable[[], str]
+) -> None:
     """Write rows into the job's output, and the counts that iterating over `rows` adds up into the record.
 
     Raises:
-        SourceError: `counts["rows"]` is 0; `inputs` is the count that the message names.
+        SourceError: `counts["rows"]` is 0; `inputs` is the count that the message names. The hint is asked for then.
     """
     arrow = job.scratch / "rows.arrow"
     write_table(rows, arrow)
     job.record |= dict(sorted(counts.items()))
     if not counts["rows"]:
-        raise SourceError(f"no row is left of {counts[inputs]} {inputs}: {dict(counts)}", hint)
+        reasons = "; ".join(f"{number} {reason}" for reason, number in counts.most_common() if reason != inputs)
+        raise SourceError(f"no row is left of {counts[inputs]} {inputs}: {reasons}".rstrip(": "), hint())
     save_table(arrow, job.output)
 
 

@@ -21,7 +21,7 @@ def main(job: Job) -> None:
     """Write the token table: the data sets sorted by name, the rows of each in upstream's order."""
     tally: Counter[str] = Counter()
     hint = "write hidden_states/ in the same directory with upstream's `generate-offline-data`"
-    publish_table(job, _rows(job, tally), tally, "upstream rows", hint)
+    publish_table(job, _rows(job, tally), tally, "upstream rows", lambda: hint)
 
 
 def _rows(job: Job, tally: Counter[str]) -> Iterator[TokenRow]:

@@ -60,8 +60,8 @@ def main(job: Job) -> None:
     masks: Counter[str] = Counter()
     shape = TableShape()
     try:
-        hint = "lower tokenize.min_supervised or raise max_seq_len"
-        publish_table(job, shape.of(_rows(job, counts, masks)), counts, "conversations", hint)
+        rows = shape.of(_rows(job, counts, masks))
+        publish_table(job, rows, counts, "conversations", lambda: _hint(counts))
     finally:
         if masks:
             job.record["masks"] = dict(sorted(masks.items()))
@@ -71,6 +71,15 @@ def main(job: Job) -> None:
             f"{per_answer:.2f} end-of-turn tokens are supervised per answer, 1 is expected: see eos_token_id of the "
             "target's generation_config.json, and `masks` of this record"
         ]
+
+
+def _hint(counts: Counter[str]) -> str:
+    """What helps if no row is left."""
+    if any(reason.startswith("dropped rows") for reason in counts):
+        return "lower tokenize.min_supervised or raise max_seq_len"
+    if counts["dropped conversations: no answer"]:
+        return "give data with answers, or let the target answer: pipeline=offline"
+    return "give data that the target's chat template can render, or another chat_template.jinja beside its weights"
 
 
 def _rows(job: Job, counts: Counter[str], masks: Counter[str]) -> Iterator[TokenRow]:

@@ -59,6 +59,8 @@ CHATML = """{%- for m in messages -%}
 {%- endfor -%}
 {%- if add_generation_prompt -%}{{ '<|im_start|>assistant\n' }}{%- endif -%}"""
 
+OPTION_IN_HEADER = CHATML.replace("assistant\n", "assistant' + (' ' + length if length else '') + '\n")
+
 EMPTY_THOUGHT_IN_PROMPT = """{{- '<bos>' -}}
 {%- for m in messages -%}
 {{ '<|turn>' + ('model' if m.role == 'assistant' else m.role) + '\n' + m.content | trim + '<turn|>\n' }}

@@ -103,6 +103,30 @@ TRAITS = {
         NO_THOUGHTS,
         [f"{HI}{EMPTY}«Hello<|im_end|>»", f"{HI}Hello{BYE}{EMPTY}«d e<|im_end|>»"],
     ),
+    "reasoning after a prompt that closes the thought": (
+        chat.THOUGHT_BY_OPTION,
+        QWEN_TOKENS,
+        THOUGHT,
+        NO_THOUGHTS,
+        [f"{HI}{EMPTY}«Hello<|im_end|>»", f"{HI}Hello{BYE}{EMPTY}«d e<|im_end|>»"],
+    ),
+    "a thought in the text after a prompt that closes it": (
+        chat.THOUGHT_BY_OPTION,
+        QWEN_TOKENS,
+        [user("a b"), said("<think>hm</think>\n\nHello")],
+        NO_THOUGHTS,
+        [f"{HI}{EMPTY}«Hello<|im_end|>»"],
+    ),
+    "an option within the prompt's header": (
+        chat.OPTION_IN_HEADER,
+        CHATML_TOKENS,
+        TALK,
+        {"length": "short"},
+        [
+            f"{HI[:-1]} short\n«Hello<|im_end|>»",
+            f"{HI}Hello{BYE[:-1]} short\n«d e<|im_end|>»",
+        ],
+    ),
     "scaffold that nobody said": (
         chat.THOUGHT_BY_OPTION,
         QWEN_TOKENS,

@@ -53,11 +53,11 @@ def user(content: Any = "hi") -> dict[str, Any]:
     return {"role": "user", "content": content}
 
 
-def table(rows: Sequence[Any]) -> pyarrow.Table:
-    return pyarrow.Table.from_pylist(list(rows))
+def table(rows: Any) -> pyarrow.Table:
+    return rows if isinstance(rows, pyarrow.Table) else pyarrow.Table.from_pylist(list(rows))
 
 
-def parquet(rows: Sequence[Any] = ROWS) -> bytes:
+def parquet(rows: Any = ROWS) -> bytes:
     sink = io.BytesIO()
     pyarrow.parquet.write_table(table(rows), sink, row_group_size=5, compression="none")
     return sink.getvalue()
@@ -205,6 +205,13 @@ CASES = {
     "a CSV row with a column more": Case(b"id,prompt\n1,hi\n2,a,b\n3,ho\n", 2, {"other columns than the header's": 1}),
     "a CSV quote not closed": Case(b'id,prompt\n1,hi\n2,"a\n3,ho\n', 2, {"broken CSV": 1}),
     "CSV in Latin-1": Case(b"id,prompt\n1,hi\n2,caf\xe9\n3,ho\n", 2, {"not UTF-8": 1}),
+    "CSV with a long text": Case(b'id,prompt\n1,hi\n2,"' + b"a" * 200_000 + b'"\n3,ho\n', 3),
+    "CSV with a line separator in a text": Case("id,prompt\n1,a\u2028b\n2,c\x0cd\n".encode(), 2),
+    "CSV with line ends of old Macs": Case(b"id,prompt\r1,hi\r", 0, message="carriage return", hint="tr "),
+    "a date out of range": Case(
+        parquet(pyarrow.table({"prompt": ["x", "y"], "day": pyarrow.array([1, 2**31 - 1], pyarrow.date32())})), 1,
+        {"a date or time out of range": 1},
+    ),
     "CSV without a known column": Case(b"a,b\n1,2\n", 0, {"no messages": 1}, "(columns: a, b)", "prompt_field=COLUMN"),
     "the same id twice": Case(lines([b'{"id": 1, "prompt": "x"}', b'{"id": 1, "prompt": "y"}']), 1,
                               {"same id as another": 1}),

@@ -41,6 +41,9 @@ def tokenizer() -> PreTrainedTokenizerFast:
     return made
 
 
+CALLS = [{"type": "function", "function": {"name": "zz", "arguments": {}}}]
+
+
 def write_conversations(directory: Path, rows: list[dict[str, Any]]) -> Path:
     directory.mkdir()
     text = "".join(json.dumps({"source": "s", **row}) + "\n" for row in rows)
@@ -220,5 +223,24 @@ def test_a_target_without_chat_template_is_refused_where_one_is_needed(
 def test_nothing_left_is_an_error_with_the_counts(tmp_path: Path) -> None:
     conversations = write_conversations(tmp_path / "in", [{"id": "a", "turns": [turn([1], [2])]}])
     job = make_job("tokenize", tmp_path / "w", config_of(least=5), conversations=conversations, target=tmp_path)
-    with pytest.raises(SourceError, match="no row is left of 1 conversations"):
+    with pytest.raises(SourceError, match="no row is left of 1 conversations") as raised:
         tokenize.main(job)
+    assert "min_supervised" in raised.value.hint
+
+
+@pytest.mark.parametrize(
+    ("messages", "reason", "hint"),
+    [
+        (TALK[:1], "1 dropped conversations: no answer", "pipeline=offline"),
+        ([*TALK[:1], {"role": "assistant", "content": "", "tool_calls": CALLS}], "leaves out the tool calls", "chat_t"),
+    ],
+)
+def test_nothing_left_has_a_hint_for_its_reason(
+    tmp_path: Path, tokenizer: PreTrainedTokenizerFast, messages: list[Any], reason: str, hint: str
+) -> None:
+    tokenizer.save_pretrained(tmp_path / "target")
+    conversations = write_conversations(tmp_path / "in", [{"id": "a", "messages": messages}])
+    job = make_job("tokenize", tmp_path / "w", config_of(), conversations=conversations, target=tmp_path / "target")
+    with pytest.raises(SourceError, match=reason) as raised:
+        tokenize.main(job)
+    assert hint in raised.value.hint
