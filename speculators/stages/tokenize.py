@@ -79,7 +79,7 @@ def _hint(counts: Counter[str]) -> str:
         return "lower tokenize.min_supervised or raise max_seq_len"
     if counts["dropped conversations: no answer"]:
         return "give data with answers, or let the target answer: pipeline=offline"
-    return "give data that the target's chat template can render, or another chat_template.jinja beside its weights"
+    return "give data that the target's chat template can render, or another chat_template.jinja next to its weights"
 
 
 def _rows(job: Job, counts: Counter[str], masks: Counter[str]) -> Iterator[TokenRow]:

@@ -76,7 +76,7 @@ class Kind:
 KINDS: dict[str, Kind] = {
     "fetch": Kind(version=1, gives=("source",), derived=("source", "as"), target=False),
     "prompts": Kind(
-        version=2, gives=("prompts", "conversations"), reads=("prompts", "data"), target=False, datasets="data"
+        version=3, gives=("prompts", "conversations"), reads=("prompts", "data"), target=False, datasets="data"
     ),
     "regenerate": Kind(
         version=2,
@@ -87,7 +87,7 @@ KINDS: dict[str, Kind] = {
         reuses="answers",
     ),
     "tokenize": Kind(
-        version=1,
+        version=2,
         gives=("tokens",),
         takes={"conversations": "conversations"},
         reads=("tokenize", "max_seq_len", TEMPLATE_OPTION),
