@@ -163,7 +163,7 @@ class RowCounts:
             "user's": f"{option}.leading_answer=trim",
             "unknown role": f"name the speakers: {option}.roles={{SPEAKER: user, SPEAKER: assistant}}",
             "images": "give a dataset of text; images are not read",
-            "token ids": "pipeline=off_policy",
+            "token ids": "pipeline=off_policy, to train on them; to measure, a dataset of text",
             "not an object": 'write rows as objects: {"prompt": "..."}',
             "broken": "write the file again: each line, or item of a list, must be JSON",
             "not UTF-8": "convert the file: iconv -f LATIN1 -t UTF-8",
@@ -200,7 +200,7 @@ def usable(
     path: Path, name: str, spec: Dataset, counts: RowCounts, seen: set[bytes], *, answers: bool = False
 ) -> Iterator[Conversation]:
     """Read the conversations of data set `name` that pass its filters, each prompt once; with `answers`, each
-    conversation once.
+    conversation once, those of token ids included, which have no prompt to answer.
 
     `seen` collects the digests of prompts over several data sets. The filters see the text as it is in the file, before
     `Conversation.with_instruction`.
@@ -216,6 +216,8 @@ def usable(
             counts.dropped[reason] += 1
         elif digest in seen:
             counts.dropped["same conversation as another" if answers else "same prompt as another"] += 1
+        elif not conversation.messages and not answers:
+            counts.dropped["token ids, which pipeline=off_policy uses"] += 1
         elif conversation.row_id in ids:
             counts.dropped["same id as another"] += 1
         else:

@@ -92,13 +92,7 @@ def _candidates(job: Job, tallies: dict[str, RowCounts]) -> Iterator[Conversatio
                 tally.dropped["held out for evaluation"] += 1
                 continue
             messages = _first_turns(conversation.with_instruction(spec.instruction), job.config.prompts.max_turns)
-            if answers:
-                messages = _up_to_last_answer(messages)
-            elif conversation.content.tokens is not None:
-                tally.dropped["token ids, which pipeline=off_policy uses"] += 1
-                continue
-            else:
-                messages = _without_answers(messages)
+            messages = _up_to_last_answer(messages) if answers else _without_answers(messages)
             if messages or conversation.content.tokens is not None:
                 yield conversation.row(messages)
             else:

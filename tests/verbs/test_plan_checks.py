@@ -438,6 +438,33 @@ def test_plan_adds_names_from_the_command_line(world: Path, capsys: pytest.Captu
     assert "dataset.new " in capsys.readouterr().out
 
 
+@pytest.mark.parametrize("form", ["tokens", "null"])
+def test_token_ids_are_refused_where_the_target_answers(
+    world: Path, capsys: pytest.CaptureFixture[str], form: str
+) -> None:
+    (world / "tokens.jsonl").write_text('{"input_ids": [1, 2], "loss_mask": [0, 1]}\n')
+    words: tuple[str, ...] = (f"data.mine.format={form}", "data.mine.source=tokens.jsonl")
+    code, error, hint = planned(capsys, *words)
+    assert (code, "data.mine" in error, "token ids" in error) == (1, True, True)
+    assert planned(capsys, *mended(words, hint)) == (0, "", "")
+    measured = f"evaluate.datasets=[{{t: {{source: tokens.jsonl, format: {form}}}}}]"
+    code, error, hint = planned(capsys, *mended(words, hint), measured)
+    assert (code, "evaluate.datasets.t" in error, hint.endswith("a dataset of text")) == (1, True, True)
+
+
+def test_length_of_answers_is_no_matter_where_nothing_is_regenerated(
+    world: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = ("regenerate.max_tokens=4095", "max_seq_len=2048")
+    code, error, _ = planned(capsys, *words)
+    assert (code, "regenerate.max_tokens" in error) == (1, True)
+    assert planned(capsys, *words, "pipeline=off_policy") == (0, "", "")
+    (world / "target" / "config.json").write_text(json.dumps({**FACTS, "max_position_embeddings": 512}))
+    assert planned(capsys, "evaluate.max_tokens=64", "pipeline=off_policy") == (0, "", "")
+    _, _, hint = planned(capsys, "max_seq_len=900", "evaluate.max_tokens=64", "pipeline=off_policy")
+    assert "regenerate" not in hint
+
+
 FILES = [
     ("new.jsonl", "", "evaluate.datasets.new.source=new.jsonl: data set `new`: new.jsonl is empty"),
     ("new.jsonl", "text\n", "evaluate.datasets.new.source=new.jsonl"),
