@@ -110,15 +110,9 @@ def pipeline_nodes(nodes: dict[str, Any]) -> dict[str, dict[str, str]]:
     return kept
 
 
-def answer_limit(config: Config) -> int:
-    """Most tokens of an answer that a stage of the pipeline lets the target generate for training; 0 without one."""
-    kinds = (wiring.get("uses", name) for name, wiring in config.pipeline.items())
-    return config.regenerate.max_tokens if "regenerate" in kinds else 0
-
-
 def _combinations(config: Config) -> Iterator[tuple[bool, str, str]]:
     """Check combinations of options; yields (whether they are valid, error, hint)."""
-    answer, longest = answer_limit(config), config.max_seq_len
+    answer, longest = config.answer_limit(), config.max_seq_len
     yield (
         answer < longest,
         f"regenerate.max_tokens={answer}: leaves no room for a prompt in max_seq_len={longest}",

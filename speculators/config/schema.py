@@ -454,6 +454,11 @@ class Config(Options):
     only: str = operational("")
     """The only stage that may run; the artifacts that it depends on must exist."""
 
+    def answer_limit(self) -> int:
+        """Most tokens of an answer that the target generates for training; 0 if no stage of the pipeline does."""
+        kinds = (wiring.get("uses", name) for name, wiring in self.pipeline.items())
+        return self.regenerate.max_tokens if "regenerate" in kinds else 0
+
 
 T = TypeVar("T")
 

@@ -17,7 +17,6 @@ from speculators.checkpoint_files import (
     tensor_shapes,
     text_config,
 )
-from speculators.config.checks import answer_limit
 from speculators.config.choices import Device, Sampling
 from speculators.config.schema import Config, Evaluate, Regenerate
 from speculators.errors import ContractError, RecipeError
@@ -282,7 +281,7 @@ def _check_lengths(config: Config, nodes: Mapping[str, Node], known: Facts) -> N
     if positions is None or "--hf-overrides" in " ".join(config.serve.extra_args):
         return
     if config.max_seq_len >= positions:
-        answers = answer_limit(config) >= positions - 1
+        answers = config.answer_limit() >= positions - 1
         raise RecipeError(
             f"max_seq_len={config.max_seq_len}: must be below the {positions} positions of the target, of which a "
             "server keeps one for the token that it generates",

@@ -27,10 +27,10 @@ def check_datasets(config: Config, steps: Iterable[Step]) -> None:
         name, path = node.removeprefix("dataset."), by_name[node].path
         option = f"data.{name}" if name in config.data else f"evaluate.datasets.{name}"
         spec = config.data.get(name) or config.evaluate.datasets[name]
-        asking = [reader.name for read, reader in readers if read == node and not reader.keeps_answers]
-        if spec.format is DataFormat.tokens and asking:
+        answering = [reader.name for slot, reader in readers if slot == node and not reader.keeps_answers]
+        if spec.format is DataFormat.tokens and answering:
             raise SourceError(
-                f"{option}.format=tokens: `{asking[0]}` needs prompts, and rows of token ids have none",
+                f"{option}.format=tokens: `{answering[0]}` needs prompts, and rows of token ids have none",
                 "pipeline=off_policy, to train on them; to measure, a dataset of text",
             )
         if path is None or spec.format is DataFormat.upstream:
@@ -39,7 +39,7 @@ def check_datasets(config: Config, steps: Iterable[Step]) -> None:
         try:
             if any(needs_pyarrow(file) for _, file in data_files(path, spec.subset, spec.split)):
                 continue  # which the runner does not import
-            if next(usable(path, name, spec, counts, set(), answers=not asking), None) is None:
+            if next(usable(path, name, spec, counts, set(), answers=not answering), None) is None:
                 raise counts.why_unusable(name, spec)
         except SourceError as error:
             raise SourceError(f"{option}.source={spec.source}: {error.message}", error.hint) from None

@@ -13,7 +13,6 @@ from pathlib import Path
 from typing import Any
 
 from speculators.checkpoint_files import common_names, text_config
-from speculators.config.checks import answer_limit
 from speculators.config.choices import LastLayerPositions
 from speculators.config.schema import Config
 from speculators.errors import ContractError, RecipeError
@@ -179,7 +178,7 @@ def default_length(config: Config, known: Facts) -> int:
     One less, because a server that extracts a row generates a token after it.
     """
     positions = known.positions
-    if positions is None or config.max_seq_len != Config().max_seq_len or answer_limit(config) >= positions - 1:
+    if positions is None or config.max_seq_len != Config().max_seq_len or config.answer_limit() >= positions - 1:
         return config.max_seq_len
     return min(config.max_seq_len, positions - 1)
 
