@@ -19,6 +19,7 @@ from speculators.data.chat_template import ChatTemplate, Rendering, TemplateErro
 from speculators.data.conversations import ConversationRow
 from speculators.data.template import AnswerTokenizer, TokenSequence, merge_turns, stored_turns
 from speculators.data.token_table import TableShape, TokenRow, publish_table
+from speculators.errors import SourceError
 from speculators.job import Job
 
 _CHUNK_BYTES = 1 << 18
@@ -246,6 +247,11 @@ def _load_tokenizer(target: Path, kwargs: dict[str, Any]) -> _Tokenizer:
     from transformers import AutoTokenizer
 
     tokenizer = AutoTokenizer.from_pretrained(target, local_files_only=True)
-    return _Tokenizer(
-        template=load_chat_template(tokenizer, target), source=tokenizer.backend_tokenizer.to_str(), kwargs=kwargs
-    )
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    if backend is None:
+        raise SourceError(
+            f"{target}: {type(tokenizer).__name__} is no fast tokenizer",
+            "add a tokenizer.json to the target: AutoTokenizer.from_pretrained(...).save_pretrained(...) writes it, "
+            "where transformers can convert the tokenizer",
+        )
+    return _Tokenizer(template=load_chat_template(tokenizer, target), source=backend.to_str(), kwargs=kwargs)

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import transformers
 from datasets import load_from_disk
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
@@ -217,6 +218,14 @@ def test_a_target_without_chat_template_is_refused_where_one_is_needed(
     conversations = write_conversations(tmp_path / "in", [{"id": "a", "messages": TALK}])
     job = make_job("tokenize", tmp_path / "w", config_of(), conversations=conversations, target=tmp_path / "target")
     with pytest.raises(SourceError, match="no chat template"):
+        tokenize.main(job)
+
+
+def test_a_tokenizer_that_is_not_fast_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    conversations = write_conversations(tmp_path / "in", [{"id": "a", "messages": TALK}])
+    job = make_job("tokenize", tmp_path / "w", config_of(), conversations=conversations, target=tmp_path / "target")
+    monkeypatch.setattr(transformers.AutoTokenizer, "from_pretrained", lambda *args, **kwargs: object())
+    with pytest.raises(SourceError, match="object is no fast tokenizer"):
         tokenize.main(job)
 
 

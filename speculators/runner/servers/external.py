@@ -47,23 +47,29 @@ def _fingerprint(config: Config, option: str, url: str, key: str, checkpoint: Pa
     version, models = _get(option, url, "/version", key), _get(option, url, "/v1/models", key)
     try:
         engine, model = public_version(version["version"]), models["data"][0]
-        names = {str(model["id"]), str(model.get("root") or model["id"])}
+        name, root = str(model["id"]), str(model.get("root") or model["id"])
     except (LookupError, TypeError, AttributeError):
         raise ServiceError(
             f"{option}={url}: the server does not report a version and a model as vLLM does",
             f"{option}=URL of a server that `vllm serve` started",
         ) from None
-    if any(_is_target(name, config.target.source, checkpoint) for name in names):
+    if _is_target(name, root, config.target.source, checkpoint):
         return {"engine": engine}
-    return {"engine": engine, "model": str(model.get("root") or model["id"])}
+    return {"engine": engine, "model": root}
 
 
-def _is_target(name: str, source: str, checkpoint: Path | None) -> bool:
-    """Whether a served model, by its name or the path of its files, is the recipe's target."""
-    model_id = source.removeprefix("hub:").partition("@")[0]
-    if name == model_id or Path(name).name == Path(model_id).name:
+def _is_target(name: str, root: str, source: str, checkpoint: Path | None) -> bool:
+    """Whether a served model, by its name or the path `root` of its files, is the recipe's target.
+
+    A directory is the same one; a hub model is known by its name, which a copy of it may have, too.
+    """
+    is_path = Path(root).is_absolute()
+    if is_path and checkpoint is not None and Path(root).resolve() == checkpoint.resolve():
         return True
-    return checkpoint is not None and Path(name).is_absolute() and Path(name).resolve() == checkpoint.resolve()
+    if is_path and source.startswith((".", "/", "~")):
+        return False
+    model_id = source.removeprefix("hub:").partition("@")[0]
+    return any(served == model_id or Path(served).name == Path(model_id).name for served in (name, root))
 
 
 def _get(option: str, url: str, path: str, key: str) -> Any:

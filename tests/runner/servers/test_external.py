@@ -48,6 +48,7 @@ ENGINES = [
     (HUB, {"model": "Qwen/Qwen3-4B"}, {"engine": "1.2.3", "model": "Qwen/Qwen3-4B"}),
     ("./mine", {"model": "n", "root": "{checkpoint}"}, {"engine": "1.2.3"}),
     ("./mine", {"model": "n", "root": "/elsewhere/other"}, {"engine": "1.2.3", "model": "/elsewhere/other"}),
+    ("/a/best", {"model": "best", "root": "/b/best"}, {"engine": "1.2.3", "model": "/b/best"}),
 ]
 
 
