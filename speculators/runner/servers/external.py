@@ -69,7 +69,7 @@ def _is_target(name: str, root: str, source: str, checkpoint: Path | None) -> bo
     if is_path and source.startswith((".", "/", "~")):
         return False
     model_id = source.removeprefix("hub:").partition("@")[0]
-    return any(served == model_id or Path(served).name == Path(model_id).name for served in (name, root))
+    return any(each == model_id or Path(each).name == Path(model_id).name for each in (name, root))
 
 
 def _get(option: str, url: str, path: str, key: str) -> Any:
