@@ -165,8 +165,9 @@ def test_every_whole_conversation_of_the_cut_file_is_read_and_the_cut_is_reporte
     records = [json.loads(path.read_text())["record"]["datasets"] for path in artifacts]
     counted = next(record["sharegpt"] for record in records if "sharegpt" in record)
     assert counted["read"] == 17671
-    assert counted["damage"]["byte"] == 125509632
-    assert counted["damage"]["reason"] == "the file ends in the middle of a row"
+    (damage,) = counted["damage"]
+    assert damage["byte"] == 125509632
+    assert damage["reason"] == "the file ends in the middle of a row"
 
 
 def test_a_recipe_may_demand_that_the_cut_be_an_error(world: World) -> None:
