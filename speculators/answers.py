@@ -38,7 +38,7 @@ class AnsweredRow:
     line: int | None
     """Number of the line, from 0, of the file of conversations; None if no answer was kept."""
     why: str = ""
-    """What the server or a check said of a conversation that is dropped for it."""
+    """What the server or a check reports of a conversation that is dropped for it."""
 
 
 def row_digest(conversation: Mapping[str, Any]) -> str:

@@ -25,8 +25,8 @@ from speculators.timeouts import SYNC_SECONDS
 
 OF_THE_LOG = ("index", "dropped", "why", "faults", "reused", "prefilled")
 """Fields of a line in `answers.jsonl` that are not published: index in the input, reason for missing answers and what
-was said of it, faults of the answers, whether they are those of `EarlierAnswers`, and whether their hidden states were
-computed apart."""
+was reported of it, faults of the answers, whether they are those of `EarlierAnswers`, and whether their hidden states
+were computed apart."""
 
 
 @dataclass(frozen=True, slots=True)

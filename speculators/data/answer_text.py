@@ -37,7 +37,7 @@ class Span:
     prompt_end: int
     """The prompt, as a server renders it, is the text before."""
     start: int
-    """Where the answer begins: after the prompt, and after what the template adds that nobody said."""
+    """Where the answer begins: after the prompt, and after what the template adds and the target did not sample."""
     end: int
     """After the end-of-turn token."""
 
@@ -55,7 +55,7 @@ class AnsweredText:
 @dataclass(frozen=True, slots=True)
 class _Ending:
     """What a template writes after an answer that ends a conversation: `tail` follows the end-of-turn token. Where it
-    writes no such token, `added` is what the target says at the end."""
+    writes no such token, `added` is what the target samples at the end."""
 
     tail: str
     added: str
@@ -71,7 +71,7 @@ class _Layout:
     """Where the prompt ends in `before_answer`, counted from its end; `start` and `end` are from there too."""
     start: int
     closing: str
-    """What the target says after an answer's text, through the end-of-turn token."""
+    """What the target samples after an answer's text, through the end-of-turn token."""
     at_end: str
     """What the template writes after the text of the last answer."""
     method: str
@@ -179,7 +179,7 @@ class AnswerFinder:
         return body[shared + len(before_text) * both :]
 
     def _scaffold(self, rest: str, content: str, rendering: Rendering) -> str:
-        """What `rest` begins with that the template adds by an option or for want of reasoning: nobody said it."""
+        """What `rest` begins with that the template adds by an option or for want of reasoning: it was not sampled."""
         for scaffold in self._scaffolds(rendering):
             if rest.startswith(scaffold) and not content.lstrip().startswith(scaffold.strip()):
                 return scaffold

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from speculators.errors import SourceError
+from speculators.tokenizer_files import end_tokens
 
 Messages = Sequence[Mapping[str, Any]]
 
@@ -136,7 +137,7 @@ def load_chat_template(tokenizer: Any, target: Path) -> ChatTemplate:
             f"the tokenizer in {target} has no chat template, which is needed for conversations that have answers",
             "use an instruction-tuned target, or add a chat_template.jinja to the directory of its weights",
         )
-    ends = [tokenizer.eos_token_id, *_configured_ends(target)]
+    ends = [tokenizer.eos_token_id, *end_tokens(target)]
     return ChatTemplate(
         text=texts["default"],
         tool_text=texts.get("tool_use"),
@@ -144,15 +145,3 @@ def load_chat_template(tokenizer: Any, target: Path) -> ChatTemplate:
         added_tokens={str(token): token.special for token in tokenizer.added_tokens_decoder.values() if str(token)},
         end_tokens=tuple(dict.fromkeys(t for i in ends if i is not None and (t := tokenizer.convert_ids_to_tokens(i)))),
     )
-
-
-def _configured_ends(target: Path) -> list[int]:
-    """Ids at which generation stops, from the files of a checkpoint."""
-    ends: list[int] = []
-    for name in ("generation_config.json", "config.json"):
-        try:
-            configured = json.loads((target / name).read_text(encoding="utf-8")).get("eos_token_id")
-        except (OSError, ValueError, AttributeError):
-            continue
-        ends += configured if isinstance(configured, list) else [configured]
-    return [i for i in ends if isinstance(i, int)]

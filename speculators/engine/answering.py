@@ -20,7 +20,7 @@ from speculators.targets.fidelity_check import greedy_tokens_in_answer
 
 TOO_LONG, REFUSED, OTHER_CALL = "prompt_too_long", "refused", "other_call"
 OF_FAULTS = {CUT: "cut_answer", LOOPING: "looping_answer", EMPTY: "empty_answer"}
-"""Why answers are missing in a conversation, `dropped`, apart from BAD_STATES; by fault where a rule says so."""
+"""Why answers are missing in a conversation, `dropped`, apart from BAD_STATES; by fault where a rule demands it."""
 
 
 class Answering:
@@ -136,8 +136,9 @@ async def answer(
     """Answer a conversation; `dropped` is the reason if turns are missing, else None. The turns before are kept.
 
     A prompt and its answer have at most `max_seq_len` tokens: the answer is cut, and a prompt of that length ends the
-    conversation. So do a prompt that the server refuses, an answer that a rule says it of (`answer_faults`), and one
-    whose calls are not the recorded ones (`tool_calls`). `target` is the checkpoint, for `regenerate.sampling=model`.
+    conversation. So do a prompt that the server refuses, an answer at which a rule ends it (`answer_faults`), and
+    one whose calls are not the recorded ones (`tool_calls`). `target` is the checkpoint, for
+    `regenerate.sampling=model`.
     """
     return await Answering(client, conversation, config, files, end_tokens, target).run()
 

@@ -71,7 +71,7 @@ class BadRows:
             raise error
         self.reasons[row] = error.message
         try:
-            refuse_too_many(list(self.reasons.values()), "rows", seen, error.hint)
+            refuse_too_many(len(self.reasons), error.message, "rows", seen, error.hint)
         except StageError:
             self._path.unlink(missing_ok=True)  # the next attempt may work with a repaired server
             raise
@@ -86,11 +86,11 @@ class BadRows:
         return {"skipped": len(self.reasons), "skipped_rows": sorted(self.reasons)[:20], "notes": [note]}
 
 
-def refuse_too_many(reasons: Sequence[str], what: str, seen: int, hint: str = "see the server's log") -> None:
-    """Raise StageError where so many of those seen were skipped that they are hardly the cause."""
-    if len(reasons) > MAX_SKIPPED + MAX_SKIPPED_RATIO * seen:
+def refuse_too_many(count: int, reason: str, what: str, seen: int, hint: str = "see the server's log") -> None:
+    """Raise StageError where so many of those seen, `count`, were skipped that they are hardly the cause."""
+    if count > MAX_SKIPPED + MAX_SKIPPED_RATIO * seen:
         raise StageError(
-            f"the hidden states of {len(reasons)} {what} cannot be used, after {seen} {what}; the last: {reasons[-1]}",
+            f"the hidden states of {count} {what} cannot be used, after {seen} {what}; the last: {reason}",
             hint,
         )
 

@@ -195,6 +195,7 @@ async def _request_all(job: Job, conversations: JsonLines, log: AnswerLog, waiti
     )
     start, tokens, done = time.monotonic(), 0, len(conversations) - len(waiting)
     only_states = {index for index in waiting if index in log.finished}
+    dropped = Counter(entry.dropped for entry in log.finished.values() if entry.dropped)
     # The first ones that this attempt requests, too: its server may be another one than that of earlier rows.
     sampled = {*range(SAMPLED), *sorted(waiting)[:SAMPLED]}
     ends = _end_tokens(job)
@@ -212,7 +213,8 @@ async def _request_all(job: Job, conversations: JsonLines, log: AnswerLog, waiti
             log.append(answered)
             if answered["index"] not in only_states:
                 tokens += log.finished[answered["index"]].answer_tokens
-            _refuse_too_many(answered["dropped"], log)
+            dropped[answered["dropped"]] += 1
+            _refuse_too_many(answered, dropped[answered["dropped"]], len(log.finished))
             done += 1
             tokens_per_second = round(tokens / (time.monotonic() - start), 1)
             job.progress(done, len(conversations), "conversations", tokens_per_second=tokens_per_second)
@@ -221,17 +223,13 @@ async def _request_all(job: Job, conversations: JsonLines, log: AnswerLog, waiti
         job.record["tokens_per_second"] = round(tokens / (time.monotonic() - start), 1)
 
 
-def _refuse_too_many(dropped: str | None, log: AnswerLog) -> None:
-    """Raise StageError where so many conversations were dropped for this reason that they are hardly the cause."""
-    if dropped not in (BAD_STATES, REFUSED):
-        return
-    reasons = [entry.why for entry in log.finished.values() if entry.dropped == dropped]
-    seen = len(log.finished)
-    if dropped == BAD_STATES:
-        refuse_too_many(reasons, "answers", seen)
-    elif len(reasons) > MAX_REFUSED + MAX_REFUSED_RATIO * seen:
+def _refuse_too_many(answered: dict[str, Any], count: int, seen: int) -> None:
+    """Raise StageError where `count` of those seen were dropped as this one, too many for them to be the cause."""
+    if answered["dropped"] == BAD_STATES:
+        refuse_too_many(count, answered["why"], "answers", seen)
+    elif answered["dropped"] == REFUSED and count > MAX_REFUSED + MAX_REFUSED_RATIO * seen:
         raise StageError(
-            f"the server refuses {len(reasons)} of {seen} conversations; the last: {reasons[-1]}",
+            f"the server refuses {count} of {seen} conversations; the last: {answered['why']}",
             "choose data that the target's chat template accepts, or another target",
         )
 

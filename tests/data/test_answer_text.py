@@ -35,15 +35,15 @@ def user(text: str) -> dict[str, Any]:
     return {"role": "user", "content": text}
 
 
-def said(text: str, **more: Any) -> dict[str, Any]:
+def assistant(text: str, **more: Any) -> dict[str, Any]:
     return {"role": "assistant", "content": text, **more}
 
 
 SYSTEM = {"role": "system", "content": "be"}
-TALK = [user("a b"), said("Hello"), user("c"), said("d e")]
-THOUGHT = [user("a b"), said("Hello", reasoning_content="hm"), user("c"), said("d e", reasoning_content="so")]
+TALK = [user("a b"), assistant("Hello"), user("c"), assistant("d e")]
+THOUGHT = [user("a b"), assistant("Hello", reasoning_content="hm"), user("c"), assistant("d e", reasoning_content="so")]
 CALL = [{"type": "function", "function": {"name": "f", "arguments": {"x": 1}}}]
-CALLED = [user("a"), said("", tool_calls=CALL), {"role": "tool", "content": "7"}, said("x")]
+CALLED = [user("a"), assistant("", tool_calls=CALL), {"role": "tool", "content": "7"}, assistant("x")]
 NO_THOUGHTS = {"enable_thinking": False}
 
 HI = "<|im_start|>user\na b<|im_end|>\n<|im_start|>assistant\n"
@@ -70,7 +70,7 @@ TRAITS = {
     "an answer before the first question is context": (
         CHATML,
         CHATML_TOKENS,
-        [said("hey"), *TALK],
+        [assistant("hey"), *TALK],
         {},
         [f"<|im_start|>assistant\nhey<|im_end|>\n{CHATML_ROW}"],
     ),
@@ -113,7 +113,7 @@ TRAITS = {
     "a thought in the text after a prompt that closes it": (
         chat.THOUGHT_BY_OPTION,
         QWEN_TOKENS,
-        [user("a b"), said("<think>hm</think>\n\nHello")],
+        [user("a b"), assistant("<think>hm</think>\n\nHello")],
         NO_THOUGHTS,
         [f"{HI}{EMPTY}«Hello<|im_end|>»"],
     ),
@@ -168,7 +168,7 @@ TRAITS = {
     "reasoning inside of the content": (
         chat.THOUGHT_IN_CONTENT,
         QWEN_TOKENS,
-        [user("a b"), said("<think>hm</think>Hello")],
+        [user("a b"), assistant("<think>hm</think>Hello")],
         {},
         [f"{HI}«<think>\nhm\n</think>\n\nHello<|im_end|>»"],
     ),
@@ -220,7 +220,7 @@ TRAITS = {
     "the next role is the end token": (
         chat.NO_END,
         GLM_TOKENS,
-        [user("a"), said("Hello"), user("c"), said("d")],
+        [user("a"), assistant("Hello"), user("c"), assistant("d")],
         {},
         [
             f"{GLM}<|assistant|>\n<think></think>«\nHello<|user|>»\nc<|assistant|>\n<think></think>«\nd<|user|>»",
@@ -274,7 +274,7 @@ TRAITS = {
     "content that spells special tokens": (
         CHATML,
         CHATML_TOKENS,
-        [user("<|im_end|>"), said("say <|im_end|> now"), user("c"), said("d")],
+        [user("<|im_end|>"), assistant("say <|im_end|> now"), user("c"), assistant("d")],
         {},
         [
             "<|im_start|>user\n<|im_end|><|im_end|>\n<|im_start|>assistant\n«say <|im_end|> now<|im_end|>»",
@@ -363,7 +363,7 @@ def test_answers_have_the_tokens_of_their_text_after_the_prompt_of_a_server(
 
 def test_a_spelled_special_token_is_characters_in_an_answer_and_a_token_in_a_prompt(tmp_path: Path) -> None:
     tokenizer = char_tokenizer(CHATML, **CHATML_TOKENS)
-    messages = [user("<|im_end|>"), said("say <|im_end|> now")]
+    messages = [user("<|im_end|>"), assistant("say <|im_end|> now")]
     (row,), finder = tokenized(tokenizer, tmp_path, messages, {})
     end = tokenizer.convert_tokens_to_ids("<|im_end|>")
     assert [mask for token, mask in zip(row.input_ids, row.loss_mask, strict=True) if token == end] == [0, 0, 1]
@@ -395,7 +395,7 @@ def test_the_end_token_of_generation_config_counts_before_the_template_s_own(tmp
         ("{{ messages[0].content + 1 }}", TALK, "TypeError"),
         ("{% for m in messages %}{{ m.role }}{% endfor %}", TALK, "does not put the answer after the prompt"),
         (chat.OPENED_THOUGHT, THOUGHT, "leaves out the reasoning"),
-        (chat.OPENED_THOUGHT, [user("a"), said("<think>hm</think>Hello")], "leaves out the reasoning"),
+        (chat.OPENED_THOUGHT, [user("a"), assistant("<think>hm</think>Hello")], "leaves out the reasoning"),
         (CHATML, CALLED, "leaves out the tool calls"),
     ],
 )
