@@ -67,8 +67,9 @@ def run_recipe(
     planner = Planner(config, open_store(config.run))
     planner.refuse_unresolved()
     checks.check_machine(config, planner.graph)
-    for check in (trackers.check_trackers, datasets.check_datasets):
-        check(config, planner.plan())
+    steps = planner.plan()
+    trackers.check_trackers(config, steps)
+    datasets.check_datasets(config, steps)
     if config.run.locked:
         lockfile.refuse_if_different(planner)
     for note in planner.notes:
